@@ -27,7 +27,7 @@ SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
     {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 )
 
-# GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights become NaN.
+# GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
 SMALLEST_SCALE = 2.0**-126
 LARGEST_SCALE = 2.0**127
 
@@ -186,17 +186,21 @@ def checked_type(name: str, value: Any, expected: Any) -> Any:
         _check_range(name, value, _is_finite(value), "must be a finite number")
         return float(value)
     if int in options and isinstance(value, int) and not isinstance(value, bool):
+        _check_range(name, value, -(2**63) <= value < 2**63, "must fit in 64 bits")  # as Arrow stores it
         return value
     if str in options and isinstance(value, str):
         return value
     kinds = {float: "a number", int: "a whole number", str: "a text", types.NoneType: "null"}
     rule = " or ".join(kinds[option] for option in options)
-    raise InputError(f"{name}: must be {rule}, got {shown(value)}{_number_hint(value)}")
+    raise InputError(f"{name}: must be {rule}, got {shown(value)}{_number_hint(value, options)}")
 
 
 def shown(value: Any) -> str:
     """``repr`` of a user's value for a one-line message, shortened where it is long."""
-    return reprlib.repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print an int of more than 4,300 digits
+        return f"<{type(value).__name__} too long to show>"
 
 
 def is_function_name(name: str) -> bool:
@@ -211,7 +215,7 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _number_hint(value: Any) -> str:
+def _number_hint(value: Any, options: tuple[Any, ...]) -> str:
     """YAML 1.1 reads ``1e-4`` as text: say how to write it."""
     if not isinstance(value, str):
         return ""
@@ -219,8 +223,10 @@ def _number_hint(value: Any) -> str:
         number = float(value)
     except ValueError:
         return ""
-    mantissa, e, exponent = f"{number:g}".partition("e")
-    written = f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{exponent}" if e else f"{number!r}"
+    if not math.isfinite(number) or (float not in options and not number.is_integer()):
+        return ""  # no way of writing it would do
+    mantissa, e, exponent = repr(number if float in options else int(number)).partition("e")
+    written = f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{exponent}" if e else mantissa
     return f" (a text in YAML; write {written})"
 
 

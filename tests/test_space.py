@@ -1,0 +1,837 @@
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tune_amp import space as space_module
+from tune_amp.config import CURRICULA, FIELD_TYPES, INPUT_SCALINGS, SCALER_DEFAULTS, InputError, TrialConfig
+from tune_amp.space import SearchSpace, load_space
+
+BUNDLED = ("mnist_amp", "precision", "quick", "stress")
+KNOWN = (
+    "lr, batch_size, precision, init_scale, growth_factor, backoff_factor, growth_interval, optimizer, weight_decay, "
+    "grad_clip, input_scaling, class_weighting, curriculum"
+)
+LR = "lr: {low: 1.0e-4, high: 0.1}"
+FP16 = "\nfixed: {precision: fp16}"
+SHAPE = "must be a mapping with low and high, or with choices"
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+Load = Callable[[str], SearchSpace]
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("spaces") / "space.yaml"
+
+
+@pytest.fixture(scope="session")
+def load(file: Path) -> Load:
+    def write_and_load(text: str) -> SearchSpace:
+        file.write_bytes(text.encode())
+        return load_space(str(file))
+
+    return write_and_load
+
+
+def suggest_many(space: SearchSpace, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [space.suggest(study.ask()) for _ in range(n)]
+
+
+# The bundled spaces
+
+
+def test_default_space_searches_exactly_the_four_settings_of_fp16_training() -> None:
+    space = load_space("mnist_amp")
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    suggested = space.suggest(trial)
+    assert trial.distributions == {
+        "lr": optuna.distributions.FloatDistribution(1e-4, 3e-2, log=True),
+        "log2(batch_size)": optuna.distributions.IntDistribution(6, 10),
+        "log2(init_scale)": optuna.distributions.IntDistribution(0, 24),
+        "growth_interval": optuna.distributions.IntDistribution(50, 2000, log=True),
+    }
+    assert suggested == {
+        "precision": "fp16",
+        "lr": trial.params["lr"],
+        "batch_size": 2 ** trial.params["log2(batch_size)"],
+        "init_scale": 2.0 ** trial.params["log2(init_scale)"],
+        "growth_interval": trial.params["growth_interval"],
+    }
+    bounds = {name: space.bounds(name) for name in ("lr", "batch_size", "init_scale", "growth_interval")}
+    assert bounds == {
+        "lr": (1e-4, 3e-2),
+        "batch_size": (64, 1024),
+        "init_scale": (1.0, 2.0**24),
+        "growth_interval": (50, 2000),
+    }
+    assert not space.is_conditional
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_space_suggests_valid_configurations_that_reach_every_value_it_lists(name: str) -> None:
+    space = load_space(name)
+    suggestions = suggest_many(space, 50)
+    configs = [TrialConfig(**suggestion) for suggestion in suggestions]
+    assert "fp16" in {config.precision for config in configs}, "every bundled space is about AMP"
+    for parameter in space.parameters:
+        values = {suggestion[parameter.name] for suggestion in suggestions if parameter.name in suggestion}
+        assert values >= set(parameter.choices)
+        assert len(values) > 1
+
+
+def test_bundled_precision_space_varies_the_scaler_in_fp16_trials_only() -> None:
+    space = load_space("precision")
+    assert space.is_conditional
+    for suggestion in suggest_many(space, 50):
+        scaler = set(suggestion) & set(SCALER_DEFAULTS)
+        assert scaler == ({"init_scale", "growth_interval"} if suggestion["precision"] == "fp16" else set())
+
+
+def test_bundled_names_are_all_the_files_in_the_checkout() -> None:
+    folder = Path(__file__).parent.parent / "search_spaces"
+    assert {file.stem for file in folder.iterdir()} == set(BUNDLED)
+
+
+# Where a space is read from
+
+
+def test_file_that_exists_wins_over_a_bundled_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f"parameters: {{{LR}}}  # ä\r\n"
+    (tmp_path / "quick").write_bytes(text.encode())
+    space = load_space("quick")
+    assert space.text == text
+    assert space.source == "quick"
+    assert [parameter.name for parameter in space.parameters] == ["lr"]
+
+
+def test_directory_does_not_hide_a_bundled_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick").mkdir()
+    bundled = Path(__file__).parent.parent / "search_spaces" / "quick.yaml"
+    assert load_space("quick").text == bundled.read_text(encoding="utf-8")
+
+
+def test_installed_wheel_brings_its_own_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "tune_amp"
+    (package / "search_spaces").mkdir(parents=True)
+    (package / "search_spaces" / "mine.yaml").write_text(f"parameters: {{{LR}}}")
+    monkeypatch.setattr(space_module, "__file__", str(package / "space.py"))
+    assert load_space("mine").source == "mine"
+    with pytest.raises(InputError, match=r"^quick: is neither a file nor a bundled search space \(mine\)$"):
+        load_space("quick")
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("mnist", "mnist"),
+        ("", "''"),
+        ("quick.yaml", "quick.yaml"),
+        ("../quick", "../quick"),
+        ("a\nb", r"'a\nb'"),
+        ("\0", r"'\x00'"),
+        ("\ud800", r"'\ud800'"),
+    ],
+)
+def test_unknown_name_lists_the_bundled_ones(
+    source: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_space(source)
+    assert str(caught.value) == f"{shown}: is neither a file nor a bundled search space ({', '.join(BUNDLED)})"
+
+
+def test_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_space(str(tmp_path))
+    assert str(caught.value) == f"{tmp_path}: is a directory, not a file"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that root cannot read either is Linux's")
+def test_unreadable_file_is_refused_with_the_system_s_reason() -> None:
+    with pytest.raises(InputError) as caught:
+        load_space("/proc/self/mem")
+    assert str(caught.value) == "/proc/self/mem: cannot be read: Input/output error"
+
+
+def test_file_of_one_mebibyte_is_read_and_one_byte_more_is_refused(file: Path) -> None:
+    text = f"parameters: {{{LR}}}\n#".encode()
+    file.write_bytes(text.ljust(2**20, b"#"))
+    assert load_space(str(file)).bounds("lr") == (1e-4, 0.1)
+    file.write_bytes(text.ljust(2**20 + 1, b"#"))
+    with pytest.raises(InputError) as caught:
+        load_space(str(file))
+    assert str(caught.value) == f"{file}: is larger than 1 MiB, too large for a search space"
+
+
+def test_text_that_is_not_utf_8_is_refused(file: Path) -> None:
+    file.write_bytes("parameters: ä".encode("latin-1"))
+    with pytest.raises(InputError) as caught:
+        load_space(str(file))
+    assert str(caught.value) == f"{file}: must be UTF-8, got byte 0xe4 at position 12"
+
+
+# What is refused, and in which words
+
+YAML_ERRORS = [
+    ("parameters:\n  lr: {low: 1\n  x: y", "line 3: not valid YAML: expected ',' or '}', but got ':'"),
+    ("parameters:\n  lr: a: b", "line 2: not valid YAML: mapping values are not allowed here"),
+    ("parameters:\n\t- 1", "line 2: not valid YAML: found character '\\t' that cannot start any token"),
+    ("a: 1\n---\nb: 2", "line 2: not valid YAML: but found another document"),
+    ("parameters:\n lr: \0", "line 2: not valid YAML: character '\\x00' is not allowed"),
+    ('\nlr: "\\UFFFFFFFF"', "line 2: not valid YAML: a number out of range"),
+    ("a: 1\nparameters: {}\na: 2", "line 3: key 'a' stands twice"),
+    ("parameters:\n  lr: {low: 1, high: 2}\n  'lr': {low: 3, high: 4}", "line 3: key 'lr' stands twice"),
+    ("parameters:\n  lr: {low: 1,\n low: 2, high: 3}", "line 3: key 'low' stands twice"),
+    ("parameters: &a {lr: 1}", "line 1: anchors and aliases (& and *) are not allowed"),
+    ("parameters:\n  lr: &a 1", "line 2: anchors and aliases (& and *) are not allowed"),
+    ("parameters: *a", "line 1: anchors and aliases (& and *) are not allowed"),
+    ("parameters:\n  lr: !!python/object/apply:os.system ['true']", "line 2: tags (!) are not allowed"),
+    ("parameters:\n  lr: !!float 1", "line 2: tags (!) are not allowed"),
+    ("parameters:\n\n  1: {}", "line 3: a key must be a text, got 1"),
+    ("parameters:\n  ? [a]\n  : b", "line 2: a key must be a text, got ['a']"),
+    ("parameters: {lr: {low: 2025-02-30, high: 1}}", "line 1: not a valid YAML value: '2025-02-30'"),
+    ("\nlr: " + "9" * 5000, "line 2: not a valid YAML value: '999999999999...9999999999999'"),
+    ("[" * 100_000, "line 1: must not be nested deeper than 10 levels"),
+    ("\n" + "[" * 11 + "]" * 11, "line 2: must not be nested deeper than 10 levels"),
+    ("[" * 10 + "]" * 10, "must be a mapping with the keys parameters and fixed, got [[[[[[[...]]]]]]]"),
+]
+
+SHAPE_ERRORS = [
+    ("", "parameters: must name at least one field to search"),
+    ("[]", "must be a mapping with the keys parameters and fixed, got []"),
+    ("lr", "must be a mapping with the keys parameters and fixed, got 'lr'"),
+    ("lr: {low: 1, high: 2}", "lr: unknown key (known: parameters, fixed)"),
+    ("parameters:", "parameters: must name at least one field to search"),
+    ("parameters: {}", "parameters: must name at least one field to search"),
+    ("fixed: {lr: 1}", "parameters: must name at least one field to search"),
+    ("parameters: [lr]", "parameters: must be a mapping of fields, got ['lr']"),
+    (f"parameters: {{{LR}}}\nfixed: [1]", "fixed: must be a mapping of fields to values, got [1]"),
+    (f"parameters: {{{LR}}}\nfixed: {{lr: 0.1}}", "fixed.lr: must not be searched as well (parameters.lr)"),
+    ("parameters: {learning_rate: {low: 1, high: 2}}", f"parameters.learning_rate: unknown field (known: {KNOWN})"),
+    (
+        "parameters: {batchsize: {low: 1, high: 2}}",
+        f"parameters.batchsize: unknown field; did you mean batch_size? (known: {KNOWN})",
+    ),
+    (
+        f"parameters: {{{LR}}}\nfixed: {{optimiser: adam}}",
+        f"fixed.optimiser: unknown field; did you mean optimizer? (known: {KNOWN})",
+    ),
+    ('parameters: {"q\\nq": 1}', rf"parameters.'q\nq': unknown field (known: {KNOWN})"),
+    ("parameters: {model: {choices: [vit]}}", "parameters.model: is not part of a search space: set it with --model"),
+    (
+        "parameters: {dataset: {choices: [mnist]}}",
+        "parameters.dataset: is not part of a search space: set it with --dataset",
+    ),
+    (
+        "parameters: {max_epochs: {low: 1, high: 9}}",
+        "parameters.max_epochs: is not part of a search space: set it with --max-epochs",
+    ),
+    (f"parameters: {{{LR}}}\nfixed: {{seed: 1}}", "fixed.seed: is not part of a search space: set it with --seed"),
+    ("parameters: {lr: 0.1}", f"parameters.lr: {SHAPE}, got 0.1"),
+    ("parameters: {lr: [0.1, 0.2]}", f"parameters.lr: {SHAPE}, got [0.1, 0.2]"),
+    ("parameters: {lr: {}}", f"parameters.lr: {SHAPE}, got {{}}"),
+    ("parameters: {lr: {low: 0.1}}", f"parameters.lr: {SHAPE}, got {{'low': 0.1}}"),
+    ("parameters: {lr: {high: 0.1}}", f"parameters.lr: {SHAPE}, got {{'high': 0.1}}"),
+    (
+        "parameters: {lr: {low: 0.1, hihg: 2}}",
+        "parameters.lr.hihg: unknown key (known: low, high, log, power_of_two, choices, when)",
+    ),
+    (
+        "parameters: {lr: {low: 0.1, high: 1, choices: [1]}}",
+        "parameters.lr.low: must be left out beside choices, got 0.1",
+    ),
+    ("parameters: {lr: {high: 1, choices: [1]}}", "parameters.lr.high: must be left out beside choices, got 1"),
+    ("parameters: {lr: {choices: [1], log: true}}", "parameters.lr.log: must be left out beside choices, got True"),
+    (
+        "parameters: {optimizer: {choices: [adam], power_of_two: true}}",
+        "parameters.optimizer.power_of_two: must be left out beside choices, got True",
+    ),
+    (
+        "parameters: {optimizer: {low: adam, high: sgd, log: true}}",
+        "parameters.optimizer: must have choices instead of low and high, because optimizer is a text",
+    ),
+]
+
+VALUE_ERRORS = [
+    ("lr: {low: 1e-4, high: 0.1}", "lr.low: must be a number, got '1e-4' (a text in YAML; write 0.0001)"),
+    ("lr: {low: 1.0e-4, high: 1e-1}", "lr.high: must be a number, got '1e-1' (a text in YAML; write 0.1)"),
+    ("lr: {low: yes, high: 0.1}", "lr.low: must be a number, got True"),
+    ("lr: {low: null, high: 0.1}", "lr.low: must be a number, got None"),
+    ("lr: {low: [1], high: 0.1}", "lr.low: must be a number, got [1]"),
+    ("lr: {low: .nan, high: 0.1}", "lr.low: must be a finite number, got nan"),
+    ("lr: {low: 0.1, high: .inf}", "lr.high: must be a finite number, got inf"),
+    (f"lr: {{low: 0x{'f' * 5000}, high: 1}}", "lr.low: must be a finite number, got <int too long to show>"),
+    ("grad_clip: {low: null, high: 0.1}", "grad_clip.low: must be a number, got None"),
+    ("batch_size: {low: 64.0, high: 128}", "batch_size.low: must be a whole number, got 64.0"),
+    (
+        "batch_size: {low: '64', high: 128}",
+        "batch_size.low: must be a whole number, got '64' (a text in YAML; write 64)",
+    ),
+    ("batch_size: {low: 64, high: 2^63}", "batch_size.high: must fit in 64 bits, got 9223372036854775808"),
+    ("batch_size: {low: 2^-1, high: 2}", "batch_size.low: must be a whole number, got 0.5"),
+    ("lr: {low: 2**-3, high: 1}", "lr.low: must be a number, got '2**-3'"),
+    ("lr: {low: 2^-3, high: 2^1000}", "lr.high: must be a number, got '2^1000'"),
+    ("lr: {low: 2^-1000, high: 1}", "lr.low: must be a number, got '2^-1000'"),
+    ("lr: {low: 2^1.5, high: 4}", "lr.low: must be a number, got '2^1.5'"),
+    ("lr: {low: ' 2^1', high: 4}", "lr.low: must be a number, got ' 2^1'"),
+    ("lr: {low: 3^2, high: 10}", "lr.low: must be a number, got '3^2'"),
+    ("lr: {low: 0.1, high: 0.1}", "lr: low < high must hold, got low=0.1, high=0.1"),
+    ("lr: {low: 0.1, high: 0.01}", "lr: low < high must hold, got low=0.1, high=0.01"),
+    ("lr: {low: 0.1, high: 1, log: 1}", "lr.log: must be true or false, got 1"),
+    ("lr: {low: 0.1, high: 1, log: null}", "lr.log: must be true or false, got None"),
+    ("lr: {low: 0.1, high: 1, power_of_two: 'yes'}", "lr.power_of_two: must be true or false, got 'yes'"),
+    (
+        "weight_decay: {low: 0, high: 1, log: true}",
+        "weight_decay.low: must be greater than 0 where log is true, got 0.0",
+    ),
+    (
+        "batch_size: {low: 1, high: 4, log: true, power_of_two: true}",
+        "batch_size: log and power_of_two must not both be true (powers of two are a log scale)",
+    ),
+    ("batch_size: {low: 3, high: 4, power_of_two: true}", "batch_size.low: must be a power of two, got 3"),
+    ("batch_size: {low: 2, high: 6, power_of_two: true}", "batch_size.high: must be a power of two, got 6"),
+    (
+        f"batch_size: {{low: 2, high: {2**62 + 1}, power_of_two: true}}",
+        f"batch_size.high: must be a power of two, got {2**62 + 1}",
+    ),
+    ("weight_decay: {low: 0, high: 1, power_of_two: true}", "weight_decay.low: must be a power of two, got 0.0"),
+    ("lr: {choices: []}", "lr.choices: must be a list of at least one value, got []"),
+    ("lr: {choices: 0.1}", "lr.choices: must be a list of at least one value, got 0.1"),
+    ("lr: {choices: [1, 2, 1.0]}", "lr.choices[2]: must not repeat a choice, got 1.0 again"),
+    ("lr: {choices: [0.5, 2^-1]}", "lr.choices[1]: must not repeat a choice, got 0.5 again"),
+    ("lr: {choices: [0.1, big]}", "lr.choices[1]: must be a number, got 'big'"),
+    ("optimizer: {choices: [adam, 1]}", "optimizer.choices[1]: must be a text, got 1"),
+    (
+        "optimizer: {choices: [adam, lion]}",
+        "optimizer.choices[1]: must be one of adam, adamw, sgd, got 'lion'",
+    ),
+    (
+        "optimizer: {choices: [2^1]}",
+        "optimizer.choices[0]: must be one of adam, adamw, sgd, got '2^1'",
+    ),
+    ("lr: {low: 0, high: 1}", "lr.low: must be greater than 0, got 0.0"),
+    ("batch_size: {choices: [0, 1]}", "batch_size.choices[0]: must be at least 1, got 0"),
+    (
+        "backoff_factor: {low: 0.5, high: 1.5}",
+        "backoff_factor.high: must be between 0 and 1, both excluded, got 1.5",
+    ),
+    (
+        "init_scale: {low: 2^-127, high: 1, power_of_two: true}",
+        "init_scale.low: must be between 2^-126 and 2^127 (fp32's normal range), got 5.877471754111438e-39",
+    ),
+    (
+        "init_scale: {low: 1, high: 2^128, power_of_two: true}",
+        "init_scale.high: must be between 2^-126 and 2^127 (fp32's normal range), got 3.402823669209385e+38",
+    ),
+    ("init_scale: {choices: [null, 1]}", "init_scale.choices[0]: must be a number, got None"),
+]
+
+FIXED_ERRORS = [
+    ("precision: fp8", "fixed.precision: must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
+    ("precision: fp16, growth_factor: 1", "fixed.growth_factor: must be greater than 1, got 1.0"),
+    ("precision: fp16, init_scale: null", "fixed.init_scale: must be a number, got None"),
+    ("weight_decay: 1e-4", "fixed.weight_decay: must be a number, got '1e-4' (a text in YAML; write 0.0001)"),
+    ("batch_size: {low: 1, high: 2}", "fixed.batch_size: must be a whole number, got {'high': 2, 'low': 1}"),
+    ("init_scale: 2", "fixed.init_scale: has no effect unless precision is fp16, and here it is fp32"),
+]
+
+CONDITION_ERRORS = [
+    (
+        "lr: {low: 0.1, high: 1, when: fp16}",
+        "lr.when: must be a mapping of fields to the values they must have, got 'fp16'",
+    ),
+    ("lr: {choices: [1], when: {}}", "lr.when: must be a mapping of fields to the values they must have, got {}"),
+    ("lr: {choices: [1], when: null}", "lr.when: must be a mapping of fields to the values they must have, got None"),
+    (
+        "lr: {choices: [1], when: {precision: fp16}}",
+        "lr.when.precision: must be a field that is searched or fixed here (lr, curriculum)",
+    ),
+    (
+        "lr: {choices: [1], when: {model: vit}}",
+        "lr.when.model: must be a field that is searched or fixed here (lr, curriculum)",
+    ),
+    (
+        "lr: {choices: [1], when: {optimizer: []}}, optimizer: {choices: [adam]}",
+        "lr.when.optimizer: must be a value or a list of at least one value, got []",
+    ),
+    (
+        "lr: {choices: [1], when: {optimizer: lion}}, optimizer: {choices: [adam]}",
+        "lr.when.optimizer: must be one of adam, adamw, sgd, got 'lion'",
+    ),
+    (
+        "lr: {choices: [1], when: {optimizer: [adam, sgd]}}, optimizer: {choices: [adam, adamw]}",
+        "lr.when.optimizer: must be one of ('adam', 'adamw'), as optimizer is, got 'sgd'",
+    ),
+    (
+        "lr: {choices: [1], when: {batch_size: 3}}, batch_size: {low: 2^0, high: 2^7, power_of_two: true}",
+        "lr.when.batch_size: must be one of (1, 2, 4, 8, 16, 32, ...), as batch_size is, got 3",
+    ),
+    (
+        "lr: {choices: [1], when: {batch_size: 256}}, batch_size: {low: 2^0, high: 2^7, power_of_two: true}",
+        "lr.when.batch_size: must be one of (1, 2, 4, 8, 16, 32, ...), as batch_size is, got 256",
+    ),
+    (
+        "lr: {choices: [1], when: {curriculum: [none, linear]}}",
+        "lr.when.curriculum: must be 'none', its fixed value, got 'linear'",
+    ),
+    (
+        "lr: {choices: [1], when: {batch_size: 3}}, batch_size: {low: 1, high: 4}",
+        "lr.when.batch_size: must have choices or power_of_two to be a condition, but is a plain range",
+    ),
+    (
+        "lr: {choices: [1], when: {weight_decay: 0.1}}, weight_decay: {low: 0, high: 4}",
+        "lr.when.weight_decay: must have choices or power_of_two to be a condition, but is a plain range",
+    ),
+    ("lr: {choices: [1], when: {lr: 1}}", "lr.when: conditions must not form a circle, got lr -> lr"),
+    (
+        "lr: {choices: [1], when: {optimizer: adam}}, optimizer: {choices: [adam], when: {lr: 1}}",
+        "lr.when: conditions must not form a circle, got lr -> optimizer -> lr",
+    ),
+    (
+        "lr: {choices: [1], when: {optimizer: adam, batch_size: 1}},"
+        "batch_size: {choices: [1], when: {optimizer: [sgd, adamw]}}, optimizer: {choices: [sgd, adam, adamw]}",
+        "lr.when: can never hold: optimizer would have to be adam and sgd or adamw at once",
+    ),
+]
+
+SCALER_ERRORS = [
+    (
+        "parameters: {init_scale: {low: 1, high: 2}}",
+        "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32",
+    ),
+    (
+        "parameters: {init_scale: {low: 1, high: 2, when: {precision: bf16}}}\nfixed: {precision: bf16}",
+        "parameters.init_scale: has no effect unless precision is fp16, and here it is bf16",
+    ),
+    (
+        "parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp32, bf16]}}",
+        "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32 or bf16",
+    ),
+    (
+        "parameters: {precision: {choices: [fp32, bf16]}}\nfixed: {backoff_factor: 0.5}",
+        "fixed.backoff_factor: has no effect unless precision is fp16, and here it is fp32 or bf16",
+    ),
+    (
+        "parameters: {growth_interval: {low: 1, high: 2}, precision: {choices: [fp32, fp16]}}",
+        "parameters.growth_interval: needs `when: {precision: fp16}`, because precision can be fp32 or fp16",
+    ),
+    (
+        "parameters: {init_scale: {low: 1, high: 2, when: {precision: [fp16, bf16]}},"
+        "precision: {choices: [bf16, fp32, fp16]}}",
+        "parameters.init_scale: needs `when: {precision: fp16}`, because precision can be fp16 or bf16",
+    ),
+    (
+        "parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp16], when: {optimizer: sgd}},"
+        "optimizer: {choices: [sgd, adam]}}",
+        "parameters.init_scale: needs `when: {precision: fp16}`, because precision can be fp16 or fp32",
+    ),
+    (
+        "parameters: {lr: {choices: [1], when: {precision: bf16, init_scale: 2}}, precision: {choices: [bf16, fp16]}}"
+        "\nfixed: {init_scale: 2}",
+        "parameters.lr.when: can never hold: precision would have to be bf16 and fp16 at once",
+    ),
+]
+
+ERRORS = [
+    *YAML_ERRORS,
+    *SHAPE_ERRORS,
+    *((f"parameters: {{{entries}}}{FP16}", f"parameters.{message}") for entries, message in VALUE_ERRORS),
+    *((f"parameters: {{{LR}}}\nfixed: {{{entries}}}", message) for entries, message in FIXED_ERRORS),
+    *(
+        (f"parameters: {{{entries}}}\nfixed: {{curriculum: none}}", f"parameters.{message}")
+        for entries, message in CONDITION_ERRORS
+    ),
+    *SCALER_ERRORS,
+]
+
+
+@pytest.mark.parametrize(("text", "message"), ERRORS, ids=[message[:60] for _, message in ERRORS])
+def test_bad_space_is_refused_in_one_line_that_names_place_rule_and_value(
+    text: str, message: str, load: Load, file: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load(text)
+    assert str(caught.value) == f"{file}: {message}"
+
+
+# What is suggested
+
+
+def test_example_in_the_documentation_is_a_valid_space(load: Load) -> None:
+    assert space_module.__doc__ is not None
+    example = space_module.__doc__.split(".. code-block:: yaml\n")[1].split("\n``when``")[0]
+    space = load(textwrap.dedent(example))
+    assert [parameter.name for parameter in space.parameters] == ["lr", "batch_size", "precision", "init_scale"]
+    assert space.fixed == {"growth_interval": 500}
+
+
+def test_power_of_two_is_suggested_by_exponent_and_converted_exactly(load: Load) -> None:
+    space = load(f"parameters: {{init_scale: {{low: 2^-126, high: 2^127, power_of_two: true}}}}{FP16}")
+    for exponent in range(-126, 128):
+        value = space.suggest(optuna.trial.FixedTrial({"log2(init_scale)": exponent}))["init_scale"]
+        assert type(value) is float
+        assert value == math.ldexp(1.0, exponent)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 6, 53, 62])
+def test_power_of_two_of_a_whole_number_field_is_an_int(exponent: int, load: Load) -> None:
+    space = load("parameters: {batch_size: {low: 1, high: 2^62, power_of_two: true}}")
+    value = space.suggest(optuna.trial.FixedTrial({"log2(batch_size)": exponent}))["batch_size"]
+    assert type(value) is int
+    assert value == 1 << exponent
+
+
+def test_power_of_two_written_as_text_is_read_wherever_a_number_is_due(load: Load) -> None:
+    space = load(
+        "parameters: {batch_size: {choices: [2^6, 96, 2^7]}, lr: {low: 2^-20, high: 2^0, when: {batch_size: [2^7]}}}\n"
+        "fixed: {precision: fp16, init_scale: 2^16}"
+    )
+    batch_size, lr = space.parameters
+    assert batch_size.choices == (64, 96, 128)
+    assert (lr.low, lr.high) == (2.0**-20, 1.0)
+    assert lr.when == {"batch_size": (128,)}
+    assert space.fixed == {"precision": "fp16", "init_scale": 65536.0}
+    assert type(space.fixed["init_scale"]) is float
+
+
+def test_log_is_the_scale_that_values_are_drawn_on(load: Load) -> None:
+    ranges = "lr: {{low: 1.0e-6, high: 1, log: {log}}}, batch_size: {{low: 1, high: 1000000, log: {log}}}"
+    for log, share in (("true", 0.5), ("false", 0.001)):
+        suggestions = suggest_many(load(f"parameters: {{{ranges.format(log=log)}}}"), 200)
+        for name, middle in (("lr", 1e-3), ("batch_size", 1e3)):
+            below = sum(suggestion[name] < middle for suggestion in suggestions) / 200
+            assert below == pytest.approx(share, abs=0.15)
+
+
+def test_nested_conditions_hold_whatever_order_they_are_written_in(load: Load) -> None:
+    space = load(
+        "parameters:\n"
+        "  lr: {low: 0.1, high: 1, when: {weight_decay: 0.1, curriculum: [none, linear]}}\n"
+        "  weight_decay: {choices: [0.1, 0.2], when: {optimizer: [adamw, sgd]}}\n"
+        "  optimizer: {choices: [adam, adamw, sgd]}\n"
+        "  curriculum: {choices: [none, linear]}\n"
+    )
+    names = [parameter.name for parameter in space.parameters]
+    assert names.index("optimizer") < names.index("weight_decay") < names.index("lr")
+    assert names.index("curriculum") < names.index("lr")
+    seen = set()
+    for suggestion in suggest_many(space, 60):
+        assert ("weight_decay" in suggestion) == (suggestion["optimizer"] != "adam")
+        assert ("lr" in suggestion) == (suggestion.get("weight_decay") == 0.1)
+        seen.add((suggestion["optimizer"], suggestion.get("weight_decay")))
+    assert len(seen) == 5
+
+
+def test_every_condition_of_a_parameter_must_hold(load: Load) -> None:
+    space = load(
+        "parameters: {lr: {choices: [1], when: {optimizer: sgd, curriculum: none}}, optimizer: {choices: [adam, sgd]},"
+        "curriculum: {choices: [none, linear]}}"
+    )
+    for suggestion in suggest_many(space, 30):
+        assert ("lr" in suggestion) == (suggestion["optimizer"] == "sgd" and suggestion["curriculum"] == "none")
+
+
+def test_condition_on_a_fixed_field_is_settled_on_loading(load: Load) -> None:
+    space = load(f"parameters: {{init_scale: {{low: 1, high: 2, when: {{precision: fp16}}}}}}{FP16}")
+    assert not space.is_conditional
+    assert "init_scale" in suggest_many(space, 1)[0]
+
+
+def test_null_is_a_choice_where_the_field_allows_it(load: Load) -> None:
+    space = load("parameters: {grad_clip: {choices: [null, 1]}, lr: {choices: [1], when: {grad_clip: null}}}")
+    suggestions = suggest_many(space, 20)
+    assert {suggestion["grad_clip"] for suggestion in suggestions} == {None, 1.0}
+    assert all(("lr" in suggestion) == (suggestion["grad_clip"] is None) for suggestion in suggestions)
+
+
+def test_fixed_scaler_fields_reach_fp16_trials_only(load: Load) -> None:
+    space = load(
+        "parameters: {lr: {choices: [0.5], when: {growth_interval: 7}}, precision: {choices: [fp32, bf16, fp16]}}\n"
+        "fixed: {growth_interval: 7, weight_decay: 0.5}"
+    )
+    for suggestion in suggest_many(space, 30):
+        precision = suggestion["precision"]
+        only_fp16 = {"growth_interval": 7, "lr": 0.5} if precision == "fp16" else {}
+        assert suggestion == {"precision": precision, "weight_decay": 0.5, **only_fp16}
+
+
+def test_searched_scaler_needs_no_condition_where_every_trial_is_fp16(load: Load) -> None:
+    space = load("parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp16]}}")
+    assert all(1 <= suggestion["init_scale"] <= 2 for suggestion in suggest_many(space, 5))
+
+
+def test_scaler_field_may_depend_on_precision_through_another(load: Load) -> None:
+    space = load(
+        "parameters: {precision: {choices: [fp32, fp16]}, init_scale: {choices: [1, 2], when: {precision: fp16}},"
+        "growth_interval: {low: 1, high: 9, when: {init_scale: 2}}}"
+    )
+    for suggestion in suggest_many(space, 30):
+        assert ("growth_interval" in suggestion) == (suggestion.get("init_scale") == 2.0)
+        TrialConfig(**suggestion)
+
+
+def test_bounds_cover_ranges_choices_and_fixed_numbers(load: Load) -> None:
+    space = load(
+        "parameters: {lr: {low: 0.1, high: 1}, batch_size: {low: 2^3, high: 2^5, power_of_two: true},"
+        "grad_clip: {choices: [5, null, 0.5]}, optimizer: {choices: [adam, sgd]}}\n"
+        "fixed: {weight_decay: 1, curriculum: linear}"
+    )
+    bounds = {name: space.bounds(name) for name in FIELD_TYPES if space.bounds(name) is not None}
+    expected = {"lr": (0.1, 1.0), "batch_size": (8, 32), "grad_clip": (0.5, 5.0), "weight_decay": (1.0, 1.0)}
+    assert bounds == expected
+    assert space.bounds("no such field") is None
+
+
+def test_same_seed_gives_the_same_suggestions_and_another_seed_others() -> None:
+    space = load_space("stress")
+    assert suggest_many(space, 20, seed=7) == suggest_many(space, 20, seed=7)
+    assert suggest_many(space, 20, seed=7) != suggest_many(space, 20, seed=8)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_space_and_its_suggest_survive_the_standard_pickle(name: str) -> None:
+    space = load_space(name)
+    assert pickle.loads(pickle.dumps(space)) == space
+    suggest = pickle.loads(pickle.dumps(space.suggest))
+    trial, copy = (optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)).ask() for _ in range(2))
+    assert suggest(copy) == space.suggest(trial)
+
+
+def test_loading_a_space_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, tune_amp.space as s; s.load_space('quick'); print({'torch', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# Properties
+
+NUMBERS = st.floats(1e-9, 1e9)
+
+
+@st.composite
+def parameter_entries(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    """A valid entry for a field, without conditions."""
+    texts = {"precision": ("fp32", "bf16", "fp16"), "input_scaling": INPUT_SCALINGS, "curriculum": CURRICULA}
+    if name in texts:
+        return {"choices": draw(st.lists(st.sampled_from(texts[name]), min_size=1, unique=True))}
+    whole = FIELD_TYPES[name] is int or name == "growth_interval"
+    if draw(st.booleans()):
+        low, high = sorted(draw(st.lists(st.integers(0 if whole else -120, 62), min_size=2, max_size=2, unique=True)))
+        texts_or_numbers = draw(st.sampled_from([(f"2^{low}", f"2^{high}"), (2.0**low, 2.0**high)]))
+        if whole and not isinstance(texts_or_numbers[0], str):
+            texts_or_numbers = (2**low, 2**high)
+        return {"low": texts_or_numbers[0], "high": texts_or_numbers[1], "power_of_two": True}
+    numbers: st.SearchStrategy[Any] = st.integers(1, 2**63 - 1) if whole else NUMBERS
+    if draw(st.booleans()):
+        return {"choices": draw(st.lists(numbers, min_size=1, max_size=4, unique=True))}
+    low_number, high_number = sorted(draw(st.lists(numbers, min_size=2, max_size=2, unique=True)))
+    return {"low": low_number, "high": high_number, "log": draw(st.booleans())}
+
+
+def listed(entry: Mapping[str, Any]) -> list[Any]:
+    """The values that an entry can take, where they can be listed."""
+    if not entry.get("power_of_two"):
+        return list(entry.get("choices", []))
+    low, high = number(entry["low"]), number(entry["high"])
+    return [low * 2**step for step in range(round(math.log2(high / low)) + 1)]
+
+
+def number(value: Any) -> Any:
+    return 2 ** int(value[2:]) if isinstance(value, str) else value
+
+
+@st.composite
+def valid_documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Spaces whose conditions agree: all of those on one field ask for one value among others."""
+    names = ["precision", "lr", "batch_size", "weight_decay", "input_scaling", "curriculum"]
+    names = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    parameters = {name: draw(parameter_entries(name)) for name in names}
+    fixed = {"optimizer": "sgd", "grad_clip": 0.5}
+    if "precision" in names and "fp16" in parameters["precision"]["choices"]:
+        for name in draw(st.lists(st.sampled_from(["init_scale", "growth_interval"]), unique=True)):
+            parameters[name] = draw(parameter_entries(name)) | {"when": {"precision": "fp16"}}
+    wanted: dict[str, Any] = {"optimizer": "sgd", "grad_clip": "2^-1"}
+    for name, entry in parameters.items():
+        when = entry.get("when", {})
+        for parent in draw(st.lists(st.sampled_from(sorted(wanted)), max_size=3, unique=True)):
+            many = [wanted[parent]] if parent in fixed else draw(st.permutations([wanted[parent]]))
+            when.setdefault(parent, draw(st.sampled_from([wanted[parent], many])))
+        if when and name != "precision":  # a conditional precision would be fp32 elsewhere
+            entry["when"] = when
+        values = listed(entry)
+        if values:
+            wanted[name] = "fp16" if "fp16" in values else draw(st.sampled_from(values))
+    order = draw(st.permutations(list(parameters)))
+    return {"parameters": {name: parameters[name] for name in order}, "fixed": fixed}
+
+
+def is_active(name: str, document: Mapping[str, Any], suggestion: Mapping[str, Any]) -> bool:
+    """The oracle: follows the conditions as they are written."""
+    parameters = document["parameters"]
+    for parent, values in parameters[name].get("when", {}).items():
+        if parent in parameters and not is_active(parent, document, suggestion):
+            return False
+        choices = [
+            number(v) if parent == "grad_clip" else v for v in (values if isinstance(values, list) else [values])
+        ]
+        if suggestion[parent] not in choices:
+            return False
+    return True
+
+
+@settings(deadline=None, max_examples=120)
+@given(document=valid_documents(), seed=st.integers(0, 2**32 - 1))
+def test_any_valid_space_suggests_configurations_within_it(document: dict[str, Any], seed: int, load: Load) -> None:
+    space = load(yaml.safe_dump(document, sort_keys=False))
+    for suggestion in suggest_many(space, 4, seed):
+        config = TrialConfig(**suggestion)
+        active = {name for name in document["parameters"] if is_active(name, document, suggestion)}
+        assert set(suggestion) == active | {"optimizer", "grad_clip"}
+        assert (config.optimizer, config.grad_clip) == ("sgd", 0.5)
+        for name in active:
+            entry, value = document["parameters"][name], suggestion[name]
+            assert value == getattr(config, name)
+            assert type(value) is type(getattr(config, name))
+            if listed(entry):
+                assert value in listed(entry)
+            else:
+                assert entry["low"] <= value <= entry["high"]
+            if not isinstance(value, str):
+                low, high = space.bounds(name) or (math.nan, math.nan)
+                assert low <= value <= high
+
+
+SWITCHES = {
+    "optimizer": ("adam", "adamw", "sgd"),
+    "input_scaling": INPUT_SCALINGS,
+    "curriculum": CURRICULA,
+    "class_weighting": ("none", "balanced"),
+}
+
+
+@st.composite
+def conditional_documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Any conditions between four fields, circles and contradictions included."""
+    parameters: dict[str, Any] = {}
+    for name, choices in SWITCHES.items():
+        parents = draw(st.lists(st.sampled_from([parent for parent in SWITCHES if parent != name]), unique=True))
+        when = {
+            parent: draw(st.lists(st.sampled_from(SWITCHES[parent]), min_size=1, unique=True)) for parent in parents
+        }
+        parameters[name] = {"choices": list(choices)} | ({"when": when} if when else {})
+    return {"parameters": parameters}
+
+
+def has_circle(document: Mapping[str, Any]) -> bool:
+    reach = {name: set(entry.get("when", {})) for name, entry in document["parameters"].items()}
+    for middle, start in itertools.product(reach, reach):
+        if middle in reach[start]:
+            reach[start] |= reach[middle]
+    return any(name in found for name, found in reach.items())
+
+
+@settings(deadline=None, max_examples=300)
+@given(document=conditional_documents())
+def test_conditions_are_refused_exactly_where_some_parameter_can_never_be_active(
+    document: dict[str, Any], load: Load
+) -> None:
+    text = yaml.safe_dump(document)
+    if has_circle(document):
+        with pytest.raises(InputError, match="circle"):
+            load(text)
+        return
+    trials = [dict(zip(SWITCHES, values, strict=True)) for values in itertools.product(*SWITCHES.values())]
+    if all(any(is_active(name, document, trial) for trial in trials) for name in SWITCHES):
+        load(text)
+        return
+    with pytest.raises(InputError, match="can never hold"):
+        load(text)
+
+
+WORDS = ["parameters", "fixed", "low", "high", "log", "power_of_two", "choices", "when", "2^3", *SWITCHES, *FIELD_TYPES]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from([*WORDS, "adam", "fp16", "1e-4", "2^-5"])
+    | st.text(max_size=5)
+    | st.dates()
+    | st.binary(max_size=3)
+)
+STRUCTURES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=5), inner, max_size=4)
+        | st.dictionaries(SCALARS, inner, max_size=2)
+    ),
+    max_leaves=12,
+)
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "low": SCALARS,
+        "high": SCALARS,
+        "log": SCALARS,
+        "power_of_two": st.booleans() | SCALARS,
+        "choices": STRUCTURES | st.lists(SCALARS, max_size=3),
+        "when": STRUCTURES | st.dictionaries(st.sampled_from(list(FIELD_TYPES)), SCALARS, max_size=2),
+    },
+)
+DOCUMENTS = STRUCTURES | st.fixed_dictionaries(
+    {"parameters": st.dictionaries(st.sampled_from(list(FIELD_TYPES)), ENTRIES | STRUCTURES, max_size=3)},
+    optional={"fixed": st.dictionaries(st.sampled_from(list(FIELD_TYPES)), SCALARS, max_size=3)},
+)
+
+
+def check_loads_or_refuses(content: bytes, file: Path) -> None:
+    file.write_bytes(content)
+    try:
+        space = load_space(str(file))
+    except InputError as error:
+        message = str(error)
+        assert message.startswith(f"{file}: ")
+        assert len(message.splitlines()) == 1
+    else:
+        for suggestion in suggest_many(space, 2):
+            TrialConfig(**suggestion)
+
+
+@settings(deadline=None, max_examples=200)
+@given(document=DOCUMENTS)
+def test_any_structure_is_either_a_space_or_refused_in_one_line(document: Any, file: Path) -> None:
+    check_loads_or_refuses(yaml.dump(document, allow_unicode=True).encode("utf-8", "surrogatepass"), file)
+
+
+YAML_PIECES = st.sampled_from(
+    [
+        *"{}[]:,-?|>!&*%@`#\"'\\ \n\t\0",
+        *(": ", "\n  ", "---", "...", "<<", "=", "!!int", "&a", "*a", "0x_", "0b_", "1:99", "2001-99-99", "._"),
+        *("%YAML 1.1\n", "%TAG ! x\n", "\\x", "\\U", "é", "\u2028", "\ufeff"),
+        *WORDS,
+    ]
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(content=st.binary(max_size=40) | st.lists(YAML_PIECES, max_size=25).map(lambda parts: "".join(parts).encode()))
+def test_any_bytes_are_either_a_space_or_refused_in_one_line(content: bytes, file: Path) -> None:
+    check_loads_or_refuses(content, file)

@@ -1,0 +1,121 @@
+"""The built-in models, and loading a user's own as ``package.module:function``.
+
+A model is made by a function of ``(input_shape, num_classes)`` and maps float32 images ``[batch, *input_shape]`` to
+logits ``[batch, num_classes]``.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tune_amp.config import InputError
+from tune_amp.data import load_function
+
+InputShape = tuple[int, int, int]
+ModelFunction = Callable[[InputShape, int], nn.Module]
+
+
+def simple_net(input_shape: InputShape, num_classes: int) -> nn.Module:
+    """The tutorial's ``SimpleNet``: one hidden layer of 256 units, 784-256-10 on MNIST."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 256), nn.ReLU(), nn.Linear(256, num_classes))
+
+
+def conv_net(input_shape: InputShape, num_classes: int) -> nn.Module:
+    """Two convolutions of 32 and 64 channels, each halving the image, then one hidden layer of 128 units."""
+    channels, height, width = input_shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
+    )
+
+
+class VisionTransformer(nn.Module):
+    """A small vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), mean-pooled, without dropout by default.
+
+    Four by four patches, so that a 28x28 image gives 16 tokens of 7x7 pixels.
+
+    Raises:
+        InputError: the image's sides are not multiples of four.
+    """
+
+    def __init__(
+        self,
+        input_shape: InputShape,
+        num_classes: int,
+        *,
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        channels, rows, columns = input_shape
+        if rows % 4 or columns % 4:
+            raise InputError(f"model: vit needs image sides that are multiples of 4, got {rows}x{columns}")
+        patch = (rows // 4, columns // 4)
+        self.embed = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        # A nested tensor is only for padded text, and asking for one with norm_first warns.
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, num_classes]`` of float images ``[batch, channels, rows, columns]``."""
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.encoder(tokens + self.position).mean(dim=1))
+        return logits
+
+
+BUILT_IN: dict[str, ModelFunction] = {"simple_net": simple_net, "conv_net": conv_net, "vit": VisionTransformer}
+
+
+def build_model(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
+    """The model ``name``, float32 on the CPU, with weights drawn from torch's global generator.
+
+    Raises:
+        InputError: the name is a user's function that cannot be imported, or that returns no ``nn.Module``.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name](input_shape, num_classes)
+    model = load_function(name)(input_shape, num_classes)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: {name} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def check_model(name: str, input_shape: InputShape, num_classes: int) -> None:
+    """Build ``name`` and show it two blank images, so that a wrong model is refused before a search starts.
+
+    Raises:
+        InputError: it cannot be built or run, or its output is not ``[2, num_classes]`` floats.
+    """
+    generator_state = torch.get_rng_state()
+    try:
+        model = build_model(name, input_shape, num_classes)
+        with torch.inference_mode():
+            logits = model.eval()(torch.zeros(2, *input_shape))
+    except InputError:
+        raise
+    except Exception as error:  # a user's model may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"model: {name} must accept images of shape [batch, {', '.join(map(str, input_shape))}], got {reason}"
+        ) from error
+    finally:
+        torch.set_rng_state(generator_state)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes) or not logits.is_floating_point():
+        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"model: {name} must return float logits of shape [2, {num_classes}] for 2 images, got {got}")

@@ -1,0 +1,240 @@
+"""Shows a search in the terminal: a live table, plain lines where there is no terminal, JSON lines, or nothing."""
+
+import collections
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tune_amp.config import TrialStatus
+from tune_amp.recorder import SearchProgress
+from tune_amp.results import Provenance, TrialRecord, choose_best, count_ties
+
+STATUS_STYLES = {
+    TrialStatus.COMPLETED: "green",
+    TrialStatus.STOPPED: "yellow",
+    TrialStatus.DIVERGED: "red",
+    TrialStatus.OUT_OF_MEMORY: "red",
+    TrialStatus.FAILED: "bold red",
+    TrialStatus.INTERRUPTED: "magenta",
+}
+
+
+class LiveTable:
+    """A table of the running trials that redraws itself, with the best so far, counts by status and the time left.
+
+    Use it as a context manager around the search.
+    """
+
+    def __init__(self, console: Console) -> None:
+        # A function, not a table: the clock moves on between reports.
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._progress: SearchProgress | None = None
+
+    def __enter__(self) -> "LiveTable":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        """Show this from the next redraw on."""
+        self._progress = progress
+
+    def _render(self) -> RenderableType:
+        if self._progress is None:
+            return Text("starting workers ...", style="dim")
+        return render_progress(self._progress)
+
+
+class PlainLines:
+    """A line for every trial that ends: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        """Print the trial that ended."""
+        if ended is not None:
+            number = progress.count_ended()
+            line = f"[{number}/{progress.num_samples}] {describe_trial(ended)}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class JsonLines:
+    """A JSON object a line for every trial that ends: for programs."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        """Write the trial that ended."""
+        if ended is not None:
+            self.write("trial", describe_as_json(ended))
+
+    def write(self, event: str, fields: dict[str, Any]) -> None:
+        """Write one event. Numbers that JSON does not know (NaN, infinity) become null."""
+        self._stream.write(json.dumps({"event": event, **_finite(fields)}, allow_nan=False) + "\n")
+        self._stream.flush()
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        """Stay silent."""
+
+
+def render_progress(progress: SearchProgress) -> RenderableType:
+    """The live view: a headline, the running trials, the best so far and the counts."""
+    headline = Text.assemble(
+        (progress.run, "bold"),
+        f"  {progress.model} on {progress.dataset}  ",
+        (describe_time(progress), "cyan"),
+    )
+    best = choose_best(progress.trials, progress.objective, 1)
+    best_line = Text("best so far  ") + (Text(describe_trial(best[0]), "green") if best else Text("none yet", "dim"))
+    return Group(headline, _render_running(progress), best_line, render_counts(progress))
+
+
+def render_counts(progress: SearchProgress) -> Text:
+    """Ended trials by status, of how many."""
+    ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
+    return Text(f"{len(ended)} of {progress.num_samples} trials ended") + _list_counts(ended)
+
+
+def describe_counts(trials: Sequence[TrialRecord]) -> Text:
+    """Trials by status: ``16 trials: 5 completed, 10 stopped, 1 diverged``."""
+    return Text(f"{len(trials)} trials") + _list_counts(trials)
+
+
+def _list_counts(trials: Sequence[TrialRecord]) -> Text:
+    counts = collections.Counter(trial.status for trial in trials)
+    text = Text()
+    for status in TrialStatus:
+        if counts[status]:
+            text.append(", " if text else ": ").append(f"{counts[status]} {status}", STATUS_STYLES[status])
+    return text
+
+
+def render_ranking(ranked: Sequence[TrialRecord]) -> Table:
+    """The ranked table at the end of a search: settings, then validation metrics. Narrow enough for 80 columns."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    settings = ("rank", "lr", "batch", "precision", "scale", "interval")
+    for name in (*settings, "epoch", "accuracy", "loss", "skipped", "time", "status"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank, trial in enumerate(ranked, start=1):
+        table.add_row(str(rank), *_settings_cells(trial), *_outcome_cells(trial), style="green" if rank == 1 else None)
+    return table
+
+
+def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
+    """What the ranking can and cannot tell."""
+    ties = count_ties(ranked, provenance.validation_images)
+    images = f"{provenance.validation_images:,} validation images"
+    if len(ranked) == 1:
+        return f"One seed on {images}: other seeds will differ by some tenths of a point."
+    if ties == 1:
+        return f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may still reorder them."
+    return f"Ranks 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
+
+
+def describe_trial(trial: TrialRecord) -> str:
+    """One line: name, status, where it stands, and why it ended where that needs a word."""
+    parts = [trial.trial_name, str(trial.status)]
+    if trial.last is not None:
+        parts.append(f"epoch {trial.last.epoch}")
+        parts.append(f"val_accuracy {_number(trial.last.val_accuracy, '.4f')}")
+        if trial.last.skipped_steps:
+            parts.append(f"{trial.last.skipped_steps} of {trial.last.steps} steps skipped")
+    if trial.error:
+        parts.append(trial.error)
+    return "  ".join(parts)
+
+
+def describe_time(progress: SearchProgress) -> str:
+    """Time spent and, from the second trial on, an estimate of what is left."""
+    spent = time.monotonic() - progress.started
+    ended = progress.count_ended()
+    left = progress.num_samples - ended
+    text = f"{_clock(spent)} spent"
+    if ended > 1:
+        estimate = spent / ended * left
+        if progress.time_budget is not None:
+            estimate = min(estimate, max(0.0, progress.time_budget - spent))
+        text += f", about {_clock(estimate)} left"
+    return text
+
+
+def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
+    """A trial as JSON shows it: identity, settings and last metrics."""
+    config = {name: value for name, value in vars(trial.config).items() if value is not None}
+    last = {} if trial.last is None else {k: v for k, v in vars(trial.last).items() if not isinstance(v, tuple)}
+    identity = {"trial_id": trial.trial_id, "trial_name": trial.trial_name, "status": str(trial.status)}
+    return {**identity, "error": trial.error, "config": config, "metrics": last}
+
+
+def _render_running(progress: SearchProgress) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("running", "epoch", "val_accuracy", "train_loss", "loss_scale", "skipped"):
+        table.add_column(name, justify="left" if name == "running" else "right")
+    for trial in progress.trials:
+        if trial.trial_id in progress.running:
+            table.add_row(trial.trial_name, *_running_cells(trial))
+    return table
+
+
+def _running_cells(trial: TrialRecord) -> tuple[str, ...]:
+    last = trial.last
+    if last is None:
+        return (f"0/{trial.config.max_epochs}", "", "", "", "")
+    return (
+        f"{last.epoch}/{trial.config.max_epochs}",
+        _number(last.val_accuracy, ".4f"),
+        _number(last.train_loss, ".4f"),
+        format_scale(last.loss_scale),
+        str(last.skipped_steps),
+    )
+
+
+def _settings_cells(trial: TrialRecord) -> tuple[str, ...]:
+    config = trial.config
+    interval = "" if config.growth_interval is None else str(config.growth_interval)
+    return (f"{config.lr:.3g}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
+
+
+def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:
+    last = trial.last
+    assert last is not None  # a trial is ranked by its last report
+    metrics = (_number(last.val_accuracy, ".4f"), _number(last.val_loss, ".4f"), str(last.skipped_steps))
+    return (f"{last.epoch}/{trial.config.max_epochs}", *metrics, _clock(trial.wall_seconds), str(trial.status))
+
+
+def format_scale(scale: float | None) -> str:
+    """A loss scale as people say it: ``2^16`` where it is a power of two."""
+    if scale is None:
+        return ""
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

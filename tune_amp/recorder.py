@@ -1,0 +1,142 @@
+"""Keeps every report of every trial, writes them as trials end, and tells whoever watches."""
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray import tune
+
+from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.results import Provenance, TrialRecord, write_trials
+from tune_amp.searcher import find_status
+from tune_amp.trainable import metrics_of, one_line
+
+# Files are rewritten as trials end, so that a killed search loses next to nothing, but not for every one of thousands.
+WRITE_EVERY_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchProgress:
+    """A search as it stands, for whoever shows it."""
+
+    run: str
+    model: str
+    dataset: str
+    objective: str
+    num_samples: int
+    """Trials that the search will make."""
+    time_budget: float | None
+    """Seconds after which they are interrupted, or None."""
+    started: float
+    """``time.monotonic()`` when the search began."""
+    trials: Sequence[TrialRecord] = ()
+    """Every trial so far. One still running bears the status it would end with if all stopped now: interrupted."""
+    running: frozenset[str] = frozenset()
+    """Trial ids of the running ones."""
+
+    def count_ended(self) -> int:
+        """Trials that are over."""
+        return sum(trial.trial_id not in self.running for trial in self.trials)
+
+
+class Observer(Protocol):
+    """Shows a search to its user."""
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        """A trial started, reported, or (``ended``) came to its end."""
+
+
+class TrialRecorder(tune.Callback):
+    """Keeps every report of every trial, writes them to the run folder as trials end, and tells an observer.
+
+    Args:
+        folder: the run folder.
+        provenance: goes into each file.
+        progress: the search before its first trial.
+        observer: is told of everything that happens.
+    """
+
+    def __init__(self, folder: Path, provenance: Provenance, progress: SearchProgress, observer: Observer) -> None:
+        self._folder = folder
+        self._provenance = provenance
+        self._progress = progress
+        self._observer: Observer | None = observer
+        self._trials: dict[str, TrialRecord] = {}
+        self._running: set[str] = set()
+        self._written = time.monotonic()
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """All trials in the order of their submission."""
+        return list(self._trials.values())
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial got its worker, perhaps not for the first time."""
+        self._running.add(trial.trial_id)
+        if trial.trial_id not in self._trials:
+            self._trials[trial.trial_id] = TrialRecord(
+                trial_id=trial.trial_id,
+                trial_name=str(trial),
+                status=TrialStatus.INTERRUPTED,
+                config=TrialConfig(**trial.config),
+                epochs=(),
+                started=datetime.datetime.now(datetime.UTC),
+                wall_seconds=0.0,
+                device="",
+                num_threads=0,
+            )
+        self._tell()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial reported an epoch, or its end by an exception."""
+        record = self._trials[trial.trial_id]
+        metrics = metrics_of(result)
+        epochs = record.epochs
+        if metrics is not None:
+            # A trial that was tried again reports epochs anew: the later report stands.
+            epochs = (*(earlier for earlier in epochs if earlier.epoch < metrics.epoch), metrics)
+        self._trials[trial.trial_id] = dataclasses.replace(
+            record,
+            epochs=epochs,
+            error=result["error"],
+            started=datetime.datetime.fromtimestamp(result["started"], datetime.UTC),
+            wall_seconds=result["wall_seconds"],
+            device=result["device"],
+            num_threads=result["num_threads"],
+        )
+        self._tell()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended by its own report, or by the scheduler."""
+        self._end(trial.trial_id, status=find_status(trial.last_result, error=False))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's worker died more often than it is tried again."""
+        error = trial.get_pickled_error() or trial.get_error()
+        self._end(trial.trial_id, status=TrialStatus.FAILED, error=one_line(f"{type(error).__name__}: {error}"))
+
+    def write(self) -> None:
+        """Write what is known to ``trials.parquet`` and ``epochs.parquet``."""
+        write_trials(self._folder, self.trials, self._provenance)
+        self._written = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks; a live display cannot be."""
+        return {**self.__dict__, "_observer": None}
+
+    def _end(self, trial_id: str, **changes: Any) -> None:
+        self._running.discard(trial_id)
+        self._trials[trial_id] = dataclasses.replace(self._trials[trial_id], **changes)
+        if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
+            self.write()
+        self._tell(self._trials[trial_id])
+
+    def _tell(self, ended: TrialRecord | None = None) -> None:
+        if self._observer is not None:
+            now = dataclasses.replace(self._progress, trials=self.trials, running=frozenset(self._running))
+            self._observer.on_progress(now, ended)

@@ -1,0 +1,83 @@
+"""How much CPU and GPU a trial gets, and why."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from tune_amp.config import InputError
+
+# Small models launch more than they compute: several fill a GPU that one leaves idle. A rule until it is measured.
+TRIALS_PER_GPU = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    """What one trial is given, and how many run side by side."""
+
+    cpus: int
+    gpus: float
+    """A fraction shares a GPU with other trials; 0 trains on the CPU."""
+    max_concurrent: int
+    reason: str
+    """One line for the user."""
+
+
+def allocate_resources(
+    available: Mapping[str, float],
+    *,
+    gpus_per_trial: float | None = None,
+    cpus_per_trial: int | None = None,
+    max_concurrent: int | None = None,
+) -> TrialResources:
+    """Divide what Ray offers among trials.
+
+    Args:
+        available: Ray's cluster resources, by name.
+        gpus_per_trial: a share up to 1, or a whole number; None chooses.
+        cpus_per_trial: None chooses 1.
+        max_concurrent: an upper limit on trials at a time; None for as many as fit.
+
+    Raises:
+        InputError: a request can never be met, so that trials would wait for ever.
+    """
+    cpus, gpus = int(available.get("CPU", 0)), available.get("GPU", 0.0)
+    cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
+    _check("--cpus-per-trial", cpus_each, 1 <= cpus_each <= cpus, f"must be between 1 and the {cpus} CPUs that Ray has")
+    gpus_each = _choose_gpu_share(cpus // cpus_each, gpus) if gpus_per_trial is None else gpus_per_trial
+    in_range = math.isfinite(gpus_each) and 0 <= gpus_each <= gpus
+    _check("--gpus-per-trial", gpus_each, in_range, f"must be between 0 and the {gpus:g} GPUs that Ray has")
+    _check("--gpus-per-trial", gpus_each, gpus_each <= 1 or gpus_each == int(gpus_each), "must be whole above 1")
+    if max_concurrent is not None:
+        _check("--max-concurrent", max_concurrent, max_concurrent >= 1, "must be at least 1")
+    slots = count_slots(cpus, gpus, cpus_each, gpus_each)
+    at_a_time = min(slots, max_concurrent or slots)
+    share = f"{gpus_each:g} GPU and {cpus_each} CPU" if gpus_each else f"{cpus_each} CPU"
+    return TrialResources(
+        cpus=cpus_each,
+        gpus=gpus_each,
+        max_concurrent=at_a_time,
+        reason=f"{at_a_time} trials at a time, {share} each, of {gpus:g} GPUs and {cpus} CPUs",
+    )
+
+
+def count_slots(cpus: int, gpus: float, cpus_each: int, gpus_each: float) -> int:
+    """Trials that fit side by side. A share of a GPU never spans two: Ray places it on one."""
+    by_cpu = cpus // cpus_each
+    if gpus_each == 0:
+        return by_cpu
+    by_gpu = int(gpus) * int(1 / gpus_each + 1e-9) if gpus_each < 1 else int(gpus // gpus_each)
+    return max(1, min(by_cpu, by_gpu))
+
+
+def _choose_gpu_share(cpu_slots: int, gpus: float) -> float:
+    """Up to ``TRIALS_PER_GPU`` trials on each GPU, fewer where the CPUs cannot feed them."""
+    if gpus < 1:
+        return gpus
+    trials_per_gpu = max(1, min(TRIALS_PER_GPU, int(cpu_slots // gpus)))
+    # Ray keeps four decimals: rounded down, three thirds still fit.
+    return math.floor(10_000 / trials_per_gpu) / 10_000
+
+
+def _check(flag: str, value: float, holds: bool, rule: str) -> None:
+    if not holds:
+        raise InputError(f"{flag}: {rule}, got {value:g}")

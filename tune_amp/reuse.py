@@ -1,0 +1,127 @@
+"""Trains a chosen configuration again: for use, on the whole training set; or as a replay of its trial, bit for bit."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_model
+
+from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.data import Dataset, Split, place_split
+from tune_amp.training import TrainingData, TrainingRun, find_divergence
+
+WEIGHTS_FILE = "model.safetensors"
+METRICS_FILE = "metrics.json"
+
+# What a clock or an allocator measured: all other fields of a replay must be equal to the last bit.
+MEASURED_FIELDS = ("train_seconds", "val_seconds", "data_seconds", "samples_per_second", "peak_memory_bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinalResult:
+    """A configuration trained on the whole training set and tested once."""
+
+    config: TrialConfig
+    epochs: Sequence[EpochMetrics]
+    """Without validation metrics: the validation images were trained on."""
+    test_loss: float
+    test_accuracy: float
+    """Share of the test images classified correctly, in strict fp32."""
+    train_images: int
+    test_images: int
+    device: str
+
+
+class FinalTraining:
+    """Trains ``config`` on training and validation images together, then reads the test set once.
+
+    Args:
+        config: from ``results.load_best``.
+        dataset: the data set that ``config`` was chosen on.
+        device: where to train.
+    """
+
+    def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
+        whole = join_splits(dataset.train, dataset.validation)
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self._train_images = len(whole)
+        self._run = TrainingRun(config, TrainingData(whole, None, dataset.num_classes, device))
+        self._epochs: list[EpochMetrics] = []
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train, epoch by epoch."""
+        for metrics in self._run.epochs():
+            self._epochs.append(metrics)
+            yield metrics
+
+    @property
+    def divergence(self) -> str | None:
+        """Why the training ended early, or None."""
+        return find_divergence(self._epochs[-1]) if self._epochs else None
+
+    def test(self) -> FinalResult:
+        """Evaluate the test set, once, after the last epoch."""
+        assert len(self._epochs) == self._config.max_epochs  # epochs() ended, and not by divergence
+        loss, accuracy = self._run.evaluate(place_split(self._dataset.test, self._device))
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        return FinalResult(
+            config=self._config,
+            epochs=self._epochs,
+            test_loss=loss,
+            test_accuracy=accuracy,
+            train_images=self._train_images,
+            test_images=len(self._dataset.test),
+            device=name,
+        )
+
+    def save(self, folder: Path, result: FinalResult, source: dict[str, Any]) -> None:
+        """Write the fp32 weights (safetensors) and a JSON file of metrics, configuration and ``source``."""
+        save_model(self._run.model, str(folder / WEIGHTS_FILE))
+        written = {**source, **dataclasses.asdict(result)}
+        (folder / METRICS_FILE).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
+    """Train as the trial did: the same split, seed and order of data, validation after every epoch."""
+    return TrainingRun(config, TrainingData(dataset.train, dataset.validation, dataset.num_classes, device)).epochs()
+
+
+def find_differences(recorded: EpochMetrics, again: EpochMetrics) -> list[str]:
+    """The fields in which a replayed epoch differs from the recorded one, clocks and memory left out."""
+    names = [field.name for field in dataclasses.fields(EpochMetrics) if field.name not in MEASURED_FIELDS]
+    return [name for name in names if not _equal(getattr(recorded, name), getattr(again, name))]
+
+
+def join_splits(first: Split, second: Split) -> Split:
+    """Both splits as one."""
+    return Split(
+        images=np.concatenate([first.images, second.images]), labels=np.concatenate([first.labels, second.labels])
+    )
+
+
+def create_output_folder(folder: Path) -> Path:
+    """Make ``folder`` for a training's files.
+
+    Raises:
+        InputError: it cannot be made, or already holds weights.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).touch(exist_ok=False)
+    except FileExistsError:
+        raise InputError(f"--output: {folder} already exists; choose another folder") from None
+    except OSError as error:
+        raise InputError(f"--output: {folder} cannot be written ({error.strerror})") from error
+    return folder
+
+
+def _equal(first: Any, second: Any) -> bool:
+    both_nan = isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second)
+    return both_nan or first == second

@@ -1,0 +1,216 @@
+"""Puts the parts together: one call searches a space on a data set and leaves a run folder behind."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.data import Dataset
+from tune_amp.monitoring import format_scale
+from tune_amp.options import SearchOptions, check_fit
+from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
+from tune_amp.resources import TrialResources, allocate_resources
+from tune_amp.results import Provenance, TrialRecord, choose_best, write_best
+from tune_amp.searcher import AmpSearch
+from tune_amp.space import SearchSpace
+from tune_amp.stopping import DivergenceAwareASHA
+from tune_amp.trainable import AmpTrainable, WorkerSetup
+
+SPACE_FILE = "space.yaml"
+RAY_FOLDER = "ray"
+
+# A worker that dies (killed, a segmentation fault, a lost node) is no fault of the settings: the trial is tried again.
+WORKER_RETRIES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search left behind."""
+
+    folder: Path
+    """The run folder: ``trials.parquet``, ``epochs.parquet``, ``space.yaml``, ``best.parquet`` if any trial counts."""
+    trials: Sequence[TrialRecord]
+    ranked: Sequence[TrialRecord]
+    """The best first, at most ``top_k``; empty where no trial produced a result."""
+    provenance: Provenance
+    interrupted: bool
+    """Whether a signal ended the search before its trials did."""
+
+    @property
+    def best_path(self) -> Path:
+        """``best.parquet``; it exists where ``ranked`` is not empty."""
+        return self.folder / "best.parquet"
+
+
+def run_search(
+    space: SearchSpace,
+    dataset: Dataset,
+    options: SearchOptions,
+    *,
+    folder: Path,
+    observer: Observer,
+    command: Sequence[str] = (),
+    storage_path: str | None = None,
+) -> SearchResult:
+    """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
+
+    Call it inside ``session.ray_session``. Trials see the training and validation split only.
+
+    Args:
+        space: what is searched.
+        dataset: its test split stays here, unread.
+        options: how much is searched, and with what.
+        folder: an empty folder from ``options.run_folder``.
+        observer: is told of everything that happens.
+        command: the command line, for the record.
+        storage_path: where Ray keeps checkpoints, a path or URL that all nodes can write; None for the run folder.
+
+    Raises:
+        InputError: space, data, model and options do not fit together; nothing has been trained.
+    """
+    check_fit(space, dataset, options)
+    resources = allocate_resources(
+        ray.cluster_resources(),
+        gpus_per_trial=options.gpus_per_trial,
+        cpus_per_trial=options.cpus_per_trial,
+        max_concurrent=options.max_concurrent,
+    )
+    (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
+    provenance = describe_run(space, dataset, options, folder.name, command, resources)
+    progress = SearchProgress(
+        run=folder.name,
+        model=options.model,
+        dataset=dataset.name,
+        objective=options.objective,
+        num_samples=options.num_samples,
+        time_budget=options.time_budget,
+        started=time.monotonic(),
+    )
+    recorder = TrialRecorder(folder, provenance, progress, observer)
+    shared = {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
+    searcher = AmpSearch(
+        space, shared, objective=options.objective, seed=options.seed, folder=folder, study_name=folder.name
+    )
+    tuner = tune.Tuner(
+        bind_trainable(dataset, resources),
+        tune_config=tune.TuneConfig(
+            num_samples=options.num_samples,
+            search_alg=searcher,
+            scheduler=DivergenceAwareASHA(
+                objective=options.objective,
+                max_epochs=options.max_epochs,
+                grace_period=options.grace_period,
+                reduction_factor=options.reduction_factor,
+            ),
+            max_concurrent_trials=resources.max_concurrent,
+            time_budget_s=options.time_budget,
+            reuse_actors=True,
+            trial_name_creator=name_trial,
+            trial_dirname_creator=name_trial,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name if storage_path else RAY_FOLDER,
+            storage_path=storage_path or str(folder.resolve()),
+            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+    with _written_at_the_end(searcher, recorder):
+        tuner.fit()
+    remove_checkpoints(folder / RAY_FOLDER)
+    ranked = choose_best(recorder.trials, options.objective, options.top_k)
+    if ranked:
+        write_best(folder, ranked, provenance)
+    return SearchResult(
+        folder=folder,
+        trials=recorder.trials,
+        ranked=ranked,
+        provenance=provenance,
+        interrupted=was_interrupted(recorder.trials, options, time.monotonic() - progress.started),
+    )
+
+
+def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrainable]:
+    """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
+    worker_setup = WorkerSetup(
+        train=dataset.train,
+        validation=dataset.validation,
+        num_classes=dataset.num_classes,
+        num_threads=resources.cpus,
+    )
+    share = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
+    with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
+    trainable: type[AmpTrainable] = tune.with_resources(with_data, tune.PlacementGroupFactory([share]))
+    # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
+    trainable.__qualname__ = AmpTrainable.__qualname__
+    return trainable
+
+
+def name_trial(trial: Any) -> str:
+    """A name people can read: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
+    config = TrialConfig(**trial.config)
+    number = int(trial.experiment_tag.split("_")[0])
+    name = f"{number:02d}-{config.precision}-lr{config.lr:.2g}-b{config.batch_size}"
+    return f"{name}-scale{format_scale(config.init_scale)}" if config.init_scale is not None else name
+
+
+def describe_run(
+    space: SearchSpace,
+    dataset: Dataset,
+    options: SearchOptions,
+    run: str,
+    command: Sequence[str],
+    resources: TrialResources,
+) -> Provenance:
+    """Where this run's files come from."""
+    packages = ("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return Provenance(
+        run=run,
+        command=tuple(command),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        space_source=space.source,
+        space_text=space.text,
+        dataset=dataset.name,
+        data_hash=dataset.content_hash,
+        train_images=len(dataset.train),
+        validation_images=len(dataset.validation),
+        objective=options.objective,
+        seed=options.seed,
+        device="cuda" if resources.gpus else "cpu",
+        versions=versions | {"python": platform.python_version()},
+    )
+
+
+def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, seconds: float) -> bool:
+    """Whether the search ended before its trials did, other than by its time budget."""
+    unfinished = len(trials) < options.num_samples or any(t.status is TrialStatus.INTERRUPTED for t in trials)
+    return unfinished and (options.time_budget is None or seconds < options.time_budget)
+
+
+def remove_checkpoints(ray_folder: Path) -> None:
+    """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
+    for checkpoint in ray_folder.glob("*/checkpoint_*"):
+        shutil.rmtree(checkpoint)
+
+
+@contextlib.contextmanager
+def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterator[None]:
+    """Whatever ends the search, no trial stays running in the study and every report is on disk."""
+    try:
+        yield
+    finally:
+        searcher.close()
+        recorder.write()

@@ -1,0 +1,471 @@
+"""Search spaces: a YAML file says what is searched, and each trial's settings are suggested from it.
+
+.. code-block:: yaml
+
+    parameters:                        # what is searched: fields of TrialConfig
+      lr: {low: 1.0e-4, high: 3.0e-2, log: true}
+      batch_size: {low: 64, high: 1024, power_of_two: true}
+      precision: {choices: [fp32, bf16, fp16]}
+      init_scale: {low: 1, high: 2^24, power_of_two: true, when: {precision: fp16}}
+    fixed:                             # what every trial shares
+      growth_interval: 500             # a scaler field: reaches fp16 trials only
+
+``when`` makes a parameter active only in trials whose named fields all have (one of) the given values; elsewhere it is
+left out and TrialConfig's default applies. A number may be written as the text ``2^N``.
+Powers of two are suggested by their exponent, under the name ``log2(init_scale)``.
+"""
+
+import dataclasses
+import difflib
+import graphlib
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+
+from tune_amp.config import FIELD_TYPES, SCALER_DEFAULTS, InputError, TrialConfig, checked_type, shown
+
+MAX_BYTES = 2**20
+# A space needs 6 levels; PyYAML recurses, and would run out of stack some hundred levels down.
+MAX_DEPTH = 10
+
+FLAGS = {"model": "--model", "dataset": "--dataset", "max_epochs": "--max-epochs", "seed": "--seed"}
+SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
+
+_POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
+_SHAPE = "must be a mapping with low and high, or with choices"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One searched field: a range from ``low`` to ``high`` (both included) or ``choices``."""
+
+    name: str
+    """The TrialConfig field."""
+    low: float | int | None = None
+    high: float | int | None = None
+    log: bool = False
+    power_of_two: bool = False
+    choices: tuple[Any, ...] = ()
+    when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    """Active where each of these searched fields is active and has one of its values. Fixed fields are settled."""
+
+    @property
+    def optuna_name(self) -> str:
+        """The name in the study: it says so where the number suggested is an exponent."""
+        return f"log2({self.name})" if self.power_of_two else self.name
+
+    def is_active(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the conditions hold, given the settings of every parent that is active."""
+        return all(parent in settings and settings[parent] in values for parent, values in self.when.items())
+
+    def listed(self) -> tuple[Any, ...]:
+        """Every value that can be suggested: the choices or the powers of two; empty for other ranges."""
+        if not self.power_of_two:
+            return self.choices
+        lowest, highest = self._exponents()
+        return tuple(self._power(exponent) for exponent in range(lowest, highest + 1))
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> Any:
+        """A value, of the TrialConfig field's type."""
+        if self.choices:
+            return trial.suggest_categorical(self.name, self.choices)
+        if self.power_of_two:
+            return self._power(trial.suggest_int(self.optuna_name, *self._exponents()))
+        assert self.low is not None
+        assert self.high is not None
+        if _value_type(self.name) is int:
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
+        return float(trial.suggest_float(self.name, self.low, self.high, log=self.log))
+
+    def _exponents(self) -> tuple[int, int]:
+        assert self.low is not None
+        assert self.high is not None
+        return _exponent(self.low), _exponent(self.high)
+
+    def _power(self, exponent: int) -> float | int:
+        value: float | int = _value_type(self.name)(math.ldexp(1.0, exponent))  # exact, however small
+        return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """What a search varies and what its trials share. Made by :func:`load_space`, which checks it."""
+
+    source: str
+    """File or bundled name, as shown in messages."""
+    text: str
+    """The YAML, verbatim."""
+    parameters: tuple[Parameter, ...]
+    """Parents precede children."""
+    fixed: Mapping[str, Any]
+    """Settings of every trial; scaler fields among them apply to fp16 trials only."""
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether some parameter is left out of some trials."""
+        return any(parameter.when for parameter in self.parameters)
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        """TrialConfig field -> value: fixed and active searched ones; the rest keep TrialConfig's defaults."""
+        settings = dict(self.fixed)
+        for parameter in self.parameters:
+            if parameter.is_active(settings):
+                settings[parameter.name] = parameter.suggest(trial)
+        if settings.get("precision") == "fp16":
+            return settings
+        return {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
+
+    def bounds(self, name: str) -> tuple[float | int, float | int] | None:
+        """Smallest and largest number that the space itself gives to field ``name``.
+
+        None where the field is neither searched nor fixed, or is not a number.
+        """
+        values: Iterable[Any] = (self.fixed.get(name),)
+        for parameter in self.parameters:
+            if parameter.name == name:
+                values = parameter.choices or (parameter.low, parameter.high)
+        numbers = [value for value in values if isinstance(value, int | float)]
+        return (min(numbers), max(numbers)) if numbers else None
+
+
+def load_space(source: str) -> SearchSpace:
+    """Reads and checks a search space: a file, or the name of a bundled one (``mnist_amp``) where no such file exists.
+
+    Raises:
+        InputError: one line with the source, the line or key path, the rule and the value.
+    """
+    name = source if source.isprintable() and source else shown(source)
+    try:
+        text = _read_text(source)
+        return _build_space(name, text, _read_yaml(text))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _read_text(source: str) -> str:
+    try:
+        with _find_file(source).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise InputError("is larger than 1 MiB, too large for a search space")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"must be UTF-8, got byte 0x{data[error.start]:02x} at position {error.start}") from None
+
+
+def _find_file(source: str) -> Path:
+    path = Path(source)
+    if path.exists() and not path.is_dir():
+        return path
+    here = Path(__file__).parent
+    folder = here / "search_spaces"  # an installed wheel
+    if not folder.is_dir():
+        folder = here.parent / "search_spaces"  # a checkout
+    bundled = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if source in bundled:
+        return bundled[source]
+    if source and path.is_dir():
+        raise InputError("is a directory, not a file")
+    raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)})")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without anchors (a few lines of aliases can stand for gigabytes), tags or deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if getattr(event, "anchor", None) is not None:
+            raise InputError(f"line {line}: anchors and aliases (& and *) are not allowed")
+        if getattr(event, "tag", None) is not None:
+            raise InputError(f"line {line}: tags (!) are not allowed")
+        if self.depth == MAX_DEPTH:
+            raise InputError(f"line {line}: must not be nested deeper than {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def convert(self, node: yaml.Node | None) -> Any:
+        """The node as Python values; unlike PyYAML's own conversion, refuses a key that stands twice."""
+        if isinstance(node, yaml.SequenceNode):
+            return [self.convert(child) for child in node.value]
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                return self.construct_object(node)
+            except ValueError:  # a date like 2025-02-30, a number of 5,000 digits
+                line = node.start_mark.line + 1
+                raise InputError(f"line {line}: not a valid YAML value: {shown(node.value)}") from None
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value if node else ():
+            key = self.convert(key_node)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise InputError(f"line {line}: a key must be a text, got {shown(key)}")
+            if key in mapping:
+                raise InputError(f"line {line}: key {shown(key)} stands twice")
+            mapping[key] = self.convert(value_node)
+        return mapping
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        loader = _PlainLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(f"line {line}: not valid YAML: character {text[error.position]!r} is not allowed") from None
+    try:
+        return loader.convert(loader.get_single_node())
+    except InputError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise InputError(f"line {line}: not valid YAML: {error.problem or error.context}") from None
+    except (ValueError, OverflowError):  # PyYAML's scanner trusts numbers: "\UFFFFFFFF", a directive's version
+        raise InputError(f"line {loader.line + 1}: not valid YAML: a number out of range") from None
+
+
+def _build_space(source: str, text: str, document: Any) -> SearchSpace:
+    if not isinstance(document, dict):
+        raise InputError(f"must be a mapping with the keys parameters and fixed, got {shown(document)}")
+    _check_keys("", document, ("parameters", "fixed"))
+    fixed = _read_fixed(document.get("fixed"))
+    entries = document.get("parameters")
+    if not entries:
+        raise InputError("parameters: must name at least one field to search")
+    if not isinstance(entries, dict):
+        raise InputError(f"parameters: must be a mapping of fields, got {shown(entries)}")
+    _check_fields("parameters", entries)
+    parameters = {name: _read_parameter(name, entry) for name, entry in entries.items()}
+    for name in parameters:
+        if name in fixed:
+            raise InputError(f"fixed.{name}: must not be searched as well (parameters.{name})")
+    conditions = {
+        name: _read_when(f"parameters.{name}.when", entry["when"], parameters, fixed) if "when" in entry else {}
+        for name, entry in entries.items()
+    }
+    needs = _collect_needs(conditions)
+    _check_scaler_fields(parameters, fixed, needs)
+    ordered = tuple(dataclasses.replace(parameters[name], when=conditions[name]) for name in needs)
+    return SearchSpace(source=source, text=text, parameters=ordered, fixed=fixed)
+
+
+def _read_fixed(entries: Any) -> dict[str, Any]:
+    if entries is None:
+        return {}
+    if not isinstance(entries, dict):
+        raise InputError(f"fixed: must be a mapping of fields to values, got {shown(entries)}")
+    _check_fields("fixed", entries)
+    return {name: _read_value(f"fixed.{name}", name, value) for name, value in entries.items()}
+
+
+def _read_parameter(name: str, entry: Any) -> Parameter:
+    """The parameter, still without its conditions."""
+    path = f"parameters.{name}"
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: {_SHAPE}, got {shown(entry)}")
+    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "choices", "when"))
+    if "choices" in entry:
+        for key in ("low", "high", "log", "power_of_two"):
+            if key in entry:
+                raise InputError(f"{path}.{key}: must be left out beside choices, got {shown(entry[key])}")
+        return Parameter(name=name, choices=_read_choices(f"{path}.choices", name, entry["choices"]))
+    if "low" not in entry or "high" not in entry:
+        raise InputError(f"{path}: {_SHAPE}, got {shown(entry)}")
+    return _read_range(path, name, entry)
+
+
+def _read_choices(path: str, name: str, raw: Any) -> tuple[Any, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise InputError(f"{path}: must be a list of at least one value, got {shown(raw)}")
+    choices: dict[Any, None] = {}
+    for index, value in enumerate(raw):
+        choice = _read_value(f"{path}[{index}]", name, value)
+        if choice in choices:
+            raise InputError(f"{path}[{index}]: must not repeat a choice, got {shown(choice)} again")
+        choices[choice] = None
+    return tuple(choices)
+
+
+def _read_range(path: str, name: str, entry: Mapping[str, Any]) -> Parameter:
+    number = _value_type(name)
+    if number is str:
+        raise InputError(f"{path}: must have choices instead of low and high, because {name} is a text")
+    low, high = (_read_value(f"{path}.{key}", name, entry[key], expected=number) for key in ("low", "high"))
+    if not low < high:
+        raise InputError(f"{path}: low < high must hold, got low={low}, high={high}")
+    log, power_of_two = (entry.get(key, False) for key in ("log", "power_of_two"))
+    for key, flag in (("log", log), ("power_of_two", power_of_two)):
+        if not isinstance(flag, bool):
+            raise InputError(f"{path}.{key}: must be true or false, got {shown(flag)}")
+    if log and power_of_two:
+        raise InputError(f"{path}: log and power_of_two must not both be true (powers of two are a log scale)")
+    if log and low <= 0:
+        raise InputError(f"{path}.low: must be greater than 0 where log is true, got {low}")
+    for key, bound in (("low", low), ("high", high)):
+        if power_of_two and not _is_power_of_two(bound):
+            raise InputError(f"{path}.{key}: must be a power of two, got {bound}")
+    return Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two)
+
+
+def _read_when(
+    path: str, raw: Any, parameters: Mapping[str, Parameter], fixed: Mapping[str, Any]
+) -> dict[str, tuple[Any, ...]]:
+    """Conditions on searched fields: those on fixed fields are settled here."""
+    if not isinstance(raw, dict) or not raw:
+        raise InputError(f"{path}: must be a mapping of fields to the values they must have, got {shown(raw)}")
+    conditions: dict[str, tuple[Any, ...]] = {}
+    for parent, given in raw.items():
+        place = _join(path, parent)
+        if parent not in parameters and parent not in fixed:
+            known = ", ".join((*parameters, *fixed))
+            raise InputError(f"{place}: must be a field that is searched or fixed here ({known})")
+        if given == []:
+            raise InputError(f"{place}: must be a value or a list of at least one value, got []")
+        values = tuple(_read_value(place, parent, value) for value in (given if isinstance(given, list) else [given]))
+        if parent in parameters:
+            _check_parent(place, parameters[parent], values)
+            _narrow(conditions, parent, values, path)
+            continue
+        for value in values:
+            if value != fixed[parent]:
+                raise InputError(f"{place}: must be {shown(fixed[parent])}, its fixed value, got {shown(value)}")
+        if parent in SCALER_DEFAULTS and "precision" in parameters:  # fixed, but for fp16 trials only
+            _narrow(conditions, "precision", ("fp16",), path)
+    return conditions
+
+
+def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None:
+    possible = parent.listed()
+    if not possible:
+        raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is a plain range")
+    for value in values:
+        if value not in possible:
+            raise InputError(f"{path}: must be one of {shown(possible)}, as {parent.name} is, got {shown(value)}")
+
+
+def _collect_needs(conditions: Mapping[str, Mapping[str, tuple[Any, ...]]]) -> dict[str, dict[str, tuple[Any, ...]]]:
+    """For each parameter, parents first: the values that each ancestor must have for it to be active.
+
+    Conditions only ever say "and", so a set of values an ancestor is all there is to know, and the check is exact.
+    """
+    try:
+        order = list(graphlib.TopologicalSorter({name: list(when) for name, when in conditions.items()}).static_order())
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+        path = f"parameters.{circle[-1]}.when"
+        raise InputError(f"{path}: conditions must not form a circle, got {' -> '.join(circle)}") from None
+    needs: dict[str, dict[str, tuple[Any, ...]]] = {}
+    for name in order:
+        needs[name] = {}
+        for parent, values in conditions[name].items():
+            for ancestor, allowed in ((parent, values), *needs[parent].items()):
+                _narrow(needs[name], ancestor, allowed, f"parameters.{name}.when")
+    return needs
+
+
+def _narrow(needs: dict[str, tuple[Any, ...]], name: str, allowed: tuple[Any, ...], path: str) -> None:
+    """Adds "``name`` has one of the values ``allowed``" to what a parameter needs."""
+    before = needs.get(name, allowed)
+    needs[name] = tuple(value for value in before if value in allowed)
+    if not needs[name]:
+        raise InputError(
+            f"{path}: can never hold: {name} would have to be {_either(before)} and {_either(allowed)} at once"
+        )
+
+
+def _check_scaler_fields(
+    parameters: Mapping[str, Parameter],
+    fixed: Mapping[str, Any],
+    needs: Mapping[str, Mapping[str, tuple[Any, ...]]],
+) -> None:
+    """TrialConfig refuses scaler fields outside fp16: no space may suggest them there, or for nothing."""
+    precisions: tuple[Any, ...] = (fixed.get("precision", TrialConfig.precision),)
+    if "precision" in parameters:
+        precisions = parameters["precision"].choices
+        if needs["precision"] and TrialConfig.precision not in precisions:
+            precisions += (TrialConfig.precision,)  # what a trial gets where the precision itself is inactive
+    for name in SCALER_DEFAULTS:
+        path = f"parameters.{name}" if name in parameters else f"fixed.{name}"
+        if name not in parameters and name not in fixed:
+            continue
+        if "fp16" not in precisions:
+            raise InputError(f"{path}: has no effect unless precision is fp16, and here it is {_either(precisions)}")
+        possible = needs[name].get("precision", precisions) if name in parameters else ("fp16",)
+        if possible != ("fp16",):
+            raise InputError(f"{path}: needs `when: {{precision: fp16}}`, because precision can be {_either(possible)}")
+
+
+def _read_value(path: str, name: str, raw: Any, *, expected: Any = None) -> Any:
+    """``raw`` as a value of field ``name``, checked by TrialConfig itself."""
+    settings: dict[str, Any] = {"precision": "fp16"} if name in SCALER_DEFAULTS else {}
+    if expected is None:  # null is a setting for grad_clip, but says nothing for a scaler field
+        expected = _value_type(name) if settings else FIELD_TYPES[name]
+    value = checked_type(path, _read_power_of_two(raw, _value_type(name)), expected)
+    try:
+        TrialConfig(**(settings | {name: value}))
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
+    return value
+
+
+def _read_power_of_two(raw: Any, number: type) -> Any:
+    """The number for a text like ``2^24``; anything else unchanged."""
+    match = _POWER_OF_TWO.fullmatch(raw) if isinstance(raw, str) and number is not str else None
+    if not match:
+        return raw
+    exponent = int(match[1])
+    return 2**exponent if exponent >= 0 else 2.0**exponent
+
+
+def _value_type(name: str) -> type:
+    """``float``, ``int`` or ``str``: the field's type, null apart."""
+    expected = FIELD_TYPES[name]
+    return next(option for option in (float, int, str) if option in (typing.get_args(expected) or (expected,)))
+
+
+def _is_power_of_two(value: float) -> bool:
+    # compared as a number: frexp rounds an int above 2^53
+    return value > 0 and value == math.ldexp(1.0, _exponent(value))
+
+
+def _exponent(value: float) -> int:
+    return math.frexp(value)[1] - 1
+
+
+def _check_fields(path: str, names: Iterable[str]) -> None:
+    for name in names:
+        place = _join(path, name)
+        if name in FLAGS:
+            raise InputError(f"{place}: is not part of a search space: set it with {FLAGS[name]}")
+        if name not in SEARCHABLE:
+            near = difflib.get_close_matches(name, SEARCHABLE, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{place}: unknown field{hint} (known: {', '.join(SEARCHABLE)})")
+
+
+def _check_keys(path: str, mapping: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in mapping:
+        if key not in known:
+            raise InputError(f"{_join(path, key)}: unknown key (known: {', '.join(known)})")
+
+
+def _join(path: str, key: str) -> str:
+    part = key if key.isidentifier() and key.isprintable() else shown(key)
+    return f"{path}.{part}" if path else part
+
+
+def _either(values: Iterable[Any]) -> str:
+    return " or ".join(str(value) for value in values)

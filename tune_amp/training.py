@@ -1,0 +1,281 @@
+"""Trains and evaluates one configuration. Knows no Ray: a trial, a replay and a script run the same code."""
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tune_amp.amp import AmpStep, ScalerTelemetry, fp32_arithmetic
+from tune_amp.config import EpochMetrics, TrialConfig
+from tune_amp.data import (
+    DeviceSplit,
+    InputScaling,
+    Split,
+    batch_indices,
+    class_weights,
+    curriculum_fraction,
+    difficulty_order,
+    fit_input_scaling,
+    place_split,
+    scale_images,
+)
+from tune_amp.models import InputShape, build_model
+
+# Gradients that overflow fp16 exceed 65504 / scale: where the scale is below 2^-24, 2^39, and no scale will help.
+COLLAPSED_SCALE = 2.0**-24
+
+EVALUATION_BATCH = 2048
+SGD_MOMENTUM = 0.9
+
+
+class TrainingData:
+    """A training split, and where wanted a validation split, resident on one device and shared by trial after trial.
+
+    Args:
+        train: the images to train on.
+        validation: the images to validate on after every epoch, or None to train without validation.
+        num_classes: labels are 0 .. num_classes - 1.
+        device: where both splits will stay, as uint8: 47 MB for 60,000 MNIST images, a quarter of float32.
+    """
+
+    def __init__(self, train: Split, validation: Split | None, num_classes: int, device: torch.device) -> None:
+        started = time.perf_counter()
+        self.num_classes = num_classes
+        self.device = device
+        self.input_shape: InputShape = train.images.shape[1:]
+        self.train = place_split(train, device)
+        self.validation = None if validation is None else place_split(validation, device)
+        self._placing_seconds = time.perf_counter() - started
+        self._host_train = train
+
+    def claim_placing_seconds(self) -> float:
+        """Seconds spent placing the data: told once, so that the one trial that waited for it is charged."""
+        seconds, self._placing_seconds = self._placing_seconds, 0.0
+        return seconds
+
+    @functools.cache  # noqa: B019 - lives as long as the worker process
+    def input_scaling(self, method: str) -> InputScaling:
+        """Fitted to the training split only."""
+        return fit_input_scaling(self._host_train, method)
+
+    @functools.cache  # noqa: B019
+    def class_weights(self, method: str) -> Tensor | None:
+        """Weights of the loss, float32 [num_classes], from the training split's class counts."""
+        weights = class_weights(self._host_train.labels, self.num_classes, method)
+        return None if weights is None else weights.to(self.device)
+
+    @functools.cached_property
+    def easy_to_hard(self) -> Tensor:
+        """Indices of the training images by rising difficulty, int64 [n]."""
+        return torch.from_numpy(difficulty_order(self._host_train, self.num_classes)).to(self.device)
+
+
+class TrainingRun:
+    """One configuration in training: everything that changes from epoch to epoch, checkpointed as a whole.
+
+    Args:
+        config: what to train. Its seed sets torch's global generator (initial weights, a model's own dropout) and the
+            generator of the data order.
+        data: resident training data; validation metrics are None where it holds no validation split.
+    """
+
+    def __init__(self, config: TrialConfig, data: TrainingData) -> None:
+        torch.manual_seed(config.seed)
+        self._config = config
+        self._data = data
+        self._order = torch.Generator().manual_seed(config.seed)
+        self._scaling = data.input_scaling(config.input_scaling)
+        self._class_weights = data.class_weights(config.class_weighting)
+        self._resident_bytes = _allocated_bytes(data.device)
+        self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
+        self._optimizer = build_optimizer(config, self.model)
+        self._amp = AmpStep(config, data.device, max_steps=len(data.train.labels) // config.batch_size)
+        self._epoch = 0
+        self._train_seconds = self._val_seconds = 0.0
+        self._data_seconds = data.claim_placing_seconds()
+        if data.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(data.device)
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train what is left of ``max_epochs``, ending early where the run diverges."""
+        while self._epoch < self._config.max_epochs:
+            metrics = self.train_epoch()
+            yield metrics
+            if find_divergence(metrics):
+                return
+
+    def train_epoch(self) -> EpochMetrics:
+        """Train one epoch and validate.
+
+        Raises:
+            InputError: ``batch_size`` exceeds the training images, so that no step can be made.
+        """
+        train_loss, train_seconds, samples = self._train()
+        self._epoch += 1
+        val_loss, val_accuracy = self._validate()
+        return self._metrics(train_loss, val_loss, val_accuracy, samples / train_seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
+        device = self._data.device
+        return {
+            "epoch": self._epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "amp": self._amp.state_dict(),
+            "order": self._order.get_state(),
+            "cpu_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "seconds": [self._train_seconds, self._val_seconds, self._data_seconds],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict``. Learning rate, weight decay and scaler settings stay this run's own."""
+        self._epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        own = {"lr": self._config.lr, "weight_decay": self._config.weight_decay}
+        self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            group.update(own)
+        self._amp.load_state_dict(state["amp"])
+        self._order.set_state(state["order"])
+        torch.set_rng_state(state["cpu_generator"])
+        if state["cuda_generator"] is not None and self._data.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_generator"], self._data.device)
+        self._train_seconds, self._val_seconds, data_seconds = state["seconds"]
+        self._data_seconds += data_seconds
+
+    def evaluate(self, split: DeviceSplit) -> tuple[float, float]:
+        """Mean loss and accuracy of the model on ``split``, in strict fp32."""
+        return evaluate(self.model, split, self._scaling)
+
+    def _train(self) -> tuple[float, float, int]:
+        """Train one epoch.
+
+        Returns:
+            Mean loss of the steps, seconds, images seen.
+        """
+        started = time.perf_counter()
+        self.model.train()
+        batches = self._draw_batches()
+        with fp32_arithmetic(self._config.precision):
+            for indices in batches:
+                self._step(indices)
+            train_loss = self._amp.read_epoch()  # waits for the device, so that the clock below is right
+        seconds = time.perf_counter() - started
+        self._train_seconds += seconds
+        return train_loss, seconds, batches.numel()
+
+    def _step(self, indices: Tensor) -> None:
+        images = scale_images(self._data.train.images.index_select(0, indices), self._scaling)
+        labels = self._data.train.labels.index_select(0, indices)
+        with self._amp.autocast():
+            loss = nn.functional.cross_entropy(self.model(images), labels, weight=self._class_weights)
+        self._amp.step(self._optimizer, loss)
+
+    def _draw_batches(self) -> Tensor:
+        """Indices of this epoch's training images, int64 [steps, batch_size] on the device."""
+        count = len(self._data.train.labels)
+        fraction = curriculum_fraction(self._config.curriculum, self._epoch, self._config.max_epochs)
+        if fraction >= 1:
+            return batch_indices(count, self._config.batch_size, self._order, self._data.device)
+        easiest = self._data.easy_to_hard[: max(self._config.batch_size, math.ceil(count * fraction))]
+        return easiest[batch_indices(len(easiest), self._config.batch_size, self._order, self._data.device)]
+
+    def _validate(self) -> tuple[float | None, float | None]:
+        if self._data.validation is None:
+            return None, None
+        started = time.perf_counter()
+        loss_and_accuracy = self.evaluate(self._data.validation)
+        self._val_seconds += time.perf_counter() - started
+        return loss_and_accuracy
+
+    def _metrics(
+        self, train_loss: float, val_loss: float | None, val_accuracy: float | None, samples_per_second: float
+    ) -> EpochMetrics:
+        scaler: ScalerTelemetry = self._amp.telemetry
+        return EpochMetrics(
+            epoch=self._epoch,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            **vars(scaler),
+            train_seconds=self._train_seconds,
+            val_seconds=self._val_seconds,
+            data_seconds=self._data_seconds,
+            samples_per_second=samples_per_second,
+            peak_memory_bytes=self._peak_memory_bytes(),
+        )
+
+    def _peak_memory_bytes(self) -> int | None:
+        if self._data.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._data.device) - self._resident_bytes
+
+
+def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The trial's optimizer in its fused form: one kernel, and no host synchronisation to skip an overflowed step."""
+    parameters = list(model.parameters())
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    sgd = torch.optim.SGD(parameters, config.lr, SGD_MOMENTUM, weight_decay=config.weight_decay, fused=True)
+    for parameter in parameters:
+        # torch 2.15 leaves the buffer uninitialised where the first step is skipped; zeros give the same first update.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> tuple[float, float]:
+    """Mean cross entropy and accuracy, in strict fp32 whatever the model was trained in.
+
+    Args:
+        model: float32 weights, on the split's device.
+        split: uint8 images [n, channels, height, width], int64 labels [n].
+        scaling: as fitted to the training split.
+
+    Returns:
+        Loss in nats and the share classified correctly, 0 to 1.
+    """
+    was_training = model.training
+    model.eval()
+    # float64: a sum of many small losses in float32 would depend on the batch size in the fourth digit.
+    totals = torch.zeros(2, dtype=torch.float64, device=split.images.device)
+    with torch.inference_mode(), fp32_arithmetic("fp32"):
+        for images, labels in zip(
+            split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
+        ):
+            logits = model(scale_images(images, scaling))
+            totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            totals[1] += (logits.argmax(dim=1) == labels).sum()
+    model.train(was_training)
+    loss, accuracy = (totals / len(split.labels)).tolist()
+    return loss, accuracy
+
+
+def find_divergence(metrics: EpochMetrics) -> str | None:
+    """Why the run is past saving, or None: a loss that is not finite, or a loss scale that collapsed.
+
+    GradScaler has no floor: NaN gradients halve its scale for ever, and a scale of 0 or infinity skips every step.
+    """
+    for name in ("train_loss", "val_loss"):
+        loss = getattr(metrics, name)
+        if loss is not None and not math.isfinite(loss):
+            return f"{name} is {loss}"
+    scale = metrics.loss_scale
+    if scale is None:
+        return None
+    if not math.isfinite(scale) or scale <= 0:
+        return f"loss_scale is {scale}"
+    if scale < COLLAPSED_SCALE and metrics.skipped_steps and scale == metrics.min_loss_scale:
+        return f"loss_scale collapsed to {scale:.3g} after {metrics.skipped_steps} skipped steps"
+    return None
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
