@@ -1,9 +1,20 @@
 """Fixtures that more than one test file uses."""
 
+import itertools
 import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+# Before torch is imported: the tensors of tests are tiny, and on a busy machine threads wait for each other, up to 50x.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +25,57 @@ def mnist_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"MNIST is not in {folder}: set TUNE_AMP_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mnist(mnist_dir: Path) -> "Dataset":
+    from tune_amp.data import load_dataset
+
+    return load_dataset("mnist", mnist_dir)
+
+
+@pytest.fixture(scope="session")
+def digits() -> "Dataset":
+    from tune_amp.data import load_dataset
+
+    return load_dataset("digits", None)
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> Path:
+    """No test reaches the real cache or the network: the home folder is empty and nothing answers for the mirrors."""
+    import torchvision  # type: ignore[import-untyped]
+
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("TUNE_AMP_DATA", raising=False)
+    for name in ("MNIST", "FashionMNIST", "KMNIST"):
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "mirrors", [f"http://127.0.0.1:{closed_port}/"])
+    return home / ".cache" / "tune_amp"
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Write a module into the current folder and return its name; import state is put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    before = set(sys.modules)
+    numbers = itertools.count()
+
+    def write(text: str) -> str:
+        name = f"user_module_{next(numbers)}"
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        if name.startswith("user_"):
+            del sys.modules[name]

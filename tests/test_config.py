@@ -4,6 +4,8 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,10 @@ from tune_amp.config import (
     TrialConfig,
     TrialStatus,
     checked_type,
+    describe_error,
     is_function_name,
+    load_function,
+    one_line,
     shown,
 )
 
@@ -286,3 +291,34 @@ def test_long_values_are_shortened_in_messages() -> None:
     assert len(shown("x" * 1000)) < 50
     assert len(shown(list(range(1000)))) < 50
     assert shown(16**5000) == "<int too long to show>"
+
+
+def test_function_in_a_package_is_found_and_installed_modules_are_not_shadowed(
+    write_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "user_package").mkdir()
+    (tmp_path / "user_package" / "inner.py").write_text("def make():\n    return 7\n")
+    assert load_function("user_package.inner:make")() == 7
+    assert sys.path[-1] == str(tmp_path)
+    load_function("user_package.inner:make")
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["no_such_module_here:load", "user_module.py", "a:b:c", ":load", "a:"])
+def test_name_without_a_module_and_a_function_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=name):
+        load_function(name)
+
+
+def test_one_line_is_one_line_and_no_longer_than_its_limit() -> None:
+    assert one_line(" two\n\tlines ") == "two lines"
+    assert one_line("x" * 300) == "x" * 300
+    assert one_line("x" * 301) == "x" * 296 + " ..."
+    assert one_line("a b", limit=3) == "a b"
+    assert len(one_line("long " * 100, limit=40)) == 40
+
+
+def test_error_is_described_by_type_and_text_on_one_line() -> None:
+    assert describe_error(KeyError("x")) == "KeyError: 'x'"
+    assert describe_error(SystemExit(3)) == "SystemExit: 3"
+    assert describe_error(RuntimeError("two\nlines")) == "RuntimeError: two lines"

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import math
 import os
 import stat
 import subprocess
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import INF, NAN, PROVENANCE, STARTED, make_epoch, make_trial
 
 from tune_amp import results
 from tune_amp.config import (
@@ -36,11 +36,7 @@ from tune_amp.config import (
 )
 from tune_amp.results import (
     SCHEMAS,
-    Provenance,
     TrialRecord,
-    accuracy_standard_error,
-    choose_best,
-    count_ties,
     load_best,
     load_best_record,
     load_provenance,
@@ -48,72 +44,6 @@ from tune_amp.results import (
     write_best,
     write_parquet,
     write_trials,
-)
-
-NAN, INF = math.nan, math.inf
-STARTED = datetime.datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=datetime.UTC)
-
-# ---- what the tests write ----
-
-
-def make_epoch(epoch: int = 1, **changes: Any) -> EpochMetrics:
-    values: dict[str, Any] = {
-        "epoch": epoch,
-        "train_loss": 0.5 / epoch,
-        "val_loss": 0.4 / epoch,
-        "val_accuracy": 0.9,
-        "steps": 100 * epoch,
-        "applied_steps": 99 * epoch,
-        "skipped_steps": epoch,
-        "growths": 0,
-        "first_applied_step": 2,
-        "loss_scale": 32768.0,
-        "min_loss_scale": 32768.0,
-        "max_loss_scale": 65536.0,
-        "train_seconds": 1.5 * epoch,
-        "val_seconds": 0.25 * epoch,
-        "data_seconds": 0.0,
-        "samples_per_second": 12345.6,
-        "peak_memory_bytes": None,
-        "loss_scale_steps": (1, 2),
-        "loss_scale_values": (65536.0, 32768.0),
-    }
-    return EpochMetrics(**values | changes)
-
-
-def make_trial(trial_id: str = "7422e802", **changes: Any) -> TrialRecord:
-    values: dict[str, Any] = {
-        "trial_id": trial_id,
-        "status": TrialStatus.COMPLETED,
-        "config": TrialConfig(precision="fp16", lr=0.003),
-        "epochs": (make_epoch(1), make_epoch(2)),
-        "trial_name": "AmpTrainable_1",
-        "started": STARTED,
-        "wall_seconds": 4.5,
-        "device": "NVIDIA H200",
-        "num_threads": 2,
-    }
-    return TrialRecord(**values | changes)
-
-
-def make_scored(trial_id: str, accuracy: float | None, loss: float | None = 0.1, **changes: Any) -> TrialRecord:
-    return make_trial(trial_id, epochs=(make_epoch(1, val_accuracy=accuracy, val_loss=loss),), **changes)
-
-
-PROVENANCE = Provenance(
-    run="2026-03-01-mnist",
-    command=("scripts/search.py", "--seed", "7"),
-    created="2026-03-01T12:30:00Z",
-    space_source="search_spaces/mnist_amp.yaml",
-    space_text="parameters:\n  lr: {low: 1.0e-4, high: 0.1}\n",
-    dataset="mnist",
-    data_hash="sha256:0123",
-    train_images=55_000,
-    validation_images=5_000,
-    objective="val_accuracy",
-    seed=7,
-    device="cpu",
-    versions={"torch": "2.15.0", "ray": "2.60.0"},
 )
 
 COMPLETED = make_trial()
@@ -883,89 +813,6 @@ def test_a_start_is_kept_in_utc_and_needs_a_zone() -> None:
     with pytest.raises(InputError) as caught:
         make_trial(started=datetime.datetime(2026, 1, 2))  # noqa: DTZ001 (the fault)
     assert str(caught.value) == "started: must carry a time zone, got 2026-01-02T00:00:00"
-
-
-# ---- choose ----
-
-
-def ids(trials: list[TrialRecord]) -> str:
-    return " ".join(trial.trial_id for trial in trials)
-
-
-def test_the_best_accuracy_comes_first_and_the_best_loss_on_demand() -> None:
-    trials = [make_scored("a", 0.8, 0.1), make_scored("b", 0.9, 0.3), make_scored("c", 0.85, 0.2)]
-    assert ids(choose_best(trials, "val_accuracy", 3)) == "b c a"
-    assert ids(choose_best(trials, "val_loss", 3)) == "a c b"
-
-
-@pytest.mark.parametrize(("top_k", "expected"), [(1, "b"), (2, "b c"), (9, "b c a")])
-def test_no_more_than_top_k_are_chosen(top_k: int, expected: str) -> None:
-    trials = [make_scored("a", 0.8), make_scored("b", 0.9), make_scored("c", 0.85)]
-    assert ids(choose_best(trials, "val_accuracy", top_k)) == expected
-
-
-def test_the_last_epoch_counts_not_the_best() -> None:
-    faded = make_trial("faded", epochs=(make_epoch(1, val_accuracy=0.99), make_epoch(2, val_accuracy=0.5)))
-    assert ids(choose_best([faded, make_scored("b", 0.9)], "val_accuracy", 2)) == "b faded"
-
-
-def test_ties_are_broken_by_the_other_score_and_then_by_submission() -> None:
-    trials = [make_scored("z", 0.9, 0.2), make_scored("y", 0.9, 0.1), make_scored("a", 0.9, 0.2)]
-    assert ids(choose_best(trials, "val_accuracy", 3)) == "y z a"
-    trials = [make_scored("z", 0.8, 0.1), make_scored("y", 0.9, 0.1), make_scored("a", 0.8, 0.1)]
-    assert ids(choose_best(trials, "val_loss", 3)) == "y z a"
-
-
-@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
-def test_a_score_that_is_missing_or_not_finite_is_never_chosen(objective: str) -> None:
-    scores = [(NAN, 0.1), (INF, 0.1), (None, 0.1), (0.99, NAN), (0.99, INF), (0.99, -INF), (0.99, None), (None, None)]
-    trials = [make_scored(str(i), accuracy, loss) for i, (accuracy, loss) in enumerate(scores)]
-    assert ids(choose_best([*trials, make_scored("ok", 0.1, 9.0), make_trial("no", epochs=())], objective, 99)) == "ok"
-    assert choose_best(trials, objective, 99) == []
-
-
-def test_completed_trials_alone_are_chosen_where_there_are_any() -> None:
-    stopped = make_scored("stopped", 0.99, status=TrialStatus.STOPPED)
-    assert ids(choose_best([stopped, make_scored("done", 0.5)], "val_accuracy", 2)) == "done"
-
-
-def test_stopped_and_interrupted_trials_are_chosen_where_none_completed_with_a_score() -> None:
-    trials = [
-        make_scored("stopped", 0.8, status=TrialStatus.STOPPED),
-        make_scored("interrupted", 0.9, status=TrialStatus.INTERRUPTED),
-        make_scored("nan", NAN, status=TrialStatus.COMPLETED),
-    ]
-    assert ids(choose_best(trials, "val_accuracy", 9)) == "interrupted stopped"
-
-
-@pytest.mark.parametrize("status", [TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY, TrialStatus.FAILED])
-def test_a_trial_that_broke_is_never_chosen(status: TrialStatus) -> None:
-    assert choose_best([make_scored("a", 0.99, status=status)], "val_accuracy", 1) == []
-
-
-def test_an_unknown_objective_lists_the_known_ones() -> None:
-    with pytest.raises(InputError) as caught:
-        choose_best([COMPLETED], "accuracy", 1)
-    assert str(caught.value) == "objective: must be one of val_accuracy, val_loss, got 'accuracy'"
-
-
-def test_the_standard_error_is_binomial() -> None:
-    assert accuracy_standard_error(0.97, 5_000) == pytest.approx(0.0024125, abs=1e-7)
-    assert accuracy_standard_error(0.5, 100) == pytest.approx(0.05)
-    assert accuracy_standard_error(1.0, 5_000) == 0
-
-
-def test_ties_lie_within_two_standard_errors_of_the_difference() -> None:
-    # At 97 % of 5,000 images 2 * sqrt(se1^2 + se2^2) is 0.0071; 2 * se1 would be 0.0048, 2 * (se1 + se2) 0.0101.
-    first, close, far = make_scored("a", 0.97), make_scored("b", 0.964), make_scored("c", 0.962)
-    assert count_ties([first, close, far], 5_000) == 2
-    assert count_ties([first, close, far], 500) == 3
-    assert count_ties([first, far, far], 5_000) == 1
-    assert count_ties([first], 5_000) == 1
-
-
-def test_perfect_scores_are_ties() -> None:
-    assert count_ties([make_scored("a", 1.0), make_scored("b", 1.0), make_scored("c", 0.9)], 5_000) == 2
 
 
 # ---- imports ----

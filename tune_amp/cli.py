@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tune_amp.data import Dataset
     from tune_amp.options import SearchOptions
     from tune_amp.recorder import Observer
+    from tune_amp.resources import TrialResources
     from tune_amp.results import TrialRecord
     from tune_amp.search import SearchResult
     from tune_amp.session import RaySession
@@ -147,7 +148,10 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _gpu_share(text: str) -> float | None:
-    return None if text == "auto" else float(text)
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a number, got {text!r}") from None
 
 
 def _search(arguments: argparse.Namespace, program: str, command: Sequence[str]) -> int:
@@ -194,9 +198,11 @@ def _search_with_ray(
     console = Console(quiet=arguments.quiet or arguments.json, highlight=False)
     modules = _user_modules(arguments.model)
     with ray_session(arguments.address, run=folder.name, modules=modules) as session:
-        from tune_amp.search import run_search
+        from tune_amp.search import plan_resources, run_search
 
-        _print_start(console, space, dataset, options, session)
+        _print_start(console, space, dataset, options, session, plan_resources(options))
+        if arguments.json:
+            _print_json_start(folder, dataset, session)
         with _sigterm_as_ctrl_c(), _choose_observer(arguments, console) as observer:
             result = run_search(
                 space,
@@ -207,7 +213,7 @@ def _search_with_ray(
                 command=command,
                 storage_path=arguments.storage_path,
             )
-    _print_end(console, result, command[0])
+    _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
     if arguments.quiet and result.ranked:
         print(result.best_path)  # noqa: T201
     if arguments.json:
@@ -244,18 +250,50 @@ def _choose_observer(arguments: argparse.Namespace, console: Console) -> "contex
 
 
 def _print_start(
-    console: Console, space: "SearchSpace", dataset: "Dataset", options: "SearchOptions", session: "RaySession"
+    console: Console,
+    space: "SearchSpace",
+    dataset: "Dataset",
+    options: "SearchOptions",
+    session: "RaySession",
+    resources: "TrialResources",
 ) -> None:
+    import torch
+
+    from tune_amp.amp import describe_hardware
+
     sizes = f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images"
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
     console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
     console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
+    console.print(f"resources  {resources.reason}", soft_wrap=True)
     if session.dashboard_url:
         way_in = f", token in {session.token_path}" if session.token_path else ""
         console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
+    device = torch.device("cuda" if resources.gpus and torch.cuda.is_available() else "cpu")
+    for precision in _list_precisions(space):
+        notice = describe_hardware(precision, device)
+        if notice:
+            console.print(f"note       {precision}: {notice}", style="yellow", soft_wrap=True)
 
 
-def _print_end(console: Console, result: "SearchResult", program: str) -> None:
+def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
+    searched = [choice for p in space.parameters if p.name == "precision" for choice in p.choices]
+    return tuple(searched) or (space.fixed.get("precision", TrialConfig().precision),)
+
+
+def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
+    """The line that trains the winner: with the same data, and with consent to the user's own code."""
+    parts = ["tune-amp", "train"] if program.startswith("tune-amp") else ["python", "scripts/train.py"]
+    parts.append(str(best))
+    if arguments.data_dir is not None:
+        parts += ["--data-dir", str(arguments.data_dir)]
+    for flag in ("model", "dataset"):
+        if is_function_name(getattr(arguments, flag)):
+            parts += [f"--{flag}", getattr(arguments, flag)]
+    return shlex.join(parts)
+
+
+def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     from tune_amp.monitoring import describe_counts, describe_ties, render_ranking
 
     console.print(describe_counts(result.trials))
@@ -273,8 +311,7 @@ def _print_end(console: Console, result: "SearchResult", program: str) -> None:
         f"files    {escape(str(result.folder))}: best.parquet, trials.parquet, epochs.parquet, space.yaml",
         soft_wrap=True,
     )
-    train = "tune-amp train" if program.startswith("tune-amp") else "python scripts/train.py"
-    console.print(f"reuse    {train} {escape(shlex.quote(str(result.best_path)))}", soft_wrap=True)
+    console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
 
 
 def _print_no_result(result: "SearchResult") -> None:
@@ -285,6 +322,14 @@ def _print_no_result(result: "SearchResult") -> None:
     for reason, count in reasons.most_common(3):
         console.print(f"  {count} {reason}", markup=False, soft_wrap=True)
     console.print(f"every trial is in {result.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
+
+
+def _print_json_start(folder: Path, dataset: "Dataset", session: "RaySession") -> None:
+    from tune_amp.monitoring import JsonLines
+
+    token = None if session.token_path is None else str(session.token_path)
+    where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
+    JsonLines(sys.stdout).write("start", {"run": folder.name, "dataset": dataset.name, **where})
 
 
 def _print_json_end(result: "SearchResult") -> None:

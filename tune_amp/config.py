@@ -4,13 +4,16 @@ Imports nothing but the standard library, so that a Parquet file can be read wit
 """
 
 import dataclasses
+import importlib
 import math
 import re
 import reprlib
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -206,6 +209,39 @@ def shown(value: Any) -> str:
 def is_function_name(name: str) -> bool:
     """Whether ``name`` has the form ``package.module:function``."""
     return _FUNCTION_NAME.fullmatch(name) is not None
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that a user names as ``package.module:function``; modules in the current folder count too.
+
+    Raises:
+        InputError: the module cannot be imported, or holds no such function.
+    """
+    if not is_function_name(name):
+        raise InputError(f"{shown(name)}: must have the form module:function")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: a file of the user's must not shadow an installed module that others import
+    module_name, function_name = name.split(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name, None)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, a script without a guard exits
+        raise InputError(f"{name}: importing {module_name} failed ({describe_error(error)})") from error
+    if not callable(function):
+        got = "no such name" if function is None else f"a value of type {type(function).__name__}"
+        raise InputError(f"{name}: {module_name} must hold a function {function_name}, got {got}")
+    return function  # type: ignore[no-any-return]  # callable() tells no signature
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """``text`` with every white space as one blank, cut to ``limit`` characters where it is longer."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception's type and text on one line: some libraries write paragraphs."""
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _is_finite(value: float) -> bool:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tune_amp.config import InputError
-from tune_amp.data import load_function
+from tune_amp.config import InputError, describe_error, load_function
 
 InputShape = tuple[int, int, int]
 ModelFunction = Callable[[InputShape, int], nn.Module]
@@ -110,9 +109,9 @@ def check_model(name: str, input_shape: InputShape, num_classes: int) -> None:
     except InputError:
         raise
     except Exception as error:  # a user's model may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        shape = ", ".join(map(str, input_shape))
         raise InputError(
-            f"model: {name} must accept images of shape [batch, {', '.join(map(str, input_shape))}], got {reason}"
+            f"model: {name} must accept images of shape [batch, {shape}], got {describe_error(error)}"
         ) from error
     finally:
         torch.set_rng_state(generator_state)

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_amp.config import TrialStatus
+from tune_amp.ranking import choose_best, count_ties
 from tune_amp.recorder import SearchProgress
-from tune_amp.results import Provenance, TrialRecord, choose_best, count_ties
+from tune_amp.results import Provenance, TrialRecord
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",
@@ -33,9 +34,9 @@ class LiveTable:
     """
 
     def __init__(self, console: Console) -> None:
+        self._progress: SearchProgress | None = None
         # A function, not a table: the clock moves on between reports.
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
-        self._progress: SearchProgress | None = None
 
     def __enter__(self) -> "LiveTable":
         self._live.start()
@@ -126,9 +127,9 @@ def _list_counts(trials: Sequence[TrialRecord]) -> Text:
 
 def render_ranking(ranked: Sequence[TrialRecord]) -> Table:
     """The ranked table at the end of a search: settings, then validation metrics. Narrow enough for 80 columns."""
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    settings = ("rank", "lr", "batch", "precision", "scale", "interval")
-    for name in (*settings, "epoch", "accuracy", "loss", "skipped", "time", "status"):
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    settings = ("#", "lr", "batch", "precision", "scale", "interval")
+    for name in (*settings, "epochs", "accuracy", "loss", "skipped", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, trial in enumerate(ranked, start=1):
         table.add_row(str(rank), *_settings_cells(trial), *_outcome_cells(trial), style="green" if rank == 1 else None)
@@ -136,14 +137,16 @@ def render_ranking(ranked: Sequence[TrialRecord]) -> Table:
 
 
 def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
-    """What the ranking can and cannot tell."""
+    """What a ranking by accuracy can and cannot tell."""
+    if ranked[0].status is not TrialStatus.COMPLETED:
+        return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
     ties = count_ties(ranked, provenance.validation_images)
     images = f"{provenance.validation_images:,} validation images"
     if len(ranked) == 1:
         return f"One seed on {images}: other seeds will differ by some tenths of a point."
     if ties == 1:
-        return f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may still reorder them."
-    return f"Ranks 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
+        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may still reorder them."
+    return f"Numbers 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
 
 
 def describe_trial(trial: TrialRecord) -> str:
@@ -151,7 +154,7 @@ def describe_trial(trial: TrialRecord) -> str:
     parts = [trial.trial_name, str(trial.status)]
     if trial.last is not None:
         parts.append(f"epoch {trial.last.epoch}")
-        parts.append(f"val_accuracy {_number(trial.last.val_accuracy, '.4f')}")
+        parts.append(f"val_accuracy {_number(trial.last.val_accuracy, '.2%')}")
         if trial.last.skipped_steps:
             parts.append(f"{trial.last.skipped_steps} of {trial.last.steps} steps skipped")
     if trial.error:
@@ -197,7 +200,7 @@ def _running_cells(trial: TrialRecord) -> tuple[str, ...]:
         return (f"0/{trial.config.max_epochs}", "", "", "", "")
     return (
         f"{last.epoch}/{trial.config.max_epochs}",
-        _number(last.val_accuracy, ".4f"),
+        _number(last.val_accuracy, ".2%"),
         _number(last.train_loss, ".4f"),
         format_scale(last.loss_scale),
         str(last.skipped_steps),
@@ -207,14 +210,14 @@ def _running_cells(trial: TrialRecord) -> tuple[str, ...]:
 def _settings_cells(trial: TrialRecord) -> tuple[str, ...]:
     config = trial.config
     interval = "" if config.growth_interval is None else str(config.growth_interval)
-    return (f"{config.lr:.3g}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
+    return (f"{config.lr:.2e}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
 
 
 def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:
     last = trial.last
     assert last is not None  # a trial is ranked by its last report
-    metrics = (_number(last.val_accuracy, ".4f"), _number(last.val_loss, ".4f"), str(last.skipped_steps))
-    return (f"{last.epoch}/{trial.config.max_epochs}", *metrics, _clock(trial.wall_seconds), str(trial.status))
+    metrics = (_number(last.val_accuracy, ".2%"), _number(last.val_loss, ".4f"), str(last.skipped_steps))
+    return (f"{last.epoch}/{trial.config.max_epochs}", *metrics, _clock(trial.wall_seconds))
 
 
 def format_scale(scale: float | None) -> str:

@@ -45,7 +45,11 @@ class SearchOptions:
     """Configurations written to ``best.parquet``."""
 
     def __post_init__(self) -> None:
-        TrialConfig(model=self.model, max_epochs=self.max_epochs, seed=self.seed)
+        try:
+            TrialConfig(model=self.model, max_epochs=self.max_epochs, seed=self.seed)
+        except InputError as error:
+            field, _, rule = str(error).partition(":")
+            raise InputError(f"--{field.replace('_', '-')}:{rule}") from None
         _check_flag("--num-samples", self.num_samples, self.num_samples >= 1, "must be at least 1")
         in_range = 1 <= self.grace_period <= self.max_epochs
         _check_flag("--grace-period", self.grace_period, in_range, f"must be 1 to --max-epochs ({self.max_epochs})")

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from ray import tune
 
-from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.config import TrialConfig, TrialStatus, describe_error
 from tune_amp.results import Provenance, TrialRecord, write_trials
 from tune_amp.searcher import find_status
-from tune_amp.trainable import metrics_of, one_line
+from tune_amp.trainable import metrics_of
 
 # Files are rewritten as trials end, so that a killed search loses next to nothing, but not for every one of thousands.
 WRITE_EVERY_SECONDS = 5.0
@@ -75,19 +75,8 @@ class TrialRecorder(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial got its worker, perhaps not for the first time."""
+        self._add(trial)
         self._running.add(trial.trial_id)
-        if trial.trial_id not in self._trials:
-            self._trials[trial.trial_id] = TrialRecord(
-                trial_id=trial.trial_id,
-                trial_name=str(trial),
-                status=TrialStatus.INTERRUPTED,
-                config=TrialConfig(**trial.config),
-                epochs=(),
-                started=datetime.datetime.now(datetime.UTC),
-                wall_seconds=0.0,
-                device="",
-                num_threads=0,
-            )
         self._tell()
 
     def on_trial_result(
@@ -113,12 +102,12 @@ class TrialRecorder(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by its own report, or by the scheduler."""
-        self._end(trial.trial_id, status=find_status(trial.last_result, error=False))
+        self._end(trial, status=find_status(trial.last_result, error=False))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's worker died more often than it is tried again."""
         error = trial.get_pickled_error() or trial.get_error()
-        self._end(trial.trial_id, status=TrialStatus.FAILED, error=one_line(f"{type(error).__name__}: {error}"))
+        self._end(trial, status=TrialStatus.FAILED, error=describe_error(error))
 
     def write(self) -> None:
         """Write what is known to ``trials.parquet`` and ``epochs.parquet``."""
@@ -129,12 +118,27 @@ class TrialRecorder(tune.Callback):
         """Tune pickles its callbacks; a live display cannot be."""
         return {**self.__dict__, "_observer": None}
 
-    def _end(self, trial_id: str, **changes: Any) -> None:
-        self._running.discard(trial_id)
-        self._trials[trial_id] = dataclasses.replace(self._trials[trial_id], **changes)
+    def _add(self, trial: Any) -> None:
+        if trial.trial_id not in self._trials:
+            self._trials[trial.trial_id] = TrialRecord(
+                trial_id=trial.trial_id,
+                trial_name=str(trial),
+                status=TrialStatus.INTERRUPTED,
+                config=TrialConfig(**trial.config),
+                epochs=(),
+                started=datetime.datetime.now(datetime.UTC),
+                wall_seconds=0.0,
+                device="",
+                num_threads=0,
+            )
+
+    def _end(self, trial: Any, **changes: Any) -> None:
+        self._add(trial)  # its worker may have died before the trial started
+        self._running.discard(trial.trial_id)
+        self._trials[trial.trial_id] = dataclasses.replace(self._trials[trial.trial_id], **changes)
         if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
             self.write()
-        self._tell(self._trials[trial_id])
+        self._tell(self._trials[trial.trial_id])
 
     def _tell(self, ended: TrialRecord | None = None) -> None:
         if self._observer is not None:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_model
 
+from tune_amp.batches import place_split
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
-from tune_amp.data import Dataset, Split, place_split
+from tune_amp.data import Dataset, Split
 from tune_amp.training import TrainingData, TrainingRun, find_divergence
 
 WEIGHTS_FILE = "model.safetensors"

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.data import Dataset
 from tune_amp.monitoring import format_scale
 from tune_amp.options import SearchOptions, check_fit
+from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
 from tune_amp.resources import TrialResources, allocate_resources
-from tune_amp.results import Provenance, TrialRecord, choose_best, write_best
+from tune_amp.results import Provenance, TrialRecord, write_best
 from tune_amp.searcher import AmpSearch
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import DivergenceAwareASHA
@@ -79,12 +81,7 @@ def run_search(
         InputError: space, data, model and options do not fit together; nothing has been trained.
     """
     check_fit(space, dataset, options)
-    resources = allocate_resources(
-        ray.cluster_resources(),
-        gpus_per_trial=options.gpus_per_trial,
-        cpus_per_trial=options.cpus_per_trial,
-        max_concurrent=options.max_concurrent,
-    )
+    resources = plan_resources(options)
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
     progress = SearchProgress(
@@ -142,6 +139,20 @@ def run_search(
     )
 
 
+def plan_resources(options: SearchOptions) -> TrialResources:
+    """What each trial gets of the running Ray.
+
+    Raises:
+        InputError: the options ask for more than Ray has.
+    """
+    return allocate_resources(
+        ray.cluster_resources(),
+        gpus_per_trial=options.gpus_per_trial,
+        cpus_per_trial=options.cpus_per_trial,
+        max_concurrent=options.max_concurrent,
+    )
+
+
 def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrainable]:
     """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
     worker_setup = WorkerSetup(
@@ -149,6 +160,7 @@ def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrain
         validation=dataset.validation,
         num_classes=dataset.num_classes,
         num_threads=resources.cpus,
+        search_path=tuple(sys.path),
     )
     share = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)

@@ -7,6 +7,7 @@ tells a crash as a failure that the sampler forgets. Each outcome is told here f
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -55,10 +56,14 @@ class AmpSearch(OptunaSearch):
         study_name: str,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce every study and trial
-        # Multivariate TPE models a conditional space group by group; ungrouped it would sample those parameters alone.
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=space.is_conditional, constant_liar=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # about group, since Optuna 2.8
+            # Multivariate TPE models a conditional space group by group; ungrouped it would sample it parameter by
+            # parameter.
+            sampler = optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=space.is_conditional, constant_liar=True
+            )
+        self._reported_epochs: dict[str, int] = {}
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
         super().__init__(
             functools.partial(suggest_config, space, dict(shared)),  # the standard pickle must take it: no lambda
@@ -84,7 +89,7 @@ class AmpSearch(OptunaSearch):
         """Tell the value of an epoch."""
         value = result.get(self.metric)
         if value is not None and math.isfinite(value) and trial_id not in self._completed_trials:
-            self._ot_trials[trial_id].report(value, result["epoch"])
+            self._report(trial_id, value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell how a trial ended."""
@@ -98,21 +103,27 @@ class AmpSearch(OptunaSearch):
         if status in HOPELESS:
             trial.set_constraint(str(status), 1.0)
             self.study.tell(trial, WORST_VALUES[self.metric])
-        elif status is TrialStatus.COMPLETED:
+        elif status in (TrialStatus.COMPLETED, TrialStatus.STOPPED):
             assert result is not None  # find_status read it there
-            self.study.tell(trial, result[self.metric])
-        elif status is TrialStatus.STOPPED:
-            assert result is not None
-            # Tune tells the scheduler's decision instead of the epoch that led to it, so it is reported here.
-            trial.report(result[self.metric], result["epoch"])
-            self.study.tell(trial, state=TrialState.PRUNED)
+            # Tune tells of a trial's end instead of its last epoch, so that epoch is reported here.
+            self._report(trial_id, result[self.metric], result["epoch"])
+            if status is TrialStatus.COMPLETED:
+                self.study.tell(trial, result[self.metric])
+            else:
+                self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, state=TrialState.FAIL)
 
     def close(self) -> None:
         """Tell every trial that was never told as failed: nothing stays running in the study."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def _report(self, trial_id: str, value: float, epoch: int) -> None:
+        """Report an epoch once: a trial that is tried again repeats some, and Optuna keeps the first value."""
+        if epoch > self._reported_epochs.get(trial_id, 0):
+            self._reported_epochs[trial_id] = epoch
+            self._ot_trials[trial_id].report(value, epoch)
 
 
 def suggest_config(space: SearchSpace, shared: Mapping[str, Any], trial: optuna.trial.BaseTrial) -> dict[str, Any]:

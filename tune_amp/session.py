@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tune_amp.config import InputError
+from tune_amp.config import InputError, describe_error
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
 QUIET_TUNE = {
@@ -80,18 +81,16 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None) -> Iterat
     token_path = home / "token"
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32))
-    secured = {
+    secured: dict[str, str | None] = {
         # On Linux this makes the node's own address the loopback one: GCS, raylet and workers listen nowhere else.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_AUTH_TOKEN": None,  # would come before the file
     }
-    with _environment(secured):
-        imported_before = "ray" in sys.modules
+    with _ray_environment(secured):
         import ray
 
-        if imported_before:
-            _read_environment_again()
         try:
             # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
             _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
@@ -104,26 +103,46 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None) -> Iterat
 @contextlib.contextmanager
 def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iterator[None]:
     """Join a cluster that somebody else started."""
-    import ray
-
     import tune_amp
 
+    # Paths, because Ray Client cannot send modules themselves.
+    runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
+    # One attempt of Ray's is 40 s long where something else than Ray listens, and it would make twenty.
+    settings: dict[str, str | None] = {"RAY_gcs_server_port_wait_time_s": "1"}
     if "RAY_AUTH_MODE" not in os.environ and _default_token().exists():
         # Joining by address never turns authentication on by itself: it would wait, then fail without a reason.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        _read_environment_again()
-    try:
-        _init_ray(address, run, runtime_env={"py_modules": [tune_amp, *modules]})
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(
-            f"--address: {address} cannot be joined ({reason}); a cluster that asks for a token needs "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        settings["RAY_AUTH_MODE"] = "token"
+    with _ray_environment(settings):
+        import ray
+
+        try:
+            _check_answers(address)
+            _init_ray(address, run, runtime_env=runtime_env)
+        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(
+                f"--address: {address} cannot be joined ({reason}); a cluster that asks for a token needs "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError at once where nobody listens: Ray would try for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():  # else it is "auto", or Ray will say what is wrong
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _find_source(module: ModuleType) -> str:
+    """The folder of a package, or the file of a single module."""
+    if hasattr(module, "__path__"):
+        return str(module.__path__[0])
+    assert module.__file__ is not None  # a user's own code, not a built-in
+    return module.__file__
 
 
 def _init_ray(address: str, run: str, **options: Any) -> None:
@@ -148,14 +167,26 @@ def _ray_is_initialized() -> bool:
     return bool(ray.is_initialized())
 
 
-def _read_environment_again() -> None:
-    """Where Ray was imported before the environment was set: what it read on import is read again."""
-    from ray._private import ray_constants
-    from ray._raylet import Config  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def _ray_environment(settings: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables for the length of a ``with`` block, that Ray sees wherever it was imported."""
+    try:
+        with _environment(settings):
+            _read_environment_again()
+            yield
+    finally:
+        _read_environment_again()  # else the next session of this process would still use this one's token
 
-    if os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR) == "0":
-        ray_constants.ENABLE_RAY_CLUSTER = False
+
+def _read_environment_again() -> None:
+    """Make Ray forget what it read of the environment on import and in an earlier session."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    clusters = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    ray_constants.ENABLE_RAY_CLUSTER = clusters != "0" and (sys.platform == "linux" or clusters is not None)
     Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _default_token() -> Path:
@@ -169,15 +200,20 @@ def _short_temporary_folder() -> str:
 
 
 @contextlib.contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the length of a ``with`` block."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+def _environment(settings: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables for the length of a ``with`` block; None for one that must not be set."""
+    before = dict(os.environ)
+    _set_environment(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        # All that changed, because Ray leaves variables of its own behind: one would take over breakpoint().
+        _set_environment({name: before.get(name) for name in {*before, *os.environ}})
+
+
+def _set_environment(settings: Mapping[str, str | None]) -> None:
+    for name, value in settings.items():
+        if value is None:
+            os.environ.pop(name, None)
+        elif os.environ.get(name) != value:
+            os.environ[name] = value

@@ -26,13 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 
 from tune_amp.config import FIELD_TYPES, SCALER_DEFAULTS, InputError, TrialConfig, checked_type, shown
+from tune_amp.strict_yaml import read_yaml
 
-MAX_BYTES = 2**20
-# A space needs 6 levels; PyYAML recurses, and would run out of stack some hundred levels down.
-MAX_DEPTH = 10
+MAX_BYTES = 2**16  # a space has some hundred; PyYAML needs seconds for a megabyte
 
 FLAGS = {"model": "--model", "dataset": "--dataset", "max_epochs": "--max-epochs", "seed": "--seed"}
 SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
@@ -143,7 +141,7 @@ def load_space(source: str) -> SearchSpace:
     name = source if source.isprintable() and source else shown(source)
     try:
         text = _read_text(source)
-        return _build_space(name, text, _read_yaml(text))
+        return _build_space(name, text, read_yaml(text))
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
@@ -155,7 +153,7 @@ def _read_text(source: str) -> str:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise InputError("is larger than 1 MiB, too large for a search space")
+        raise InputError("is larger than 64 KiB, too large for a search space")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -176,65 +174,6 @@ def _find_file(source: str) -> Path:
     if source and path.is_dir():
         raise InputError("is a directory, not a file")
     raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)})")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without anchors (a few lines of aliases can stand for gigabytes), tags or deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        line = event.start_mark.line + 1
-        if getattr(event, "anchor", None) is not None:
-            raise InputError(f"line {line}: anchors and aliases (& and *) are not allowed")
-        if getattr(event, "tag", None) is not None:
-            raise InputError(f"line {line}: tags (!) are not allowed")
-        if self.depth == MAX_DEPTH:
-            raise InputError(f"line {line}: must not be nested deeper than {MAX_DEPTH} levels")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def convert(self, node: yaml.Node | None) -> Any:
-        """The node as Python values; unlike PyYAML's own conversion, refuses a key that stands twice."""
-        if isinstance(node, yaml.SequenceNode):
-            return [self.convert(child) for child in node.value]
-        if isinstance(node, yaml.ScalarNode):
-            try:
-                return self.construct_object(node)
-            except ValueError:  # a date like 2025-02-30, a number of 5,000 digits
-                line = node.start_mark.line + 1
-                raise InputError(f"line {line}: not a valid YAML value: {shown(node.value)}") from None
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value if node else ():
-            key = self.convert(key_node)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise InputError(f"line {line}: a key must be a text, got {shown(key)}")
-            if key in mapping:
-                raise InputError(f"line {line}: key {shown(key)} stands twice")
-            mapping[key] = self.convert(value_node)
-        return mapping
-
-
-def _read_yaml(text: str) -> Any:
-    try:
-        loader = _PlainLoader(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise InputError(f"line {line}: not valid YAML: character {text[error.position]!r} is not allowed") from None
-    try:
-        return loader.convert(loader.get_single_node())
-    except InputError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise InputError(f"line {line}: not valid YAML: {error.problem or error.context}") from None
-    except (ValueError, OverflowError):  # PyYAML's scanner trusts numbers: "\UFFFFFFFF", a directive's version
-        raise InputError(f"line {loader.line + 1}: not valid YAML: a number out of range") from None
 
 
 def _build_space(source: str, text: str, document: Any) -> SearchSpace:

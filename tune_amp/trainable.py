@@ -7,6 +7,7 @@ trial. Only the death of the process itself is left to Ray.
 import dataclasses
 import gc
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from ray import tune
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus
+from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
 from tune_amp.data import Split
 from tune_amp.training import TrainingData, TrainingRun, find_divergence
 
@@ -37,6 +38,8 @@ class WorkerSetup:
     num_classes: int
     num_threads: int
     """CPU threads of a trial. Sums are split among threads, so that a bit-identical replay needs the same number."""
+    search_path: tuple[str, ...]
+    """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
 
 
 class AmpTrainable(tune.Trainable):
@@ -45,9 +48,11 @@ class AmpTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
         """Place the data on this worker's device, once a process."""
         assert worker_setup is not None  # bound by tune.with_parameters
+        sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
         torch.set_num_threads(worker_setup.num_threads)
         self._num_threads = worker_setup.num_threads
-        device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        # Ray hands out the GPUs that it was told of, whether or not torch can use them.
+        device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         self.reset_config(config)
@@ -118,8 +123,8 @@ def progress_report(metrics: EpochMetrics, status: str, error: str | None = None
 def failure_report(error: Exception) -> dict[str, Any]:
     """What a trial tells Tune when an exception ended it. Tune insists on the objective, so it gets NaN."""
     status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(error) else TrialStatus.FAILED
-    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return {**dict.fromkeys(OBJECTIVES, math.nan), "status": str(status), "error": one_line(text), "done": True}
+    text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
+    return {**dict.fromkeys(OBJECTIVES, math.nan), "status": str(status), "error": text, "done": True}
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -128,12 +133,6 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     signs = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """``text`` without line breaks, shortened."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def metrics_of(result: Mapping[str, Any]) -> EpochMetrics | None:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tune_amp.amp import AmpStep, ScalerTelemetry, fp32_arithmetic
-from tune_amp.config import EpochMetrics, TrialConfig
-from tune_amp.data import (
+from tune_amp.batches import (
     DeviceSplit,
     InputScaling,
-    Split,
     batch_indices,
     class_weights,
     curriculum_fraction,
@@ -23,6 +21,8 @@ from tune_amp.data import (
     place_split,
     scale_images,
 )
+from tune_amp.config import EpochMetrics, TrialConfig
+from tune_amp.data import Split
 from tune_amp.models import InputShape, build_model
 
 # Gradients that overflow fp16 exceed 65504 / scale: where the scale is below 2^-24, 2^39, and no scale will help.

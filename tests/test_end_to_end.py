@@ -1,0 +1,152 @@
+"""The two scripts as a user runs them: separate processes, a private Ray, files read afterwards."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from optuna import load_study
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from safetensors.torch import load_file
+
+from tune_amp.config import TrialStatus
+from tune_amp.results import load_best, load_provenance, load_trials
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def run_script(name: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
+def read_states(folder: Path, study: str) -> list[TrialState]:
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    return [trial.state for trial in load_study(study_name=study, storage=storage).trials]
+
+
+@pytest.mark.xdist_group("mnist")
+def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_dir: Path, tmp_path: Path) -> None:
+    data = ("--data-dir", mnist_dir)
+    done = run_script(
+        "search", "--dataset", "mnist", *data, "--num-samples", 8, "--max-epochs", 2, "--name", "demo", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    run = tmp_path / "results" / "demo"
+    trials = load_trials(run)
+    assert len(trials) == 8
+    assert {trial.status for trial in trials} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED}
+    assert {trial.config.dataset for trial in trials} == {"mnist"}
+    provenance = load_provenance(run)
+    assert (provenance.train_images, provenance.validation_images) == (55_000, 5_000)
+    assert provenance.command[:3] == ("scripts/search.py", "--dataset", "mnist")
+
+    # The command that the search prints is the command that works.
+    reuse = shlex.split(re.search(r"^reuse +(.*)$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
+    assert reuse[:3] == ["python", "scripts/train.py", "results/demo/best.parquet"]
+    trained = run_script("train", *reuse[2:], "--max-epochs", 2, folder=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert len(re.findall(r"^epoch \d/2  average loss \d\.\d{4}", trained.stdout, re.MULTILINE)) == 2
+    accuracy = float(re.search(r"^test accuracy ([\d.]+)% on 10,000 images", trained.stdout, re.MULTILINE)[1])  # type: ignore[index]
+    assert accuracy >= 96
+    [output] = run.glob("train-*")
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["train_images"] == 60_000
+    assert metrics["test_accuracy"] == pytest.approx(accuracy / 100, abs=5e-5)
+    assert [tuple(tensor.shape) for tensor in load_file(output / "model.safetensors").values()] == [
+        (256,),
+        (256, 784),
+        (10,),
+        (10, 256),
+    ]
+
+
+def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: Path) -> None:
+    arguments = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3, "--name", "small", "--quiet")
+    done = run_script("search", *arguments, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "results/small/best.parquet\n"
+    best = tmp_path / done.stdout.strip()
+    assert load_best(best).precision == "fp16"
+    assert read_states(best.parent, "small").count(TrialState.RUNNING) == 0
+
+    replayed = run_script("train", best, "--replay", folder=tmp_path)
+    assert replayed.returncode == 0, replayed.stderr
+    assert replayed.stdout.count("equal to the record, bit for bit") == load_trials(best.parent)[0].config.max_epochs
+
+    assert run_script("train", best, "--output", "out", folder=tmp_path).returncode == 0
+    again = run_script("train", best, "--output", "out", folder=tmp_path)
+    assert (again.returncode, again.stderr) == (2, "error: --output: out already exists; choose another folder\n")
+
+
+def test_json_lines_tell_every_trial_and_the_result(tmp_path: Path) -> None:
+    done = run_script(
+        "search", "quick", "--dataset", "digits", "--num-samples", 2, "--max-epochs", 1, "--json", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["start", "trial", "trial", "result"]
+    best = events[-1]["best"][0]
+    assert best["rank"] == 1
+    assert best["trial_id"] in {event["trial_id"] for event in events[1:3]}
+    assert load_best(tmp_path / events[-1]["best_parquet"]).lr == best["config"]["lr"]
+
+
+def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import torch\n"
+        "class Broken(torch.nn.Module):\n"
+        "    def __init__(self, pixels, classes):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(pixels, classes)\n"
+        "    def forward(self, images):\n"
+        "        if self.training:\n"
+        "            raise ValueError('no good\\nat all')\n"
+        "        return self.layer(images.flatten(1))\n"
+        "def net(input_shape, num_classes):\n"
+        "    return Broken(torch.Size(input_shape).numel(), num_classes)\n"
+    )
+    arguments = ("quick", "--dataset", "digits", "--model", "broken:net", "--num-samples", 2, "--name", "x")
+    done = run_script("search", *arguments, folder=tmp_path)
+    assert done.returncode == 1
+    assert "no trial produced a result" in done.stderr
+    assert "2 failed: ValueError: no good at all" in done.stderr
+    assert "Traceback" not in done.stderr
+    run = tmp_path / "results" / "x"
+    assert [trial.status for trial in load_trials(run)] == [TrialStatus.FAILED] * 2
+    assert not (run / "best.parquet").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
+    command += ["--num-samples", "100000", "--max-epochs", "2", "--name", "cut", "--json"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        told = [json.loads(process.stdout.readline()) for _ in range(4)]
+        started = time.monotonic()
+        os.kill(process.pid, number)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - started < 30
+    assert "Traceback" not in errors
+    events = told + [json.loads(line) for line in rest.splitlines()]
+    assert events[-1]["event"] == "result"
+    assert events[-1]["interrupted"] is True
+    run = tmp_path / "results" / "cut"
+    ended = {trial.trial_id: str(trial.status) for trial in load_trials(run) if trial.status != "interrupted"}
+    assert ended == {event["trial_id"]: event["status"] for event in events[1:-1]}
+    assert read_states(run, "cut").count(TrialState.RUNNING) == 0

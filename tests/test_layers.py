@@ -1,0 +1,79 @@
+"""Each file of the package imports only from those above it, so that a reader can go from top to bottom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tune_amp
+
+PACKAGE = Path(tune_amp.__file__).parent
+
+LAYERS = (
+    "config",
+    "strict_yaml",
+    "space",
+    "idx_files",
+    "data",
+    "batches",
+    "models",
+    "amp",
+    "training",
+    "reuse",
+    "results",
+    "ranking",
+    "session",
+    "trainable",
+    "stopping",
+    "searcher",
+    "resources",
+    "options",
+    "recorder",
+    "monitoring",
+    "search",
+    "cli",
+)
+
+# What a module may import besides the standard library and tune_amp. Nothing else: results can be read without torch.
+THIRD_PARTY = {
+    "config": set(),
+    "strict_yaml": {"yaml"},
+    "space": {"optuna"},
+    "results": {"pyarrow"},
+    "ranking": set(),
+    "amp": {"numpy", "torch"},
+    "training": {"torch"},
+    "models": {"torch"},
+}
+
+
+def imported_modules(name: str) -> set[str]:
+    """Dotted names of all modules that ``tune_amp/name.py`` imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_file_has_its_place() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LAYERS, "__init__"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_file_imports_only_from_those_above(name: str) -> None:
+    ours = {module.split(".")[1] for module in imported_modules(name) if module.startswith("tune_amp.")}
+    below = set(LAYERS[LAYERS.index(name) :])
+    assert ours & below == set()
+
+
+@pytest.mark.parametrize("name", THIRD_PARTY)
+def test_a_file_needs_no_other_library_than_its_own(name: str) -> None:
+    import sys
+
+    roots = {module.split(".")[0] for module in imported_modules(name)}
+    assert roots - sys.stdlib_module_names - {"tune_amp"} == THIRD_PARTY[name]

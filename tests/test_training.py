@@ -1,0 +1,546 @@
+"""Training and evaluating one configuration: it learns, repeats, continues bit for bit, and says when it diverged."""
+
+import dataclasses
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tune_amp import training
+from tune_amp.amp import fp32_arithmetic
+from tune_amp.batches import InputScaling, place_split, scale_images
+from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
+from tune_amp.data import Dataset, Split
+from tune_amp.models import build_model
+from tune_amp.training import TrainingData, TrainingRun, build_optimizer, evaluate, find_divergence
+
+CPU = torch.device("cpu")
+WriteModule = Callable[[str], str]
+
+CLOCKS = ("train_seconds", "val_seconds", "data_seconds", "samples_per_second")
+DROPOUT_MODEL = """
+import math
+from torch import nn
+def net(input_shape, num_classes):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(input_shape), 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, num_classes)
+    )
+"""
+
+
+def make_split(count: int = 60, classes: int = 3, seed: int = 0) -> Split:
+    """Images of 4x4 pixels that can be told apart: class c is bright in row c. Labels take turns."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    images = generator.integers(0, 120, (count, 1, 4, 4))
+    images[np.arange(count), 0, labels] += 100
+    return Split(images=images.astype(np.uint8), labels=labels.astype(np.int64))
+
+
+@pytest.fixture
+def small_data() -> TrainingData:
+    return TrainingData(make_split(), make_split(21, seed=1), 3, CPU)
+
+
+def make_config(**settings: Any) -> TrialConfig:
+    return TrialConfig(**{"lr": 0.01, "batch_size": 8, "max_epochs": 3, **settings})
+
+
+def untimed(metrics: EpochMetrics) -> EpochMetrics:
+    """The metrics without what a clock measured."""
+    return dataclasses.replace(metrics, **dict.fromkeys(CLOCKS, 0.0))  # type: ignore[arg-type]
+
+
+def train(config: TrialConfig, data: TrainingData) -> list[EpochMetrics]:
+    return [untimed(metrics) for metrics in TrainingRun(config, data).epochs()]
+
+
+def weights_of(run: TrainingRun) -> list[Tensor]:
+    return [tensor.clone() for tensor in run.model.state_dict().values()]
+
+
+def equal_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Learning
+
+
+@pytest.fixture(scope="module")
+def digits_data(digits: Dataset) -> TrainingData:
+    return TrainingData(digits.train, digits.validation, digits.num_classes, CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_simple_net_learns_digits_in_every_precision(precision: str, digits_data: TrainingData) -> None:
+    epochs = train(make_config(precision=precision, batch_size=32, lr=3e-3), digits_data)
+    assert len(epochs) == 3
+    accuracy = epochs[-1].val_accuracy
+    assert accuracy is not None
+    assert 0.9 < accuracy <= 1
+    assert epochs[-1].train_loss < epochs[0].train_loss / 3
+    assert find_divergence(epochs[-1]) is None
+
+
+@pytest.mark.parametrize("name", ["conv_net", "vit"])
+def test_other_built_in_models_train(name: str, digits: Dataset) -> None:
+    few = Split(images=digits.train.images[:256], labels=digits.train.labels[:256])
+    data = TrainingData(few, few, digits.num_classes, CPU)
+    first, second = train(make_config(model=name, batch_size=32, max_epochs=2, lr=1e-3), data)
+    assert first.val_loss is not None
+    assert second.val_loss is not None
+    assert second.val_loss < first.val_loss < 2.4
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_fused_and_has_the_settings_of_the_trial(optimizer: str) -> None:
+    config = make_config(optimizer=optimizer, lr=0.02, weight_decay=0.3)
+    made = build_optimizer(config, nn.Linear(2, 2))
+    assert type(made).__name__.lower() == optimizer
+    (group,) = made.param_groups
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (0.02, 0.3, True)
+    assert group.get("momentum", 0.9) == 0.9
+
+
+# Repeating
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16", "init_scale": 2.0**30}, {"model": "vit", "lr": 1e-3}])
+def test_a_seed_gives_the_same_metrics_bit_for_bit_and_another_seed_others(
+    settings: dict[str, Any], small_data: TrainingData
+) -> None:
+    first = train(make_config(seed=5, **settings), small_data)
+    torch.manual_seed(99)  # what ran before plays no part
+    assert train(make_config(seed=5, **settings), small_data) == first
+    other = train(make_config(seed=6, **settings), small_data)
+    assert all(a.train_loss != b.train_loss for a, b in zip(first, other, strict=True))
+
+
+def test_data_shared_with_other_trials_gives_the_metrics_of_data_of_its_own(small_data: TrainingData) -> None:
+    fancy = make_config(input_scaling="standard", class_weighting="balanced", curriculum="linear")
+    train(fancy, small_data)
+    for config in (make_config(), fancy):
+        own = TrainingData(make_split(), make_split(21, seed=1), 3, CPU)
+        assert train(config, small_data) == train(config, own)
+
+
+def test_order_of_the_data_does_not_depend_on_the_model(small_data: TrainingData) -> None:
+    runs = [TrainingRun(make_config(model=name), small_data) for name in MODELS]
+    first, second, third = (run._draw_batches() for run in runs)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+# Continuing from a checkpoint
+
+CHECKPOINTED = [
+    {},
+    {"optimizer": "adamw", "precision": "bf16", "curriculum": "linear", "max_epochs": 6},
+    {"optimizer": "sgd", "precision": "fp16", "init_scale": 2.0**34, "growth_interval": 2, "growth_factor": 32.0},
+    {"optimizer": "adam", "precision": "fp16", "init_scale": 2.0**34, "growth_interval": 3, "growth_factor": 32.0},
+]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("settings", CHECKPOINTED)
+def test_restored_run_continues_bit_for_bit(
+    settings: dict[str, Any], after: int, small_data: TrainingData, write_module: WriteModule
+) -> None:
+    model = f"{write_module(DROPOUT_MODEL)}:net"
+    config = make_config(**{"model": model, "max_epochs": 4, "seed": 3, **settings})
+    whole = TrainingRun(config, small_data)
+    expected = list(map(untimed, itertools.islice(whole.epochs(), after)))
+    stored = io.BytesIO()
+    torch.save(whole.state_dict(), stored)
+    expected += map(untimed, whole.epochs())
+    if config.precision == "fp16":  # else the scaler's part of the checkpoint is not put to the test
+        assert expected[after - 1].skipped_steps < expected[-1].skipped_steps
+        assert expected[after - 1].growths < expected[-1].growths
+
+    torch.manual_seed(1234)
+    torch.rand(17)
+    stored.seek(0)
+    restored = TrainingRun(config, TrainingData(make_split(), make_split(21, seed=1), 3, CPU))
+    restored.load_state_dict(torch.load(stored, weights_only=True))
+    continued = [untimed(metrics) for metrics in restored.epochs()]
+    assert continued == expected[after:]
+    assert len(continued) == config.max_epochs - after
+    assert equal_bits(weights_of(restored), weights_of(whole))
+
+
+def test_dropout_of_a_run_is_its_seeds(small_data: TrainingData, write_module: WriteModule) -> None:
+    config = make_config(model=f"{write_module(DROPOUT_MODEL)}:net")
+    first, second = TrainingRun(config, small_data), TrainingRun(config, small_data)
+    images = torch.rand(4, 1, 4, 4)
+    assert not torch.equal(first.model(images), second.model(images))  # dropout is there, and drawn anew
+    assert train(config, small_data) == train(config, small_data)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_restored_run_keeps_its_own_learning_rate_and_weight_decay(optimizer: str, small_data: TrainingData) -> None:
+    theirs = TrainingRun(make_config(optimizer=optimizer, lr=0.1, weight_decay=0.5), small_data)
+    theirs.train_epoch()
+    ours = TrainingRun(make_config(optimizer=optimizer, lr=1e-30, weight_decay=0.0), small_data)
+    ours.load_state_dict(theirs.state_dict())
+    (group,) = ours._optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (1e-30, 0.0, True)
+    before = weights_of(ours)
+    ours.train_epoch()
+    assert equal_bits(weights_of(ours), before)  # the learning rate is not only written down
+
+
+def test_restored_run_adds_to_the_seconds_and_counts_of_the_checkpoint(small_data: TrainingData) -> None:
+    config = make_config()
+    first = TrainingRun(config, small_data)
+    saved = first.train_epoch()
+    restored = TrainingRun(config, TrainingData(make_split(), make_split(21, seed=1), 3, CPU))
+    restored.load_state_dict(first.state_dict())
+    metrics = restored.train_epoch()
+    assert (metrics.epoch, metrics.steps) == (2, 2 * saved.steps)
+    assert metrics.train_seconds > saved.train_seconds
+    assert metrics.val_seconds > saved.val_seconds
+    assert metrics.data_seconds > saved.data_seconds > 0  # both workers placed the data
+
+
+# What a step sees
+
+
+def test_train_loss_and_weights_are_those_of_a_plain_loop(small_data: TrainingData) -> None:
+    config = make_config(seed=4, max_epochs=2)
+    split = make_split()
+    pixels = torch.from_numpy(split.images).float()
+    low, high = pixels.min(), pixels.max()
+    images, labels = (pixels - low) * (1 / (high.item() - low.item())), torch.from_numpy(split.labels)
+
+    torch.manual_seed(4)
+    model = build_model("simple_net", (1, 4, 4), 3)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01, fused=True)
+    generator = torch.Generator().manual_seed(4)
+    expected = []
+    for _ in range(2):
+        losses = []
+        for batch in torch.randperm(60, generator=generator)[:56].split(8):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        expected.append(np.mean(losses))
+
+    run = TrainingRun(config, small_data)
+    assert [metrics.train_loss for metrics in run.epochs()] == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(run.model.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+def test_batch_larger_than_the_training_images_is_refused(small_data: TrainingData) -> None:
+    with pytest.raises(InputError, match=r"batch_size: must not exceed the 60 images .*, got 61"):
+        TrainingRun(make_config(batch_size=61), small_data).train_epoch()
+    assert train(make_config(batch_size=60, max_epochs=1), small_data)[0].steps == 1
+
+
+def test_balanced_class_weighting_weighs_the_training_loss_by_inverse_frequency() -> None:
+    counts = (30, 8, 2)
+    whole = make_split(90)
+    chosen = np.concatenate([np.flatnonzero(whole.labels == label)[:count] for label, count in enumerate(counts)])
+    split = Split(images=whole.images[chosen], labels=whole.labels[chosen])
+    data = TrainingData(split, split, 3, CPU)
+    # One step over all images: its loss is that of the initial weights.
+    initial = TrainingRun(make_config(batch_size=40, max_epochs=1), data)
+    placed = place_split(split, CPU)
+    with torch.no_grad():
+        logits = initial.model(scale_images(placed.images, data.input_scaling("minmax")))
+        losses = nn.functional.cross_entropy(logits, placed.labels, reduction="none")
+    weights = torch.tensor([40 / (3 * count) for count in counts])[placed.labels]
+    plain, balanced = (
+        train(make_config(batch_size=40, max_epochs=1, class_weighting=method, lr=1e-30), data)[0]
+        for method in ("none", "balanced")
+    )
+    assert plain.train_loss == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert balanced.train_loss == pytest.approx(((weights * losses).sum() / weights.sum()).item(), rel=1e-5)
+    assert abs(balanced.train_loss - plain.train_loss) > 1e-3
+    assert plain.val_loss == balanced.val_loss == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_linear_curriculum_trains_on_the_easiest_images_first(
+    small_data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TrainingRun(make_config(curriculum="linear", max_epochs=4, batch_size=5), small_data)
+    easy_to_hard = small_data.easy_to_hard.tolist()
+    assert sorted(easy_to_hard) == list(range(60))
+    assert easy_to_hard != list(range(60))
+    seen: list[int] = []
+    step = run._step
+
+    def watch(indices: Tensor) -> None:
+        seen.extend(indices.tolist())
+        step(indices)
+
+    monkeypatch.setattr(run, "_step", watch)
+    steps = []
+    for expected in (30, 45, 60, 60):
+        seen.clear()
+        steps.append(run.train_epoch().steps)
+        assert sorted(seen) == sorted(easy_to_hard[:expected])
+        assert seen != easy_to_hard[:expected]  # but not always in the same order
+    assert steps == [6, 15, 27, 39]
+
+
+def test_curriculum_never_draws_from_less_than_a_batch(small_data: TrainingData) -> None:
+    epochs = train(make_config(curriculum="linear", batch_size=50, max_epochs=4), small_data)
+    assert [metrics.steps for metrics in epochs] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", ["minmax", "standard"])
+def test_model_sees_the_scaling_of_the_trial_in_training_and_validation(method: str, small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(input_scaling=method), small_data)
+    inputs: dict[bool, list[Tensor]] = {True: [], False: []}
+    run.model.register_forward_pre_hook(lambda module, given: inputs[module.training].append(given[0]))
+    run.train_epoch()
+    pixels = make_split().images.astype(np.float64)
+    shift, factor = pixels.min(), 1 / (pixels.max() - pixels.min())
+    if method == "standard":
+        shift, factor = pixels.mean(), 1 / pixels.std()
+    validation = (make_split(21, seed=1).images - shift) * factor
+    np.testing.assert_allclose(torch.cat(inputs[False]).numpy(), validation, rtol=1e-5, atol=1e-6)
+    trained_on = torch.cat(inputs[True]).numpy()
+    assert trained_on.shape == (56, 1, 4, 4)
+    rows = {image.astype(np.float32).round(3).tobytes() for image in (pixels - shift) * factor}
+    assert all(image.round(3).tobytes() in rows for image in trained_on)
+
+
+# Evaluating
+
+
+def test_evaluation_is_strict_fp32_whatever_the_run_is_trained_in(small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(precision="fp16", max_epochs=1), small_data)
+    seen: list[tuple[Any, ...]] = []
+
+    def watch(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        flags = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+        precisions = {flag.fp32_precision for flag in flags}
+        seen.append((module.training, output.dtype, output.requires_grad, precisions))
+
+    run.model.register_forward_hook(watch)
+    before = [flag.fp32_precision for flag in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
+    with fp32_arithmetic("tf32"):
+        metrics = run.train_epoch()
+    assert seen[:7] == [(True, torch.float16, True, {"ieee"})] * 7
+    assert seen[7:] == [(False, torch.float32, False, {"ieee"})]
+    assert run.model.training
+    after = [flag.fp32_precision for flag in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
+    assert after == before
+    loss, accuracy = run.evaluate(place_split(make_split(21, seed=1), CPU))
+    assert (loss, accuracy) == (metrics.val_loss, metrics.val_accuracy)
+
+
+@pytest.mark.parametrize("training_mode", [False, True])
+def test_evaluation_puts_the_model_back_into_its_mode(training_mode: bool) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).train(training_mode)
+    modes: list[bool] = []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    split = place_split(make_split(), CPU)
+    scaling = InputScaling(shift=0.0, factor=1 / 255)
+    assert evaluate(model, split, scaling) == evaluate(model, split, scaling)
+    assert modes == [False, False]
+    assert model.training is training_mode
+
+
+@pytest.mark.parametrize("batch", [1, 7, 59, 60, 61])
+def test_evaluation_is_a_mean_over_images_however_they_are_batched(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    split = make_split()
+    split.labels[40:] = 2  # the last batch is not like the others
+    scaling = InputScaling(shift=3.0, factor=0.01)
+    logits = model.double()((torch.from_numpy(split.images).double() - 3) * 0.01).detach().numpy()
+    log_likelihoods = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -log_likelihoods[np.arange(60), split.labels].mean()
+    monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
+    loss, accuracy = evaluate(model.float(), place_split(split, CPU), scaling)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert accuracy == (logits.argmax(axis=1) == split.labels).mean()
+
+
+def test_without_a_validation_split_there_are_no_validation_metrics() -> None:
+    data = TrainingData(make_split(), None, 3, CPU)
+    (metrics,) = TrainingRun(make_config(max_epochs=1), data).epochs()
+    assert (metrics.val_loss, metrics.val_accuracy, metrics.val_seconds) == (None, None, 0.0)
+
+
+# Counting and timing
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16", "init_scale": 2.0**40}])
+def test_counts_and_seconds_are_cumulative(settings: dict[str, Any], small_data: TrainingData) -> None:
+    epochs = list(TrainingRun(make_config(max_epochs=4, **settings), small_data).epochs())
+    assert [metrics.epoch for metrics in epochs] == [1, 2, 3, 4]
+    assert [metrics.steps for metrics in epochs] == [7, 14, 21, 28]
+    for metrics in epochs:
+        assert metrics.applied_steps + metrics.skipped_steps == metrics.steps
+        assert metrics.peak_memory_bytes is None
+    for before, after in itertools.pairwise(epochs):
+        assert 0 < before.train_seconds < after.train_seconds
+        assert 0 < before.val_seconds < after.val_seconds
+        assert before.skipped_steps <= after.skipped_steps
+        seconds = after.train_seconds - before.train_seconds
+        assert after.samples_per_second == pytest.approx(7 * 8 / seconds, rel=1e-6)
+    assert epochs[-1].skipped_steps > 0 or not settings
+
+
+def test_placing_the_data_is_charged_to_the_first_trial_alone(small_data: TrainingData) -> None:
+    first, second = (list(TrainingRun(make_config(max_epochs=2), small_data).epochs()) for _ in range(2))
+    assert first[0].data_seconds == first[1].data_seconds > 0
+    assert [metrics.data_seconds for metrics in second] == [0, 0]
+
+
+# Divergence
+
+
+FINE = EpochMetrics(
+    epoch=1,
+    train_loss=1.0,
+    val_loss=1.0,
+    val_accuracy=0.5,
+    steps=100,
+    applied_steps=90,
+    skipped_steps=10,
+    growths=1,
+    first_applied_step=11,
+    loss_scale=1024.0,
+    min_loss_scale=1024.0,
+    max_loss_scale=2048.0,
+    train_seconds=1.0,
+    val_seconds=1.0,
+    data_seconds=0.0,
+    samples_per_second=1.0,
+    peak_memory_bytes=None,
+)
+LOW = {"loss_scale": 2.0**-30, "min_loss_scale": 2.0**-30}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"val_loss": None, "val_accuracy": None}, None),
+        ({"loss_scale": None, "min_loss_scale": None, "max_loss_scale": None, "skipped_steps": 0}, None),
+        ({"train_loss": math.nan}, "train_loss is nan"),
+        ({"train_loss": math.inf}, "train_loss is inf"),
+        ({"train_loss": math.nan, "loss_scale": None}, "train_loss is nan"),
+        ({"train_loss": -math.inf}, "train_loss is -inf"),
+        ({"val_loss": math.nan}, "val_loss is nan"),
+        ({"val_loss": math.inf}, "val_loss is inf"),
+        ({"train_loss": 1e30, "val_loss": 1e30}, None),  # bad, but a number that can be ranked
+        ({"loss_scale": 0.0, "min_loss_scale": 0.0}, "loss_scale is 0.0"),
+        ({"loss_scale": 0.0, "min_loss_scale": 0.0, "skipped_steps": 0}, "loss_scale is 0.0"),
+        ({"loss_scale": math.inf}, "loss_scale is inf"),
+        ({"loss_scale": math.nan}, "loss_scale is nan"),
+        (LOW, "loss_scale collapsed to 9.31e-10 after 10 skipped steps"),
+        (LOW | {"skipped_steps": 1}, "loss_scale collapsed to 9.31e-10 after 1 skipped steps"),
+        (LOW | {"skipped_steps": 0}, None),  # low by choice
+        (LOW | {"min_loss_scale": 2.0**-40}, None),  # on its way up again
+        ({"loss_scale": 2.0**-24, "min_loss_scale": 2.0**-24}, None),
+        ({"loss_scale": 2.0**-25, "min_loss_scale": 2.0**-25}, "loss_scale collapsed to 2.98e-08 after 10"),
+        ({"loss_scale": 2.0**20, "max_loss_scale": 2.0**40, "skipped_steps": 20, "applied_steps": 0}, None),
+    ],
+)
+def test_divergence_is_a_loss_that_is_no_number_or_a_collapsed_scale(
+    changes: dict[str, Any], expected: str | None
+) -> None:
+    reason = find_divergence(dataclasses.replace(FINE, **changes))
+    if expected is None:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert reason.startswith(expected)
+
+
+def test_calibration_from_a_high_scale_is_no_divergence(small_data: TrainingData) -> None:
+    epochs = train(make_config(precision="fp16", init_scale=2.0**60, max_epochs=8), small_data)
+    assert len(epochs) == 8
+    assert epochs[1].applied_steps == 0  # fourteen steps, all skipped
+    assert epochs[-1].applied_steps > 0
+
+
+@pytest.mark.parametrize("init_scale", [2.0**-30, 2.0**-126])
+def test_low_scale_by_choice_is_no_divergence(init_scale: float, small_data: TrainingData) -> None:
+    assert len(train(make_config(precision="fp16", init_scale=init_scale), small_data)) == 3
+
+
+def test_diverged_run_ends_early(small_data: TrainingData) -> None:
+    epochs = train(make_config(lr=1e30, optimizer="sgd", max_epochs=9), small_data)
+    assert len(epochs) == 1
+    assert re.fullmatch(r"(train|val)_loss is (nan|inf)", find_divergence(epochs[-1]) or "")
+
+
+def test_run_whose_gradients_are_never_finite_is_ended(small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(precision="fp16", max_epochs=30), small_data)
+    for parameter in run.model.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.nan)
+    epochs = list(run.epochs())
+    assert len(epochs) == 6  # 2^16 has fallen to 2^-26 after 42 steps, to 2^-19 after 35
+    assert (find_divergence(epochs[-1]) or "").startswith("loss_scale collapsed to 1.49e-08 after 42 skipped steps")
+
+
+# On a GPU
+
+
+@pytest.fixture
+def cuda_data() -> Iterator[TrainingData]:
+    yield TrainingData(make_split(600), make_split(210, seed=1), 3, torch.device("cuda"))
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_training_on_a_gpu_learns_and_tells_its_memory(precision: str, cuda_data: TrainingData) -> None:
+    epochs = list(TrainingRun(make_config(precision=precision, max_epochs=5), cuda_data).epochs())
+    assert (epochs[-1].val_accuracy or 0) > 0.9
+    weights = 4 * (16 * 256 + 256 + 256 * 3 + 3)
+    assert all((metrics.peak_memory_bytes or 0) >= 4 * weights for metrics in epochs)  # with gradients and two moments
+    assert all((metrics.peak_memory_bytes or 0) < 2**30 for metrics in epochs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_of_an_epoch_on_a_gpu_never_wait_for_it(precision: str, model: str, cuda_data: TrainingData) -> None:
+    config = make_config(precision=precision, model=model, grad_clip=1.0, class_weighting="balanced")
+    run = TrainingRun(config, cuda_data)
+    run.train_epoch()  # libraries wait for the device when they are first used
+    batches = run._draw_batches()
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for indices in batches:
+            run._step(indices)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert math.isfinite(run._amp.read_epoch())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_run_on_a_gpu_continues_from_its_checkpoint(cuda_data: TrainingData, write_module: WriteModule) -> None:
+    config = make_config(precision="fp16", model=f"{write_module(DROPOUT_MODEL)}:net", init_scale=2.0**30)
+    whole = TrainingRun(config, cuda_data)
+    whole.train_epoch()
+    stored = io.BytesIO()
+    torch.save(whole.state_dict(), stored)
+    expected = [untimed(metrics) for metrics in whole.epochs()]
+    torch.cuda.manual_seed(1234)
+    stored.seek(0)
+    restored = TrainingRun(config, cuda_data)
+    restored.load_state_dict(torch.load(stored, map_location="cpu", weights_only=True))
+    continued = [untimed(metrics) for metrics in restored.epochs()]
+    memory = [dataclasses.replace(metrics, peak_memory_bytes=None) for metrics in (*expected, *continued)]
+    assert memory[: len(expected)] == memory[len(expected) :]
