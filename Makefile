@@ -21,11 +21,11 @@ search: $(READY)
 	$(BIN)/python scripts/search.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Without the tests that start Ray.
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 # What CI checks besides the tests: the hooks of .pre-commit-config.yaml.
 check: $(READY)

@@ -35,7 +35,6 @@ def read_states(folder: Path, study: str) -> list[TrialState]:
     return [trial.state for trial in load_study(study_name=study, storage=storage).trials]
 
 
-@pytest.mark.xdist_group("mnist")
 def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_dir: Path, tmp_path: Path) -> None:
     data = ("--data-dir", mnist_dir)
     done = run_script(

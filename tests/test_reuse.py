@@ -22,9 +22,9 @@ from tune_amp.reuse import (
     WEIGHTS_FILE,
     FinalResult,
     FinalTraining,
-    create_output_folder,
     find_differences,
     join_splits,
+    output_folder,
     replay_trial,
 )
 from tune_amp.training import TrainingData, TrainingRun
@@ -56,8 +56,8 @@ def make_split(count: int, seed: int) -> Split:
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    splits = {name: make_split(count, count) for name, count in (("train", 50), ("validation", 22), ("test", 37))}
-    return Dataset(name="small", num_classes=3, content_hash="0", **splits)
+    train, validation, test = (make_split(count, seed=count) for count in (50, 22, 37))
+    return Dataset(name="small", num_classes=3, content_hash="0", train=train, validation=validation, test=test)
 
 
 def make_config(**settings: Any) -> TrialConfig:
@@ -132,9 +132,9 @@ def test_test_set_is_not_read_before_the_last_epoch(dataset: Dataset) -> None:
 
 def test_diverged_training_says_why_and_is_not_tested(dataset: Dataset) -> None:
     final = FinalTraining(make_config(lr=1e30, optimizer="sgd"), dataset, CPU)
-    assert final.divergence is None
+    assert str(final.divergence) == "None"
     assert len(list(final.epochs())) == 1
-    assert (final.divergence or "").startswith("train_loss is ")
+    assert str(final.divergence).startswith("train_loss is ")
     with pytest.raises(AssertionError):
         final.test()
 
@@ -145,7 +145,8 @@ def test_saved_weights_give_the_same_test_result_in_a_fresh_model(
 ) -> None:
     name = f"{write_module(TIED_MODEL)}:net" if model == "tied" else model
     final, result = train_finally(make_config(model=name, precision="bf16", max_epochs=1), dataset)
-    final.save(create_output_folder(tmp_path / "out"), result, {})
+    with output_folder(tmp_path / "out") as folder:
+        final.save(folder, result, {})
     torch.manual_seed(77)
     fresh = build_model(name, dataset.input_shape, dataset.num_classes)
     stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
@@ -231,8 +232,8 @@ RECORDED = EpochMetrics(
 
 @pytest.mark.parametrize("field", dataclasses.fields(EpochMetrics), ids=lambda field: field.name)
 def test_difference_in_any_field_but_a_measured_one_is_told(field: "dataclasses.Field[Any]") -> None:
-    value = (2,) if isinstance(getattr(RECORDED, field.name), tuple) else 7
-    changed = dataclasses.replace(RECORDED, **{field.name: value})
+    change: dict[str, Any] = {field.name: (2,) if isinstance(getattr(RECORDED, field.name), tuple) else 7}
+    changed = dataclasses.replace(RECORDED, **change)
     measured = field.name in {
         "train_seconds",
         "val_seconds",
@@ -264,15 +265,30 @@ def test_smallest_difference_is_told() -> None:
 
 def test_output_folder_is_made_with_its_parents_and_only_once(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there"
-    assert create_output_folder(folder) == folder
-    assert folder.is_dir()
-    with pytest.raises(InputError, match=f"^--output: {folder} already exists; choose another folder$"):
-        create_output_folder(folder)
+    with output_folder(folder) as made:
+        assert made == folder
+        assert folder.is_dir()
+        with (
+            pytest.raises(InputError, match=f"^--output: {folder} already exists; choose another folder$"),
+            output_folder(folder),
+        ):
+            pytest.fail("a second training took the folder of the first")
+
+
+def test_output_folder_of_a_training_that_ended_early_is_free_again(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), output_folder(folder):
+        raise KeyboardInterrupt
+    assert not folder.exists()
+    with output_folder(folder):
+        (folder / METRICS_FILE).write_text("{}")
+    assert (folder / METRICS_FILE).read_text() == "{}"
 
 
 def test_output_folder_that_exists_without_a_training_is_taken(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert create_output_folder(tmp_path) == tmp_path
+    with output_folder(tmp_path):
+        pass
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -281,18 +297,19 @@ def test_output_folder_with_another_trainings_files_is_refused_and_left_as_it_is
     tmp_path: Path, file_name: str
 ) -> None:
     (tmp_path / file_name).write_text("precious")
-    with pytest.raises(InputError, match="already exists; choose another folder"):
-        create_output_folder(tmp_path)
+    with pytest.raises(InputError, match="already exists; choose another folder"), output_folder(tmp_path):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == [file_name]
     assert (tmp_path / file_name).read_text() == "precious"
 
 
 def test_output_in_the_place_of_or_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="already exists"):
-        create_output_folder(tmp_path / "file")
-    with pytest.raises(InputError, match=r"^--output: [^\n]+ cannot be written \(Not a directory\)$"):
-        create_output_folder(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match="already exists"), output_folder(tmp_path / "file"):
+        pass
+    rule = r"^--output: [^\n]+ cannot be written \(Not a directory\)$"
+    with pytest.raises(InputError, match=rule), output_folder(tmp_path / "file" / "out"):
+        pass
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -301,5 +318,6 @@ def test_output_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root, as which tests may run, can write everywhere
-    with pytest.raises(InputError, match=r"^--output: [^\n]+ cannot be written \(Permission denied\)$"):
-        create_output_folder(tmp_path / "out")
+    rule = r"^--output: [^\n]+ cannot be written \(Permission denied\)$"
+    with pytest.raises(InputError, match=rule), output_folder(tmp_path / "out"):
+        pass

@@ -67,7 +67,9 @@ def failure(status: str) -> dict[str, Any]:
     return {"val_accuracy": NAN, "val_loss": NAN, "status": status, "done": True, "error": "why"}
 
 
-def finish(search: AmpSearch, trial_id: str, *epochs: float, end: Mapping[str, Any] | None, error: bool = False) -> None:
+def finish(
+    search: AmpSearch, trial_id: str, *epochs: float, end: Mapping[str, Any] | None, error: bool = False
+) -> None:
     search.suggest(trial_id)
     for epoch, accuracy in enumerate(epochs, start=1):
         search.on_trial_result(trial_id, report(epoch, accuracy))
@@ -150,7 +152,7 @@ def test_failed_and_interrupted_trials_are_told_failed(
     assert trial.user_attrs["status"] == status
 
 
-def make_stock(space: SearchSpace | None = None) -> OptunaSearch:
+def make_stock(space: SearchSpace | None = None) -> Any:
     loaded = load_space("mnist_amp") if space is None else space
     sampler = optuna.samplers.TPESampler(seed=0, multivariate=True, constant_liar=True)
     return OptunaSearch(loaded.suggest, metric="val_accuracy", mode="max", sampler=sampler)
@@ -189,7 +191,7 @@ def test_hopeless_trials_rank_below_every_other_trial_for_tpe(
     finish(search, "pruned-worst", end=stop(1, 0.0))
     finish(search, "hopeless-last", end=hopeless)
     finish(search, "completed-good", end=report(3, 0.9, "completed"))
-    order = []
+    order: list[str] = []
     for n_below in range(1, 6):
         below, above = _split_trials(search.study, search.study.trials, n_below)
         assert len(below) + len(above) == 5
@@ -198,15 +200,14 @@ def test_hopeless_trials_rank_below_every_other_trial_for_tpe(
     assert order[:3] == ["completed-good", "completed-worst", "pruned-worst"]
 
 
-def test_tpe_avoids_a_region_where_trials_diverge_and_comes_back_to_it_under_stock(
+def test_tpe_avoids_a_region_where_trials_diverge_and_returns_to_it_where_they_are_told_as_failures(
     make_search: MakeSearch, lr_space: SearchSpace
 ) -> None:
-    """Good trials lie beside the cliff, so that only the knowledge of what diverged keeps the sampler off it."""
-
     def accuracy(lr: float) -> float:
-        return NAN if lr > 0.01 else 0.9 + 0.02 * math.log10(lr)  # from 0.82 to 0.86: the larger, the better
+        return NAN if lr > 0.01 else 0.9 - 0.05 * abs(math.log10(lr) + 3)
 
-    def count_diverged(search: OptunaSearch) -> int:
+    def count_diverged(search: Any) -> int:
+        """Of 40 trials after the first 20."""
         diverged = 0
         for number in range(60):
             value = accuracy(search.suggest(str(number))["lr"])
@@ -214,15 +215,13 @@ def test_tpe_avoids_a_region_where_trials_diverge_and_comes_back_to_it_under_sto
             search.on_trial_complete(str(number), report(3, value, "diverged" if math.isnan(value) else "completed"))
         return diverged
 
-    logging.getLogger("ray.tune.search.optuna.optuna_search").setLevel(logging.ERROR)  # a warning for every NaN
-    ours = [count_diverged(make_search(lr_space, seed=seed, name=f"ours-{seed}")) for seed in range(3)]
-    # An ignored failure is what stock makes of an exception (fact 4): the region is never learned.
-    ignoring = [count_diverged(Ignoring(make_search(lr_space, seed=seed, name=f"fail-{seed}"))) for seed in range(3)]
-    assert statistics.mean(ours) < 8  # of 40; at random it would be 20
-    assert statistics.mean(ours) < statistics.mean(ignoring)
+    ours = [count_diverged(make_search(lr_space, seed=seed, name=f"ours-{seed}")) for seed in range(2)]
+    failing = [count_diverged(Failing(make_search(lr_space, seed=seed, name=f"failing-{seed}"))) for seed in range(2)]
+    assert statistics.mean(ours) < 8  # 2 and 2 were seen; at random it would be 20
+    assert statistics.mean(failing) > 20  # 36 and 40 were seen: what is ignored stays unknown, and so attractive
 
 
-class Ignoring(OptunaSearch):
+class Failing(OptunaSearch):
     """Tells a diverged trial as a failure, as stock does for one that raised."""
 
     def __init__(self, search: AmpSearch) -> None:
@@ -305,16 +304,12 @@ def test_searcher_comes_back_from_the_standard_pickle_and_continues_alike(
     assert pickle.loads(pickle.dumps(search)).study.study_name == "saved"
 
 
-def test_journal_is_readable_by_another_study_while_the_search_goes_on(
-    make_search: MakeSearch, tmp_path: Path
-) -> None:
+def test_journal_is_readable_by_another_study_while_the_search_goes_on(make_search: MakeSearch, tmp_path: Path) -> None:
     search = make_search()
     finish(search, "a", 0.5, end=report(2, NAN, "diverged"))
     search.suggest("b")
     path = tmp_path / "run" / STUDY_FILE
-    other = optuna.load_study(
-        study_name="run", storage=optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    )
+    other = optuna.load_study(study_name="run", storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))))
     assert [trial.state for trial in other.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
     assert other.trials[0].constraints == {"diverged": 1.0}
     assert other.direction.name == "MAXIMIZE"

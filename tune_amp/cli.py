@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SPACE = "mnist_amp"
 
+SLOW_EPOCH_SECONDS = 120.0
+
 EXIT_DONE, EXIT_NO_RESULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -105,8 +107,8 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--dataset", default="auto", help=f"{data}; auto is MNIST where it can be had, else scikit-learn's digits")
     add("--data-dir", type=Path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
     add("--model", default="simple_net", help=f"{', '.join(MODELS)} or MODULE:FUNCTION")
-    add("--num-samples", type=int, default=16, metavar="N", help="trials")
-    add("--max-epochs", type=int, default=4, metavar="N", help="full budget of a trial")
+    add("--num-samples", type=int, default=32, metavar="N", help="trials")
+    add("--max-epochs", type=int, default=8, metavar="N", help="full budget of a trial")
     add("--grace-period", type=int, default=1, metavar="N", help="epochs before a trial can be stopped early")
     add("--reduction-factor", type=float, default=2.0, metavar="X", help="one trial in X goes on from rung to rung")
     add("--objective", default=OBJECTIVES[0], help=" or ".join(OBJECTIVES))
@@ -274,6 +276,25 @@ def _print_start(
         notice = describe_hardware(precision, device)
         if notice:
             console.print(f"note       {precision}: {notice}", style="yellow", soft_wrap=True)
+        if device.type == "cpu":
+            _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
+
+
+def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
+    """Hours of waiting should not come as a surprise: a step is timed before the search."""
+    import torch
+
+    from tune_amp.training import estimate_epoch_seconds
+
+    torch.set_num_threads(num_threads)
+    config = TrialConfig(model=model, precision=precision)
+    try:
+        seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
+    except Exception:  # a user's model may raise anything in training: its trials will say what
+        return
+    if seconds >= SLOW_EPOCH_SECONDS:
+        text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
+        console.print(f"slow       {precision}: {text}", style="bold yellow", markup=False, soft_wrap=True)
 
 
 def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
@@ -368,30 +389,40 @@ def _check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
 
 
 def _train_final(arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset") -> int:
-    from tune_amp.amp import describe_hardware
-    from tune_amp.reuse import FinalTraining, create_output_folder
+    from tune_amp.reuse import FinalTraining, output_folder
 
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
     device = _choose_device(arguments.device)
     console = Console(highlight=False)
     training = FinalTraining(config, dataset, device)
-    output = create_output_folder(arguments.output or _default_output(arguments, config))
-    settings = ", ".join(f"{name} {value}" for name, value in vars(config).items() if value not in (None, "none"))
-    console.print(f"training rank {arguments.rank} of {arguments.best} on {device}: {settings}", markup=False)
-    notice = describe_hardware(config.precision, device)
-    if notice:
-        console.print(f"note: {notice}", style="yellow", markup=False)
-    for metrics in training.epochs():
-        console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
-    if training.divergence:
-        print(f"error: diverged: {training.divergence}", file=sys.stderr)  # noqa: T201
-        return EXIT_NO_RESULT
-    result = training.test()
-    training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank})
+    with output_folder(arguments.output or _default_output(arguments, config)) as output:
+        _print_training(console, arguments, config, device)
+        for metrics in training.epochs():
+            console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
+        if training.divergence:
+            print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
+        result = training.test()
+        training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank})
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     console.print(f"saved   {output}: model.safetensors, metrics.json", markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def _print_training(
+    console: Console, arguments: argparse.Namespace, config: TrialConfig, device: "torch.device"
+) -> None:
+    from tune_amp.amp import describe_hardware
+
+    settings = {name: value for name, value in vars(config).items() if value not in (None, "none")}
+    listed = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
+    )
+    console.print(f"rank {arguments.rank} of {arguments.best} on {device}: {listed}", markup=False, soft_wrap=True)
+    notice = describe_hardware(config.precision, device)
+    if notice:
+        console.print(f"note: {notice}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:

@@ -129,7 +129,7 @@ def render_ranking(ranked: Sequence[TrialRecord]) -> Table:
     """The ranked table at the end of a search: settings, then validation metrics. Narrow enough for 80 columns."""
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     settings = ("#", "lr", "batch", "precision", "scale", "interval")
-    for name in (*settings, "epochs", "accuracy", "loss", "skipped", "time"):
+    for name in (*settings, "epochs", "accuracy", "loss", "skips", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for rank, trial in enumerate(ranked, start=1):
         table.add_row(str(rank), *_settings_cells(trial), *_outcome_cells(trial), style="green" if rank == 1 else None)
@@ -145,7 +145,7 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
     if len(ranked) == 1:
         return f"One seed on {images}: other seeds will differ by some tenths of a point."
     if ties == 1:
-        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may still reorder them."
+        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
     return f"Numbers 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
 
 
@@ -185,8 +185,8 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
 
 
 def _render_running(progress: SearchProgress) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("running", "epoch", "val_accuracy", "train_loss", "loss_scale", "skipped"):
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("running", "epoch", "accuracy", "train loss", "scale", "skips"):
         table.add_column(name, justify="left" if name == "running" else "right")
     for trial in progress.trials:
         if trial.trial_id in progress.running:
@@ -201,7 +201,7 @@ def _running_cells(trial: TrialRecord) -> tuple[str, ...]:
     return (
         f"{last.epoch}/{trial.config.max_epochs}",
         _number(last.val_accuracy, ".2%"),
-        _number(last.train_loss, ".4f"),
+        _loss(last.train_loss),
         format_scale(last.loss_scale),
         str(last.skipped_steps),
     )
@@ -216,7 +216,7 @@ def _settings_cells(trial: TrialRecord) -> tuple[str, ...]:
 def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:
     last = trial.last
     assert last is not None  # a trial is ranked by its last report
-    metrics = (_number(last.val_accuracy, ".2%"), _number(last.val_loss, ".4f"), str(last.skipped_steps))
+    metrics = (_number(last.val_accuracy, ".2%"), _loss(last.val_loss), str(last.skipped_steps))
     return (f"{last.epoch}/{trial.config.max_epochs}", *metrics, _clock(trial.wall_seconds))
 
 
@@ -232,6 +232,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _loss(loss: float | None) -> str:
+    """Seven characters at most, so that the tables keep to 80 columns."""
+    return "" if loss is None else format(loss, ".4f" if loss < 100 else ".4g")
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
@@ -240,4 +245,6 @@ def _clock(seconds: float) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

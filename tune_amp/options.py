@@ -22,9 +22,9 @@ class SearchOptions:
 
     model: str = "simple_net"
     """Built-in model or ``module:function``."""
-    num_samples: int = 16
+    num_samples: int = 32
     """Trials of the search."""
-    max_epochs: int = 4
+    max_epochs: int = 8
     """Full budget of a trial, in epochs."""
     grace_period: int = 1
     """Epochs that every trial gets before it can be stopped."""
@@ -68,7 +68,7 @@ def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
     Raises:
         InputError: the name is no plain folder name, is taken, or the folder cannot be made.
     """
-    if not run or Path(run).name != run or run.startswith("."):
+    if not run or Path(run).name != run or run.startswith(".") or not run.isprintable():
         raise InputError(f"--name: must be a plain folder name, got {shown(run)}")
     folder = results_dir / run
     try:

@@ -65,16 +65,20 @@ class TrialRecorder(tune.Callback):
         self._progress = progress
         self._observer: Observer | None = observer
         self._trials: dict[str, TrialRecord] = {}
+        self._places: dict[str, int] = {}
+        self._started: dict[str, float] = {}
         self._running: set[str] = set()
         self._written = time.monotonic()
 
     @property
     def trials(self) -> list[TrialRecord]:
         """All trials in the order of their submission."""
-        return list(self._trials.values())
+        return sorted(self._trials.values(), key=lambda trial: self._places[trial.trial_id])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial got its worker, perhaps not for the first time."""
+        for submitted in trials:  # workers start in any order
+            self._places.setdefault(submitted.trial_id, len(self._places))
         self._add(trial)
         self._running.add(trial.trial_id)
         self._tell()
@@ -89,12 +93,14 @@ class TrialRecorder(tune.Callback):
         if metrics is not None:
             # A trial that was tried again reports epochs anew: the later report stands.
             epochs = (*(earlier for earlier in epochs if earlier.epoch < metrics.epoch), metrics)
+        # Tried again, the worker counts anew; the trial began with its first attempt.
+        started = self._started.setdefault(trial.trial_id, result["started"])
         self._trials[trial.trial_id] = dataclasses.replace(
             record,
             epochs=epochs,
             error=result["error"],
-            started=datetime.datetime.fromtimestamp(result["started"], datetime.UTC),
-            wall_seconds=result["wall_seconds"],
+            started=datetime.datetime.fromtimestamp(started, datetime.UTC),
+            wall_seconds=result["started"] + result["wall_seconds"] - started,
             device=result["device"],
             num_threads=result["num_threads"],
         )
@@ -119,6 +125,7 @@ class TrialRecorder(tune.Callback):
         return {**self.__dict__, "_observer": None}
 
     def _add(self, trial: Any) -> None:
+        self._places.setdefault(trial.trial_id, len(self._places))
         if trial.trial_id not in self._trials:
             self._trials[trial.trial_id] = TrialRecord(
                 trial_id=trial.trial_id,

@@ -9,6 +9,9 @@ from tune_amp.config import InputError
 # Small models launch more than they compute: several fill a GPU that one leaves idle. A rule until it is measured.
 TRIALS_PER_GPU = 4
 
+# Ray counts in ten-thousandths and drops what is smaller: such a trial would silently train on the CPU.
+SMALLEST_GPU_SHARE = 1e-4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialResources:
@@ -43,10 +46,13 @@ def allocate_resources(
     cpus, gpus = int(available.get("CPU", 0)), available.get("GPU", 0.0)
     cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
     _check("--cpus-per-trial", cpus_each, 1 <= cpus_each <= cpus, f"must be between 1 and the {cpus} CPUs that Ray has")
-    gpus_each = _choose_gpu_share(cpus // cpus_each, gpus) if gpus_per_trial is None else gpus_per_trial
+    gpus_each = _choose_gpu_share(cpus // cpus_each, gpus) if gpus_per_trial is None else float(gpus_per_trial)
     in_range = math.isfinite(gpus_each) and 0 <= gpus_each <= gpus
     _check("--gpus-per-trial", gpus_each, in_range, f"must be between 0 and the {gpus:g} GPUs that Ray has")
     _check("--gpus-per-trial", gpus_each, gpus_each <= 1 or gpus_each == int(gpus_each), "must be whole above 1")
+    known = gpus_each == 0 or gpus_each >= SMALLEST_GPU_SHARE
+    _check("--gpus-per-trial", gpus_each, known, f"must be 0 or at least {SMALLEST_GPU_SHARE:g}, Ray's smallest")
+    gpus_each = _round_down(gpus_each)
     if max_concurrent is not None:
         _check("--max-concurrent", max_concurrent, max_concurrent >= 1, "must be at least 1")
     slots = count_slots(cpus, gpus, cpus_each, gpus_each)
@@ -74,8 +80,12 @@ def _choose_gpu_share(cpu_slots: int, gpus: float) -> float:
     if gpus < 1:
         return gpus
     trials_per_gpu = max(1, min(TRIALS_PER_GPU, int(cpu_slots // gpus)))
-    # Ray keeps four decimals: rounded down, three thirds still fit.
-    return math.floor(10_000 / trials_per_gpu) / 10_000
+    return 1 / trials_per_gpu
+
+
+def _round_down(share: float) -> float:
+    """To the four decimals that Ray keeps: three thirds fit on a GPU."""
+    return math.floor(share * 10_000 + 1e-6) / 10_000
 
 
 def _check(flag: str, value: float, holds: bool, rule: str) -> None:

@@ -100,7 +100,7 @@ class Provenance:
     validation_images: int = described("images that chose the best", unit="images")
     objective: str = described("what the trials are ranked by: " + " or ".join(OBJECTIVES))
     seed: int = described("seed of the search")
-    device: str = described("cpu, or the GPU's name")
+    device: str = described("what the trials were given: cpu or cuda")
     versions: Mapping[str, str] = described("version of each library that matters, by name")
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """Trains a chosen configuration again: for use, on the whole training set; or as a replay of its trial, bit for bit."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -85,7 +86,8 @@ class FinalTraining:
     def save(self, folder: Path, result: FinalResult, source: dict[str, Any]) -> None:
         """Write the fp32 weights (safetensors) and a JSON file of metrics, configuration and ``source``."""
         save_model(self._run.model, str(folder / WEIGHTS_FILE))
-        written = {**source, **dataclasses.asdict(result)}
+        test_loss = result.test_loss if math.isfinite(result.test_loss) else None  # JSON knows no NaN
+        written = {**source, **dataclasses.asdict(result), "test_loss": test_loss}
         (folder / METRICS_FILE).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -107,20 +109,33 @@ def join_splits(first: Split, second: Split) -> Split:
     )
 
 
-def create_output_folder(folder: Path) -> Path:
-    """Make ``folder`` for a training's files.
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Make ``folder`` for a training's files, and keep it ours meanwhile. Without metrics in the end, it is free again.
 
     Raises:
-        InputError: it cannot be made, or already holds weights.
+        InputError: it cannot be made, or already holds a training's files.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS_FILE).touch(exist_ok=False)
+        _claim_folder(folder)
     except FileExistsError:
         raise InputError(f"--output: {folder} already exists; choose another folder") from None
     except OSError as error:
         raise InputError(f"--output: {folder} cannot be written ({error.strerror})") from error
-    return folder
+    try:
+        yield folder
+    finally:
+        if (folder / METRICS_FILE).stat().st_size == 0:
+            (folder / METRICS_FILE).unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _claim_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / WEIGHTS_FILE).exists():
+        raise FileExistsError
+    (folder / METRICS_FILE).touch(exist_ok=False)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tune_amp.config import InputError, describe_error
+from tune_amp.config import InputError
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
 QUIET_TUNE = {

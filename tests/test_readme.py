@@ -1,0 +1,81 @@
+"""What the README shows works: its spaces load, its Python runs, its commands exist and do what it says."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tune_amp.config import TrialStatus
+from tune_amp.results import load_best, load_trials
+from tune_amp.space import load_space
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def test_the_example_space_loads(tmp_path: Path) -> None:
+    [text] = blocks("yaml")
+    (tmp_path / "space.yaml").write_text(text)
+    space = load_space(str(tmp_path / "space.yaml"))
+    assert [parameter.name for parameter in space.parameters] == ["lr", "optimizer", "precision", "init_scale"]
+    assert space.is_conditional
+
+
+def test_every_linked_file_exists() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    assert len(targets) >= 6
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_make_target_and_flag_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make ([a-z-]+)", README)) | {"search", "test"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "--help"]
+    search_help = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--help"]
+    train_help = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert "--data-dir" in flags
+    assert {flag for flag in flags if flag not in search_help + train_help} == set()
+
+
+def test_the_table_of_statuses_is_complete() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(TrialStatus)
+
+
+def test_no_placeholder_is_left() -> None:
+    assert "@@" not in README
+
+
+@pytest.mark.slow
+def test_your_own_model_and_data_are_ten_lines(tmp_path: Path) -> None:
+    [mine] = [text for text in blocks("python") if "def net(" in text]
+    body = [line for line in mine.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(body) <= 10
+    (tmp_path / "mine.py").write_text(mine)
+    [line] = [line for text in blocks("bash") for line in text.splitlines() if "--model mine:net" in line]
+    python, script, *arguments = shlex.split(line)
+    assert (python, script) == ("python", "scripts/search.py")
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "results" / "mine"
+    assert [trial.config.model for trial in load_trials(run)] == ["mine:net"] * 4
+    assert load_best(run).dataset == "mine:data"
+
+    # The printed command names both functions, which is the consent to run them.
+    reuse = shlex.split(re.search(r"^reuse +(.*)$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
+    command = [sys.executable, str(ROOT / reuse[1]), *reuse[2:], "--max-epochs", "1"]
+    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert trained.returncode == 0, trained.stderr
+    assert "test accuracy" in trained.stdout
+    assert "on 300 images" in trained.stdout

@@ -1,0 +1,146 @@
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tune_amp.config import InputError
+from tune_amp.resources import TRIALS_PER_GPU, allocate_resources, count_slots
+
+
+def machine(cpus: float, gpus: float = 0.0) -> dict[str, float]:
+    """As Ray tells it: without a GPU there is no such key."""
+    resources = {"CPU": float(cpus), "memory": 1e10, "node:127.0.0.1": 1.0}
+    return resources | ({"GPU": float(gpus)} if gpus else {})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "options", "expected"),
+    [
+        (2, 0, {}, (1, 0, 2)),
+        (1, 0, {}, (1, 0, 1)),
+        (16, 0, {"cpus_per_trial": 3}, (3, 0, 5)),
+        (16, 1, {}, (1, 0.25, 4)),  # the rule: four to a GPU
+        (2, 1, {}, (1, 0.5, 2)),  # but no more than CPUs can feed
+        (1, 1, {}, (1, 1, 1)),
+        (16, 1, {"cpus_per_trial": 8}, (8, 0.5, 2)),
+        (3, 1, {}, (1, 0.3333, 3)),  # thrice a third fits
+        (64, 8, {}, (1, 0.25, 32)),
+        (8, 8, {}, (1, 1, 8)),
+        (4, 8, {}, (1, 1, 4)),  # fewer CPUs than GPUs
+        (20, 8, {}, (1, 0.5, 16)),
+        (16, 2, {"gpus_per_trial": 1 / 3}, (1, 0.3333, 6)),
+        (16, 2, {"gpus_per_trial": 0.3333}, (1, 0.3333, 6)),
+        (16, 2, {"gpus_per_trial": 1 / 6}, (1, 0.1666, 12)),
+        (16, 2, {"gpus_per_trial": 0.6}, (1, 0.6, 2)),  # a share never spans two GPUs
+        (16, 2, {"gpus_per_trial": 0.5}, (1, 0.5, 4)),
+        (16, 8, {"gpus_per_trial": 1}, (1, 1, 8)),
+        (16, 8, {"gpus_per_trial": 3}, (1, 3, 2)),
+        (16, 8, {"gpus_per_trial": 8.0}, (1, 8, 1)),
+        (16, 8, {"gpus_per_trial": 0}, (1, 0, 16)),  # the CPU, although there are GPUs
+        (16, 1, {"max_concurrent": 3}, (1, 0.25, 3)),
+        (16, 1, {"max_concurrent": 99}, (1, 0.25, 4)),
+        (16, 0, {"max_concurrent": 1}, (1, 0, 1)),
+    ],
+)
+def test_machine_is_divided_among_trials(
+    cpus: int, gpus: int, options: dict[str, Any], expected: tuple[int, float, int]
+) -> None:
+    resources = allocate_resources(machine(cpus, gpus), **options)
+    assert (resources.cpus, resources.gpus, resources.max_concurrent) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "reason"),
+    [
+        (2, 0, "2 trials at a time, 1 CPU each, of 0 GPUs and 2 CPUs"),
+        (16, 1, "4 trials at a time, 0.25 GPU and 1 CPU each, of 1 GPUs and 16 CPUs"),
+    ],
+)
+def test_reason_says_what_each_trial_gets_of_what_there_is(cpus: int, gpus: int, reason: str) -> None:
+    assert allocate_resources(machine(cpus, gpus)).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus_per_trial": 5}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got 5"),
+        ({"cpus_per_trial": 0}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got 0"),
+        ({"cpus_per_trial": -1}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got -1"),
+        ({"gpus_per_trial": 3}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got 3"),
+        ({"gpus_per_trial": -0.5}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got -0.5"),
+        ({"gpus_per_trial": math.nan}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got nan"),
+        ({"gpus_per_trial": math.inf}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got inf"),
+        ({"gpus_per_trial": 1.5}, "--gpus-per-trial: must be whole above 1, got 1.5"),
+        ({"gpus_per_trial": 0.00009}, "--gpus-per-trial: must be 0 or at least 0.0001, Ray's smallest, got 9e-05"),
+        ({"max_concurrent": 0}, "--max-concurrent: must be at least 1, got 0"),
+        ({"max_concurrent": -2}, "--max-concurrent: must be at least 1, got -2"),
+    ],
+)
+def test_request_that_can_never_be_met_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        allocate_resources(machine(4, 2), **options)
+    assert str(caught.value) == message
+
+
+def test_gpu_on_a_machine_without_one_is_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        allocate_resources(machine(4), gpus_per_trial=0.5)
+    assert str(caught.value) == "--gpus-per-trial: must be between 0 and the 0 GPUs that Ray has, got 0.5"
+
+
+@given(
+    cpus=st.integers(1, 256),
+    gpus=st.integers(0, 16),
+    cpus_per_trial=st.none() | st.integers(1, 64),
+    gpus_per_trial=st.none()
+    | st.integers(0, 16).map(float)
+    | st.floats(0.0001, 1)
+    | st.integers(1, 40).map(lambda n: 1 / n),
+    max_concurrent=st.none() | st.integers(1, 300),
+)
+def test_trials_at_a_time_never_ask_for_more_than_there_is(
+    cpus: int, gpus: int, cpus_per_trial: int | None, gpus_per_trial: float | None, max_concurrent: int | None
+) -> None:
+    try:
+        resources = allocate_resources(
+            machine(cpus, gpus),
+            cpus_per_trial=cpus_per_trial,
+            gpus_per_trial=gpus_per_trial,
+            max_concurrent=max_concurrent,
+        )
+    except InputError:
+        assert (cpus_per_trial or 1) > cpus or (gpus_per_trial or 0) > gpus
+        return
+    slots = resources.max_concurrent
+    assert 1 <= slots <= (max_concurrent or slots)
+    assert slots * resources.cpus <= cpus
+    assert fits(resources.gpus, slots, gpus)
+    if slots != max_concurrent:  # no slot is wasted: for one more there is no room
+        assert (slots + 1) * resources.cpus > cpus or not fits(resources.gpus, slots + 1, gpus)
+
+
+def fits(share: float, slots: int, gpus: int) -> bool:
+    """In Ray's own arithmetic: whole ten-thousandths, a share of a GPU never on two."""
+    parts = round(share * 10_000)
+    if parts > 10_000:
+        return slots * parts <= gpus * 10_000
+    return parts == 0 or slots <= gpus * (10_000 // parts)
+
+
+@given(cpus=st.integers(1, 256), gpus=st.integers(1, 16))
+def test_chosen_share_fills_every_gpu_as_far_as_the_cpus_reach(cpus: int, gpus: int) -> None:
+    resources = allocate_resources(machine(cpus, gpus))
+    assert resources.max_concurrent == min(TRIALS_PER_GPU * gpus, max(cpus // gpus * gpus, min(cpus, gpus)))
+    assert 0 < resources.gpus <= 1
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "cpus_each", "gpus_each", "slots"),
+    [(4, 0, 1, 0, 4), (4, 0, 3, 0, 1), (9, 3, 1, 0.3333, 9), (99, 3, 1, 0.6, 3), (99, 7, 2, 2, 3), (2, 8, 1, 0.25, 2)],
+)
+def test_slots_are_what_both_cpus_and_gpus_allow(
+    cpus: int, gpus: float, cpus_each: int, gpus_each: float, slots: int
+) -> None:
+    assert count_slots(cpus, gpus, cpus_each, gpus_each) == slots

@@ -1,0 +1,416 @@
+import json
+import re
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from records import make_trial
+
+from tune_amp.config import InputError, TrialConfig, TrialStatus
+from tune_amp.data import Dataset
+from tune_amp.monitoring import Quiet
+from tune_amp.options import SearchOptions
+from tune_amp.recorder import Observer, SearchProgress
+from tune_amp.results import TrialRecord, load_best, load_provenance, load_trials
+from tune_amp.reuse import find_differences, replay_trial
+from tune_amp.search import (
+    RAY_FOLDER,
+    SPACE_FILE,
+    SearchResult,
+    name_trial,
+    remove_checkpoints,
+    run_search,
+    was_interrupted,
+)
+from tune_amp.searcher import STUDY_FILE
+from tune_amp.session import RaySession, ray_session
+from tune_amp.space import load_space
+
+SPACE = """
+parameters:
+  lr: {low: 1.0e-3, high: 1.0e-2, log: true}
+  init_scale: {low: 2^8, high: 2^16, power_of_two: true}
+fixed: {precision: fp16, batch_size: 128}
+"""
+BATCHES = """
+parameters:
+  batch_size: {choices: [100, 110, 120, 256]}
+fixed: {lr: 1.0e-3}
+"""
+SEED_WITH_ALL = 1
+"""Of which the first three draws from three choices are all three."""
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[RaySession]:
+    """One Ray for all searches here: it takes 7 s to start. It believes in a GPU, whatever the machine has."""
+    with ray_session(num_cpus=2, num_gpus=1, run="test_search") as session:
+        yield session
+
+
+Search = Callable[..., SearchResult]
+
+
+@pytest.fixture
+def search(digits: Dataset, tmp_path: Path) -> Search:
+    def run(space_text: str, observer: Observer | None = None, **options: Any) -> SearchResult:
+        return search_and_check(tmp_path, digits, space_text, observer or Quiet(), **options)
+
+    return run
+
+
+def search_and_check(
+    folder: Path, dataset: Dataset, space_text: str, observer: Observer, **options: Any
+) -> SearchResult:
+    source = folder / "space.yaml"
+    source.write_text(space_text)
+    (folder / "run").mkdir(exist_ok=True)
+    result = run_search(
+        load_space(str(source)),
+        dataset,
+        SearchOptions(**{"num_samples": 4, "max_epochs": 2, "gpus_per_trial": 0.0, **options}),
+        folder=folder / "run",
+        observer=observer,
+        command=("scripts/search.py", "--seed", "3"),
+    )
+    check_consistency(result)
+    return result
+
+
+def check_consistency(result: SearchResult) -> None:
+    """What holds after any search, however its trials ended."""
+    assert repr(load_trials(result.folder)) == repr(list(result.trials))  # repr: NaN is not equal to itself
+    by_id = {trial.trial_id: trial for trial in result.trials}
+    for told in load_study(result.folder).trials:
+        assert told.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        if "trial_id" in told.user_attrs:
+            assert told.user_attrs["status"] == by_id[told.user_attrs["trial_id"]].status
+    for trial in result.trials:
+        assert [epoch.epoch for epoch in trial.epochs] == list(range(1, len(trial.epochs) + 1))
+        assert trial.error is None or "\n" not in trial.error
+    assert (result.folder / "best.parquet").exists() == bool(result.ranked)
+    assert list(result.folder.rglob("checkpoint_*")) == []
+    assert list(result.folder.glob(".*")) == []  # no half-written file
+
+
+def load_study(folder: Path) -> optuna.Study:
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+    return optuna.load_study(study_name=folder.name, storage=storage)
+
+
+class Visitor:
+    """An observer that keeps what it was told, and once, while trials run, looks at Ray's dashboard."""
+
+    def __init__(self, session: RaySession | None = None) -> None:
+        self.session = session
+        self.progress: list[SearchProgress] = []
+        self.ended: list[TrialRecord] = []
+        self.answers: dict[str, Any] = {}
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        self.progress.append(progress)
+        if ended is not None:
+            self.ended.append(ended)
+        if self.session and not self.answers and any(trial.epochs for trial in progress.trials):
+            assert self.session.token_path is not None
+            for path in ("/logical/actors", "/api/jobs/"):
+                headers = {"Authorization": f"Bearer {self.session.token_path.read_text()}"}
+                request = urllib.request.Request(f"{self.session.dashboard_url}{path}", headers=headers)
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    self.answers[path] = json.load(answer)
+
+    @property
+    def most_running(self) -> int:
+        return max(len(progress.running) for progress in self.progress)
+
+
+# One search, looked at from all sides
+
+
+@pytest.fixture(scope="module")
+def finished(
+    session: RaySession, digits: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SearchResult, Visitor]:
+    visitor = Visitor(session)
+    folder = tmp_path_factory.mktemp("finished")
+    result = search_and_check(folder, digits, SPACE, visitor, num_samples=6, max_epochs=3, seed=3, top_k=2)
+    return result, visitor
+
+
+Finished = tuple[SearchResult, Visitor]
+
+
+@pytest.mark.slow
+def test_every_trial_ends_with_a_status_and_its_epochs(finished: Finished) -> None:
+    trials = finished[0].trials
+    assert len(trials) == 6
+    assert {trial.status for trial in trials} == {TrialStatus.COMPLETED, TrialStatus.STOPPED}
+    for trial in trials:
+        assert (len(trial.epochs) == 3) == (trial.status is TrialStatus.COMPLETED)
+        assert (trial.config.max_epochs, trial.config.seed, trial.config.dataset) == (3, 3, "digits")
+        assert (trial.device, trial.num_threads, trial.error) == ("cpu", 1, None)
+        assert trial.wall_seconds > 0
+        assert trial.last is not None
+        assert trial.last.steps == 11 * len(trial.epochs)
+
+
+@pytest.mark.slow
+def test_observer_sees_each_end_once_and_what_the_files_hold(finished: Finished) -> None:
+    result, visitor = finished
+    assert len(visitor.ended) == len(result.trials)
+    assert {trial.trial_id: trial for trial in visitor.ended} == {trial.trial_id: trial for trial in result.trials}
+    assert visitor.most_running == 2
+    assert visitor.progress[-1].running == frozenset()
+
+
+@pytest.mark.slow
+def test_trials_have_names_to_be_read(finished: Finished) -> None:
+    names = [trial.trial_name for trial in finished[0].trials]
+    for number, name in enumerate(names, start=1):
+        assert re.fullmatch(rf"{number:02d}-fp16-lr0\.0\d+-b128-scale2\^\d+", name)
+    folders = [path.name for path in (finished[0].folder / RAY_FOLDER).iterdir() if path.is_dir()]
+    assert sorted(folders) == names
+
+
+@pytest.mark.slow
+def test_winner_is_the_best_completed_trial_and_reads_back(finished: Finished) -> None:
+    result = finished[0]
+    completed = [trial for trial in result.trials if trial.status is TrialStatus.COMPLETED]
+    accuracies = [trial.last.val_accuracy for trial in completed if trial.last and trial.last.val_accuracy]
+    winner = result.ranked[0]
+    assert winner.last is not None
+    assert winner.last.val_accuracy == max(accuracies)
+    assert len(result.ranked) == min(2, len(completed))
+    assert load_best(result.best_path) == winner.config
+    assert not result.interrupted
+
+
+@pytest.mark.slow
+def test_files_say_where_they_come_from(finished: Finished) -> None:
+    result = finished[0]
+    assert (result.folder / SPACE_FILE).read_text() == SPACE
+    provenance = load_provenance(result.folder)
+    assert provenance == result.provenance
+    assert (provenance.run, provenance.device, provenance.seed) == ("run", "cpu", 3)
+    assert provenance.command == ("scripts/search.py", "--seed", "3")
+    assert (provenance.train_images, provenance.validation_images) == (1413, 128)
+
+
+@pytest.mark.slow
+def test_study_holds_every_epoch_of_every_trial(finished: Finished) -> None:
+    trials = {trial.trial_id: trial for trial in finished[0].trials}
+    told = {trial.user_attrs["trial_id"]: trial for trial in load_study(finished[0].folder).trials}
+    assert told.keys() == trials.keys()
+    for trial_id, trial in trials.items():
+        assert told[trial_id].intermediate_values == {epoch.epoch: epoch.val_accuracy for epoch in trial.epochs}
+
+
+@pytest.mark.slow
+def test_dashboard_shows_the_run_and_its_workers_while_it_runs(finished: Finished) -> None:
+    answers = finished[1].answers
+    actors = answers["/logical/actors"]["data"]["actors"].values()
+    assert {actor["className"] for actor in actors if actor["state"] == "ALIVE"} == {"AmpTrainable"}
+    assert [job["metadata"]["tune_amp"] for job in answers["/api/jobs/"]] == ["test_search"]
+
+
+@pytest.mark.slow
+def test_replay_of_the_winner_equals_its_record_bit_for_bit(finished: Finished, digits: Dataset) -> None:
+    winner = finished[0].ranked[0]
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(winner.num_threads)
+    try:
+        again = list(replay_trial(winner.config, digits, torch.device("cpu")))
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+    assert len(again) == len(winner.epochs) == 3
+    for recorded, replayed in zip(winner.epochs, again, strict=True):
+        assert find_differences(recorded, replayed) == []
+
+
+# Trials that go wrong
+
+FAULTY_MODEL = """
+import os
+import pathlib
+import torch
+
+class Net(torch.nn.Linear):
+    def forward(self, images):
+        logits = super().forward(images.flatten(1))
+        return fault(len(images), logits) if self.training else logits
+
+def net(shape, classes):
+    return Net(784, classes)
+
+"""
+
+
+def statuses_by_batch_size(result: SearchResult) -> dict[int, set[str]]:
+    statuses: dict[int, set[str]] = {}
+    for trial in result.trials:
+        statuses.setdefault(trial.config.batch_size, set()).add(str(trial.status))
+    return statuses
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_trials_that_diverge_run_out_of_memory_or_raise_are_rows_and_the_search_goes_on(
+    search: Search, write_module: Callable[[str], str]
+) -> None:
+    """The module lies in the current folder, which became that only after Ray had started."""
+    module = write_module(
+        FAULTY_MODEL + "def fault(batch_size, logits):\n"
+        "    if batch_size == 100: torch.empty(2**46)\n"
+        "    if batch_size == 110: raise ValueError('line one\\nline two')\n"
+        "    return logits * float('nan') if batch_size == 120 else logits\n"
+    )
+    result = search(BATCHES, model=f"{module}:net", seed=2, num_samples=8, reduction_factor=1.01)
+    assert len(result.trials) == 8
+    statuses = statuses_by_batch_size(result)
+    sound = statuses.pop(256)
+    assert statuses == {100: {"out_of_memory"}, 110: {"failed"}, 120: {"diverged"}}
+    assert sound <= {"completed", "stopped"}
+    errors = {trial.config.batch_size: trial.error for trial in result.trials}
+    assert "can't allocate memory" in (errors[100] or "")
+    assert errors[110] == "ValueError: line one line two"
+    assert errors[120] == "train_loss is nan"
+    assert errors[256] is None
+    assert {trial.config.batch_size for trial in result.ranked} == {256}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_trial_whose_worker_dies_is_tried_again_and_fails_only_if_it_always_dies(
+    search: Search, write_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    marker = tmp_path / "died"
+    module = write_module(
+        FAULTY_MODEL + f"marker = pathlib.Path({str(marker)!r})\n"
+        "steps = 0\n"
+        "def fault(batch_size, logits):\n"
+        "    global steps\n"
+        "    steps += batch_size == 110\n"
+        "    if batch_size == 100: os._exit(1)\n"
+        "    if steps == 18 and not marker.exists():\n"  # the second epoch: 12 steps each
+        "        marker.touch()\n"
+        "        os._exit(1)\n"
+        "    return logits\n"
+    )
+    space = BATCHES.replace(", 120", "")
+    result = search(space, model=f"{module}:net", seed=SEED_WITH_ALL, num_samples=3, max_epochs=3, grace_period=3)
+    assert statuses_by_batch_size(result) == {100: {"failed"}, 110: {"completed"}, 256: {"completed"}}
+    assert marker.exists()
+    [failed] = [trial for trial in result.trials if trial.status is TrialStatus.FAILED]
+    assert failed.epochs == ()
+    assert "died" in (failed.error or "").lower()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_search_in_which_nothing_succeeds_has_no_winner_and_no_best_file(
+    search: Search, write_module: Callable[[str], str]
+) -> None:
+    module = write_module(FAULTY_MODEL + "def fault(batch_size, logits): raise ValueError('never')\n")
+    visitor = Visitor()
+    result = search(BATCHES, visitor, model=f"{module}:net", num_samples=3, gpus_per_trial=1.0)
+    assert [trial.status for trial in result.trials] == [TrialStatus.FAILED] * 3
+    assert result.ranked == []
+    assert not result.interrupted
+    assert visitor.most_running == 1  # a whole GPU each, and Ray believes in one
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a GPU that is not there")
+@pytest.mark.usefixtures("session")
+def test_trials_share_a_gpu_and_train_on_the_cpu_where_torch_sees_none(search: Search) -> None:
+    visitor = Visitor()
+    result = search(SPACE, visitor, num_samples=3, gpus_per_trial=0.5)
+    assert visitor.most_running == 2
+    assert {trial.device for trial in result.trials} == {"cpu"}
+    assert {trial.status for trial in result.trials} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+@pytest.mark.parametrize("seconds", [0.01, 7.0])
+def test_time_budget_interrupts_what_still_runs_and_is_no_interruption(search: Search, seconds: float) -> None:
+    result = search(SPACE, num_samples=50, max_epochs=1000, grace_period=1000, time_budget=seconds)
+    assert {trial.status for trial in result.trials} <= {TrialStatus.INTERRUPTED}
+    assert len(result.trials) <= 3
+    assert not result.interrupted
+    assert bool(result.ranked) == any(trial.epochs for trial in result.trials)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_what_does_not_fit_is_refused_before_anything_is_written(search: Search, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"at most the 1,413 training images of digits, got 2000"):
+        search("parameters:\n  batch_size: {choices: [2000, 64]}\n")
+    with pytest.raises(InputError, match=r"--gpus-per-trial: must be between 0 and the 1 GPUs that Ray has, got 2"):
+        search(SPACE, gpus_per_trial=2.0)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# Without Ray
+
+
+class FakeTrial:
+    def __init__(self, tag: str, **config: Any) -> None:
+        self.experiment_tag = tag
+        self.config = vars(TrialConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [
+        (
+            FakeTrial("7_lr=0.003,batch_size=256", precision="fp16", lr=0.0031, batch_size=256, init_scale=4096.0),
+            "07-fp16-lr0.0031-b256-scale2^12",
+        ),
+        (FakeTrial("123", lr=0.1, batch_size=64), "123-fp32-lr0.1-b64"),
+        (FakeTrial("1", lr=1.234e-5, precision="bf16"), "01-bf16-lr1.2e-05-b64"),
+    ],
+)
+def test_trial_is_named_by_number_and_settings(trial: FakeTrial, name: str) -> None:
+    assert name_trial(trial) == name
+
+
+def test_checkpoints_are_removed_and_the_rest_of_rays_folder_is_kept(tmp_path: Path) -> None:
+    checkpoint = tmp_path / RAY_FOLDER / "01-fp32" / "checkpoint_000000"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trial.pt").touch()
+    (tmp_path / RAY_FOLDER / "tuner.pkl").touch()
+    remove_checkpoints(tmp_path / RAY_FOLDER)
+    assert not checkpoint.exists()
+    assert (tmp_path / RAY_FOLDER / "tuner.pkl").exists()
+    remove_checkpoints(tmp_path / "no-such-folder")
+
+
+def make_options(**changes: Any) -> SearchOptions:
+    return SearchOptions(**{"num_samples": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("statuses", "time_budget", "seconds", "expected"),
+    [
+        (["completed", "failed"], None, 5.0, False),
+        (["completed"], None, 5.0, True),  # one never began
+        (["completed", "interrupted"], None, 5.0, True),
+        (["completed", "interrupted"], 10.0, 5.0, True),  # by a signal, before the budget was spent
+        (["completed", "interrupted"], 10.0, 10.1, False),
+        ([], None, 0.1, True),
+        (["stopped", "diverged"], 10.0, 5.0, False),
+    ],
+)
+def test_search_is_interrupted_where_trials_are_missing_with_budget_left(
+    statuses: list[str], time_budget: float | None, seconds: float, expected: bool
+) -> None:
+    trials = [make_trial(f"{number}", status=TrialStatus(status)) for number, status in enumerate(statuses)]
+    assert was_interrupted(trials, make_options(time_budget=time_budget), seconds) is expected

@@ -1,0 +1,239 @@
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tune_amp
+from tune_amp.config import InputError
+from tune_amp.session import _find_source, ray_session
+
+pytestmark = pytest.mark.slow
+
+# Runs in a process of its own: what Ray reads of the environment, and when, is part of what is tested.
+SCRIPT = """
+import json, os, stat, sys, time, urllib.error, urllib.request
+from pathlib import Path
+
+if sys.argv[1] == "ray first":
+    import ray
+os.umask(0)
+from tune_amp.session import ray_session
+
+
+def find_descendants():
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            pass
+    found, before = {os.getpid()}, set()
+    while found != before:
+        before, found = found, found | {pid for pid, parent in parents.items() if parent in found}
+    return found
+
+
+def find_listeners(pids):
+    '''The addresses, in the kernel's hexadecimal, on which any of the processes accepts TCP connections.'''
+    inodes = set()
+    for pid in pids:
+        try:
+            inodes |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        except OSError:
+            pass
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes]
+
+
+def ask(url, token):
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, None
+
+
+def watch(run):
+    environment = dict(os.environ)
+    with ray_session(run=run, num_cpus=1, num_gpus=2) as session:
+        import ray
+
+        token = session.token_path.read_text()
+        paths = ("/api/version", "/api/jobs/", "/logical/actors")
+        descendants = find_descendants() - {os.getpid()}
+        with ray_session(run="inner") as inner:
+            joined = [inner.token_path, inner.dashboard_url == session.dashboard_url]
+        seen = {
+            "token": token,
+            "listeners": find_listeners(descendants),
+            "answers": {
+                path: [ask(session.dashboard_url + path, way_in)[0] for way_in in (None, "0" * 64, "foreign", token)]
+                for path in paths
+            },
+            "jobs": ask(session.dashboard_url + "/api/jobs/", token)[1],
+            "modes": [stat.S_IMODE(path.stat().st_mode) for path in (session.token_path, session.token_path.parent)],
+            "resources": {name: session.resources.get(name) for name in ("CPU", "GPU")},
+            "joined": joined,
+            "alive_after_joining": ray.is_initialized() and ray.get(ray.remote(lambda: 42).remote()),
+            "variables": {name: os.environ.get(name) for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_AUTH_TOKEN")},
+        }
+    return seen | {
+        "folder_left": session.token_path.parent.exists(),
+        "environment_restored": dict(os.environ) == environment,
+        "initialized_after": ray.is_initialized(),
+        "descendants": sorted(descendants),
+    }
+
+
+def find_left(pids):
+    '''Ray's agents take some seconds to notice that their raylet is gone.'''
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+sessions = [watch("first-run"), watch("second-run")]
+for session in sessions:
+    session["processes_left"] = find_left(session["descendants"])
+print(json.dumps(sessions))
+"""
+
+
+@pytest.fixture(scope="module", params=["ray first", "tune_amp first"])
+def sessions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two private sessions, one after the other in one process, as seen from inside and outside."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    folder = tmp_path_factory.mktemp("session")
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    # What must not lead astray: another cluster's address and token, and a home folder to be left alone.
+    foreign = {"RAY_ADDRESS": "192.0.2.99:6379", "RAY_AUTH_TOKEN": "foreign", "HOME": str(folder)}
+    done = subprocess.run(
+        [sys.executable, str(script), request.param],
+        env=os.environ | foreign,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(folder.iterdir()) == [script]  # no ~/.ray/auth_token, no ~/ray_results
+    seen: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return seen
+
+
+def test_private_ray_listens_on_loopback_only(sessions: list[dict[str, Any]]) -> None:
+    for session in sessions:
+        assert len(session["listeners"]) >= 5  # GCS, raylet, dashboard, agents, a worker
+        loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+        assert set(session["listeners"]) <= loopback
+
+
+def test_dashboard_refuses_those_without_the_token(sessions: list[dict[str, Any]]) -> None:
+    for session in sessions:
+        for answers in session["answers"].values():
+            assert answers == [401, 403, 403, 200]  # none, a wrong one, the environment's, ours
+
+
+def test_second_session_of_a_process_has_a_token_of_its_own(sessions: list[dict[str, Any]]) -> None:
+    first, second = (session["token"] for session in sessions)
+    assert first != second
+    assert len(first) == len(second) == 64
+
+
+def test_token_is_readable_by_its_owner_alone_whatever_the_umask(sessions: list[dict[str, Any]]) -> None:
+    assert [session["modes"] for session in sessions] == [[0o600, 0o700]] * 2
+
+
+def test_list_of_jobs_shows_the_name_of_the_run(sessions: list[dict[str, Any]]) -> None:
+    for session, run in zip(sessions, ("first-run", "second-run"), strict=True):
+        assert [job["metadata"].get("tune_amp") for job in session["jobs"]] == [run]
+
+
+def test_private_ray_offers_what_it_was_told(sessions: list[dict[str, Any]]) -> None:
+    assert [session["resources"] for session in sessions] == [{"CPU": 1.0, "GPU": 2.0}] * 2
+
+
+def test_ray_that_runs_already_is_joined_and_not_shut_down(sessions: list[dict[str, Any]]) -> None:
+    for session in sessions:
+        assert session["joined"] == [None, True]  # no token of ours to show, the same dashboard
+        assert session["alive_after_joining"] == 42
+
+
+def test_session_leaves_nothing_behind(sessions: list[dict[str, Any]]) -> None:
+    for session in sessions:
+        assert session["variables"] == {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AUTH_TOKEN": None}
+        assert session["environment_restored"]
+        assert not session["folder_left"]
+        assert not session["initialized_after"]
+        assert session["processes_left"] == []
+
+
+# Clusters that cannot be joined
+
+
+def refusal(address: str) -> str:
+    before, started = dict(os.environ), time.monotonic()
+    with pytest.raises(InputError) as caught, ray_session(address):
+        pytest.fail("was joined")
+    assert time.monotonic() - started < 20
+    assert dict(os.environ) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
+def test_address_where_nobody_listens_is_refused_at_once(
+    form: str, closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    address = form.format(closed_port)
+    assert refusal(address) == (
+        f"--address: {address} cannot be joined (ConnectionRefusedError: [Errno 111] Connection refused); "
+        "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    )
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "no-such-host.invalid:6379"])
+def test_address_that_is_none_is_refused_on_one_line(address: str) -> None:
+    message = refusal(address)
+    assert message.startswith(f"--address: {address} cannot be joined (")
+    assert "\n" not in message
+
+
+def test_token_mode_without_a_token_is_refused_on_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    assert "\n" not in refusal(f"127.0.0.1:{closed_port}")
+
+
+def test_source_of_a_users_code_is_its_folder_or_file(
+    write_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = write_module("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _find_source(importlib.import_module(module)) == str(tmp_path / f"{module}.py")
+    assert _find_source(tune_amp) == str(Path(tune_amp.__file__).parent)

@@ -1,0 +1,331 @@
+import dataclasses
+import math
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.tune.result import SHOULD_CHECKPOINT
+
+from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.data import Dataset
+from tune_amp.reuse import find_differences
+from tune_amp.trainable import (
+    CHECKPOINT_FILE,
+    AmpTrainable,
+    WorkerSetup,
+    failure_report,
+    is_out_of_memory,
+    metrics_of,
+)
+
+MakeTrainable = Callable[..., Any]  # an AmpTrainable; Ray leaves train() and reset() without types
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    defaults = {"dataset": "digits", "batch_size": 256, "max_epochs": 2}
+    return vars(TrialConfig(**{**defaults, **changes})).copy()
+
+
+@pytest.fixture
+def make_trainable(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeTrainable]:
+    """AmpTrainable as Ray builds it in a worker, but in this process and without Ray."""
+    worker_setup = WorkerSetup(
+        train=digits.train, validation=digits.validation, num_classes=10, num_threads=1, search_path=()
+    )
+    # A trainable without a Tune run around it makes a folder in ~/ray_results.
+    monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path / "ray_results"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+
+    class BoundTrainable(AmpTrainable):
+        """As tune.with_parameters binds it, which needs a running Ray."""
+
+        def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = worker_setup) -> None:
+            super().setup(config, worker_setup)
+
+    yield lambda **changes: BoundTrainable(config=settings(**changes))
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    assert not ray.is_initialized()
+
+
+def train(trainable: Any, most: int = 10) -> list[dict[str, Any]]:
+    """Reports up to the end of the trial, as Tune asks for them."""
+    reports: list[dict[str, Any]] = []
+    while not reports or not reports[-1]["done"]:
+        assert len(reports) < most
+        reports.append(trainable.train())
+    return reports
+
+
+def test_epochs_are_reported_as_running_and_the_last_as_completed(make_trainable: MakeTrainable) -> None:
+    reports = train(make_trainable(max_epochs=3))
+    assert [report["status"] for report in reports] == ["running", "running", "completed"]
+    assert [report["done"] for report in reports] == [False, False, True]
+    assert [report[SHOULD_CHECKPOINT] for report in reports] == [True, True, False]
+    assert [report["epoch"] for report in reports] == [1, 2, 3]
+    assert [report["steps"] for report in reports] == [5, 10, 15]
+    assert {report["error"] for report in reports} == {None}
+    assert {report["device"] for report in reports} == {"cpu"}
+    assert reports[-1]["val_accuracy"] > 0.7
+    assert 0 < reports[0]["wall_seconds"] < reports[-1]["wall_seconds"]
+    assert {report["num_threads"] for report in reports} == {1} == {torch.get_num_threads()}
+
+
+def test_report_holds_epoch_metrics_as_they_were(make_trainable: MakeTrainable) -> None:
+    report = make_trainable(precision="fp16", init_scale=2.0**30).train()
+    metrics = metrics_of(report)
+    assert metrics is not None
+    assert {name: report[name] for name in vars(metrics)} == vars(metrics)
+    assert metrics.skipped_steps > 0
+    assert len(metrics.loss_scale_values) > 1
+
+
+def test_report_without_an_epoch_holds_no_metrics() -> None:
+    assert metrics_of(failure_report(ValueError("x"))) is None
+
+
+def test_status_is_told_as_plain_text(make_trainable: MakeTrainable) -> None:
+    """An enum would travel as a class that the driver of another version may not have."""
+    for report in (*train(make_trainable()), failure_report(ValueError("x"))):
+        assert type(report["status"]) is str
+
+
+def test_trial_that_diverges_ends_at_once_with_the_reason(make_trainable: MakeTrainable) -> None:
+    [report] = train(make_trainable(lr=1e12, optimizer="sgd", max_epochs=5))
+    assert report["status"] == "diverged"
+    assert report["error"] in ("train_loss is nan", "train_loss is inf")
+    assert report["epoch"] == 1
+    assert not report[SHOULD_CHECKPOINT]
+
+
+def test_model_of_nans_diverges(make_trainable: MakeTrainable, write_module: Callable[[str], str]) -> None:
+    module = write_module(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def forward(self, images): return super().forward(images.flatten(1)) * float('nan')\n"
+        "def net(shape, classes): return Net(784, classes)\n"
+    )
+    [report] = train(make_trainable(model=f"{module}:net"))
+    assert (report["status"], report["error"]) == ("diverged", "train_loss is nan")
+
+
+GREEDY_MODEL = """
+import torch
+
+class Net(torch.nn.Linear):
+    def forward(self, images):
+        if len(images) == 100:
+            torch.empty(2**46)  # 256 TiB of float32
+        return super().forward(images.flatten(1))
+
+def net(shape, classes):
+    return Net(784, classes)
+"""
+
+
+def test_trial_that_runs_out_of_memory_is_reported_and_the_next_trains_as_if_nothing_had_been(
+    make_trainable: MakeTrainable, write_module: Callable[[str], str]
+) -> None:
+    model = f"{write_module(GREEDY_MODEL)}:net"
+    expected = train(make_trainable(model=model))
+    trainable = make_trainable(model=model, batch_size=100)
+    [report] = train(trainable)
+    assert report["status"] == "out_of_memory"
+    assert "can't allocate memory" in report["error"]
+    assert "epoch" not in report
+    assert math.isnan(report["val_accuracy"])  # Tune insists on the objective
+    assert math.isnan(report["val_loss"])
+    assert trainable.reset(settings(model=model))
+    assert_same(train(trainable), expected)
+
+
+def test_state_of_an_ended_trial_is_released(make_trainable: MakeTrainable) -> None:
+    trainable = make_trainable(max_epochs=2)
+    trainable.train()
+    assert trainable._run is not None
+    trainable.train()
+    assert trainable._run is None
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("raise ValueError('first line\\nsecond line')", "ValueError: first line second line"),
+        ("raise RuntimeError('x' * 1000)", "RuntimeError: " + "x" * 282 + " ..."),
+        ("return None", "model: {model} must return a torch.nn.Module, got NoneType"),
+    ],
+)
+def test_model_that_cannot_be_built_is_a_failed_trial_with_one_line(
+    make_trainable: MakeTrainable, write_module: Callable[[str], str], line: str, error: str
+) -> None:
+    model = f"{write_module(f'def net(shape, classes): {line}')}:net"
+    trainable = make_trainable(model=model)
+    [report] = train(trainable)
+    assert (report["status"], report["error"]) == ("failed", error.format(model=model))
+    assert trainable.reset(settings())
+    assert train(trainable)[-1]["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"lr": -1.0}, "lr: must be greater than 0, got -1.0"),
+        ({"no_such_field": 1}, "no_such_field"),
+        ({"batch_size": 10_000}, "batch_size: must not exceed the 1413 images trained on in an epoch, got 10000"),
+        ({"model": "no_such_module:net"}, "No module named 'no_such_module'"),
+    ],
+)
+def test_configuration_that_cannot_train_is_a_failed_trial(
+    make_trainable: MakeTrainable, changes: dict[str, Any], error: str
+) -> None:
+    trainable = make_trainable()
+    assert trainable.reset(settings() | changes)
+    [report] = train(trainable)
+    assert report["status"] == "failed"
+    assert error in report["error"]
+
+
+# One actor, many trials
+
+
+def test_next_trial_in_the_same_actor_uses_the_same_resident_data_and_starts_afresh(
+    make_trainable: MakeTrainable,
+) -> None:
+    trainable = make_trainable(precision="fp16", init_scale=2.0**30)
+    place = trainable._data.train.images.data_ptr()
+    first = train(trainable)
+    assert trainable.reset(settings())
+    second = train(trainable)
+    assert trainable._data.train.images.data_ptr() == place
+    assert first[0]["data_seconds"] > 0
+    assert second[0]["data_seconds"] == 0  # charged to the trial that waited for it
+    assert_same(second, train(make_trainable()))
+    assert second[0]["training_iteration"] == 1
+
+
+def test_trial_abandoned_half_way_leaves_nothing_to_the_next(make_trainable: MakeTrainable) -> None:
+    """As when the scheduler stops one."""
+    trainable = make_trainable(max_epochs=5, lr=0.01)
+    trainable.train()
+    assert trainable.reset(settings())
+    assert_same(train(trainable), train(make_trainable()))
+
+
+def test_worker_finds_functions_where_the_driver_does(
+    make_trainable: MakeTrainable, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [entry for entry in sys.path if entry]
+    monkeypatch.setattr(sys, "path", [*before])
+    trainable = make_trainable()
+    folders = (before[0], str(tmp_path / "far"), str(tmp_path / "away"))
+    worker_setup = WorkerSetup(
+        train=digits.train, validation=digits.validation, num_classes=10, num_threads=1, search_path=folders
+    )
+    trainable.setup(settings(), worker_setup)
+    assert sys.path == [*before, *folders[1:]]  # last, so that nothing of the worker's own is shadowed
+
+
+# Checkpoints
+
+
+def assert_same(reports: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [report["status"] for report in reports] == [report["status"] for report in expected]
+    for report, other in zip(reports, expected, strict=True):
+        mine, theirs = metrics_of(report), metrics_of(other)
+        assert mine is not None
+        assert theirs is not None
+        assert find_differences(theirs, mine) == []
+
+
+STATEFUL = {"precision": "fp16", "init_scale": 2.0**24, "growth_interval": 4, "max_epochs": 4, "optimizer": "sgd"}
+
+
+@pytest.mark.parametrize("changes", [{}, STATEFUL, {"curriculum": "linear", "grad_clip": 1.0, "max_epochs": 4}])
+def test_trial_continued_from_its_checkpoint_ends_bit_for_bit_as_without(
+    make_trainable: MakeTrainable, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    expected = train(make_trainable(**changes))
+    interrupted = make_trainable(**changes)
+    interrupted.train()
+    interrupted.save_checkpoint(str(tmp_path))
+    torch.manual_seed(999)  # another process
+    continued = make_trainable(**changes)
+    continued.load_checkpoint(str(tmp_path))
+    assert_same(train(continued), expected[1:])
+
+
+def test_checkpoint_is_safe_to_load_and_a_pickle_in_its_place_is_refused(
+    make_trainable: MakeTrainable, tmp_path: Path
+) -> None:
+    trainable = make_trainable(**STATEFUL)
+    trainable.train()
+    trainable.save_checkpoint(str(tmp_path))
+    path = tmp_path / CHECKPOINT_FILE
+    assert zipfile.is_zipfile(path)
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save(Malicious(), path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        make_trainable(**STATEFUL).load_checkpoint(str(tmp_path))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_ended_trial_saves_nothing_and_nothing_saved_starts_from_the_beginning(
+    make_trainable: MakeTrainable, tmp_path: Path
+) -> None:
+    trainable = make_trainable()
+    expected = train(trainable)
+    trainable.save_checkpoint(str(tmp_path))
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+    again = make_trainable()
+    again.load_checkpoint(str(tmp_path))
+    assert_same(train(again), expected)
+
+
+# How an exception is told
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("CUDA out of memory"), False),
+        (OSError("can't allocate memory"), False),
+        (InputError("lr: must be greater than 0"), False),
+    ],
+)
+def test_memory_errors_are_told_from_others(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+    assert failure_report(error)["status"] == ("out_of_memory" if expected else "failed")
+
+
+def test_cpu_allocator_says_what_we_look_for() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    assert is_out_of_memory(caught.value)
+
+
+def test_input_error_is_told_without_its_type() -> None:
+    assert failure_report(InputError("lr: must be\ngreater"))["error"] == "lr: must be greater"
+    assert failure_report(KeyError("lr"))["error"] == "KeyError: 'lr'"
+
+
+def test_every_metric_of_an_epoch_is_in_a_report(make_trainable: MakeTrainable) -> None:
+    report = make_trainable().train()
+    assert {field.name for field in dataclasses.fields(EpochMetrics)} <= report.keys()
+    assert {"status", "error", "done", "started", "wall_seconds", "device", "num_threads"} <= report.keys()
