@@ -231,8 +231,8 @@ def describe_hardware(precision: str, device: torch.device) -> str | None:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
     if precision in flags and not capabilities.get(flags[precision], False):
         return (
-            f"this CPU has no {precision} matrix units: the arithmetic and the loss scaling are real, "
-            "but expect no speed-up over fp32, rather the opposite"
+            f"this CPU has no {precision} matrix units: arithmetic and loss scaling are real, "
+            "expect no speed-up over fp32"
         )
     return None
 

@@ -169,6 +169,11 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str])
         return _search_with_ray(arguments, space, dataset, options, folder, (program, *command))
 
 
+def _say(console: Console, prose: str, style: str | None = None) -> None:
+    """Print a sentence: wrapped between words in a terminal, on one line in a log."""
+    console.print(prose, style=style, markup=False, soft_wrap=not console.is_terminal)
+
+
 def _search_options(arguments: argparse.Namespace) -> "SearchOptions":
     from tune_amp.options import SearchOptions
 
@@ -182,7 +187,7 @@ def _load_dataset(name: str, data_dir: Path | None) -> "Dataset":
 
     dataset = load_dataset(name, data_dir)
     if dataset.notice:
-        Console(stderr=True).print(f"NOTE: {dataset.notice}", style="bold yellow", markup=False, soft_wrap=True)
+        _say(Console(stderr=True, highlight=False), f"NOTE: {dataset.notice}", style="bold yellow")
     return dataset
 
 
@@ -275,7 +280,7 @@ def _print_start(
     for precision in _list_precisions(space):
         notice = describe_hardware(precision, device)
         if notice:
-            console.print(f"note       {precision}: {notice}", style="yellow", soft_wrap=True)
+            _say(console, f"note       {precision}: {notice}", style="yellow")
         if device.type == "cpu":
             _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
 
@@ -294,7 +299,7 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
         return
     if seconds >= SLOW_EPOCH_SECONDS:
         text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
-        console.print(f"slow       {precision}: {text}", style="bold yellow", markup=False, soft_wrap=True)
+        _say(console, f"slow       {precision}: {text}", style="bold yellow")
 
 
 def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
@@ -326,7 +331,7 @@ def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     console.print()
     console.print(render_ranking(result.ranked))
     if result.provenance.objective == "val_accuracy":
-        console.print(describe_ties(result.ranked, result.provenance), soft_wrap=True)
+        _say(console, describe_ties(result.ranked, result.provenance))
     console.print()
     console.print(
         f"files    {escape(str(result.folder))}: best.parquet, trials.parquet, epochs.parquet, space.yaml",
@@ -341,7 +346,7 @@ def _print_no_result(result: "SearchResult") -> None:
     console.print("[bold red]no trial produced a result[/]:")
     reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in result.trials)
     for reason, count in reasons.most_common(3):
-        console.print(f"  {count} {reason}", markup=False, soft_wrap=True)
+        _say(console, f"  {count} {reason}")
     console.print(f"every trial is in {result.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
 
 
@@ -419,10 +424,10 @@ def _print_training(
     listed = ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
     )
-    console.print(f"rank {arguments.rank} of {arguments.best} on {device}: {listed}", markup=False, soft_wrap=True)
+    _say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {listed}")
     notice = describe_hardware(config.precision, device)
     if notice:
-        console.print(f"note: {notice}", style="yellow", markup=False, soft_wrap=True)
+        _say(console, f"note: {notice}", style="yellow")
 
 
 def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:
