@@ -528,33 +528,106 @@ def test_restoring_with_another_init_scale_starts_the_scale_afresh(source: str) 
 # What is left in fp32, and what the hardware can do
 
 
-def fp32_flags() -> tuple[str, str]:
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+FP32_SETTINGS = {
+    "CUDA matmul": torch.backends.cuda.matmul,
+    "CUDA conv": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    "CUDA rnn": torch.backends.cudnn.rnn,
+    "CPU matmul": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    "CPU conv": torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    "CPU rnn": torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
+}
+
+
+def fp32_flags() -> dict[str, str]:
+    return {name: setting.fp32_precision for name, setting in FP32_SETTINGS.items()}
+
+
+def older_switches() -> tuple[str, bool, bool]:
+    """Torch raises where one contradicts the settings above."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    return torch.get_float32_matmul_precision(), matmul, torch.backends.cudnn.allow_tf32
+
+
+def strict_but(precision: str) -> dict[str, str]:
+    return {name: "tf32" if precision == "tf32" and name.startswith("CUDA") else "ieee" for name in FP32_SETTINGS}
 
 
 @pytest.fixture
-def mixed_flags() -> Iterator[tuple[str, str]]:
-    """Settings that differ from each other and from what any precision asks for."""
-    before = fp32_flags()
-    for setting, value in zip((torch.backends.cuda.matmul, torch.backends.cudnn.conv), ("tf32", "ieee"), strict=True):  # type: ignore[attr-defined]
-        setting.fp32_precision = value
-    yield ("tf32", "ieee")
-    for setting, value in zip((torch.backends.cuda.matmul, torch.backends.cudnn.conv), before, strict=True):  # type: ignore[attr-defined]
-        setting.fp32_precision = value
+def put_back() -> Iterator[None]:
+    """Put the settings back that a test changes, torch's own being consistent."""
+    before, (matmul_precision, _, cudnn_tf32) = fp32_flags(), older_switches()
+    yield
+    torch.set_float32_matmul_precision(matmul_precision)
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    set_flags(before)
 
 
+def set_flags(flags: dict[str, str]) -> None:
+    for name, value in flags.items():
+        FP32_SETTINGS[name].fp32_precision = value
+
+
+MIXED_FLAGS = dict(zip(FP32_SETTINGS, ("tf32", "ieee", "tf32", "bf16", "tf32", "ieee"), strict=True))
+
+
+@pytest.mark.usefixtures("put_back")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_fp32_arithmetic_is_strict_but_for_tf32_and_put_back(precision: str, mixed_flags: tuple[str, str]) -> None:
-    wanted = "tf32" if precision == "tf32" else "ieee"
+def test_fp32_arithmetic_is_strict_but_for_tf32_and_put_back(precision: str) -> None:
+    set_flags(MIXED_FLAGS)  # they differ from each other and from what any precision asks for
     with fp32_arithmetic(precision):
-        assert fp32_flags() == (wanted, wanted)
+        assert fp32_flags() == strict_but(precision)
         with fp32_arithmetic("fp32"):  # as evaluation does inside training
-            assert fp32_flags() == ("ieee", "ieee")
-        assert fp32_flags() == (wanted, wanted)
-    assert fp32_flags() == mixed_flags
+            assert fp32_flags() == strict_but("fp32")
+        assert fp32_flags() == strict_but(precision)
+    assert fp32_flags() == MIXED_FLAGS
     with pytest.raises(KeyError), fp32_arithmetic(precision):
         raise KeyError
-    assert fp32_flags() == mixed_flags
+    assert fp32_flags() == MIXED_FLAGS
+
+
+@pytest.mark.usefixtures("put_back")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("chosen", [None, "highest", "high", "medium"])
+@pytest.mark.parametrize("cudnn_tf32", [None, False, True])
+def test_older_switches_can_be_read_and_are_put_back(
+    cudnn_tf32: bool | None, chosen: str | None, precision: str
+) -> None:
+    if chosen is not None:
+        torch.set_float32_matmul_precision(chosen)
+    if cudnn_tf32 is not None:
+        torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    flags, switches = fp32_flags(), older_switches()
+    tf32 = precision == "tf32"
+    with fp32_arithmetic(precision):
+        assert fp32_flags() == strict_but(precision)
+        assert older_switches() == ("high" if tf32 else "highest", tf32, tf32)
+        with torch.backends.cudnn.flags(enabled=False):  # as a user's module may; it reads the switch
+            pass
+    assert (fp32_flags(), older_switches()) == (flags, switches)
+
+
+@pytest.mark.usefixtures("put_back")
+@pytest.mark.parametrize("cudnn_tf32", [False, True])
+def test_older_switches_that_contradict_the_settings_are_put_back_as_well(cudnn_tf32: bool) -> None:
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+    set_flags(MIXED_FLAGS)
+    with fp32_arithmetic("bf16"):
+        assert older_switches() == ("highest", False, False)
+    assert fp32_flags() == MIXED_FLAGS
+    set_flags(dict.fromkeys(FP32_SETTINGS, "ieee") | {"CUDA matmul": "tf32", "CPU matmul": "bf16"})
+    set_flags(dict.fromkeys(("CUDA conv", "CUDA rnn"), "tf32" if cudnn_tf32 else "ieee"))
+    assert older_switches() == ("medium", True, cudnn_tf32)
+
+
+@pytest.mark.usefixtures("put_back")
+def test_product_on_the_cpu_is_strict_whatever_a_users_module_chose() -> None:
+    factor = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("highest")
+    strict = factor @ factor
+    torch.set_float32_matmul_precision("medium")  # bf16, where the CPU has units for it
+    with fp32_arithmetic("fp32"):
+        assert torch.equal(factor @ factor, strict)
 
 
 @pytest.mark.parametrize(
@@ -590,16 +663,20 @@ def test_cpu_says_that_tf32_is_fp32_there() -> None:
     assert describe_hardware("fp32", CPU) is None
 
 
-@pytest.mark.parametrize(("precision", "flag"), [("fp16", "amx_fp16"), ("bf16", "amx_bf16")])
+@pytest.mark.parametrize(
+    ("precision", "flags"), [("fp16", {"amx_fp16"}), ("bf16", {"amx_bf16", "avx512_bf16"})], ids=["fp16", "bf16"]
+)
 def test_cpu_without_matrix_units_says_to_expect_no_speed_up(
-    precision: str, flag: str, monkeypatch: pytest.MonkeyPatch
+    precision: str, flags: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = {"amx_fp16", "amx_bf16"} - {flag}
-    for capabilities in ({}, {flag: False}, dict.fromkeys(other, True)):
+    other = {"amx_fp16", "amx_bf16", "avx512_bf16"} - flags
+    for capabilities in ({}, dict.fromkeys(flags, False), dict.fromkeys(other, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert f"this CPU has no {precision} matrix units" in (describe_hardware(precision, CPU) or "")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
-    assert describe_hardware(precision, CPU) is None
+    for flag in flags:  # one is enough
+        capabilities = dict.fromkeys(flags, False) | {flag: True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert describe_hardware(precision, CPU) is None
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert describe_hardware(precision, CPU) is not None
 

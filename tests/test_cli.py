@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from records import PROVENANCE, make_trial
 
-from tune_amp.cli import main, search_command, train_command
+from tune_amp.cli import main
 from tune_amp.config import TrialConfig
 from tune_amp.results import write_best, write_trials
+from tune_amp.search_command import search_command
+from tune_amp.train_command import train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,7 +109,7 @@ def test_a_results_folder_that_cannot_be_written_is_refused(
 
 def test_help_and_errors_answer_without_importing_the_heavy_libraries() -> None:
     code = (
-        "import sys; from tune_amp.cli import search_command\n"
+        "import sys; from tune_amp.search_command import search_command\n"
         "try: search_command(['--help'])\nexcept SystemExit: pass\n"
         "search_command(['--num-samples', 'x'])\n"
         "print(sorted({'torch', 'ray', 'optuna', 'pyarrow'} & set(sys.modules)))"

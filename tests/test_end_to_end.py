@@ -53,8 +53,9 @@ def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_
 
     # The command that the search prints is the command that works.
     reuse = shlex.split(re.search(r"^reuse +(.*)$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
-    assert reuse[:3] == ["python", "scripts/train.py", "results/demo/best.parquet"]
-    trained = run_script("train", *reuse[2:], "--max-epochs", 2, folder=tmp_path)
+    assert reuse[2] == "results/demo/best.parquet"
+    command = [*reuse, "--max-epochs", "2"]
+    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert trained.returncode == 0, trained.stderr
     assert len(re.findall(r"^epoch \d/2  average loss \d\.\d{4}", trained.stdout, re.MULTILINE)) == 2
     accuracy = float(re.search(r"^test accuracy ([\d.]+)% on 10,000 images", trained.stdout, re.MULTILINE)[1])  # type: ignore[index]
@@ -127,7 +128,7 @@ def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path)
     assert not (run / "best.parquet").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--num-samples", "100000", "--max-epochs", "2", "--name", "cut", "--json"]
@@ -146,6 +147,45 @@ def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: sig
     assert events[-1]["event"] == "result"
     assert events[-1]["interrupted"] is True
     run = tmp_path / "results" / "cut"
-    ended = {trial.trial_id: str(trial.status) for trial in load_trials(run) if trial.status != "interrupted"}
-    assert ended == {event["trial_id"]: event["status"] for event in events[1:-1]}
+    statuses = {trial.trial_id: str(trial.status) for trial in load_trials(run)}
+    assert statuses == {event["trial_id"]: event["status"] for event in events[1:-1]}
     assert read_states(run, "cut").count(TrialState.RUNNING) == 0
+
+
+def test_a_search_whose_reader_is_gone_goes_on_to_its_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
+    command += ["--num-samples", "3", "--max-epochs", "1", "--name", "piped", "--json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert json.loads(process.stdout.readline())["event"] == "start"
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+    run = tmp_path / "results" / "piped"
+    assert [trial.status for trial in load_trials(run)] == [TrialStatus.COMPLETED] * 3
+    assert load_best(run).dataset == "digits"
+
+
+def test_standard_output_of_json_holds_nothing_else(tmp_path: Path) -> None:
+    """Ray tells of dead workers, and a user's code prints, on standard output."""
+    (tmp_path / "deadly.py").write_text(
+        "import os\nimport torch\nprint('hello from the user')\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, shape, classes):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(torch.Size(shape).numel(), classes)\n"
+        "    def forward(self, images):\n"
+        "        if 'RAY_JOB_ID' in os.environ and self.training and len(images) > 32:\n"
+        "            os._exit(7)\n"
+        "        return self.layer(images.flatten(1))\n"
+    )
+    arguments = ("quick", "--dataset", "digits", "--model", "deadly:Net", "--num-samples", 1, "--json")
+    done = run_script("search", *arguments, "--name", "dead", folder=tmp_path)
+    assert done.returncode == 1
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["start", "trial", "result"]
+    assert "hello from the user" in done.stderr
+    assert events[1]["status"] == "failed"
+    assert events[1]["error"]
+    assert f"1 failed: {events[1]['error'][:60]}" in done.stderr

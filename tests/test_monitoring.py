@@ -12,7 +12,7 @@ from records import INF, NAN, PROVENANCE, make_epoch, make_scored, make_trial
 from rich.console import Console, RenderableType
 
 from tune_amp import monitoring
-from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.config import TrialConfig, TrialStatus, format_scale
 from tune_amp.monitoring import (
     JsonLines,
     LiveTable,
@@ -23,7 +23,6 @@ from tune_amp.monitoring import (
     describe_ties,
     describe_time,
     describe_trial,
-    format_scale,
     render_progress,
     render_ranking,
 )

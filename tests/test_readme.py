@@ -74,7 +74,7 @@ def test_your_own_model_and_data_are_ten_lines(tmp_path: Path) -> None:
 
     # The printed command names both functions, which is the consent to run them.
     reuse = shlex.split(re.search(r"^reuse +(.*)$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
-    command = [sys.executable, str(ROOT / reuse[1]), *reuse[2:], "--max-epochs", "1"]
+    command = [*reuse, "--max-epochs", "1"]
     trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert trained.returncode == 0, trained.stderr
     assert "test accuracy" in trained.stdout

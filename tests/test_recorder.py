@@ -28,16 +28,10 @@ class FakeTrial:
         self.trial_id = trial_id
         self.config = vars(dataclasses.replace(CONFIG, **config))
         self.last_result: dict[str, Any] = {}
-        self.error: Exception | None = None
+        self.error_file: str | None = None
 
     def __str__(self) -> str:
         return f"name-of-{self.trial_id}"
-
-    def get_pickled_error(self) -> Exception | None:
-        return self.error
-
-    def get_error(self) -> Exception | None:
-        return self.error
 
 
 class Watcher:
@@ -177,14 +171,16 @@ def test_failure_keeps_the_epochs_before_it_and_its_reason(recorder: TrialRecord
     assert record.epochs == (make_epoch(1),)
 
 
-def test_death_of_a_worker_is_a_failure_with_its_reason_on_one_line(recorder: TrialRecorder) -> None:
+def test_death_of_a_worker_is_a_failure_with_its_reason_on_one_line(recorder: TrialRecorder, tmp_path: Path) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)
     report_epoch(recorder, trial, 1)
-    trial.error = OSError("The actor died\nunexpectedly")
+    error_file = tmp_path / "error.txt"
+    error_file.write_text("Failure # 3\nTraceback:\n  line 1\n\x1b[36mOSError\x1b[0m: The actor died\n\n")
+    trial.error_file = str(error_file)
     recorder.on_trial_error(0, [], trial)
     record = only(recorder)
-    assert (record.status, record.error) == (TrialStatus.FAILED, "OSError: The actor died unexpectedly")
+    assert (record.status, record.error) == (TrialStatus.FAILED, "OSError: The actor died")
     assert record.epochs == (make_epoch(1),)
 
 
@@ -194,7 +190,6 @@ def test_trial_that_ends_before_it_got_a_worker_is_recorded(
 ) -> None:
     trial = FakeTrial("a")
     if dies:
-        trial.error = OSError("no room")
         recorder.on_trial_error(0, [], trial)
     else:
         finish(recorder, trial)
@@ -307,7 +302,42 @@ def test_written_files_hold_what_was_reported(recorder: TrialRecorder, tmp_path:
     report_epoch(recorder, done, 1)
     report_epoch(recorder, done, 2, "diverged", train_loss=math.inf, val_loss=math.inf)
     finish(recorder, done)
-    dead.error = OSError("no room")
     recorder.on_trial_error(0, [], dead)
     recorder.write()
     assert load_trials(tmp_path) == recorder.trials
+
+
+def test_death_without_a_reason_says_so(recorder: TrialRecorder, tmp_path: Path) -> None:
+    trial = FakeTrial("a")
+    trial.error_file = str(tmp_path / "never-written.txt")
+    start(recorder, trial)
+    recorder.on_trial_error(0, [], trial)
+    assert only(recorder).error == "its worker died, and Ray left no reason"
+
+
+def test_what_still_runs_at_the_end_was_interrupted_and_is_told(
+    recorder: TrialRecorder, watcher: Watcher, tmp_path: Path
+) -> None:
+    ended, running = FakeTrial("a"), FakeTrial("b")
+    start(recorder, ended, [ended, running])
+    start(recorder, running, [ended, running])
+    report_epoch(recorder, ended, 1, "completed")
+    finish(recorder, ended)
+    recorder.finish()
+    progress, told = watcher.seen[-1]
+    assert told is not None
+    assert (told.trial_id, told.status) == ("b", TrialStatus.INTERRUPTED)
+    assert told.wall_seconds > 0
+    assert progress.running == frozenset()
+    assert [trial.trial_id for trial in load_trials(tmp_path)] == ["a", "b"]
+
+
+def test_reports_are_written_while_trials_run(
+    recorder: TrialRecorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "WRITE_EVERY_SECONDS", 0.0)
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    report_epoch(recorder, trial, 1)
+    [written] = load_trials(tmp_path)
+    assert (written.status, written.epochs) == (TrialStatus.INTERRUPTED, (make_epoch(1),))

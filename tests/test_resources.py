@@ -36,12 +36,12 @@ def machine(cpus: float, gpus: float = 0.0) -> dict[str, float]:
         (16, 2, {"gpus_per_trial": 0.6}, (1, 0.6, 2)),  # a share never spans two GPUs
         (16, 2, {"gpus_per_trial": 0.5}, (1, 0.5, 4)),
         (16, 8, {"gpus_per_trial": 1}, (1, 1, 8)),
-        (16, 8, {"gpus_per_trial": 3}, (1, 3, 2)),
-        (16, 8, {"gpus_per_trial": 8.0}, (1, 8, 1)),
         (16, 8, {"gpus_per_trial": 0}, (1, 0, 16)),  # the CPU, although there are GPUs
         (16, 1, {"max_concurrent": 3}, (1, 0.25, 3)),
         (16, 1, {"max_concurrent": 99}, (1, 0.25, 4)),
         (16, 0, {"max_concurrent": 1}, (1, 0, 1)),
+        (16, 0, {"cpus_per_trial": 4, "largest_node_cpus": 4}, (4, 0, 4)),
+        (16, 0, {"largest_node_cpus": 4}, (1, 0, 16)),
     ],
 )
 def test_machine_is_divided_among_trials(
@@ -54,6 +54,7 @@ def test_machine_is_divided_among_trials(
 @pytest.mark.parametrize(
     ("cpus", "gpus", "reason"),
     [
+        (1, 0, "1 trial at a time, 1 CPU each, of 0 GPUs and 1 CPUs"),
         (2, 0, "2 trials at a time, 1 CPU each, of 0 GPUs and 2 CPUs"),
         (16, 1, "4 trials at a time, 0.25 GPU and 1 CPU each, of 1 GPUs and 16 CPUs"),
     ],
@@ -68,11 +69,15 @@ def test_reason_says_what_each_trial_gets_of_what_there_is(cpus: int, gpus: int,
         ({"cpus_per_trial": 5}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got 5"),
         ({"cpus_per_trial": 0}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got 0"),
         ({"cpus_per_trial": -1}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got -1"),
-        ({"gpus_per_trial": 3}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got 3"),
-        ({"gpus_per_trial": -0.5}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got -0.5"),
-        ({"gpus_per_trial": math.nan}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got nan"),
-        ({"gpus_per_trial": math.inf}, "--gpus-per-trial: must be between 0 and the 2 GPUs that Ray has, got inf"),
-        ({"gpus_per_trial": 1.5}, "--gpus-per-trial: must be whole above 1, got 1.5"),
+        (
+            {"cpus_per_trial": 3, "largest_node_cpus": 2},  # two nodes of two: it fits on neither
+            "--cpus-per-trial: must be between 1 and the 2 CPUs of the largest node, got 3",
+        ),
+        ({"gpus_per_trial": 2}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got 2"),
+        ({"gpus_per_trial": 1.5}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got 1.5"),
+        ({"gpus_per_trial": -0.5}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got -0.5"),
+        ({"gpus_per_trial": math.nan}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got nan"),
+        ({"gpus_per_trial": math.inf}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got inf"),
         ({"gpus_per_trial": 0.00009}, "--gpus-per-trial: must be 0 or at least 0.0001, Ray's smallest, got 9e-05"),
         ({"max_concurrent": 0}, "--max-concurrent: must be at least 1, got 0"),
         ({"max_concurrent": -2}, "--max-concurrent: must be at least 1, got -2"),
@@ -95,7 +100,7 @@ def test_gpu_on_a_machine_without_one_is_refused() -> None:
     gpus=st.integers(0, 16),
     cpus_per_trial=st.none() | st.integers(1, 64),
     gpus_per_trial=st.none()
-    | st.integers(0, 16).map(float)
+    | st.sampled_from([0.0, 1.0, 2.0])
     | st.floats(0.0001, 1)
     | st.integers(1, 40).map(lambda n: 1 / n),
     max_concurrent=st.none() | st.integers(1, 300),
@@ -111,7 +116,7 @@ def test_trials_at_a_time_never_ask_for_more_than_there_is(
             max_concurrent=max_concurrent,
         )
     except InputError:
-        assert (cpus_per_trial or 1) > cpus or (gpus_per_trial or 0) > gpus
+        assert (cpus_per_trial or 1) > cpus or (gpus_per_trial or 0) > min(gpus, 1)
         return
     slots = resources.max_concurrent
     assert 1 <= slots <= (max_concurrent or slots)
@@ -124,8 +129,6 @@ def test_trials_at_a_time_never_ask_for_more_than_there_is(
 def fits(share: float, slots: int, gpus: int) -> bool:
     """In Ray's own arithmetic: whole ten-thousandths, a share of a GPU never on two."""
     parts = round(share * 10_000)
-    if parts > 10_000:
-        return slots * parts <= gpus * 10_000
     return parts == 0 or slots <= gpus * (10_000 // parts)
 
 
@@ -138,7 +141,7 @@ def test_chosen_share_fills_every_gpu_as_far_as_the_cpus_reach(cpus: int, gpus: 
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "cpus_each", "gpus_each", "slots"),
-    [(4, 0, 1, 0, 4), (4, 0, 3, 0, 1), (9, 3, 1, 0.3333, 9), (99, 3, 1, 0.6, 3), (99, 7, 2, 2, 3), (2, 8, 1, 0.25, 2)],
+    [(4, 0, 1, 0, 4), (4, 0, 3, 0, 1), (9, 3, 1, 0.3333, 9), (99, 3, 1, 0.6, 3), (99, 7, 2, 1, 7), (2, 8, 1, 0.25, 2)],
 )
 def test_slots_are_what_both_cpus_and_gpus_allow(
     cpus: int, gpus: float, cpus_each: int, gpus_each: float, slots: int

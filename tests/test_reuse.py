@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from records import make_epoch
 from safetensors.torch import load_file
 
 from tune_amp.batches import fit_input_scaling
@@ -207,27 +208,7 @@ def test_replay_equals_the_record_bit_for_bit(settings: dict[str, Any], dataset:
     assert {"train_loss", "val_loss"} <= set(find_differences(recorded[0], other))
 
 
-RECORDED = EpochMetrics(
-    epoch=1,
-    train_loss=1.0,
-    val_loss=1.0,
-    val_accuracy=0.5,
-    steps=100,
-    applied_steps=90,
-    skipped_steps=10,
-    growths=1,
-    first_applied_step=11,
-    loss_scale=1024.0,
-    min_loss_scale=1024.0,
-    max_loss_scale=2048.0,
-    train_seconds=1.0,
-    val_seconds=1.0,
-    data_seconds=0.0,
-    samples_per_second=1.0,
-    peak_memory_bytes=None,
-    loss_scale_steps=(1,),
-    loss_scale_values=(1024.0,),
-)
+RECORDED = make_epoch(train_loss=1.0)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(EpochMetrics), ids=lambda field: field.name)

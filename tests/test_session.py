@@ -27,6 +27,9 @@ os.umask(0)
 from tune_amp.session import ray_session
 
 
+VARIABLES = ("RAY_CHDIR_TO_TRIAL_DIR", "TUNE_PRINT_ALL_TRIAL_ERRORS", "RAY_AUTH_TOKEN")
+
+
 def find_descendants():
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -83,7 +86,7 @@ def watch(run):
             "resources": {name: session.resources.get(name) for name in ("CPU", "GPU")},
             "joined": joined,
             "alive_after_joining": ray.is_initialized() and ray.get(ray.remote(lambda: 42).remote()),
-            "variables": {name: os.environ.get(name) for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_AUTH_TOKEN")},
+            "variables": {name: os.environ.get(name) for name in VARIABLES},
         }
     return seen | {
         "folder_left": session.token_path.parent.exists(),
@@ -180,7 +183,8 @@ def test_ray_that_runs_already_is_joined_and_not_shut_down(sessions: list[dict[s
 
 def test_session_leaves_nothing_behind(sessions: list[dict[str, Any]]) -> None:
     for session in sessions:
-        assert session["variables"] == {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AUTH_TOKEN": None}
+        quiet = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+        assert session["variables"] == quiet | {"RAY_AUTH_TOKEN": None}
         assert session["environment_restored"]
         assert not session["folder_left"]
         assert not session["initialized_after"]
@@ -199,7 +203,7 @@ def refusal(address: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}"])
 def test_address_where_nobody_listens_is_refused_at_once(
     form: str, closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +215,18 @@ def test_address_where_nobody_listens_is_refused_at_once(
     assert refusal(address) == (
         f"--address: {address} cannot be joined (ConnectionRefusedError: [Errno 111] Connection refused); "
         "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    )
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_ray_client_is_refused_with_what_to_use_instead(by_variable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = "ray://127.0.0.1:10001"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if by_variable:
+        monkeypatch.setenv("RAY_ADDRESS", client)
+    assert refusal("auto" if by_variable else client) == (
+        f"--address: must be auto or host:port, got {client}: Ray Client runs the search where its results cannot be "
+        "followed; give host:port from a node of the cluster, or use `ray job submit`"
     )
 
 

@@ -93,6 +93,16 @@ def test_trial_with_a_loss_that_is_not_finite_ranks_last_however_good_its_accura
     assert sorted(rung(scheduler, 1).values()) == [0.0, 0.3]
 
 
+def test_trial_with_a_collapsed_scale_ranks_last_although_its_losses_are_finite() -> None:
+    scheduler = make_ours()
+    diverged = make_result(1, 0.99, status="diverged")
+    assert decide(scheduler, [make_result(1, 0.3, status="running"), diverged]) == ["CONTINUE", "STOP"]
+    assert sorted(rung(scheduler, 1).values()) == [0.0, 0.3]
+    trial = add(scheduler, "ended")
+    scheduler.on_trial_complete(None, trial, make_result(2, 0.99, status="diverged"))
+    assert rung(scheduler, 2) == {"ended": 0.0}
+
+
 def test_end_of_a_diverged_trial_is_recorded_as_the_worst_of_its_rung() -> None:
     scheduler = make_ours("val_loss")
     trial = add(scheduler, "diverged")

@@ -23,6 +23,7 @@ from tune_amp.trainable import (
     is_out_of_memory,
     metrics_of,
 )
+from tune_amp.training import release_memory
 
 MakeTrainable = Callable[..., Any]  # an AmpTrainable; Ray leaves train() and reset() without types
 
@@ -116,6 +117,12 @@ def test_model_of_nans_diverges(make_trainable: MakeTrainable, write_module: Cal
     assert (report["status"], report["error"]) == ("diverged", "train_loss is nan")
 
 
+def test_trial_that_never_applied_a_step_is_not_completed(make_trainable: MakeTrainable) -> None:
+    reports = train(make_trainable(precision="fp16", init_scale=2.0**100))
+    assert [report["status"] for report in reports] == ["running", "diverged"]
+    assert reports[-1]["error"] == "no step was applied: all 10 were skipped"
+
+
 GREEDY_MODEL = """
 import torch
 
@@ -144,6 +151,40 @@ def test_trial_that_runs_out_of_memory_is_reported_and_the_next_trains_as_if_not
     assert math.isnan(report["val_loss"])
     assert trainable.reset(settings(model=model))
     assert_same(train(trainable), expected)
+
+
+def test_memory_of_a_trial_that_the_scheduler_stopped_is_given_back_before_the_next(
+    make_trainable: MakeTrainable, write_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = write_module(
+        "import torch, weakref\n"
+        "made = []\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(784, 10)\n"
+        "        self.me = [self]  # only the garbage collector frees it\n"
+        "        made.append(weakref.ref(self))\n"
+        "    def forward(self, images): return super().forward(images.flatten(1))\n"
+        "def net(shape, classes): return Net()\n"
+    )
+    released: list[torch.device] = []
+
+    def release(device: torch.device) -> None:
+        release_memory(device)
+        released.append(device)
+
+    monkeypatch.setattr("tune_amp.trainable.release_memory", release)
+    trainable = make_trainable(model=f"{module}:net", max_epochs=5)
+    assert released == []  # there was no trial before the first
+    trainable.train()
+    assert trainable.reset(settings(model=f"{module}:net"))
+    assert released == [torch.device("cpu")]
+    [stopped] = sys.modules[module].made
+    assert stopped() is None
+    train(trainable)
+    assert len(released) == 2
+    assert trainable.reset(settings())
+    assert len(released) == 2  # the last step has done it
 
 
 def test_state_of_an_ended_trial_is_released(make_trainable: MakeTrainable) -> None:
@@ -190,6 +231,49 @@ def test_configuration_that_cannot_train_is_a_failed_trial(
     [report] = train(trainable)
     assert report["status"] == "failed"
     assert error in report["error"]
+
+
+# A GPU that can no longer be used
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"tune_amp.trainable.{name}", fail)
+
+
+@pytest.mark.parametrize("text", ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access"])
+def test_broken_cuda_context_is_left_to_ray_which_replaces_the_worker(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    trainable = make_trainable()
+    fail_with(monkeypatch, "TrainingRun", torch.AcceleratorError(text))
+    with pytest.raises(torch.AcceleratorError, match=text):
+        trainable.train()
+
+
+def test_gpu_out_of_memory_outside_the_allocator_ends_the_trial_and_not_the_worker(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainable = make_trainable()
+    with monkeypatch.context() as failing:
+        fail_with(failing, "TrainingRun", torch.AcceleratorError("CUDA error: out of memory"))
+        [report] = train(trainable)
+    assert report["status"] == "out_of_memory"
+    assert trainable.reset(settings())
+    assert train(trainable)[-1]["status"] == "completed"
+
+
+def test_memory_that_cannot_be_given_back_costs_no_report_and_no_reset(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainable = make_trainable(max_epochs=1)
+    fail_with(monkeypatch, "release_memory", torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert train(trainable)[-1]["status"] == "completed"
+    assert trainable.reset(settings())
+    trainable.train()
+    assert trainable.reset(settings())
 
 
 # One actor, many trials
@@ -302,6 +386,8 @@ def test_ended_trial_saves_nothing_and_nothing_saved_starts_from_the_beginning(
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("CUDA out of memory"), False),

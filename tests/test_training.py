@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,13 +14,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tune_amp import training
+from tune_amp import batches, training
 from tune_amp.amp import fp32_arithmetic
 from tune_amp.batches import InputScaling, place_split, scale_images
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
 from tune_amp.models import build_model
-from tune_amp.training import TrainingData, TrainingRun, build_optimizer, evaluate, find_divergence
+from tune_amp.training import (
+    MemoryMeter,
+    TrainingData,
+    TrainingRun,
+    build_optimizer,
+    evaluate,
+    find_divergence,
+    release_memory,
+)
 
 CPU = torch.device("cpu")
 WriteModule = Callable[[str], str]
@@ -86,7 +95,7 @@ def test_simple_net_learns_digits_in_every_precision(precision: str, digits_data
     assert accuracy is not None
     assert 0.9 < accuracy <= 1
     assert epochs[-1].train_loss < epochs[0].train_loss / 3
-    assert find_divergence(epochs[-1]) is None
+    assert find_divergence(epochs[-1], max_epochs=3) is None
 
 
 @pytest.mark.parametrize("name", ["conv_net", "vit"])
@@ -400,6 +409,133 @@ def test_placing_the_data_is_charged_to_the_first_trial_alone(small_data: Traini
     assert [metrics.data_seconds for metrics in second] == [0, 0]
 
 
+def test_sorting_by_difficulty_is_charged_as_data_time_of_the_first_curriculum_alone(
+    small_data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sort = batches.difficulty_order
+
+    def sort_slowly(split: Split, num_classes: int) -> Any:
+        time.sleep(0.3)
+        return sort(split, num_classes)
+
+    monkeypatch.setattr(training, "difficulty_order", sort_slowly)
+    plain, first, second = (
+        next(TrainingRun(make_config(curriculum=curriculum), small_data).epochs())
+        for curriculum in ("none", "linear", "linear")
+    )
+    assert 0 < plain.data_seconds < 0.3  # it did not wait
+    assert first.data_seconds >= 0.3 > first.train_seconds
+    assert second.data_seconds == 0
+
+
+# Memory
+
+
+class FakeMemory:
+    """Stands in for CUDA's allocator: what is allocated, and the peak since the last reset."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated = self.peak = self.workspaces = 0
+        for name, function in {
+            "memory_allocated": lambda _device: self.allocated,
+            "max_memory_allocated": lambda _device: self.peak,
+            "reset_peak_memory_stats": self.reset,
+            "empty_cache": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, raising=False)
+
+    def reset(self, _device: torch.device) -> None:
+        self.peak = self.allocated
+
+    def clear_workspaces(self) -> None:
+        self.allocated -= self.workspaces
+        self.workspaces = 0
+
+    def touch(self, amount: int, *, workspaces: int = 0) -> None:
+        """Allocate, and free all but a library's workspaces, which it takes once."""
+        self.allocated += workspaces - self.workspaces
+        self.workspaces = workspaces
+        self.peak = max(self.peak, self.allocated + amount)
+
+
+def test_peak_memory_is_the_largest_of_what_was_measured_without_what_lay_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = FakeMemory(monkeypatch)
+    memory.allocated = 1000
+    meter = MemoryMeter(torch.device("cuda"))
+    assert meter.peak_bytes is None
+    for between, within, expected in ((9999, 300, 300), (0, 200, 300), (9999, 400, 400), (9999, 0, 400)):
+        memory.touch(between)  # as validation does
+        with meter.measure():
+            memory.touch(within)
+        assert meter.peak_bytes == expected
+
+
+def test_workspaces_of_a_library_count_for_every_trial_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, peaks = FakeMemory(monkeypatch), []
+    for _ in range(3):
+        meter = MemoryMeter(torch.device("cuda"))
+        with meter.measure():
+            memory.touch(100, workspaces=32)
+        peaks.append(meter.peak_bytes)
+    assert peaks == [132] * 3
+    release_memory(torch.device("cuda"))
+    assert memory.allocated == 0
+
+
+def test_torch_without_a_way_to_clear_workspaces_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeMemory(monkeypatch)
+    monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
+    assert MemoryMeter(torch.device("cuda")).peak_bytes is None
+
+
+def test_nothing_of_cuda_is_touched_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.delattr(torch.cuda, name)
+    monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces", raising=False)
+    meter = MemoryMeter(CPU)
+    with meter.measure():
+        pass
+    release_memory(CPU)
+    assert meter.peak_bytes is None
+
+
+def test_memory_is_measured_while_training_and_not_while_validating(
+    small_data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = FakeMemory(monkeypatch)
+    run = TrainingRun(make_config(max_epochs=3), small_data)
+    run._memory = MemoryMeter(torch.device("cuda"))
+    amounts = iter([50, 70, 60])
+    run.model.register_forward_hook(lambda model, *_: memory.touch(next(amounts) if model.training else 10_000))
+    monkeypatch.setattr(run, "_step", lambda _indices: None)
+    train_only = run._train
+
+    def train_once() -> tuple[float, float, int]:
+        run.model.train()
+        run.model(torch.zeros(2, 1, 4, 4))
+        return train_only()
+
+    monkeypatch.setattr(run, "_train", train_once)
+    assert [run.train_epoch().peak_memory_bytes for _ in range(3)] == [50, 70, 70]
+
+
+def test_peak_memory_of_earlier_epochs_is_in_the_checkpoint(
+    small_data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = FakeMemory(monkeypatch)
+    first, second = (TrainingRun(make_config(), small_data) for _ in range(2))
+    for run in (first, second):
+        run._memory = MemoryMeter(torch.device("cuda"))
+    first.model.register_forward_hook(lambda *_: memory.touch(500))
+    first.train_epoch()
+    second.load_state_dict(first.state_dict())
+    second.model.register_forward_hook(lambda *_: memory.touch(100))
+    assert second.train_epoch().peak_memory_bytes == 500
+
+
 # Divergence
 
 
@@ -423,6 +559,7 @@ FINE = EpochMetrics(
     peak_memory_bytes=None,
 )
 LOW = {"loss_scale": 2.0**-30, "min_loss_scale": 2.0**-30}
+CALIBRATING = {"loss_scale": 2.0**20, "max_loss_scale": 2.0**40, "skipped_steps": 20, "applied_steps": 0}
 
 
 @pytest.mark.parametrize(
@@ -448,13 +585,18 @@ LOW = {"loss_scale": 2.0**-30, "min_loss_scale": 2.0**-30}
         (LOW | {"min_loss_scale": 2.0**-40}, None),  # on its way up again
         ({"loss_scale": 2.0**-24, "min_loss_scale": 2.0**-24}, None),
         ({"loss_scale": 2.0**-25, "min_loss_scale": 2.0**-25}, "loss_scale collapsed to 2.98e-08 after 10"),
-        ({"loss_scale": 2.0**20, "max_loss_scale": 2.0**40, "skipped_steps": 20, "applied_steps": 0}, None),
+        (CALIBRATING, None),
+        (CALIBRATING | {"epoch": 2}, None),
+        (CALIBRATING | {"epoch": 3}, "no step was applied: all 20 were skipped"),
+        (CALIBRATING | {"epoch": 3, "applied_steps": 1, "skipped_steps": 19}, None),
+        (CALIBRATING | LOW | {"epoch": 3}, "loss_scale collapsed to 9.31e-10 after 20 skipped steps"),
+        ({"epoch": 3}, None),
     ],
 )
-def test_divergence_is_a_loss_that_is_no_number_or_a_collapsed_scale(
+def test_divergence_is_a_loss_that_is_no_number_a_collapsed_scale_or_no_update_at_all(
     changes: dict[str, Any], expected: str | None
 ) -> None:
-    reason = find_divergence(dataclasses.replace(FINE, **changes))
+    reason = find_divergence(dataclasses.replace(FINE, **changes), max_epochs=3)
     if expected is None:
         assert reason is None
     else:
@@ -477,7 +619,7 @@ def test_low_scale_by_choice_is_no_divergence(init_scale: float, small_data: Tra
 def test_diverged_run_ends_early(small_data: TrainingData) -> None:
     epochs = train(make_config(lr=1e30, optimizer="sgd", max_epochs=9), small_data)
     assert len(epochs) == 1
-    assert re.fullmatch(r"(train|val)_loss is (nan|inf)", find_divergence(epochs[-1]) or "")
+    assert re.fullmatch(r"(train|val)_loss is (nan|inf)", find_divergence(epochs[-1], max_epochs=9) or "")
 
 
 def test_run_whose_gradients_are_never_finite_is_ended(small_data: TrainingData) -> None:
@@ -486,7 +628,8 @@ def test_run_whose_gradients_are_never_finite_is_ended(small_data: TrainingData)
         parameter.register_hook(lambda gradient: gradient * math.nan)
     epochs = list(run.epochs())
     assert len(epochs) == 6  # 2^16 has fallen to 2^-26 after 42 steps, to 2^-19 after 35
-    assert (find_divergence(epochs[-1]) or "").startswith("loss_scale collapsed to 1.49e-08 after 42 skipped steps")
+    reason = find_divergence(epochs[-1], max_epochs=30) or ""
+    assert reason.startswith("loss_scale collapsed to 1.49e-08 after 42 skipped steps")
 
 
 # On a GPU
@@ -507,6 +650,34 @@ def test_training_on_a_gpu_learns_and_tells_its_memory(precision: str, cuda_data
     weights = 4 * (16 * 256 + 256 + 256 * 3 + 3)
     assert all((metrics.peak_memory_bytes or 0) >= 4 * weights for metrics in epochs)  # with gradients and two moments
     assert all((metrics.peak_memory_bytes or 0) < 2**30 for metrics in epochs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_trial_of_a_worker_tells_the_memory_of_the_first(precision: str, cuda_data: TrainingData) -> None:
+    config = make_config(precision=precision, max_epochs=2)
+    release_memory(cuda_data.device)
+    peaks = []
+    for _ in range(3):
+        peaks.append([metrics.peak_memory_bytes for metrics in TrainingRun(config, cuda_data).epochs()])
+        release_memory(cuda_data.device)
+    # The allocator's blocks may differ a little; cuBLAS's workspaces, of megabytes, are far more than the model.
+    assert peaks[1:] == [pytest.approx(peaks[0], rel=0.02)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_peak_memory_on_a_gpu_is_that_of_training(cuda_data: TrainingData) -> None:
+    def peak(data: TrainingData) -> int:
+        release_memory(data.device)
+        (metrics,) = TrainingRun(make_config(max_epochs=1, model="conv_net"), data).epochs()
+        assert metrics.peak_memory_bytes is not None
+        return metrics.peak_memory_bytes
+
+    without_validation = TrainingData(make_split(600), None, 3, torch.device("cuda"))
+    large_validation = TrainingData(make_split(600), make_split(60_000), 3, torch.device("cuda"))
+    assert peak(large_validation) == pytest.approx(peak(without_validation), rel=0.02)
 
 
 @pytest.mark.gpu

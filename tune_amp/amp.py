@@ -204,20 +204,31 @@ def summarise_steps(
 
 @contextlib.contextmanager
 def fp32_arithmetic(precision: str) -> Iterator[None]:
-    """How CUDA computes what is left in fp32: TF32 for ``tf32``, strict for every other precision.
+    """How what is left in fp32 is computed: on CUDA TF32 for ``tf32``, strict for every other precision and on the CPU.
 
-    PyTorch's own default is a mixture (TF32 convolutions, strict products), which would make fp32 no clean baseline.
+    PyTorch's own default is a mixture (TF32 convolutions, strict products), which would make fp32 no clean baseline,
+    and a user's module may have chosen another: ``torch.set_float32_matmul_precision("medium")`` is bf16 on the CPU.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    on_cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    settings: tuple[Any, ...] = (*on_cuda, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)  # type: ignore[attr-defined]
     previous = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    # The older switches must say the same: torch raises where they are read (cudnn.flags and torch.compile do) while
+    # they contradict the settings above. With all of those strict, they can be read whatever they were.
+    matmul_precision, cudnn_tf32 = torch.get_float32_matmul_precision(), _cudnn_switch_allows_tf32()
     try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        cudnn.allow_tf32 = precision == "tf32"
         for setting in settings:
-            setting.fp32_precision = wanted
+            setting.fp32_precision = "tf32" if precision == "tf32" and setting in on_cuda else "ieee"
         yield
     finally:
-        for setting, value in zip(settings, previous, strict=True):
+        torch.set_float32_matmul_precision(matmul_precision)
+        cudnn.allow_tf32 = cudnn_tf32
+        for setting, value in zip(settings, previous, strict=True):  # last: the older switches write here too
             setting.fp32_precision = value
 
 
@@ -227,9 +238,10 @@ def describe_hardware(precision: str, device: torch.device) -> str | None:
         return describe_cuda(precision, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
     if precision == "tf32":
         return "tf32 needs an NVIDIA GPU of compute capability 8.0 or newer: on the CPU it is computed as fp32"
-    flags = {"fp16": "amx_fp16", "bf16": "amx_bf16"}
+    # AVX-512 multiplies bf16 pairs in one instruction, twice as many as fp32; its fp16 is not used for products.
+    flags = {"fp16": ("amx_fp16",), "bf16": ("amx_bf16", "avx512_bf16")}
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
-    if precision in flags and not capabilities.get(flags[precision], False):
+    if precision in flags and not any(capabilities.get(flag, False) for flag in flags[precision]):
         return (
             f"this CPU has no {precision} matrix units: arithmetic and loss scaling are real, "
             "expect no speed-up over fp32"
@@ -250,6 +262,14 @@ def describe_cuda(precision: str, capability: tuple[int, int], name: str) -> str
         f"{name} has compute capability {capability[0]}.{capability[1]}, and {precision} tensor cores need "
         f"{needed[0]}.{needed[1]}: expect no speed-up from {precision}"
     )
+
+
+def _cudnn_switch_allows_tf32() -> bool:
+    """The older switch of cuDNN, while convolutions and recurrent layers are set to strict fp32."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # it contradicts them
+        return True
 
 
 def _scale_tensor(scaler: torch.amp.GradScaler) -> Tensor:

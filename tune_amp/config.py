@@ -206,6 +206,14 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__} too long to show>"
 
 
+def format_scale(scale: float | None) -> str:
+    """A loss scale as people say it: ``2^16`` where it is a power of two."""
+    if scale is None:
+        return ""
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
+
+
 def is_function_name(name: str) -> bool:
     """Whether ``name`` has the form ``package.module:function``."""
     return _FUNCTION_NAME.fullmatch(name) is not None

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune_amp.config import TrialStatus
+from tune_amp.config import TrialStatus, format_scale
 from tune_amp.ranking import choose_best, count_ties
 from tune_amp.recorder import SearchProgress
 from tune_amp.results import Provenance, TrialRecord
@@ -218,14 +218,6 @@ def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:
     assert last is not None  # a trial is ranked by its last report
     metrics = (_number(last.val_accuracy, ".2%"), _loss(last.val_loss), str(last.skipped_steps))
     return (f"{last.epoch}/{trial.config.max_epochs}", *metrics, _clock(trial.wall_seconds))
-
-
-def format_scale(scale: float | None) -> str:
-    """A loss scale as people say it: ``2^16`` where it is a power of two."""
-    if scale is None:
-        return ""
-    mantissa, exponent = math.frexp(scale)
-    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
 
 
 def _number(value: float | None, form: str) -> str:

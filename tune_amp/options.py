@@ -1,4 +1,4 @@
-"""How much is searched and with what: checked, with the space and the data, before anything is started."""
+"""How much is searched, with what, and into which folder. Imports nothing heavy: a wrong flag is answered at once."""
 
 import contextlib
 import dataclasses
@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.config import OBJECTIVES, InputError, TrialConfig, shown
-from tune_amp.data import Dataset
-from tune_amp.models import check_model
-from tune_amp.space import SearchSpace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,25 +42,36 @@ class SearchOptions:
     """Configurations written to ``best.parquet``."""
 
     def __post_init__(self) -> None:
-        try:
+        with naming_flags():
             TrialConfig(model=self.model, max_epochs=self.max_epochs, seed=self.seed)
-        except InputError as error:
-            field, _, rule = str(error).partition(":")
-            raise InputError(f"--{field.replace('_', '-')}:{rule}") from None
         _check_flag("--num-samples", self.num_samples, self.num_samples >= 1, "must be at least 1")
         in_range = 1 <= self.grace_period <= self.max_epochs
         _check_flag("--grace-period", self.grace_period, in_range, f"must be 1 to --max-epochs ({self.max_epochs})")
         _check_flag("--reduction-factor", self.reduction_factor, self.reduction_factor > 1, "must be greater than 1")
         known = self.objective in OBJECTIVES
         _check_flag("--objective", self.objective, known, f"must be one of {', '.join(OBJECTIVES)}")
+        for flag, count in (("--cpus-per-trial", self.cpus_per_trial), ("--max-concurrent", self.max_concurrent)):
+            _check_flag(flag, count, count is None or count >= 1, "must be at least 1")
         positive = self.time_budget is None or self.time_budget > 0
         _check_flag("--time-budget", self.time_budget, positive, "must be greater than 0")
         _check_flag("--top-k", self.top_k, self.top_k >= 1, "must be at least 1")
 
 
 @contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """Errors about a field of ``TrialConfig`` speak of the flag that sets it: ``max_epochs:`` -> ``--max-epochs:``."""
+    try:
+        yield
+    except InputError as error:
+        field, _, rule = str(error).partition(":")
+        raise InputError(f"--{field.replace('_', '-')}:{rule}") from None
+
+
+@contextlib.contextmanager
 def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
-    """Make ``results_dir/run``, which must not exist: two runs never share a folder. Left empty, it is removed again.
+    """Make ``results_dir/run``, which must not exist: two runs never share a folder.
+
+    Left empty, it is removed again, with the parents that were made for it.
 
     Raises:
         InputError: the name is no plain folder name, is taken, or the folder cannot be made.
@@ -71,6 +79,7 @@ def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
     if not run or Path(run).name != run or run.startswith(".") or not run.isprintable():
         raise InputError(f"--name: must be a plain folder name, got {shown(run)}")
     folder = results_dir / run
+    made = [folder, *(parent for parent in folder.parents if not parent.exists())]
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -82,25 +91,9 @@ def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def check_fit(space: SearchSpace, dataset: Dataset, options: SearchOptions) -> None:
-    """Refuse what would make trials fail: a batch larger than the data set, a model that does not fit it.
-
-    Raises:
-        InputError: says which.
-    """
-    bounds = space.bounds("batch_size")
-    if bounds is not None and bounds[1] > len(dataset.train):
-        raise InputError(
-            f"{space.source}: batch_size: must be at most the {len(dataset.train):,} training images of "
-            f"{dataset.name}, got {bounds[1]}"
-        )
-    if len(dataset.train) < TrialConfig().batch_size and bounds is None:
-        raise InputError(f"--dataset: {dataset.name} has fewer training images than the default batch_size")
-    check_model(options.model, dataset.input_shape, dataset.num_classes)
+        with contextlib.suppress(OSError):  # not empty: the first of them that is ends it
+            for empty in made:
+                empty.rmdir()
 
 
 def _check_flag(flag: str, value: Any, holds: bool, rule: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any, Protocol
 
 from ray import tune
 
-from tune_amp.config import TrialConfig, TrialStatus, describe_error
+from tune_amp.config import TrialConfig, TrialStatus, one_line
 from tune_amp.results import Provenance, TrialRecord, write_trials
 from tune_amp.searcher import find_status
 from tune_amp.trainable import metrics_of
 
-# Files are rewritten as trials end, so that a killed search loses next to nothing, but not for every one of thousands.
+# Files are rewritten as reports come in, so that a killed search loses seconds, but not for every one of thousands.
 WRITE_EVERY_SECONDS = 5.0
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ class TrialRecorder(tune.Callback):
             device=result["device"],
             num_threads=result["num_threads"],
         )
+        self._write_sometimes()
         self._tell()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -112,8 +116,18 @@ class TrialRecorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's worker died more often than it is tried again."""
-        error = trial.get_pickled_error() or trial.get_error()
-        self._end(trial, status=TrialStatus.FAILED, error=describe_error(error))
+        self._end(trial, status=TrialStatus.FAILED, error=find_cause(trial))
+
+    def finish(self) -> None:
+        """The search is over: what still runs was interrupted, and everything is written."""
+        for trial_id in sorted(self._running, key=self._places.__getitem__):
+            record = self._trials[trial_id]
+            assert record.started is not None  # set on its start
+            seconds = (datetime.datetime.now(datetime.UTC) - record.started).total_seconds()
+            self._trials[trial_id] = dataclasses.replace(record, wall_seconds=max(record.wall_seconds, seconds))
+            self._running.discard(trial_id)
+            self._tell(self._trials[trial_id])
+        self.write()
 
     def write(self) -> None:
         """Write what is known to ``trials.parquet`` and ``epochs.parquet``."""
@@ -143,11 +157,27 @@ class TrialRecorder(tune.Callback):
         self._add(trial)  # its worker may have died before the trial started
         self._running.discard(trial.trial_id)
         self._trials[trial.trial_id] = dataclasses.replace(self._trials[trial.trial_id], **changes)
+        self._write_sometimes()
+        self._tell(self._trials[trial.trial_id])
+
+    def _write_sometimes(self) -> None:
         if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
             self.write()
-        self._tell(self._trials[trial.trial_id])
 
     def _tell(self, ended: TrialRecord | None = None) -> None:
         if self._observer is not None:
             now = dataclasses.replace(self._progress, trials=self.trials, running=frozenset(self._running))
-            self._observer.on_progress(now, ended)
+            try:
+                self._observer.on_progress(now, ended)
+            except BrokenPipeError:  # whoever watched is gone; the search goes on
+                self._observer = None
+
+
+def find_cause(trial: Any) -> str:
+    """Why a worker died, in one line: the end of the traceback that Tune keeps on this machine."""
+    # Tune's own get_error reads the copy in the experiment's storage, which is an attempt behind or not there yet.
+    path = trial.error_file
+    if path is None or not Path(path).exists():
+        return "its worker died, and Ray left no reason"
+    lines = [_ANSI.sub("", line).strip() for line in Path(path).read_text(errors="replace").splitlines()]
+    return one_line(next((line for line in reversed(lines) if line), "its worker died"))

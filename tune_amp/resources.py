@@ -31,25 +31,29 @@ def allocate_resources(
     gpus_per_trial: float | None = None,
     cpus_per_trial: int | None = None,
     max_concurrent: int | None = None,
+    largest_node_cpus: int | None = None,
 ) -> TrialResources:
     """Divide what Ray offers among trials.
 
     Args:
         available: Ray's cluster resources, by name.
-        gpus_per_trial: a share up to 1, or a whole number; None chooses.
+        gpus_per_trial: a share of one, up to 1; None chooses.
         cpus_per_trial: None chooses 1.
         max_concurrent: an upper limit on trials at a time; None for as many as fit.
+        largest_node_cpus: CPUs of the node that has most of them; None where all of ``available`` is one node's.
 
     Raises:
         InputError: a request can never be met, so that trials would wait for ever.
     """
     cpus, gpus = int(available.get("CPU", 0)), available.get("GPU", 0.0)
     cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
-    _check("--cpus-per-trial", cpus_each, 1 <= cpus_each <= cpus, f"must be between 1 and the {cpus} CPUs that Ray has")
+    most_cpus = cpus if largest_node_cpus is None else largest_node_cpus
+    whose = "that Ray has" if largest_node_cpus is None else "of the largest node"  # a trial never spans two
+    in_range = 1 <= cpus_each <= most_cpus
+    _check("--cpus-per-trial", cpus_each, in_range, f"must be between 1 and the {most_cpus} CPUs {whose}")
     gpus_each = _choose_gpu_share(cpus // cpus_each, gpus) if gpus_per_trial is None else float(gpus_per_trial)
-    in_range = math.isfinite(gpus_each) and 0 <= gpus_each <= gpus
-    _check("--gpus-per-trial", gpus_each, in_range, f"must be between 0 and the {gpus:g} GPUs that Ray has")
-    _check("--gpus-per-trial", gpus_each, gpus_each <= 1 or gpus_each == int(gpus_each), "must be whole above 1")
+    _check("--gpus-per-trial", gpus_each, 0 <= gpus_each <= 1, "must be between 0 and 1: a trial uses one GPU")
+    _check("--gpus-per-trial", gpus_each, gpus_each <= gpus, f"must be between 0 and the {gpus:g} GPUs that Ray has")
     known = gpus_each == 0 or gpus_each >= SMALLEST_GPU_SHARE
     _check("--gpus-per-trial", gpus_each, known, f"must be 0 or at least {SMALLEST_GPU_SHARE:g}, Ray's smallest")
     gpus_each = _round_down(gpus_each)
@@ -58,11 +62,12 @@ def allocate_resources(
     slots = count_slots(cpus, gpus, cpus_each, gpus_each)
     at_a_time = min(slots, max_concurrent or slots)
     share = f"{gpus_each:g} GPU and {cpus_each} CPU" if gpus_each else f"{cpus_each} CPU"
+    trials = "trial" if at_a_time == 1 else "trials"
     return TrialResources(
         cpus=cpus_each,
         gpus=gpus_each,
         max_concurrent=at_a_time,
-        reason=f"{at_a_time} trials at a time, {share} each, of {gpus:g} GPUs and {cpus} CPUs",
+        reason=f"{at_a_time} {trials} at a time, {share} each, of {gpus:g} GPUs and {cpus} CPUs",
     )
 
 
@@ -71,7 +76,7 @@ def count_slots(cpus: int, gpus: float, cpus_each: int, gpus_each: float) -> int
     by_cpu = cpus // cpus_each
     if gpus_each == 0:
         return by_cpu
-    by_gpu = int(gpus) * int(1 / gpus_each + 1e-9) if gpus_each < 1 else int(gpus // gpus_each)
+    by_gpu = int(gpus) * int(1 / gpus_each + 1e-9)
     return max(1, min(by_cpu, by_gpu))
 
 

@@ -15,9 +15,9 @@ import types
 import typing
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -231,7 +231,12 @@ def _checksum(values: Any) -> int:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Writes ``path`` whole or not at all: temporary name, fsync, rename, fsync of the folder.
+    """Writes ``table`` to ``path`` whole or not at all; see :func:`write_atomically`."""
+    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Lets ``write`` fill ``path`` whole or not at all: temporary name, fsync, rename, fsync of the folder.
 
     Raises:
         OSError: nothing was written; what was at ``path`` is still there.
@@ -239,7 +244,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

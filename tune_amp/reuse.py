@@ -15,6 +15,7 @@ from safetensors.torch import save_model
 from tune_amp.batches import place_split
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
+from tune_amp.results import write_atomically
 from tune_amp.training import TrainingData, TrainingRun, find_divergence
 
 WEIGHTS_FILE = "model.safetensors"
@@ -66,7 +67,7 @@ class FinalTraining:
     @property
     def divergence(self) -> str | None:
         """Why the training ended early, or None."""
-        return find_divergence(self._epochs[-1]) if self._epochs else None
+        return find_divergence(self._epochs[-1], self._config.max_epochs) if self._epochs else None
 
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""
@@ -85,10 +86,13 @@ class FinalTraining:
 
     def save(self, folder: Path, result: FinalResult, source: dict[str, Any]) -> None:
         """Write the fp32 weights (safetensors) and a JSON file of metrics, configuration and ``source``."""
-        save_model(self._run.model, str(folder / WEIGHTS_FILE))
+        temporary = folder / f".{WEIGHTS_FILE}.tmp"
+        save_model(self._run.model, str(temporary))
+        temporary.replace(folder / WEIGHTS_FILE)
         test_loss = result.test_loss if math.isfinite(result.test_loss) else None  # JSON knows no NaN
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss}
-        (folder / METRICS_FILE).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(written, indent=2, allow_nan=False) + "\n"
+        write_atomically(folder / METRICS_FILE, lambda file: file.write(text.encode()))
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
@@ -126,8 +130,9 @@ def output_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         if (folder / METRICS_FILE).stat().st_size == 0:
-            (folder / METRICS_FILE).unlink()
-            if not any(folder.iterdir()):
+            for name in (METRICS_FILE, WEIGHTS_FILE, f".{WEIGHTS_FILE}.tmp"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it held other files before
                 folder.rmdir()
 
 

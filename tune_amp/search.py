@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.config import TrialConfig, TrialStatus, format_scale
 from tune_amp.data import Dataset
-from tune_amp.monitoring import format_scale
-from tune_amp.options import SearchOptions, check_fit
+from tune_amp.options import SearchOptions
+from tune_amp.preflight import check_fit
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
 from tune_amp.resources import TrialResources, allocate_resources
@@ -26,10 +25,10 @@ from tune_amp.results import Provenance, TrialRecord, write_best
 from tune_amp.searcher import AmpSearch
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import DivergenceAwareASHA
+from tune_amp.storage import prepare_storage
 from tune_amp.trainable import AmpTrainable, WorkerSetup
 
 SPACE_FILE = "space.yaml"
-RAY_FOLDER = "ray"
 
 # A worker that dies (killed, a segmentation fault, a lost node) is no fault of the settings: the trial is tried again.
 WORKER_RETRIES = 2
@@ -82,6 +81,8 @@ def run_search(
     """
     check_fit(space, dataset, options)
     resources = plan_resources(options)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    storage = prepare_storage(storage_path, folder, nodes=len(nodes))
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
     progress = SearchProgress(
@@ -116,8 +117,8 @@ def run_search(
             trial_dirname_creator=name_trial,
         ),
         run_config=tune.RunConfig(
-            name=folder.name if storage_path else RAY_FOLDER,
-            storage_path=storage_path or str(folder.resolve()),
+            name=storage.name,
+            storage_path=storage.path,
             callbacks=[recorder],
             failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
@@ -126,7 +127,7 @@ def run_search(
     )
     with _written_at_the_end(searcher, recorder):
         tuner.fit()
-    remove_checkpoints(folder / RAY_FOLDER)
+    storage.remove_checkpoints()
     ranked = choose_best(recorder.trials, options.objective, options.top_k)
     if ranked:
         write_best(folder, ranked, provenance)
@@ -145,8 +146,10 @@ def plan_resources(options: SearchOptions) -> TrialResources:
     Raises:
         InputError: the options ask for more than Ray has.
     """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return allocate_resources(
         ray.cluster_resources(),
+        largest_node_cpus=max(int(node.get("CPU", 0)) for node in nodes),
         gpus_per_trial=options.gpus_per_trial,
         cpus_per_trial=options.cpus_per_trial,
         max_concurrent=options.max_concurrent,
@@ -187,7 +190,7 @@ def describe_run(
     resources: TrialResources,
 ) -> Provenance:
     """Where this run's files come from."""
-    packages = ("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy")
+    packages = ("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy", "scikit-learn")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return Provenance(
         run=run,
@@ -212,12 +215,6 @@ def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, secon
     return unfinished and (options.time_budget is None or seconds < options.time_budget)
 
 
-def remove_checkpoints(ray_folder: Path) -> None:
-    """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
-    for checkpoint in ray_folder.glob("*/checkpoint_*"):
-        shutil.rmtree(checkpoint)
-
-
 @contextlib.contextmanager
 def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterator[None]:
     """Whatever ends the search, no trial stays running in the study and every report is on disk."""
@@ -225,4 +222,4 @@ def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterato
         yield
     finally:
         searcher.close()
-        recorder.write()
+        recorder.finish()

@@ -115,9 +115,9 @@ class AmpSearch(OptunaSearch):
             self.study.tell(trial, state=TrialState.FAIL)
 
     def close(self) -> None:
-        """Tell every trial that was never told as failed: nothing stays running in the study."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)
+        """Tell every trial that was never told as interrupted: nothing stays running in the study."""
+        for trial_id in self._ot_trials.keys() - self._completed_trials:
+            self.on_trial_complete(trial_id)
 
     def _report(self, trial_id: str, value: float, epoch: int) -> None:
         """Report an epoch once: a trial that is tried again repeats some, and Optuna keeps the first value."""

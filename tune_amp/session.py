@@ -24,6 +24,7 @@ QUIET_TUNE = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
 }
 
 
@@ -49,10 +50,10 @@ def ray_session(
 ) -> Iterator[RaySession]:
     """Ray for the length of a ``with`` block: the one already started in this process, a cluster's, or a private one.
 
-    A private Ray listens on loopback only, asks for a token, and leaves nothing behind.
+    A private Ray listens on loopback only, asks for a token, and at its end leaves nothing behind.
 
     Args:
-        address: ``auto``, ``host:port`` or ``ray://host:port`` to join a cluster; None for a private Ray.
+        address: ``auto`` or ``host:port`` to join a cluster; None for a private Ray.
         run: name shown in the dashboard's list of jobs.
         modules: packages that the workers of a joined cluster need and may not have.
         num_cpus: what a private Ray is to offer instead of what it finds; so ``num_gpus``.
@@ -105,7 +106,7 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
     """Join a cluster that somebody else started."""
     import tune_amp
 
-    # Paths, because Ray Client cannot send modules themselves.
+    _check_no_client(address)
     runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
     # One attempt of Ray's is 40 s long where something else than Ray listens, and it would make twenty.
     settings: dict[str, str | None] = {"RAY_gcs_server_port_wait_time_s": "1"}
@@ -130,9 +131,20 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             ray.shutdown()
 
 
+def _check_no_client(address: str) -> None:
+    """Raise InputError for Ray Client, which runs Tune in a remote actor: our recorder and study stay behind here."""
+    # Ray's own rules: the variable comes before "auto", and every protocol means a client.
+    joined = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    if "://" in joined:
+        raise InputError(
+            f"--address: must be auto or host:port, got {joined}: Ray Client runs the search where its results cannot "
+            "be followed; give host:port from a node of the cluster, or use `ray job submit`"
+        )
+
+
 def _check_answers(address: str) -> None:
     """Raise OSError at once where nobody listens: Ray would try for a quarter of an hour."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if port.isdecimal():  # else it is "auto", or Ray will say what is wrong
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 

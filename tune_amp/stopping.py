@@ -5,6 +5,8 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler
 
+from tune_amp.config import TrialStatus
+
 # Finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is infinite.
 WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9}
 
@@ -13,7 +15,8 @@ class DivergenceAwareASHA(ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934), with one repair.
 
     Ray's own never stops a trial whose metric is NaN, because ``NaN < cutoff`` is false, and leaves it out of the
-    percentile that the others are measured by. Here a metric that is not finite counts as the worst there is.
+    percentile that the others are measured by. Here a metric that is not finite counts as the worst there is, and so
+    does that of a trial that diverged with finite losses, because its loss scale collapsed.
 
     Args:
         objective: ``val_accuracy`` or ``val_loss``.
@@ -43,7 +46,8 @@ class DivergenceAwareASHA(ASHAScheduler):
         super().on_trial_complete(tune_controller, trial, self._ranked(result))
 
     def _ranked(self, result: dict[str, Any]) -> dict[str, Any]:
-        diverged = not all(math.isfinite(result.get(name) or 0.0) for name in ("train_loss", *WORST_VALUES))
+        finite = all(math.isfinite(result.get(name) or 0.0) for name in ("train_loss", *WORST_VALUES))
+        diverged = not finite or result.get("status") == TrialStatus.DIVERGED
         return {**result, self._objective: WORST_VALUES[self._objective]} if diverged else result
 
 

@@ -1,11 +1,11 @@
 """The Ray Tune trainable: what runs in a worker process, one actor for many trials.
 
 A trial that fails is a row with a status: exceptions are reported, not raised, so that the worker lives on for the next
-trial. Only the death of the process itself is left to Ray.
+trial. Only the death of the process itself, and a CUDA context that is broken for good, are left to Ray.
 """
 
+import contextlib
 import dataclasses
-import gc
 import math
 import sys
 import time
@@ -20,7 +20,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
 from tune_amp.data import Split
-from tune_amp.training import TrainingData, TrainingRun, find_divergence
+from tune_amp.training import TrainingData, TrainingRun, find_divergence, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
 
@@ -55,20 +55,30 @@ class AmpTrainable(tune.Trainable):
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+        self._run: TrainingRun | None = None
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make this actor ready for another trial, data and process kept."""
+        if self._run is not None:  # the scheduler stopped it, and no step of its own was the last
+            self._release()
         self._settings = dict(new_config)
-        self._run: TrainingRun | None = None
         self._started = time.time()
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch and report it, or report how the trial ended."""
+        """Train one epoch and report it, or report how the trial ended.
+
+        Raises:
+            torch.AcceleratorError: the GPU can no longer be used from this process.
+        """
         try:
             report = self._train_epoch()
         except Exception as error:  # a trial that fails is a row with a status, never a stop of the search
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                # After a device assert or an illegal access every later CUDA call of the process fails as well, and so
+                # would every later trial. Ray ends a worker whose step raises, and tries again in a new one.
+                raise
             report = failure_report(error)
         if report["done"]:
             self._release()
@@ -94,7 +104,7 @@ class AmpTrainable(tune.Trainable):
     def _train_epoch(self) -> dict[str, Any]:
         run = self._run or self._start_run()
         metrics = run.train_epoch()
-        reason = find_divergence(metrics)
+        reason = find_divergence(metrics, self._max_epochs)
         if reason is not None:
             return progress_report(metrics, TrialStatus.DIVERGED, reason)
         finished = metrics.epoch >= self._max_epochs
@@ -107,11 +117,10 @@ class AmpTrainable(tune.Trainable):
         return self._run
 
     def _release(self) -> None:
-        """Give the memory of a finished trial back: after an out-of-memory error the next trial needs all of it."""
+        """Give the memory of a trial back: the next one may need all of it, and other workers share the GPU."""
         self._run = None
-        gc.collect()
-        if self._device_name != "cpu":
-            torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # the trial's report counts; a broken context fails the next step too
+            release_memory(self._data.device)
 
 
 def progress_report(metrics: EpochMetrics, status: str, error: str | None = None) -> dict[str, Any]:
@@ -131,7 +140,12 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: CUDA's error, Python's, or the CPU allocator's, which is a bare RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    signs = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    signs = (
+        "can't allocate memory",
+        "CUDA out of memory",
+        "CUDA error: out of memory",  # a torch.AcceleratorError, from outside PyTorch's own allocator
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -1,7 +1,9 @@
 """Trains and evaluates one configuration. Knows no Ray: a trial, a replay and a script run the same code."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -55,7 +57,7 @@ class TrainingData:
         self._host_train = train
 
     def claim_placing_seconds(self) -> float:
-        """Seconds spent placing the data: told once, so that the one trial that waited for it is charged."""
+        """Seconds spent placing and sorting the data: told once, so that the one trial that waited is charged."""
         seconds, self._placing_seconds = self._placing_seconds, 0.0
         return seconds
 
@@ -73,7 +75,36 @@ class TrainingData:
     @functools.cached_property
     def easy_to_hard(self) -> Tensor:
         """Indices of the training images by rising difficulty, int64 [n]."""
-        return torch.from_numpy(difficulty_order(self._host_train, self.num_classes)).to(self.device)
+        started = time.perf_counter()
+        order = torch.from_numpy(difficulty_order(self._host_train, self.num_classes)).to(self.device)
+        self._placing_seconds += time.perf_counter() - started
+        return order
+
+
+class MemoryMeter:
+    """Peak CUDA memory of a run's training: without evaluation, and without what others hold on the device.
+
+    Args:
+        device: where the run will train. What is allocated there now is not the run's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_bytes: int | None = None
+        """Most bytes so far; None without CUDA, and before the first measurement."""
+        if device.type == "cuda":
+            _clear_workspaces()  # else a worker's first trial would be charged for them, and the later ones not
+            self._resident_bytes = torch.cuda.memory_allocated(device)
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """Take the peak of a ``with`` block."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) - self._resident_bytes
+            self.peak_bytes = max(self.peak_bytes or 0, peak)
 
 
 class TrainingRun:
@@ -92,22 +123,22 @@ class TrainingRun:
         self._order = torch.Generator().manual_seed(config.seed)
         self._scaling = data.input_scaling(config.input_scaling)
         self._class_weights = data.class_weights(config.class_weighting)
-        self._resident_bytes = _allocated_bytes(data.device)
+        # Sorted now, where it counts as placing the data, not in the first epoch's training time.
+        self._easy_to_hard = None if config.curriculum == "none" else data.easy_to_hard
+        self._memory = MemoryMeter(data.device)
         self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
         self._optimizer = build_optimizer(config, self.model)
         self._amp = AmpStep(config, data.device, max_steps=len(data.train.labels) // config.batch_size)
         self._epoch = 0
         self._train_seconds = self._val_seconds = 0.0
         self._data_seconds = data.claim_placing_seconds()
-        if data.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(data.device)
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train what is left of ``max_epochs``, ending early where the run diverges."""
         while self._epoch < self._config.max_epochs:
             metrics = self.train_epoch()
             yield metrics
-            if find_divergence(metrics):
+            if find_divergence(metrics, self._config.max_epochs):
                 return
 
     def train_epoch(self) -> EpochMetrics:
@@ -116,7 +147,8 @@ class TrainingRun:
         Raises:
             InputError: ``batch_size`` exceeds the training images, so that no step can be made.
         """
-        train_loss, train_seconds, samples = self._train()
+        with self._memory.measure():  # not validation: 2,048 images in fp32 can take more than a training batch
+            train_loss, train_seconds, samples = self._train()
         self._epoch += 1
         val_loss, val_accuracy = self._validate()
         return self._metrics(train_loss, val_loss, val_accuracy, samples / train_seconds)
@@ -133,6 +165,7 @@ class TrainingRun:
             "cpu_generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "seconds": [self._train_seconds, self._val_seconds, self._data_seconds],
+            "peak_memory_bytes": self._memory.peak_bytes,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,6 +183,7 @@ class TrainingRun:
             torch.cuda.set_rng_state(state["cuda_generator"], self._data.device)
         self._train_seconds, self._val_seconds, data_seconds = state["seconds"]
         self._data_seconds += data_seconds
+        self._memory.peak_bytes = state["peak_memory_bytes"]
 
     def evaluate(self, split: DeviceSplit) -> tuple[float, float]:
         """Mean loss and accuracy of the model on ``split``, in strict fp32."""
@@ -185,7 +219,8 @@ class TrainingRun:
         fraction = curriculum_fraction(self._config.curriculum, self._epoch, self._config.max_epochs)
         if fraction >= 1:
             return batch_indices(count, self._config.batch_size, self._order, self._data.device)
-        easiest = self._data.easy_to_hard[: max(self._config.batch_size, math.ceil(count * fraction))]
+        assert self._easy_to_hard is not None
+        easiest = self._easy_to_hard[: max(self._config.batch_size, math.ceil(count * fraction))]
         return easiest[batch_indices(len(easiest), self._config.batch_size, self._order, self._data.device)]
 
     def _validate(self) -> tuple[float | None, float | None]:
@@ -210,13 +245,8 @@ class TrainingRun:
             val_seconds=self._val_seconds,
             data_seconds=self._data_seconds,
             samples_per_second=samples_per_second,
-            peak_memory_bytes=self._peak_memory_bytes(),
+            peak_memory_bytes=self._memory.peak_bytes,
         )
-
-    def _peak_memory_bytes(self) -> int | None:
-        if self._data.device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self._data.device) - self._resident_bytes
 
 
 def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -274,10 +304,11 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
     return (second - first) / len(few) * len(train)
 
 
-def find_divergence(metrics: EpochMetrics) -> str | None:
-    """Why the run is past saving, or None: a loss that is not finite, or a loss scale that collapsed.
+def find_divergence(metrics: EpochMetrics, max_epochs: int) -> str | None:
+    """Why the run is past saving, or None: a loss that is not finite, a collapsed loss scale, or no update at all.
 
     GradScaler has no floor: NaN gradients halve its scale for ever, and a scale of 0 or infinity skips every step.
+    A high scale may skip whole epochs until it has come down; a run that ends so was never trained.
     """
     for name in ("train_loss", "val_loss"):
         loss = getattr(metrics, name)
@@ -290,8 +321,21 @@ def find_divergence(metrics: EpochMetrics) -> str | None:
         return f"loss_scale is {scale}"
     if scale < COLLAPSED_SCALE and metrics.skipped_steps and scale == metrics.min_loss_scale:
         return f"loss_scale collapsed to {scale:.3g} after {metrics.skipped_steps} skipped steps"
+    if metrics.epoch >= max_epochs and metrics.applied_steps == 0:
+        return f"no step was applied: all {metrics.skipped_steps} were skipped"
     return None
 
 
-def _allocated_bytes(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+def release_memory(device: torch.device) -> None:
+    """Give what a run held on ``device`` back to other processes, after the last reference to the run is gone."""
+    gc.collect()  # models may refer to themselves
+    if device.type == "cuda":
+        _clear_workspaces()
+        torch.cuda.empty_cache()
+
+
+def _clear_workspaces() -> None:
+    """Free the workspaces that cuBLAS takes from PyTorch's allocator and keeps for the life of the process."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - no public name for it
+    if clear is not None:
+        clear()

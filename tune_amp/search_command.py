@@ -1,0 +1,313 @@
+"""The command ``tune-amp search``, which ``scripts/search.py`` runs too: arguments, calls and printing."""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from tune_amp.config import DATASETS, MODELS, OBJECTIVES, TrialConfig, is_function_name
+from tune_amp.console import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NO_RESULT,
+    OneLineParser,
+    answer_bad_input,
+    ignoring_closed_pipe,
+    load_announced,
+    say,
+)
+from tune_amp.options import SearchOptions, run_folder
+
+if TYPE_CHECKING:
+    from tune_amp.data import Dataset
+    from tune_amp.recorder import Observer
+    from tune_amp.resources import TrialResources
+    from tune_amp.search import SearchResult
+    from tune_amp.session import RaySession
+    from tune_amp.space import SearchSpace
+
+DEFAULT_SPACE = "mnist_amp"
+
+SLOW_EPOCH_SECONDS = 120.0
+
+
+def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
+    """Run a search and print what it found. Returns the exit code."""
+    command = sys.argv[1:] if arguments is None else list(arguments)
+    return answer_bad_input(lambda: _search(_search_parser(program).parse_args(command), program, command))
+
+
+def _search_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="Search for the settings under which mixed-precision training works best.",
+        allow_abbrev=False,
+    )
+    default = SearchOptions()
+    data = f"auto, {', '.join(DATASETS)} or MODULE:FUNCTION"
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        field = name.removeprefix("--").replace("-", "_")
+        settings.setdefault("default", getattr(default, field, None))
+        shown = "" if settings["default"] is None else " (%(default)s)"
+        parser.add_argument(name, help=text + shown, **settings)
+
+    add("space", "YAML file, or a bundled space's name", nargs="?", default=DEFAULT_SPACE, metavar="SPACE")
+    add("--dataset", f"{data}; auto is MNIST where it can be had, else scikit-learn's digits", default="auto")
+    add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=Path, metavar="DIR")
+    add("--model", f"{', '.join(MODELS)} or MODULE:FUNCTION")
+    add("--num-samples", "trials", type=int, metavar="N")
+    add("--max-epochs", "full budget of a trial", type=int, metavar="N")
+    add("--grace-period", "epochs before a trial can be stopped early", type=int, metavar="N")
+    add("--reduction-factor", "one trial in X goes on from rung to rung", type=float, metavar="X")
+    add("--objective", " or ".join(OBJECTIVES))
+    add("--seed", "of the sampler and of every trial", type=int, metavar="N")
+    add("--gpus-per-trial", "0.25 lets four share a GPU", type=_gpu_share, default="auto", metavar="auto|X")
+    add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
+    add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
+    add("--time-budget", "interrupt what still runs after so long", type=float, metavar="SECONDS")
+    add("--top-k", "configurations written to best.parquet", type=int, metavar="N")
+    add("--name", "name of the run (space, date and time)", metavar="RUN")
+    add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
+    add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
+    add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
+    shown.add_argument("--json", action="store_true", help="print JSON lines")
+    return parser
+
+
+def _gpu_share(text: str) -> float | None:
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a number, got {text!r}") from None
+
+
+def _search(arguments: argparse.Namespace, program: str, command: Sequence[str]) -> int:
+    from tune_amp.preflight import check_fit
+    from tune_amp.space import load_space
+
+    names = [field.name for field in dataclasses.fields(SearchOptions)]
+    options = SearchOptions(**{name: getattr(arguments, name) for name in names})
+    space = load_space(arguments.space)
+    stem = Path(arguments.space).stem.lstrip(".")
+    run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
+    stdout = sys.stdout
+    # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
+    pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
+    with pure, run_folder(arguments.results_dir, run) as folder:
+        dataset = load_announced(arguments.dataset, arguments.data_dir)
+        check_fit(space, dataset, options)
+        result = _search_with_ray(arguments, space, dataset, options, folder, (program, *command), stdout)
+    with ignoring_closed_pipe():
+        if arguments.quiet and result.ranked:
+            print(result.best_path)  # noqa: T201
+        if arguments.json:
+            _print_json_end(stdout, result)
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_DONE if result.ranked else EXIT_NO_RESULT
+
+
+def _search_with_ray(
+    arguments: argparse.Namespace,
+    space: "SearchSpace",
+    dataset: "Dataset",
+    options: SearchOptions,
+    folder: Path,
+    command: Sequence[str],
+    stdout: IO[str],
+) -> "SearchResult":
+    import torch
+
+    from tune_amp.session import ray_session
+
+    console = Console(quiet=arguments.quiet or arguments.json, highlight=False)
+    # A Ray of our own must not offer GPUs that this torch cannot use: trials would wait for them and train on the CPU.
+    num_gpus = None if torch.cuda.is_available() else 0
+    modules = _user_modules(arguments.model)
+    with ray_session(arguments.address, run=folder.name, modules=modules, num_gpus=num_gpus) as session:
+        from tune_amp.search import plan_resources, run_search
+
+        _print_start(console, space, dataset, options, session, plan_resources(options))
+        if arguments.json:
+            _print_json_start(stdout, folder, dataset, session)
+        with _signals_as_ctrl_c(), _choose_observer(arguments, console, stdout) as observer:
+            result = run_search(
+                space,
+                dataset,
+                options,
+                folder=folder,
+                observer=observer,
+                command=command,
+                storage_path=arguments.storage_path,
+            )
+    with ignoring_closed_pipe():
+        _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
+    return result
+
+
+def _user_modules(*names: str) -> tuple[ModuleType, ...]:
+    """The top-level packages of a user's own functions, which the workers of a joined cluster do not have."""
+    tops = {name.partition(":")[0].partition(".")[0] for name in names if is_function_name(name)}
+    return tuple(importlib.import_module(top) for top in sorted(tops))
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Tune ends a run cleanly on SIGINT; SIGTERM, and SIGHUP of a terminal that was closed, would drop it."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _choose_observer(
+    arguments: argparse.Namespace, console: Console, stdout: IO[str]
+) -> "contextlib.AbstractContextManager[Observer]":
+    from tune_amp.monitoring import JsonLines, LiveTable, PlainLines, Quiet
+
+    if arguments.json:
+        return contextlib.nullcontext(JsonLines(stdout))
+    if arguments.quiet:
+        return contextlib.nullcontext(Quiet())
+    return LiveTable(console) if console.is_terminal else contextlib.nullcontext(PlainLines(console))
+
+
+def _print_start(
+    console: Console,
+    space: "SearchSpace",
+    dataset: "Dataset",
+    options: SearchOptions,
+    session: "RaySession",
+    resources: "TrialResources",
+) -> None:
+    import torch
+
+    from tune_amp.amp import describe_hardware
+
+    sizes = f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images"
+    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
+    console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
+    console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
+    console.print(f"resources  {resources.reason}", soft_wrap=True)
+    if session.dashboard_url:
+        way_in = f", token in {session.token_path}" if session.token_path else ""
+        console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
+    if resources.gpus and not torch.cuda.is_available():
+        return  # the GPUs are other nodes': nothing here can tell what they lack
+    device = torch.device("cuda" if resources.gpus else "cpu")
+    for precision in _list_precisions(space):
+        notice = describe_hardware(precision, device)
+        if notice:
+            say(console, f"note       {precision}: {notice}", style="yellow")
+        if device.type == "cpu":
+            _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
+
+
+def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
+    """Hours of waiting should not come as a surprise: a step is timed before the search."""
+    import torch
+
+    from tune_amp.training import estimate_epoch_seconds
+
+    torch.set_num_threads(num_threads)
+    config = TrialConfig(model=model, precision=precision)
+    try:
+        seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
+    except Exception:  # a user's model may raise anything in training: its trials will say what
+        return
+    if seconds >= SLOW_EPOCH_SECONDS:
+        text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
+        say(console, f"slow       {precision}: {text}", style="bold yellow")
+
+
+def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
+    searched = [choice for p in space.parameters if p.name == "precision" for choice in p.choices]
+    return tuple(searched) or (space.fixed.get("precision", TrialConfig().precision),)
+
+
+def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
+    """The line that trains the winner: with the same data, and with consent to the user's own code."""
+    if program.startswith("tune-amp"):
+        parts = ["tune-amp", "train", str(best)]
+    else:
+        parts = [_name_python(), str(Path(sys.argv[0]).with_name("train.py")), str(best)]
+    if arguments.data_dir is not None:
+        parts += ["--data-dir", str(arguments.data_dir)]
+    for flag in ("model", "dataset"):
+        if is_function_name(getattr(arguments, flag)):
+            parts += [f"--{flag}", getattr(arguments, flag)]
+    return shlex.join(parts)
+
+
+def _name_python() -> str:
+    """This interpreter as the user can type it: ``python`` where that is the one, else its path."""
+    executable = Path(sys.executable)
+    if shutil.which("python") == str(executable):
+        return "python"
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else str(executable)
+
+
+def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
+    from tune_amp.monitoring import describe_counts, describe_ties, render_ranking
+
+    console.print(describe_counts(result.trials))
+    if result.interrupted:
+        console.print("[magenta]interrupted[/]: everything that was reported is kept")
+    if not result.ranked:
+        _print_no_result(result)
+        return
+    console.print()
+    console.print(render_ranking(result.ranked))
+    if result.provenance.objective == "val_accuracy":
+        say(console, describe_ties(result.ranked, result.provenance))
+    console.print()
+    console.print(
+        f"files    {escape(str(result.folder))}: best.parquet, trials.parquet, epochs.parquet, space.yaml",
+        soft_wrap=True,
+    )
+    console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
+
+
+def _print_no_result(result: "SearchResult") -> None:
+    """Say on the error stream, whatever the verbosity, why there is no winner: the commonest reasons first."""
+    console = Console(stderr=True, highlight=False)
+    console.print("[bold red]no trial produced a result[/]:")
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in result.trials)
+    for reason, count in reasons.most_common(3):
+        say(console, f"  {count} {reason}")
+    console.print(f"every trial is in {result.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
+
+
+def _print_json_start(stdout: IO[str], folder: Path, dataset: "Dataset", session: "RaySession") -> None:
+    from tune_amp.monitoring import JsonLines
+
+    token = None if session.token_path is None else str(session.token_path)
+    where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
+    JsonLines(stdout).write("start", {"run": folder.name, "dataset": dataset.name, **where})
+
+
+def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
+    from tune_amp.monitoring import JsonLines, describe_as_json
+
+    ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
+    best = str(result.best_path) if ranked else None
+    JsonLines(stdout).write("result", {"best": ranked, "best_parquet": best, "interrupted": result.interrupted})

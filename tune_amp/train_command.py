@@ -1,0 +1,163 @@
+"""The command ``tune-amp train``, which ``scripts/train.py`` runs too: arguments, calls and printing."""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tune_amp.config import InputError, TrialConfig, format_scale, is_function_name
+from tune_amp.console import EXIT_DONE, EXIT_NO_RESULT, OneLineParser, answer_bad_input, load_announced, say
+from tune_amp.options import naming_flags
+
+if TYPE_CHECKING:
+    import torch
+
+    from tune_amp.config import EpochMetrics
+    from tune_amp.data import Dataset
+    from tune_amp.results import TrialRecord
+
+
+def train_command(arguments: Sequence[str] | None = None, program: str = "scripts/train.py") -> int:
+    """Train a configuration from a Parquet file and print its test accuracy. Returns the exit code."""
+    return answer_bad_input(lambda: _train(_train_parser(program).parse_args(arguments)))
+
+
+def _train_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="Train a configuration that a search found on the whole training set, and test it once.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("best", type=Path, metavar="BEST.parquet", help="best.parquet, or the run folder")
+    add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
+    add("--seed", type=int, metavar="N", help="another seed than the trial's")
+    add("--max-epochs", type=int, metavar="N", help="another number of epochs than the trial's")
+    add("--output", type=Path, metavar="DIR", help="folder for weights and metrics (train-... beside BEST.parquet)")
+    add("--data-dir", type=Path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
+    add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
+    add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
+    add("--replay", action="store_true", help="repeat the trial instead, and compare it with the record bit by bit")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tune_amp.results import load_best_record, load_provenance
+
+    record = load_best_record(arguments.best, arguments.rank)
+    _check_consent(arguments, record.config)
+    dataset = load_announced(record.config.dataset, arguments.data_dir)
+    provenance = load_provenance(arguments.best)
+    if dataset.content_hash != provenance.data_hash:
+        raise InputError(
+            f"--data-dir: must hold the data that the search used (sha256 {provenance.data_hash[:12]}...), "
+            f"got other {dataset.name} data (sha256 {dataset.content_hash[:12]}...)"
+        )
+    if arguments.replay:
+        return _replay(arguments, record, dataset)
+    return _train_final(arguments, record.config, dataset)
+
+
+def _check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
+    """A file may come from anybody: code that it names runs only where the command line names it too."""
+    for flag, named in (("model", config.model), ("dataset", config.dataset)):
+        given = getattr(arguments, flag)
+        if given is not None and given != named:
+            raise InputError(f"--{flag}: must be {named}, which {arguments.best} was searched with, got {given}")
+        if is_function_name(named) and given is None:
+            raise InputError(f"{arguments.best}: {flag}: names your own code; to run it, add --{flag} {named}")
+
+
+def _train_final(arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset") -> int:
+    from tune_amp.reuse import FinalTraining, output_folder
+
+    wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
+    with naming_flags():
+        config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
+    device = _choose_device(arguments.device)
+    console = Console(highlight=False)
+    training = FinalTraining(config, dataset, device)
+    with output_folder(arguments.output or _default_output(arguments, config)) as output:
+        _print_training(console, arguments, config, device)
+        for metrics in training.epochs():
+            console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
+        if training.divergence:
+            print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
+        result = training.test()
+        training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank})
+    console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
+    console.print(f"saved   {output}: model.safetensors, metrics.json", markup=False, soft_wrap=True)
+    return EXIT_DONE
+
+
+def _print_training(
+    console: Console, arguments: argparse.Namespace, config: TrialConfig, device: "torch.device"
+) -> None:
+    from tune_amp.amp import describe_hardware
+
+    settings = {name: value for name, value in vars(config).items() if value not in (None, "none")}
+    listed = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
+    )
+    say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {listed}")
+    notice = describe_hardware(config.precision, device)
+    if notice:
+        say(console, f"note: {notice}", style="yellow")
+
+
+def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:
+    """Train as the trial did and compare every epoch with the record."""
+    import torch
+
+    from tune_amp.reuse import find_differences, replay_trial
+
+    for flag in ("seed", "max_epochs", "output"):
+        if getattr(arguments, flag) is not None:
+            raise InputError(
+                f"--{flag.replace('_', '-')}: has no meaning with --replay, which repeats the trial as it was"
+            )
+    torch.set_num_threads(record.num_threads)  # sums are split among threads: another number, other last bits
+    console = Console(highlight=False)
+    recorded = {metrics.epoch: metrics for metrics in record.epochs}
+    equal = True
+    recorded_on = "cpu" if record.device == "cpu" else "cuda"
+    device = _choose_device(recorded_on if arguments.device == "auto" else arguments.device)
+    for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
+        line = f"{_describe_epoch(metrics, record.config.max_epochs)}  val accuracy {metrics.val_accuracy:.2%}"
+        if metrics.epoch in recorded:
+            differences = find_differences(recorded[metrics.epoch], metrics)
+            equal = equal and not differences
+            line += f"  differs in {', '.join(differences)}" if differences else "  equal to the record, bit for bit"
+        console.print(line, markup=False, soft_wrap=True)
+    return EXIT_DONE if equal else EXIT_NO_RESULT
+
+
+def _describe_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
+    line = f"epoch {metrics.epoch}/{max_epochs}  average loss {metrics.train_loss:.4f}"
+    if metrics.loss_scale is not None:
+        line += (
+            f"  loss scale {format_scale(metrics.loss_scale)}, {metrics.skipped_steps} of {metrics.steps} steps skipped"
+        )
+    return line
+
+
+def _choose_device(name: str) -> "torch.device":
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device: cuda is not available on this machine")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
+    best: Path = arguments.best
+    folder = best if best.is_dir() else best.parent
+    return folder / f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
