@@ -49,7 +49,7 @@ class TrialStatus(StrEnum):
     STOPPED = "stopped"
     """Ended early by the scheduler."""
     DIVERGED = "diverged"
-    """The loss became non-finite, or the loss scale collapsed."""
+    """A loss became non-finite, the loss scale collapsed, or no step was ever applied."""
     OUT_OF_MEMORY = "out_of_memory"
     FAILED = "failed"
     """Ended by any other exception, or by the death of its worker."""
@@ -165,7 +165,9 @@ class EpochMetrics:
     max_loss_scale: float | None = described("largest loss scale so far")
     train_seconds: float = described("time in training steps", unit="s")
     val_seconds: float = described("time in validation", unit="s")
-    data_seconds: float = described("time placing the data set on the device; 0 where the worker held it", unit="s")
+    data_seconds: float = described(
+        "time placing the data on the device (and sorting it for a curriculum); 0 where the worker held it", unit="s"
+    )
     samples_per_second: float = described("training images a second, this epoch", unit="1/s")
     peak_memory_bytes: int | None = described("peak CUDA memory allocated by the trial; null without CUDA", unit="B")
     loss_scale_steps: tuple[int, ...] = described(
