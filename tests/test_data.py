@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from refusals import refusal
 
 from tune_amp import data
-from tune_amp.config import InputError
 from tune_amp.data import Dataset, Split, load_dataset
 from tune_amp.idx_files import FILE_STEMS, IMAGES_MAGIC, LABELS_MAGIC, read_idx
 
@@ -39,15 +39,6 @@ def make_arrays(train: int = 48, test: int = 20) -> Arrays:
         arrays.append(generator.integers(0, 256, (count, 4, 5), np.uint8))
         arrays.append((np.arange(count) % 10).astype(np.uint8))
     return arrays
-
-
-def refusal(name: str, data_dir: Path | None = None) -> str:
-    """The one line with which ``load_dataset`` refuses."""
-    with pytest.raises(InputError) as caught:
-        load_dataset(name, data_dir)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def rows_of(*splits: Split) -> npt.NDArray[Any]:

@@ -16,6 +16,7 @@ import pytest
 import torchvision  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 
 from tune_amp import idx_files
 from tune_amp.config import InputError
@@ -84,15 +85,6 @@ def serve(answer: Callable[[str], bytes], *, cut: int = 0) -> Iterator[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_set(tmp_path / "data")
-
-
-def refusal(name: str, data_dir: Path | None = None) -> str:
-    """The one line with which ``load_dataset`` refuses."""
-    with pytest.raises(InputError) as caught:
-        load_dataset(name, data_dir)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def pairs(images: npt.NDArray[Any], labels: npt.NDArray[Any]) -> list[tuple[bytes, int]]:

@@ -1,4 +1,4 @@
-"""Keeps every report of every trial, writes them as trials end, and tells whoever watches."""
+"""Keeps every report of every trial, writes them every few seconds, and tells whoever watches."""
 
 import dataclasses
 import datetime
@@ -53,7 +53,7 @@ class Observer(Protocol):
 
 
 class TrialRecorder(tune.Callback):
-    """Keeps every report of every trial, writes them to the run folder as trials end, and tells an observer.
+    """Keeps every report of every trial, writes them to the run folder, and tells an observer.
 
     Args:
         folder: the run folder.

@@ -81,8 +81,7 @@ def run_search(
     """
     check_fit(space, dataset, options)
     resources = plan_resources(options)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    storage = prepare_storage(storage_path, folder, nodes=len(nodes))
+    storage = prepare_storage(storage_path, folder, nodes=len(_list_nodes()))
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
     progress = SearchProgress(
@@ -146,10 +145,9 @@ def plan_resources(options: SearchOptions) -> TrialResources:
     Raises:
         InputError: the options ask for more than Ray has.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return allocate_resources(
         ray.cluster_resources(),
-        largest_node_cpus=max(int(node.get("CPU", 0)) for node in nodes),
+        largest_node_cpus=max(int(resources.get("CPU", 0)) for resources in _list_nodes()),
         gpus_per_trial=options.gpus_per_trial,
         cpus_per_trial=options.cpus_per_trial,
         max_concurrent=options.max_concurrent,
@@ -213,6 +211,11 @@ def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, secon
     """Whether the search ended before its trials did, other than by its time budget."""
     unfinished = len(trials) < options.num_samples or any(t.status is TrialStatus.INTERRUPTED for t in trials)
     return unfinished and (options.time_budget is None or seconds < options.time_budget)
+
+
+def _list_nodes() -> list[dict[str, float]]:
+    """The resources of each living node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextlib.contextmanager

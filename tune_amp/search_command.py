@@ -161,10 +161,11 @@ def _search_with_ray(
     return result
 
 
-def _user_modules(*names: str) -> tuple[ModuleType, ...]:
-    """The top-level packages of a user's own functions, which the workers of a joined cluster do not have."""
-    tops = {name.partition(":")[0].partition(".")[0] for name in names if is_function_name(name)}
-    return tuple(importlib.import_module(top) for top in sorted(tops))
+def _user_modules(model: str) -> tuple[ModuleType, ...]:
+    """The top-level package of a user's own model, which the workers of a joined cluster do not have."""
+    if not is_function_name(model):
+        return ()
+    return (importlib.import_module(model.partition(":")[0].partition(".")[0]),)
 
 
 @contextlib.contextmanager
@@ -203,6 +204,8 @@ def _print_start(
 
     from tune_amp.amp import describe_hardware
 
+    if console.quiet:
+        return  # nor is a step timed for nothing
     sizes = f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images"
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
     console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
