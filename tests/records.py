@@ -30,6 +30,9 @@ def make_epoch(epoch: int = 1, **changes: Any) -> EpochMetrics:
         "data_seconds": 0.0,
         "samples_per_second": 12345.6,
         "peak_memory_bytes": None,
+        "state": "steady",
+        "underflow_share": 0.0,
+        "probe_seconds": 0.01 * epoch,
         "loss_scale_steps": (1, 2),
         "loss_scale_values": (65536.0, 32768.0),
     }
@@ -66,6 +69,8 @@ PROVENANCE = Provenance(
     train_images=55_000,
     validation_images=5_000,
     objective="val_accuracy",
+    sampler="tpe",
+    scheduler="asha",
     seed=7,
     device="cpu",
     versions={"torch": "2.15.0", "ray": "2.60.0"},

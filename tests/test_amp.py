@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_amp.amp import (
     AmpStep,
+    GradientProbe,
     ScalerTelemetry,
+    all_finite,
     build_scaler,
     describe_cuda,
     describe_hardware,
@@ -747,3 +749,102 @@ def test_step_on_a_gpu_never_waits_for_it(optimizer: str, precision: str, grad_c
         torch.cuda.set_sync_debug_mode(before)
     assert math.isfinite(trained.amp.read_epoch())
     assert trained.amp.telemetry.steps == 4
+
+
+# The probe
+
+
+@pytest.mark.parametrize(("scale_exponent", "lost"), [(0, 0.0), (-16, 0.0), (-18, 0.75), (-22, 0.9375), (-24, 1.0)])
+def test_underflow_share_is_that_of_the_elements_that_fp32_has_and_fp16_has_not(
+    scale_exponent: int, lost: float
+) -> None:
+    """The gradient is the scale times the input: elements below half of 2^-24 become zero in fp16."""
+    inputs = torch.tensor([[0.0] * 8 + [2.0**-8] * 12 + [2.0**-4] * 3 + [2.0**-2]])
+    weight = torch.zeros(1, 24, requires_grad=True)
+    step = AmpStep(make_config(init_scale=2.0**scale_exponent, growth_interval=10**6), CPU, max_steps=1)
+    probe = step.probe(
+        [weight],
+        lambda _: nn.functional.linear(inputs, weight).float().sum(),
+        batch_size=1,
+        steps_left=5,
+        all_skipped=False,
+    )
+    assert probe.underflow_share == lost
+    assert probe.vanishes_at_highest == (True if lost == 1 else None)
+    assert (probe.is_dead, probe.overflows_at_lowest) == (False, None)
+    assert weight.grad is None
+
+
+def test_probe_tries_the_extremes_that_the_scale_can_reach() -> None:
+    weight = torch.zeros(1, 4, requires_grad=True)
+
+    def probe(scale: float, magnitude: float, **settings: Any) -> GradientProbe:
+        inputs = torch.full((1, 4), magnitude)
+        step = AmpStep(make_config(init_scale=scale, **settings), CPU, max_steps=1)
+        return step.probe(
+            [weight],
+            lambda images: nn.functional.linear(inputs, weight).float().sum() * (min(images, 64) / 64),
+            batch_size=64,
+            steps_left=11,
+            all_skipped=scale > 1,
+        )
+
+    assert probe(2.0**20, 1.0, backoff_factor=0.5).overflows_at_lowest is False  # ten halvings: 2^10
+    assert probe(2.0**30, 1.0, backoff_factor=0.5).overflows_at_lowest is True
+    assert probe(2.0**30, 1.0, backoff_factor=0.5).underflow_share is None
+    assert probe(2.0**-25, 1.0, growth_interval=5).vanishes_at_highest is False  # two doublings, half a batch
+    assert probe(2.0**-25, 1.0, growth_interval=11).vanishes_at_highest is True
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_probe_tells_dead_weights(precision: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    step = AmpStep(TrialConfig(precision=precision), CPU, max_steps=1)
+
+    def probe() -> GradientProbe:
+        inputs = torch.ones(2, 3)
+        labels = torch.tensor([0, 1])
+        return step.probe(
+            list(model.parameters()),
+            lambda _: nn.functional.cross_entropy(model(inputs), labels),
+            batch_size=2,
+            steps_left=1,
+            all_skipped=False,
+        )
+
+    assert not probe().is_dead
+    with torch.no_grad():
+        list(model.parameters())[1].fill_(-10)
+    assert probe().is_dead  # the last bias still gets a gradient
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_element_that_is_not_finite_is_found(value: float) -> None:
+    tensors = [torch.ones(3), torch.full((2, 2), 1e30)]
+    assert all_finite(tensors)
+    tensors[1][1, 0] = value
+    assert not all_finite(tensors)
+
+
+def test_verdicts_are_asked_of_more_images_than_the_share() -> None:
+    """Weights that only some image in a thousand reaches are not dead; a whole batch overflows before a few images."""
+    weight = torch.ones(1, 1, requires_grad=True)
+    asked: list[int] = []
+
+    def compute_loss(images: int) -> torch.Tensor:
+        asked.append(images)
+        return weight.sum() * (0.0 if images <= 32 else 1.0)
+
+    step = AmpStep(TrialConfig(precision="fp32"), CPU, max_steps=1)
+    assert not step.probe([weight], compute_loss, batch_size=64, steps_left=1, all_skipped=False).is_dead
+    assert asked == [32, 2048]
+    asked.clear()
+
+    def summed(images: int) -> torch.Tensor:
+        asked.append(images)
+        return nn.functional.linear(torch.full((1, 1), images / 16), weight).float().sum()
+
+    step = AmpStep(make_config(init_scale=2.0**14), CPU, max_steps=1)
+    assert step.probe([weight], summed, batch_size=512, steps_left=1, all_skipped=True).overflows_at_lowest
+    assert asked == [32, 32, 512]
+    assert not step.probe([weight], summed, batch_size=64, steps_left=1, all_skipped=True).overflows_at_lowest

@@ -43,7 +43,11 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
         ("--grace-period 5 --max-epochs 4", "--grace-period: must be 1 to --max-epochs (4), got 5"),
         ("--reduction-factor 1", "--reduction-factor: must be greater than 1, got 1.0"),
         ("--reduction-factor nan", "--reduction-factor: must be greater than 1, got nan"),
-        ("--objective accuracy", "--objective: must be one of val_accuracy, val_loss, got 'accuracy'"),
+        (
+            "--objective accuracy",
+            "--objective: must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, "
+            "or several joined by commas, got 'accuracy'",
+        ),
         ("--time-budget -1", "--time-budget: must be greater than 0, got -1.0"),
         ("--top-k 0", "--top-k: must be at least 1, got 0"),
         ("--seed -1", "--seed: must be between 0 and 2^63 - 1, got -1"),

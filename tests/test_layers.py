@@ -12,8 +12,11 @@ PACKAGE = Path(tune_amp.__file__).parent
 LAYERS = (
     "config",
     "options",
+    "states",
     "strict_yaml",
+    "parameters",
     "space",
+    "inert",
     "idx_files",
     "data",
     "console",
@@ -21,12 +24,15 @@ LAYERS = (
     "models",
     "amp",
     "training",
+    "parquet",
     "results",
     "ranking",
+    "importance",
     "reuse",
     "session",
     "trainable",
     "stopping",
+    "samplers",
     "searcher",
     "resources",
     "storage",
@@ -43,12 +49,17 @@ LAYERS = (
 THIRD_PARTY = {
     "config": set(),
     "options": set(),
+    "states": set(),
+    "inert": set(),
     "strict_yaml": {"yaml"},
+    "parameters": {"optuna"},
     "space": {"optuna"},
+    "parquet": {"pyarrow"},
     "results": {"pyarrow"},
     "ranking": set(),
+    "importance": {"numpy", "optuna", "pyarrow"},
     "amp": {"numpy", "torch"},
-    "training": {"torch"},
+    "training": {"numpy", "torch"},
     "models": {"torch"},
 }
 
@@ -75,6 +86,10 @@ def test_a_file_imports_only_from_those_above(name: str) -> None:
     ours = {module.split(".")[1] for module in imported_modules(name) if module.startswith("tune_amp.")}
     below = set(LAYERS[LAYERS.index(name) :])
     assert ours & below == set()
+
+
+def test_only_benchmarks_know_the_benchmarks() -> None:
+    assert [name for name in LAYERS if any("benchmarks" in module for module in imported_modules(name))] == []
 
 
 @pytest.mark.parametrize("name", THIRD_PARTY)

@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 
 from tune_amp import monitoring
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
+from tune_amp.importance import ImportanceResult, ParameterImportance
 from tune_amp.monitoring import (
     JsonLines,
     LiveTable,
@@ -23,6 +24,7 @@ from tune_amp.monitoring import (
     describe_ties,
     describe_time,
     describe_trial,
+    render_importance,
     render_progress,
     render_ranking,
 )
@@ -46,7 +48,7 @@ def make_progress(trials: Sequence[TrialRecord] = (), running: Sequence[str] = (
         run="quick-1",
         model="simple_net",
         dataset="digits",
-        objective="val_accuracy",
+        objectives=("val_accuracy",),
         num_samples=16,
         time_budget=None,
         started=time.monotonic(),
@@ -65,7 +67,13 @@ def words(text: str) -> list[list[str]]:
 
 def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> None:
     last = make_epoch(
-        99, val_accuracy=0.98765, train_loss=1234.56789, loss_scale=1.5e-7, skipped_steps=123456, steps=999999
+        99,
+        val_accuracy=0.98765,
+        train_loss=1234.56789,
+        loss_scale=1.5e-7,
+        state="calibrating",
+        skipped_steps=123456,
+        steps=999999,
     )
     trials = [
         make_trial("a", trial_name=NAME, config=WIDE, epochs=(last,), status=TrialStatus.INTERRUPTED),
@@ -74,7 +82,7 @@ def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> 
     ]
     text = show(render_progress(make_progress(trials, ["a", "b"])))
     assert "…" not in text
-    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "123456"] in words(text)
+    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "too", "high", "123456"] in words(text)
     assert ["08-fp32-lr0.1-b64", "0/5"] in words(text)
     best = f"best so far {NAME.replace('07', '05')} completed epoch 1 val_accuracy 98.76%"
     assert best in " ".join(text.split())
@@ -244,9 +252,41 @@ def test_sentence_about_ties_says_what_the_ranking_can_tell(accuracies: list[flo
     assert describe_ties(ranked, PROVENANCE).startswith(beginning)
 
 
-def test_sentence_about_ties_says_when_nothing_completed() -> None:
+def test_sentence_about_ties_says_how_trials_that_ended_early_count() -> None:
     ranked = [make_scored("a", 0.9, status=TrialStatus.STOPPED), make_scored("b", 0.8, status=TrialStatus.STOPPED)]
-    assert describe_ties(ranked, PROVENANCE).startswith("No trial completed")
+    early = "Those with fewer epochs ended early, and count with the accuracy they had."
+    assert describe_ties(ranked, PROVENANCE).endswith(early)
+    assert early not in describe_ties([make_scored("a", 0.9)], PROVENANCE)
+    by_loss = dataclasses.replace(PROVENANCE, objective="val_loss")
+    assert describe_ties(ranked, by_loss).startswith("No trial completed")
+    assert describe_ties([make_scored("a", 0.9)], by_loss) == ""
+
+
+def test_sentence_about_a_pareto_set_names_its_objectives() -> None:
+    both = dataclasses.replace(PROVENANCE, objective="val_accuracy,train_seconds")
+    sentence = describe_ties([make_scored("a", 0.9), make_scored("b", 0.8)], both)
+    assert sentence.startswith("The Pareto set of val_accuracy and train_seconds:")
+
+
+def test_ranking_shows_the_costs_that_were_objectives() -> None:
+    last = make_epoch(2, peak_memory_bytes=3 * 2**20, train_seconds=12.34)
+    ranked = [make_trial("a", epochs=(last,))]
+    assert [cell in show(render_ranking(ranked)).split() for cell in ("12.3s", "3MiB")] == [False, False]
+    for objective, cells in (("train_seconds", {"training", "12.3s"}), ("peak_memory_bytes", {"memory", "3MiB"})):
+        assert cells <= set(show(render_ranking(ranked, ("val_accuracy", objective))).split())
+
+
+def test_importance_is_shown_beside_what_permuted_values_reach() -> None:
+    rows = (
+        ParameterImportance(parameter="lr", importance=0.9, null_95=0.2, p_value=0.0025, told_from_noise=True, raw=1.0),
+        ParameterImportance(
+            parameter="batch_size", importance=0.1, null_95=0.3, p_value=0.5, told_from_noise=False, raw=0.1
+        ),
+    )
+    result = ImportanceResult(objective="val_accuracy", epoch=1, trials=32, method="PED-ANOVA", rows=rows)
+    shown = words(show(render_importance(result)))
+    assert ["lr", "0.90", "0.20", "0.003"] in shown
+    assert ["batch_size", "0.10", "0.30", "0.500", "cannot", "be", "told", "from", "noise"] in shown
 
 
 def test_counts_list_each_status_that_occurs() -> None:

@@ -13,8 +13,14 @@ NAN, INF = math.nan, math.inf
 CHOICES = "simple_net, conv_net, vit, or module:function"
 
 
-def test_defaults_are_valid() -> None:
-    options = SearchOptions()
+OBJECTIVE_RULE = "must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, or several joined by commas"
+
+FIRST_RULE = "must begin with val_accuracy or val_loss"
+
+
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss,train_seconds"])
+def test_defaults_are_valid_and_stay_so_once_they_are_filled_in(objective: str) -> None:
+    options = SearchOptions(objective=objective)
     assert options.grace_period <= options.max_epochs
     assert SearchOptions(**dataclasses.asdict(options)) == options
 
@@ -28,6 +34,9 @@ def test_defaults_are_valid() -> None:
         {"time_budget": 0.1},
         {"objective": "val_loss", "model": "package.module:function", "seed": 2**63 - 1},
         {"top_k": 50, "num_samples": 2},
+        {"objective": "val_loss,val_accuracy,peak_memory_bytes"},
+        {"objective": "val_accuracy,train_seconds", "sampler": "tpe", "scheduler": "none"},
+        {"sampler": "cmaes", "scheduler": "hyperband"},
     ],
 )
 def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -> None:
@@ -49,7 +58,28 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ({"grace_period": 3, "max_epochs": 2}, "--grace-period: must be 1 to --max-epochs (2), got 3"),
         ({"reduction_factor": 1.0}, "--reduction-factor: must be greater than 1, got 1.0"),
         ({"reduction_factor": NAN}, "--reduction-factor: must be greater than 1, got nan"),
-        ({"objective": "test_accuracy"}, "--objective: must be one of val_accuracy, val_loss, got 'test_accuracy'"),
+        ({"objective": "test_accuracy"}, f"--objective: {OBJECTIVE_RULE}, got 'test_accuracy'"),
+        ({"objective": "val_loss,time"}, f"--objective: {OBJECTIVE_RULE}, got 'time'"),
+        ({"objective": "val_loss,"}, f"--objective: {OBJECTIVE_RULE}, got ''"),
+        ({"objective": ""}, f"--objective: {OBJECTIVE_RULE}, got ''"),
+        ({"objective": "val_loss, val_loss"}, "--objective: must name none twice, got 'val_loss, val_loss'"),
+        ({"objective": "train_seconds"}, f"--objective: {FIRST_RULE}, got 'train_seconds'"),
+        ({"objective": "peak_memory_bytes,val_loss"}, f"--objective: {FIRST_RULE}, got 'peak_memory_bytes'"),
+        (
+            {"objective": "val_accuracy,val_loss,train_seconds,peak_memory_bytes"},
+            "--objective: must name 3 at most, got 4",
+        ),
+        ({"sampler": "grid"}, "--sampler: must be auto or one of tpe, random, gp, cmaes, nsga2, got 'grid'"),
+        ({"sampler": ""}, "--sampler: must be auto or one of tpe, random, gp, cmaes, nsga2, got ''"),
+        ({"scheduler": "pbt"}, "--scheduler: must be auto or one of asha, hyperband, median, none, got 'pbt'"),
+        (
+            {"objective": "val_loss,train_seconds", "scheduler": "asha"},
+            "--scheduler: must be none for several objectives (Optuna knows no pruned trials there), got 'asha'",
+        ),
+        (
+            {"objective": "val_loss,train_seconds", "sampler": "cmaes"},
+            "--sampler: must not be cmaes for several objectives (it knows one), got 'cmaes'",
+        ),
         ({"time_budget": 0.0}, "--time-budget: must be greater than 0, got 0.0"),
         ({"time_budget": -5.0}, "--time-budget: must be greater than 0, got -5.0"),
         ({"time_budget": NAN}, "--time-budget: must be greater than 0, got nan"),
@@ -60,6 +90,44 @@ def test_option_that_breaks_its_rule_is_named_by_its_flag(options: dict[str, Any
     with pytest.raises(InputError) as caught:
         SearchOptions(**options)
     assert str(caught.value) == message
+
+
+# What is searched for, and how
+
+
+def test_objectives_are_told_apart_at_commas_and_joined_without_blanks() -> None:
+    options = SearchOptions(objective=" val_loss ,train_seconds, peak_memory_bytes")
+    assert options.objectives == ("val_loss", "train_seconds", "peak_memory_bytes")
+    assert options.objective == "val_loss,train_seconds,peak_memory_bytes"
+    assert SearchOptions().objectives == ("val_accuracy",)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [("val_loss", ("tpe", "asha")), ("val_loss,train_seconds", ("nsga2", "none"))],
+)
+def test_sampler_and_scheduler_are_chosen_by_the_number_of_objectives(
+    objective: str, expected: tuple[str, str]
+) -> None:
+    options = SearchOptions(objective=objective)
+    assert (options.sampler, options.scheduler) == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"sampler": "gp", "scheduler": "median"}, ("gp", "median")),
+        ({"sampler": "random"}, ("random", "asha")),
+        ({"sampler": "cmaes"}, ("cmaes", "asha")),
+        ({"sampler": "gp"}, ("gp", "none")),  # they learn nothing from stopped trials
+        ({"sampler": "nsga2"}, ("nsga2", "none")),
+        ({"sampler": "gp", "scheduler": "asha"}, ("gp", "asha")),
+        ({"scheduler": "none"}, ("tpe", "none")),
+    ],
+)
+def test_sampler_and_scheduler_that_were_named_are_kept(named: dict[str, str], expected: tuple[str, str]) -> None:
+    options = SearchOptions(**named)  # type: ignore[arg-type]
+    assert (options.sampler, options.scheduler) == expected
 
 
 # The run's folder

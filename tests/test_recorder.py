@@ -55,7 +55,7 @@ def recorder(tmp_path: Path, watcher: Watcher) -> TrialRecorder:
         run="run",
         model="simple_net",
         dataset="digits",
-        objective="val_accuracy",
+        objectives=("val_accuracy",),
         num_samples=4,
         time_budget=None,
         started=time.monotonic(),

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import INF, NAN, PROVENANCE, STARTED, make_epoch, make_trial
 
-from tune_amp import results
+from tune_amp import parquet
 from tune_amp.config import (
     CLASS_WEIGHTINGS,
     CURRICULA,
@@ -34,6 +34,7 @@ from tune_amp.config import (
     TrialConfig,
     TrialStatus,
 )
+from tune_amp.parquet import write_parquet
 from tune_amp.results import (
     SCHEMAS,
     TrialRecord,
@@ -42,7 +43,6 @@ from tune_amp.results import (
     load_provenance,
     load_trials,
     write_best,
-    write_parquet,
     write_trials,
 )
 
@@ -107,6 +107,7 @@ def metrics(epoch: int) -> st.SearchStrategy[EpochMetrics]:
         int: counts,
         float | None: st.none() | any_float,
         int | None: st.none() | counts,
+        str: texts,
         tuple[int, ...]: st.lists(counts, max_size=3).map(tuple),
         tuple[float, ...]: st.lists(any_float, max_size=3).map(tuple),
     }
@@ -124,6 +125,7 @@ def records(draw: st.DrawFn, trial_id: str) -> TrialRecord:
         epochs=tuple(draw(metrics(epoch)) for epoch in epochs),
         trial_name=draw(texts),
         error=draw(st.none() | texts),
+        inert=tuple(draw(st.lists(texts, max_size=3))),
         started=draw(st.none() | starts),
         wall_seconds=draw(any_float),
         device=draw(texts),
@@ -182,7 +184,7 @@ def test_each_file_carries_the_provenance(run: Path, name: str) -> None:
     assert load_provenance(run / name) == PROVENANCE
     text = pq.read_metadata(run / name).metadata[b"tune_amp"]
     about = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    assert about["schema_version"] == 1
+    assert about["schema_version"] == 2
     assert about["kind"] == name.removesuffix(".parquet")
     assert about["provenance"]["space_text"] == PROVENANCE.space_text
 
@@ -269,11 +271,14 @@ def test_trials_start_with_these_columns_types_and_units() -> None:
 
 
 def test_trials_end_with_the_columns_of_the_record() -> None:
-    last = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[-7:]]
+    last = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[-10:]]
     assert last == [
-        ("peak_memory_bytes", "int64", True, "B"),
+        ("state", "string", True, None),
+        ("underflow_share", "double", True, None),
+        ("probe_seconds", "double", True, "s"),
         ("trial_name", "string", False, None),
         ("error", "string", True, None),
+        ("inert", "list<element: string not null>", False, None),
         ("started", "timestamp[us, tz=UTC]", True, None),
         ("wall_seconds", "double", False, "s"),
         ("device", "string", False, None),
@@ -377,10 +382,10 @@ def change_file(path: Path, change: Callable[[pa.Table], pa.Table], **about: Any
     """Rewrites a file as another version of tune_amp could have: ``change`` and ``about`` applied, checksums right."""
     old = pq.read_table(path)
     new = change(old)
-    checksums = {name: results._checksum(new[i].to_pylist()) for i, name in enumerate(new.column_names)}
+    checksums = {name: parquet.checksum(new[i].to_pylist()) for i, name in enumerate(new.column_names)}
     metadata = json.loads(old.schema.metadata[b"tune_amp"]) | {"column_checksums": checksums} | about
     if "provenance" in about:
-        metadata["provenance_checksum"] = results._checksum(about["provenance"])
+        metadata["provenance_checksum"] = parquet.checksum(about["provenance"])
     pq.write_table(new.replace_schema_metadata({"tune_amp": json.dumps(metadata)}), path)
 
 
@@ -455,7 +460,7 @@ def test_a_parquet_file_of_others_is_refused(tmp_path: Path) -> None:
         assert message_of(read, path) == f"{path}: {rule}"
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", "[" * 100_000, '{"schema_version": 1, "kind": "best"}'])
+@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", "[" * 100_000, '{"schema_version": 2, "kind": "best"}'])
 def test_metadata_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "best.parquet"
     pq.write_table(pa.Table.from_pylist([], schema=SCHEMAS["best"]).replace_schema_metadata({"tune_amp": text}), path)
@@ -470,12 +475,12 @@ def test_another_kind_than_expected_is_refused(run: Path) -> None:
     assert message_of(load_trials, path) == f"{path}: kind: must be trials, got 'best'"
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [1, 3])
 def test_another_schema_version_is_named(run: Path, version: int) -> None:
     path = run / "best.parquet"
     change_file(path, lambda table: table.drop_columns(["lr"]), schema_version=version)
     for read in (load_best, load_provenance):
-        message = f"{path}: was written by schema version {version}; this tune_amp reads 1"
+        message = f"{path}: was written by schema version {version}; this tune_amp reads 2"
         assert message_of(read, path) == message
 
 
@@ -771,7 +776,7 @@ def test_a_file_is_readable_by_whom_the_umask_allows_and_compressed(tmp_path: Pa
 
 def test_epochs_are_written_before_the_trials_that_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(results, "write_parquet", lambda table, path: written.append(path.name))
+    monkeypatch.setattr("tune_amp.results.write_parquet", lambda table, path: written.append(path.name))
     write_trials(tmp_path, TRIALS, PROVENANCE)
     assert written == ["epochs.parquet", "trials.parquet"]
 

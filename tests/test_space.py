@@ -23,6 +23,7 @@ KNOWN = (
     "lr, batch_size, precision, init_scale, growth_factor, backoff_factor, growth_interval, optimizer, weight_decay, "
     "grad_clip, input_scaling, class_weighting, curriculum"
 )
+TRIAL = {"train_images": 55_000, "max_epochs": 8}  # MNIST: 6,872 steps at batch size 64, 424 at 1,024
 LR = "lr: {low: 1.0e-4, high: 0.1}"
 FP16 = "\nfixed: {precision: fp16}"
 SHAPE = "must be a mapping with low and high, or with choices"
@@ -47,8 +48,7 @@ def load(file: Path) -> Load:
 
 
 def suggest_many(space: SearchSpace, n: int, seed: int = 0) -> list[dict[str, Any]]:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    return [space.suggest(study.ask()) for _ in range(n)]
+    return list(space.sample(n, seed=seed, **TRIAL))
 
 
 # The bundled spaces
@@ -57,27 +57,23 @@ def suggest_many(space: SearchSpace, n: int, seed: int = 0) -> list[dict[str, An
 def test_default_space_searches_exactly_the_four_settings_of_fp16_training() -> None:
     space = load_space("mnist_amp")
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    suggested = space.suggest(trial)
+    suggested = space.suggest(trial, **TRIAL)
     assert trial.distributions == {
         "lr": optuna.distributions.FloatDistribution(1e-4, 3e-2, log=True),
         "log2(batch_size)": optuna.distributions.IntDistribution(6, 10),
         "log2(init_scale)": optuna.distributions.IntDistribution(0, 24),
-        "growth_interval": optuna.distributions.IntDistribution(50, 2000, log=True),
+        "growth_interval/trial_steps": optuna.distributions.FloatDistribution(0.02, 0.5, log=True),
     }
+    steps = 55_000 // suggested["batch_size"] * 8
     assert suggested == {
         "precision": "fp16",
         "lr": trial.params["lr"],
         "batch_size": 2 ** trial.params["log2(batch_size)"],
         "init_scale": 2.0 ** trial.params["log2(init_scale)"],
-        "growth_interval": trial.params["growth_interval"],
+        "growth_interval": round(trial.params["growth_interval/trial_steps"] * steps),
     }
-    bounds = {name: space.bounds(name) for name in ("lr", "batch_size", "init_scale", "growth_interval")}
-    assert bounds == {
-        "lr": (1e-4, 3e-2),
-        "batch_size": (64, 1024),
-        "init_scale": (1.0, 2.0**24),
-        "growth_interval": (50, 2000),
-    }
+    bounds = {name: space.bounds(name) for name in ("lr", "batch_size", "init_scale")}
+    assert bounds == {"lr": (1e-4, 3e-2), "batch_size": (64, 1024), "init_scale": (1.0, 2.0**24)}
     assert not space.is_conditional
 
 
@@ -251,7 +247,7 @@ SHAPE_ERRORS = [
     ("parameters: {lr: {high: 0.1}}", f"parameters.lr: {SHAPE}, got {{'high': 0.1}}"),
     (
         "parameters: {lr: {low: 0.1, hihg: 2}}",
-        "parameters.lr.hihg: unknown key (known: low, high, log, power_of_two, choices, when)",
+        "parameters.lr.hihg: unknown key (known: low, high, log, power_of_two, fraction_of_trial, choices, when)",
     ),
     (
         "parameters: {lr: {low: 0.1, high: 1, choices: [1]}}",
@@ -411,7 +407,81 @@ CONDITION_ERRORS = [
     ),
 ]
 
+FRACTION_ERRORS = [
+    (
+        "lr: {low: 0.1, high: 1, fraction_of_trial: true}",
+        "lr.fraction_of_trial: is for growth_interval only, got True",
+    ),
+    (
+        "batch_size: {choices: [64], fraction_of_trial: false}",
+        "batch_size.fraction_of_trial: is for growth_interval only, got False",
+    ),
+    (
+        "optimizer: {low: 1, high: 2, fraction_of_trial: true}",
+        "optimizer.fraction_of_trial: is for growth_interval only, got True",
+    ),
+    (
+        "growth_interval: {low: 0.1, high: 1, fraction_of_trial: 1}",
+        "growth_interval.fraction_of_trial: must be true or false, got 1",
+    ),
+    (
+        "growth_interval: {low: 0.1, high: 1, fraction_of_trial: false}",
+        "growth_interval.low: must be a whole number, got 0.1",
+    ),
+    ("growth_interval: {choices: [0.1]}", "growth_interval.choices[0]: must be a whole number, got 0.1"),
+    (
+        "growth_interval: {low: 0, high: 1, fraction_of_trial: true}",
+        "growth_interval.low: must be greater than 0, got 0.0",
+    ),
+    (
+        "growth_interval: {low: 0.1, high: .inf, fraction_of_trial: true}",
+        "growth_interval.high: must be a finite number, got inf",
+    ),
+    (
+        "growth_interval: {low: 1e-2, high: 1, fraction_of_trial: true}",
+        "growth_interval.low: must be a number, got '1e-2' (a text in YAML; write 0.01)",
+    ),
+    (
+        "growth_interval: {low: 0.5, high: 0.1, fraction_of_trial: true}",
+        "growth_interval: low < high must hold, got low=0.5, high=0.1",
+    ),
+    (
+        "growth_interval: {low: 2^-3, high: 1, power_of_two: true, fraction_of_trial: true}",
+        "growth_interval: power_of_two and fraction_of_trial must not both be true",
+    ),
+    (
+        "growth_interval: {choices: [0.1, null], fraction_of_trial: true}",
+        "growth_interval.choices[1]: must be a number, got None",
+    ),
+    (
+        "growth_interval: {choices: [-0.1], fraction_of_trial: true}",
+        "growth_interval.choices[0]: must be greater than 0, got -0.1",
+    ),
+    (
+        "growth_interval: {choices: [0.5, 2^-1], fraction_of_trial: true}",
+        "growth_interval.choices[1]: must not repeat a choice, got 0.5 again",
+    ),
+    (
+        "growth_interval: {choices: [0.1], low: 0.1, fraction_of_trial: true}",
+        "growth_interval.low: must be left out beside choices, got 0.1",
+    ),
+    (
+        "growth_interval: {choices: [2], fraction_of_trial: true}, lr: {choices: [1], when: {growth_interval: 2}}",
+        "lr.when.growth_interval: must have choices or power_of_two to be a condition, but is a fraction of the trial",
+    ),
+    (
+        "growth_interval: {low: 1, high: 2, fraction_of_trial: true, when: {batch_size: 1}},"
+        "batch_size: {choices: [1], when: {growth_interval: 1}}",
+        "batch_size.when.growth_interval: must have choices or power_of_two to be a condition, "
+        "but is a fraction of the trial",
+    ),
+]
+
 SCALER_ERRORS = [
+    (
+        "parameters: {growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}}",
+        "parameters.growth_interval: has no effect unless precision is fp16, and here it is fp32",
+    ),
     (
         "parameters: {init_scale: {low: 1, high: 2}}",
         "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32",
@@ -453,6 +523,7 @@ ERRORS = [
     *YAML_ERRORS,
     *SHAPE_ERRORS,
     *((f"parameters: {{{entries}}}{FP16}", f"parameters.{message}") for entries, message in VALUE_ERRORS),
+    *((f"parameters: {{{entries}}}{FP16}", f"parameters.{message}") for entries, message in FRACTION_ERRORS),
     *((f"parameters: {{{LR}}}\nfixed: {{{entries}}}", message) for entries, message in FIXED_ERRORS),
     *(
         (f"parameters: {{{entries}}}\nfixed: {{curriculum: none}}", f"parameters.{message}")
@@ -478,14 +549,15 @@ def test_example_in_the_documentation_is_a_valid_space(load: Load) -> None:
     assert space_module.__doc__ is not None
     example = space_module.__doc__.split(".. code-block:: yaml\n")[1].split("\n``when``")[0]
     space = load(textwrap.dedent(example))
-    assert [parameter.name for parameter in space.parameters] == ["lr", "batch_size", "precision", "init_scale"]
-    assert space.fixed == {"growth_interval": 500}
+    names = {parameter.name for parameter in space.parameters}
+    assert names == {"lr", "batch_size", "precision", "init_scale", "growth_interval"}
+    assert space.fixed == {"backoff_factor": 0.25}
 
 
 def test_power_of_two_is_suggested_by_exponent_and_converted_exactly(load: Load) -> None:
     space = load(f"parameters: {{init_scale: {{low: 2^-126, high: 2^127, power_of_two: true}}}}{FP16}")
     for exponent in range(-126, 128):
-        value = space.suggest(optuna.trial.FixedTrial({"log2(init_scale)": exponent}))["init_scale"]
+        value = space.suggest(optuna.trial.FixedTrial({"log2(init_scale)": exponent}), **TRIAL)["init_scale"]
         assert type(value) is float
         assert value == math.ldexp(1.0, exponent)
 
@@ -493,7 +565,7 @@ def test_power_of_two_is_suggested_by_exponent_and_converted_exactly(load: Load)
 @pytest.mark.parametrize("exponent", [0, 1, 6, 53, 62])
 def test_power_of_two_of_a_whole_number_field_is_an_int(exponent: int, load: Load) -> None:
     space = load("parameters: {batch_size: {low: 1, high: 2^62, power_of_two: true}}")
-    value = space.suggest(optuna.trial.FixedTrial({"log2(batch_size)": exponent}))["batch_size"]
+    value = space.suggest(optuna.trial.FixedTrial({"log2(batch_size)": exponent}), **TRIAL)["batch_size"]
     assert type(value) is int
     assert value == 1 << exponent
 
@@ -537,6 +609,56 @@ def test_nested_conditions_hold_whatever_order_they_are_written_in(load: Load) -
         assert ("lr" in suggestion) == (suggestion.get("weight_decay") == 0.1)
         seen.add((suggestion["optimizer"], suggestion.get("weight_decay")))
     assert len(seen) == 5
+
+
+CHAIN = (
+    "parameters:\n"
+    "  backoff_factor: {low: 0.1, high: 0.9, when: {init_scale: [2^8, 2^9]}}\n"
+    "  init_scale: {low: 2^6, high: 2^9, power_of_two: true, when: {precision: fp16, curriculum: linear}}\n"
+    "  precision: {choices: [fp32, fp16], when: {optimizer: [adam, adamw], batch_size: 64}}\n"
+    "  optimizer: {choices: [adam, adamw, sgd]}\n"
+    "  batch_size: {choices: [64, 128]}\n"
+    "  curriculum: {choices: [none, linear]}\n"
+    "  grad_clip: {low: 0.5, high: 2, when: {optimizer: sgd, curriculum: [none, linear]}}\n"
+    "  growth_interval: {low: 0.1, high: 0.9, fraction_of_trial: true, when: {init_scale: [2^6, 2^9]}}\n"
+)
+
+
+def expected_fields(suggestion: Mapping[str, Any]) -> set[str]:
+    """The fields of a trial of ``CHAIN``, written out."""
+    fields = {"optimizer", "batch_size", "curriculum"}
+    if suggestion["optimizer"] == "sgd":
+        fields.add("grad_clip")
+    elif suggestion["batch_size"] == 64:
+        fields.add("precision")
+        if suggestion.get("precision") == "fp16" and suggestion["curriculum"] == "linear":
+            fields.add("init_scale")
+            if suggestion.get("init_scale") in (256.0, 512.0):
+                fields.add("backoff_factor")
+            if suggestion.get("init_scale") in (64.0, 512.0):
+                fields.add("growth_interval")
+    return fields
+
+
+def test_conditions_three_levels_deep_with_many_parents_hold_in_every_suggestion(load: Load) -> None:
+    suggestions = suggest_many(load(CHAIN), 400)
+    assert all(set(suggestion) == expected_fields(suggestion) for suggestion in suggestions)
+    assert len({frozenset(suggestion) for suggestion in suggestions}) == 7, "every combination of fields occurs"
+
+
+def test_conditions_three_levels_deep_hold_where_tpe_suggests_from_a_model_of_each_group(load: Load) -> None:
+    space = load(CHAIN)
+    with pytest.warns(optuna.exceptions.ExperimentalWarning, match="group"):
+        sampler = optuna.samplers.TPESampler(seed=0, multivariate=True, group=True, n_startup_trials=5)
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    for _ in range(60):  # a warning, of a fall back to independent sampling for instance, would be an error here
+        trial = study.ask()
+        suggestion = space.suggest(trial, **TRIAL)
+        assert set(suggestion) == expected_fields(suggestion)
+        TrialConfig(**suggestion)
+        study.tell(trial, len(suggestion))
+    late = [len(trial.params) for trial in study.trials[30:]]
+    assert sum(late) > 1.2 * sum(len(suggestion) for suggestion in suggest_many(space, 30)), "TPE learnt nothing"
 
 
 def test_every_condition_of_a_parameter_must_hold(load: Load) -> None:
@@ -611,13 +733,81 @@ def test_space_and_its_suggest_survive_the_standard_pickle(name: str) -> None:
     assert pickle.loads(pickle.dumps(space)) == space
     suggest = pickle.loads(pickle.dumps(space.suggest))
     trial, copy = (optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)).ask() for _ in range(2))
-    assert suggest(copy) == space.suggest(trial)
+    assert suggest(copy, **TRIAL) == space.suggest(trial, **TRIAL)
 
 
 def test_loading_a_space_imports_neither_torch_nor_ray() -> None:
     code = "import sys, tune_amp.space as s; s.load_space('quick'); print({'torch', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+# Fractions of the trial
+
+
+def suggest_interval(space: SearchSpace, fraction: float, others: Mapping[str, Any] = {}, **trial: int) -> Any:
+    fixed = optuna.trial.FixedTrial({"growth_interval/trial_steps": fraction, **others})
+    return space.suggest(fixed, **(TRIAL | trial))["growth_interval"]
+
+
+@pytest.mark.parametrize(
+    "batch_size",
+    ["{choices: [64, 1024]}", "{choices: [64, 1024], when: {precision: fp16, curriculum: [none, linear]}}"],
+)
+@pytest.mark.parametrize("batch_size_first", [False, True])
+def test_fraction_is_of_the_steps_at_the_searched_batch_size_whatever_the_order_in_the_file(
+    batch_size: str, batch_size_first: bool, load: Load
+) -> None:
+    entries = [f"batch_size: {batch_size}", "growth_interval: {low: 0.0001, high: 3, fraction_of_trial: true}"]
+    entries = entries if batch_size_first else entries[::-1]
+    space = load(f"parameters: {{{', '.join([*entries, 'curriculum: {choices: [none, linear]}'])}}}{FP16}")
+    for size, intervals in {64: [1, 1718, 6872, 20616], 1024: [1, 106, 424, 1272]}.items():
+        for fraction, interval in zip([0.0001, 0.25, 1.0, 3.0], intervals, strict=True):
+            value = suggest_interval(space, fraction, {"batch_size": size, "curriculum": "none"})
+            assert value == interval
+            assert type(value) is int
+
+
+def test_fraction_is_of_the_whole_budget_at_a_fixed_batch_size(load: Load) -> None:
+    entry = "growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}"
+    space = load(f"parameters: {{{entry}}}\nfixed: {{precision: fp16, batch_size: 100}}")
+    for train_images, max_epochs, interval in [(999, 2, 9), (1000, 2, 10), (1000, 20, 100), (100, 1, 1), (99, 5, 1)]:
+        assert suggest_interval(space, 0.5, train_images=train_images, max_epochs=max_epochs) == interval
+
+
+def test_fraction_is_of_the_steps_at_the_default_batch_size_where_the_space_gives_none(load: Load) -> None:
+    interval = "growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}"
+    assert suggest_interval(load(f"parameters: {{{interval}}}{FP16}"), 0.5) == 3436
+    entries = "batch_size: {choices: [1024], when: {optimizer: sgd}}, optimizer: {choices: [adam, sgd]}"
+    space = load(f"parameters: {{{interval}, {entries}}}{FP16}")
+    assert suggest_interval(space, 0.5, {"optimizer": "adam"}) == 3436
+    assert suggest_interval(space, 0.5, {"optimizer": "sgd", "batch_size": 1024}) == 212
+
+
+@pytest.mark.parametrize(
+    ("entry", "distribution"),
+    [
+        ("low: 2^-4, high: 2", optuna.distributions.FloatDistribution(0.0625, 2)),
+        ("low: 1, high: 2, log: true", optuna.distributions.FloatDistribution(1, 2, log=True)),
+        ("choices: [0.1, 1, 2^-1]", optuna.distributions.CategoricalDistribution((0.1, 1.0, 0.5))),
+    ],
+)
+def test_fractions_stand_in_the_study_under_a_name_of_their_own(
+    entry: str, distribution: optuna.distributions.BaseDistribution, load: Load
+) -> None:
+    space = load(f"parameters: {{growth_interval: {{{entry}, fraction_of_trial: true}}}}{FP16}")
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    space.suggest(trial, **TRIAL)
+    assert trial.distributions == {"growth_interval/trial_steps": distribution}
+    assert space.bounds("growth_interval") is None, "fractions are no values of the field"
+
+
+@pytest.mark.parametrize("fraction", [5e-324, 1e-300, 1e30, 1.7e308])
+def test_any_fraction_gives_an_interval_that_a_trial_accepts(fraction: float, load: Load) -> None:
+    space = load(f"parameters: {{growth_interval: {{choices: [{fraction:.400f}], fraction_of_trial: true}}}}{FP16}")
+    interval = suggest_many(space, 1)[0]["growth_interval"]
+    assert TrialConfig(precision="fp16", growth_interval=interval).growth_interval == interval
+    assert (interval == 1) == (fraction < 1)
 
 
 # Properties
@@ -631,6 +821,11 @@ def parameter_entries(draw: st.DrawFn, name: str) -> dict[str, Any]:
     texts = {"precision": ("fp32", "bf16", "fp16"), "input_scaling": INPUT_SCALINGS, "curriculum": CURRICULA}
     if name in texts:
         return {"choices": draw(st.lists(st.sampled_from(texts[name]), min_size=1, unique=True))}
+    if name == "growth_interval" and draw(st.booleans()):
+        low, high = sorted(draw(st.lists(NUMBERS, min_size=2, max_size=2, unique=True)))
+        as_range = {"low": low, "high": high, "log": draw(st.booleans())}
+        entry: dict[str, Any] = as_range if draw(st.booleans()) else {"choices": [high, low]}
+        return entry | {"fraction_of_trial": True}
     whole = FIELD_TYPES[name] is int or name == "growth_interval"
     if draw(st.booleans()):
         low, high = sorted(draw(st.lists(st.integers(0 if whole else -120, 62), min_size=2, max_size=2, unique=True)))
@@ -647,6 +842,8 @@ def parameter_entries(draw: st.DrawFn, name: str) -> dict[str, Any]:
 
 def listed(entry: Mapping[str, Any]) -> list[Any]:
     """The values that an entry can take, where they can be listed."""
+    if entry.get("fraction_of_trial"):
+        return []
     if not entry.get("power_of_two"):
         return list(entry.get("choices", []))
     low, high = number(entry["low"]), number(entry["high"])
@@ -709,6 +906,12 @@ def test_any_valid_space_suggests_configurations_within_it(document: dict[str, A
             entry, value = document["parameters"][name], suggestion[name]
             assert value == getattr(config, name)
             assert type(value) is type(getattr(config, name))
+            if entry.get("fraction_of_trial"):
+                steps = 55_000 // config.batch_size * 8
+                fractions = entry.get("choices") or [entry["low"], entry["high"]]
+                possible = [max(1, round(fraction * steps)) for fraction in fractions]
+                assert value in possible if "choices" in entry else possible[0] <= value <= possible[1]
+                continue
             if listed(entry):
                 assert value in listed(entry)
             else:
@@ -765,7 +968,8 @@ def test_conditions_are_refused_exactly_where_some_parameter_can_never_be_active
         load(text)
 
 
-WORDS = ["parameters", "fixed", "low", "high", "log", "power_of_two", "choices", "when", "2^3", *SWITCHES, *FIELD_TYPES]
+KEYS = ["parameters", "fixed", "low", "high", "log", "power_of_two", "fraction_of_trial", "choices", "when"]
+WORDS = [*KEYS, "2^3", *SWITCHES, *FIELD_TYPES]
 SCALARS = (
     st.none()
     | st.booleans()
@@ -792,6 +996,7 @@ ENTRIES = st.fixed_dictionaries(
         "high": SCALARS,
         "log": SCALARS,
         "power_of_two": st.booleans() | SCALARS,
+        "fraction_of_trial": st.booleans() | SCALARS,
         "choices": STRUCTURES | st.lists(SCALARS, max_size=3),
         "when": STRUCTURES | st.dictionaries(st.sampled_from(list(FIELD_TYPES)), SCALARS, max_size=2),
     },
@@ -835,3 +1040,79 @@ YAML_PIECES = st.sampled_from(
 @given(content=st.binary(max_size=40) | st.lists(YAML_PIECES, max_size=25).map(lambda parts: "".join(parts).encode()))
 def test_any_bytes_are_either_a_space_or_refused_in_one_line(content: bytes, file: Path) -> None:
     check_loads_or_refuses(content, file)
+
+
+# The settings that everybody starts from
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "parameters:\n"
+            "  lr: {low: 1.0e-4, high: 1.0, log: true}\n"
+            "  batch_size: {low: 16, high: 1024, power_of_two: true}\n"
+            "  init_scale: {low: 1, high: 2^24, power_of_two: true}\n"
+            "  growth_interval: {low: 1, high: 5000}\n"
+            "  backoff_factor: {choices: [0.9, 0.5]}\n"
+            "  optimizer: {choices: [sgd, adam]}\n"
+            "fixed: {precision: fp16}\n",
+            {
+                "lr": 1e-3,
+                "log2(batch_size)": 6,
+                "log2(init_scale)": 16,
+                "growth_interval": 2000,
+                "backoff_factor": 0.5,
+                "optimizer": "adam",
+            },
+        ),
+        # the nearest of what there is; a text that is no choice is left to the sampler
+        (
+            "parameters:\n"
+            "  lr: {low: 1.0e-2, high: 1.0}\n"
+            "  batch_size: {choices: [256, 100, 512]}\n"
+            "  init_scale: {low: 1, high: 2^8, power_of_two: true}\n"
+            "  optimizer: {choices: [sgd, adamw]}\n"
+            "  weight_decay: {low: 1.0e-6, high: 1.0e-2, log: true}\n"
+            "fixed: {precision: fp16}\n",
+            {"lr": 1e-2, "batch_size": 100, "log2(init_scale)": 8, "weight_decay": 1e-6},
+        ),
+        # relative to the trial: (1000 // 64) * 40 = 600 steps
+        (
+            "parameters: {growth_interval: {low: 0.1, high: 5.0, fraction_of_trial: true}}\nfixed: {precision: fp16}\n",
+            {"growth_interval/trial_steps": 2000 / 600},
+        ),
+        (
+            "parameters: {growth_interval: {choices: [0.1, 0.5], fraction_of_trial: true}}\nfixed: {precision: fp16}\n",
+            {"growth_interval/trial_steps": 0.5},
+        ),
+        # conditions: those of the branch that the defaults take
+        (
+            "parameters:\n"
+            "  precision: {choices: [fp32, fp16]}\n"
+            "  init_scale: {low: 1, high: 2^24, power_of_two: true, when: {precision: fp16}}\n"
+            "  weight_decay: {low: 0.1, high: 0.2, when: {precision: fp32}}\n",
+            {"precision": "fp16", "log2(init_scale)": 16},
+        ),
+        ("parameters: {grad_clip: {low: 0.1, high: 1.0}}\n", {}),
+        ("parameters: {grad_clip: {choices: [1.0, null]}}\n", {"grad_clip": None}),
+    ],
+)
+def test_defaults_are_suggested_as_near_as_the_space_has_them(
+    tmp_path: Path, text: str, expected: dict[str, Any]
+) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    space = load_space(str(path))
+    assert space.find_defaults(train_images=1000, max_epochs=40) == expected
+
+
+@pytest.mark.parametrize("name", ["mnist_amp", "precision", "quick", "stress"])
+def test_a_study_takes_the_defaults_of_every_bundled_space(name: str) -> None:
+    space = load_space(name)
+    study = optuna.create_study()
+    study.enqueue_trial(space.find_defaults(train_images=55_000, max_epochs=8))
+    settings = space.suggest(study.ask(), train_images=55_000, max_epochs=8)
+    defaults = vars(TrialConfig(precision="fp16"))
+    nearest = {"batch_size": 256} if name == "quick" else {}
+    assert settings == {key: (defaults | nearest)[key] for key in settings}

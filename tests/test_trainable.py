@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from tune_amp.trainable import (
     is_out_of_memory,
     metrics_of,
 )
-from tune_amp.training import release_memory
+from tune_amp.training import TrainingRun, release_memory
 
 MakeTrainable = Callable[..., Any]  # an AmpTrainable; Ray leaves train() and reset() without types
 
@@ -96,12 +97,13 @@ def test_status_is_told_as_plain_text(make_trainable: MakeTrainable) -> None:
     """An enum would travel as a class that the driver of another version may not have."""
     for report in (*train(make_trainable()), failure_report(ValueError("x"))):
         assert type(report["status"]) is str
+        assert type(report.get("state", "")) is str
 
 
 def test_trial_that_diverges_ends_at_once_with_the_reason(make_trainable: MakeTrainable) -> None:
     [report] = train(make_trainable(lr=1e12, optimizer="sgd", max_epochs=5))
     assert report["status"] == "diverged"
-    assert report["error"] in ("train_loss is nan", "train_loss is inf")
+    assert re.fullmatch(r"diverged: (weights are not finite|val_loss is (nan|inf))", report["error"])
     assert report["epoch"] == 1
     assert not report[SHOULD_CHECKPOINT]
 
@@ -114,13 +116,13 @@ def test_model_of_nans_diverges(make_trainable: MakeTrainable, write_module: Cal
         "def net(shape, classes): return Net(784, classes)\n"
     )
     [report] = train(make_trainable(model=f"{module}:net"))
-    assert (report["status"], report["error"]) == ("diverged", "train_loss is nan")
+    assert (report["status"], report["error"]) == ("diverged", "diverged: weights are not finite")
 
 
-def test_trial_that_never_applied_a_step_is_not_completed(make_trainable: MakeTrainable) -> None:
-    reports = train(make_trainable(precision="fp16", init_scale=2.0**100))
-    assert [report["status"] for report in reports] == ["running", "diverged"]
-    assert reports[-1]["error"] == "no step was applied: all 10 were skipped"
+def test_trial_that_would_never_apply_a_step_ends_with_its_first_epoch(make_trainable: MakeTrainable) -> None:
+    [report] = train(make_trainable(precision="fp16", init_scale=2.0**100))
+    assert (report["status"], report["state"]) == ("diverged", "collapsed")
+    assert report["error"].startswith("collapsed: every step is skipped, and gradients overflow even at 2^")
 
 
 GREEDY_MODEL = """
@@ -231,6 +233,76 @@ def test_configuration_that_cannot_train_is_a_failed_trial(
     [report] = train(trainable)
     assert report["status"] == "failed"
     assert error in report["error"]
+
+
+def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception) -> list[int]:
+    """Make the first so many epochs raise, after the training itself; tells the epochs that were begun."""
+    begun: list[int] = []
+
+    class Failing(TrainingRun):
+        def train_epoch(self) -> EpochMetrics:
+            metrics = super().train_epoch()
+            begun.append(metrics.epoch)
+            if len(begun) in range(2, 2 + times):
+                raise error
+            return metrics
+
+    monkeypatch.setattr("tune_amp.trainable.TrainingRun", Failing)
+    return begun
+
+
+def test_failure_that_passes_costs_the_trial_its_epochs_and_nothing_else(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(make_trainable(max_epochs=3))
+    begun = fail_at_first(monkeypatch, 1, OSError("no space left for a moment"))
+    reports = train(make_trainable(max_epochs=3))
+    assert begun == [1, 2, 1, 2, 3]
+    assert [report["epoch"] for report in reports] == [1, 1, 2, 3]
+    assert reports[-1]["status"] == "completed"
+    assert reports[-1]["val_loss"] == undisturbed[-1]["val_loss"]
+
+
+def test_trial_that_fails_again_has_failed_and_the_next_may_try_again(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = fail_at_first(monkeypatch, 2, OSError("no space left"))
+    trainable = make_trainable(max_epochs=3)
+    reports = train(trainable)
+    assert begun == [1, 2, 1]
+    assert [report["status"] for report in reports] == ["running", "failed"]
+    assert reports[-1]["config_fault"] is False
+    assert reports[-1]["error"] == "OSError: no space left"
+    begun.clear()
+    assert trainable.reset(settings())
+    train(trainable)
+    assert begun[:3] == [1, 2, 1]
+
+
+def test_trial_that_fails_in_two_ways_tells_both(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([OSError("no space left"), ValueError("no such value")])
+
+    def fail(*_: Any) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr("tune_amp.trainable.TrainingRun", fail)
+    [report] = train(make_trainable())
+    assert report["error"] == "ValueError: no such value; before that, OSError: no space left"
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [(InputError("batch_size: too large"), True), (torch.OutOfMemoryError("CUDA out of memory"), False)],
+)
+def test_what_would_fail_again_is_not_tried_again(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch, error: Exception, fault: bool
+) -> None:
+    begun = fail_at_first(monkeypatch, 1, error)
+    reports = train(make_trainable(max_epochs=3))
+    assert begun == [1, 2]
+    assert reports[-1]["config_fault"] is fault
 
 
 # A GPU that can no longer be used

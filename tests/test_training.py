@@ -4,7 +4,6 @@ import dataclasses
 import io
 import itertools
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_amp import batches, training
-from tune_amp.amp import fp32_arithmetic
+from tune_amp.amp import GradientProbe, fp32_arithmetic
 from tune_amp.batches import InputScaling, place_split, scale_images
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
@@ -26,14 +25,13 @@ from tune_amp.training import (
     TrainingRun,
     build_optimizer,
     evaluate,
-    find_divergence,
     release_memory,
 )
 
 CPU = torch.device("cpu")
 WriteModule = Callable[[str], str]
 
-CLOCKS = ("train_seconds", "val_seconds", "data_seconds", "samples_per_second")
+CLOCKS = ("train_seconds", "val_seconds", "probe_seconds", "data_seconds", "samples_per_second")
 DROPOUT_MODEL = """
 import math
 from torch import nn
@@ -95,7 +93,7 @@ def test_simple_net_learns_digits_in_every_precision(precision: str, digits_data
     assert accuracy is not None
     assert 0.9 < accuracy <= 1
     assert epochs[-1].train_loss < epochs[0].train_loss / 3
-    assert find_divergence(epochs[-1], max_epochs=3) is None
+    assert epochs[-1].state == "steady"
 
 
 @pytest.mark.parametrize("name", ["conv_net", "vit"])
@@ -317,7 +315,7 @@ def test_model_sees_the_scaling_of_the_trial_in_training_and_validation(method: 
     if method == "standard":
         shift, factor = pixels.mean(), 1 / pixels.std()
     validation = (make_split(21, seed=1).images - shift) * factor
-    np.testing.assert_allclose(torch.cat(inputs[False]).numpy(), validation, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inputs[False][0].numpy(), validation, rtol=1e-5, atol=1e-6)
     trained_on = torch.cat(inputs[True]).numpy()
     assert trained_on.shape == (56, 1, 4, 4)
     rows = {image.astype(np.float32).round(3).tobytes() for image in (pixels - shift) * factor}
@@ -341,7 +339,8 @@ def test_evaluation_is_strict_fp32_whatever_the_run_is_trained_in(small_data: Tr
     with fp32_arithmetic("tf32"):
         metrics = run.train_epoch()
     assert seen[:7] == [(True, torch.float16, True, {"ieee"})] * 7
-    assert seen[7:] == [(False, torch.float32, False, {"ieee"})]
+    assert seen[7] == (False, torch.float32, False, {"ieee"})
+    assert seen[8:] == [(True, dtype, True, {"ieee"}) for dtype in (torch.float32, torch.float16)]  # the probe
     assert run.model.training
     after = [flag.fp32_precision for flag in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
     assert after == before
@@ -508,17 +507,8 @@ def test_memory_is_measured_while_training_and_not_while_validating(
     memory = FakeMemory(monkeypatch)
     run = TrainingRun(make_config(max_epochs=3), small_data)
     run._memory = MemoryMeter(torch.device("cuda"))
-    amounts = iter([50, 70, 60])
-    run.model.register_forward_hook(lambda model, *_: memory.touch(next(amounts) if model.training else 10_000))
-    monkeypatch.setattr(run, "_step", lambda _indices: None)
-    train_only = run._train
-
-    def train_once() -> tuple[float, float, int]:
-        run.model.train()
-        run.model(torch.zeros(2, 1, 4, 4))
-        return train_only()
-
-    monkeypatch.setattr(run, "_train", train_once)
+    amounts = (50, 70, 60, 10_000)  # the last one is that of a probe after the last epoch
+    run.model.register_forward_hook(lambda model, *_: memory.touch(amounts[run._epoch] if model.training else 10_000))
     assert [run.train_epoch().peak_memory_bytes for _ in range(3)] == [50, 70, 70]
 
 
@@ -539,97 +529,224 @@ def test_peak_memory_of_earlier_epochs_is_in_the_checkpoint(
 # Divergence
 
 
-FINE = EpochMetrics(
-    epoch=1,
-    train_loss=1.0,
-    val_loss=1.0,
-    val_accuracy=0.5,
-    steps=100,
-    applied_steps=90,
-    skipped_steps=10,
-    growths=1,
-    first_applied_step=11,
-    loss_scale=1024.0,
-    min_loss_scale=1024.0,
-    max_loss_scale=2048.0,
-    train_seconds=1.0,
-    val_seconds=1.0,
-    data_seconds=0.0,
-    samples_per_second=1.0,
-    peak_memory_bytes=None,
-)
-LOW = {"loss_scale": 2.0**-30, "min_loss_scale": 2.0**-30}
-CALIBRATING = {"loss_scale": 2.0**20, "max_loss_scale": 2.0**40, "skipped_steps": 20, "applied_steps": 0}
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, None),
-        ({"val_loss": None, "val_accuracy": None}, None),
-        ({"loss_scale": None, "min_loss_scale": None, "max_loss_scale": None, "skipped_steps": 0}, None),
-        ({"train_loss": math.nan}, "train_loss is nan"),
-        ({"train_loss": math.inf}, "train_loss is inf"),
-        ({"train_loss": math.nan, "loss_scale": None}, "train_loss is nan"),
-        ({"train_loss": -math.inf}, "train_loss is -inf"),
-        ({"val_loss": math.nan}, "val_loss is nan"),
-        ({"val_loss": math.inf}, "val_loss is inf"),
-        ({"train_loss": 1e30, "val_loss": 1e30}, None),  # bad, but a number that can be ranked
-        ({"loss_scale": 0.0, "min_loss_scale": 0.0}, "loss_scale is 0.0"),
-        ({"loss_scale": 0.0, "min_loss_scale": 0.0, "skipped_steps": 0}, "loss_scale is 0.0"),
-        ({"loss_scale": math.inf}, "loss_scale is inf"),
-        ({"loss_scale": math.nan}, "loss_scale is nan"),
-        (LOW, "loss_scale collapsed to 9.31e-10 after 10 skipped steps"),
-        (LOW | {"skipped_steps": 1}, "loss_scale collapsed to 9.31e-10 after 1 skipped steps"),
-        (LOW | {"skipped_steps": 0}, None),  # low by choice
-        (LOW | {"min_loss_scale": 2.0**-40}, None),  # on its way up again
-        ({"loss_scale": 2.0**-24, "min_loss_scale": 2.0**-24}, None),
-        ({"loss_scale": 2.0**-25, "min_loss_scale": 2.0**-25}, "loss_scale collapsed to 2.98e-08 after 10"),
-        (CALIBRATING, None),
-        (CALIBRATING | {"epoch": 2}, None),
-        (CALIBRATING | {"epoch": 3}, "no step was applied: all 20 were skipped"),
-        (CALIBRATING | {"epoch": 3, "applied_steps": 1, "skipped_steps": 19}, None),
-        (CALIBRATING | LOW | {"epoch": 3}, "loss_scale collapsed to 9.31e-10 after 20 skipped steps"),
-        ({"epoch": 3}, None),
-    ],
-)
-def test_divergence_is_a_loss_that_is_no_number_a_collapsed_scale_or_no_update_at_all(
-    changes: dict[str, Any], expected: str | None
-) -> None:
-    reason = find_divergence(dataclasses.replace(FINE, **changes), max_epochs=3)
-    if expected is None:
-        assert reason is None
-    else:
-        assert reason is not None
-        assert reason.startswith(expected)
-
-
-def test_calibration_from_a_high_scale_is_no_divergence(small_data: TrainingData) -> None:
+def test_calibration_from_a_high_scale_goes_on(small_data: TrainingData) -> None:
     epochs = train(make_config(precision="fp16", init_scale=2.0**60, max_epochs=8), small_data)
     assert len(epochs) == 8
     assert epochs[1].applied_steps == 0  # fourteen steps, all skipped
+    assert [metrics.state for metrics in epochs[:2]] == ["calibrating"] * 2
     assert epochs[-1].applied_steps > 0
+    assert epochs[-1].state == "steady"
+
+
+def test_calibration_that_the_trial_is_too_short_for_ends_with_its_first_epoch(small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(precision="fp16", init_scale=2.0**60, backoff_factor=0.9, max_epochs=8), small_data)
+    [metrics] = run.epochs()
+    assert metrics.state == "collapsed"
+    assert (run.hopeless or "").startswith("every step is skipped, and gradients overflow even at")
+
+
+def test_starved_run_goes_on_where_its_scale_will_grow_in_time(small_data: TrainingData) -> None:
+    config = make_config(precision="fp16", init_scale=2.0**-30, growth_interval=1, max_epochs=6)
+    epochs = train(config, small_data)
+    assert len(epochs) == 6
+    assert (epochs[0].state, epochs[0].underflow_share) == ("starved", 1.0)
+    assert epochs[-1].state == "steady"
+    assert epochs[-1].underflow_share == pytest.approx(0, abs=1e-3)
+    assert (epochs[-1].val_accuracy or 0) > (epochs[0].val_accuracy or 0)
 
 
 @pytest.mark.parametrize("init_scale", [2.0**-30, 2.0**-126])
-def test_low_scale_by_choice_is_no_divergence(init_scale: float, small_data: TrainingData) -> None:
-    assert len(train(make_config(precision="fp16", init_scale=init_scale), small_data)) == 3
+def test_starved_run_ends_with_its_first_epoch_where_it_will_not(init_scale: float, small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(precision="fp16", init_scale=init_scale), small_data)
+    before = weights_of(run)
+    [metrics] = run.epochs()
+    assert equal_bits(before, weights_of(run))  # and so would every further epoch
+    assert (metrics.state, metrics.underflow_share) == ("collapsed", 1.0)
+    assert (run.hopeless or "").startswith("gradients vanish in fp16, even at 2^")
 
 
-def test_diverged_run_ends_early(small_data: TrainingData) -> None:
-    epochs = train(make_config(lr=1e30, optimizer="sgd", max_epochs=9), small_data)
-    assert len(epochs) == 1
-    assert re.fullmatch(r"(train|val)_loss is (nan|inf)", find_divergence(epochs[-1], max_epochs=9) or "")
+def test_run_whose_weights_are_no_longer_finite_ends(small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(lr=1e39, optimizer="sgd", max_epochs=9), small_data)
+    [metrics] = run.epochs()
+    assert (metrics.state, run.hopeless, metrics.underflow_share) == ("diverged", "weights are not finite", None)
 
 
-def test_run_whose_gradients_are_never_finite_is_ended(small_data: TrainingData) -> None:
+def test_run_whose_gradients_are_never_finite_ends_with_its_first_epoch(small_data: TrainingData) -> None:
     run = TrainingRun(make_config(precision="fp16", max_epochs=30), small_data)
     for parameter in run.model.parameters():
         parameter.register_hook(lambda gradient: gradient * math.nan)
+    [metrics] = run.epochs()
+    assert metrics.state == "collapsed"
+    assert (run.hopeless or "").startswith("every step is skipped, and gradients overflow even at 2^-24, the lowest")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_dead_network_ends(precision: str, small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(precision=precision, max_epochs=9), small_data)
+    with torch.no_grad():
+        run.model[1].bias.fill_(-1e3)  # type: ignore[index]  # no hidden unit is ever active
+    [metrics] = run.epochs()
+    assert metrics.state == "collapsed"
+    assert run.hopeless == "no weight gets a gradient, in fp32 either, and the model is no better than guessing"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": 10.0}, {"lr": 1.0, "init_scale": 1.0}, {"lr": 1.0, "optimizer": "sgd", "init_scale": 2.0**-12}]
+)
+def test_confident_model_with_a_bad_loss_and_a_good_accuracy_is_not_ended(
+    settings: dict[str, Any], digits_data: TrainingData, write_module: WriteModule
+) -> None:
+    """Its loss is far above that of guessing, and on most images its gradient is zero in fp16."""
+    model = write_module(
+        "from torch import nn\ndef net(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))\n"
+    )
+    config = make_config(model=f"{model}:net", precision="fp16", batch_size=64, max_epochs=30, **settings)
+    run = TrainingRun(config, digits_data)
     epochs = list(run.epochs())
-    assert len(epochs) == 6  # 2^16 has fallen to 2^-26 after 42 steps, to 2^-19 after 35
-    reason = find_divergence(epochs[-1], max_epochs=30) or ""
-    assert reason.startswith("loss_scale collapsed to 1.49e-08 after 42 skipped steps")
+    assert len(epochs) == 30
+    assert max(metrics.val_loss or 0 for metrics in epochs) > 2 or "optimizer" in settings
+    assert max(metrics.underflow_share or 0 for metrics in epochs) > 0.5
+    assert (epochs[-1].val_accuracy or 0) > 0.85
+
+
+# As reentrant activation checkpoints do, its backward pass refuses to be asked for some gradients only.
+UNPROBED_MODEL = """
+import torch
+from torch import nn
+class Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        if not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError("incompatible with .grad()")
+        return gradient
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.first, self.out = nn.Linear(16, 8), nn.Linear(8, num_classes)
+    def forward(self, images):
+        return self.out(torch.relu(Whole.apply(self.first(images.flatten(1)))))
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+def test_model_that_cannot_be_probed_trains_all_the_same(small_data: TrainingData, write_module: WriteModule) -> None:
+    config = make_config(model=write_module(UNPROBED_MODEL) + ":net", precision="fp16", max_epochs=3)
+    epochs = train(config, small_data)
+    assert [(metrics.state, metrics.underflow_share) for metrics in epochs] == [("steady", None)] * 3
+    assert epochs[-1].train_loss < epochs[0].train_loss
+
+
+OVERFLOWING_MODEL = """
+import math
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+    def forward(self, images):
+        flat = images.flatten(1)
+        marked = flat[:, -1:] > 0.9  # one image in a dozen
+        return self.out(torch.where(marked, flat * 1e6, flat)) * torch.where(marked, 1e-6, 1.0)
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+def test_forward_passes_that_overflow_now_and_then_are_no_divergence(write_module: WriteModule) -> None:
+    """Their steps are skipped, so that weights and validation stay finite, and the rest of the batches train."""
+    split = make_split(240)
+    split.images[..., -1, -1] = 0
+    split.images[::12, 0, -1, -1] = 255
+    data = TrainingData(split, make_split(21, seed=1), 3, CPU)
+    model = write_module(OVERFLOWING_MODEL) + ":net"
+    run = TrainingRun(make_config(model=model, precision="fp16", growth_interval=1, max_epochs=6), data)
+    epochs = list(run.epochs())
+    assert len(epochs) == 6
+    assert not math.isfinite(epochs[0].train_loss)
+    assert 0 < epochs[-1].skipped_steps < epochs[-1].steps
+    assert run.hopeless is None
+    assert (epochs[-1].val_loss or math.inf) < (epochs[0].val_loss or 0)
+
+
+# The probe
+
+
+# Everything that a careless probe would disturb: dropout, running statistics, a recurrent and a frozen layer.
+PROBED_MODEL = """
+import math
+from torch import nn
+from torch.nn import functional
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(input_shape[-1])
+        self.recurrent = nn.GRU(input_shape[-1], 6, num_layers=2, dropout=0.5, batch_first=True)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.unused = nn.Linear(6, 6)
+        self.out = nn.Linear(6, num_classes)
+    def forward(self, images):
+        rows = images.flatten(1, 2)
+        states, _ = self.recurrent(self.norm(rows.transpose(1, 2)).transpose(1, 2))
+        return self.out(functional.dropout(self.frozen(states[:, -1]), 0.5, training=True))
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+@pytest.mark.parametrize("fresh", [{}, {"batch_size": 40}, {"precision": "bf16"}, {"class_weighting": "balanced"}])
+def test_underflow_is_measured_without_a_trace_in_training(
+    fresh: dict[str, Any], small_data: TrainingData, write_module: WriteModule
+) -> None:
+    class Unprobed(TrainingRun):
+        def _probe(self, *_: Any, **__: Any) -> GradientProbe:
+            return GradientProbe()
+
+    model = write_module(PROBED_MODEL) + ":net"
+    config = make_config(**{"model": model, "precision": "fp16", **fresh})
+    weights, generators = [], []
+    for kind in (TrainingRun, Unprobed):
+        run = kind(config, small_data)
+        assert len(list(run.epochs())) == 3
+        assert all(module.training for module in run.model.modules())
+        weights.append(weights_of(run))
+        generators.append(run.state_dict()["cpu_generator"])
+    assert equal_bits(*weights)
+    assert torch.equal(*generators)
+
+
+def test_underflow_share_falls_as_the_scale_rises_and_is_null_outside_fp16(digits_data: TrainingData) -> None:
+    def measure(**settings: Any) -> float | None:
+        return TrainingRun(make_config(batch_size=64, **settings), digits_data).train_epoch().underflow_share
+
+    shares = [measure(precision="fp16", init_scale=2.0**exponent) for exponent in (-22, -16, -12, 8)]
+    assert all(share is not None for share in shares)
+    assert shares == sorted(shares, reverse=True)  # type: ignore[type-var]
+    assert shares[0] == 1
+    assert (shares[-1] or 0) < 1e-3
+    assert [measure(precision=precision) for precision in ("fp32", "bf16")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("init_scale", "states"),
+    [(2.0**24, ["steady", "steady"]), (2.0**8, ["steady", "steady"]), (2.0**-24, ["collapsed"])],
+)
+def test_states_of_a_transformer_whose_window_of_scales_is_narrower(
+    init_scale: float, states: list[str], digits_data: TrainingData
+) -> None:
+    config = make_config(model="vit", precision="fp16", batch_size=64, lr=1e-3, init_scale=init_scale, max_epochs=2)
+    epochs = train(config, digits_data)
+    assert [metrics.state for metrics in epochs] == states
+    assert (epochs[0].skipped_steps > 4) == (init_scale == 2.0**24)  # it had to come down
+
+
+def test_time_of_the_probe_is_told_and_cumulative(small_data: TrainingData) -> None:
+    first, second = (metrics.probe_seconds for metrics in TrainingRun(make_config(max_epochs=2), small_data).epochs())
+    assert 0 < first < second
 
 
 # On a GPU

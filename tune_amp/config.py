@@ -23,7 +23,10 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 INPUT_SCALINGS = ("minmax", "standard")
 CLASS_WEIGHTINGS = ("none", "balanced")
 CURRICULA = ("none", "linear")
-OBJECTIVES = ("val_accuracy", "val_loss")
+RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
+OBJECTIVES = (*RANKING_OBJECTIVES, "train_seconds", "peak_memory_bytes")
+SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
+SCHEDULERS = ("asha", "hyperband", "median", "none")
 
 # torch.amp.GradScaler's own defaults: what fp16 gets where nothing else is said.
 SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
@@ -49,12 +52,33 @@ class TrialStatus(StrEnum):
     STOPPED = "stopped"
     """Ended early by the scheduler."""
     DIVERGED = "diverged"
-    """A loss became non-finite, the loss scale collapsed, or no step was ever applied."""
+    """Ended as soon as training was past saving: see ``HOPELESS_STATES``."""
     OUT_OF_MEMORY = "out_of_memory"
     FAILED = "failed"
     """Ended by any other exception, or by the death of its worker."""
     INTERRUPTED = "interrupted"
     """Still training when the search ended: by Ctrl-C, a signal or the time budget."""
+
+
+HOPELESS_STATUSES = (TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY)
+"""Ends that the trial's settings are to blame for."""
+
+
+class TrainingState(StrEnum):
+    """How loss scaling and training stand after an epoch."""
+
+    CALIBRATING = "calibrating"
+    """Most steps of the epoch were skipped while the scale came down to where gradients do not overflow."""
+    STEADY = "steady"
+    STARVED = "starved"
+    """Gradients underflow: they are zero in fp16 where those of fp32 are not. A growing scale can mend that."""
+    COLLAPSED = "collapsed"
+    """Nothing learned, and no scale within reach lets it, or no weight gets a gradient even in fp32."""
+    DIVERGED = "diverged"
+    """Weights, or the validation loss, are no longer finite."""
+
+
+HOPELESS_STATES = (TrainingState.COLLAPSED, TrainingState.DIVERGED)
 
 
 def described(doc: str, *, unit: str = "", default: Any = dataclasses.MISSING, epoch_only: bool = False) -> Any:
@@ -170,6 +194,12 @@ class EpochMetrics:
     )
     samples_per_second: float = described("training images a second, this epoch", unit="1/s")
     peak_memory_bytes: int | None = described("peak CUDA memory allocated by the trial; null without CUDA", unit="B")
+    state: str = described("how training stands: " + ", ".join(TrainingState))
+    underflow_share: float | None = described(
+        "share of the gradient's elements that are zero in fp16 where they are not in fp32, on a few training images; "
+        "null unless precision is fp16, and where gradients overflow"
+    )
+    probe_seconds: float = described("time measuring state and underflow_share", unit="s")
     loss_scale_steps: tuple[int, ...] = described(
         "steps (from 1) from which each of loss_scale_values was in force", unit="steps", default=(), epoch_only=True
     )

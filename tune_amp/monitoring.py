@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tune_amp.config import TrialStatus, format_scale
+from tune_amp.config import TrainingState, TrialStatus, format_scale
+from tune_amp.importance import ImportanceResult
 from tune_amp.ranking import choose_best, count_ties
 from tune_amp.recorder import SearchProgress
 from tune_amp.results import Provenance, TrialRecord
@@ -25,6 +26,10 @@ STATUS_STYLES = {
     TrialStatus.FAILED: "bold red",
     TrialStatus.INTERRUPTED: "magenta",
 }
+
+
+# What the live view says beside the loss scale. A trial in another state is fine, or over.
+SCALE_REMARKS = {TrainingState.CALIBRATING: "too high", TrainingState.STARVED: "too low"}
 
 
 class LiveTable:
@@ -100,7 +105,8 @@ def render_progress(progress: SearchProgress) -> RenderableType:
         f"  {progress.model} on {progress.dataset}  ",
         (describe_time(progress), "cyan"),
     )
-    best = choose_best(progress.trials, progress.objective, 1)
+    ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
+    best = choose_best(ended, progress.objectives[:1], 1)
     best_line = Text("best so far  ") + (Text(describe_trial(best[0]), "green") if best else Text("none yet", "dim"))
     return Group(headline, _render_running(progress), best_line, render_counts(progress))
 
@@ -125,23 +131,54 @@ def _list_counts(trials: Sequence[TrialRecord]) -> Text:
     return text
 
 
-def render_ranking(ranked: Sequence[TrialRecord]) -> Table:
-    """The ranked table at the end of a search: settings, then validation metrics. Narrow enough for 80 columns."""
+def render_ranking(ranked: Sequence[TrialRecord], objectives: Sequence[str] = ()) -> Table:
+    """The ranked table at the end of a search: settings, then validation metrics. Narrow enough for 80 columns.
+
+    Time in training and memory have columns where they are among the objectives.
+    """
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     settings = ("#", "lr", "batch", "precision", "scale", "interval")
-    for name in (*settings, "epochs", "accuracy", "loss", "skips", "time"):
+    extra = [name for name in objectives if name in _COST_COLUMNS]
+    for name in (*settings, "epochs", "accuracy", "loss", "skips"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in [_COST_COLUMNS[name] for name in extra] or ["time"]:
         table.add_column(name, justify="right", no_wrap=True)
     for rank, trial in enumerate(ranked, start=1):
-        table.add_row(str(rank), *_settings_cells(trial), *_outcome_cells(trial), style="green" if rank == 1 else None)
+        costs = [_cost(trial, name) for name in extra] or [_clock(trial.wall_seconds)]
+        style = "green" if rank == 1 and not extra else None  # of a Pareto set none is the winner
+        table.add_row(str(rank), *_settings_cells(trial), *_outcome_cells(trial), *costs, style=style)
+    return table
+
+
+def render_importance(result: ImportanceResult) -> Table:
+    """How much each parameter mattered, beside what permuted values reach."""
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("parameter", "importance", "of noise", "p", ""):
+        table.add_column(name, justify="left" if name in ("parameter", "") else "right", no_wrap=True)
+    for row in result.rows:
+        told = Text("" if row.told_from_noise else "cannot be told from noise", style="dim")
+        table.add_row(row.parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", told)
     return table
 
 
 def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
-    """What a ranking by accuracy can and cannot tell."""
-    if ranked[0].status is not TrialStatus.COMPLETED:
+    """What a ranking by accuracy, or a Pareto set, can and cannot tell; empty where nothing is known of that."""
+    if provenance.objectives != ("val_accuracy",) and ranked[0].status is not TrialStatus.COMPLETED:
         return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
-    ties = count_ties(ranked, provenance.validation_images)
-    images = f"{provenance.validation_images:,} validation images"
+    if len(provenance.objectives) > 1:
+        names = " and ".join(provenance.objectives)
+        return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
+    if provenance.objective == "val_loss":
+        return ""
+    text = _describe_accuracy_ties(ranked, provenance.validation_images)
+    if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
+        text += " Those with fewer epochs ended early, and count with the accuracy they had."
+    return text
+
+
+def _describe_accuracy_ties(ranked: Sequence[TrialRecord], validation_images: int) -> str:
+    ties = count_ties(ranked, validation_images)
+    images = f"{validation_images:,} validation images"
     if len(ranked) == 1:
         return f"One seed on {images}: other seeds will differ by some tenths of a point."
     if ties == 1:
@@ -186,23 +223,24 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
 
 def _render_running(progress: SearchProgress) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("running", "epoch", "accuracy", "train loss", "scale", "skips"):
-        table.add_column(name, justify="left" if name == "running" else "right")
+    for name in ("running", "epoch", "val acc", "loss", "scale", "", "skips"):
+        table.add_column(name, justify="left" if name in ("running", "") else "right")
     for trial in progress.trials:
         if trial.trial_id in progress.running:
-            table.add_row(trial.trial_name, *_running_cells(trial))
+            table.add_row(Text(trial.trial_name), *_running_cells(trial))
     return table
 
 
-def _running_cells(trial: TrialRecord) -> tuple[str, ...]:
+def _running_cells(trial: TrialRecord) -> tuple[RenderableType, ...]:
     last = trial.last
     if last is None:
-        return (f"0/{trial.config.max_epochs}", "", "", "", "")
+        return (f"0/{trial.config.max_epochs}", *[""] * 5)
     return (
         f"{last.epoch}/{trial.config.max_epochs}",
         _number(last.val_accuracy, ".2%"),
         _loss(last.train_loss),
         format_scale(last.loss_scale),
+        Text(SCALE_REMARKS.get(TrainingState(last.state), ""), "yellow"),
         str(last.skipped_steps),
     )
 
@@ -217,7 +255,15 @@ def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:
     last = trial.last
     assert last is not None  # a trial is ranked by its last report
     metrics = (_number(last.val_accuracy, ".2%"), _loss(last.val_loss), str(last.skipped_steps))
-    return (f"{last.epoch}/{trial.config.max_epochs}", *metrics, _clock(trial.wall_seconds))
+    return (f"{last.epoch}/{trial.config.max_epochs}", *metrics)
+
+
+_COST_COLUMNS = {"train_seconds": "training", "peak_memory_bytes": "memory"}
+
+
+def _cost(trial: TrialRecord, name: str) -> str:
+    value = getattr(trial.last, name)
+    return f"{value:.3g}s" if name == "train_seconds" else f"{value / 2**20:.3g}MiB"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tune_amp.config import OBJECTIVES, InputError, TrialConfig, shown
+from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, SAMPLERS, SCHEDULERS, InputError, TrialConfig, shown
+
+MOST_OBJECTIVES = 3
+"""With more, most trials are best in some way, and nothing is found."""
+
+COMPLETED_ONLY = ("gp", "nsga2")
+"""Samplers of Optuna's that learn nothing from a trial that was stopped early."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +32,15 @@ class SearchOptions:
     grace_period: int = 1
     """Epochs that every trial gets before it can be stopped."""
     reduction_factor: float = 2.0
-    """One trial in so many goes on from rung to rung."""
+    """One trial in so many goes on from rung to rung, of ASHA and HyperBand."""
     objective: str = "val_accuracy"
-    """``val_accuracy`` (higher is better) or ``val_loss`` (lower is better)."""
+    """What is searched for, one of ``config.OBJECTIVES`` or several joined by commas. Of ``val_accuracy`` more is
+    better, of the others less. The first is one of ``config.RANKING_OBJECTIVES``."""
+    sampler: str = "auto"
+    """One of ``config.SAMPLERS``; ``auto`` becomes ``tpe`` for one objective, ``nsga2`` for several."""
+    scheduler: str = "auto"
+    """One of ``config.SCHEDULERS``; ``auto`` becomes ``asha``, but ``none`` for several objectives, and for samplers
+    that learn from completed trials only."""
     seed: int = 0
     """Of the sampler, and of every trial."""
     gpus_per_trial: float | None = None
@@ -48,13 +60,47 @@ class SearchOptions:
         in_range = 1 <= self.grace_period <= self.max_epochs
         _check_flag("--grace-period", self.grace_period, in_range, f"must be 1 to --max-epochs ({self.max_epochs})")
         _check_flag("--reduction-factor", self.reduction_factor, self.reduction_factor > 1, "must be greater than 1")
-        known = self.objective in OBJECTIVES
-        _check_flag("--objective", self.objective, known, f"must be one of {', '.join(OBJECTIVES)}")
+        self._check_objectives()
+        self._choose_algorithms()
         for flag, count in (("--cpus-per-trial", self.cpus_per_trial), ("--max-concurrent", self.max_concurrent)):
             _check_flag(flag, count, count is None or count >= 1, "must be at least 1")
         positive = self.time_budget is None or self.time_budget > 0
         _check_flag("--time-budget", self.time_budget, positive, "must be greater than 0")
         _check_flag("--top-k", self.top_k, self.top_k >= 1, "must be at least 1")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What is searched for, the first of which ranks the trials."""
+        return tuple(name.strip() for name in self.objective.split(","))
+
+    def _check_objectives(self) -> None:
+        names = self.objectives
+        for name in names:
+            rule = f"must be one of {', '.join(OBJECTIVES)}, or several joined by commas"
+            _check_flag("--objective", name, name in OBJECTIVES, rule)
+        _check_flag("--objective", self.objective, len(set(names)) == len(names), "must name none twice")
+        rule = f"must name {MOST_OBJECTIVES} at most"
+        _check_flag("--objective", len(names), len(names) <= MOST_OBJECTIVES, rule)
+        rule = f"must begin with {' or '.join(RANKING_OBJECTIVES)}"
+        _check_flag("--objective", names[0], names[0] in RANKING_OBJECTIVES, rule)
+        object.__setattr__(self, "objective", ",".join(names))
+
+    def _choose_algorithms(self) -> None:
+        several = len(self.objectives) > 1
+        self._choose("sampler", SAMPLERS, "nsga2" if several else "tpe")
+        self._choose("scheduler", SCHEDULERS, "none" if several or self.sampler in COMPLETED_ONLY else "asha")
+        if several:
+            rule = "must not be cmaes for several objectives (it knows one)"
+            _check_flag("--sampler", self.sampler, self.sampler != "cmaes", rule)
+            rule = "must be none for several objectives (Optuna knows no pruned trials there)"
+            _check_flag("--scheduler", self.scheduler, self.scheduler == "none", rule)
+
+    def _choose(self, field: str, known: tuple[str, ...], fitting: str) -> None:
+        """Put ``fitting`` in the place of ``auto``."""
+        name = getattr(self, field)
+        _check_flag(f"--{field}", name, name in ("auto", *known), f"must be auto or one of {', '.join(known)}")
+        if name == "auto":
+            object.__setattr__(self, field, fitting)
 
 
 @contextlib.contextmanager

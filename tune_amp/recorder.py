@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any, Protocol
 
 from ray import tune
 
-from tune_amp.config import TrialConfig, TrialStatus, one_line
+from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.inert import find_inert
 from tune_amp.results import Provenance, TrialRecord, write_trials
-from tune_amp.searcher import find_status
+from tune_amp.searcher import find_cause, find_status
 from tune_amp.trainable import metrics_of
 
 # Files are rewritten as reports come in, so that a killed search loses seconds, but not for every one of thousands.
 WRITE_EVERY_SECONDS = 5.0
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,7 @@ class SearchProgress:
     run: str
     model: str
     dataset: str
-    objective: str
+    objectives: tuple[str, ...]
     num_samples: int
     """Trials that the search will make."""
     time_budget: float | None
@@ -116,7 +114,8 @@ class TrialRecorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's worker died more often than it is tried again."""
-        self._end(trial, status=TrialStatus.FAILED, error=find_cause(trial))
+        cause = find_cause(trial)
+        self._end(trial, status=find_status(None, error=True, cause=cause), error=cause)
 
     def finish(self) -> None:
         """The search is over: what still runs was interrupted, and everything is written."""
@@ -141,12 +140,14 @@ class TrialRecorder(tune.Callback):
     def _add(self, trial: Any) -> None:
         self._places.setdefault(trial.trial_id, len(self._places))
         if trial.trial_id not in self._trials:
+            config = TrialConfig(**trial.config)
             self._trials[trial.trial_id] = TrialRecord(
                 trial_id=trial.trial_id,
                 trial_name=str(trial),
                 status=TrialStatus.INTERRUPTED,
-                config=TrialConfig(**trial.config),
+                config=config,
                 epochs=(),
+                inert=find_inert(config, self._provenance.train_images),
                 started=datetime.datetime.now(datetime.UTC),
                 wall_seconds=0.0,
                 device="",
@@ -171,13 +172,3 @@ class TrialRecorder(tune.Callback):
                 self._observer.on_progress(now, ended)
             except BrokenPipeError:  # whoever watched is gone; the search goes on
                 self._observer = None
-
-
-def find_cause(trial: Any) -> str:
-    """Why a worker died, in one line: the end of the traceback that Tune keeps on this machine."""
-    # Tune's own get_error reads the copy in the experiment's storage, which is an attempt behind or not there yet.
-    path = trial.error_file
-    if path is None or not Path(path).exists():
-        return "its worker died, and Ray left no reason"
-    lines = [_ANSI.sub("", line).strip() for line in Path(path).read_text(errors="replace").splitlines()]
-    return one_line(next((line for line in reversed(lines) if line), "its worker died"))

@@ -1,29 +1,25 @@
-"""The Parquet contract: write, read, choose and replay.
+"""The files of a run: what they hold, written and read.
 
 A run's folder holds ``trials.parquet`` (one row a trial), ``epochs.parquet`` (one row a trial and epoch) and
 ``best.parquet`` (the top k, ranked). Column names, units and types are those of the dataclasses. Imports no torch, Ray
-or Optuna: a configuration can be read wherever pyarrow is. Nothing that is read is unpickled or evaluated.
+or Optuna: a configuration can be read wherever pyarrow is.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import itertools
-import json
-import os
 import types
 import typing
-import uuid
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.config import (
     OBJECTIVES,
+    SAMPLERS,
+    SCHEDULERS,
     EpochMetrics,
     InputError,
     TrialConfig,
@@ -32,15 +28,18 @@ from tune_amp.config import (
     described,
     shown,
 )
-
-SCHEMA_VERSION = 1
-METADATA_KEY = "tune_amp"
+from tune_amp.parquet import (
+    build_columns,
+    build_table,
+    locate,
+    placed,
+    read_origin,
+    read_rows,
+    split_optional,
+    write_parquet,
+)
 
 _T = TypeVar("_T")
-
-# A file that claims more is damaged or hostile: refused before anything of that size is allocated.
-MOST_COLUMNS = 1_000
-MOST_ROWS = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +56,7 @@ class TrialRecord:
     epochs: tuple[EpochMetrics, ...]
     trial_name: str = described("Ray Tune's name of the trial")
     error: str | None = described("one line: why the trial diverged or failed", default=None)
+    inert: tuple[str, ...] = described("settings that cannot act in this trial, even at its full budget", default=())
     started: datetime.datetime | None = described("when the trial started, UTC", default=None)  # noqa: RUF009 (a field)
     wall_seconds: float = described("time from the trial's start to its end", unit="s")
     device: str = described("device the trial computed on: cpu, or the GPU's name")
@@ -98,10 +98,17 @@ class Provenance:
     data_hash: str = described("hash of the data set's content")
     train_images: int = described("images trained on", unit="images")
     validation_images: int = described("images that chose the best", unit="images")
-    objective: str = described("what the trials are ranked by: " + " or ".join(OBJECTIVES))
+    objective: str = described("what was searched for: " + ", ".join(OBJECTIVES) + ", or several joined by commas")
+    sampler: str = described("which of Optuna's samplers suggested: " + ", ".join(SAMPLERS))
+    scheduler: str = described("what stopped trials early: " + ", ".join(SCHEDULERS))
     seed: int = described("seed of the search")
     device: str = described("what the trials were given: cpu or cuda")
     versions: Mapping[str, str] = described("version of each library that matters, by name")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What was searched for, the first of which ranks the trials."""
+        return tuple(self.objective.split(","))
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Provenance).items():
@@ -121,47 +128,12 @@ def _check_texts(name: str, value: Iterable[Any], is_container: bool) -> None:
 
 # ---- schemas ----
 
-_ARROW_TYPES: Mapping[Any, pa.DataType] = {
-    float: pa.float64(),
-    int: pa.int64(),
-    str: pa.string(),
-    TrialStatus: pa.string(),
-    datetime.datetime: pa.timestamp("us", tz="UTC"),
-    tuple[int, ...]: pa.list_(pa.field("element", pa.int64(), nullable=False)),
-    tuple[float, ...]: pa.list_(pa.field("element", pa.float64(), nullable=False)),
-}
-
-
-def _split_optional(hint: Any) -> tuple[Any, bool]:
-    """A field's type without ``None``, and whether ``None`` was part of it."""
-    if not isinstance(hint, types.UnionType):
-        return hint, False
-    [plain] = set(typing.get_args(hint)) - {types.NoneType}
-    return plain, True
-
-
-def _build_column(field: dataclasses.Field[Any], hint: Any, *, nullable: bool) -> pa.Field:
-    plain, optional = _split_optional(hint)
-    unit, description = field.metadata["unit"], field.metadata["doc"]
-    metadata = {"description": description} | ({"unit": unit} if unit else {})
-    return pa.field(field.name, _ARROW_TYPES[plain], nullable=optional or nullable, metadata=metadata)
-
 
 def _build_trial_columns() -> list[pa.Field]:
     """TrialRecord's columns in its own order, ``config`` and ``epochs`` (their last) spread out in place."""
-    spread = {"config": _build_columns(TrialConfig), "epochs": _build_columns(EpochMetrics, of_trials=True)}
-    own = {column.name: [column] for column in _build_columns(TrialRecord)}
+    spread = {"config": build_columns(TrialConfig), "epochs": build_columns(EpochMetrics, of_trials=True)}
+    own = {column.name: [column] for column in build_columns(TrialRecord)}
     return [column for field in dataclasses.fields(TrialRecord) for column in (own | spread)[field.name]]
-
-
-def _build_columns(source: type, *, of_trials: bool = False) -> list[pa.Field]:
-    """A column for each described field; ``of_trials``: nullable, as a trial may end before its first report."""
-    hints = typing.get_type_hints(source)
-    return [
-        _build_column(field, hints[field.name], nullable=of_trials)
-        for field in dataclasses.fields(source)
-        if field.metadata and not (of_trials and field.metadata["epoch_only"])
-    ]
 
 
 def _build_schemas() -> dict[str, pa.Schema]:
@@ -169,7 +141,7 @@ def _build_schemas() -> dict[str, pa.Schema]:
     about_rank = {"description": "place by the objective, from 1; null: a row to compare with"}
     columns = {
         "trials": trials,
-        "epochs": [trials[0], *_build_columns(EpochMetrics)],
+        "epochs": [trials[0], *build_columns(EpochMetrics)],
         "best": [pa.field("rank", pa.int64(), metadata=about_rank), *trials],
     }
     for names in ([column.name for column in of_kind] for of_kind in columns.values()):
@@ -192,8 +164,8 @@ def write_trials(folder: Path, trials: Sequence[TrialRecord], provenance: Proven
     assert len({trial.trial_id for trial in trials}) == len(trials), "trial ids must be unique"
     epochs = [{"trial_id": trial.trial_id} | vars(epoch) for trial in trials for epoch in trial.epochs]
     # Epochs first: a crash between the two leaves no trial without its epochs.
-    write_parquet(_build_table("epochs", epochs, provenance), folder / "epochs.parquet")
-    write_parquet(_build_table("trials", [_to_row(t) for t in trials], provenance), folder / "trials.parquet")
+    _write(folder, "epochs", epochs, provenance)
+    _write(folder, "trials", [_to_row(t) for t in trials], provenance)
 
 
 def write_best(folder: Path, ranked: Sequence[TrialRecord], provenance: Provenance) -> None:
@@ -204,62 +176,16 @@ def write_best(folder: Path, ranked: Sequence[TrialRecord], provenance: Provenan
     """
     assert ranked, "a best file without a trial is not written"
     rows = [{"rank": rank} | _to_row(trial) for rank, trial in enumerate(ranked, start=1)]
-    write_parquet(_build_table("best", rows, provenance), folder / "best.parquet")
+    _write(folder, "best", rows, provenance)
+
+
+def _write(folder: Path, kind: str, rows: list[dict[str, Any]], provenance: Provenance) -> None:
+    table = build_table(kind, SCHEMAS[kind], rows, dataclasses.asdict(provenance))
+    write_parquet(table, folder / f"{kind}.parquet")
 
 
 def _to_row(trial: TrialRecord) -> dict[str, Any]:
     return vars(trial) | vars(trial.config) | (vars(trial.last) if trial.last else {})
-
-
-def _build_table(kind: str, rows: list[dict[str, Any]], provenance: Provenance) -> pa.Table:
-    """``rows`` under the schema of ``kind``: keys that are no column are left out, columns without a key are null."""
-    table = pa.Table.from_pylist(rows, schema=SCHEMAS[kind])
-    origin = dataclasses.asdict(provenance)
-    about = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": kind,
-        "provenance": origin,
-        "provenance_checksum": _checksum(origin),
-        "column_checksums": {name: _checksum(table[name].to_pylist()) for name in table.column_names},
-    }
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps(about, allow_nan=False)})
-
-
-def _checksum(values: Any) -> int:
-    """CRC-32 of the values themselves: Parquet's page checksums cover neither page headers nor the footer."""
-    return zlib.crc32(json.dumps(values, sort_keys=True, default=str).encode())
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Writes ``table`` to ``path`` whole or not at all; see :func:`write_atomically`."""
-    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Lets ``write`` fill ``path`` whole or not at all: temporary name, fsync, rename, fsync of the folder.
-
-    Raises:
-        OSError: nothing was written; what was at ``path`` is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- read ----
@@ -271,9 +197,9 @@ def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
     Raises:
         InputError: the file is missing, damaged, not ours or of another version, or has no such rank.
     """
-    path = _locate(path, "best")
+    path = locate(path, "best")
     row = _pick_rank(path, rank)
-    with _placed(path, row):
+    with placed(path, row):
         return _build(TrialConfig, row)
 
 
@@ -283,7 +209,7 @@ def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
     Raises:
         InputError: as for `load_best`.
     """
-    path = _locate(path, "best")
+    path = locate(path, "best")
     row = _pick_rank(path, rank)
     beside = path.with_name("epochs.parquet")
     return _to_record(path, row, _read_epochs(beside) if beside.exists() else None)
@@ -295,9 +221,9 @@ def load_trials(path: str | Path) -> list[TrialRecord]:
     Raises:
         InputError: a file is missing, damaged, not ours or of another version, or the two do not belong together.
     """
-    path = _locate(path, "trials")
-    rows = _read_rows(path, "trials")
-    epochs = _read_epochs(_locate(path.parent, "epochs"))
+    path = locate(path, "trials")
+    rows = read_rows(path, "trials", SCHEMAS["trials"])
+    epochs = _read_epochs(locate(path.parent, "epochs"))
     trials = [_to_record(path, row, epochs) for row in rows]
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise InputError(f"{path}: trial_id: must be unique")
@@ -310,97 +236,14 @@ def load_provenance(path: str | Path) -> Provenance:
     Raises:
         InputError: the file is missing, damaged, not ours or of another version.
     """
-    path = _locate(path, "trials", "best", "epochs")
-    with _placed(path), _refusing_damage(), pq.ParquetFile(path) as file:
-        about = _read_about(file)
-        if _checksum(about["provenance"]) != about["provenance_checksum"]:
-            raise InputError("provenance: must match its checksum: the file is damaged or was edited")
-        return _build(Provenance, about["provenance"])
-
-
-def _locate(path: str | Path, *kinds: str) -> Path:
-    """``path`` itself where it is a file, else the first file of ``kinds`` in that folder."""
-    path = Path(path)
-    candidates = [path / f"{kind}.parquet" for kind in kinds] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        raise InputError(f"{path}: must hold {' or '.join(candidate.name for candidate in candidates)}")
-    raise InputError(f"{path}: must be a Parquet file or the folder of a run, but does not exist")
-
-
-@contextlib.contextmanager
-def _placed(path: Path, row: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Says in an InputError's message where it was: the file, and the trial where it is about a row."""
-    try:
-        yield
-    except InputError as error:
-        trial = "" if row is None else f"trial {shown(row['trial_id'])}: "
-        raise InputError(f"{path}: {trial}{error}") from error.__cause__
-
-
-# What pyarrow and json were seen to raise on damaged bytes; MemoryError: a length, RecursionError: nested JSON.
-_DECODING_ERRORS: tuple[type[BaseException], ...] = (pa.ArrowException, OSError, ValueError, TypeError, LookupError)
-_DECODING_ERRORS += (ArithmeticError, MemoryError, RecursionError)
-
-
-@contextlib.contextmanager
-def _refusing_damage() -> Iterator[None]:
-    """Makes an InputError of whatever pyarrow and json raise on bytes that they cannot decode."""
-    try:
-        yield
-    except InputError:
-        raise
-    except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"must be a readable, undamaged Parquet file of tune_amp ({reason})") from error
-
-
-def _read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The rows of a file of ``kind``, only the columns of its schema: others are a later version's business."""
-    with _placed(path), _refusing_damage(), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        about = _read_about(file)
-        if about["kind"] != kind:
-            raise InputError(f"kind: must be {kind}, got {shown(about['kind'])}")
-        schema = SCHEMAS[kind]
-        _check_columns(file.schema_arrow, schema)
-        table = file.read(columns=schema.names)
-        columns = {name: table[name].to_pylist() for name in schema.names}
-        for name, values in columns.items():
-            if _checksum(values) != about["column_checksums"][name]:
-                raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _read_about(file: pq.ParquetFile) -> dict[str, Any]:
-    """What we wrote into the file's metadata, its sizes and version checked."""
-    for what, most in {"columns": MOST_COLUMNS, "rows": MOST_ROWS}.items():
-        count = getattr(file.metadata, f"num_{what}")
-        if not 0 <= count <= most:
-            raise InputError(f"must have at most {most:,} {what}, got {count:,}")
-    text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
-    if text is None:
-        raise InputError(f"must be written by tune_amp, but has no {METADATA_KEY!r} metadata")
-    about: dict[str, Any] = json.loads(text)
-    if about["schema_version"] != SCHEMA_VERSION:
-        version = shown(about["schema_version"])
-        raise InputError(f"was written by schema version {version}; this tune_amp reads {SCHEMA_VERSION}")
-    return about
-
-
-def _check_columns(found: pa.Schema, expected: pa.Schema) -> None:
-    for column in expected:
-        indices = found.get_all_field_indices(column.name)
-        if len(indices) != 1:
-            raise InputError(f"{column.name}: must be a column, once, got it {len(indices)} times")
-        got = found.field(indices[0]).type
-        if got != column.type:
-            raise InputError(f"{column.name}: must be a column of type {column.type}, got {shown(str(got))}")
+    path = locate(path, "trials", "best", "epochs")
+    origin = read_origin(path)
+    with placed(path):
+        return _build(Provenance, origin)
 
 
 def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
-    ranked = {row["rank"]: row for row in _read_rows(path, "best") if row["rank"] is not None}
+    ranked = {row["rank"]: row for row in read_rows(path, "best", SCHEMAS["best"]) if row["rank"] is not None}
     if rank not in ranked:
         raise InputError(f"{path}: rank: must be one of 1..{len(ranked)}, got {shown(rank)}")
     return ranked[rank]
@@ -408,15 +251,15 @@ def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
 
 def _read_epochs(path: Path) -> dict[str, list[EpochMetrics]]:
     epochs: dict[str, list[EpochMetrics]] = {}
-    for row in _read_rows(path, "epochs"):
-        with _placed(path, row):
+    for row in read_rows(path, "epochs", SCHEMAS["epochs"]):
+        with placed(path, row):
             epochs.setdefault(row["trial_id"], []).append(_build(EpochMetrics, row))
     return epochs
 
 
 def _to_record(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> TrialRecord:
     """The trial of a row, with its own of ``epochs``; None: only the last epoch is known, from the row itself."""
-    with _placed(path, row):
+    with placed(path, row):
         if row["status"] not in list(TrialStatus):
             raise InputError(f"status: must be one of {', '.join(TrialStatus)}, got {shown(row['status'])}")
         nested = {"config": _build(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
@@ -457,7 +300,7 @@ def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
     """Of each field: whether it may be None, and whether it has a default."""
     hints = typing.get_type_hints(source)
     defaults = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(source)}
-    return {name: (_split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}
+    return {name: (split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}
 
 
 # Listed once: resolving the annotations costs more than building a row.

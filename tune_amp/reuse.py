@@ -15,14 +15,21 @@ from safetensors.torch import save_model
 from tune_amp.batches import place_split
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
-from tune_amp.results import write_atomically
-from tune_amp.training import TrainingData, TrainingRun, find_divergence
+from tune_amp.parquet import write_atomically
+from tune_amp.training import TrainingData, TrainingRun
 
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 
 # What a clock or an allocator measured: all other fields of a replay must be equal to the last bit.
-MEASURED_FIELDS = ("train_seconds", "val_seconds", "data_seconds", "samples_per_second", "peak_memory_bytes")
+MEASURED_FIELDS = (
+    "train_seconds",
+    "val_seconds",
+    "probe_seconds",
+    "data_seconds",
+    "samples_per_second",
+    "peak_memory_bytes",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +73,8 @@ class FinalTraining:
 
     @property
     def divergence(self) -> str | None:
-        """Why the training ended early, or None."""
-        return find_divergence(self._epochs[-1], self._config.max_epochs) if self._epochs else None
+        """Why the training is past saving, or None."""
+        return self._run.hopeless
 
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""

@@ -16,15 +16,16 @@ from ray import tune
 
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
 from tune_amp.data import Dataset
+from tune_amp.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.options import SearchOptions
-from tune_amp.preflight import check_fit
+from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
 from tune_amp.resources import TrialResources, allocate_resources
 from tune_amp.results import Provenance, TrialRecord, write_best
 from tune_amp.searcher import AmpSearch
 from tune_amp.space import SearchSpace
-from tune_amp.stopping import DivergenceAwareASHA
+from tune_amp.stopping import build_scheduler
 from tune_amp.storage import prepare_storage
 from tune_amp.trainable import AmpTrainable, WorkerSetup
 
@@ -42,7 +43,9 @@ class SearchResult:
     """The run folder: ``trials.parquet``, ``epochs.parquet``, ``space.yaml``, ``best.parquet`` if any trial counts."""
     trials: Sequence[TrialRecord]
     ranked: Sequence[TrialRecord]
-    """The best first, at most ``top_k``; empty where no trial produced a result."""
+    """The best first, at most ``top_k``, or the Pareto set; empty where no trial produced a result."""
+    importance: ImportanceResult
+    """Which parameters mattered for the first objective, as written to ``importance.parquet``, or why none is told."""
     provenance: Provenance
     interrupted: bool
     """Whether a signal ended the search before its trials did."""
@@ -81,6 +84,7 @@ def run_search(
     """
     check_fit(space, dataset, options)
     resources = plan_resources(options)
+    check_objectives(options, resources)
     storage = prepare_storage(storage_path, folder, nodes=len(_list_nodes()))
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
@@ -88,7 +92,7 @@ def run_search(
         run=folder.name,
         model=options.model,
         dataset=dataset.name,
-        objective=options.objective,
+        objectives=options.objectives,
         num_samples=options.num_samples,
         time_budget=options.time_budget,
         started=time.monotonic(),
@@ -96,19 +100,30 @@ def run_search(
     recorder = TrialRecorder(folder, provenance, progress, observer)
     shared = {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
     searcher = AmpSearch(
-        space, shared, objective=options.objective, seed=options.seed, folder=folder, study_name=folder.name
+        space,
+        shared,
+        train_images=len(dataset.train),
+        objectives=options.objectives,
+        seed=options.seed,
+        folder=folder,
+        study_name=folder.name,
+        sampler=options.sampler,
+        num_samples=options.num_samples,
+    )
+    scheduler = build_scheduler(
+        options.scheduler,
+        objective=options.objectives[0],
+        max_epochs=options.max_epochs,
+        grace_period=options.grace_period,
+        reduction_factor=options.reduction_factor,
+        on_worker_death=searcher.note_worker_death,
     )
     tuner = tune.Tuner(
         bind_trainable(dataset, resources),
         tune_config=tune.TuneConfig(
             num_samples=options.num_samples,
             search_alg=searcher,
-            scheduler=DivergenceAwareASHA(
-                objective=options.objective,
-                max_epochs=options.max_epochs,
-                grace_period=options.grace_period,
-                reduction_factor=options.reduction_factor,
-            ),
+            scheduler=scheduler,
             max_concurrent_trials=resources.max_concurrent,
             time_budget_s=options.time_budget,
             reuse_actors=True,
@@ -127,13 +142,19 @@ def run_search(
     with _written_at_the_end(searcher, recorder):
         tuner.fit()
     storage.remove_checkpoints()
-    ranked = choose_best(recorder.trials, options.objective, options.top_k)
+    ranked = choose_best(recorder.trials, options.objectives, options.top_k)
     if ranked:
         write_best(folder, ranked, provenance)
+    importance = measure_importance(
+        space, recorder.trials, options.objectives[0], train_images=len(dataset.train), seed=options.seed
+    )
+    if importance.rows:
+        write_importance(folder, importance, provenance)
     return SearchResult(
         folder=folder,
         trials=recorder.trials,
         ranked=ranked,
+        importance=importance,
         provenance=provenance,
         interrupted=was_interrupted(recorder.trials, options, time.monotonic() - progress.started),
     )
@@ -201,6 +222,8 @@ def describe_run(
         train_images=len(dataset.train),
         validation_images=len(dataset.validation),
         objective=options.objective,
+        sampler=options.sampler,
+        scheduler=options.scheduler,
         seed=options.seed,
         device="cuda" if resources.gpus else "cpu",
         versions=versions | {"python": platform.python_version()},
@@ -224,5 +247,7 @@ def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterato
     try:
         yield
     finally:
-        searcher.close()
-        recorder.finish()
+        try:
+            recorder.finish()
+        finally:
+            searcher.close()

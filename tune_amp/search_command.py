@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from tune_amp.config import DATASETS, MODELS, OBJECTIVES, TrialConfig, is_function_name
+from tune_amp.config import DATASETS, MODELS, OBJECTIVES, SAMPLERS, SCHEDULERS, TrialConfig, is_function_name
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -42,6 +42,15 @@ if TYPE_CHECKING:
 DEFAULT_SPACE = "mnist_amp"
 
 SLOW_EPOCH_SECONDS = 120.0
+
+RUN_FILES = (
+    "best.parquet",
+    "trials.parquet",
+    "epochs.parquet",
+    "importance.parquet",
+    "space.yaml",
+    "study.journal",
+)
 
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
@@ -73,13 +82,21 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--max-epochs", "full budget of a trial", type=int, metavar="N")
     add("--grace-period", "epochs before a trial can be stopped early", type=int, metavar="N")
     add("--reduction-factor", "one trial in X goes on from rung to rung", type=float, metavar="X")
-    add("--objective", " or ".join(OBJECTIVES))
+    add("--objective", f"{', '.join(OBJECTIVES)}, or several joined by commas, beginning with accuracy or loss")
+    chosen = {"default": "auto", "metavar": "NAME"}  # SearchOptions puts a name in its place
+    add("--sampler", f"{', '.join(SAMPLERS)} or auto: tpe, for several objectives nsga2", **chosen)
+    add("--scheduler", f"{', '.join(SCHEDULERS)} or auto: asha; none for several objectives, gp and nsga2", **chosen)
     add("--seed", "of the sampler and of every trial", type=int, metavar="N")
     add("--gpus-per-trial", "0.25 lets four share a GPU", type=_gpu_share, default="auto", metavar="auto|X")
     add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
     add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
     add("--time-budget", "interrupt what still runs after so long", type=float, metavar="SECONDS")
-    add("--top-k", "configurations written to best.parquet", type=int, metavar="N")
+    add(
+        "--top-k",
+        "configurations in best.parquet; for several objectives it holds the Pareto set",
+        type=int,
+        metavar="N",
+    )
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
@@ -98,12 +115,13 @@ def _gpu_share(text: str) -> float | None:
 
 
 def _search(arguments: argparse.Namespace, program: str, command: Sequence[str]) -> int:
-    from tune_amp.preflight import check_fit
+    from tune_amp.preflight import check_fit, check_sampler
     from tune_amp.space import load_space
 
     names = [field.name for field in dataclasses.fields(SearchOptions)]
     options = SearchOptions(**{name: getattr(arguments, name) for name in names})
     space = load_space(arguments.space)
+    check_sampler(space, options)  # before the data are loaded, and perhaps downloaded
     stem = Path(arguments.space).stem.lstrip(".")
     run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
     stdout = sys.stdout
@@ -145,7 +163,7 @@ def _search_with_ray(
 
         _print_start(console, space, dataset, options, session, plan_resources(options))
         if arguments.json:
-            _print_json_start(stdout, folder, dataset, session)
+            _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options))
         with _signals_as_ctrl_c(), _choose_observer(arguments, console, stdout) as observer:
             result = run_search(
                 space,
@@ -210,7 +228,12 @@ def _print_start(
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
     console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
     console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
+    for line in _list_inert(space, dataset, options):
+        say(console, f"inert      {line}", style="yellow")
     console.print(f"resources  {resources.reason}", soft_wrap=True)
+    if "train_seconds" in options.objectives and resources.max_concurrent > 1:
+        text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
+        say(console, f"note       train_seconds: {text}", style="yellow")
     if session.dashboard_url:
         way_in = f", token in {session.token_path}" if session.token_path else ""
         console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
@@ -223,6 +246,14 @@ def _print_start(
             say(console, f"note       {precision}: {notice}", style="yellow")
         if device.type == "cpu":
             _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
+
+
+def _list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions) -> list[str]:
+    """Settings that would be searched for nothing."""
+    from tune_amp.inert import describe_inert, estimate_inert
+
+    sizes = {"train_images": len(dataset.train), "max_epochs": options.max_epochs}
+    return describe_inert(estimate_inert(space, **sizes), space, **sizes)
 
 
 def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
@@ -270,7 +301,8 @@ def _name_python() -> str:
 
 
 def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
-    from tune_amp.monitoring import describe_counts, describe_ties, render_ranking
+    from tune_amp.importance import describe_importance
+    from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ranking
 
     console.print(describe_counts(result.trials))
     if result.interrupted:
@@ -279,14 +311,17 @@ def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
         _print_no_result(result)
         return
     console.print()
-    console.print(render_ranking(result.ranked))
-    if result.provenance.objective == "val_accuracy":
-        say(console, describe_ties(result.ranked, result.provenance))
+    console.print(render_ranking(result.ranked, result.provenance.objectives))
+    ties = describe_ties(result.ranked, result.provenance)
+    if ties:
+        say(console, ties)
     console.print()
-    console.print(
-        f"files    {escape(str(result.folder))}: best.parquet, trials.parquet, epochs.parquet, space.yaml",
-        soft_wrap=True,
-    )
+    say(console, describe_importance(result.importance))
+    if any(row.told_from_noise for row in result.importance.rows):
+        console.print(render_importance(result.importance))
+    console.print()
+    files = [name for name in RUN_FILES if (result.folder / name).exists()]
+    console.print(f"files    {escape(str(result.folder))}: {', '.join(files)}", soft_wrap=True)
     console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
 
 
@@ -300,12 +335,14 @@ def _print_no_result(result: "SearchResult") -> None:
     console.print(f"every trial is in {result.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
 
 
-def _print_json_start(stdout: IO[str], folder: Path, dataset: "Dataset", session: "RaySession") -> None:
+def _print_json_start(
+    stdout: IO[str], folder: Path, dataset: "Dataset", session: "RaySession", inert: Sequence[str]
+) -> None:
     from tune_amp.monitoring import JsonLines
 
     token = None if session.token_path is None else str(session.token_path)
     where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
-    JsonLines(stdout).write("start", {"run": folder.name, "dataset": dataset.name, **where})
+    JsonLines(stdout).write("start", {"run": folder.name, "dataset": dataset.name, **where, "inert": inert})
 
 
 def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
@@ -313,4 +350,6 @@ def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
 
     ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
     best = str(result.best_path) if ranked else None
-    JsonLines(stdout).write("result", {"best": ranked, "best_parquet": best, "interrupted": result.interrupted})
+    importance = [vars(row) for row in result.importance.rows]
+    found = {"best": ranked, "best_parquet": best, "importance": importance, "interrupted": result.interrupted}
+    JsonLines(stdout).write("result", found)

@@ -7,42 +7,65 @@ tells a crash as a failure that the sampler forgets. Each outcome is told here f
 import dataclasses
 import functools
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.config import HOPELESS_STATUSES, InputError, TrialConfig, TrialStatus, one_line
+from tune_amp.samplers import build_sampler
 from tune_amp.space import SearchSpace
-from tune_amp.stopping import WORST_VALUES, objective_mode
+from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
 from tune_amp.trainable import RUNNING
 
 STUDY_FILE = "study.journal"
-HOPELESS = (TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY)
 STATUS_ATTRIBUTE = "status"
+OBJECTIVES_ATTRIBUTE = "objectives"
+HOPELESS_CONSTRAINT = "hopeless"
+"""1 where a trial was hopeless, 0 where it was not. One name for every reason: GPSampler wants the same constraints of
+all trials."""
+
+# A hopeless trial's values for GP where no trial has completed yet: worse than chance, but on the scale of real values.
+UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "peak_memory_bytes": 0.0}
+
+# The first words of ray.exceptions.OutOfMemoryError, behind the number of workers that the memory monitor killed.
+OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ATTEMPT = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
 
 
 class AmpSearch(OptunaSearch):
-    """OptunaSearch with a sampler for this space and an honest end for every trial.
+    """OptunaSearch with an honest end for every trial.
 
-    - completed: its value, at the full budget;
+    - completed: its values, at the full budget;
     - stopped: pruned, with the epoch it reached and its values on the way;
-    - diverged or out of memory: complete with the worst value and an infeasible constraint, which TPE ranks below every
-      other trial (a pruned one's rank would depend on how long it ran);
+    - diverged, out of memory or refused by our own checks: complete with the worst value and an infeasible constraint,
+      which TPE ranks below every other trial (a pruned one's rank would depend on how long it ran);
     - failed or interrupted: failed, which the sampler does not count, since the settings are not to blame.
+
+    The first trial has the settings that everybody starts from, or the nearest that the space has: no search should end
+    worse than they do. In a folder that holds the study already, it goes on from there.
 
     Args:
         space: what is searched.
         shared: the ``TrialConfig`` fields that all trials have in common.
-        objective: ``val_accuracy`` or ``val_loss``.
+        train_images: images of the training split, by which relative settings are counted.
+        objectives: what is optimized, of ``OBJECTIVES``; several are sought as a Pareto set.
         seed: of the sampler.
         folder: where the study is kept, in Optuna's own journal file, for ``optuna-dashboard`` to open.
         study_name: the run's name.
+        sampler: one of ``SAMPLERS``.
+        num_samples: trials of the whole search.
+
+    Raises:
+        InputError: the sampler does not apply, or the study in the folder has other objectives.
     """
 
     def __init__(
@@ -50,29 +73,39 @@ class AmpSearch(OptunaSearch):
         space: SearchSpace,
         shared: Mapping[str, Any],
         *,
-        objective: str,
+        train_images: int,
+        objectives: Sequence[str],
         seed: int,
         folder: Path,
         study_name: str,
+        sampler: str = "tpe",
+        num_samples: int,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce every study and trial
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # about group, since Optuna 2.8
-            # Multivariate TPE models a conditional space group by group; ungrouped it would sample it parameter by
-            # parameter.
-            sampler = optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=space.is_conditional, constant_liar=True
-            )
+        path = folder / STUDY_FILE
+        # Continued with the same seed, a sampler would draw its first trials once more.
+        before = count_trials(path, study_name)
+        seed += before
+        built = build_sampler(sampler, space, seed=seed, objectives=objectives, num_samples=num_samples)
+        self._objectives = tuple(objectives)
+        self._models_values = sampler == "gp"
         self._reported_epochs: dict[str, int] = {}
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+        self._causes: dict[str, str] = {}
+        modes = [objective_mode(name) for name in objectives]
         super().__init__(
-            functools.partial(suggest_config, space, dict(shared)),  # the standard pickle must take it: no lambda
-            metric=objective,
-            mode=objective_mode(objective),
-            sampler=sampler,
-            storage=storage,
+            # The standard pickle must take it: no lambda.
+            functools.partial(suggest_config, space, dict(shared), train_images),
+            metric=list(objectives) if len(objectives) > 1 else objectives[0],
+            mode=modes if len(objectives) > 1 else modes[0],
+            sampler=built,
+            storage=open_storage(path),
             study_name=study_name,
         )
+        self._check_objectives(path)
+        self._fail_orphans()
+        if before == 0:
+            defaults = space.find_defaults(train_images=train_images, max_epochs=shared["max_epochs"])
+            self.study.enqueue_trial(defaults)
 
     @property
     def study(self) -> optuna.Study:
@@ -81,14 +114,17 @@ class AmpSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The settings of the next trial: every field of ``TrialConfig``, and nothing else."""
-        suggested = super().suggest(trial_id)
+        with warnings.catch_warnings():
+            # Ray suspects training where a suggestion takes over a second; on a busy machine GPSampler's can.
+            warnings.filterwarnings("ignore", "Define-by-run function passed in the `space` argument took")
+            suggested = super().suggest(trial_id)
         assert suggested is not None  # only a searcher that limits concurrency itself suggests nothing
         return {field.name: suggested[field.name] for field in dataclasses.fields(TrialConfig)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell the value of an epoch."""
-        value = result.get(self.metric)
-        if value is not None and math.isfinite(value) and trial_id not in self._completed_trials:
+        value = result.get(self._objectives[0])
+        if is_finite(value) and trial_id not in self._completed_trials:
             self._report(trial_id, value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -97,51 +133,150 @@ class AmpSearch(OptunaSearch):
             return
         self._completed_trials.add(trial_id)
         trial = self._ot_trials[trial_id]
-        status = find_status(result, error=error)
+        status = find_status(result, error=error, cause=self._causes.pop(trial_id, ""))
         trial.set_user_attr(STATUS_ATTRIBUTE, str(status))
         trial.set_user_attr("trial_id", trial_id)
-        if status in HOPELESS:
-            trial.set_constraint(str(status), 1.0)
-            self.study.tell(trial, WORST_VALUES[self.metric])
+        if status in HOPELESS_STATUSES or (status is TrialStatus.FAILED and (result or {}).get("config_fault")):
+            self._tell_hopeless(trial)
         elif status in (TrialStatus.COMPLETED, TrialStatus.STOPPED):
             assert result is not None  # find_status read it there
-            # Tune tells of a trial's end instead of its last epoch, so that epoch is reported here.
-            self._report(trial_id, result[self.metric], result["epoch"])
-            if status is TrialStatus.COMPLETED:
-                self.study.tell(trial, result[self.metric])
-            else:
-                self.study.tell(trial, state=TrialState.PRUNED)
+            self._tell_result(trial_id, result, stopped=status is TrialStatus.STOPPED)
         else:
             self.study.tell(trial, state=TrialState.FAIL)
+
+    def note_worker_death(self, trial: Any) -> None:
+        """Remember why a trial's worker died; Tune will only say that it did, and only if it is not tried again."""
+        self._causes[trial.trial_id] = find_cause(trial)
 
     def close(self) -> None:
         """Tell every trial that was never told as interrupted: nothing stays running in the study."""
         for trial_id in self._ot_trials.keys() - self._completed_trials:
             self.on_trial_complete(trial_id)
 
+    def restore(self, checkpoint_path: str) -> None:
+        """Come back from ``save``. The study is ahead of it by whatever the killed process still told or asked."""
+        super().restore(checkpoint_path)
+        trials = self.study.get_trials(deepcopy=False)
+        told = {trial.number for trial in trials if trial.state.is_finished()}
+        self._completed_trials |= {trial_id for trial_id, trial in self._ot_trials.items() if trial.number in told}
+        self._fail_orphans()
+
+    def _check_objectives(self, path: Path) -> None:
+        """Optuna continues a study in its own direction without a word, whichever is asked for."""
+        told = self.study.user_attrs.get(OBJECTIVES_ATTRIBUTE, list(self._objectives))
+        if told != list(self._objectives):
+            raise InputError(
+                f"{path}: must be a study of {', '.join(self._objectives)} to be continued, got {', '.join(told)}"
+            )
+        self.study.set_user_attr(OBJECTIVES_ATTRIBUTE, told)
+
+    def _fail_orphans(self) -> None:
+        """Tell trials that a killed process left running as failed: the constant liar would take them for bad ones."""
+        ours = {trial.number for trial in self._ot_trials.values()}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.number not in ours:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def _tell_result(self, trial_id: str, result: dict[str, Any], *, stopped: bool) -> None:
+        trial = self._ot_trials[trial_id]
+        values = [result[name] for name in self._objectives if is_finite(result.get(name))]
+        if is_hopeless(result):
+            self._tell_hopeless(trial)
+        elif len(values) < len(self._objectives) or (stopped and len(values) > 1):
+            # Not measured; or stopped among several objectives, where Optuna keeps no value of a trial cut short.
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            # Tune tells of a trial's end instead of its last epoch, so that epoch is reported here.
+            self._report(trial_id, values[0], result["epoch"])
+            if stopped:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self._tell_values(trial, values, hopeless=False)
+
+    def _tell_hopeless(self, trial: optuna.Trial) -> None:
+        worst = self._find_worst() if self._models_values else [WORST_VALUES[name] for name in self._objectives]
+        self._tell_values(trial, worst, hopeless=True)
+
+    def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
+        trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
+        with warnings.catch_warnings():
+            # It need not: CMA-ES ranks trials by value, and the worst value says the same.
+            warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler will not use them")
+            self.study.tell(trial, values)
+
+    def _find_worst(self) -> list[float]:
+        """For each objective the worst value of a completed trial so far.
+
+        GPSampler fits the values themselves, in units of their standard deviation: beside one value of 1e9 all others
+        are the same. There the constraint alone says that a trial was hopeless.
+        """
+        completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        told = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
+        if not told:
+            return [UNKNOWN_VALUES[name] for name in self._objectives]
+        columns = zip(self._objectives, zip(*told, strict=True), strict=True)
+        return [min(column) if objective_mode(name) == "max" else max(column) for name, column in columns]
+
     def _report(self, trial_id: str, value: float, epoch: int) -> None:
         """Report an epoch once: a trial that is tried again repeats some, and Optuna keeps the first value."""
-        if epoch > self._reported_epochs.get(trial_id, 0):
+        # Optuna knows no values on the way where there are several objectives: report raises.
+        if len(self._objectives) == 1 and epoch > self._reported_epochs.get(trial_id, 0):
             self._reported_epochs[trial_id] = epoch
             self._ot_trials[trial_id].report(value, epoch)
 
 
-def suggest_config(space: SearchSpace, shared: Mapping[str, Any], trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a value was measured and is a finite number."""
+    return value is not None and math.isfinite(value)
+
+
+def open_storage(path: Path) -> optuna.storages.JournalStorage:
+    """The journal at ``path``, made where there is none."""
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def count_trials(path: Path, study_name: str) -> int:
+    """Trials that a study already has; 0 where there is no such study."""
+    if not path.exists():
+        return 0
+    summaries = optuna.get_all_study_summaries(open_storage(path))
+    return sum(summary.n_trials for summary in summaries if summary.study_name == study_name)
+
+
+def suggest_config(
+    space: SearchSpace, shared: Mapping[str, Any], train_images: int, trial: optuna.trial.BaseTrial
+) -> dict[str, Any]:
     """All settings of a trial: the searched and fixed ones of the space, the shared ones, defaults for the rest."""
-    return vars(TrialConfig(**{**shared, **space.suggest(trial)})).copy()
+    suggested = space.suggest(trial, train_images=train_images, max_epochs=shared["max_epochs"])
+    return vars(TrialConfig(**{**shared, **suggested})).copy()
 
 
-def find_status(result: Mapping[str, Any] | None, *, error: bool) -> TrialStatus:
+def find_status(result: Mapping[str, Any] | None, *, error: bool, cause: str = "") -> TrialStatus:
     """How a trial ended, from its last result.
 
     Args:
         result: the last result, None or without a status where there was none.
         error: whether Ray counts it as an error: its process died, and retries were used up.
+        cause: why it died, from ``find_cause``.
     """
     if error:
-        return TrialStatus.FAILED
+        return TrialStatus.OUT_OF_MEMORY if OUT_OF_MEMORY_SIGN in cause else TrialStatus.FAILED
     status = (result or {}).get("status", RUNNING)
     if status != RUNNING:
         return TrialStatus(status)
     # Tune sets ``done`` where the scheduler stopped the trial; Ctrl-C and the time budget leave it unset.
     return TrialStatus.STOPPED if (result or {}).get("done") else TrialStatus.INTERRUPTED
+
+
+def find_cause(trial: Any) -> str:
+    """Why a trial's worker last died, in one line: the end of the traceback that Tune keeps on this machine."""
+    # Tune's own get_error reads the copy in the experiment's storage, which is an attempt behind or not there yet.
+    path = trial.error_file
+    if path is None or not Path(path).exists():
+        return "its worker died, and Ray left no reason"
+    text = _ANSI.sub("", Path(path).read_text(errors="replace"))
+    last_attempt = _ATTEMPT.split(text)[-1]  # Tune appends
+    lines = [line.strip() for line in last_attempt.splitlines() if line.strip()]
+    # The memory monitor's report begins with what happened, and ends in a paragraph of advice.
+    reasons = [line for line in lines if OUT_OF_MEMORY_SIGN in line] or lines[-1:] or ["its worker died"]
+    return one_line(reasons[0])

@@ -7,12 +7,18 @@
       batch_size: {low: 64, high: 1024, power_of_two: true}
       precision: {choices: [fp32, bf16, fp16]}
       init_scale: {low: 1, high: 2^24, power_of_two: true, when: {precision: fp16}}
+      growth_interval: {low: 0.005, high: 0.5, log: true, fraction_of_trial: true, when: {precision: fp16}}
     fixed:                             # what every trial shares
-      growth_interval: 500             # a scaler field: reaches fp16 trials only
+      backoff_factor: 0.25             # a scaler field: reaches fp16 trials only
 
 ``when`` makes a parameter active only in trials whose named fields all have (one of) the given values; elsewhere it is
 left out and TrialConfig's default applies. A number may be written as the text ``2^N``.
 Powers of two are suggested by their exponent, under the name ``log2(init_scale)``.
+
+``fraction_of_trial`` is for ``growth_interval`` alone: numbers are fractions of the trial's training steps, which are
+(training images // ``batch_size``) * ``max_epochs``, and the interval is rounded to whole steps, at least one. The same
+2,000 steps are a quarter of a trial at batch size 64 and more than all of one at 1,024, where an interval never acts.
+Fractions are suggested under the name ``growth_interval/trial_steps``, so that no study mixes them with steps.
 """
 
 import dataclasses
@@ -20,75 +26,24 @@ import difflib
 import graphlib
 import math
 import re
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 
 from tune_amp.config import FIELD_TYPES, SCALER_DEFAULTS, InputError, TrialConfig, checked_type, shown
+from tune_amp.parameters import Parameter, exponent_of, value_type
 from tune_amp.strict_yaml import read_yaml
 
 MAX_BYTES = 2**16  # a space has some hundred; PyYAML needs seconds for a megabyte
 
 FLAGS = {"model": "--model", "dataset": "--dataset", "max_epochs": "--max-epochs", "seed": "--seed"}
 SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
+RELATIVE = "growth_interval"  # the one field that is counted in training steps
 
 _POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
 _SHAPE = "must be a mapping with low and high, or with choices"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One searched field: a range from ``low`` to ``high`` (both included) or ``choices``."""
-
-    name: str
-    """The TrialConfig field."""
-    low: float | int | None = None
-    high: float | int | None = None
-    log: bool = False
-    power_of_two: bool = False
-    choices: tuple[Any, ...] = ()
-    when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    """Active where each of these searched fields is active and has one of its values. Fixed fields are settled."""
-
-    @property
-    def optuna_name(self) -> str:
-        """The name in the study: it says so where the number suggested is an exponent."""
-        return f"log2({self.name})" if self.power_of_two else self.name
-
-    def is_active(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the conditions hold, given the settings of every parent that is active."""
-        return all(parent in settings and settings[parent] in values for parent, values in self.when.items())
-
-    def listed(self) -> tuple[Any, ...]:
-        """Every value that can be suggested: the choices or the powers of two; empty for other ranges."""
-        if not self.power_of_two:
-            return self.choices
-        lowest, highest = self._exponents()
-        return tuple(self._power(exponent) for exponent in range(lowest, highest + 1))
-
-    def suggest(self, trial: optuna.trial.BaseTrial) -> Any:
-        """A value, of the TrialConfig field's type."""
-        if self.choices:
-            return trial.suggest_categorical(self.name, self.choices)
-        if self.power_of_two:
-            return self._power(trial.suggest_int(self.optuna_name, *self._exponents()))
-        assert self.low is not None
-        assert self.high is not None
-        if _value_type(self.name) is int:
-            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
-        return float(trial.suggest_float(self.name, self.low, self.high, log=self.log))
-
-    def _exponents(self) -> tuple[int, int]:
-        assert self.low is not None
-        assert self.high is not None
-        return _exponent(self.low), _exponent(self.high)
-
-    def _power(self, exponent: int) -> float | int:
-        value: float | int = _value_type(self.name)(math.ldexp(1.0, exponent))  # exact, however small
-        return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +55,7 @@ class SearchSpace:
     text: str
     """The YAML, verbatim."""
     parameters: tuple[Parameter, ...]
-    """Parents precede children."""
+    """Parents precede children, and the batch size precedes what is relative to the trial."""
     fixed: Mapping[str, Any]
     """Settings of every trial; scaler fields among them apply to fp16 trials only."""
 
@@ -109,27 +64,59 @@ class SearchSpace:
         """Whether some parameter is left out of some trials."""
         return any(parameter.when for parameter in self.parameters)
 
-    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+    def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """TrialConfig field -> value: fixed and active searched ones; the rest keep TrialConfig's defaults."""
         settings = dict(self.fixed)
         for parameter in self.parameters:
             if parameter.is_active(settings):
-                settings[parameter.name] = parameter.suggest(trial)
+                steps = _count_steps(settings, train_images, max_epochs)
+                settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
         if settings.get("precision") == "fp16":
             return settings
         return {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
 
+    def find_defaults(self, *, train_images: int, max_epochs: int) -> dict[str, Any]:
+        """The settings that everybody starts from, or the nearest that the space has, as a study suggests them.
+
+        They are TrialConfig's own defaults in fp16: those of PyTorch's GradScaler and of its AMP tutorials. What has no
+        near value, a text that is no choice, is left out.
+        """
+        defaults = TrialConfig(precision="fp16")
+        settings, suggested = dict(self.fixed), dict[str, Any]()
+        for parameter in self.parameters:
+            if parameter.is_active(settings):
+                steps = _count_steps(settings, train_images, max_epochs)
+                nearest = parameter.find_nearest(getattr(defaults, parameter.name), trial_steps=steps)
+                if nearest:
+                    suggested |= nearest
+                    trial = optuna.trial.FixedTrial(suggested)
+                    settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
+        return suggested
+
+    def sample(self, count: int, *, seed: int, train_images: int, max_epochs: int) -> Iterator[dict[str, Any]]:
+        """Random suggestions, drawn independently of each other."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        for _ in range(count):
+            yield self.suggest(study.ask(), train_images=train_images, max_epochs=max_epochs)
+
     def bounds(self, name: str) -> tuple[float | int, float | int] | None:
         """Smallest and largest number that the space itself gives to field ``name``.
 
-        None where the field is neither searched nor fixed, or is not a number.
+        None where the field is neither searched nor fixed, is not a number, or depends on the length of the trial.
         """
         values: Iterable[Any] = (self.fixed.get(name),)
         for parameter in self.parameters:
-            if parameter.name == name:
+            if parameter.name == name and not parameter.fraction_of_trial:
                 values = parameter.choices or (parameter.low, parameter.high)
         numbers = [value for value in values if isinstance(value, int | float)]
         return (min(numbers), max(numbers)) if numbers else None
+
+
+def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:
+    """Training steps of a trial. What asks for them comes after the batch size, which is settled by then."""
+    batch_size: int = settings.get("batch_size", TrialConfig.batch_size)
+    return train_images // batch_size * max_epochs
 
 
 def load_space(source: str) -> SearchSpace:
@@ -195,7 +182,7 @@ def _build_space(source: str, text: str, document: Any) -> SearchSpace:
         name: _read_when(f"parameters.{name}.when", entry["when"], parameters, fixed) if "when" in entry else {}
         for name, entry in entries.items()
     }
-    needs = _collect_needs(conditions)
+    needs = _collect_needs(conditions, _list_predecessors(parameters, conditions))
     _check_scaler_fields(parameters, fixed, needs)
     ordered = tuple(dataclasses.replace(parameters[name], when=conditions[name]) for name in needs)
     return SearchSpace(source=source, text=text, parameters=ordered, fixed=fixed)
@@ -215,40 +202,56 @@ def _read_parameter(name: str, entry: Any) -> Parameter:
     path = f"parameters.{name}"
     if not isinstance(entry, dict):
         raise InputError(f"{path}: {_SHAPE}, got {shown(entry)}")
-    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "choices", "when"))
+    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "fraction_of_trial", "choices", "when"))
+    if name != RELATIVE and "fraction_of_trial" in entry:
+        raise InputError(f"{path}.fraction_of_trial: is for {RELATIVE} only, got {shown(entry['fraction_of_trial'])}")
+    relative = _read_flag(path, entry, "fraction_of_trial")
     if "choices" in entry:
         for key in ("low", "high", "log", "power_of_two"):
             if key in entry:
                 raise InputError(f"{path}.{key}: must be left out beside choices, got {shown(entry[key])}")
-        return Parameter(name=name, choices=_read_choices(f"{path}.choices", name, entry["choices"]))
+        choices = _read_choices(f"{path}.choices", name, entry["choices"], relative=relative)
+        return Parameter(name=name, choices=choices, fraction_of_trial=relative)
     if "low" not in entry or "high" not in entry:
         raise InputError(f"{path}: {_SHAPE}, got {shown(entry)}")
-    return _read_range(path, name, entry)
+    return _read_range(path, name, entry, relative=relative)
 
 
-def _read_choices(path: str, name: str, raw: Any) -> tuple[Any, ...]:
+def _read_flag(path: str, entry: Mapping[str, Any], key: str) -> bool:
+    flag = entry.get(key, False)
+    if not isinstance(flag, bool):
+        raise InputError(f"{path}.{key}: must be true or false, got {shown(flag)}")
+    return flag
+
+
+def _read_choices(path: str, name: str, raw: Any, *, relative: bool) -> tuple[Any, ...]:
     if not isinstance(raw, list) or not raw:
         raise InputError(f"{path}: must be a list of at least one value, got {shown(raw)}")
     choices: dict[Any, None] = {}
     for index, value in enumerate(raw):
-        choice = _read_value(f"{path}[{index}]", name, value)
+        place = f"{path}[{index}]"
+        choice = _read_fraction(place, value) if relative else _read_value(place, name, value)
         if choice in choices:
-            raise InputError(f"{path}[{index}]: must not repeat a choice, got {shown(choice)} again")
+            raise InputError(f"{place}: must not repeat a choice, got {shown(choice)} again")
         choices[choice] = None
     return tuple(choices)
 
 
-def _read_range(path: str, name: str, entry: Mapping[str, Any]) -> Parameter:
-    number = _value_type(name)
+def _read_range(path: str, name: str, entry: Mapping[str, Any], *, relative: bool) -> Parameter:
+    number = value_type(name)
     if number is str:
         raise InputError(f"{path}: must have choices instead of low and high, because {name} is a text")
-    low, high = (_read_value(f"{path}.{key}", name, entry[key], expected=number) for key in ("low", "high"))
+    low, high = (
+        _read_fraction(f"{path}.{key}", entry[key])
+        if relative
+        else _read_value(f"{path}.{key}", name, entry[key], expected=number)
+        for key in ("low", "high")
+    )
     if not low < high:
         raise InputError(f"{path}: low < high must hold, got low={low}, high={high}")
-    log, power_of_two = (entry.get(key, False) for key in ("log", "power_of_two"))
-    for key, flag in (("log", log), ("power_of_two", power_of_two)):
-        if not isinstance(flag, bool):
-            raise InputError(f"{path}.{key}: must be true or false, got {shown(flag)}")
+    log, power_of_two = (_read_flag(path, entry, key) for key in ("log", "power_of_two"))
+    if relative and power_of_two:
+        raise InputError(f"{path}: power_of_two and fraction_of_trial must not both be true")
     if log and power_of_two:
         raise InputError(f"{path}: log and power_of_two must not both be true (powers of two are a log scale)")
     if log and low <= 0:
@@ -256,7 +259,7 @@ def _read_range(path: str, name: str, entry: Mapping[str, Any]) -> Parameter:
     for key, bound in (("low", low), ("high", high)):
         if power_of_two and not _is_power_of_two(bound):
             raise InputError(f"{path}.{key}: must be a power of two, got {bound}")
-    return Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two)
+    return Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two, fraction_of_trial=relative)
 
 
 def _read_when(
@@ -289,19 +292,33 @@ def _read_when(
 def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None:
     possible = parent.listed()
     if not possible:
-        raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is a plain range")
+        kind = "a fraction of the trial" if parent.fraction_of_trial else "a plain range"
+        raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is {kind}")
     for value in values:
         if value not in possible:
             raise InputError(f"{path}: must be one of {shown(possible)}, as {parent.name} is, got {shown(value)}")
 
 
-def _collect_needs(conditions: Mapping[str, Mapping[str, tuple[Any, ...]]]) -> dict[str, dict[str, tuple[Any, ...]]]:
+def _list_predecessors(
+    parameters: Mapping[str, Parameter], conditions: Mapping[str, Mapping[str, tuple[Any, ...]]]
+) -> dict[str, list[str]]:
+    """For each parameter, those that must be settled before it."""
+    predecessors = {name: list(when) for name, when in conditions.items()}
+    for name, parameter in parameters.items():
+        if parameter.fraction_of_trial and "batch_size" in parameters:  # closes no circle: it is nobody's parent
+            predecessors[name].append("batch_size")
+    return predecessors
+
+
+def _collect_needs(
+    conditions: Mapping[str, Mapping[str, tuple[Any, ...]]], predecessors: Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, tuple[Any, ...]]]:
     """For each parameter, parents first: the values that each ancestor must have for it to be active.
 
     Conditions only ever say "and", so a set of values an ancestor is all there is to know, and the check is exact.
     """
     try:
-        order = list(graphlib.TopologicalSorter({name: list(when) for name, when in conditions.items()}).static_order())
+        order = list(graphlib.TopologicalSorter(predecessors).static_order())
     except graphlib.CycleError as error:
         circle = error.args[1]
         path = f"parameters.{circle[-1]}.when"
@@ -351,13 +368,21 @@ def _read_value(path: str, name: str, raw: Any, *, expected: Any = None) -> Any:
     """``raw`` as a value of field ``name``, checked by TrialConfig itself."""
     settings: dict[str, Any] = {"precision": "fp16"} if name in SCALER_DEFAULTS else {}
     if expected is None:  # null is a setting for grad_clip, but says nothing for a scaler field
-        expected = _value_type(name) if settings else FIELD_TYPES[name]
-    value = checked_type(path, _read_power_of_two(raw, _value_type(name)), expected)
+        expected = value_type(name) if settings else FIELD_TYPES[name]
+    value = checked_type(path, _read_power_of_two(raw, value_type(name)), expected)
     try:
         TrialConfig(**(settings | {name: value}))
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
     return value
+
+
+def _read_fraction(path: str, raw: Any) -> float:
+    """``raw`` as a fraction of a trial's steps; more than 1 is an interval that never ends within the trial."""
+    fraction: float = checked_type(path, _read_power_of_two(raw, float), float)
+    if fraction <= 0:
+        raise InputError(f"{path}: must be greater than 0, got {fraction}")
+    return fraction
 
 
 def _read_power_of_two(raw: Any, number: type) -> Any:
@@ -369,19 +394,9 @@ def _read_power_of_two(raw: Any, number: type) -> Any:
     return 2**exponent if exponent >= 0 else 2.0**exponent
 
 
-def _value_type(name: str) -> type:
-    """``float``, ``int`` or ``str``: the field's type, null apart."""
-    expected = FIELD_TYPES[name]
-    return next(option for option in (float, int, str) if option in (typing.get_args(expected) or (expected,)))
-
-
 def _is_power_of_two(value: float) -> bool:
     # compared as a number: frexp rounds an int above 2^53
-    return value > 0 and value == math.ldexp(1.0, _exponent(value))
-
-
-def _exponent(value: float) -> int:
-    return math.frexp(value)[1] - 1
+    return value > 0 and value == math.ldexp(1.0, exponent_of(value))
 
 
 def _check_fields(path: str, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
 from tune_amp.data import Split
-from tune_amp.training import TrainingData, TrainingRun, find_divergence, release_memory
+from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
 
@@ -63,6 +63,7 @@ class AmpTrainable(tune.Trainable):
         if self._run is not None:  # the scheduler stopped it, and no step of its own was the last
             self._release()
         self._settings = dict(new_config)
+        self._first_failure: str | None = None
         self._started = time.time()
         return True
 
@@ -73,13 +74,15 @@ class AmpTrainable(tune.Trainable):
             torch.AcceleratorError: the GPU can no longer be used from this process.
         """
         try:
-            report = self._train_epoch()
+            report = self._train_epoch_or_try_again()
         except Exception as error:  # a trial that fails is a row with a status, never a stop of the search
             if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
                 # After a device assert or an illegal access every later CUDA call of the process fails as well, and so
                 # would every later trial. Ray ends a worker whose step raises, and tries again in a new one.
                 raise
             report = failure_report(error)
+            if self._first_failure is not None and self._first_failure != report["error"]:
+                report["error"] = one_line(f"{report['error']}; before that, {self._first_failure}")
         if report["done"]:
             self._release()
         return report | {
@@ -101,12 +104,26 @@ class AmpTrainable(tune.Trainable):
         if path.exists():
             self._start_run().load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
+    def _train_epoch_or_try_again(self) -> dict[str, Any]:
+        """An epoch; once in a trial, a failure that need not be the settings' fault starts it anew.
+
+        A full disk, a flaky driver or file system may be over a moment later; what fails twice is reported.
+        """
+        try:
+            return self._train_epoch()
+        except Exception as error:
+            final = isinstance(error, InputError | torch.AcceleratorError) or is_out_of_memory(error)
+            if final or self._first_failure is not None:
+                raise
+            self._first_failure = describe_error(error)
+        self._release()
+        return self._train_epoch()
+
     def _train_epoch(self) -> dict[str, Any]:
         run = self._run or self._start_run()
         metrics = run.train_epoch()
-        reason = find_divergence(metrics, self._max_epochs)
-        if reason is not None:
-            return progress_report(metrics, TrialStatus.DIVERGED, reason)
+        if run.hopeless is not None:
+            return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
         finished = metrics.epoch >= self._max_epochs
         return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
 
@@ -130,10 +147,15 @@ def progress_report(metrics: EpochMetrics, status: str, error: str | None = None
 
 
 def failure_report(error: Exception) -> dict[str, Any]:
-    """What a trial tells Tune when an exception ended it. Tune insists on the objective, so it gets NaN."""
+    """What a trial tells Tune when an exception ended it. Tune insists on the objective, so it gets NaN.
+
+    ``config_fault`` says that our own check refused the settings, which would fail again wherever they are tried.
+    """
     status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(error) else TrialStatus.FAILED
+    refused = isinstance(error, InputError) and error.__cause__ is None  # not where a module of the user's failed
     text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
-    return {**dict.fromkeys(OBJECTIVES, math.nan), "status": str(status), "error": text, "done": True}
+    ending = {"status": str(status), "error": text, "config_fault": refused, "done": True}
+    return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tune_amp.amp import AmpStep, ScalerTelemetry, fp32_arithmetic
+from tune_amp.amp import AmpStep, GradientProbe, ScalerTelemetry, all_finite, fp32_arithmetic
 from tune_amp.batches import (
     DeviceSplit,
     InputScaling,
@@ -27,9 +28,7 @@ from tune_amp.batches import (
 from tune_amp.config import EpochMetrics, TrialConfig
 from tune_amp.data import Split
 from tune_amp.models import InputShape, build_model
-
-# Gradients that overflow fp16 exceed 65504 / scale: where the scale is below 2^-24, 2^39, and no scale will help.
-COLLAPSED_SCALE = 2.0**-24
+from tune_amp.states import EpochEvidence, Verdict, judge_epoch
 
 EVALUATION_BATCH = 2048
 ESTIMATE_IMAGES = 32
@@ -73,12 +72,39 @@ class TrainingData:
         return None if weights is None else weights.to(self.device)
 
     @functools.cached_property
+    def guessing(self) -> "Guessing":
+        """What a model reaches that knows how frequent each class is, and nothing of the images."""
+        shares = np.bincount(self._host_train.labels, minlength=self.num_classes) / len(self._host_train)
+        entropy = -float(sum(share * math.log(share) for share in shares if share > 0))
+        images = len(self.train.labels if self.validation is None else self.validation.labels)
+        return Guessing(loss=entropy, accuracy=float(shares.max()), images=images)
+
+    @functools.cached_property
     def easy_to_hard(self) -> Tensor:
         """Indices of the training images by rising difficulty, int64 [n]."""
         started = time.perf_counter()
         order = torch.from_numpy(difficulty_order(self._host_train, self.num_classes)).to(self.device)
         self._placing_seconds += time.perf_counter() - started
         return order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guessing:
+    """The best that can be had without looking at an image."""
+
+    loss: float
+    """Entropy of the labels, in nats."""
+    accuracy: float
+    """Share of the most frequent class."""
+    images: int
+    """That accuracies are measured on."""
+
+    def is_beaten(self, loss: float, accuracy: float | None) -> bool:
+        """Whether a model is clearly better: by 5 % of the loss, or by 3 standard errors of the accuracy."""
+        if loss < 0.95 * self.loss:
+            return True
+        error = math.sqrt(self.accuracy * (1 - self.accuracy) / self.images)
+        return accuracy is not None and accuracy > self.accuracy + 3 * error
 
 
 class MemoryMeter:
@@ -129,17 +155,19 @@ class TrainingRun:
         self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
         self._optimizer = build_optimizer(config, self.model)
         self._amp = AmpStep(config, data.device, max_steps=len(data.train.labels) // config.batch_size)
+        self._can_be_probed = True
+        # Until a weight has moved: on the host, so that no memory of the device is charged for it.
+        self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
         self._epoch = 0
-        self._train_seconds = self._val_seconds = 0.0
+        self.hopeless: str | None = None
+        """Why training is past saving, after the last epoch; None while it may still get better."""
+        self._train_seconds = self._val_seconds = self._probe_seconds = 0.0
         self._data_seconds = data.claim_placing_seconds()
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Train what is left of ``max_epochs``, ending early where the run diverges."""
-        while self._epoch < self._config.max_epochs:
-            metrics = self.train_epoch()
-            yield metrics
-            if find_divergence(metrics, self._config.max_epochs):
-                return
+        """Train what is left of ``max_epochs``, ending early where the run is past saving."""
+        while self._epoch < self._config.max_epochs and self.hopeless is None:
+            yield self.train_epoch()
 
     def train_epoch(self) -> EpochMetrics:
         """Train one epoch and validate.
@@ -147,11 +175,33 @@ class TrainingRun:
         Raises:
             InputError: ``batch_size`` exceeds the training images, so that no step can be made.
         """
+        before = self._amp.telemetry
+        batches = self._draw_batches()
         with self._memory.measure():  # not validation: 2,048 images in fp32 can take more than a training batch
-            train_loss, train_seconds, samples = self._train()
+            train_loss, train_seconds = self._train(batches)
         self._epoch += 1
         val_loss, val_accuracy = self._validate()
-        return self._metrics(train_loss, val_loss, val_accuracy, samples / train_seconds)
+        started = time.perf_counter()
+        has_learned = self._data.guessing.is_beaten(train_loss if val_loss is None else val_loss, val_accuracy)
+        probe = self._probe(batches, before, has_learned=has_learned)
+        verdict = self._judge(probe, before, val_loss, has_learned=has_learned)
+        self.hopeless = verdict.hopeless
+        self._probe_seconds += time.perf_counter() - started
+        return EpochMetrics(
+            epoch=self._epoch,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            **vars(self._amp.telemetry),
+            train_seconds=self._train_seconds,
+            val_seconds=self._val_seconds,
+            data_seconds=self._data_seconds,
+            samples_per_second=batches.numel() / train_seconds,
+            peak_memory_bytes=self._memory.peak_bytes,
+            state=str(verdict.state),
+            underflow_share=probe.underflow_share,
+            probe_seconds=self._probe_seconds,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
@@ -164,7 +214,7 @@ class TrainingRun:
             "order": self._order.get_state(),
             "cpu_generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "seconds": [self._train_seconds, self._val_seconds, self._data_seconds],
+            "seconds": [self._train_seconds, self._val_seconds, self._probe_seconds, self._data_seconds],
             "peak_memory_bytes": self._memory.peak_bytes,
         }
 
@@ -181,7 +231,7 @@ class TrainingRun:
         torch.set_rng_state(state["cpu_generator"])
         if state["cuda_generator"] is not None and self._data.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_generator"], self._data.device)
-        self._train_seconds, self._val_seconds, data_seconds = state["seconds"]
+        self._train_seconds, self._val_seconds, self._probe_seconds, data_seconds = state["seconds"]
         self._data_seconds += data_seconds
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
@@ -189,29 +239,31 @@ class TrainingRun:
         """Mean loss and accuracy of the model on ``split``, in strict fp32."""
         return evaluate(self.model, split, self._scaling)
 
-    def _train(self) -> tuple[float, float, int]:
-        """Train one epoch.
+    def _train(self, batches: Tensor) -> tuple[float, float]:
+        """Train on ``batches``, int64 [steps, batch_size].
 
         Returns:
-            Mean loss of the steps, seconds, images seen.
+            Mean loss of the steps, and seconds.
         """
         started = time.perf_counter()
         self.model.train()
-        batches = self._draw_batches()
         with fp32_arithmetic(self._config.precision):
             for indices in batches:
                 self._step(indices)
             train_loss = self._amp.read_epoch()  # waits for the device, so that the clock below is right
         seconds = time.perf_counter() - started
         self._train_seconds += seconds
-        return train_loss, seconds, batches.numel()
+        return train_loss, seconds
 
     def _step(self, indices: Tensor) -> None:
+        with self._amp.autocast():
+            loss = self._compute_loss(indices)
+        self._amp.step(self._optimizer, loss)
+
+    def _compute_loss(self, indices: Tensor) -> Tensor:
         images = scale_images(self._data.train.images.index_select(0, indices), self._scaling)
         labels = self._data.train.labels.index_select(0, indices)
-        with self._amp.autocast():
-            loss = nn.functional.cross_entropy(self.model(images), labels, weight=self._class_weights)
-        self._amp.step(self._optimizer, loss)
+        return nn.functional.cross_entropy(self.model(images), labels, weight=self._class_weights)
 
     def _draw_batches(self) -> Tensor:
         """Indices of this epoch's training images, int64 [steps, batch_size] on the device."""
@@ -231,21 +283,75 @@ class TrainingRun:
         self._val_seconds += time.perf_counter() - started
         return loss_and_accuracy
 
-    def _metrics(
-        self, train_loss: float, val_loss: float | None, val_accuracy: float | None, samples_per_second: float
-    ) -> EpochMetrics:
-        scaler: ScalerTelemetry = self._amp.telemetry
-        return EpochMetrics(
-            epoch=self._epoch,
-            train_loss=train_loss,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
-            **vars(scaler),
-            train_seconds=self._train_seconds,
-            val_seconds=self._val_seconds,
-            data_seconds=self._data_seconds,
-            samples_per_second=samples_per_second,
-            peak_memory_bytes=self._memory.peak_bytes,
+    def _probe(self, batches: Tensor, before: ScalerTelemetry, *, has_learned: bool) -> GradientProbe:
+        """Gradients on images of the epoch, weighed as in its batches; an empty probe where none is of use.
+
+        Args:
+            batches: indices of the epoch's images, int64 [steps, batch_size].
+            before: the telemetry before the epoch.
+            has_learned: whether the model is better than guessing. Then only underflow is of interest.
+        """
+        if not self._can_be_probed or (has_learned and self._config.precision != "fp16"):
+            return GradientProbe()
+        images, batch_size = batches.flatten(), batches.shape[1]
+        now = self._amp.telemetry
+        try:
+            with self._undisturbed(), fp32_arithmetic(self._config.precision):
+                return self._amp.probe(
+                    [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+                    lambda count: self._probe_loss(images[:count], batch_size),
+                    batch_size=batch_size,
+                    steps_left=(self._config.max_epochs - self._epoch) * (len(self._data.train.labels) // batch_size),
+                    all_skipped=now.skipped_steps - before.skipped_steps == now.steps - before.steps,
+                )
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # a user's model may need backward() itself (reentrant checkpoints do), or memory be short
+            self._can_be_probed = False
+            return GradientProbe()
+
+    def _probe_loss(self, images: Tensor, batch_size: int) -> Tensor:
+        """Loss of ``images`` (indices, int64) as they weigh in a batch; the same dropout every time."""
+        torch.manual_seed(self._config.seed)
+        return self._compute_loss(images) * (len(images) / batch_size)
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Forward passes within leave random numbers and running statistics as they were."""
+        device = self._data.device
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    def _weights_moved(self) -> bool:
+        if self._initial is not None:
+            pairs = zip(self.model.parameters(), self._initial, strict=True)
+            if not all(torch.equal(parameter.detach().cpu(), initial) for parameter, initial in pairs):
+                self._initial = None
+        return self._initial is None
+
+    def _judge(
+        self, probe: GradientProbe, before: ScalerTelemetry, val_loss: float | None, *, has_learned: bool
+    ) -> Verdict:
+        now = self._amp.telemetry
+        return judge_epoch(
+            EpochEvidence(
+                weights_finite=all_finite(list(self.model.parameters())),
+                weights_moved=self._weights_moved(),
+                # Weight decay moves weights that get no gradient, and may bring some back.
+                **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
+                val_loss=val_loss,
+                has_learned=has_learned,
+                epoch_steps=now.steps - before.steps,
+                epoch_skipped=now.skipped_steps - before.skipped_steps,
+                applied_steps=now.applied_steps,
+                skipped_steps=now.skipped_steps,
+                is_last_epoch=self._epoch >= self._config.max_epochs,
+            )
         )
 
 
@@ -302,28 +408,6 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
     )
     first, second = run.train_epoch().train_seconds, run.train_epoch().train_seconds  # cumulative
     return (second - first) / len(few) * len(train)
-
-
-def find_divergence(metrics: EpochMetrics, max_epochs: int) -> str | None:
-    """Why the run is past saving, or None: a loss that is not finite, a collapsed loss scale, or no update at all.
-
-    GradScaler has no floor: NaN gradients halve its scale for ever, and a scale of 0 or infinity skips every step.
-    A high scale may skip whole epochs until it has come down; a run that ends so was never trained.
-    """
-    for name in ("train_loss", "val_loss"):
-        loss = getattr(metrics, name)
-        if loss is not None and not math.isfinite(loss):
-            return f"{name} is {loss}"
-    scale = metrics.loss_scale
-    if scale is None:
-        return None
-    if not math.isfinite(scale) or scale <= 0:
-        return f"loss_scale is {scale}"
-    if scale < COLLAPSED_SCALE and metrics.skipped_steps and scale == metrics.min_loss_scale:
-        return f"loss_scale collapsed to {scale:.3g} after {metrics.skipped_steps} skipped steps"
-    if metrics.epoch >= max_epochs and metrics.applied_steps == 0:
-        return f"no step was applied: all {metrics.skipped_steps} were skipped"
-    return None
 
 
 def release_memory(device: torch.device) -> None:

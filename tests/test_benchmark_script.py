@@ -1,0 +1,109 @@
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from curve_tables import make_stress_table
+
+from tune_amp.benchmarks import search_quality
+from tune_amp.benchmarks.curves import load_curves, write_curves
+from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
+from tune_amp.data import Dataset
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refuse(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line with which arguments are refused."""
+
+    def run(*arguments: str) -> str:
+        assert script.main(arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "required: COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["record"], "required: SPACE"),
+        (["record", "stress", "--count", "0"], "--count: must be at least 1, got 0"),
+        (["record", "stress", "--count", "many"], "--count: invalid"),
+        (["record", "stress", "--seed", "-1"], "--seed: must be between 0 and 2^32 - 1, got -1"),
+        (["record", "no_such_space"], "no_such_space: is neither a file nor a bundled search space"),
+        (["search-quality", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["telemetry", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+    ],
+)
+def test_wrong_arguments_are_answered_with_one_line_and_exit_code_2(
+    refuse: Callable[..., str], arguments: list[str], complaint: str
+) -> None:
+    assert complaint in refuse(*arguments)
+
+
+def test_folder_without_curves_is_refused(refuse: Callable[..., str], tmp_path: Path) -> None:
+    assert "--curves: must hold curves-*.parquet" in refuse("search-quality", "--curves", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_made_is_refused_before_anything_runs(refuse: Callable[..., str], tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    line = refuse("telemetry", "--dataset", "digits", "--output", str(taken / "below"))
+    assert "cannot be made" in line
+
+
+@pytest.mark.slow  # starts processes
+def test_recording_leaves_curves_of_every_configuration_at_their_full_budget(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "made" / "curves-stress.parquet"
+    size = ["--count", "3", "--max-epochs", "2", "--seed", "4", "--workers", "1"]
+    assert script.main(["record", "stress", *size, "--dataset", "digits", "--output", str(output)]) == 0
+    curves = load_curves(output)
+    assert (len(curves.configs), curves.max_epochs, curves.origin["seed"]) == (3, 2, 4)
+    assert f"saved {output}" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # starts processes
+def test_search_quality_prints_what_it_writes(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curves = make_stress_table(16)
+    write_curves(tmp_path / "curves-stress.parquet", curves.configs, curves.epochs, curves.origin)
+    output = tmp_path / "made"
+    folders = ["--curves", str(tmp_path), "--output", str(output)]
+    assert script.main(["search-quality", *folders, "--seeds", "2", "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (output / "search-quality.md").read_text()
+    assert all(f"| {arm.name} |" in printed for arm in search_quality.ARMS)
+    assert (output / "search-quality.parquet").exists()
+
+
+def test_telemetry_costs_are_measured_for_every_precision_and_batch_size(digits: Dataset) -> None:
+    cost = measure_telemetry(digits, epochs=3, blocks=2, precisions=("fp16", "fp32"), batch_sizes=(256, 512))
+    settings = [("fp16", 256), ("fp16", 512), ("fp32", 256), ("fp32", 512)]
+    for shares, count in ((cost.probes, 2), (cost.logs, 2)):
+        assert [(share.precision, share.batch_size) for share in shares] == settings
+        assert all(share.count == count and share.low <= share.median <= share.high for share in shares)
+    assert all(share.low > 0 for share in cost.probes)
+    text = render_telemetry(cost)
+    assert text.count("\n| ") == 5
+    assert "n = 2 epochs" in text
