@@ -321,7 +321,7 @@ def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
         console.print(render_importance(result.importance))
     console.print()
     files = [name for name in RUN_FILES if (result.folder / name).exists()]
-    console.print(f"files    {escape(str(result.folder))}: {', '.join(files)}", soft_wrap=True)
+    say(console, f"files    {result.folder}: {', '.join(files)}")
     console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
 
 
