@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
+    from tune_amp.space import SearchSpace
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +80,15 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     for name in set(sys.modules) - before:
         if name.startswith("user_"):
             del sys.modules[name]
+
+
+@pytest.fixture
+def make_space(tmp_path: Path) -> "Callable[[str], SearchSpace]":
+    """A search space from its YAML."""
+    from tune_amp.space import load_space
+
+    def make(text: str) -> "SearchSpace":
+        (tmp_path / "space.yaml").write_text(text)
+        return load_space(str(tmp_path / "space.yaml"))
+
+    return make

@@ -3,7 +3,6 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -14,7 +13,7 @@ from optuna.trial import TrialState
 
 from tune_amp.config import SAMPLERS, InputError
 from tune_amp.samplers import build_sampler
-from tune_amp.space import SearchSpace, load_space
+from tune_amp.space import SearchSpace
 
 ONE = ("val_accuracy",)
 TWO = ("val_accuracy", "train_seconds")
@@ -32,18 +31,7 @@ CONDITIONAL = """parameters:
 MakeSpace = Callable[[str], SearchSpace]
 
 
-@pytest.fixture
-def make_space(tmp_path: Path) -> MakeSpace:
-    def make(text: str) -> SearchSpace:
-        (tmp_path / "space.yaml").write_text(text)
-        return load_space(str(tmp_path / "space.yaml"))
-
-    return make
-
-
 def build(name: str, space: SearchSpace, objectives: Sequence[str] = ONE, num_samples: int = 32, seed: int = 0) -> Any:
-    if name == "cmaes":
-        pytest.importorskip("cmaes")
     return build_sampler(name, space, seed=seed, objectives=objectives, num_samples=num_samples)
 
 

@@ -419,8 +419,6 @@ def test_sampler_goes_on_where_every_trial_so_far_was_hopeless(
     make_search: MakeSearch, two_ranges: SearchSpace, sampler: str
 ) -> None:
     """Any warning of Optuna's would be an error here."""
-    if sampler == "cmaes":
-        pytest.importorskip("cmaes")
     search = make_search(two_ranges, sampler=sampler)
     for number in range(14):
         finish(search, str(number), end=failure("out_of_memory"))

@@ -51,15 +51,6 @@ MakeSearch = Callable[..., AmpSearch]
 
 
 @pytest.fixture
-def make_space(tmp_path: Path) -> MakeSpace:
-    def make(text: str) -> SearchSpace:
-        (tmp_path / "space.yaml").write_text(text)
-        return load_space(str(tmp_path / "space.yaml"))
-
-    return make
-
-
-@pytest.fixture
 def make_ours(tmp_path: Path) -> MakeSearch:
     def make(space: SearchSpace, *, seed: int = 0, sampler: str = "tpe", name: str = "run") -> AmpSearch:
         """Our searcher in the folder ``name``, continued where there is a study already."""

@@ -389,10 +389,6 @@ def _measure_underflow(exact: Sequence[Tensor], scaled: Sequence[Tensor]) -> flo
     return 1.0 - float(kept) / float(total)
 
 
-def _sum_magnitudes(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(tensor, 1) for tensor in tensors]).sum())
-
-
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether every element is a finite number.
 
@@ -403,7 +399,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def _any_nonzero(tensors: Sequence[Tensor]) -> bool:
     """NaN counts as a gradient."""
-    return not tensors or _sum_magnitudes(tensors) != 0
+    return not tensors or bool(torch.stack([torch.linalg.vector_norm(tensor, 1) for tensor in tensors]).sum() != 0)
 
 
 def _scale_tensor(scaler: torch.amp.GradScaler) -> Tensor:

@@ -25,6 +25,7 @@ CLASS_WEIGHTINGS = ("none", "balanced")
 CURRICULA = ("none", "linear")
 RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
 OBJECTIVES = (*RANKING_OBJECTIVES, "train_seconds", "peak_memory_bytes")
+MORE_IS_BETTER = ("val_accuracy",)
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 

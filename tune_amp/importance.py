@@ -21,6 +21,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from tune_amp.config import (
     HOPELESS_STATES,
     HOPELESS_STATUSES,
+    MORE_IS_BETTER,
     OBJECTIVES,
     InputError,
     TrialConfig,
@@ -28,7 +29,6 @@ from tune_amp.config import (
     described,
     shown,
 )
-from tune_amp.parameters import Parameter
 from tune_amp.parquet import build_columns, build_table, locate, read_rows, write_parquet
 from tune_amp.results import Provenance, TrialRecord
 from tune_amp.space import SearchSpace
@@ -151,7 +151,7 @@ def _find_loss(trial: TrialRecord, objective: str, epoch: int) -> float:
         return math.nan
     if not math.isfinite(value) or report.state in HOPELESS_STATES:
         return math.inf
-    return -value if objective == "val_accuracy" else float(value)
+    return -value if objective in MORE_IS_BETTER else float(value)
 
 
 def _find_obstacle(ranks: NDArray[np.intp]) -> str | None:
@@ -166,30 +166,13 @@ def _find_obstacle(ranks: NDArray[np.intp]) -> str | None:
 
 def _restore_suggestion(space: SearchSpace, config: TrialConfig, train_images: int) -> optuna.trial.FixedTrial:
     """What Optuna suggested for a trial of ``config``: parameters and distributions, only of those active in it."""
-    steps = max(1, train_images // config.batch_size * config.max_epochs)
-    values = {
-        parameter.optuna_name: _restore_value(parameter, getattr(config, parameter.name), steps)
-        for parameter in space.parameters
-    }
+    steps = train_images // config.batch_size * config.max_epochs
+    values: dict[str, Any] = {}
+    for parameter in space.parameters:  # rounding to whole steps is not undone
+        values |= parameter.find_nearest(getattr(config, parameter.name), trial_steps=steps)
     suggestion = optuna.trial.FixedTrial(values)
     space.suggest(suggestion, train_images=train_images, max_epochs=config.max_epochs)  # asks for the active ones
     return suggestion
-
-
-def _restore_value(parameter: Parameter, value: Any, trial_steps: int) -> Any:
-    """The number or choice in the study from which ``value`` came; rounding to whole steps is not undone."""
-    if value is None:
-        return None
-    if parameter.power_of_two:
-        return round(math.log2(value))
-    if not parameter.fraction_of_trial:
-        return value
-    fraction = value / trial_steps
-    if parameter.choices:
-        return min(parameter.choices, key=lambda choice: abs(choice - fraction))
-    assert parameter.low is not None
-    assert parameter.high is not None
-    return min(max(fraction, parameter.low), parameter.high)
 
 
 def _measure_parameter(

@@ -3,11 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialStatus, shown
+from tune_amp.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialStatus, shown
 from tune_amp.results import TrialRecord
-
-MORE_IS_BETTER = ("val_accuracy",)
-
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
 # The first of these groups that has a trial is ranked.

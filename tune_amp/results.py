@@ -7,7 +7,9 @@ or Optuna: a configuration can be read wherever pyarrow is.
 
 import dataclasses
 import datetime
+import importlib.metadata
 import itertools
+import platform
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -119,6 +121,11 @@ class Provenance:
         _check_texts("versions", self.versions.values(), True)
         object.__setattr__(self, "command", tuple(self.command))
         object.__setattr__(self, "versions", dict(self.versions))
+
+
+def list_versions(*packages: str) -> dict[str, str]:
+    """The version of each installed package, and of Python."""
+    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def _check_texts(name: str, value: Iterable[Any], is_container: bool) -> None:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
 from tune_amp.resources import TrialResources, allocate_resources
-from tune_amp.results import Provenance, TrialRecord, write_best
+from tune_amp.results import Provenance, TrialRecord, list_versions, write_best
 from tune_amp.searcher import AmpSearch
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import build_scheduler
@@ -209,8 +207,6 @@ def describe_run(
     resources: TrialResources,
 ) -> Provenance:
     """Where this run's files come from."""
-    packages = ("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy", "scikit-learn")
-    versions = {name: importlib.metadata.version(name) for name in packages}
     return Provenance(
         run=run,
         command=tuple(command),
@@ -226,7 +222,7 @@ def describe_run(
         scheduler=options.scheduler,
         seed=options.seed,
         device="cuda" if resources.gpus else "cpu",
-        versions=versions | {"python": platform.python_version()},
+        versions=list_versions("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy", "scikit-learn"),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from tune_amp.config import RANKING_OBJECTIVES, SCHEDULERS, TrialStatus
+from tune_amp.config import MORE_IS_BETTER, RANKING_OBJECTIVES, SCHEDULERS, TrialStatus
 
 # Finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is infinite.
 WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "peak_memory_bytes": 1e15}
@@ -161,4 +161,4 @@ def is_hopeless(result: dict[str, Any]) -> bool:
 
 def objective_mode(objective: str) -> str:
     """Tune's word for which way is better."""
-    return "max" if objective == "val_accuracy" else "min"
+    return "max" if objective in MORE_IS_BETTER else "min"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tune_amp.amp import AmpStep, GradientProbe, ScalerTelemetry, all_finite, fp32_arithmetic
+from tune_amp.amp import AmpStep, GradientProbe, all_finite, fp32_arithmetic
 from tune_amp.batches import (
     DeviceSplit,
     InputScaling,
@@ -183,8 +183,10 @@ class TrainingRun:
         val_loss, val_accuracy = self._validate()
         started = time.perf_counter()
         has_learned = self._data.guessing.is_beaten(train_loss if val_loss is None else val_loss, val_accuracy)
-        probe = self._probe(batches, before, has_learned=has_learned)
-        verdict = self._judge(probe, before, val_loss, has_learned=has_learned)
+        steps = self._amp.telemetry.steps - before.steps
+        skipped = self._amp.telemetry.skipped_steps - before.skipped_steps
+        probe = self._probe(batches, has_learned=has_learned, all_skipped=skipped == steps)
+        verdict = self._judge(probe, val_loss, has_learned=has_learned, steps=steps, skipped=skipped)
         self.hopeless = verdict.hopeless
         self._probe_seconds += time.perf_counter() - started
         return EpochMetrics(
@@ -283,18 +285,17 @@ class TrainingRun:
         self._val_seconds += time.perf_counter() - started
         return loss_and_accuracy
 
-    def _probe(self, batches: Tensor, before: ScalerTelemetry, *, has_learned: bool) -> GradientProbe:
+    def _probe(self, batches: Tensor, *, has_learned: bool, all_skipped: bool) -> GradientProbe:
         """Gradients on images of the epoch, weighed as in its batches; an empty probe where none is of use.
 
         Args:
             batches: indices of the epoch's images, int64 [steps, batch_size].
-            before: the telemetry before the epoch.
             has_learned: whether the model is better than guessing. Then only underflow is of interest.
+            all_skipped: whether every step of the epoch was.
         """
         if not self._can_be_probed or (has_learned and self._config.precision != "fp16"):
             return GradientProbe()
         images, batch_size = batches.flatten(), batches.shape[1]
-        now = self._amp.telemetry
         try:
             with self._undisturbed(), fp32_arithmetic(self._config.precision):
                 return self._amp.probe(
@@ -302,7 +303,7 @@ class TrainingRun:
                     lambda count: self._probe_loss(images[:count], batch_size),
                     batch_size=batch_size,
                     steps_left=(self._config.max_epochs - self._epoch) * (len(self._data.train.labels) // batch_size),
-                    all_skipped=now.skipped_steps - before.skipped_steps == now.steps - before.steps,
+                    all_skipped=all_skipped,
                 )
         except torch.AcceleratorError:
             raise
@@ -335,9 +336,8 @@ class TrainingRun:
         return self._initial is None
 
     def _judge(
-        self, probe: GradientProbe, before: ScalerTelemetry, val_loss: float | None, *, has_learned: bool
+        self, probe: GradientProbe, val_loss: float | None, *, has_learned: bool, steps: int, skipped: int
     ) -> Verdict:
-        now = self._amp.telemetry
         return judge_epoch(
             EpochEvidence(
                 weights_finite=all_finite(list(self.model.parameters())),
@@ -346,10 +346,10 @@ class TrainingRun:
                 **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
                 val_loss=val_loss,
                 has_learned=has_learned,
-                epoch_steps=now.steps - before.steps,
-                epoch_skipped=now.skipped_steps - before.skipped_steps,
-                applied_steps=now.applied_steps,
-                skipped_steps=now.skipped_steps,
+                epoch_steps=steps,
+                epoch_skipped=skipped,
+                applied_steps=self._amp.telemetry.applied_steps,
+                skipped_steps=self._amp.telemetry.skipped_steps,
                 is_last_epoch=self._epoch >= self._config.max_epochs,
             )
         )

@@ -5,9 +5,7 @@ been worth stopping or not: a run past saving is trained on here, as an ordinary
 """
 
 import dataclasses
-import importlib.metadata
 import multiprocessing
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset
 from tune_amp.parquet import build_table, locate, read_origin, read_rows, write_parquet
-from tune_amp.results import SCHEMAS
+from tune_amp.results import SCHEMAS, list_versions
 from tune_amp.space import SearchSpace
 
 _CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrialConfig))
@@ -99,7 +97,6 @@ def load_curves(path: Path) -> Curves:
 
 def describe_origin(space: SearchSpace, dataset: Dataset, *, seed: int) -> dict[str, Any]:
     """What the curves were recorded with."""
-    packages = ("tune_amp", "torch", "optuna", "numpy")
     return {
         "space_source": space.source,
         "space_text": space.text,
@@ -109,8 +106,7 @@ def describe_origin(space: SearchSpace, dataset: Dataset, *, seed: int) -> dict[
         "validation_images": len(dataset.validation),
         "seed": seed,
         "device": "cpu, one thread a run",
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        "versions": list_versions("tune_amp", "torch", "optuna", "numpy"),
     }
 
 

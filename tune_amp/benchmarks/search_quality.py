@@ -9,12 +9,10 @@ recorded validation accuracy, and by whether anything changed at all, not by our
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import itertools
 import json
 import math
 import multiprocessing
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,9 +48,10 @@ from tune_amp.benchmarks.replay import (
     replay_program,
     select_started,
 )
-from tune_amp.config import HOPELESS_STATES, RANKING_OBJECTIVES, EpochMetrics, TrialStatus
-from tune_amp.parquet import METADATA_KEY, write_parquet
+from tune_amp.config import HOPELESS_STATES, RANKING_OBJECTIVES, EpochMetrics, TrialStatus, described
+from tune_amp.parquet import METADATA_KEY, build_columns, write_parquet
 from tune_amp.ranking import choose_best
+from tune_amp.results import list_versions
 from tune_amp.stopping import objective_mode
 
 BUDGETS = (16, 32, 64, 128, 192)
@@ -261,49 +260,25 @@ def list_regrets(curves: Curves, objective: str) -> list[float]:
 class QualityRow:
     """One search after so many epochs: a row of ``search-quality.parquet``."""
 
-    space: str
-    objective: str
-    arm: str
-    seed: int
-    budget: int
-    curve: int | None
-    regret: float | None
-    mean_regret: float | None
-    trials: int
-    hopeless_epochs: int
-    later_suggestions: int
-    hopeless_suggestions: int
-
-
-_DESCRIPTIONS = {
-    "space": "search space whose recorded curves were searched",
-    "objective": "what was searched for",
-    "arm": "the program",
-    "seed": "of the sampler; the same in all arms",
-    "budget": "trial-epochs spent",
-    "curve": "recorded configuration that the program hands out at this moment; null: none yet",
-    "regret": "how much worse it is, fully trained, than the best recorded: accuracy points, or nats",
-    "mean_regret": f"mean of regret over the epochs from {MEAN_FROM} to this budget; null where some had none",
-    "trials": "trials that had reported",
-    "hopeless_epochs": "epochs trained after the first hopeless one of their trial, told in hindsight",
-    "later_suggestions": f"trials that had reported, without the first {RANDOM_TRIALS}",
-    "hopeless_suggestions": "of those, how many were hopeless from their first epoch, told in hindsight",
-}
-_ARROW: Mapping[Any, pa.DataType] = {
-    str: pa.string(),
-    int: pa.int64(),
-    int | None: pa.int64(),
-    float | None: pa.float64(),
-}
-SCHEMA = pa.schema(
-    pa.field(
-        field.name,
-        _ARROW[field.type],
-        nullable=field.type in (int | None, float | None),
-        metadata={"description": _DESCRIPTIONS[field.name]},
+    space: str = described("search space whose recorded curves were searched")
+    objective: str = described("what was searched for")
+    arm: str = described("the program")
+    seed: int = described("of the sampler; the same in all arms")
+    budget: int = described("trial-epochs spent")
+    curve: int | None = described("recorded configuration that the program hands out at this moment; null: none yet")
+    regret: float | None = described(
+        "how much worse it is, fully trained, than the best recorded: accuracy points, or nats"
     )
-    for field in dataclasses.fields(QualityRow)
-)
+    mean_regret: float | None = described(
+        f"mean of regret over the epochs from {MEAN_FROM} to this budget; null where some had none"
+    )
+    trials: int = described("trials that had reported")
+    hopeless_epochs: int = described("epochs trained after the first hopeless one of their trial, told in hindsight")
+    later_suggestions: int = described(f"trials that had reported, without the first {RANDOM_TRIALS}")
+    hopeless_suggestions: int = described("of those, how many were hopeless from their first epoch, told in hindsight")
+
+
+SCHEMA = pa.schema(build_columns(QualityRow))
 
 
 def measure_space(space: str, path: Path, objective: str, seed: int) -> list[QualityRow]:
@@ -401,11 +376,9 @@ def measure_quality(files: Mapping[str, Path], *, seeds: int, workers: int) -> S
 
 def describe_benchmark(curves: Mapping[str, Curves], seeds: int) -> dict[str, Any]:
     """What the figures rest on; nothing about the machine."""
-    packages = ("tune_amp", "ray", "optuna", "numpy", "torch")
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        "versions": list_versions("tune_amp", "ray", "optuna", "numpy", "torch"),
         "seeds": list(range(seeds)),
         "slots": SLOTS,
         "grace_period": GRACE_PERIOD,
