@@ -33,6 +33,7 @@ def make_epoch(epoch: int = 1, **changes: Any) -> EpochMetrics:
         "state": "steady",
         "underflow_share": 0.0,
         "probe_seconds": 0.01 * epoch,
+        "loop": "eager: the CPU has no CUDA graphs",
         "loss_scale_steps": (1, 2),
         "loss_scale_values": (65536.0, 32768.0),
     }

@@ -23,6 +23,7 @@ from tune_amp.amp import (
     build_scaler,
     describe_cuda,
     describe_hardware,
+    flushing_denormals,
     fp32_arithmetic,
     summarise_steps,
 )
@@ -681,6 +682,26 @@ def test_cpu_without_matrix_units_says_to_expect_no_speed_up(
         assert describe_hardware(precision, CPU) is None
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert describe_hardware(precision, CPU) is not None
+
+
+# Denormals
+
+
+def test_denormals_are_zero_within_and_only_within() -> None:
+    tiny = torch.tensor([1e-40])
+    with flushing_denormals():
+        assert (tiny * 1).item() == 0
+        with flushing_denormals():
+            pass
+        assert (tiny * 1).item() == 0, "an inner block switched it off"
+    assert (tiny * 1).item() > 0
+
+
+def test_smallest_numbers_of_fp16_are_kept_where_denormals_are_flushed() -> None:
+    smallest = torch.tensor([2.0**-24], dtype=torch.float16)
+    with flushing_denormals():
+        assert (smallest * 1).item() == smallest.float().item() == 2.0**-24
+        assert torch.tensor([2.0**-24]).half().item() == 2.0**-24
 
 
 # No waiting for the device

@@ -91,7 +91,7 @@ def test_the_learning_rate_is_found_where_nothing_else_matters(make_space: Calla
     assert (result.rows[0].parameter, result.epoch, result.trials) == ("lr", 1, 32)
     assert sum(row.importance for row in result.rows) == pytest.approx(1)
     assert result.rows[0].importance > result.rows[0].null_95
-    assert result.rows[0].p_value == 1 / 400
+    assert result.rows[0].p_value == 1 / 200
 
 
 @pytest.mark.parametrize("which", ["batch_size", "init_scale", "growth_interval"])

@@ -12,6 +12,7 @@ PACKAGE = Path(tune_amp.__file__).parent
 LAYERS = (
     "config",
     "options",
+    "ledger",
     "states",
     "strict_yaml",
     "parameters",
@@ -23,7 +24,10 @@ LAYERS = (
     "batches",
     "models",
     "amp",
+    "graphs",
     "training",
+    "shares",
+    "resources",
     "parquet",
     "results",
     "ranking",
@@ -34,7 +38,6 @@ LAYERS = (
     "stopping",
     "samplers",
     "searcher",
-    "resources",
     "storage",
     "preflight",
     "recorder",
@@ -49,6 +52,7 @@ LAYERS = (
 THIRD_PARTY = {
     "config": set(),
     "options": set(),
+    "ledger": set(),
     "states": set(),
     "inert": set(),
     "strict_yaml": {"yaml"},
@@ -59,8 +63,11 @@ THIRD_PARTY = {
     "ranking": set(),
     "importance": {"numpy", "optuna", "pyarrow"},
     "amp": {"numpy", "torch"},
+    "graphs": {"numpy", "torch"},
     "training": {"numpy", "torch"},
     "models": {"torch"},
+    "shares": {"numpy", "torch"},
+    "resources": {"ray", "torch"},
 }
 
 

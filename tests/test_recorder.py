@@ -3,6 +3,7 @@ import datetime
 import math
 import pickle
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from tune_amp.trainable import failure_report, progress_report
 
 CONFIG = TrialConfig(precision="fp16", lr=0.01, batch_size=256)
 STARTED = 1_800_000_000.0
-WORKER = {"started": STARTED, "wall_seconds": 2.5, "device": "NVIDIA H200", "num_threads": 3}
+WORKER = {
+    "started": STARTED,
+    "wall_seconds": 2.5,
+    "device": "NVIDIA H200",
+    "num_threads": 3,
+    "setup_seconds": 0.25,
+    "checkpoint_seconds": 0.5,
+    "spent": {},
+}
 
 
 class FakeTrial:
@@ -29,6 +38,7 @@ class FakeTrial:
         self.config = vars(dataclasses.replace(CONFIG, **config))
         self.last_result: dict[str, Any] = {}
         self.error_file: str | None = None
+        self.temporary_state = types.SimpleNamespace(ray_actor="Actor(AmpTrainable, 1)")
 
     def __str__(self) -> str:
         return f"name-of-{self.trial_id}"
@@ -60,7 +70,7 @@ def recorder(tmp_path: Path, watcher: Watcher) -> TrialRecorder:
         time_budget=None,
         started=time.monotonic(),
     )
-    return TrialRecorder(tmp_path, PROVENANCE, progress, watcher)
+    return TrialRecorder(tmp_path, PROVENANCE, progress, watcher, slots=2, begin=time.monotonic())
 
 
 def start(recorder: TrialRecorder, trial: FakeTrial, submitted: Sequence[FakeTrial] = ()) -> None:
@@ -108,6 +118,7 @@ def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder) -> Non
     assert record.epochs == (make_epoch(1), make_epoch(2), make_epoch(3))
     assert record.started == datetime.datetime.fromtimestamp(STARTED, datetime.UTC)
     assert (record.wall_seconds, record.device, record.num_threads) == (2.5, "NVIDIA H200", 3)
+    assert (record.setup_seconds, record.checkpoint_seconds, record.worker) == (0.25, 0.5, 1)
     assert record.error is None
 
 

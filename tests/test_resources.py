@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tune_amp.config import InputError
-from tune_amp.resources import TRIALS_PER_GPU, allocate_resources, count_slots
+from tune_amp.resources import (
+    TRIALS_PER_GPU,
+    allocate_resources,
+    count_gpus,
+    count_slots,
+    double_share,
+    memory_fraction,
+)
+from tune_amp.shares import CONTEXT_BYTES, SharedGpu
 
 
 def machine(cpus: float, gpus: float = 0.0) -> dict[str, float]:
@@ -40,14 +48,12 @@ def machine(cpus: float, gpus: float = 0.0) -> dict[str, float]:
         (16, 1, {"max_concurrent": 3}, (1, 0.25, 3)),
         (16, 1, {"max_concurrent": 99}, (1, 0.25, 4)),
         (16, 0, {"max_concurrent": 1}, (1, 0, 1)),
-        (16, 0, {"cpus_per_trial": 4, "largest_node_cpus": 4}, (4, 0, 4)),
-        (16, 0, {"largest_node_cpus": 4}, (1, 0, 16)),
     ],
 )
 def test_machine_is_divided_among_trials(
     cpus: int, gpus: int, options: dict[str, Any], expected: tuple[int, float, int]
 ) -> None:
-    resources = allocate_resources(machine(cpus, gpus), **options)
+    resources = allocate_resources([machine(cpus, gpus)], **options)
     assert (resources.cpus, resources.gpus, resources.max_concurrent) == expected
 
 
@@ -60,7 +66,7 @@ def test_machine_is_divided_among_trials(
     ],
 )
 def test_reason_says_what_each_trial_gets_of_what_there_is(cpus: int, gpus: int, reason: str) -> None:
-    assert allocate_resources(machine(cpus, gpus)).reason == reason
+    assert allocate_resources([machine(cpus, gpus)]).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -69,10 +75,6 @@ def test_reason_says_what_each_trial_gets_of_what_there_is(cpus: int, gpus: int,
         ({"cpus_per_trial": 5}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got 5"),
         ({"cpus_per_trial": 0}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got 0"),
         ({"cpus_per_trial": -1}, "--cpus-per-trial: must be between 1 and the 4 CPUs that Ray has, got -1"),
-        (
-            {"cpus_per_trial": 3, "largest_node_cpus": 2},  # two nodes of two: it fits on neither
-            "--cpus-per-trial: must be between 1 and the 2 CPUs of the largest node, got 3",
-        ),
         ({"gpus_per_trial": 2}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got 2"),
         ({"gpus_per_trial": 1.5}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got 1.5"),
         ({"gpus_per_trial": -0.5}, "--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got -0.5"),
@@ -85,13 +87,13 @@ def test_reason_says_what_each_trial_gets_of_what_there_is(cpus: int, gpus: int,
 )
 def test_request_that_can_never_be_met_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        allocate_resources(machine(4, 2), **options)
+        allocate_resources([machine(4, 2)], **options)
     assert str(caught.value) == message
 
 
 def test_gpu_on_a_machine_without_one_is_refused() -> None:
     with pytest.raises(InputError) as caught:
-        allocate_resources(machine(4), gpus_per_trial=0.5)
+        allocate_resources([machine(4)], gpus_per_trial=0.5)
     assert str(caught.value) == "--gpus-per-trial: must be between 0 and the 0 GPUs that Ray has, got 0.5"
 
 
@@ -110,7 +112,7 @@ def test_trials_at_a_time_never_ask_for_more_than_there_is(
 ) -> None:
     try:
         resources = allocate_resources(
-            machine(cpus, gpus),
+            [machine(cpus, gpus)],
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
             max_concurrent=max_concurrent,
@@ -134,16 +136,182 @@ def fits(share: float, slots: int, gpus: int) -> bool:
 
 @given(cpus=st.integers(1, 256), gpus=st.integers(1, 16))
 def test_chosen_share_fills_every_gpu_as_far_as_the_cpus_reach(cpus: int, gpus: int) -> None:
-    resources = allocate_resources(machine(cpus, gpus))
+    resources = allocate_resources([machine(cpus, gpus)])
     assert resources.max_concurrent == min(TRIALS_PER_GPU * gpus, max(cpus // gpus * gpus, min(cpus, gpus)))
     assert 0 < resources.gpus <= 1
 
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "cpus_each", "gpus_each", "slots"),
-    [(4, 0, 1, 0, 4), (4, 0, 3, 0, 1), (9, 3, 1, 0.3333, 9), (99, 3, 1, 0.6, 3), (99, 7, 2, 1, 7), (2, 8, 1, 0.25, 2)],
+    [
+        (4, 0, 1, 0, 4),
+        (4, 0, 3, 0, 1),
+        (9, 3, 1, 0.3333, 9),
+        (99, 3, 1, 0.6, 3),
+        (99, 7, 2, 1, 7),
+        (2, 8, 1, 0.25, 2),
+        (0, 1, 1, 0.5, 0),
+        (4, 0, 1, 0.5, 0),
+    ],
 )
-def test_slots_are_what_both_cpus_and_gpus_allow(
+def test_slots_are_what_both_cpus_and_gpus_of_a_node_allow(
     cpus: int, gpus: float, cpus_each: int, gpus_each: float, slots: int
 ) -> None:
-    assert count_slots(cpus, gpus, cpus_each, gpus_each) == slots
+    assert count_slots(machine(cpus, gpus), cpus_each, gpus_each) == slots
+
+
+# Several nodes: a trial never spans two
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([(4, 0)] * 4, {"cpus_per_trial": 4}, (4, 0, 4)),
+        ([(4, 0)] * 4, {}, (1, 0, 16)),
+        ([(3, 0), (3, 0)], {"cpus_per_trial": 2}, (2, 0, 2)),  # not three: a CPU is left on each
+        ([(0, 0), (8, 2)], {}, (1, 0.25, 8)),  # a head node that takes no work
+        ([(64, 0), (2, 1)], {}, (1, 0.5, 2)),  # CPUs elsewhere feed no GPU
+        ([(8, 1), (8, 1)], {"gpus_per_trial": 0.6}, (1, 0.6, 2)),
+        ([(8, 1), (1, 1)], {"gpus_per_trial": 0.25}, (1, 0.25, 5)),
+        ([(64, 0), (8, 1)], {"gpus_per_trial": 0.0}, (1, 0, 72)),
+        ([(16, 0), (0, 4)], {"gpus_per_trial": 0.0}, (1, 0, 16)),
+    ],
+)
+def test_nodes_are_divided_one_by_one(
+    nodes: list[tuple[int, int]], options: dict[str, Any], expected: tuple[int, float, int]
+) -> None:
+    resources = allocate_resources([machine(*node) for node in nodes], **options)
+    assert (resources.cpus, resources.gpus, resources.max_concurrent) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "message"),
+    [
+        (
+            [(2, 0), (2, 0)],
+            {"cpus_per_trial": 3},
+            "--cpus-per-trial: must be between 1 and the 2 CPUs of the largest node, got 3",
+        ),
+        (
+            [(16, 0), (0, 4)],
+            {},
+            "--cpus-per-trial: must be at most the 0 CPUs of a node with a GPU, or --gpus-per-trial 0, got 1",
+        ),
+        (
+            [(16, 0), (2, 1)],
+            {"gpus_per_trial": 0.5, "cpus_per_trial": 4},
+            "--cpus-per-trial: must be at most the 2 CPUs of a node with a GPU, or --gpus-per-trial 0, got 4",
+        ),
+        ([(0, 0)], {}, "--cpus-per-trial: must be between 1 and the 0 CPUs that Ray has, got 1"),
+    ],
+)
+def test_what_no_node_can_hold_is_refused(nodes: list[tuple[int, int]], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        allocate_resources([machine(*node) for node in nodes], **options)
+    assert str(caught.value) == message
+
+
+NODES = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 4)), min_size=1, max_size=4)
+
+
+@given(nodes=NODES, cpus_each=st.integers(1, 4), share=st.none() | st.sampled_from([0.0, 0.25, 0.3333, 0.6, 1.0]))
+def test_what_is_not_refused_has_a_slot_on_some_node(
+    nodes: list[tuple[int, int]], cpus_each: int, share: float | None
+) -> None:
+    try:
+        resources = allocate_resources(
+            [machine(*node) for node in nodes], cpus_per_trial=cpus_each, gpus_per_trial=share
+        )
+    except InputError:
+        return
+    assert resources.max_concurrent >= 1
+    assert any(cpus >= cpus_each and gpus >= resources.gpus for cpus, gpus in nodes)
+
+
+# A choice that is measured
+
+
+def test_measured_choice_is_asked_with_what_the_cpus_can_feed_and_its_reason_is_told() -> None:
+    asked: list[int] = []
+
+    def choose(most: int) -> SharedGpu:
+        asked.append(most)
+        return SharedGpu(trials=3, reason="because")
+
+    resources = allocate_resources([machine(16, 2)], choose_shared=choose)
+    assert asked == [8]
+    assert (resources.gpus, resources.max_concurrent) == (0.3333, 6)
+    assert resources.reason == "6 trials at a time, 0.3333 GPU and 1 CPU each, of 2 GPUs and 16 CPUs: because"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "options"),
+    [(16, 0, {}), (1, 1, {}), (16, 1, {"gpus_per_trial": 0.5}), (16, 1, {"gpus_per_trial": 0.0})],
+)
+def test_nothing_is_measured_where_there_is_nothing_to_choose(cpus: int, gpus: int, options: dict[str, Any]) -> None:
+    def refuse(_: int) -> SharedGpu:
+        raise AssertionError("measured")
+
+    allocate_resources([machine(cpus, gpus)], choose_shared=refuse, **options)
+
+
+def test_wrong_limit_is_refused_before_anything_is_measured() -> None:
+    def refuse(_: int) -> SharedGpu:
+        raise AssertionError("measured")
+
+    with pytest.raises(InputError, match="--max-concurrent: must be at least 1, got 0"):
+        allocate_resources([machine(16, 1)], max_concurrent=0, choose_shared=refuse)
+
+
+def test_choice_that_the_cpus_cannot_feed_is_cut_to_what_they_can() -> None:
+    resources = allocate_resources([machine(4, 1)], choose_shared=lambda _: SharedGpu(trials=9, reason=""))
+    assert (resources.gpus, resources.max_concurrent) == (0.25, 4)
+
+
+# GPUs of this machine, as CUDA_VISIBLE_DEVICES names them
+
+
+@pytest.mark.parametrize(
+    ("visible", "cuda_devices", "gpus"),
+    [
+        (None, 0, 0),
+        (None, 4, 4),
+        ("", 0, 0),
+        ("-1", 0, 0),  # Ray would count one
+        ("NoDevFiles", 0, 0),
+        ("0,1", 2, 2),
+        ("0,-1,1", 1, 1),  # CUDA stops at -1; Ray would count three
+        ("GPU-8932f937,GPU-1", 2, 2),
+        ("MIG-a", 1, 1),
+        ("MIG-a,MIG-b,MIG-c", 1, 3),  # CUDA shows a process the first only, Ray gives each worker its own
+        ("MIG-a,MIG-b", 0, 0),  # torch has no CUDA
+        ("MIG-a,0", 1, 1),
+    ],
+)
+def test_gpus_offered_are_those_that_torch_can_use(visible: str | None, cuda_devices: int, gpus: int) -> None:
+    assert count_gpus(visible, cuda_devices) == gpus
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("share", "doubled"), [(0.25, 0.5), (0.3333, 0.6666), (0.5, 1.0), (0.6, 1.0), (0.0001, 0.0002)]
+)
+def test_doubled_share_is_larger_and_within_a_gpu(share: float, doubled: float) -> None:
+    assert double_share(share) == doubled
+
+
+def test_process_alone_on_its_gpu_is_not_limited() -> None:
+    assert memory_fraction(1.0, 140 * 2**30) == 1.0
+
+
+def test_fraction_leaves_room_for_the_context_within_the_share() -> None:
+    total = 140 * 2**30
+    assert memory_fraction(0.25, total) * total == pytest.approx(35 * 2**30 - CONTEXT_BYTES)
+
+
+@given(share=st.floats(0.0001, 1), gigabytes=st.integers(1, 200))
+def test_fraction_is_one_that_torch_takes_and_never_above_the_share(share: float, gigabytes: int) -> None:
+    fraction = memory_fraction(share, gigabytes * 2**30)
+    assert share / 2 <= fraction <= share

@@ -271,16 +271,20 @@ def test_trials_start_with_these_columns_types_and_units() -> None:
 
 
 def test_trials_end_with_the_columns_of_the_record() -> None:
-    last = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[-10:]]
+    last = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[-14:]]
     assert last == [
         ("state", "string", True, None),
         ("underflow_share", "double", True, None),
         ("probe_seconds", "double", True, "s"),
+        ("loop", "string", True, None),
         ("trial_name", "string", False, None),
         ("error", "string", True, None),
         ("inert", "list<element: string not null>", False, None),
         ("started", "timestamp[us, tz=UTC]", True, None),
         ("wall_seconds", "double", False, "s"),
+        ("setup_seconds", "double", False, "s"),
+        ("checkpoint_seconds", "double", False, "s"),
+        ("worker", "int64", True, None),
         ("device", "string", False, None),
         ("num_threads", "int64", False, None),
     ]

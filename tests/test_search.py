@@ -17,12 +17,13 @@ from tune_amp.data import Dataset
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.recorder import Observer, SearchProgress
-from tune_amp.results import TrialRecord, load_best, load_provenance, load_trials
+from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
 from tune_amp.search import (
     SPACE_FILE,
     SearchResult,
     name_trial,
+    plan_resources,
     run_search,
     was_interrupted,
 )
@@ -95,6 +96,8 @@ def check_consistency(result: SearchResult) -> None:
         assert trial.error is None or "\n" not in trial.error
     assert (result.folder / "best.parquet").exists() == bool(result.ranked)
     assert list(result.folder.rglob("checkpoint_*")) == []
+    assert sum(result.ledger.seconds.values()) == pytest.approx(result.ledger.slot_seconds, rel=0.01)
+    assert load_ledger(result.folder) == result.ledger
     assert list(result.folder.glob(".*")) == []  # no half-written file
 
 
@@ -334,6 +337,87 @@ def test_trials_share_a_gpu_and_train_on_the_cpu_where_torch_sees_none(search: S
     assert visitor.most_running == 2
     assert {trial.device for trial in result.trials} == {"cpu"}
     assert {trial.status for trial in result.trials} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED}
+
+
+HUNGRY_MODEL = """
+import math
+import ray
+from torch import nn
+def net(input_shape, num_classes):
+    try:
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+    except AssertionError:  # the driver, which only looks whether the model fits
+        share = 1.0
+    if share < {needed}:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_trial_out_of_memory_is_tried_again_with_twice_its_share_of_the_gpu(
+    search: Search, write_module: Callable[[str], str]
+) -> None:
+    module = write_module(HUNGRY_MODEL.format(needed=0.5))
+    visitor = Visitor()
+    result = search(SPACE, visitor, num_samples=3, gpus_per_trial=0.25, model=f"{module}:net", scheduler="none")
+    assert [trial.status for trial in result.trials] == ["completed"] * 3
+    assert {trial.error for trial in result.trials} == {"out of memory with 0.25 GPU, tried again with 0.5"}
+    assert [len(trial.epochs) for trial in result.trials] == [2, 2, 2]
+    assert {trial.state for trial in load_study(result.folder).trials} == {TrialState.COMPLETE}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_trial_out_of_memory_twice_is_told_once_as_infeasible(
+    search: Search, write_module: Callable[[str], str]
+) -> None:
+    module = write_module(HUNGRY_MODEL.format(needed=1.1))
+    # The driver's own look at the model must pass: it counts as one GPU, which is too little here.
+    (Path.cwd() / f"{module}.py").write_text(HUNGRY_MODEL.format(needed=1.1).replace("share = 1.0", "share = 2.0"))
+    result = search(SPACE, num_samples=2, gpus_per_trial=0.5, model=f"{module}:net")
+    assert [trial.status for trial in result.trials] == ["out_of_memory"] * 2
+    for trial in result.trials:
+        assert trial.error is not None
+        assert trial.error.startswith("RuntimeError: CUDA out of memory")
+        assert trial.error.endswith("out of memory with 0.5 GPU, tried again with 1")
+    told = load_study(result.folder).trials
+    assert [trial.state for trial in told] == [TrialState.COMPLETE] * 2
+    assert [trial.constraints for trial in told] == [{"hopeless": 1.0}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_share_of_a_gpu_is_measured_and_the_reason_told(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    announced: list[str] = []
+    resources = plan_resources(
+        SearchOptions(max_epochs=2), load_space(str(tmp_path / "space.yaml")), digits, announced.append
+    )
+    assert len(announced) == 1
+    assert resources.gpus in (0.5, 1.0)
+    assert re.search(
+        r"each, of 1 GPUs and 2 CPUs: 2 trials on a GPU train (only )?[\d.]+ times as fast as one", resources.reason
+    )
+    assert plan_resources(SearchOptions(gpus_per_trial=0.25)).gpus == 0.25
+
+
+@pytest.mark.slow
+def test_ledger_covers_the_slot_time_and_agrees_with_the_trials(finished: Finished) -> None:
+    result = finished[0]
+    ledger = result.ledger
+    assert load_ledger(result.folder) == ledger
+    assert ledger.slots == 2
+    assert sum(ledger.shares.values()) == pytest.approx(1.0, abs=0.01)
+    assert ledger.shares.get("other", 0.0) <= 0.01
+    last = [trial.epochs[-1] for trial in result.trials]
+    assert ledger.step_seconds == pytest.approx(sum(epoch.train_seconds for epoch in last), rel=1e-3)
+    completed = [trial.epochs[-1] for trial in result.trials if trial.status is TrialStatus.COMPLETED]
+    assert ledger.seconds["training"] == pytest.approx(sum(epoch.train_seconds for epoch in completed), rel=1e-3)
+    assert {"start-up", "idle", "validation"} <= ledger.seconds.keys()
+    assert {trial.worker for trial in result.trials} <= {1, 2}
+    assert all(trial.setup_seconds > 0 for trial in result.trials)
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """Training and evaluating one configuration: it learns, repeats, continues bit for bit, and says when it diverged."""
 
 import dataclasses
+import importlib
 import io
 import itertools
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_amp import batches, training
 from tune_amp.amp import GradientProbe, fp32_arithmetic
@@ -671,6 +675,90 @@ def test_forward_passes_that_overflow_now_and_then_are_no_divergence(write_modul
     assert 0 < epochs[-1].skipped_steps < epochs[-1].steps
     assert run.hopeless is None
     assert (epochs[-1].val_loss or math.inf) < (epochs[0].val_loss or 0)
+
+
+DENORMAL_MODEL = """
+import math
+import torch
+from torch import nn
+seen = []
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+    def forward(self, images):
+        if images.requires_grad is False and torch.is_grad_enabled():
+            seen.append((torch.full((1,), 1e-40) * 1).item())
+        return self.out(images.flatten(1))
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+def test_training_steps_flush_denormals(write_module: WriteModule, small_data: TrainingData) -> None:
+    module = write_module(DENORMAL_MODEL)
+    TrainingRun(make_config(model=f"{module}:net"), small_data).train_epoch()
+    seen = importlib.import_module(module).seen
+    assert seen[: 60 // 8] == [0.0] * (60 // 8)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for a value of the device: ``item``, ``equal``, ``nonzero``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_epoch_reads_the_device_as_often_whatever_its_number_of_steps(
+    model: str, precision: str, optimizer: str, grad_clip: float | None
+) -> None:
+    split = make_split(24)
+    large = Split(images=np.repeat(np.repeat(split.images, 2, 2), 2, 3), labels=split.labels)
+    data = TrainingData(large, None, 3, CPU)
+    weighted = {"class_weighting": "balanced", "curriculum": "linear", "input_scaling": "standard"}
+    config = make_config(model=model, precision=precision, optimizer=optimizer, grad_clip=grad_clip, **weighted)
+    run = TrainingRun(config, data)
+    with CountReads() as counter:
+        run._train(run._draw_batches())
+    assert counter.reads == 0
+
+
+def test_counter_of_reads_sees_those_of_an_unfused_optimizer(small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(precision="fp16"), small_data)
+    run._optimizer = torch.optim.SGD(run.model.parameters(), 0.1, fused=False)
+    with CountReads() as counter:
+        run._train(run._draw_batches())
+    assert counter.reads == 60 // 8
+
+
+def test_no_trial_imports_the_compiler() -> None:
+    """Optimizers would, which costs every worker 0.8 s of its start."""
+    code = """
+import sys
+import numpy as np
+import torch
+from tune_amp.config import TrialConfig
+from tune_amp.data import Split
+from tune_amp.training import TrainingData, TrainingRun
+split = Split(images=np.arange(256, dtype=np.uint8).reshape(16, 1, 4, 4), labels=np.arange(16) % 2)
+for optimizer in ("adam", "adamw", "sgd"):
+    config = TrialConfig(optimizer=optimizer, precision="fp16", grad_clip=1.0, batch_size=4, max_epochs=2)
+    run = TrainingRun(config, TrainingData(split, split, 2, torch.device("cpu")))
+    run.train_epoch()
+    run.load_state_dict(run.state_dict())
+    run.train_epoch()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # The probe

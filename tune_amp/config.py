@@ -201,6 +201,7 @@ class EpochMetrics:
         "null unless precision is fp16, and where gradients overflow"
     )
     probe_seconds: float = described("time measuring state and underflow_share", unit="s")
+    loop: str = described("how steps were taken: graph (replays of a CUDA graph), or eager: and why")
     loss_scale_steps: tuple[int, ...] = described(
         "steps (from 1) from which each of loss_scale_values was in force", unit="steps", default=(), epoch_only=True
     )

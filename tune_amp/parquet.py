@@ -72,7 +72,13 @@ def build_columns(source: type, *, of_trials: bool = False) -> list[pa.Field]:
 # ---- write ----
 
 
-def build_table(kind: str, schema: pa.Schema, rows: list[dict[str, Any]], origin: Mapping[str, Any]) -> pa.Table:
+def build_table(
+    kind: str,
+    schema: pa.Schema,
+    rows: list[dict[str, Any]],
+    origin: Mapping[str, Any],
+    ledger: Mapping[str, Any] | None = None,
+) -> pa.Table:
     """``rows`` under ``schema``: keys that are no column are left out, columns without a key are null.
 
     Args:
@@ -80,6 +86,7 @@ def build_table(kind: str, schema: pa.Schema, rows: list[dict[str, Any]], origin
         schema: from ``build_columns``.
         rows: column -> value.
         origin: where the rows come from, as JSON can hold it.
+        ledger: what the rows took to make, as JSON can hold it, where that is known.
     """
     table = pa.Table.from_pylist(rows, schema=schema)
     about = {
@@ -89,6 +96,8 @@ def build_table(kind: str, schema: pa.Schema, rows: list[dict[str, Any]], origin
         "provenance_checksum": checksum(dict(origin)),
         "column_checksums": {name: checksum(table[name].to_pylist()) for name in table.column_names},
     }
+    if ledger is not None:
+        about |= {"ledger": dict(ledger), "ledger_checksum": checksum(dict(ledger))}
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(about, allow_nan=False)})
 
 
@@ -150,12 +159,32 @@ def read_origin(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, damaged, not ours or of another version.
     """
+    return _read_part(path, "provenance")
+
+
+def read_ledger(path: Path) -> dict[str, Any] | None:
+    """What the rows of a file took to make, as ``build_table`` was told; None where it was told nothing.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    return _read_part(path, "ledger", optional=True)
+
+
+@typing.overload
+def _read_part(path: Path, name: str) -> dict[str, Any]: ...
+@typing.overload
+def _read_part(path: Path, name: str, *, optional: bool) -> dict[str, Any] | None: ...
+def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, Any] | None:
+    """A checksummed part of what we wrote into a file's metadata."""
     with placed(path), _refusing_damage(), pq.ParquetFile(path) as file:
         about = _read_about(file)
-        if checksum(about["provenance"]) != about["provenance_checksum"]:
-            raise InputError("provenance: must match its checksum: the file is damaged or was edited")
-        origin: dict[str, Any] = about["provenance"]
-        return origin
+        if optional and name not in about:
+            return None
+        if checksum(about[name]) != about[f"{name}_checksum"]:
+            raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
+        part: dict[str, Any] = about[name]
+        return part
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from tune_amp.data import Dataset
 from tune_amp.models import check_model
 from tune_amp.options import SearchOptions
 from tune_amp.resources import TrialResources
-from tune_amp.samplers import build_sampler
 from tune_amp.space import SearchSpace
 
 
@@ -24,17 +23,6 @@ def check_fit(space: SearchSpace, dataset: Dataset, options: SearchOptions) -> N
     if len(dataset.train) < TrialConfig().batch_size and bounds is None:
         raise InputError(f"--dataset: {dataset.name} has fewer training images than the default batch_size")
     check_model(options.model, dataset.input_shape, dataset.num_classes)
-
-
-def check_sampler(space: SearchSpace, options: SearchOptions) -> None:
-    """Refuse a sampler that cannot search the space.
-
-    Raises:
-        InputError: says why.
-    """
-    build_sampler(
-        options.sampler, space, seed=options.seed, objectives=options.objectives, num_samples=options.num_samples
-    )
 
 
 def check_objectives(options: SearchOptions, resources: TrialResources) -> None:

@@ -1,16 +1,41 @@
-"""How much CPU and GPU a trial gets, and why."""
+"""How much CPU and GPU a trial gets, and why.
+
+Ray places a trial's share on one node, and a share of a GPU on one GPU. Where no node can ever hold it, Ray would let
+the trial wait for ever: that is refused. Where other jobs of a cluster hold it for now, trials wait for them.
+
+A MIG slice counts as a GPU: torch sees the slice and its memory alone. Slices are named in ``CUDA_VISIBLE_DEVICES``.
+"""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
-from tune_amp.config import InputError
+import ray
+import torch
 
-# Small models launch more than they compute: several fill a GPU that one leaves idle. A rule until it is measured.
+from tune_amp.config import InputError, TrialConfig, one_line
+from tune_amp.data import Split
+from tune_amp.shares import (
+    CONTEXT_BYTES,
+    MeasurementError,
+    SharedGpu,
+    choose_trials,
+    list_counts,
+    measure_shares,
+)
+
+# Small models launch more than they compute: several fill a GPU that one leaves idle. For where nothing is measured.
 TRIALS_PER_GPU = 4
 
 # Ray counts in ten-thousandths and drops what is smaller: such a trial would silently train on the CPU.
 SMALLEST_GPU_SHARE = 1e-4
+
+MEASURED_SECONDS = 1.0
+"""For each number of trials: ten epochs or more of what is measured."""
+
+# Until a joined cluster has a whole GPU to spare, and its worker has started.
+WAIT_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,66 +51,164 @@ class TrialResources:
 
 
 def allocate_resources(
-    available: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]],
     *,
     gpus_per_trial: float | None = None,
     cpus_per_trial: int | None = None,
     max_concurrent: int | None = None,
-    largest_node_cpus: int | None = None,
+    choose_shared: Callable[[int], SharedGpu] | None = None,
 ) -> TrialResources:
-    """Divide what Ray offers among trials.
+    """Divide what Ray's nodes offer among trials.
 
     Args:
-        available: Ray's cluster resources, by name.
+        nodes: the resources of each, by Ray's names.
         gpus_per_trial: a share of one, up to 1; None chooses.
         cpus_per_trial: None chooses 1.
         max_concurrent: an upper limit on trials at a time; None for as many as fit.
-        largest_node_cpus: CPUs of the node that has most of them; None where all of ``available`` is one node's.
+        choose_shared: says how many trials share a GPU, given the most that the CPUs beside it can feed; None for
+            ``TRIALS_PER_GPU``. Not asked where there is nothing to choose.
 
     Raises:
         InputError: a request can never be met, so that trials would wait for ever.
     """
-    cpus, gpus = int(available.get("CPU", 0)), available.get("GPU", 0.0)
+    cpus, gpus = (sum(int(node.get(name, 0.0)) for node in nodes) for name in ("CPU", "GPU"))
     cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
-    most_cpus = cpus if largest_node_cpus is None else largest_node_cpus
-    whose = "that Ray has" if largest_node_cpus is None else "of the largest node"  # a trial never spans two
+    most_cpus = int(max(node.get("CPU", 0.0) for node in nodes))
+    whose = "that Ray has" if len(nodes) == 1 else "of the largest node"  # a trial never spans two
     in_range = 1 <= cpus_each <= most_cpus
     _check("--cpus-per-trial", cpus_each, in_range, f"must be between 1 and the {most_cpus} CPUs {whose}")
-    gpus_each = _choose_gpu_share(cpus // cpus_each, gpus) if gpus_per_trial is None else float(gpus_per_trial)
-    _check("--gpus-per-trial", gpus_each, 0 <= gpus_each <= 1, "must be between 0 and 1: a trial uses one GPU")
-    _check("--gpus-per-trial", gpus_each, gpus_each <= gpus, f"must be between 0 and the {gpus:g} GPUs that Ray has")
-    known = gpus_each == 0 or gpus_each >= SMALLEST_GPU_SHARE
-    _check("--gpus-per-trial", gpus_each, known, f"must be 0 or at least {SMALLEST_GPU_SHARE:g}, Ray's smallest")
-    gpus_each = _round_down(gpus_each)
     if max_concurrent is not None:
         _check("--max-concurrent", max_concurrent, max_concurrent >= 1, "must be at least 1")
-    slots = count_slots(cpus, gpus, cpus_each, gpus_each)
+    if gpus_per_trial is not None:
+        _check_gpu_share(float(gpus_per_trial), gpus)
+    if gpus_per_trial != 0 and gpus > 0:
+        beside = int(max(node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= 1))
+        rule = f"must be at most the {beside} CPUs of a node with a GPU, or --gpus-per-trial 0"
+        _check("--cpus-per-trial", cpus_each, cpus_each <= beside, rule)
+    shared = None
+    if gpus_per_trial is None:
+        shared = _share_gpu(nodes, cpus_each, choose_shared) if gpus else None
+        gpus_each = _round_down(1 / shared.trials) if shared else 0.0
+    else:
+        gpus_each = _round_down(float(gpus_per_trial))
+    slots = sum(count_slots(node, cpus_each, gpus_each) for node in nodes)
     at_a_time = min(slots, max_concurrent or slots)
     share = f"{gpus_each:g} GPU and {cpus_each} CPU" if gpus_each else f"{cpus_each} CPU"
     trials = "trial" if at_a_time == 1 else "trials"
+    why = f": {shared.reason}" if shared and shared.reason else ""
     return TrialResources(
         cpus=cpus_each,
         gpus=gpus_each,
         max_concurrent=at_a_time,
-        reason=f"{at_a_time} {trials} at a time, {share} each, of {gpus:g} GPUs and {cpus} CPUs",
+        reason=f"{at_a_time} {trials} at a time, {share} each, of {gpus} GPUs and {cpus} CPUs{why}",
     )
 
 
-def count_slots(cpus: int, gpus: float, cpus_each: int, gpus_each: float) -> int:
-    """Trials that fit side by side. A share of a GPU never spans two: Ray places it on one."""
-    by_cpu = cpus // cpus_each
+def count_slots(node: Mapping[str, float], cpus_each: int, gpus_each: float) -> int:
+    """Trials that fit a node side by side. A share of a GPU never spans two: Ray places it on one."""
+    by_cpu = int(node.get("CPU", 0.0)) // cpus_each
     if gpus_each == 0:
         return by_cpu
-    by_gpu = int(gpus) * int(1 / gpus_each + 1e-9)
-    return max(1, min(by_cpu, by_gpu))
+    return min(by_cpu, int(node.get("GPU", 0.0)) * int(1 / gpus_each + 1e-9))
 
 
-def _choose_gpu_share(cpu_slots: int, gpus: float) -> float:
-    """Up to ``TRIALS_PER_GPU`` trials on each GPU, fewer where the CPUs cannot feed them."""
-    if gpus < 1:
-        return gpus
-    trials_per_gpu = max(1, min(TRIALS_PER_GPU, int(cpu_slots // gpus)))
-    return 1 / trials_per_gpu
+def count_gpus(visible: str | None, cuda_devices: int) -> int:
+    """GPUs that a Ray of our own is to offer: those that torch can use.
+
+    Ray counts the entries of ``CUDA_VISIBLE_DEVICES``, with ``-1`` as one and what CUDA ignores after it, and no more
+    than there are boards, of which one may hold seven MIG slices. A process sees the first of them only: Ray gives each
+    worker its own.
+
+    Args:
+        visible: ``CUDA_VISIBLE_DEVICES``, None where it is not set.
+        cuda_devices: as torch counts them, 0 where it cannot use any.
+    """
+    names = (visible or "").split(",")
+    slices = len(set(names)) if all(name.startswith("MIG-") for name in names) else 0
+    return max(cuda_devices, slices) if cuda_devices else 0
+
+
+def double_share(share: float) -> float:
+    """The share of a GPU with which a trial is tried again that ran out of memory."""
+    return _round_down(min(1.0, 2 * share))
+
+
+def memory_fraction(share: float, device_bytes: int) -> float:
+    """How much of a GPU PyTorch's allocator may hold, so that a process keeps to its ``share`` of the memory.
+
+    Less the CUDA context, which the allocator does not count, though never less than half the share. A process that has
+    a GPU to itself is not limited.
+    """
+    if share >= 1:
+        return 1.0
+    return max(share - CONTEXT_BYTES / device_bytes, share / 2)
+
+
+def measure_with_ray(
+    config: TrialConfig, train: Split, num_classes: int, most: int, announce: Callable[[str], None]
+) -> SharedGpu:
+    """Measure on one of Ray's GPUs how many trials share it best, up to ``most``. The GPU is free again afterwards.
+
+    Args:
+        config: the largest that will be trained.
+        train: the training split.
+        num_classes: labels are 0 .. num_classes - 1.
+        most: trials that the CPUs beside a GPU can feed.
+        announce: is told, in a line, what takes so long.
+    """
+    counts = list_counts(most)
+    announce("measuring how many trials share a GPU best (half a minute; --gpus-per-trial X chooses without)")
+    # The worker ends with its only task, and with it a CUDA context that would keep memory.
+    task = ray.remote(num_gpus=1, num_cpus=counts[-1], max_calls=1, max_retries=0)(_measure_here)
+    result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path))
+    fallback = min(TRIALS_PER_GPU, most)
+    try:
+        shared: SharedGpu = ray.get(result, timeout=WAIT_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(result, force=True)
+        return SharedGpu(trials=fallback, reason=f"not measured, no GPU was free within {WAIT_SECONDS:g} s")
+    except ray.exceptions.RayError as error:  # a worker that cannot be started, or is killed
+        reason = one_line(str(error).strip().splitlines()[-1])
+        return SharedGpu(trials=fallback, reason=f"not measured ({reason})")
+    return shared
+
+
+def _measure_here(
+    train: Split, config: TrialConfig, num_classes: int, counts: Sequence[int], search_path: Sequence[str]
+) -> SharedGpu:
+    """Measure in a worker to which Ray gave a GPU; on the CPU where torch cannot use it, as trials will."""
+    sys.path.extend(folder for folder in search_path if folder not in sys.path)
+    cuda = torch.cuda.is_available()
+    try:
+        measured = measure_shares(
+            config, train, num_classes, "cuda" if cuda else "cpu", counts=counts, seconds=MEASURED_SECONDS
+        )
+    except MeasurementError as error:
+        if error.out_of_memory:
+            return SharedGpu(trials=1, reason=f"the largest does not fit a GPU alone ({error})")
+        return SharedGpu(trials=min(TRIALS_PER_GPU, counts[-1]), reason=f"not measured ({error})")
+    return choose_trials(measured, torch.cuda.get_device_properties(0).total_memory if cuda else None)
+
+
+def _share_gpu(
+    nodes: Sequence[Mapping[str, float]], cpus_each: int, choose_shared: Callable[[int], SharedGpu] | None
+) -> SharedGpu:
+    """How many trials share each GPU: no more than the CPUs of the nodes with GPUs can feed."""
+    equipped = [node for node in nodes if node.get("GPU", 0.0) >= 1]
+    gpus = sum(int(node["GPU"]) for node in equipped)
+    most = max(1, sum(int(node.get("CPU", 0.0)) // cpus_each for node in equipped) // gpus)
+    if most == 1:
+        return SharedGpu(trials=1, reason="")
+    shared = choose_shared(most) if choose_shared else SharedGpu(trials=TRIALS_PER_GPU, reason="")
+    return dataclasses.replace(shared, trials=min(most, shared.trials))
+
+
+def _check_gpu_share(share: float, gpus: int) -> None:
+    flag = "--gpus-per-trial"
+    _check(flag, share, 0 <= share <= 1, "must be between 0 and 1: a trial uses one GPU")
+    _check(flag, share, share <= gpus, f"must be between 0 and the {gpus} GPUs that Ray has")
+    known = share == 0 or share >= SMALLEST_GPU_SHARE
+    _check(flag, share, known, f"must be 0 or at least {SMALLEST_GPU_SHARE:g}, Ray's smallest")
 
 
 def _round_down(share: float) -> float:

@@ -30,11 +30,13 @@ from tune_amp.config import (
     described,
     shown,
 )
+from tune_amp.ledger import Ledger
 from tune_amp.parquet import (
     build_columns,
     build_table,
     locate,
     placed,
+    read_ledger,
     read_origin,
     read_rows,
     split_optional,
@@ -61,6 +63,14 @@ class TrialRecord:
     inert: tuple[str, ...] = described("settings that cannot act in this trial, even at its full budget", default=())
     started: datetime.datetime | None = described("when the trial started, UTC", default=None)  # noqa: RUF009 (a field)
     wall_seconds: float = described("time from the trial's start to its end", unit="s")
+    setup_seconds: float = described("time making the trial's model and optimizer", unit="s", default=0.0)
+    checkpoint_seconds: float = described(
+        "time writing the trial's checkpoints, up to its last report", unit="s", default=0.0
+    )
+    worker: int | None = described(
+        "number of the worker process that trained the trial (the last, where one died), from 1; null: none reported",
+        default=None,
+    )
     device: str = described("device the trial computed on: cpu, or the GPU's name")
     num_threads: int = described("CPU threads the trial computed with; a bit-identical replay needs as many")
 
@@ -162,8 +172,12 @@ SCHEMAS: Mapping[str, pa.Schema] = types.MappingProxyType(_build_schemas())
 # ---- write ----
 
 
-def write_trials(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> None:
+def write_trials(
+    folder: Path, trials: Sequence[TrialRecord], provenance: Provenance, ledger: Ledger | None = None
+) -> None:
     """Writes ``trials.parquet`` and ``epochs.parquet`` into ``folder``, in the order given (that of submission).
+
+    The ledger of a search that is over goes into the metadata of ``trials.parquet``.
 
     Raises:
         OSError: the folder is missing, or the disk is full; files that were there are as they were.
@@ -172,7 +186,7 @@ def write_trials(folder: Path, trials: Sequence[TrialRecord], provenance: Proven
     epochs = [{"trial_id": trial.trial_id} | vars(epoch) for trial in trials for epoch in trial.epochs]
     # Epochs first: a crash between the two leaves no trial without its epochs.
     _write(folder, "epochs", epochs, provenance)
-    _write(folder, "trials", [_to_row(t) for t in trials], provenance)
+    _write(folder, "trials", [_to_row(t) for t in trials], provenance, ledger)
 
 
 def write_best(folder: Path, ranked: Sequence[TrialRecord], provenance: Provenance) -> None:
@@ -186,8 +200,11 @@ def write_best(folder: Path, ranked: Sequence[TrialRecord], provenance: Provenan
     _write(folder, "best", rows, provenance)
 
 
-def _write(folder: Path, kind: str, rows: list[dict[str, Any]], provenance: Provenance) -> None:
-    table = build_table(kind, SCHEMAS[kind], rows, dataclasses.asdict(provenance))
+def _write(
+    folder: Path, kind: str, rows: list[dict[str, Any]], provenance: Provenance, ledger: Ledger | None = None
+) -> None:
+    spent = None if ledger is None else dataclasses.asdict(ledger)
+    table = build_table(kind, SCHEMAS[kind], rows, dataclasses.asdict(provenance), spent)
     write_parquet(table, folder / f"{kind}.parquet")
 
 
@@ -247,6 +264,22 @@ def load_provenance(path: str | Path) -> Provenance:
     origin = read_origin(path)
     with placed(path):
         return _build(Provenance, origin)
+
+
+def load_ledger(path: str | Path) -> Ledger | None:
+    """What a run's slots spent their time on; ``path`` is its folder, or its ``trials.parquet``.
+
+    None where the run was killed, or still goes on: the ledger is written when a search is over.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    path = locate(path, "trials")
+    spent = read_ledger(path)
+    if spent is None:
+        return None
+    with placed(path):
+        return _build(Ledger, spent)
 
 
 def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
@@ -312,5 +345,5 @@ def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
 
 # Listed once: resolving the annotations costs more than building a row.
 _FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {
-    source: _list_field_rules(source) for source in (TrialConfig, EpochMetrics, TrialRecord, Provenance)
+    source: _list_field_rules(source) for source in (TrialConfig, EpochMetrics, TrialRecord, Provenance, Ledger)
 }

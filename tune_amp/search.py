@@ -3,29 +3,33 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
 from tune_amp.data import Dataset
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
+from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
-from tune_amp.resources import TrialResources, allocate_resources
+from tune_amp.resources import TrialResources, allocate_resources, double_share, measure_with_ray
 from tune_amp.results import Provenance, TrialRecord, list_versions, write_best
-from tune_amp.searcher import AmpSearch
+from tune_amp.searcher import AmpSearch, find_cause
+from tune_amp.shares import find_largest
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import build_scheduler
 from tune_amp.storage import prepare_storage
-from tune_amp.trainable import AmpTrainable, WorkerSetup
+from tune_amp.trainable import AmpTrainable, LargerShareNeeded, WorkerSetup
 
 SPACE_FILE = "space.yaml"
 
@@ -47,6 +51,10 @@ class SearchResult:
     provenance: Provenance
     interrupted: bool
     """Whether a signal ended the search before its trials did."""
+    ledger: Ledger
+    """What the slots spent their time on, until the last trial was over."""
+    wrap_up_seconds: float
+    """From then until everything was written and the importance of the parameters measured."""
 
     @property
     def best_path(self) -> Path:
@@ -63,6 +71,8 @@ def run_search(
     observer: Observer,
     command: Sequence[str] = (),
     storage_path: str | None = None,
+    started: float | None = None,
+    resources: TrialResources | None = None,
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
@@ -76,12 +86,14 @@ def run_search(
         observer: is told of everything that happens.
         command: the command line, for the record.
         storage_path: where Ray keeps checkpoints, a path or URL that all nodes can write; None for the run folder.
+        started: ``time.monotonic()`` when the command began, from which slot time counts; None: it counts from now.
+        resources: from ``plan_resources``; None to plan them here.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
     """
     check_fit(space, dataset, options)
-    resources = plan_resources(options)
+    resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
     storage = prepare_storage(storage_path, folder, nodes=len(_list_nodes()))
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
@@ -95,7 +107,8 @@ def run_search(
         time_budget=options.time_budget,
         started=time.monotonic(),
     )
-    recorder = TrialRecorder(folder, provenance, progress, observer)
+    begin = progress.started if started is None else started
+    recorder = TrialRecorder(folder, provenance, progress, observer, slots=resources.max_concurrent, begin=begin)
     shared = {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
     searcher = AmpSearch(
         space,
@@ -114,7 +127,7 @@ def run_search(
         max_epochs=options.max_epochs,
         grace_period=options.grace_period,
         reduction_factor=options.reduction_factor,
-        on_worker_death=searcher.note_worker_death,
+        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources),
     )
     tuner = tune.Tuner(
         bind_trainable(dataset, resources),
@@ -148,6 +161,8 @@ def run_search(
     )
     if importance.rows:
         write_importance(folder, importance, provenance)
+    ledger = recorder.ledger
+    assert ledger is not None  # the search is over
     return SearchResult(
         folder=folder,
         trials=recorder.trials,
@@ -155,22 +170,52 @@ def run_search(
         importance=importance,
         provenance=provenance,
         interrupted=was_interrupted(recorder.trials, options, time.monotonic() - progress.started),
+        ledger=ledger,
+        wrap_up_seconds=time.monotonic() - begin - ledger.wall_seconds,
     )
 
 
-def plan_resources(options: SearchOptions) -> TrialResources:
+def plan_resources(
+    options: SearchOptions,
+    space: SearchSpace | None = None,
+    dataset: Dataset | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> TrialResources:
     """What each trial gets of the running Ray.
+
+    Args:
+        options: where they leave the share of a GPU open, it is chosen.
+        space: with ``dataset``, the choice is measured; without, it is a rule's.
+        dataset: see ``space``.
+        announce: is told, in a line, what takes long.
 
     Raises:
         InputError: the options ask for more than Ray has.
     """
-    return allocate_resources(
-        ray.cluster_resources(),
-        largest_node_cpus=max(int(resources.get("CPU", 0)) for resources in _list_nodes()),
+    free = ray.available_resources()
+    measure = None
+    if space is not None and dataset is not None:
+        largest = find_largest(
+            space, model=options.model, dataset=dataset.name, max_epochs=options.max_epochs, seed=options.seed
+        )
+        measure = functools.partial(measure_with_ray, largest, dataset.train, dataset.num_classes, announce=announce)
+    resources = allocate_resources(
+        _list_nodes(),
         gpus_per_trial=options.gpus_per_trial,
         cpus_per_trial=options.cpus_per_trial,
         max_concurrent=options.max_concurrent,
+        choose_shared=measure,
     )
+    return dataclasses.replace(resources, reason=resources.reason + describe_wait(free, resources))
+
+
+def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
+    """What to add to ``resources.reason`` where other jobs of a cluster hold some of it: trials wait for them."""
+    cpus, gpus = int(free.get("CPU", 0.0)), free.get("GPU", 0.0)
+    now = min(cpus // resources.cpus, int(gpus / resources.gpus + 1e-6) if resources.gpus else cpus)
+    if now >= resources.max_concurrent:
+        return ""
+    return f"; others hold part of the cluster: {now} can start now, the rest wait"
 
 
 def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrainable]:
@@ -181,10 +226,10 @@ def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrain
         num_classes=dataset.num_classes,
         num_threads=resources.cpus,
         search_path=tuple(sys.path),
+        gpu_share=resources.gpus,
     )
-    share = {"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})}
     with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
-    trainable: type[AmpTrainable] = tune.with_resources(with_data, tune.PlacementGroupFactory([share]))
+    trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
     # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
     trainable.__qualname__ = AmpTrainable.__qualname__
     return trainable
@@ -230,6 +275,22 @@ def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, secon
     """Whether the search ended before its trials did, other than by its time budget."""
     unfinished = len(trials) < options.num_samples or any(t.status is TrialStatus.INTERRUPTED for t in trials)
     return unfinished and (options.time_budget is None or seconds < options.time_budget)
+
+
+def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
+    return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+
+
+def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
+    """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
+
+    A trial that ran out of its share of a GPU gets twice the share. That attempt is not counted among those that a
+    worker's death may cost; a trial whose retries are used up has ended, and nothing is changed.
+    """
+    searcher.note_worker_death(trial)
+    if trial.status == Trial.ERROR and LargerShareNeeded.__name__ in find_cause(trial):
+        trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
+        trial.max_failures += 1
 
 
 def _list_nodes() -> list[dict[str, float]]:

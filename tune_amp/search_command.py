@@ -2,18 +2,23 @@
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib
+import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +34,7 @@ from tune_amp.console import (
     load_announced,
     say,
 )
+from tune_amp.ledger import read_process_age
 from tune_amp.options import SearchOptions, run_folder
 
 if TYPE_CHECKING:
@@ -39,7 +45,12 @@ if TYPE_CHECKING:
     from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
 
+_T = TypeVar("_T")
+
 DEFAULT_SPACE = "mnist_amp"
+
+WORKER_MODULES = ("tune_amp.trainable",)
+"""What workers import as they start, with all that it imports in its turn."""
 
 SLOW_EPOCH_SECONDS = 120.0
 
@@ -55,8 +66,10 @@ RUN_FILES = (
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
     """Run a search and print what it found. Returns the exit code."""
+    # As a program, the command began with its process: what Python and the imports took counts.
+    begun = time.monotonic() - (read_process_age() if arguments is None else 0.0)
     command = sys.argv[1:] if arguments is None else list(arguments)
-    return answer_bad_input(lambda: _search(_search_parser(program).parse_args(command), program, command))
+    return answer_bad_input(lambda: _search(_search_parser(program).parse_args(command), program, command, begun))
 
 
 def _search_parser(program: str) -> argparse.ArgumentParser:
@@ -114,23 +127,22 @@ def _gpu_share(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"must be auto or a number, got {text!r}") from None
 
 
-def _search(arguments: argparse.Namespace, program: str, command: Sequence[str]) -> int:
-    from tune_amp.preflight import check_fit, check_sampler
+def _search(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
+    from tune_amp.samplers import build_sampler
     from tune_amp.space import load_space
 
     names = [field.name for field in dataclasses.fields(SearchOptions)]
     options = SearchOptions(**{name: getattr(arguments, name) for name in names})
     space = load_space(arguments.space)
-    check_sampler(space, options)  # before the data are loaded, and perhaps downloaded
+    # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
+    build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
     stem = Path(arguments.space).stem.lstrip(".")
     run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
     stdout = sys.stdout
     # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     with pure, run_folder(arguments.results_dir, run) as folder:
-        dataset = load_announced(arguments.dataset, arguments.data_dir)
-        check_fit(space, dataset, options)
-        result = _search_with_ray(arguments, space, dataset, options, folder, (program, *command), stdout)
+        result = _search_with_ray(arguments, space, options, folder, (program, *command), stdout, begun)
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
@@ -144,24 +156,31 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str])
 def _search_with_ray(
     arguments: argparse.Namespace,
     space: "SearchSpace",
-    dataset: "Dataset",
     options: SearchOptions,
     folder: Path,
     command: Sequence[str],
     stdout: IO[str],
+    begun: float,
 ) -> "SearchResult":
-    import torch
-
     from tune_amp.session import ray_session
 
     console = Console(quiet=arguments.quiet or arguments.json, highlight=False)
-    # A Ray of our own must not offer GPUs that this torch cannot use: trials would wait for them and train on the CPU.
-    num_gpus = None if torch.cuda.is_available() else 0
+    theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
+    # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
+    # A user's own code is run in the main thread, where it may expect to be.
+    load = functools.partial(_load_checked, arguments, space, options)
+    prepared = functools.partial(lambda loaded: loaded, load()) if theirs else _start_in_background(load)
     modules = _user_modules(arguments.model)
-    with ray_session(arguments.address, run=folder.name, modules=modules, num_gpus=num_gpus) as session:
+    with ray_session(
+        arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
+    ) as session:
+        dataset = prepared()
         from tune_amp.search import plan_resources, run_search
 
-        _print_start(console, space, dataset, options, session, plan_resources(options))
+        resources = plan_resources(
+            options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
+        )
+        _print_start(console, space, dataset, options, session, resources)
         if arguments.json:
             _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options))
         with _signals_as_ctrl_c(), _choose_observer(arguments, console, stdout) as observer:
@@ -173,10 +192,53 @@ def _search_with_ray(
                 observer=observer,
                 command=command,
                 storage_path=arguments.storage_path,
+                started=begun,
+                resources=resources,
             )
-    with ignoring_closed_pipe():
-        _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
+        with ignoring_closed_pipe():  # now: Ray takes another second to end
+            _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
     return result
+
+
+def _load_checked(arguments: argparse.Namespace, space: "SearchSpace", options: SearchOptions) -> "Dataset":
+    """The data set, found to fit; and what the search will import, so that it need not wait for that."""
+    from tune_amp.preflight import check_fit
+
+    dataset = load_announced(arguments.dataset, arguments.data_dir)
+    check_fit(space, dataset, options)
+    importlib.import_module("tune_amp.search")
+    return dataset
+
+
+def _start_in_background(function: Callable[[], _T]) -> Callable[[], _T]:
+    """Call ``function`` in a thread that does not outlive the program; gives what waits for its result, or error."""
+    future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
+
+
+def _count_usable_gpus() -> int:
+    """GPUs that a Ray of our own may offer: none that this torch cannot use, or trials would train on the CPU.
+
+    torch is asked only where Ray finds a GPU: importing it takes a second.
+    """
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    found = get_accelerator_manager_for_resource("GPU")
+    if found is None or found.get_current_node_num_accelerators() == 0:
+        return 0
+    import torch
+
+    from tune_amp.resources import count_gpus
+
+    return count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
 
 
 def _user_modules(model: str) -> tuple[ModuleType, ...]:
@@ -302,12 +364,13 @@ def _name_python() -> str:
 
 def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     from tune_amp.importance import describe_importance
-    from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ranking
+    from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
 
     console.print(describe_counts(result.trials))
     if result.interrupted:
         console.print("[magenta]interrupted[/]: everything that was reported is kept")
     if not result.ranked:
+        say(console, render_ledger(result.ledger, result.wrap_up_seconds))
         _print_no_result(result)
         return
     console.print()
@@ -320,6 +383,7 @@ def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     if any(row.told_from_noise for row in result.importance.rows):
         console.print(render_importance(result.importance))
     console.print()
+    say(console, render_ledger(result.ledger, result.wrap_up_seconds))
     files = [name for name in RUN_FILES if (result.folder / name).exists()]
     say(console, f"files    {result.folder}: {', '.join(files)}")
     console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
@@ -346,10 +410,10 @@ def _print_json_start(
 
 
 def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
-    from tune_amp.monitoring import JsonLines, describe_as_json
+    from tune_amp.monitoring import JsonLines, describe_as_json, describe_ledger_as_json
 
     ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
     best = str(result.best_path) if ranked else None
     importance = [vars(row) for row in result.importance.rows]
     found = {"best": ranked, "best_parquet": best, "importance": importance, "interrupted": result.interrupted}
-    JsonLines(stdout).write("result", found)
+    JsonLines(stdout).write("result", {**found, "ledger": describe_ledger_as_json(result.ledger)})

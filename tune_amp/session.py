@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +47,7 @@ def ray_session(
     modules: tuple[ModuleType, ...] = (),
     num_cpus: int | None = None,
     num_gpus: int | None = None,
+    preload: Sequence[str] = (),
 ) -> Iterator[RaySession]:
     """Ray for the length of a ``with`` block: the one already started in this process, a cluster's, or a private one.
 
@@ -58,6 +59,7 @@ def ray_session(
         modules: packages that the workers of a joined cluster need and may not have.
         num_cpus: what a private Ray is to offer instead of what it finds; so ``num_gpus``.
         num_gpus: see ``num_cpus``.
+        preload: modules that the workers of a private Ray import as they start, while Ray itself is still starting.
 
     Raises:
         InputError: ``address`` cannot be joined.
@@ -67,7 +69,7 @@ def ray_session(
         if "ray" in sys.modules and _ray_is_initialized():
             yield _describe_session(token_path=None)
         elif address is None:
-            token_path = stack.enter_context(_private_ray(run, num_cpus, num_gpus))
+            token_path = stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload))
             yield _describe_session(token_path)
         else:
             stack.enter_context(_joined_ray(address, run, modules))
@@ -75,7 +77,7 @@ def ray_session(
 
 
 @contextlib.contextmanager
-def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None) -> Iterator[Path]:
+def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str]) -> Iterator[Path]:
     """Start Ray for us alone; yields the token's path."""
     # Unix sockets below this folder must stay under 107 characters, so it is short; mkdtemp makes it 0700.
     home = Path(tempfile.mkdtemp(prefix="tune_amp_", dir=_short_temporary_folder()))
@@ -88,6 +90,9 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None) -> Iterat
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_AUTH_TOKEN": None,  # would come before the file
+        "RAY_preload_python_modules": ",".join(preload) or None,
+        # Ray would start as many workers as there are CPUs, and Tune's actors then others, all importing at once.
+        "RAY_prestart_worker_first_driver": "0",
     }
     with _ray_environment(secured):
         import ray

@@ -4,12 +4,16 @@ A trial that fails is a row with a status: exceptions are reported, not raised, 
 trial. Only the death of the process itself, and a CUDA context that is broken for good, are left to Ray.
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
+import gc
 import math
+import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,29 @@ from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
 from tune_amp.data import Split
+from tune_amp.ledger import SlotClock, TimeKind, read_process_age
+from tune_amp.resources import memory_fraction
 from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
 
 RUNNING = "running"
 """``status`` in the reports of a trial that goes on. Every other value is a ``TrialStatus``."""
+
+
+# A checkpoint is due after so many times the work that one costs: then checkpoints take at most 1 / 21 of a trial's
+# time, under 5 %, and a worker that dies loses at most the work of 20 checkpoints, and the epoch that it was in.
+WORK_PER_CHECKPOINT = 20
+# Until a worker has saved once; simple_net's takes 0.01 to 0.02 s on a local disk, a network's storage takes longer.
+FIRST_CHECKPOINT_SECONDS = 0.05
+
+EPOCH_CLOCKS = {
+    "train_seconds": (TimeKind.OTHER, TimeKind.TRAINING),
+    "val_seconds": (TimeKind.OTHER, TimeKind.VALIDATION),
+    "probe_seconds": (TimeKind.OTHER, TimeKind.PROBE),
+    "data_seconds": (TimeKind.START_UP, TimeKind.DATA),
+}
+"""Seconds of ``EpochMetrics``: what they would count as by the worker's own clock, and what they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +61,12 @@ class WorkerSetup:
     """CPU threads of a trial. Sums are split among threads, so that a bit-identical replay needs the same number."""
     search_path: tuple[str, ...]
     """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
+    gpu_share: float = 0.0
+    """The share of a GPU with which a trial begins; 0 on the CPU. One that runs out of memory gets a larger one."""
+
+
+class LargerShareNeeded(RuntimeError):  # noqa: N818 - a request, not a fault
+    """A trial ran out of its share of a GPU's memory. Ends the worker, for Tune to try again with a larger share."""
 
 
 class AmpTrainable(tune.Trainable):
@@ -48,15 +75,52 @@ class AmpTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
         """Place the data on this worker's device, once a process."""
         assert worker_setup is not None  # bound by tune.with_parameters
+        self._clock = SlotClock(read_process_age())
         sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
         torch.set_num_threads(worker_setup.num_threads)
         self._num_threads = worker_setup.num_threads
+        self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
         # Ray hands out the GPUs that it was told of, whether or not torch can use them.
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(self._share, total), device)
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+        try:
+            self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+        except Exception as error:
+            self._ask_for_larger_share(error)
+            raise
         self._run: TrainingRun | None = None
+        self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
+        self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         self.reset_config(config)
+        self._clock.switch(TimeKind.IDLE)
+
+    def train(self) -> Any:
+        """Ray's own ``train``, on the clock: what no other clock within covers is told as such."""
+        with self._clock.spending(TimeKind.OTHER):
+            return super().train()  # type: ignore[no-untyped-call]
+
+    def reset(self, new_config: dict[str, Any], storage: Any = None) -> Any:
+        """Ray's own ``reset``, on the clock."""
+        with self._clock.spending(TimeKind.START_UP):
+            return super().reset(new_config, storage)  # type: ignore[no-untyped-call]
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, on the clock: its cost decides the next."""
+        started = time.monotonic()
+        with self._clock.spending(TimeKind.CHECKPOINT):
+            saved = super().save(checkpoint_dir)
+        self._save_seconds.append(time.monotonic() - started)
+        self._checkpoint_seconds += self._save_seconds[-1]
+        self._unsaved_seconds = 0.0
+        return saved
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs, on the clock."""
+        with self._clock.spending(TimeKind.CHECKPOINT):
+            super().restore(checkpoint_path)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make this actor ready for another trial, data and process kept."""
@@ -65,6 +129,7 @@ class AmpTrainable(tune.Trainable):
         self._settings = dict(new_config)
         self._first_failure: str | None = None
         self._started = time.time()
+        self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         return True
 
     def step(self) -> dict[str, Any]:
@@ -72,6 +137,7 @@ class AmpTrainable(tune.Trainable):
 
         Raises:
             torch.AcceleratorError: the GPU can no longer be used from this process.
+            LargerShareNeeded: its memory ran out, and the trial may have more of it.
         """
         try:
             report = self._train_epoch_or_try_again()
@@ -80,29 +146,39 @@ class AmpTrainable(tune.Trainable):
                 # After a device assert or an illegal access every later CUDA call of the process fails as well, and so
                 # would every later trial. Ray ends a worker whose step raises, and tries again in a new one.
                 raise
+            self._ask_for_larger_share(error)
             report = failure_report(error)
             if self._first_failure is not None and self._first_failure != report["error"]:
                 report["error"] = one_line(f"{report['error']}; before that, {self._first_failure}")
         if report["done"]:
             self._release()
+        if 0 < self._first_share < self._share:
+            again = f"out of memory with {self._first_share:g} GPU, tried again with {self._share:g}"
+            report["error"] = again if report["error"] is None else one_line(f"{report['error']}; {again}")
         return report | {
             "started": self._started,
             "wall_seconds": time.time() - self._started,
             "device": self._device_name,
             "num_threads": self._num_threads,
+            "setup_seconds": self._setup_seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            SHOULD_CHECKPOINT: not report["done"] and is_checkpoint_due(self._unsaved_seconds, self._save_seconds),
+            "spent": self._clock.read(),
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has none left to save."""
         if self._run is not None:
-            torch.save(self._run.state_dict(), Path(checkpoint_dir) / CHECKPOINT_FILE)
+            torch.save(self._run.state_dict() | {"counted": self._counted}, Path(checkpoint_dir) / CHECKPOINT_FILE)
 
     def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
         """Continue from ``save_checkpoint``; from the beginning where it saved nothing."""
         assert checkpoint is not None
         path = Path(checkpoint) / CHECKPOINT_FILE
         if path.exists():
-            self._start_run().load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._start_run().load_state_dict(state)
+            self._counted = state["counted"]
 
     def _train_epoch_or_try_again(self) -> dict[str, Any]:
         """An epoch; once in a trial, a failure that need not be the settings' fault starts it anew.
@@ -121,29 +197,72 @@ class AmpTrainable(tune.Trainable):
 
     def _train_epoch(self) -> dict[str, Any]:
         run = self._run or self._start_run()
-        metrics = run.train_epoch()
+        metrics = self._count_epoch(run)
         if run.hopeless is not None:
             return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
         finished = metrics.epoch >= self._max_epochs
         return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
 
+    def _count_epoch(self, run: TrainingRun) -> EpochMetrics:
+        """Train an epoch. Its time counts as what the run measured, and as lost where it raises."""
+        before = self._clock.count(TimeKind.OTHER)
+        try:
+            metrics = run.train_epoch()
+        except Exception:
+            self._clock.move(TimeKind.OTHER, TimeKind.FAILED, self._clock.count(TimeKind.OTHER) - before)
+            raise
+        self._unsaved_seconds += self._clock.count(TimeKind.OTHER) - before
+        for name, (source, kind) in EPOCH_CLOCKS.items():
+            self._clock.move(source, kind, getattr(metrics, name) - self._counted[name])
+        self._counted = {name: getattr(metrics, name) for name in EPOCH_CLOCKS}
+        return metrics
+
     def _start_run(self) -> TrainingRun:
+        started = time.monotonic()
         config = TrialConfig(**self._settings)
         self._max_epochs = config.max_epochs
-        self._run = TrainingRun(config, self._data)
+        self._counted = dict.fromkeys(EPOCH_CLOCKS, 0.0)  # seconds of its metrics that the clock has been told of
+        self._unsaved_seconds = 0.0
+        with self._clock.spending(TimeKind.START_UP):
+            self._run = TrainingRun(config, self._data)
+        self._setup_seconds += time.monotonic() - started
         return self._run
+
+    def _ask_for_larger_share(self, error: Exception) -> None:
+        """Raise LargerShareNeeded where the trial's memory was less than a GPU's, and ran out for the first time."""
+        first = 0 < self._share < 1 and self._share <= self._first_share
+        if first and is_out_of_gpu_memory(error):
+            raise LargerShareNeeded(f"out of memory with {self._share:g} GPU: {describe_error(error)}") from error
 
     def _release(self) -> None:
         """Give the memory of a trial back: the next one may need all of it, and other workers share the GPU."""
         self._run = None
-        with contextlib.suppress(RuntimeError):  # the trial's report counts; a broken context fails the next step too
+        # The trial's report counts; a broken context fails the next step too.
+        with self._clock.spending(TimeKind.START_UP), contextlib.suppress(RuntimeError):
             release_memory(self._data.device)
+        _exempt_what_is_left()
+
+
+def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> bool:
+    """Whether a checkpoint is worth what it costs.
+
+    Args:
+        unsaved_seconds: work that a death of the worker would lose.
+        save_seconds: what the last checkpoints took in this worker, those of other trials too.
+    """
+    cost = statistics.median(save_seconds) if save_seconds else FIRST_CHECKPOINT_SECONDS
+    return unsaved_seconds >= WORK_PER_CHECKPOINT * cost
+
+
+@functools.cache
+def _exempt_what_is_left() -> None:
+    """Take what survives a worker's first trial, modules mostly, from the collector: torch's cost it 0.15 s a trial."""
+    gc.freeze()
 
 
 def progress_report(metrics: EpochMetrics, status: str, error: str | None = None) -> dict[str, Any]:
-    """What a trial tells Tune after an epoch: its metrics, its status, whether it is over; if not, to save it now."""
-    running = status == RUNNING
-    return {**vars(metrics), "status": str(status), "error": error, "done": not running, SHOULD_CHECKPOINT: running}
+    """What a trial tells Tune after an epoch: its metrics, its status, whether it is over."""
+    return {**vars(metrics), "status": str(status), "error": error, "done": status != RUNNING}
 
 
 def failure_report(error: Exception) -> dict[str, Any]:
@@ -158,16 +277,26 @@ def failure_report(error: Exception) -> dict[str, Any]:
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
 
 
+def assigned_gpu_share() -> float:
+    """GPUs that Ray gave to this worker, a fraction where it shares one; 0 without Ray."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: CUDA's error, Python's, or the CPU allocator's, which is a bare RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
+    """Whether memory ran out: a GPU's, Python's, or the CPU allocator's, which raises a bare RuntimeError."""
+    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, MemoryError) or is_out_of_gpu_memory(error)
+
+
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether a GPU's memory ran out, or the share of it that the process may use."""
     signs = (
-        "can't allocate memory",
         "CUDA out of memory",
         "CUDA error: out of memory",  # a torch.AcceleratorError, from outside PyTorch's own allocator
         "CUBLAS_STATUS_ALLOC_FAILED",
     )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

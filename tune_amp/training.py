@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import inspect
 import math
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tune_amp.amp import AmpStep, GradientProbe, all_finite, fp32_arithmetic
+from tune_amp.amp import AmpStep, GradientProbe, all_finite, flushing_denormals, fp32_arithmetic
 from tune_amp.batches import (
     DeviceSplit,
     InputScaling,
@@ -27,11 +29,13 @@ from tune_amp.batches import (
 )
 from tune_amp.config import EpochMetrics, TrialConfig
 from tune_amp.data import Split
+from tune_amp.graphs import Capture, StepLoop, capturable, capture_cuda_graph, clear_workspaces, explain_eager
 from tune_amp.models import InputShape, build_model
 from tune_amp.states import EpochEvidence, Verdict, judge_epoch
 
 EVALUATION_BATCH = 2048
 ESTIMATE_IMAGES = 32
+ESTIMATE_SCALING = InputScaling(shift=0.0, factor=1 / 255)
 SGD_MOMENTUM = 0.9
 
 
@@ -119,7 +123,7 @@ class MemoryMeter:
         self.peak_bytes: int | None = None
         """Most bytes so far; None without CUDA, and before the first measurement."""
         if device.type == "cuda":
-            _clear_workspaces()  # else a worker's first trial would be charged for them, and the later ones not
+            clear_workspaces()  # else a worker's first trial would be charged for them, and the later ones not
             self._resident_bytes = torch.cuda.memory_allocated(device)
 
     @contextlib.contextmanager
@@ -140,9 +144,13 @@ class TrainingRun:
         config: what to train. Its seed sets torch's global generator (initial weights, a model's own dropout) and the
             generator of the data order.
         data: resident training data; validation metrics are None where it holds no validation split.
+        allow_graph: whether steps may be captured as a CUDA graph where that pays. ``EpochMetrics.loop`` tells.
+        capture: how a step is captured; None: as a CUDA graph on a GPU, and not at all on the CPU.
     """
 
-    def __init__(self, config: TrialConfig, data: TrainingData) -> None:
+    def __init__(
+        self, config: TrialConfig, data: TrainingData, *, allow_graph: bool = True, capture: Capture | None = None
+    ) -> None:
         torch.manual_seed(config.seed)
         self._config = config
         self._data = data
@@ -154,7 +162,13 @@ class TrainingRun:
         self._memory = MemoryMeter(data.device)
         self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
         self._optimizer = build_optimizer(config, self.model)
-        self._amp = AmpStep(config, data.device, max_steps=len(data.train.labels) // config.batch_size)
+        self._max_steps = len(data.train.labels) // config.batch_size
+        self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
+        self._allow_graph = allow_graph
+        self._capture = capture_cuda_graph if capture is None and data.device.type == "cuda" else capture
+        # Chosen with the first epoch of a run, and anew where it continues from a checkpoint.
+        self._loop: StepLoop | None = None
+        self._why_eager: str | None = None
         self._can_be_probed = True
         # Until a weight has moved: on the host, so that no memory of the device is charged for it.
         self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
@@ -203,6 +217,7 @@ class TrainingRun:
             state=str(verdict.state),
             underflow_share=probe.underflow_share,
             probe_seconds=self._probe_seconds,
+            loop=self._loop.describe() if self._loop is not None else f"eager: {self._why_eager}",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,6 +238,8 @@ class TrainingRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``. Learning rate, weight decay and scaler settings stay this run's own."""
         self._epoch = state["epoch"]
+        self._loop = self._why_eager = None  # a graph would go on with the tensors that are replaced here
+        self._amp.follow(None)
         self.model.load_state_dict(state["model"])
         own = {"lr": self._config.lr, "weight_decay": self._config.weight_decay}
         self._optimizer.load_state_dict(state["optimizer"])
@@ -249,13 +266,42 @@ class TrainingRun:
         """
         started = time.perf_counter()
         self.model.train()
-        with fp32_arithmetic(self._config.precision):
-            for indices in batches:
-                self._step(indices)
+        if self._loop is None and self._why_eager is None:
+            self._choose_loop()
+        with fp32_arithmetic(self._config.precision), flushing_denormals():
+            if self._loop is not None:
+                self._loop.take(batches)
+            else:
+                for indices in batches:
+                    self._step(indices)
             train_loss = self._amp.read_epoch()  # waits for the device, so that the clock below is right
         seconds = time.perf_counter() - started
         self._train_seconds += seconds
         return train_loss, seconds
+
+    def _choose_loop(self) -> None:
+        steps_left = (self._config.max_epochs - self._epoch) * self._max_steps
+        has_graphs = self._capture is not None
+        self._why_eager = explain_eager(has_graphs=has_graphs, allowed=self._allow_graph, steps_left=steps_left)
+        if self._why_eager is None:
+            self._loop = StepLoop(
+                self._step,
+                self.model,
+                self._data.device,
+                max_steps=self._max_steps,
+                batch_size=self._config.batch_size,
+                capture=self._capture_step,
+            )
+            self._amp.follow(self._loop.position)
+
+    def _capture_step(self, step: Callable[[], None]) -> Callable[[], None]:
+        assert self._capture is not None
+        try:
+            with capturable(self._optimizer):
+                return self._capture(step)
+        except Exception:
+            self._amp.abandon_step(self._optimizer)
+            raise
 
     def _step(self, indices: Tensor) -> None:
         with self._amp.autocast():
@@ -357,16 +403,44 @@ class TrainingRun:
 
 def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The trial's optimizer in its fused form: one kernel, and no host synchronisation to skip an overflowed step."""
+    _leave_compiler_out()
     parameters = list(model.parameters())
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+        return _unwrap_step(torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+        return _unwrap_step(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
     sgd = torch.optim.SGD(parameters, config.lr, SGD_MOMENTUM, weight_decay=config.weight_decay, fused=True)
     for parameter in parameters:
         # torch 2.15 leaves the buffer uninitialised where the first step is skipped; zeros give the same first update.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+    return _unwrap_step(sgd)
+
+
+@functools.cache
+def _leave_compiler_out() -> None:
+    """Keep PyTorch from importing its compiler when the first optimizer is made: 0.8 s of every worker's start.
+
+    These methods import it to have themselves left out of compiled code (``torch/_compile.py``), and look first for
+    what that gave before. Here no optimizer is part of compiled code; a model that is compiled imports it itself.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
+        method = getattr(torch.optim.Optimizer, name)
+        bare = getattr(method, "__wrapped__", method)
+        bare.__dict__.setdefault("__dynamo_disable", bare)
+
+
+def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """``optimizer``, whose ``step`` no longer tells a profiler and looks for hooks: 40 us less on one core."""
+    bare = inspect.unwrap(type(optimizer).step)
+
+    def step() -> None:
+        with torch.no_grad():
+            bare(optimizer)
+
+    optimizer.step = step  # type: ignore[method-assign, assignment]
+    return optimizer
 
 
 def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> tuple[float, float]:
@@ -397,29 +471,30 @@ def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> tup
 
 
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
-    """Seconds that an epoch will take, from one training step on ``ESTIMATE_IMAGES`` images after a first one.
+    """Seconds that an epoch will take, from forward and backward pass on ``ESTIMATE_IMAGES`` images after a first time.
 
-    A rough figure, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in fp32.
+    A rough figure, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in fp32. It
+    makes no optimizer, because that imports PyTorch's compiler, which takes longer than all else here.
     """
-    few = Split(images=train.images[:ESTIMATE_IMAGES], labels=train.labels[:ESTIMATE_IMAGES])
-    run = TrainingRun(
-        dataclasses.replace(config, batch_size=len(few), class_weighting="none", curriculum="none"),
-        TrainingData(few, None, num_classes, device),
-    )
-    first, second = run.train_epoch().train_seconds, run.train_epoch().train_seconds  # cumulative
-    return (second - first) / len(few) * len(train)
+    few = place_split(Split(images=train.images[:ESTIMATE_IMAGES], labels=train.labels[:ESTIMATE_IMAGES]), device)
+    model = build_model(config.model, train.images.shape[1:], num_classes).to(device)
+    amp = AmpStep(config, device, max_steps=1)
+
+    def run_once() -> float:
+        started = time.perf_counter()
+        with fp32_arithmetic(config.precision):
+            with amp.autocast():
+                loss = nn.functional.cross_entropy(model(scale_images(few.images, ESTIMATE_SCALING)), few.labels)
+            loss.backward()
+        return time.perf_counter() - started
+
+    run_once()
+    return run_once() / len(few.labels) * len(train)
 
 
 def release_memory(device: torch.device) -> None:
     """Give what a run held on ``device`` back to other processes, after the last reference to the run is gone."""
     gc.collect()  # models may refer to themselves
     if device.type == "cuda":
-        _clear_workspaces()
+        clear_workspaces()
         torch.cuda.empty_cache()
-
-
-def _clear_workspaces() -> None:
-    """Free the workspaces that cuBLAS takes from PyTorch's allocator and keeps for the life of the process."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - no public name for it
-    if clear is not None:
-        clear()

@@ -1,0 +1,429 @@
+"""Whole steps as CUDA graphs: on the CPU by a capture that repeats the step, so that all but CUDA itself is tried."""
+
+import dataclasses
+import io
+import math
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tune_amp.config import OPTIMIZERS, EpochMetrics, TrialConfig
+from tune_amp.data import Split
+from tune_amp.graphs import (
+    LEAST_STEPS,
+    WARM_UP_STEPS,
+    Capture,
+    CaptureError,
+    Step,
+    StepLoop,
+    capturable,
+    explain_change,
+    explain_eager,
+)
+from tune_amp.training import TrainingData, TrainingRun, build_optimizer
+
+CPU = torch.device("cpu")
+WriteModule = Callable[[str], str]
+CLOCKS = ("train_seconds", "val_seconds", "probe_seconds", "data_seconds", "samples_per_second")
+LONG = 10 * LEAST_STEPS
+"""Epochs of a budget in which a capture pays."""
+
+
+def make_split(count: int = 60, classes: int = 3) -> Split:
+    generator = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    images = generator.integers(0, 120, (count, 1, 8, 8))
+    images[np.arange(count), 0, labels] += 100
+    return Split(images=images.astype(np.uint8), labels=labels.astype(np.int64))
+
+
+@pytest.fixture
+def data() -> TrainingData:
+    return TrainingData(make_split(), make_split(21), 3, CPU)
+
+
+def make_config(**settings: Any) -> TrialConfig:
+    return TrialConfig(**{"lr": 0.01, "batch_size": 8, "max_epochs": LONG, **settings})
+
+
+class Repeating:
+    """A capture that keeps the step and takes it again where a graph would be replayed."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            step()
+
+        return replay
+
+
+def train(run: TrainingRun, epochs: int) -> list[EpochMetrics]:
+    """Metrics without what a clock measured, and without the word for the loop."""
+    without: dict[str, Any] = {**dict.fromkeys(CLOCKS, 0.0), "loop": ""}
+    return [dataclasses.replace(run.train_epoch(), **without) for _ in range(epochs)]
+
+
+def copy_state(run: TrainingRun) -> dict[str, Any]:
+    """All that a checkpoint holds but the clocks, through the bytes of a file."""
+    stored = io.BytesIO()
+    torch.save({name: value for name, value in run.state_dict().items() if name != "seconds"}, stored)
+    stored.seek(0)
+    state: dict[str, Any] = torch.load(stored, weights_only=True)
+    return state
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert_same(left[name], right[name])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert left == right
+
+
+# The static step
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_captured_step_trains_bit_for_bit_as_the_eager_loop(
+    precision: str, optimizer: str, grad_clip: float | None, data: TrainingData
+) -> None:
+    scaler = {"init_scale": 2.0**22, "growth_interval": 3} if precision == "fp16" else {}
+    config = make_config(precision=precision, optimizer=optimizer, grad_clip=grad_clip, **scaler)
+    capture = Repeating()
+    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=capture)
+    told = train(eager, 3)
+    assert told == train(graphed, 3)
+    assert_same(copy_state(eager), copy_state(graphed))
+    steps = 3 * (60 // 8)
+    assert (capture.captured, capture.replayed) == (1, steps - WARM_UP_STEPS)
+    if precision == "fp16":  # else nothing of the scaler's would have been compared
+        assert told[-1].skipped_steps > 0
+        assert told[-1].growths > 0
+
+
+def test_epochs_of_different_length_are_the_same_too(data: TrainingData) -> None:
+    config = make_config(curriculum="linear", precision="fp16")
+    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=Repeating())
+    for run in (eager, graphed):
+        run._epoch = LONG // 2 - 2  # the last two that grow, and then whole ones
+    told = train(eager, 4)
+    assert told == train(graphed, 4)
+    whole = 60 // 8
+    assert told[-1].steps == 4 * whole
+    for run in (eager, graphed):
+        run._epoch = 0  # half of the images
+    assert train(eager, 1) == train(graphed, 1)
+    assert eager._amp.telemetry.steps == 4 * whole + 30 // 8
+
+
+def test_run_goes_on_from_a_checkpoint_with_a_capture_of_its_own(data: TrainingData) -> None:
+    config = make_config(precision="fp16", init_scale=2.0**22, optimizer="sgd")
+    whole = TrainingRun(config, data, allow_graph=False)
+    train(whole, 2)
+    stored = whole.state_dict()
+    state = {**copy_state(whole), "seconds": stored["seconds"]}
+    expected = train(whole, 2)
+    capture = Repeating()
+    resumed = TrainingRun(config, data, capture=capture)
+    train(resumed, 1)  # a step is captured, on tensors that the checkpoint replaces
+    resumed.load_state_dict(state)
+    assert train(resumed, 2) == expected
+    assert capture.captured == 2
+
+
+def test_epoch_shorter_than_the_warm_up_captures_in_a_later_one(data: TrainingData) -> None:
+    config = make_config(batch_size=30)
+    capture = Repeating()
+    run = TrainingRun(config, data, capture=capture)
+    first = run.train_epoch()
+    assert first.loop == "eager: no step captured yet"
+    assert (run.train_epoch().loop, capture.captured, capture.replayed) == ("graph", 1, 1)
+
+
+# Where there is no graph
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"has_graphs": False}, "the CPU has no CUDA graphs"),
+        ({"allowed": False}, "graphs are not allowed"),
+        ({"steps_left": 99}, "a capture pays from 100 steps"),
+    ],
+)
+def test_reason_to_train_eagerly(changes: dict[str, Any], reason: str | None) -> None:
+    fine: dict[str, Any] = {"has_graphs": True, "allowed": True, "steps_left": 100, "least_steps": 100}
+    assert explain_eager(**{**fine, **changes}) == reason
+
+
+def test_epoch_tells_why_it_was_trained_eagerly(data: TrainingData) -> None:
+    assert TrainingRun(make_config(), data).train_epoch().loop == "eager: the CPU has no CUDA graphs"
+    few = make_config(max_epochs=2)
+    assert TrainingRun(few, data, capture=Repeating()).train_epoch().loop == "eager: a capture pays from 1000 steps"
+
+
+def test_failed_capture_leaves_the_run_as_if_it_had_not_been_tried(data: TrainingData) -> None:
+    """The step is begun, even unscaled and clipped, before the capture breaks."""
+
+    def break_within(step: Step) -> Step:
+        broken = RuntimeError("operation not permitted when stream is capturing")
+        handle = run._optimizer.step
+
+        def fail() -> None:
+            raise broken
+
+        run._optimizer.step = fail  # type: ignore[method-assign, assignment]
+        weights = [parameter.detach().clone() for parameter in run.model.parameters()]
+        position = loop_of(run).position.clone()
+        try:
+            step()
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from None
+        finally:  # under a real capture nothing of it would have run
+            run._optimizer.step = handle  # type: ignore[method-assign]
+            loop_of(run).position.copy_(position)
+            for parameter, weight in zip(run.model.parameters(), weights, strict=True):
+                parameter.data.copy_(weight)
+        raise AssertionError
+
+    config = make_config(precision="fp16", grad_clip=0.5)
+    run = TrainingRun(config, data, capture=break_within)
+    eager = TrainingRun(config, data, allow_graph=False)
+    told = run.train_epoch()
+    assert told.loop == "eager: capture failed: operation not permitted when stream is capturing"
+    eager.train_epoch()
+    assert train(run, 2) == train(eager, 2)
+    assert_same(copy_state(run), copy_state(eager))
+
+
+def loop_of(run: TrainingRun) -> StepLoop:
+    assert run._loop is not None
+    return run._loop
+
+
+COUNTING_MODEL = """
+import math
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.calls = 0
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+    def forward(self, images):
+        self.calls += 1
+        return self.out(images.flatten(1)) * (1 if self.calls % 2 else 2)
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+def test_model_that_counts_on_the_host_is_not_captured(write_module: WriteModule, data: TrainingData) -> None:
+    capture = Repeating()
+    run = TrainingRun(make_config(model=f"{write_module(COUNTING_MODEL)}:net"), data, capture=capture)
+    assert run.train_epoch().loop == "eager: the model changes on the host"
+    assert capture.captured == 0
+
+
+class Plain(nn.Module):
+    """A model with something of each kind on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(2, 2)
+        self.register_buffer("running", torch.zeros(2))
+        self.counts = {"calls": 0}
+        self.generator = np.random.default_rng(0)
+        self.inner = nn.ModuleList([nn.Dropout(0.5)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.counts.update(calls=1),
+        lambda model: model.generator.random(),
+        lambda model: setattr(model, "running", torch.ones(2)),
+        lambda model: setattr(model.out, "weight", nn.Parameter(torch.ones(2, 2))),
+        lambda model: setattr(model.inner[0], "p", 0.25),
+        lambda model: random.random(),
+        lambda model: np.random.random(),  # noqa: NPY002
+        lambda model: torch.rand(1),
+    ],
+)
+def test_change_on_the_host_is_seen(change: Callable[[Any], Any]) -> None:
+    model = Plain()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        assert explain_change(lambda: change(model), model, CPU) == "the model changes on the host"
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+def test_values_of_tensors_may_change() -> None:
+    model = Plain()
+
+    def step() -> None:
+        model.get_buffer("running").add_(1)
+        model.out.weight.data.mul_(2)
+        model.out.weight.grad = None
+
+    assert explain_change(step, model, CPU) is None
+
+
+def test_model_that_cannot_be_compared_is_not_captured() -> None:
+    model = Plain()
+    model.counts["lock"] = threading.Lock()  # type: ignore[assignment]
+    assert explain_change(lambda: None, model, CPU) == "the model's state on the host cannot be compared"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_may_be_captured_only_within(optimizer: str) -> None:
+    built = build_optimizer(make_config(optimizer=optimizer), nn.Linear(2, 2))
+    flags = [group.get("capturable") for group in built.param_groups]
+    with capturable(built):
+        assert all(group.get("capturable", True) for group in built.param_groups)
+    assert [group.get("capturable") for group in built.param_groups] == flags
+
+
+# On a GPU
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture
+def cuda_data() -> TrainingData:
+    return TrainingData(make_split(480), make_split(21), 3, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("model", ["simple_net", "conv_net", "vit"])
+def test_graph_trains_as_the_eager_loop_does(
+    model: str, precision: str, optimizer: str, cuda_data: TrainingData
+) -> None:
+    """Early steps only: equivalent optimizers drift apart later. Skips and scales are whole numbers, and the same."""
+    scaler = {"init_scale": 2.0**30, "growth_interval": 4} if precision == "fp16" else {}
+    config = make_config(model=model, precision=precision, optimizer=optimizer, grad_clip=1.0, lr=1e-3, **scaler)
+    eager = TrainingRun(config, cuda_data, allow_graph=False).train_epoch()
+    graphed = TrainingRun(config, cuda_data).train_epoch()
+    assert graphed.loop == "graph"
+    assert graphed.train_loss == pytest.approx(eager.train_loss, rel=0.02)
+    assert graphed.skipped_steps == eager.skipped_steps
+    assert graphed.loss_scale_values == eager.loss_scale_values
+    assert graphed.loss_scale_steps == eager.loss_scale_steps
+
+
+DROPOUT_MODEL = """
+import math
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("kept", torch.zeros(64))
+    def forward(self, images):
+        mask = self.drop(torch.ones(64, device=images.device))
+        self.kept.copy_(mask)
+        return self.out(images.flatten(1) * mask)
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_replays_draw_new_random_numbers(write_module: WriteModule, cuda_data: TrainingData) -> None:
+    run = TrainingRun(make_config(model=f"{write_module(DROPOUT_MODEL)}:net"), cuda_data)
+    assert run.train_epoch().loop == "graph"
+    first = run.model.get_buffer("kept").clone()
+    run.train_epoch()
+    assert not torch.equal(first, run.model.get_buffer("kept"))
+
+
+WAITING_MODEL = """
+import math
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+    def forward(self, images):
+        return self.out(images.flatten(1)) * (1 if images.mean().item() > 0 else 2)
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_model_that_waits_for_the_device_trains_eagerly(write_module: WriteModule, cuda_data: TrainingData) -> None:
+    run = TrainingRun(make_config(model=f"{write_module(WAITING_MODEL)}:net"), cuda_data)
+    told = run.train_epoch()
+    assert told.loop == "eager: the model waits for the device"
+    assert math.isfinite(told.train_loss)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_capture_that_fails_leaves_a_gpu_that_trains_on(cuda_data: TrainingData) -> None:
+    from tune_amp.graphs import capture_cuda_graph
+
+    def capture_with_a_wait(step: Step) -> Step:
+        def wait() -> None:
+            step()
+            torch.cuda.current_stream().synchronize()
+
+        return capture_cuda_graph(wait)
+
+    failing: Capture = capture_with_a_wait
+    config = make_config(precision="fp16", grad_clip=1.0)
+    run = TrainingRun(config, cuda_data, capture=failing)
+    assert run.train_epoch().loop.startswith("eager: capture failed: ")
+    assert run.train_epoch().val_loss == pytest.approx(
+        [TrainingRun(config, cuda_data, allow_graph=False)].pop().train_epoch().val_loss, rel=0.5
+    )
+    assert TrainingRun(config, cuda_data).train_epoch().loop == "graph"
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_graphs_of_many_runs_leave_no_memory_behind(cuda_data: TrainingData) -> None:
+    from tune_amp.training import release_memory
+
+    def train_and_release() -> int:
+        run = TrainingRun(make_config(precision="fp16"), cuda_data)
+        assert run.train_epoch().loop == "graph"
+        del run
+        release_memory(cuda_data.device)
+        return torch.cuda.memory_reserved()
+
+    first = train_and_release()
+    assert max(train_and_release() for _ in range(5)) <= first
