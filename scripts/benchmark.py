@@ -1,18 +1,21 @@
 """Measure tune_amp itself: ``python scripts/benchmark.py --help``.
 
-``record`` trains random configurations to their full budget and keeps their learning curves; ``search-quality`` replays
-searches over them; ``telemetry`` measures what watching a training costs. Their results lie in ``results/reference/``.
+``search`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver, ``shares``
+trials side by side; ``gpu`` does all that can be done on one GPU without Ray and Optuna. ``record`` trains random
+configurations to their full budget and keeps their learning curves; ``search-quality`` replays searches over them;
+``telemetry`` measures what watching a training costs. Results lie in ``results/reference/``.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tune_amp.config import DATASETS, InputError
+from tune_amp.config import DATASETS, MODELS, PRECISIONS, InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced
 
 REFERENCE = Path("results/reference")
+EXIT_FAILED = 1
 WRITE_EVERY = 32  # curves: a recording takes hours, and what it has can be used
 
 
@@ -21,10 +24,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         parsed = _build_parser().parse_args(arguments)
-        command = {"record": record, "search-quality": measure_search_quality, "telemetry": measure_telemetry_cost}
-        return command[parsed.command](parsed)
+        return int(parsed.run(parsed))
 
     return answer_bad_input(run)
+
+
+def time_searches(arguments: argparse.Namespace) -> int:
+    """Time searches beside the obvious program."""
+    from tune_amp.benchmarks.speed import load_measured, measure_speed, render_speed
+
+    _make_folder(arguments.output)
+    path = arguments.output / "search-speed.parquet"
+    result = measure_speed(
+        arguments.data_dir,
+        path=path,
+        precisions=arguments.precisions,
+        trials=arguments.trials,
+        repeats=arguments.repeats,
+        max_epochs=arguments.max_epochs,
+        gpus_per_trial=arguments.gpus_per_trial,
+        before=load_measured(path) if arguments.go_on else (),
+        announce=lambda line: print(line, flush=True),
+    )
+    return _save_table(arguments.output / "search-speed.md", render_speed(result))
+
+
+def time_loop(arguments: argparse.Namespace) -> int:
+    """Time the training loop of each model and precision."""
+    from tune_amp.benchmarks.loop import measure_loop, render_loop, write_loop
+
+    _make_folder(arguments.output)
+    dataset = load_announced(arguments.dataset, arguments.data_dir)
+    result = measure_loop(
+        dataset, models=arguments.models, batch_sizes=arguments.batch_sizes, repeats=arguments.repeats, report=_tell
+    )
+    write_loop(arguments.output / "loop.parquet", result)
+    return _save_table(arguments.output / "loop.md", render_loop(result))
+
+
+def measure_driver(arguments: argparse.Namespace) -> int:
+    """Measure what trials cost the driver."""
+    from tune_amp.benchmarks.scale import measure_scale, render_scale, write_scale
+
+    _make_folder(arguments.output)
+    result = measure_scale(arguments.trials)
+    write_scale(arguments.output / "scale.parquet", result)
+    return _save_table(arguments.output / "scale.md", render_scale(result))
+
+
+def measure_trials_side_by_side(arguments: argparse.Namespace) -> int:
+    """Measure what 1, 2, 4, ... trials achieve on one device."""
+    from tune_amp.benchmarks.share_table import measure_share_table, render_shares, write_shares
+
+    _make_folder(arguments.output)
+    dataset = load_announced(arguments.dataset, arguments.data_dir)
+    result = measure_share_table(dataset, counts=arguments.counts)
+    write_shares(arguments.output / "shares.parquet", result)
+    return _save_table(arguments.output / "shares.md", render_shares(result))
+
+
+def measure_one_gpu(arguments: argparse.Namespace) -> int:
+    """Run the whole GPU suite."""
+    import torch
+
+    from tune_amp.benchmarks.gpu import (
+        load_plain_mnist,
+        make_images,
+        measure_gpu,
+        name_folder,
+        render_gpu,
+        write_gpu,
+    )
+
+    if not torch.cuda.is_available():
+        raise InputError("gpu: needs a CUDA device, and torch sees none")
+    device = torch.device("cuda")
+    folder = arguments.output / name_folder(device)
+    _make_folder(folder)
+    dataset = make_images() if arguments.data_dir is None else load_plain_mnist(arguments.data_dir)
+    result = measure_gpu(
+        dataset, folder, device=device, seconds=arguments.seconds, announce=lambda line: print(line, flush=True)
+    )
+    write_gpu(folder / "gpu.parquet", result)
+    _save_table(folder / "gpu.md", render_gpu(result))
+    return EXIT_FAILED if result.failed else EXIT_DONE
 
 
 def record(arguments: argparse.Namespace) -> int:
@@ -64,9 +147,7 @@ def measure_search_quality(arguments: argparse.Namespace) -> int:
     quality = measure_quality(files, seeds=arguments.seeds, workers=arguments.workers)
     text = render_quality(quality)
     write_quality(arguments.output / "search-quality.parquet", quality)
-    (arguments.output / "search-quality.md").write_text(text, encoding="utf-8")
-    print(text, end="")
-    return EXIT_DONE
+    return _save_table(arguments.output / "search-quality.md", text)
 
 
 def measure_telemetry_cost(arguments: argparse.Namespace) -> int:
@@ -75,16 +156,46 @@ def measure_telemetry_cost(arguments: argparse.Namespace) -> int:
 
     _make_folder(arguments.output)
     text = render_telemetry(measure_telemetry(load_announced(arguments.dataset, arguments.data_dir)))
-    (arguments.output / "telemetry.md").write_text(text, encoding="utf-8")
-    print(text, end="")
-    return EXIT_DONE
+    return _save_table(arguments.output / "telemetry.md", text)
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="scripts/benchmark.py", description="Measure tune_amp itself.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    searching = commands.add_parser("search", help="whole searches beside the obvious program (hours)")
+    searching.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="MNIST's four files")
+    searching.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16", "fp16"))
+    searching.add_argument("--trials", nargs="+", type=_positive, default=(16, 64), metavar="N", help="(16 and 64)")
+    searching.add_argument("--repeats", type=_positive, default=3, metavar="N", help="pairs of each (%(default)s)")
+    searching.add_argument("--max-epochs", type=_positive, default=8, metavar="N", help="of a trial (%(default)s)")
+    searching.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="X", help="(%(default)s: the CPU)")
+    searching.add_argument("--go-on", action="store_true", help="keep the pairs that were measured here before")
+    _add_output(searching, time_searches)
+
+    looping = commands.add_parser("loop", help="the training loop, beside the tutorial's and the machine's floor")
+    looping.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    looping.add_argument("--batch-sizes", nargs="+", type=_positive, default=(64, 512, 4096), metavar="N")
+    looping.add_argument("--repeats", type=_positive, default=3, metavar="N", help="turns of each (%(default)s)")
+    _add_data(looping)
+    _add_output(looping, time_loop)
+
+    scaling = commands.add_parser("scale", help="time and memory of the driver as trials grow in number")
+    scaling.add_argument("--trials", nargs="+", type=_positive, default=(100, 500, 2000), metavar="N")
+    _add_output(scaling, measure_driver)
+
+    sharing = commands.add_parser("shares", help="trials side by side on one device")
+    sharing.add_argument("--counts", nargs="+", type=_positive, default=(1, 2, 4, 8, 16), metavar="N")
+    _add_data(sharing)
+    _add_output(sharing, measure_trials_side_by_side)
+
+    whole = commands.add_parser("gpu", help="all that one GPU can tell, in nine minutes, without Ray and Optuna")
+    whole.add_argument("--data-dir", type=Path, metavar="DIR", help="MNIST's four files (images made up here)")
+    whole.add_argument("--seconds", type=float, default=500.0, metavar="X", help="for the suite (%(default)s)")
+    _add_output(whole, measure_one_gpu)
+
     recording = commands.add_parser("record", help="train random configurations and keep their learning curves")
+    recording.set_defaults(run=record)
     recording.add_argument("space", metavar="SPACE", help="a search space: file or bundled name")
     recording.add_argument("--count", type=_positive, default=256, metavar="N", help="configurations (%(default)s)")
     recording.add_argument("--seed", type=_natural, default=1, metavar="N", help="they are drawn with (%(default)s)")
@@ -97,12 +208,17 @@ def _build_parser() -> argparse.ArgumentParser:
     quality.add_argument("--curves", type=Path, default=REFERENCE, metavar="DIR", help="recorded ones (%(default)s)")
     quality.add_argument("--seeds", type=_positive, default=40, metavar="N", help="searches a program (%(default)s)")
     quality.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (%(default)s)")
-    quality.add_argument("--output", type=Path, default=REFERENCE, metavar="DIR", help="for the results (%(default)s)")
+    _add_output(quality, measure_search_quality)
 
     telemetry = commands.add_parser("telemetry", help="what telemetry and probe cost of the training time")
-    telemetry.add_argument("--output", type=Path, default=REFERENCE, metavar="DIR", help="for the table (%(default)s)")
     _add_data(telemetry)
+    _add_output(telemetry, measure_telemetry_cost)
     return parser
+
+
+def _add_output(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--output", type=Path, default=REFERENCE, metavar="DIR", help="for the results (%(default)s)")
+    parser.set_defaults(run=run)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +238,17 @@ def _natural(text: str) -> int:
     if not 0 <= number < 2**32:  # numpy's generators take no other
         raise argparse.ArgumentTypeError(f"must be between 0 and 2^32 - 1, got {number}")
     return number
+
+
+def _tell(row: object) -> None:
+    """One line for each row as it comes: a long measurement should be seen to move."""
+    print(", ".join(f"{name} {value}" for name, value in vars(row).items() if value not in (None, "")), flush=True)
+
+
+def _save_table(path: Path, text: str) -> int:
+    path.write_text(text, encoding="utf-8")
+    print(text, end="")
+    return EXIT_DONE
 
 
 def _make_folder(folder: Path) -> None:

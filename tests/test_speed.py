@@ -1,0 +1,239 @@
+"""The search benchmark: its plan, its arithmetic, and that both programs really train."""
+
+import dataclasses
+import gzip
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from records import make_epoch, make_trial
+
+from tune_amp.benchmarks import speed
+from tune_amp.benchmarks.speed import (
+    OBVIOUS,
+    OURS,
+    Pairing,
+    SpeedResult,
+    SpeedRow,
+    compare_rows,
+    describe_row,
+    judge_targets,
+    load_measured,
+    load_speed,
+    measure_speed,
+    plan_obvious,
+    render_speed,
+    run_measured,
+    sum_memory,
+    torchvision_folder,
+    write_space,
+    write_speed,
+)
+from tune_amp.config import InputError, TrialConfig
+from tune_amp.space import load_space
+
+
+def make_row(program: str = OURS, **changes: Any) -> SpeedRow:
+    values: dict[str, Any] = {
+        "program": program,
+        "precision": "bf16",
+        "trials": 64,
+        "repeat": 0,
+        "slots": 2,
+        "wall_seconds": 100.0,
+        "startup_seconds": 7.0,
+        "trial_epochs": 200,
+        "train_seconds": 160.0,
+        "peak_memory_bytes": 2**30,
+        "best_val_accuracy": 0.97,
+    }
+    return SpeedRow(**{**values, **changes})
+
+
+def make_pairs(*seconds: tuple[float, float], **changes: Any) -> list[SpeedRow]:
+    """Wall times of ours and of the obvious program, a pair a repeat."""
+    return [
+        make_row(program, repeat=repeat, wall_seconds=wall, **changes)
+        for repeat, pair in enumerate(seconds)
+        for program, wall in zip((OURS, OBVIOUS), pair, strict=True)
+    ]
+
+
+def make_result(rows: list[SpeedRow]) -> SpeedResult:
+    return SpeedResult(rows=tuple(rows), machine={"processor": "some"}, versions={"torch": "2.15"})
+
+
+# Arithmetic
+
+
+def test_ratio_is_taken_pair_by_pair_and_its_median_told() -> None:
+    [comparison] = compare_rows(make_pairs((100, 1000), (50, 600), (200, 1800)))
+    assert comparison.ratio == speed.Spread(median=10.0, low=9.0, high=12.0, count=3)
+
+
+def test_row_without_its_counterpart_is_left_out() -> None:
+    rows = [*make_pairs((100, 900)), make_row(repeat=7), make_row(precision="fp16")]
+    assert [(found.precision, found.ratio.count) for found in compare_rows(rows)] == [("bf16", 1)]
+
+
+def test_efficiency_is_training_time_over_slot_time() -> None:
+    row = make_row()
+    assert (row.efficiency, row.epochs_per_second) == (0.8, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "wall", "expected"),
+    [("bf16", 1000.0, "met"), ("bf16", 999.0, "missed"), ("fp16", 200.0, "met"), ("fp16", 199.0, "missed")],
+)
+def test_target_of_the_ratio_depends_on_the_precision(precision: str, wall: float, expected: str) -> None:
+    [comparison] = compare_rows(make_pairs((100.0, wall), precision=precision))
+    assert judge_targets(comparison, on_gpu=False)[0].endswith(expected)
+
+
+def test_targets_of_efficiency_and_start_up_are_told_from_ours() -> None:
+    [comparison] = compare_rows(make_pairs((100, 1000), (100, 1000)))
+    lines = judge_targets(comparison, on_gpu=False)
+    assert "efficiency 80%, target at least 90%: missed" in lines[1]
+    assert "start-up 7.0 s, target under 8 s: met" in lines[2]
+    slow = [dataclasses.replace(row, startup_seconds=8.0, train_seconds=180.0) for row in make_pairs((100, 1000))]
+    lines = judge_targets(compare_rows(slow)[0], on_gpu=False)
+    assert [line.rpartition(" ")[2] for line in lines[1:]] == ["met", "missed"]
+
+
+def test_smaller_searches_and_gpus_have_targets_of_their_own() -> None:
+    small = judge_targets(compare_rows(make_pairs((10, 100), trials=16))[0], on_gpu=False)
+    assert len(small) == 1
+    assert "start-up" in small[0]
+    on_gpu = judge_targets(compare_rows(make_pairs((10, 400)))[0], on_gpu=True)
+    assert "40.0x trial-epochs/s, target at least 50x: missed" in on_gpu[0]
+
+
+def test_programs_that_do_not_learn_alike_are_told() -> None:
+    rows = make_pairs((100, 1000))
+    apart = [rows[0], dataclasses.replace(rows[1], best_val_accuracy=0.955)]
+    assert "+1.50 points apart" in judge_targets(compare_rows(apart)[0], on_gpu=False)[-1]
+    assert len(judge_targets(compare_rows(rows)[0], on_gpu=False)) == 3
+
+
+def test_table_shows_both_programs_with_spread_and_number() -> None:
+    text = render_speed(make_result(make_pairs((100, 1000), (50, 600))))
+    [row] = [line for line in text.splitlines() if line.startswith("| bf16")]
+    assert row.startswith("| bf16 | 64 | 2 | 11.0x (10.0x to 12.0x) | 75 s (50 s to 100 s) / 800 s (600 s to 1000 s) |")
+    assert "torch 2.15" in text
+
+
+# The plan, the space, the file
+
+
+def test_plan_holds_what_ours_trained_and_for_how_long() -> None:
+    pairing = Pairing(data_dir=Path(), precision="fp16", trials=3, repeat=0, max_epochs=8, slots=2, gpus_per_trial=0.0)
+    config = TrialConfig(precision="fp16", lr=0.01, batch_size=128, init_scale=256.0, growth_interval=7)
+    trials = [
+        make_trial("a", config=config, epochs=(make_epoch(1), make_epoch(2))),
+        make_trial("b", config=config, epochs=()),
+        make_trial("c", config=config, epochs=(make_epoch(1),)),
+    ]
+    settings = {"lr": 0.01, "batch_size": 128, "init_scale": 256.0, "growth_interval": 7}
+    assert plan_obvious(pairing, trials)["configs"] == [{**settings, "epochs": 2}, {**settings, "epochs": 1}]
+    without = plan_obvious(dataclasses.replace(pairing, precision="bf16"), trials)["configs"]
+    assert without[0] == {"lr": 0.01, "batch_size": 128, "epochs": 2}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_space_is_the_default_one_with_the_precision_exchanged(precision: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(write_space(precision))
+    space, default = load_space(str(tmp_path / "space.yaml")), load_space("mnist_amp")
+    assert space.fixed == {"precision": precision, "input_scaling": "standard"}
+    shared = [p for p in default.parameters if precision == "fp16" or p.name in ("lr", "batch_size")]
+    assert [(p.name, p.low, p.high, p.log) for p in space.parameters] == [
+        (p.name, p.low, p.high, p.log) for p in shared
+    ]
+
+
+def test_file_gives_back_what_was_written_and_refuses_another_machine(tmp_path: Path) -> None:
+    result = make_result(make_pairs((100, 1000)))
+    path = tmp_path / "speed.parquet"
+    assert load_measured(path) == ()
+    write_speed(path, result)
+    assert load_speed(path) == result
+    with pytest.raises(InputError, match=r"processor: must be .*, to be gone on from here, got some"):
+        load_measured(path)
+
+
+def test_line_of_a_command_names_it_and_its_figures() -> None:
+    line = describe_row(make_row())
+    assert line.startswith("bf16, 64 trials, repeat 0, ours: 100.0 s, 200 trial-epochs, start-up 7.0 s, efficiency 80%")
+
+
+# Commands
+
+
+def test_command_is_timed_and_its_failure_told_with_its_last_lines(tmp_path: Path) -> None:
+    cost = run_measured([sys.executable, "-c", "import time; time.sleep(0.7)"], tmp_path / "log")
+    assert 0.7 <= cost.wall_seconds < 20
+    if Path("/proc/self").exists():
+        assert cost.peak_memory_bytes is not None
+        assert 2**20 < cost.peak_memory_bytes < 2**30
+    with pytest.raises(RuntimeError, match=r"exit code 3(.|\n)*no more"):
+        run_measured([sys.executable, "-c", "print('no more'); raise SystemExit(3)"], tmp_path / "log")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+def test_memory_of_a_command_is_that_of_its_descendants_too() -> None:
+    hungry = "import time; block = bytearray(200_000_000); print('ready', flush=True); time.sleep(30)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hungry!r}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        total = sum_memory(process.pid)
+        os.killpg(process.pid, 9)
+    assert total is not None
+    assert 200_000_000 < total < 400_000_000
+
+
+def write_mnist(folder: Path, train: int = 240, test: int = 40) -> None:
+    """MNIST's four files with images that can be told apart: class c is bright in row c."""
+    for stem, count in (("train", train), ("t10k", test)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = np.zeros((count, 28, 28), np.uint8)
+        images[np.arange(count), 2 * labels] = 255
+        with gzip.open(folder / f"{stem}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        with gzip.open(folder / f"{stem}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 2049, count) + labels.tobytes())
+
+
+def test_torchvision_finds_its_layout(tmp_path: Path) -> None:
+    from torchvision import datasets  # type: ignore[import-untyped]
+
+    write_mnist(tmp_path)
+    with torchvision_folder(tmp_path) as root:
+        images = datasets.MNIST(str(root), train=True)
+        assert (len(images), images[13][1]) == (240, 3)
+    assert not root.exists()
+
+
+@pytest.mark.slow  # starts Ray twice
+def test_both_programs_train_the_same_configurations_as_long(tmp_path: Path) -> None:
+    write_mnist(tmp_path, train=1_200)
+    path = tmp_path / "speed.parquet"
+    lines: list[str] = []
+    sizes: dict[str, Any] = {"precisions": ("fp16",), "trials": (2,), "repeats": 1, "max_epochs": 2, "slots": 2}
+    result = measure_speed(tmp_path, path=path, announce=lines.append, **sizes)
+    ours, obvious = result.rows
+    assert (ours.program, obvious.program) == (OURS, OBVIOUS)
+    assert ours.trial_epochs == obvious.trial_epochs
+    for row in result.rows:
+        assert 0 < row.train_seconds < row.slots * row.wall_seconds
+        assert 0 < row.startup_seconds < row.wall_seconds
+        assert row.best_val_accuracy > 0.1
+    assert load_measured(path) == result.rows
+    assert len(lines) == 2
+    again = measure_speed(tmp_path, path=path, before=result.rows, announce=lines.append, **sizes)
+    assert again.rows == result.rows
+    assert len(lines) == 2

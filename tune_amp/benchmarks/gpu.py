@@ -1,0 +1,571 @@
+"""All that is to be known of one GPU, in one command of under nine minutes, without Ray, Optuna and scikit-learn.
+
+Parts run one after another, each within what is left of the time: graphed against eager training, training on the GPU
+against the CPU, telemetry against a reference that reads the scaler at every step, memory, the training loop, trials
+side by side, the cost of telemetry, and the tests that need a GPU. A part that fails is a row with its error, and the
+others still run. On the CPU everything but CUDA itself can be tried: a graph is then a step that is taken again.
+"""
+
+import dataclasses
+import datetime
+import importlib.util
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
+
+from tune_amp.benchmarks.floor import take_again
+from tune_amp.benchmarks.loop import (
+    EAGER,
+    GRAPH,
+    TUTORIAL,
+    LoopRow,
+    measure_loop,
+    render_loop,
+    render_table,
+    write_loop,
+)
+from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
+from tune_amp.benchmarks.share_table import measure_share_table, render_shares
+from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
+from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig, describe_error, described
+from tune_amp.data import Dataset, Split
+from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
+from tune_amp.parquet import build_columns, build_table, write_parquet
+from tune_amp.training import TrainingData, TrainingRun, release_memory
+
+SECONDS = 500.0
+"""For the whole suite: the machine's start and the transfers come on top."""
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+BATCH_SIZES = (64, 512, 4096)
+EARLY_STEPS = 10
+"""Equivalent optimizers drift apart later: 2e-4 in loss after 150 steps at lr 1e-3."""
+MOST_LOSS_DIFFERENCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 2e-2, "fp16": 5e-3}
+"""Of the mean loss over the early steps, relative: rounding of the precision, not of the program."""
+LONG = 1_000_000
+"""Epochs of a budget in which a capture always pays."""
+LEAST_RATIO, MOST_LAUNCH_RATIO, MOST_TELEMETRY = 50.0, 2.0, 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuRow:
+    """One figure, or one check."""
+
+    part: str = described("part of the suite")
+    subject: str = described("what was measured: model, precision, optimizer, batch size")
+    quantity: str = described("what the value is")
+    value: float | None = described("the figure; a median where it was measured more than once", default=None)
+    low: float | None = described("smallest of its measurements, or lower quartile", default=None)
+    high: float | None = described("largest of its measurements, or upper quartile", default=None)
+    count: int = described("measurements", default=1)
+    unit: str = described("of the value", default="")
+    verdict: str = described("met or missed, where there is a target; failed, where the part broke", default="")
+    note: str = described("target, reason or error", default="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuResult:
+    """The result of the suite."""
+
+    rows: tuple[GpuRow, ...]
+    tables: Mapping[str, str]
+    """Markdown of the parts that have a table of their own, by part."""
+    machine: str
+    about: Mapping[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check or a part failed. A target that is missed is a finding, not a failure."""
+        return any(row.verdict == "failed" for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What every part is given."""
+
+    dataset: Dataset
+    device: torch.device
+    models: Sequence[str]
+    folder: Path
+    """For the files of parts that write their own."""
+
+    def train(self, images: int, device: torch.device | None = None) -> TrainingData:
+        """The first training images, on the suite's device."""
+        split = self.dataset.train
+        few = Split(images=split.images[:images], labels=split.labels[:images])
+        return TrainingData(few, None, self.dataset.num_classes, device or self.device)
+
+    def start(self, config: TrialConfig, data: TrainingData, *, graph: bool) -> TrainingRun:
+        """A run that captures its steps, or does not."""
+        capture = take_again if graph and self.device.type == "cpu" else None
+        return TrainingRun(config, data, allow_graph=graph, capture=capture)
+
+
+Part = Callable[[Suite, float], tuple[list[GpuRow], str]]
+"""Rows and a table of its own, given the seconds that are left."""
+
+
+def measure_gpu(
+    dataset: Dataset,
+    folder: Path,
+    *,
+    device: torch.device,
+    models: Sequence[str] = MODELS,
+    parts: Sequence[str] | None = None,
+    seconds: float = SECONDS,
+    announce: Callable[[str], object] = lambda line: None,
+) -> GpuResult:
+    """Run every part.
+
+    Args:
+        dataset: from ``load_plain_mnist``, or ``make_images``.
+        folder: where parts leave tables of their own as Parquet.
+        device: CUDA; on the CPU the suite can be tried.
+        models: built-in ones.
+        parts: of ``PARTS``; all where None.
+        seconds: for all of them together.
+        announce: is told of each part's end.
+    """
+    suite = Suite(dataset=dataset, device=device, models=models, folder=folder)
+    deadline = time.monotonic() + seconds
+    rows: list[GpuRow] = []
+    tables: dict[str, str] = {}
+    for name in parts or PARTS:
+        started = time.monotonic()
+        found, tables[name] = _run_part(name, suite, deadline - started)
+        rows += found
+        announce(f"{name}: {time.monotonic() - started:.0f} s, {_count_verdicts(found)}")
+    return GpuResult(
+        rows=tuple(rows),
+        tables={name: table for name, table in tables.items() if table},
+        machine=machine_line(device),
+        about={
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(device),
+            "versions": describe_versions(),
+            "dataset": dataset.name,
+            "train_images": len(dataset.train),
+        },
+    )
+
+
+def _run_part(name: str, suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    if left < LEAST_SECONDS[name]:
+        note = f"skipped: {max(0.0, left):.0f} s are left of the time, and it needs {LEAST_SECONDS[name]:g}"
+        return [GpuRow(part=name, subject="", quantity="", note=note)], ""
+    try:
+        return PARTS[name](suite, left)
+    except Exception as error:  # the other parts have something to tell
+        return [GpuRow(part=name, subject="", quantity="", verdict="failed", note=describe_error(error))], ""
+    finally:
+        release_memory(suite.device)
+
+
+# ---- the data ----
+
+
+def load_plain_mnist(data_dir: Path) -> Dataset:
+    """MNIST, its last 5,000 training images for validation: the stratified split would need scikit-learn.
+
+    Raises:
+        InputError: a file is damaged, missing or out of reach.
+    """
+    train_images, train_labels, test_images, test_labels = locate_files("mnist", data_dir)
+    whole, test = _read(train_images, train_labels), _read(test_images, test_labels)
+    return _build_dataset("mnist", whole, test, validation=5_000)
+
+
+def make_images(count: int = 60_000) -> Dataset:
+    """Images of MNIST's size that can be learned: for where the files are not at hand, since times are the same."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(count, dtype=np.int64) % 10
+    images = generator.integers(0, 100, (count, 1, 28, 28), np.uint8)
+    images[np.arange(count), 0, labels * 2] += 100
+    whole = Split(images=images, labels=labels)
+    return _build_dataset("generated images", whole, whole, validation=count // 12)
+
+
+def _read(images: Path, labels: Path) -> Split:
+    return Split(images=read_idx(images, IMAGES_MAGIC)[:, None], labels=read_idx(labels, LABELS_MAGIC).astype(np.int64))
+
+
+def _build_dataset(name: str, whole: Split, test: Split, *, validation: int) -> Dataset:
+    kept, taken = slice(None, -validation), slice(-validation, None)
+    return Dataset(
+        name=name,
+        num_classes=10,
+        train=Split(images=whole.images[kept], labels=whole.labels[kept]),
+        validation=Split(images=whole.images[taken], labels=whole.labels[taken]),
+        test=test,
+        content_hash="",
+    )
+
+
+# ---- the parts ----
+
+
+def check_graphs(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Graphed against eager training over the first steps: losses, skipped steps, the path of the loss scale."""
+    rows = []
+    deadline = time.monotonic() + left
+    data = suite.train(EARLY_STEPS * 64)
+    for model, precision, optimizer in itertools.product(suite.models, PRECISIONS, OPTIMIZERS):
+        if time.monotonic() > deadline:
+            break
+        config = _early_config(model, precision, optimizer)
+        graphed, eager = (suite.start(config, data, graph=graph).train_epoch() for graph in (True, False))
+        rows += _compare(f"{model}, {precision}, {optimizer}", precision, graphed, eager)
+    return rows, ""
+
+
+def check_against_cpu(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Strict fp32 on the device against the CPU, over the first steps."""
+    rows = []
+    for model in suite.models:
+        config = _early_config(model, "fp32", "adam")
+        here = suite.start(config, suite.train(EARLY_STEPS * 64), graph=False).train_epoch()
+        on_cpu = suite.train(EARLY_STEPS * 64, torch.device("cpu"))
+        there = TrainingRun(config, on_cpu, allow_graph=False).train_epoch()
+        rows.append(_judge_losses("against the CPU", f"{model}, fp32", "fp32", here, there))
+    return rows, ""
+
+
+def check_telemetry(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """What an epoch tells against a reference that reads scale and skips at every step: exactly the same."""
+    rows = []
+    data = suite.train(40 * 64)
+    for optimizer in OPTIMIZERS:
+        config = dataclasses.replace(_early_config("simple_net", "fp16", optimizer), init_scale=2.0**30)
+        read = list(_read_every_step(suite.start(config, data, graph=False), data))
+        told = suite.start(config, data, graph=True).train_epoch()
+        scales = expand_scales(told)
+        same = scales == [scale for scale, _ in read] and told.skipped_steps == sum(skipped for _, skipped in read)
+        rows.append(
+            GpuRow(
+                part="telemetry",
+                subject=f"simple_net, fp16, {optimizer}, {told.loop}",
+                quantity="steps whose scale and skip are as read",
+                value=float(sum(a == b for a, (b, _) in zip(scales, read, strict=False))),
+                count=len(read),
+                verdict="met" if same else "failed",
+                note=f"all {len(read)} must be; {told.skipped_steps} were skipped",
+            )
+        )
+    return rows, ""
+
+
+def measure_memory(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Peak memory of training by model, batch size and precision, the resident data apart, and over that of fp32."""
+    rows = []
+    data = suite.train(2 * max(BATCH_SIZES))
+    for model, batch_size in itertools.product(suite.models, BATCH_SIZES):
+        peaks: dict[str, int] = {}
+        for precision in PRECISIONS:
+            config = TrialConfig(model=model, precision=precision, batch_size=batch_size, max_epochs=LONG)
+            peak = suite.start(config, data, graph=False).train_epoch().peak_memory_bytes
+            release_memory(suite.device)
+            if peak is None:
+                return [GpuRow(part="memory", subject=model, quantity="", note="measured on GPUs only")], ""
+            peaks[precision] = peak
+            subject = f"{model}, {precision}, batch {batch_size}"
+            rows.append(_memory_row(subject, "peak, data apart", peak / 2**20, "MiB"))
+            rows.append(_memory_row(subject, "over fp32", peak / peaks["fp32"], ""))
+    resident = data.train.images.nbytes + data.train.labels.nbytes
+    rows.append(_memory_row("data", f"{len(data.train.labels)} images resident", resident / 2**20, "MiB"))
+    return rows, ""
+
+
+def measure_loops(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The tutorial's loop, ours eager and ours graphed, beside the floor; to compile would take too long here."""
+    result = measure_loop(
+        suite.dataset,
+        device=suite.device,
+        models=suite.models,
+        batch_sizes=BATCH_SIZES,
+        seconds=0.25,
+        programs=(TUTORIAL, EAGER, GRAPH),
+        deadline=time.perf_counter() + 0.6 * left,
+    )
+    write_loop(suite.folder / "loop.parquet", result)
+    return [row for found in result.rows for row in _judge_loop(found)], render_loop(result)
+
+
+def measure_side_by_side(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Trials that share the device."""
+    result = measure_share_table(suite.dataset, device_type=suite.device.type, seconds=1.0)
+    rows = [
+        GpuRow(
+            part="shares",
+            subject=f"{row.model}, {row.precision}, batch {row.batch_size}, {row.trials} trials",
+            quantity="images a second of all",
+            value=row.samples_per_second,
+            unit="1/s",
+            note="knee" if row.is_knee else "",
+        )
+        for row in result.rows
+    ]
+    return rows, render_shares(result)
+
+
+def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """What the probe and the log cost of the training time."""
+    cost = measure_telemetry(suite.dataset)
+    rows = [
+        GpuRow(
+            part="telemetry cost",
+            subject=f"simple_net, {share.precision}, batch {share.batch_size}",
+            quantity=f"{what}, share of training time",
+            value=share.median,
+            low=share.low,
+            high=share.high,
+            count=share.count,
+            verdict=_verdict(share.median <= MOST_TELEMETRY),
+            note=f"target at most {MOST_TELEMETRY:.0%}",
+        )
+        for what, shares in (("probe", cost.probes), ("log", cost.logs))
+        for share in shares
+    ]
+    return rows, render_telemetry(cost)
+
+
+def run_gpu_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The tests marked ``gpu``, of the files that can be imported here: some need Ray."""
+    files = list_gpu_tests(Path("tests"))
+    if not files:
+        note = "skipped: no tests/ in the current folder"
+        return [GpuRow(part="tests", subject="", quantity="", note=note)], ""
+    with tempfile.TemporaryDirectory() as name:
+        report = Path(name) / "report.xml"
+        settings = Path(name) / "pytest.ini"
+        # Not pyproject's: it names plugins that may not be installed here, and is strict about them.
+        settings.write_text(
+            f"[pytest]\npythonpath = {Path.cwd()} {Path('tests').resolve()}\nmarkers =\n  slow: \n  gpu: \n",
+            encoding="utf-8",
+        )
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--import-mode=importlib", "-c", str(settings)]
+        command += ["--rootdir", str(Path.cwd()), "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command += [f"--junitxml={report}", *map(str, files)]
+        search_path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": search_path}
+        try:
+            subprocess.run(command, check=False, capture_output=True, timeout=left, env=environment)  # noqa: S603
+        except subprocess.TimeoutExpired:
+            note = f"not done within {left:.0f} s"
+            return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note=note)], ""
+        return read_test_report(report), ""
+
+
+PARTS: Mapping[str, Part] = {
+    "graphs": check_graphs,
+    "against the CPU": check_against_cpu,
+    "telemetry": check_telemetry,
+    "memory": measure_memory,
+    "loop": measure_loops,
+    "shares": measure_side_by_side,
+    "telemetry cost": measure_telemetry_cost,
+    "tests": run_gpu_tests,
+}
+LEAST_SECONDS = {
+    "graphs": 5.0,
+    "against the CPU": 5.0,
+    "telemetry": 5.0,
+    "memory": 10.0,
+    "loop": 30.0,
+    "shares": 60.0,
+    "telemetry cost": 30.0,
+    "tests": 30.0,
+}
+"""A part that has less left is not begun."""
+
+
+def list_gpu_tests(folder: Path) -> list[Path]:
+    """Test files with tests that need a GPU, without those whose imports are not installed."""
+    optional = {name for name in ("ray", "optuna", "hypothesis") if importlib.util.find_spec(name) is None}
+    marked = [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    pattern = re.compile(rf"^(?:import|from) (?:{'|'.join(optional)})\b", re.MULTILINE) if optional else None
+    return [path for path in marked if not (pattern and pattern.search(path.read_text(encoding="utf-8")))]
+
+
+def read_test_report(report: Path) -> list[GpuRow]:
+    """Outcomes in a JUnit report of pytest: their number, and a row for each failure."""
+    if not report.exists():
+        return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note="pytest left no report")]
+    rows = []
+    outcomes = {"passed": 0, "skipped": 0, "failed": 0}
+    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - our own file
+        problem = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
+        outcome = "failed" if problem is not None else "skipped" if case.find("skipped") is not None else "passed"
+        outcomes[outcome] += 1
+        if problem is not None:
+            note = (problem.get("message") or "").strip().partition("\n")[0][:300]
+            rows.append(
+                GpuRow(part="tests", subject=case.get("name", ""), quantity="outcome", verdict="failed", note=note)
+            )
+    counts = [
+        GpuRow(part="tests", subject="", quantity=outcome, value=float(count)) for outcome, count in outcomes.items()
+    ]
+    if not any(outcomes.values()):
+        counts.append(GpuRow(part="tests", subject="", quantity="", verdict="failed", note="no test was run"))
+    return counts + rows
+
+
+# ---- judging ----
+
+
+def _early_config(model: str, precision: str, optimizer: str) -> TrialConfig:
+    """High enough a scale that the first steps are skipped, and so short an interval that it grows again."""
+    scaler: dict[str, Any] = {"init_scale": 2.0**26, "growth_interval": 3} if precision == "fp16" else {}
+    return TrialConfig(model=model, precision=precision, optimizer=optimizer, max_epochs=LONG, **scaler)
+
+
+def _compare(subject: str, precision: str, graphed: EpochMetrics, eager: EpochMetrics) -> list[GpuRow]:
+    rows = [_judge_losses("graphs", f"{subject}, {graphed.loop}", precision, graphed, eager)]
+    if precision == "fp16":
+        same = [
+            getattr(graphed, name) == getattr(eager, name)
+            for name in ("skipped_steps", "loss_scale_steps", "loss_scale_values")
+        ]
+        note = f"{graphed.skipped_steps} skipped and {len(graphed.loss_scale_values)} scales, eager "
+        note += f"{eager.skipped_steps} and {len(eager.loss_scale_values)}"
+        verdict = "met" if all(same) else "failed"
+        rows.append(GpuRow(part="graphs", subject=subject, quantity="path of the scale", verdict=verdict, note=note))
+    if graphed.loop != GRAPH:
+        note = f"not captured: {graphed.loop}"
+        rows.append(GpuRow(part="graphs", subject=subject, quantity="capture", verdict="failed", note=note))
+    return rows
+
+
+def _judge_losses(part: str, subject: str, precision: str, one: EpochMetrics, other: EpochMetrics) -> GpuRow:
+    difference = abs(one.train_loss - other.train_loss) / abs(other.train_loss)
+    most = MOST_LOSS_DIFFERENCE[precision]
+    return GpuRow(
+        part=part,
+        subject=subject,
+        quantity=f"relative difference of the mean loss over {one.steps} steps",
+        value=difference if math.isfinite(difference) else None,
+        verdict="met" if difference <= most else "failed",  # NaN fails
+        note=f"at most {most:g}",
+    )
+
+
+def _read_every_step(run: TrainingRun, data: TrainingData) -> Iterator[tuple[float, bool]]:
+    """The scale that each step used, and whether it was skipped, read from the scaler: one wait a step."""
+    run.model.train()
+    scaler = run._amp._scaler  # noqa: SLF001 - the reference looks where telemetry does not
+    for indices in run._draw_batches():  # noqa: SLF001
+        before = scaler.get_scale()
+        run._step(indices)  # noqa: SLF001
+        yield before, scaler.get_scale() < before  # backoff, and nothing else, makes it smaller
+
+
+def expand_scales(told: EpochMetrics) -> list[float]:
+    """The scale of every step of the first epoch, from its changes."""
+    ends = (*told.loss_scale_steps[1:], told.steps + 1)
+    spans = zip(told.loss_scale_steps, ends, told.loss_scale_values, strict=True)
+    return [value for begin, end, value in spans for _ in range(begin, end)]
+
+
+def _judge_loop(row: LoopRow) -> list[GpuRow]:
+    subject = f"{row.model}, {row.precision}, batch {row.batch_size}, {row.program}"
+    if row.samples_per_second is None:
+        return [GpuRow(part="loop", subject=subject, quantity="images a second", note=row.reason)]
+    low, high = row.samples_per_second_low, row.samples_per_second_high
+    spread: dict[str, Any] = {"low": low, "high": high, "count": row.turns}
+    found = [
+        GpuRow(
+            part="loop", subject=subject, quantity="images a second", value=row.samples_per_second, unit="1/s", **spread
+        )
+    ]
+    if row.program != GRAPH:
+        return found
+    if row.ratio is not None:
+        ratio: dict[str, Any] = {"low": row.ratio_low, "high": row.ratio_high, "count": row.turns}
+        note = f"target at least {LEAST_RATIO:g}" if row.model == "simple_net" else ""
+        verdict = _verdict(row.ratio >= LEAST_RATIO) if note else ""
+        found.append(
+            GpuRow(
+                part="loop",
+                subject=subject,
+                quantity="over the tutorial's loop",
+                value=row.ratio,
+                verdict=verdict,
+                note=note,
+                **ratio,
+            )
+        )
+    if row.launch_ratio is not None:
+        counted = row.model == "simple_net" and row.batch_size == 64
+        note = f"{row.operations} launches" + (f"; target at most {MOST_LAUNCH_RATIO:g}" if counted else "")
+        verdict = _verdict(row.launch_ratio <= MOST_LAUNCH_RATIO) if counted else ""
+        found.append(
+            GpuRow(
+                part="loop",
+                subject=subject,
+                quantity="step over its launches as counted",
+                value=row.launch_ratio,
+                verdict=verdict,
+                note=note,
+            )
+        )
+    return found
+
+
+def _memory_row(subject: str, quantity: str, value: float, unit: str) -> GpuRow:
+    return GpuRow(part="memory", subject=subject, quantity=quantity, value=value, unit=unit)
+
+
+def _verdict(holds: bool) -> str:
+    return "met" if holds else "missed"
+
+
+# ---- the files ----
+
+
+def name_folder(device: torch.device) -> str:
+    """The device's name as a folder's: ``nvidia-h200``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_gpu(path: Path, result: GpuResult) -> None:
+    """Write the rows, with what they rest on in the metadata."""
+    schema = pa.schema(build_columns(GpuRow))
+    write_parquet(build_table("gpu", schema, [vars(row) for row in result.rows], result.about), path)
+
+
+def render_gpu(result: GpuResult) -> str:
+    """Markdown: what failed and was missed, every part's rows or its own table."""
+    titles = ("part", "subject", "quantity", "value", "verdict", "note")
+    told = [row for row in result.rows if row.verdict in ("failed", "missed") or (row.note and not row.quantity)]
+    parts = [
+        f"{result.machine}. {result.about['dataset']}, {result.about['train_images']:,} training images.",
+        f"{_count_verdicts(result.rows)}." + (" Not met:" if told else ""),
+        *([render_table(titles, [_render_row(row) for row in told])] if told else []),
+    ]
+    for name in dict.fromkeys(row.part for row in result.rows):
+        own = [_render_row(row)[1:] for row in result.rows if row.part == name]
+        parts += [f"## {name}", result.tables.get(name) or render_table(titles[1:], own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_row(row: GpuRow) -> tuple[str, ...]:
+    value = "" if row.value is None else f"{row.value:,.4g} {row.unit}".strip()
+    spread = f" ({row.low:,.4g} to {row.high:,.4g})" if row.low is not None and row.high is not None else ""
+    return row.part, row.subject, row.quantity, value + spread, row.verdict, row.note
+
+
+def _count_verdicts(rows: Sequence[GpuRow]) -> str:
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("met", "missed", "failed")}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

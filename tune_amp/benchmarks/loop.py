@@ -1,0 +1,585 @@
+"""Images a second of the training loop: the tutorial's, ours step by step, ours as a CUDA graph, ours compiled.
+
+All programs of a cell (model, precision, batch size) are prepared and warmed up first, then take turns, so that
+whatever else the machine does falls on all of them; ratios are paired by turn. Beside them stands the floor that
+``floor`` works out from rates measured in the same run. Ours is timed as ``EpochMetrics.train_seconds`` tells it: what
+the probe after an epoch costs is in ``results/reference/telemetry.md``.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import math
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, nn
+
+from tune_amp.amp import AUTOCAST_DTYPES, fp32_arithmetic
+from tune_amp.benchmarks.floor import (
+    FloorMeter,
+    Rate,
+    StepFloor,
+    count_operations,
+    measure_step_floor,
+    one_thread,
+)
+from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
+from tune_amp.config import MODELS, TrialConfig, describe_error, described
+from tune_amp.data import Dataset, Split
+from tune_amp.graphs import WARM_UP_STEPS
+from tune_amp.models import build_model
+from tune_amp.parquet import build_columns, build_table, write_parquet
+from tune_amp.training import TrainingData, TrainingRun, estimate_epoch_seconds, release_memory
+
+CPU_PRECISIONS = ("fp32", "bf16", "fp16")
+CUDA_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+BATCH_SIZES = (64, 512, 4096)
+REPEATS = 3
+SECONDS = 1.0
+"""Each program's turn, as long as its steps are not longer."""
+LONGEST_CELL_SECONDS = 10.0
+"""A cell that would need more for its fewest steps is left out: fp16 convolutions on a CPU without fp16 units."""
+EPOCHS = 1_000_000
+"""A trial without an end: our run captures its steps only where enough of them are left."""
+MEAN, DEVIATION = 0.1307, 0.3081
+"""Of MNIST's pixels: the two numbers in every tutorial."""
+
+TUTORIAL, EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "tutorial", "eager", "graph", "compiled", "compiled graph"
+MEANINGS = {
+    TUTORIAL: "`DataLoader` over a torchvision-like data set, unfused Adam, `GradScaler`, `.item()` at every step",
+    EAGER: "ours, one step after the other",
+    GRAPH: "ours, a whole step captured as a CUDA graph",
+    COMPILED: "ours, one step after the other, the model through `torch.compile`",
+    COMPILED_GRAPH: "both",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopRow:
+    """One program in one cell."""
+
+    device: str = described("cpu (one thread) or cuda")
+    model: str = described("built-in model")
+    precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast")
+    batch_size: int = described("images a training step", unit="images")
+    program: str = described("; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items()))
+    reason: str = described("why there is no figure", default="")
+    samples_per_second: float | None = described("median of the turns", unit="1/s", default=None)
+    samples_per_second_low: float | None = described("of the slowest turn", unit="1/s", default=None)
+    samples_per_second_high: float | None = described("of the fastest turn", unit="1/s", default=None)
+    turns: int = described("how often it was measured", default=0)
+    turn_images: int | None = described("trained on in a turn", unit="images", default=None)
+    ratio: float | None = described("samples a second over the tutorial's; median of the pairs", default=None)
+    ratio_low: float | None = described("of the pairs, the smallest", default=None)
+    ratio_high: float | None = described("of the pairs, the largest", default=None)
+    floor_seconds: float | None = described(
+        "least time of a step: the larger of FLOPs over rate and bytes over bandwidth", unit="s", default=None
+    )
+    floor_share: float | None = described(
+        "the floor over the median time of a step; 1 would be the floor", default=None
+    )
+    operations: int | None = described("kernels and copies of one of our steps; on the CPU calls", default=None)
+    launch_seconds: float | None = described(
+        "time to start them: in a graph's replay, or called", unit="s", default=None
+    )
+    launch_ratio: float | None = described("median time of a step over launch_seconds", default=None)
+    compile_seconds: float | None = described("first epoch minus a later one", unit="s", default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopResult:
+    """The result of the benchmark."""
+
+    rows: tuple[LoopRow, ...]
+    rates: tuple[Rate, ...]
+    """Of the machine, from which the floors are made."""
+    machine: str
+    about: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a program did in its turn."""
+
+    images: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / self.seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A program that is warmed up."""
+
+    take_turn: Callable[[], Turn]
+    compile_seconds: float | None = None
+
+
+def measure_loop(
+    dataset: Dataset,
+    *,
+    device: torch.device | None = None,
+    models: Sequence[str] = MODELS,
+    precisions: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    repeats: int = REPEATS,
+    images: int | None = None,
+    seconds: float = SECONDS,
+    programs: Sequence[str] | None = None,
+    deadline: float = math.inf,
+    report: Callable[[LoopRow], None] = lambda _: None,
+) -> LoopResult:
+    """Measure every program in every cell.
+
+    Args:
+        dataset: its training split is trained on.
+        device: CUDA where there is one.
+        models: built-in ones.
+        precisions: all that the device tells apart.
+        batch_sizes: those above the number of images are left out.
+        repeats: turns of each program.
+        images: most that are trained on; all where None.
+        seconds: of a turn.
+        programs: all that the device can run.
+        deadline: cells that would begin after this moment of ``time.perf_counter`` are skipped.
+        report: told of each row as soon as it is known.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train = _take(dataset.train, len(dataset.train) if images is None else images)
+    meter = FloorMeter(device)
+    rows = []
+    cells = itertools.product(
+        models, [size for size in batch_sizes if size <= len(train)], precisions or list_precisions(device)
+    )
+    with one_thread(device):
+        for model, batch_size, precision in cells:
+            config = TrialConfig(model=model, precision=precision, batch_size=batch_size, max_epochs=EPOCHS)
+            cell = Cell(config=config, train=train, num_classes=dataset.num_classes, device=device)
+            chosen = programs or list_programs(device)
+            for row in measure_cell(cell, meter, chosen, repeats=repeats, seconds=seconds, deadline=deadline):
+                rows.append(row)
+                report(row)
+    return LoopResult(
+        rows=tuple(rows),
+        rates=tuple(meter.rates),
+        machine=machine_line(device),
+        about={
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(device),
+            "versions": describe_versions(),
+            "dataset": dataset.name,
+            "train_images": len(train),
+            "threads": 1 if device.type == "cpu" else torch.get_num_threads(),
+            "rates": [dataclasses.asdict(rate) for rate in meter.rates],
+        },
+    )
+
+
+def list_precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that the device tells apart: on the CPU tf32 is fp32."""
+    return CUDA_PRECISIONS if device.type == "cuda" else CPU_PRECISIONS
+
+
+def list_programs(device: torch.device) -> tuple[str, ...]:
+    """Those that the device can run: the CPU has no graphs."""
+    return tuple(MEANINGS) if device.type == "cuda" else (TUTORIAL, EAGER, COMPILED)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Cell:
+    """What all programs of a cell train."""
+
+    config: TrialConfig
+    train: Split
+    num_classes: int
+    device: torch.device
+
+    def row(self, program: str, **values: Any) -> LoopRow:
+        """A row of this cell."""
+        config = self.config
+        return LoopRow(
+            device=self.device.type,
+            model=config.model,
+            precision=config.precision,
+            batch_size=config.batch_size,
+            program=program,
+            **values,
+        )
+
+
+def measure_cell(
+    cell: Cell, meter: FloorMeter, programs: Sequence[str], *, repeats: int, seconds: float, deadline: float = math.inf
+) -> list[LoopRow]:
+    """One row for each program; those that cannot run say why."""
+    if time.perf_counter() > deadline:
+        return [cell.row(program, reason="skipped: no time is left") for program in programs]
+    epoch_seconds = estimate_epoch_seconds(cell.config, cell.train, cell.num_classes, cell.device)
+    step_seconds = epoch_seconds / len(cell.train) * cell.config.batch_size
+    if step_seconds * (repeats + 2) * len(programs) > LONGEST_CELL_SECONDS:
+        reason = f"skipped: an epoch would take about {epoch_seconds:.0f} s"
+        return [cell.row(program, reason=reason) for program in programs]
+    floor = _measure_floor(cell, meter)
+    prepared, reasons = _prepare_all(cell, programs, seconds, deadline)
+    turns = take_turns(prepared, repeats)
+    rows = []
+    for program in programs:
+        if program in reasons:
+            rows.append(cell.row(program, reason=reasons[program]))
+        else:
+            rows.append(_summarise(cell, program, prepared[program], turns, floor))
+    prepared.clear()
+    release_memory(cell.device)  # graphs keep theirs
+    return rows
+
+
+def take_turns(prepared: Mapping[str, Prepared], repeats: int) -> dict[str, list[Turn]]:
+    """Each program's turns; who begins rotates."""
+    names = list(prepared)
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        first = repeat % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            turns[name].append(prepared[name].take_turn())
+    return turns
+
+
+def _prepare_all(
+    cell: Cell, programs: Sequence[str], seconds: float, deadline: float
+) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """The programs that can run, and why the others cannot."""
+    prepared: dict[str, Prepared] = {}
+    reasons: dict[str, str] = {}
+    for program in programs:
+        compiles = program in (COMPILED, COMPILED_GRAPH)
+        if compiles and time.perf_counter() > deadline:
+            reasons[program] = "skipped: no time is left"
+            continue
+        try:
+            prepared[program] = _PREPARE[program](cell, seconds)
+        except Exception as error:  # no compiler, no torchvision, no memory: the others still run
+            reasons[program] = f"not available: {describe_error(error)}"
+    return prepared, reasons
+
+
+def _measure_floor(cell: Cell, meter: FloorMeter) -> StepFloor:
+    data = TrainingData(_take(cell.train, cell.config.batch_size), None, cell.num_classes, cell.device)
+    operations = count_operations(cell.config, data)
+    return measure_step_floor(cell.config, data.input_shape, cell.num_classes, meter, operations)
+
+
+def _summarise(
+    cell: Cell, program: str, prepared: Prepared, turns: Mapping[str, Sequence[Turn]], floor: StepFloor
+) -> LoopRow:
+    rates = [turn.rate for turn in turns[program]]
+    median = statistics.median(rates)
+    step_seconds = cell.config.batch_size / median
+    ratios = [turn.rate / other.rate for turn, other in zip(turns[program], turns.get(TUTORIAL, ()), strict=False)]
+    return cell.row(
+        program,
+        samples_per_second=median,
+        samples_per_second_low=min(rates),
+        samples_per_second_high=max(rates),
+        turns=len(rates),
+        turn_images=turns[program][0].images,
+        ratio=statistics.median(ratios) if ratios else None,
+        ratio_low=min(ratios, default=None),
+        ratio_high=max(ratios, default=None),
+        floor_seconds=floor.seconds,
+        floor_share=floor.seconds / step_seconds,
+        operations=floor.operations,
+        launch_seconds=floor.launch_seconds,
+        launch_ratio=None if floor.launch_seconds is None else step_seconds / floor.launch_seconds,
+        compile_seconds=prepared.compile_seconds,
+    )
+
+
+# ---- the tutorial's program ----
+
+
+class TutorialImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Images as ``torchvision.datasets.MNIST`` serves them: one PIL image at a time, through the transforms.
+
+    Args:
+        split: the images.
+        transform: of a PIL image.
+    """
+
+    def __init__(self, split: Split, transform: Callable[[Any], Tensor]) -> None:
+        self.data = torch.tensor(split.images[:, 0])
+        self.targets = torch.tensor(split.labels)
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.data[index].numpy())), int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def _prepare_tutorial(cell: Cell, seconds: float) -> Prepared:
+    """What PyTorch's MNIST and AMP tutorials show, put together."""
+    from torchvision import transforms  # type: ignore[import-untyped]
+
+    config, device = cell.config, cell.device
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (DEVIATION,))])
+    loader = torch.utils.data.DataLoader(
+        TutorialImages(cell.train, transform), batch_size=config.batch_size, shuffle=True
+    )
+    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, cell.train.images.shape[1:], cell.num_classes).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    criterion = nn.CrossEntropyLoss()
+    dtype = AUTOCAST_DTYPES.get(config.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+    def train(steps: int) -> Turn:
+        started = time.perf_counter()
+        running_loss, count = 0.0, 0
+        for images, labels in itertools.islice(batches, steps):
+            images, labels = images.to(device), labels.to(device)  # noqa: PLW2901 - as the tutorials write it
+            optimizer.zero_grad()
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                loss = criterion(model(images), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            running_loss += loss.item()
+            count += len(labels)
+        _wait(device)
+        return Turn(images=count, seconds=time.perf_counter() - started)
+
+    def train_as_told(steps: int) -> Turn:
+        with fp32_arithmetic(config.precision):  # the same arithmetic as ours: PyTorch's own default is a mixture
+            return train(steps)
+
+    train_as_told(1)
+    steps = math.ceil(seconds * train_as_told(1).rate / config.batch_size)
+    return Prepared(take_turn=lambda: train_as_told(steps))
+
+
+# ---- ours ----
+
+
+def _prepare_eager(cell: Cell, seconds: float) -> Prepared:
+    data = _place_share(cell, seconds)
+    run = TrainingRun(cell.config, data, allow_graph=False)
+    run.train_epoch()
+    return Prepared(take_turn=lambda: take_epochs(run, len(data.train.labels), seconds))
+
+
+def _prepare_graph(cell: Cell, seconds: float) -> Prepared:
+    data = _place_share(cell, seconds)
+    run = TrainingRun(cell.config, data, allow_graph=True)
+    _train_until_captured(run)
+    return Prepared(take_turn=lambda: take_epochs(run, len(data.train.labels), seconds))
+
+
+def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) -> Prepared:
+    data = _place_share(cell, seconds)
+    run = TrainingRun(cell.config, data, allow_graph=allow_graph)
+    run.model = CompiledForBatches(run.model, cell.config.batch_size)
+    with _fresh_compiler_cache(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, about its own parts
+        first, second = run.train_epoch(), run.train_epoch()
+        if allow_graph:
+            _train_until_captured(run)
+    later = second.train_seconds - first.train_seconds
+    return Prepared(
+        take_turn=lambda: take_epochs(run, len(data.train.labels), seconds),
+        compile_seconds=max(0.0, first.train_seconds - later),
+    )
+
+
+def _prepare_compiled_graph(cell: Cell, seconds: float) -> Prepared:
+    return _prepare_compiled(cell, seconds, allow_graph=True)
+
+
+def _train_until_captured(run: TrainingRun) -> None:
+    """Take the eager steps, and the capture after them.
+
+    Raises:
+        RuntimeError: there was none; the message is the run's own.
+    """
+    for _ in range(WARM_UP_STEPS + 1):  # of one step each at least
+        loop = run.train_epoch().loop
+        if loop == GRAPH:
+            return
+    raise RuntimeError(loop)
+
+
+class CompiledForBatches(nn.Module):
+    """A model compiled for training batches; the probe's few images take the plain one, which costs no compilation.
+
+    Args:
+        model: shares its parameters.
+        batch_size: of training.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self._batch_size = batch_size
+        self._compiled = torch.compile(model.forward, dynamic=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of ``images``."""
+        forward = self._compiled if len(images) == self._batch_size and self.training else self.model
+        logits: Tensor = forward(images)
+        return logits
+
+
+_PREPARE: Mapping[str, Callable[[Cell, float], Prepared]] = {
+    TUTORIAL: _prepare_tutorial,
+    EAGER: _prepare_eager,
+    GRAPH: _prepare_graph,
+    COMPILED: _prepare_compiled,
+    COMPILED_GRAPH: _prepare_compiled_graph,
+}
+
+
+def take_epochs(run: TrainingRun, epoch_images: int, seconds: float) -> Turn:
+    """Train whole epochs until so many seconds of training are over: at least one.
+
+    Also what is past saving: only its time is of interest.
+
+    Args:
+        run: in training.
+        epoch_images: that it trains on in an epoch.
+        seconds: of the turn.
+    """
+    images, trained = 0, 0.0
+    while trained < seconds:
+        images += epoch_images
+        trained += epoch_images / run.train_epoch().samples_per_second
+    return Turn(images=images, seconds=trained)
+
+
+def _place_share(cell: Cell, seconds: float) -> TrainingData:
+    """As many images as one epoch of about ``seconds`` needs, in whole batches, at least a few and all at most."""
+    pilot = TrainingRun(
+        cell.config,
+        TrainingData(_take(cell.train, 2 * cell.config.batch_size), None, cell.num_classes, cell.device),
+        allow_graph=False,
+    )
+    pilot.train_epoch()
+    rate = pilot.train_epoch().samples_per_second
+    batches = max(WARM_UP_STEPS + 2, int(seconds * rate / cell.config.batch_size))
+    return TrainingData(_take(cell.train, batches * cell.config.batch_size), None, cell.num_classes, cell.device)
+
+
+def _take(split: Split, count: int) -> Split:
+    return Split(images=split.images[:count], labels=split.labels[:count])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _fresh_compiler_cache() -> Iterator[None]:
+    """Compile anew: what an earlier run left on disk would make the compile time look small."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    torch.compiler.reset()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+# ---- the table ----
+
+
+def render_loop(result: LoopResult) -> str:
+    """Markdown: the rates, a table, and what its figures mean."""
+    turns = max((row.turns for row in result.rows), default=0)
+    parts = [
+        f"{result.machine}. {_describe_data(result.about)}",
+        f"Images a second in training, median of {turns} turns (slowest to fastest); against the tutorial's loop, "
+        "paired by turn (smallest to largest); share of the floor: 100 % would be the larger of FLOPs over the best "
+        "measured rate and bytes over the best measured bandwidth; launches: the step's time over that which starting "
+        "its operations takes.",
+        "\n".join(f"- {name}: {meaning}" for name, meaning in MEANINGS.items()),
+        _render_rates(result.rates),
+        _render_rows(result.rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe_data(about: Mapping[str, Any]) -> str:
+    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    return f"{about['dataset']}, {about['train_images']:,} images, {threads}."
+
+
+def _render_rates(rates: Sequence[Rate]) -> str:
+    best: dict[str, Rate] = {}
+    for rate in rates:
+        if rate.what not in best or rate.value > best[rate.what].value:
+            best[rate.what] = rate
+    cells = [f"{rate.what} {render_quantity(rate.value, rate.unit)} ({rate.size})" for rate in best.values()]
+    return "Best rates: " + "; ".join(cells) + "."
+
+
+def render_quantity(value: float, unit: str) -> str:
+    """``1.45 TFLOP/s``, ``1.72 us``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1, ""), (1e-3, "m"), (1e-6, "u")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _render_rows(rows: Sequence[LoopRow]) -> str:
+    titles = ("model", "precision", "batch", "program", "images/s", "/ tutorial", "of the floor", "launches", "compile")
+    return render_table(titles, [_render_row(row) for row in rows])
+
+
+def render_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a bar in a cell would begin the next one."""
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _render_row(row: LoopRow) -> tuple[str, ...]:
+    head = (row.model, row.precision, str(row.batch_size), row.program)
+    if row.samples_per_second is None:
+        return (*head, row.reason, "", "", "", "")
+    assert row.samples_per_second_low is not None
+    assert row.samples_per_second_high is not None
+    spread = f"({row.samples_per_second_low:,.0f} to {row.samples_per_second_high:,.0f})"
+    return (
+        *head,
+        f"{row.samples_per_second:,.0f} {spread}",
+        "" if row.ratio is None else f"{row.ratio:.1f} ({row.ratio_low:.1f} to {row.ratio_high:.1f})",
+        "" if row.floor_share is None else f"{row.floor_share:.0%}",
+        "" if row.launch_ratio is None else f"{row.launch_ratio:.1f} x {row.operations}",
+        "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s",
+    )
+
+
+def write_loop(path: Path, result: LoopResult) -> None:
+    """Write the rows, with what they rest on in the metadata."""
+    schema = pa.schema(build_columns(LoopRow))
+    write_parquet(build_table("loop", schema, [vars(row) for row in result.rows], result.about), path)

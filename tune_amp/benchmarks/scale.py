@@ -1,0 +1,381 @@
+"""What a search costs besides training, as it grows: the driver's time and memory, and Optuna's suggest and tell.
+
+Trials of a few milliseconds go through the real ``run_search``, so that nearly all that is left is the search itself.
+Each search runs in a process of its own (``python -m tune_amp.benchmarks.scale``), whose clock, CPU time and memory are
+read whenever a trial ends; what comes before the first trial and after the last is not in the figures.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
+from tune_amp.config import described
+from tune_amp.options import SearchOptions, run_folder
+from tune_amp.parquet import build_columns, build_table, write_parquet
+from tune_amp.results import TrialRecord
+from tune_amp.space import SearchSpace, load_space
+
+if TYPE_CHECKING:
+    from tune_amp.recorder import SearchProgress
+
+TRIALS = (100, 500, 2_000)
+STUDY_SIZES = (100, 500, 1_000, 2_000)
+REPORTS = 10
+"""Epochs of each trial in the search that tells what a report costs; elsewhere a trial reports once."""
+MOST_DRIVER_SECONDS = 0.050
+MOST_GROWTH_BYTES = 50_000
+LATE_SHARE = 0.1
+"""Figures "at the end" are those of the last tenth: a cost that grows with the study shows there, not in the mean."""
+STUDY_WINDOW = 20
+"""Suggestions and tellings of which the median is taken."""
+
+DATASET = "tune_amp.benchmarks.scale:make_images"
+TRAIN_IMAGES = 300
+
+# The four parameters of the default space, with batches that fit a few hundred images.
+SPACE = """\
+parameters:
+  lr: {low: 1.0e-4, high: 3.0e-2, log: true}
+  batch_size: {low: 64, high: 128, power_of_two: true}
+  init_scale: {low: 2^0, high: 2^24, power_of_two: true}
+  growth_interval: {low: 1, high: 2000, log: true}
+fixed:
+  precision: fp16
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleRow:
+    """One search of near-instant trials, from the end of its first trial to that of its last."""
+
+    trials: int = described("trials of the search")
+    epochs: int = described("epochs, and so reports, of each trial", unit="epochs")
+    slots: int = described("trials at a time")
+    wall_seconds: float = described("wall time of a trial, slots side by side: search time / trials", unit="s")
+    late_wall_seconds: float = described("the same, of the last tenth of the trials", unit="s")
+    driver_seconds: float = described("the driver's CPU time of a trial", unit="s")
+    late_driver_seconds: float = described("the same, of the last tenth of the trials", unit="s")
+    peak_memory_bytes: int | None = described("the driver's largest resident memory; null but on Linux", unit="B")
+    growth_bytes: float | None = described(
+        "resident memory that the driver gains a trial, by least squares over the last nine tenths; null but on Linux",
+        unit="B",
+    )
+    journal_bytes: int = described("size of the study's journal at the end", unit="B")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyRow:
+    """What Optuna costs at a size of the study, without Ray."""
+
+    size: int
+    """Trials that the study has."""
+    suggest_seconds: float
+    """Median of the last ``STUDY_WINDOW`` suggestions."""
+    tell_seconds: float
+    """Median of the last ``STUDY_WINDOW`` tellings, the epoch's report included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleResult:
+    """The result of the benchmark."""
+
+    rows: tuple[ScaleRow, ...]
+    study: tuple[StudyRow, ...]
+    machine: dict[str, str]
+    versions: dict[str, str]
+
+
+SCHEMA = pa.schema(build_columns(ScaleRow))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The driver when a trial ended."""
+
+    ended: int
+    """Trials so far."""
+    clock: float
+    """Seconds, of a clock that only moves forward."""
+    driver: float
+    """CPU seconds of the driver so far, all threads."""
+    memory_bytes: int | None
+    """Resident; None but on Linux."""
+
+
+def measure_scale(trials: Sequence[int] = TRIALS, study_sizes: Sequence[int] = STUDY_SIZES) -> ScaleResult:
+    """Run a search of each number of trials, one more for the cost of a report, and a study without Ray."""
+    plans = [*((count, 1) for count in trials), (min(trials), REPORTS)]
+    return ScaleResult(
+        rows=tuple(measure_search(count, epochs) for count, epochs in plans),
+        study=tuple(measure_study(study_sizes)),
+        machine=describe_machine(),
+        versions=describe_versions(),
+    )
+
+
+def measure_search(trials: int, epochs: int) -> ScaleRow:
+    """Search once, in a new process: what an earlier search left in memory is not this one's."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "samples.json"
+        size = ["--trials", str(trials), "--epochs", str(epochs), "--output", str(output)]
+        subprocess.run([sys.executable, "-m", "tune_amp.benchmarks.scale", *size], check=True)  # noqa: S603
+        found = json.loads(output.read_text(encoding="utf-8"))
+    samples = [Sample(**sample) for sample in found.pop("samples")]
+    return summarise_samples(samples, trials=trials, epochs=epochs, **found)
+
+
+def summarise_samples(
+    samples: Sequence[Sample], *, trials: int, epochs: int, slots: int, journal_bytes: int
+) -> ScaleRow:
+    """The costs of a search from the samples taken as its trials ended."""
+    late = [sample for sample in samples if sample.ended >= (1 - LATE_SHARE) * trials or sample in samples[-2:]]
+    measured = [sample for sample in samples if sample.ended >= LATE_SHARE * trials]
+    memory = [sample.memory_bytes for sample in measured if sample.memory_bytes is not None]
+    growth = None
+    if len(memory) > 1:
+        growth = statistics.linear_regression([sample.ended for sample in measured], memory).slope
+    return ScaleRow(
+        trials=trials,
+        epochs=epochs,
+        slots=slots,
+        wall_seconds=_rise(samples, "clock"),
+        late_wall_seconds=_rise(late, "clock"),
+        driver_seconds=_rise(samples, "driver"),
+        late_driver_seconds=_rise(late, "driver"),
+        peak_memory_bytes=max(memory, default=None),
+        growth_bytes=growth,
+        journal_bytes=journal_bytes,
+    )
+
+
+def _rise(samples: Sequence[Sample], name: str) -> float:
+    """How much a field rises from one trial's end to the next, on average."""
+    first, last = samples[0], samples[-1]
+    return float((getattr(last, name) - getattr(first, name)) / (last.ended - first.ended))
+
+
+# ---- the search itself, in its own process ----
+
+
+class Sampler:
+    """An observer of a search that samples the driver whenever a trial ends."""
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+
+    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
+        """Take a sample where a trial ended."""
+        if ended is not None:
+            self.samples.append(
+                Sample(
+                    ended=len(self.samples) + 1,
+                    clock=time.perf_counter(),
+                    driver=time.process_time(),
+                    memory_bytes=read_memory(),
+                )
+            )
+
+
+def read_memory() -> int | None:
+    """Resident memory of this process; None but on Linux."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_images() -> tuple[npt.NDArray[Any], ...]:
+    """Training and test images [n, 1, 8, 8] with their labels: noise, with a bright row for each of 4 classes."""
+    random = np.random.default_rng(0)
+
+    def make(count: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        labels = np.arange(count) % 4
+        images = random.integers(0, 128, (count, 1, 8, 8), dtype=np.uint8)
+        images[np.arange(count), 0, labels] += 100
+        return images, labels
+
+    return (*make(TRAIN_IMAGES), *make(40))
+
+
+def load_small_space(folder: Path) -> SearchSpace:
+    """The space of near-instant trials."""
+    path = folder / "scale.yaml"
+    path.write_text(SPACE, encoding="utf-8")
+    return load_space(str(path))
+
+
+def search_small(trials: int, epochs: int) -> dict[str, Any]:
+    """Run the search. Returns its samples, slots and the journal's size, as JSON can hold them."""
+    from tune_amp.data import load_dataset
+    from tune_amp.session import ray_session
+
+    sampler = Sampler()
+    options = SearchOptions(num_samples=trials, max_epochs=epochs, grace_period=epochs)
+    with tempfile.TemporaryDirectory() as results, run_folder(Path(results), "scale") as folder:
+        space = load_small_space(Path(results))
+        dataset = load_dataset(DATASET)
+        with ray_session(num_gpus=0):
+            from tune_amp.search import plan_resources, run_search
+            from tune_amp.searcher import STUDY_FILE
+
+            slots = plan_resources(options).max_concurrent
+            run_search(space, dataset, options, folder=folder, observer=sampler)
+        journal_bytes = (folder / STUDY_FILE).stat().st_size
+    samples = [dataclasses.asdict(sample) for sample in sampler.samples]
+    return {"samples": samples, "slots": slots, "journal_bytes": journal_bytes}
+
+
+# ---- the study alone ----
+
+
+def measure_study(sizes: Sequence[int]) -> Iterator[StudyRow]:
+    """Time suggest and tell of the searcher as its study grows to the largest of ``sizes``."""
+    suggesting: list[float] = []
+    telling: list[float] = []
+    with tempfile.TemporaryDirectory() as name:
+        for suggest_seconds, tell_seconds in _grow_study(Path(name), max(sizes)):
+            suggesting.append(suggest_seconds)
+            telling.append(tell_seconds)
+            if len(telling) in sizes:
+                yield StudyRow(
+                    size=len(telling),
+                    suggest_seconds=statistics.median(suggesting[-STUDY_WINDOW:]),
+                    tell_seconds=statistics.median(telling[-STUDY_WINDOW:]),
+                )
+
+
+def _grow_study(folder: Path, trials: int) -> Iterator[tuple[float, float]]:
+    """Seconds of each suggestion and telling of a study in ``folder``."""
+    from tune_amp.searcher import AmpSearch
+
+    values = np.random.default_rng(0).random(trials)
+    shared = {"model": "simple_net", "dataset": "mnist", "max_epochs": 1, "seed": 0}
+    searcher = AmpSearch(
+        load_small_space(folder),
+        shared,
+        train_images=TRAIN_IMAGES,
+        objectives=("val_accuracy",),
+        seed=0,
+        folder=folder,
+        study_name="scale",
+        num_samples=trials,
+    )
+    for number, value in enumerate(values):
+        started = time.perf_counter()
+        searcher.suggest(str(number))
+        suggested = time.perf_counter()
+        result = {"val_accuracy": float(value), "epoch": 1, "status": "completed", "done": True}
+        searcher.on_trial_complete(str(number), result)
+        yield suggested - started, time.perf_counter() - suggested
+
+
+# ---- the table ----
+
+
+def render_scale(result: ScaleResult) -> str:
+    """Markdown: a table of the searches beside the targets, and one of the study."""
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    lines = [
+        f"Near-instant trials through the real search, n = 1 search a row; {machine}; "
+        f"{render_versions(result.versions)}. Of a trial; in brackets, of the last tenth of the trials.",
+        "",
+        "| trials | reports of each | slots | wall | driver CPU | driver memory, largest | gained | journal |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_render_row(row) for row in result.rows),
+        "",
+        *_judge(result.rows),
+        "",
+        f"Optuna's study without Ray, medians of n = {STUDY_WINDOW}:",
+        "",
+        "| trials in the study | suggest | tell |",
+        "|---|---|---|",
+        *(f"| {row.size:,} | {_ms(row.suggest_seconds)} | {_ms(row.tell_seconds)} |" for row in result.study),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _render_row(row: ScaleRow) -> str:
+    memory = "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB"
+    growth = "-" if row.growth_bytes is None else f"{row.growth_bytes / 1000:.1f} kB"
+    cells = [
+        f"{row.trials:,}",
+        str(row.epochs),
+        str(row.slots),
+        f"{_ms(row.wall_seconds)} ({_ms(row.late_wall_seconds)})",
+        f"{_ms(row.driver_seconds)} ({_ms(row.late_driver_seconds)})",
+        memory,
+        growth,
+        f"{row.journal_bytes / row.trials / 1000:.1f} kB",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _judge(rows: Sequence[ScaleRow]) -> list[str]:
+    """What a report costs, and whether the targets are met by the largest search."""
+    once = {row.trials: row for row in rows if row.epochs == 1}
+    lines = []
+    for row in rows:
+        if row.epochs > 1 and row.trials in once:
+            seconds = (row.driver_seconds - once[row.trials].driver_seconds) / (row.epochs - 1)
+            lines.append(f"A report more costs the driver {_ms(seconds)}, the checkpoint it asks for included.")
+    largest = max(rows, key=lambda row: (row.trials, -row.epochs))
+    driver, growth = largest.late_driver_seconds, largest.growth_bytes
+    lines.append(
+        f"Driver time of a trial at the end of {largest.trials:,}: {_ms(driver)}, target at most "
+        f"{_ms(MOST_DRIVER_SECONDS)}: {_verdict(driver <= MOST_DRIVER_SECONDS)}."
+    )
+    if growth is not None:
+        lines.append(
+            f"Driver memory gained a trial over {largest.trials:,}: {growth / 1000:.1f} kB, target under "
+            f"{MOST_GROWTH_BYTES / 1000:.0f} kB: {_verdict(growth < MOST_GROWTH_BYTES)}."
+        )
+    return lines
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
+
+
+def write_scale(path: Path, result: ScaleResult) -> None:
+    """Write one row a search; the study's figures, machine and versions stand in the metadata."""
+    origin = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": result.machine,
+        "versions": result.versions,
+        "study": [vars(row) for row in result.study],
+    }
+    write_parquet(build_table("scale", SCHEMA, [vars(row) for row in result.rows], origin), path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one search and leave its samples in a file."""
+    parser = argparse.ArgumentParser(prog="python -m tune_amp.benchmarks.scale")
+    parser.add_argument("--trials", type=int, required=True)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parsed = parser.parse_args(arguments)
+    parsed.output.write_text(json.dumps(search_small(parsed.trials, parsed.epochs)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
