@@ -1,6 +1,5 @@
 """Whole steps as CUDA graphs: on the CPU by a capture that repeats the step, so that all but CUDA itself is tried."""
 
-import dataclasses
 import io
 import math
 import random
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import make_split, untimed
 from torch import Tensor, nn
 
-from tune_amp.config import OPTIMIZERS, EpochMetrics, TrialConfig
-from tune_amp.data import Split
+from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig
 from tune_amp.graphs import (
     LEAST_STEPS,
     WARM_UP_STEPS,
@@ -30,17 +29,8 @@ from tune_amp.training import TrainingData, TrainingRun, build_optimizer
 
 CPU = torch.device("cpu")
 WriteModule = Callable[[str], str]
-CLOCKS = ("train_seconds", "val_seconds", "probe_seconds", "data_seconds", "samples_per_second")
 LONG = 10 * LEAST_STEPS
 """Epochs of a budget in which a capture pays."""
-
-
-def make_split(count: int = 60, classes: int = 3) -> Split:
-    generator = np.random.default_rng(0)
-    labels = np.arange(count) % classes
-    images = generator.integers(0, 120, (count, 1, 8, 8))
-    images[np.arange(count), 0, labels] += 100
-    return Split(images=images.astype(np.uint8), labels=labels.astype(np.int64))
 
 
 @pytest.fixture
@@ -71,8 +61,7 @@ class Repeating:
 
 def train(run: TrainingRun, epochs: int) -> list[EpochMetrics]:
     """Metrics without what a clock measured, and without the word for the loop."""
-    without: dict[str, Any] = {**dict.fromkeys(CLOCKS, 0.0), "loop": ""}
-    return [dataclasses.replace(run.train_epoch(), **without) for _ in range(epochs)]
+    return [untimed(run.train_epoch(), loop="") for _ in range(epochs)]
 
 
 def copy_state(run: TrainingRun) -> dict[str, Any]:
@@ -162,6 +151,16 @@ def test_epoch_shorter_than_the_warm_up_captures_in_a_later_one(data: TrainingDa
     assert (run.train_epoch().loop, capture.captured, capture.replayed) == ("graph", 1, 1)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_every_built_in_model_may_be_captured(model: str) -> None:
+    data = TrainingData(make_split(side=8), None, 3, CPU)
+    config = make_config(model=model, precision="fp16", grad_clip=1.0)
+    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=Repeating())
+    assert graphed.train_epoch().loop == "graph"
+    eager.train_epoch()
+    assert_same(copy_state(eager), copy_state(graphed))
+
+
 # Where there is no graph
 
 
@@ -185,7 +184,8 @@ def test_epoch_tells_why_it_was_trained_eagerly(data: TrainingData) -> None:
     assert TrainingRun(few, data, capture=Repeating()).train_epoch().loop == "eager: a capture pays from 1000 steps"
 
 
-def test_failed_capture_leaves_the_run_as_if_it_had_not_been_tried(data: TrainingData) -> None:
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+def test_failed_capture_leaves_the_run_as_if_it_had_not_been_tried(grad_clip: float | None, data: TrainingData) -> None:
     """The step is begun, even unscaled and clipped, before the capture breaks."""
 
     def break_within(step: Step) -> Step:
@@ -209,7 +209,7 @@ def test_failed_capture_leaves_the_run_as_if_it_had_not_been_tried(data: Trainin
                 parameter.data.copy_(weight)
         raise AssertionError
 
-    config = make_config(precision="fp16", grad_clip=0.5)
+    config = make_config(precision="fp16", grad_clip=grad_clip)
     run = TrainingRun(config, data, capture=break_within)
     eager = TrainingRun(config, data, allow_graph=False)
     told = run.train_epoch()
@@ -316,7 +316,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devic
 
 @pytest.fixture
 def cuda_data() -> TrainingData:
-    return TrainingData(make_split(480), make_split(21), 3, torch.device("cuda"))
+    return TrainingData(make_split(480, side=8), make_split(21, side=8), 3, torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -407,9 +407,7 @@ def test_capture_that_fails_leaves_a_gpu_that_trains_on(cuda_data: TrainingData)
     config = make_config(precision="fp16", grad_clip=1.0)
     run = TrainingRun(config, cuda_data, capture=failing)
     assert run.train_epoch().loop.startswith("eager: capture failed: ")
-    assert run.train_epoch().val_loss == pytest.approx(
-        [TrainingRun(config, cuda_data, allow_graph=False)].pop().train_epoch().val_loss, rel=0.5
-    )
+    assert math.isfinite(run.train_epoch().train_loss)
     assert TrainingRun(config, cuda_data).train_epoch().loop == "graph"
 
 

@@ -14,7 +14,7 @@ from records import PROVENANCE, make_epoch
 from tune_amp import recorder as recorder_module
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.recorder import SearchProgress, TrialRecorder
-from tune_amp.results import TrialRecord, load_trials
+from tune_amp.results import TrialRecord, load_ledger, load_trials
 from tune_amp.trainable import failure_report, progress_report
 
 CONFIG = TrialConfig(precision="fp16", lr=0.01, batch_size=256)
@@ -352,3 +352,49 @@ def test_reports_are_written_while_trials_run(
     report_epoch(recorder, trial, 1)
     [written] = load_trials(tmp_path)
     assert (written.status, written.epochs) == (TrialStatus.INTERRUPTED, (make_epoch(1),))
+
+
+# The ledger
+
+
+def test_ledger_is_known_when_the_search_is_over_and_written_with_it(recorder: TrialRecorder, tmp_path: Path) -> None:
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    spent = {"training": 0.2, "validation": 0.1}
+    report(
+        recorder, trial, progress_report(make_epoch(1, train_seconds=0.2, val_seconds=0.1), "completed"), spent=spent
+    )
+    finish(recorder, trial)
+    assert recorder.ledger is None
+    recorder.write()
+    assert load_ledger(tmp_path) is None
+    recorder.finish()
+    ledger = recorder.ledger
+    assert ledger is not None
+    assert load_ledger(tmp_path) == ledger
+    assert (ledger.slots, ledger.seconds["training"], ledger.seconds["validation"]) == (2, 0.2, 0.1)
+
+
+def test_time_of_a_trial_cut_off_at_the_end_counts_as_interrupted(recorder: TrialRecorder) -> None:
+    start(recorder, FakeTrial("a"))
+    time.sleep(0.1)
+    recorder.finish()
+    assert recorder.ledger is not None
+    assert recorder.ledger.seconds["interrupted"] == pytest.approx(0.1, abs=0.09)
+
+
+def test_time_of_a_worker_that_died_counts_as_failed_though_the_trial_completes(recorder: TrialRecorder) -> None:
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    time.sleep(0.1)
+    recorder.on_trial_recover(0, [], trial)
+    trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
+    start(recorder, trial)
+    spent = {"training": 0.2}
+    report(recorder, trial, progress_report(make_epoch(1, train_seconds=0.2), "completed"), spent=spent)
+    finish(recorder, trial)
+    recorder.finish()
+    assert only(recorder).worker == 2
+    assert recorder.ledger is not None
+    assert recorder.ledger.seconds["failed"] == pytest.approx(0.1, abs=0.09)
+    assert recorder.ledger.seconds["training"] == 0.2

@@ -1,7 +1,11 @@
 import math
+import subprocess
+import sys
+import types
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +13,7 @@ from tune_amp.config import InputError
 from tune_amp.resources import (
     TRIALS_PER_GPU,
     allocate_resources,
+    cap_memory,
     count_gpus,
     count_slots,
     double_share,
@@ -315,3 +320,37 @@ def test_fraction_leaves_room_for_the_context_within_the_share() -> None:
 def test_fraction_is_one_that_torch_takes_and_never_above_the_share(share: float, gigabytes: int) -> None:
     fraction = memory_fraction(share, gigabytes * 2**30)
     assert share / 2 <= fraction <= share
+
+
+def test_cap_reaches_the_allocator_of_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    properties = types.SimpleNamespace(total_memory=100 * CONTEXT_BYTES)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda fraction, device: told.append((fraction, device)), raising=False
+    )
+    cap_memory(0.25)
+    assert told == [(0.24, 3)]
+
+
+HOG = """
+import sys, torch
+from tune_amp.resources import cap_memory
+cap_memory(0.25)
+total = torch.cuda.get_device_properties(0).total_memory
+try:
+    torch.empty(int(total * 0.3), dtype=torch.uint8, device="cuda")
+except torch.OutOfMemoryError:
+    sys.exit(0)
+sys.exit(1)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_hog_runs_out_of_its_own_share_while_a_neighbour_computes_on() -> None:
+    neighbour = torch.ones(1000, 1000, device="cuda")
+    assert subprocess.run([sys.executable, "-c", HOG], check=False).returncode == 0
+    assert (neighbour @ neighbour).sum().item() == 1e9

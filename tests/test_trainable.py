@@ -3,6 +3,7 @@ import math
 import pickle
 import re
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,15 @@ from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset
+from tune_amp.ledger import read_process_age
 from tune_amp.reuse import find_differences
 from tune_amp.trainable import (
     CHECKPOINT_FILE,
     AmpTrainable,
+    LargerShareNeeded,
     WorkerSetup,
     failure_report,
+    is_checkpoint_due,
     is_out_of_memory,
     metrics_of,
 )
@@ -77,6 +81,98 @@ def test_epochs_are_reported_as_running_and_the_last_as_completed(make_trainable
     assert reports[-1]["val_accuracy"] > 0.7
     assert 0 < reports[0]["wall_seconds"] < reports[-1]["wall_seconds"]
     assert {report["num_threads"] for report in reports} == {1} == {torch.get_num_threads()}
+
+
+@pytest.mark.parametrize(
+    ("unsaved", "saves", "due"),
+    [
+        (0.99, [], False),  # 20 times the 0.05 s that the first is taken for
+        (1.0, [], True),
+        (1.99, [0.1], False),
+        (2.0, [0.1], True),
+        (2.0, [0.1, 5.0, 0.1], True),  # the median: one slow disk does not end checkpoints
+        (99.0, [5.0, 5.0, 0.1], False),
+    ],
+)
+def test_checkpoint_is_due_when_work_is_twenty_times_its_cost(unsaved: float, saves: list[float], due: bool) -> None:
+    assert is_checkpoint_due(unsaved, saves) is due
+
+
+def test_trial_asks_for_a_checkpoint_when_enough_work_would_be_lost(
+    make_trainable: MakeTrainable, tmp_path: Path
+) -> None:
+    trainable = make_trainable(max_epochs=9)
+    assert not trainable.train()[SHOULD_CHECKPOINT]
+    trainable._save_seconds.append(1e-6)
+    assert trainable.train()[SHOULD_CHECKPOINT]
+    trainable.save(str(tmp_path / "checkpoint"))
+    assert trainable._unsaved_seconds == 0
+    trainable._save_seconds.extend([1e6] * 5)
+    report = trainable.train()
+    assert not report[SHOULD_CHECKPOINT]
+    assert report["checkpoint_seconds"] > 0
+    assert report["spent"]["checkpoint"] == pytest.approx(report["checkpoint_seconds"], rel=0.1)
+
+
+def test_last_report_asks_for_no_checkpoint(make_trainable: MakeTrainable) -> None:
+    trainable = make_trainable(max_epochs=1)
+    trainable._save_seconds.append(1e-6)
+    report = trainable.train()
+    assert report["done"]
+    assert not report[SHOULD_CHECKPOINT]
+
+
+def test_reports_account_for_every_moment_of_the_worker(make_trainable: MakeTrainable) -> None:
+    before = time.monotonic() - read_process_age()
+    trainable = make_trainable(max_epochs=3)
+    time.sleep(0.2)  # as long as the driver takes to answer
+    reports = train(trainable)
+    total = sum(sum(report["spent"].values()) for report in reports)
+    assert total == pytest.approx(time.monotonic() - before, abs=0.1)
+    assert sum(report["spent"].get("idle", 0.0) for report in reports) == pytest.approx(0.2, abs=0.1)
+    last = reports[-1]
+    for kind, name in (("training", "train_seconds"), ("validation", "val_seconds"), ("probe", "probe_seconds")):
+        assert sum(report["spent"].get(kind, 0.0) for report in reports) == pytest.approx(last[name], abs=1e-6)
+
+
+def test_epoch_that_raises_is_time_lost(make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = TrainingRun.train_epoch
+    failures = iter([True, False, False])
+
+    def fail_once(run: TrainingRun) -> EpochMetrics:
+        if next(failures):
+            time.sleep(0.2)
+            raise OSError("the disk was full for a moment")
+        return trained(run)
+
+    monkeypatch.setattr(TrainingRun, "train_epoch", fail_once)
+    reports = train(make_trainable())
+    assert reports[0]["spent"]["failed"] == pytest.approx(0.2, abs=0.1)
+    assert "failed" not in reports[1]["spent"]
+
+
+@pytest.mark.parametrize(
+    ("error", "share", "first_share", "asks"),
+    [
+        (RuntimeError("CUDA out of memory"), 0.25, 0.25, True),
+        (torch.OutOfMemoryError("CUDA out of memory"), 0.25, 0.25, True),
+        (RuntimeError("CUDA out of memory"), 0.5, 0.25, False),  # it was tried again already
+        (RuntimeError("CUDA out of memory"), 1.0, 1.0, False),  # there is no more
+        (RuntimeError("CUDA out of memory"), 0.0, 0.0, False),
+        (MemoryError(), 0.25, 0.25, False),  # the host's memory, of which a share of a GPU has no more
+        (ValueError("no"), 0.25, 0.25, False),
+    ],
+)
+def test_larger_share_is_asked_for_once_and_only_for_want_of_gpu_memory(
+    error: Exception, share: float, first_share: float, asks: bool, make_trainable: MakeTrainable
+) -> None:
+    trainable = make_trainable()
+    trainable._share, trainable._first_share = share, first_share
+    if asks:
+        with pytest.raises(LargerShareNeeded, match=r"out of memory with 0\.25 GPU"):
+            trainable._ask_for_larger_share(error)
+    else:
+        trainable._ask_for_larger_share(error)
 
 
 def test_report_holds_epoch_metrics_as_they_were(make_trainable: MakeTrainable) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import make_split, untimed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,7 +36,6 @@ from tune_amp.training import (
 CPU = torch.device("cpu")
 WriteModule = Callable[[str], str]
 
-CLOCKS = ("train_seconds", "val_seconds", "probe_seconds", "data_seconds", "samples_per_second")
 DROPOUT_MODEL = """
 import math
 from torch import nn
@@ -46,15 +46,6 @@ def net(input_shape, num_classes):
 """
 
 
-def make_split(count: int = 60, classes: int = 3, seed: int = 0) -> Split:
-    """Images of 4x4 pixels that can be told apart: class c is bright in row c. Labels take turns."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    images = generator.integers(0, 120, (count, 1, 4, 4))
-    images[np.arange(count), 0, labels] += 100
-    return Split(images=images.astype(np.uint8), labels=labels.astype(np.int64))
-
-
 @pytest.fixture
 def small_data() -> TrainingData:
     return TrainingData(make_split(), make_split(21, seed=1), 3, CPU)
@@ -62,11 +53,6 @@ def small_data() -> TrainingData:
 
 def make_config(**settings: Any) -> TrialConfig:
     return TrialConfig(**{"lr": 0.01, "batch_size": 8, "max_epochs": 3, **settings})
-
-
-def untimed(metrics: EpochMetrics) -> EpochMetrics:
-    """The metrics without what a clock measured."""
-    return dataclasses.replace(metrics, **dict.fromkeys(CLOCKS, 0.0))  # type: ignore[arg-type]
 
 
 def train(config: TrialConfig, data: TrainingData) -> list[EpochMetrics]:

@@ -144,6 +144,13 @@ def memory_fraction(share: float, device_bytes: int) -> float:
     return max(share - CONTEXT_BYTES / device_bytes, share / 2)
 
 
+def cap_memory(share: float) -> None:
+    """Let this process take no more of the current GPU's memory than its ``share``."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    # Without a device, which would have to have a number: torch.device("cuda") is refused here.
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(share, total))
+
+
 def measure_with_ray(
     config: TrialConfig, train: Split, num_classes: int, most: int, announce: Callable[[str], None]
 ) -> SharedGpu:

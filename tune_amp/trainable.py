@@ -25,7 +25,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
 from tune_amp.data import Split
 from tune_amp.ledger import SlotClock, TimeKind, read_process_age
-from tune_amp.resources import memory_fraction
+from tune_amp.resources import cap_memory
 from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
@@ -83,8 +83,7 @@ class AmpTrainable(tune.Trainable):
         # Ray hands out the GPUs that it was told of, whether or not torch can use them.
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(memory_fraction(self._share, total), device)
+            cap_memory(self._share)
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         try:
             self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)

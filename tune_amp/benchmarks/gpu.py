@@ -479,47 +479,32 @@ def expand_scales(told: EpochMetrics) -> list[float]:
 
 def _judge_loop(row: LoopRow) -> list[GpuRow]:
     subject = f"{row.model}, {row.precision}, batch {row.batch_size}, {row.program}"
-    if row.samples_per_second is None:
-        return [GpuRow(part="loop", subject=subject, quantity="images a second", note=row.reason)]
+
+    def build(quantity: str, value: float | None, **rest: Any) -> GpuRow:
+        return GpuRow(part="loop", subject=subject, quantity=quantity, value=value, **rest)
+
     low, high = row.samples_per_second_low, row.samples_per_second_high
-    spread: dict[str, Any] = {"low": low, "high": high, "count": row.turns}
-    found = [
-        GpuRow(
-            part="loop", subject=subject, quantity="images a second", value=row.samples_per_second, unit="1/s", **spread
-        )
-    ]
-    if row.program != GRAPH:
-        return found
-    if row.ratio is not None:
-        ratio: dict[str, Any] = {"low": row.ratio_low, "high": row.ratio_high, "count": row.turns}
-        note = f"target at least {LEAST_RATIO:g}" if row.model == "simple_net" else ""
-        verdict = _verdict(row.ratio >= LEAST_RATIO) if note else ""
+    speed = build(
+        "images a second", row.samples_per_second, low=low, high=high, count=row.turns, unit="1/s", note=row.reason
+    )
+    found = [speed]
+    if row.program == GRAPH and row.ratio is not None:
+        target = _target(row.model == "simple_net", row.ratio >= LEAST_RATIO, f"at least {LEAST_RATIO:g}")
         found.append(
-            GpuRow(
-                part="loop",
-                subject=subject,
-                quantity="over the tutorial's loop",
-                value=row.ratio,
-                verdict=verdict,
-                note=note,
-                **ratio,
+            build(
+                "over the tutorial's loop", row.ratio, low=row.ratio_low, high=row.ratio_high, count=row.turns, **target
             )
         )
-    if row.launch_ratio is not None:
+    if row.program == GRAPH and row.launch_ratio is not None:
         counted = row.model == "simple_net" and row.batch_size == 64
-        note = f"{row.operations} launches" + (f"; target at most {MOST_LAUNCH_RATIO:g}" if counted else "")
-        verdict = _verdict(row.launch_ratio <= MOST_LAUNCH_RATIO) if counted else ""
-        found.append(
-            GpuRow(
-                part="loop",
-                subject=subject,
-                quantity="step over its launches as counted",
-                value=row.launch_ratio,
-                verdict=verdict,
-                note=note,
-            )
-        )
+        target = _target(counted, row.launch_ratio <= MOST_LAUNCH_RATIO, f"at most {MOST_LAUNCH_RATIO:g}")
+        found.append(build(f"step over its {row.operations} launches as counted", row.launch_ratio, **target))
     return found
+
+
+def _target(applies: bool, holds: bool, target: str) -> dict[str, str]:
+    """Verdict and note of a row, empty where there is no target."""
+    return {"verdict": _verdict(holds), "note": f"target {target}"} if applies else {}
 
 
 def _memory_row(subject: str, quantity: str, value: float, unit: str) -> GpuRow:

@@ -1,0 +1,223 @@
+"""The suite for one GPU, tried on the CPU: what it checks, that it fails where it must, and what it writes."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+import torch
+from records import make_epoch
+from test_speed import write_mnist
+
+from tune_amp.benchmarks import gpu
+from tune_amp.benchmarks.gpu import (
+    PARTS,
+    GpuResult,
+    GpuRow,
+    Suite,
+    expand_scales,
+    list_gpu_tests,
+    load_plain_mnist,
+    make_images,
+    measure_gpu,
+    name_folder,
+    read_test_report,
+    render_gpu,
+    write_gpu,
+)
+from tune_amp.benchmarks.loop import GRAPH, TUTORIAL, LoopRow
+from tune_amp.benchmarks.share_table import build_rows, measure_share_table, render_shares, write_shares
+from tune_amp.config import TrialConfig
+from tune_amp.shares import ShareMeasurement
+
+CPU = torch.device("cpu")
+
+
+def measure(tmp_path: Path, *parts: str, seconds: float = 500.0) -> GpuResult:
+    dataset = make_images(6_000)
+    return measure_gpu(dataset, tmp_path, device=CPU, models=("simple_net",), parts=parts, seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> GpuResult:
+    return measure(tmp_path_factory.mktemp("suite"), "graphs", "against the CPU", "telemetry", "memory")
+
+
+def test_graphs_and_telemetry_are_checked_for_every_precision_and_optimizer(checked: GpuResult) -> None:
+    assert not checked.failed
+    counts = {part: sum(row.part == part for row in checked.rows) for part in ("graphs", "telemetry")}
+    assert counts == {"graphs": 4 * 3 + 3, "telemetry": 3}
+    for row in checked.rows:
+        if row.part == "telemetry":
+            assert row.value == row.count == 40
+            assert "17 were skipped" in row.note, "a reference without skips would show nothing"
+
+
+def test_scale_that_is_told_wrongly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shift(told: Any) -> list[float]:
+        return [1.0, *expand_scales(told)[:-1]]
+
+    monkeypatch.setattr(gpu, "expand_scales", shift)
+    result = measure(tmp_path, "telemetry")
+    assert result.failed
+    assert {row.verdict for row in result.rows} == {"failed"}
+
+
+@pytest.mark.parametrize("loss", [1.1, math.nan])
+def test_loss_that_is_another_fails(loss: float) -> None:
+    row = gpu._judge_losses("graphs", "x", "fp32", make_epoch(train_loss=loss), make_epoch(train_loss=1.0))
+    assert row.verdict == "failed"
+    same = gpu._judge_losses("graphs", "x", "fp32", make_epoch(train_loss=1.0), make_epoch(train_loss=1.0))
+    assert same.verdict == "met"
+
+
+def test_step_that_was_not_captured_fails() -> None:
+    rows = gpu._compare("x", "fp32", make_epoch(loop="eager: no"), make_epoch())
+    assert [row.verdict for row in rows] == ["met", "failed"]
+
+
+def test_scales_of_steps_follow_from_their_changes() -> None:
+    told = make_epoch(steps=5, loss_scale_steps=(1, 2, 4), loss_scale_values=(8.0, 4.0, 2.0))
+    assert expand_scales(told) == [8.0, 4.0, 4.0, 2.0, 2.0]
+
+
+def test_part_that_breaks_is_a_row_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(suite: Suite, left: float) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "PARTS", {**PARTS, "graphs": fail})
+    result = measure(tmp_path, "graphs", "against the CPU")
+    assert [(row.part, row.verdict) for row in result.rows] == [("graphs", "failed"), ("against the CPU", "met")]
+    assert result.rows[0].note == "RuntimeError: no such kernel"
+    assert "no such kernel" in render_gpu(result)
+
+
+def test_part_without_time_left_is_skipped_and_says_so(tmp_path: Path) -> None:
+    result = measure(tmp_path, "loop", seconds=1.0)
+    assert not result.failed
+    assert "and it needs 30" in result.rows[0].note
+
+
+def test_file_and_table_hold_every_row(checked: GpuResult, tmp_path: Path) -> None:
+    write_gpu(tmp_path / "gpu.parquet", checked)
+    assert pq.read_table(tmp_path / "gpu.parquet").num_rows == len(checked.rows)
+    text = render_gpu(checked)
+    assert text.count("| simple_net, fp16, adam, graph |") == 2  # among the graphs, and in telemetry
+    assert "19 met, 0 missed, 0 failed" in text
+
+
+def test_targets_of_the_loop_are_told_for_the_graph_only() -> None:
+    row = LoopRow(
+        device="cuda",
+        model="simple_net",
+        precision="fp16",
+        batch_size=64,
+        program=GRAPH,
+        samples_per_second=1e6,
+        samples_per_second_low=9e5,
+        samples_per_second_high=1.1e6,
+        turns=3,
+        ratio=49.0,
+        ratio_low=48.0,
+        ratio_high=50.0,
+        operations=38,
+        launch_ratio=2.0,
+    )
+    assert [found.verdict for found in gpu._judge_loop(row)] == ["", "missed", "met"]
+    assert [found.verdict for found in gpu._judge_loop(dataclasses.replace(row, model="vit"))] == ["", "", ""]
+    assert len(gpu._judge_loop(dataclasses.replace(row, program=TUTORIAL))) == 1
+
+
+def test_outcomes_of_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        '<testcase name="a"/><testcase name="b"><skipped/></testcase>'
+        '<testcase name="c"><failure message="assert 1 == 2&#10;more"/></testcase>'
+        '<testcase name="d"><error message="no module"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    rows = read_test_report(report)
+    assert {row.quantity: row.value for row in rows if row.value is not None} == {
+        "passed": 1,
+        "skipped": 1,
+        "failed": 2,
+    }
+    assert [(row.subject, row.note) for row in rows if row.verdict] == [("c", "assert 1 == 2"), ("d", "no module")]
+    report.write_text("<testsuites><testsuite/></testsuites>")
+    assert [row.note for row in read_test_report(report) if row.verdict == "failed"] == ["no test was run"]
+    assert [row.verdict for row in read_test_report(tmp_path / "missing")] == ["failed"]
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    names = {path.name for path in list_gpu_tests(Path(__file__).parent)}
+    assert {"test_amp.py", "test_graphs.py", "test_training.py"} <= names
+    assert "test_space.py" not in names
+
+
+def test_suite_needs_neither_ray_nor_optuna_nor_scikit_learn(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+for name in ("ray", "optuna", "sklearn", "yaml"):
+    sys.modules[name] = None
+import torch
+from tune_amp.benchmarks.gpu import PARTS, make_images, measure_gpu
+parts = ["graphs", "shares"]
+assert set(parts) <= set(PARTS)
+found = measure_gpu(make_images(3000), Path(), device=torch.device("cpu"), models=("simple_net",), parts=["graphs"])
+assert not found.failed, found
+import tune_amp.benchmarks.telemetry, tune_amp.shares
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_mnist_is_read_without_the_stratified_split(tmp_path: Path) -> None:
+    write_mnist(tmp_path, train=5_100)
+    dataset = load_plain_mnist(tmp_path)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (100, 5_000, 40)
+    assert dataset.train.images.shape == (100, 1, 28, 28)
+    assert dataset.train.labels[13] == 3
+
+
+def test_folder_is_named_after_the_device() -> None:
+    assert name_folder(CPU) == "cpu"
+
+
+def test_failure_is_that_of_a_check_and_not_of_a_target() -> None:
+    def result(verdict: str) -> GpuResult:
+        row = GpuRow(part="x", subject="y", quantity="z", verdict=verdict)
+        return GpuResult(rows=(row,), tables={}, machine="", about={"dataset": "", "train_images": 1})
+
+    assert result("failed").failed
+    assert not result("missed").failed
+
+
+# Shares
+
+
+def test_share_table_tells_what_is_left_of_a_trials_own_speed() -> None:
+    config = TrialConfig(precision="bf16", batch_size=64)
+    measured = [
+        ShareMeasurement(trials=4, samples_per_second=300.0, trial_memory_bytes=2**30),
+        ShareMeasurement(trials=1, samples_per_second=100.0, trial_memory_bytes=2**30),
+    ]
+    one, four = build_rows(config, measured, 4)
+    assert (one.relative, one.efficiency, one.is_knee) == (1.0, 1.0, False)
+    assert (four.relative, four.efficiency, four.is_knee) == (3.0, 0.75, True)
+
+
+@pytest.mark.slow  # starts processes
+def test_shares_are_measured_and_written(tmp_path: Path) -> None:
+    result = measure_share_table(
+        make_images(1_200), device_type="cpu", configs=[TrialConfig(max_epochs=9)], counts=(1, 2), seconds=0.2
+    )
+    assert [row.trials for row in result.rows] == [1, 2]
+    assert sum(row.is_knee for row in result.rows) == 1
+    write_shares(tmp_path / "shares.parquet", result)
+    assert pq.read_table(tmp_path / "shares.parquet").num_rows == 2
+    assert render_shares(result).count("\n| simple_net ") == 2
