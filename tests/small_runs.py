@@ -22,4 +22,4 @@ def make_split(count: int = 60, classes: int = 3, seed: int = 0, side: int = 4) 
 
 def untimed(metrics: EpochMetrics, **changes: Any) -> EpochMetrics:
     """The metrics without what a clock measured."""
-    return dataclasses.replace(metrics, **{**dict.fromkeys(CLOCKS, 0.0), **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(metrics, **{**dict.fromkeys(CLOCKS, 0.0), **changes})

@@ -102,6 +102,37 @@ def test_part_without_time_left_is_skipped_and_says_so(tmp_path: Path) -> None:
     assert "and it needs 30" in result.rows[0].note
 
 
+def test_device_that_cannot_be_cleaned_up_stops_no_other_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "release_memory", refuse)
+    result = measure(tmp_path, "against the CPU", "telemetry")
+    assert [(row.part, row.verdict) for row in result.rows] == [("against the CPU", "failed"), ("telemetry", "failed")]
+
+
+def test_what_there_is_can_be_kept_after_each_part(tmp_path: Path) -> None:
+    kept: list[GpuResult] = []
+    result = measure_gpu(
+        make_images(6_000),
+        tmp_path,
+        device=CPU,
+        models=("simple_net",),
+        parts=("against the CPU", "loop"),
+        seconds=20.0,
+        keep=kept.append,
+    )
+    assert [len(found.rows) for found in kept] == [1, 2]
+    assert kept[-1] == result
+
+
+def test_checks_without_time_left_are_named(tmp_path: Path) -> None:
+    suite = Suite(dataset=make_images(700), device=CPU, models=("simple_net",), folder=tmp_path)
+    rows, _ = gpu.check_graphs(suite, -1.0)
+    assert len(rows) == 4 * 3
+    assert {row.note for row in rows} == {"skipped: no time is left"}
+
+
 def test_file_and_table_hold_every_row(checked: GpuResult, tmp_path: Path) -> None:
     write_gpu(tmp_path / "gpu.parquet", checked)
     assert pq.read_table(tmp_path / "gpu.parquet").num_rows == len(checked.rows)
@@ -150,13 +181,54 @@ def test_outcomes_of_tests_are_counted_and_failures_named(tmp_path: Path) -> Non
     assert [(row.subject, row.note) for row in rows if row.verdict] == [("c", "assert 1 == 2"), ("d", "no module")]
     report.write_text("<testsuites><testsuite/></testsuites>")
     assert [row.note for row in read_test_report(report) if row.verdict == "failed"] == ["no test was run"]
-    assert [row.verdict for row in read_test_report(tmp_path / "missing")] == ["failed"]
+
+
+def test_files_that_lack_ray_are_left_out_and_other_errors_fail(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        """<testcase name="a"><error message="collection failure">E   ModuleNotFoundError: No module named 'ray'"""
+        "</error></testcase>"
+        """<testcase name="b"><error message="collection failure">E   ModuleNotFoundError: No module named 'records'"""
+        "</error></testcase></testsuite></testsuites>"
+    )
+    rows = {row.subject: row for row in read_test_report(report) if row.subject}
+    assert (rows["a"].verdict, rows["a"].note) == ("", "left out: ray is not installed")
+    assert rows["b"].verdict == "failed"
+    assert [row.value for row in read_test_report(report) if row.quantity == "failed"] == [1.0]
 
 
 def test_files_with_gpu_tests_are_found() -> None:
     names = {path.name for path in list_gpu_tests(Path(__file__).parent)}
     assert {"test_amp.py", "test_graphs.py", "test_training.py"} <= names
-    assert "test_space.py" not in names
+    assert not {"test_space.py", Path(__file__).name} & names
+
+
+@pytest.fixture
+def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with two test files, one of which lacks Ray."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    mark = "gpu"  # written apart, so that this file is not taken for one
+    marked = f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n"
+    (folder / "test_here.py").write_text(marked + "def test_unmarked(): assert False\n")
+    (folder / "test_lacking.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')\n" + marked
+    )
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_tests_run_in_a_process_of_their_own(small_project: Path, tmp_path: Path) -> None:
+    suite = Suite(dataset=make_images(120), device=CPU, models=(), folder=tmp_path)
+    rows, _ = gpu.run_gpu_tests(suite, 60.0)
+    counts = {row.quantity: row.value for row in rows if row.value is not None}
+    assert counts == {"passed": 1, "skipped": 0, "failed": 0}
+    assert [row.note for row in rows if row.note] == ["left out: ray is not installed"]
+    (small_project / "conftest.py").write_text("raise OSError('broken beyond repair')")
+    [row], _ = gpu.run_gpu_tests(suite, 60.0)
+    assert row.verdict == "failed"
+    assert "broken beyond repair" in row.note
 
 
 def test_suite_needs_neither_ray_nor_optuna_nor_scikit_learn(tmp_path: Path) -> None:

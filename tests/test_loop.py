@@ -10,6 +10,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 
+from tune_amp.benchmarks import loop
 from tune_amp.benchmarks.floor import (
     FloorMeter,
     StepFloor,
@@ -23,8 +24,10 @@ from tune_amp.benchmarks.gpu import make_images
 from tune_amp.benchmarks.loop import (
     EAGER,
     TUTORIAL,
+    Cell,
     Prepared,
     Turn,
+    explain_too_long,
     measure_loop,
     render_loop,
     render_quantity,
@@ -169,6 +172,40 @@ def test_cell_without_time_left_says_so() -> None:
     )
     assert {row.reason for row in result.rows} == {"skipped: no time is left"}
     assert {row.samples_per_second for row in result.rows} == {None}
+
+
+def test_floor_that_cannot_be_measured_costs_no_other_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("the profiler is taken")
+
+    monkeypatch.setattr(loop, "count_operations", refuse)
+    result = measure_loop(
+        make_images(480),
+        device=CPU,
+        models=("simple_net",),
+        precisions=("fp32",),
+        batch_sizes=(64,),
+        repeats=1,
+        seconds=0.01,
+        programs=(EAGER,),
+    )
+    [row] = result.rows
+    assert row.samples_per_second is not None
+    assert row.floor_share is None
+    assert row.reason == "no floor: RuntimeError: the profiler is taken"
+    assert row.reason in render_loop(result)
+
+
+def test_only_the_cpu_is_asked_how_long_a_cell_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 32 images take as long as 4,096: what they tell of a larger batch is a hundred times too much."""
+    monkeypatch.setattr(loop, "estimate_epoch_seconds", lambda *_: 120.0)
+    split = make_images(600).train
+    config = TrialConfig(batch_size=len(split) // 2)
+    on_cpu, on_gpu = (
+        Cell(config=config, train=split, num_classes=10, device=torch.device(name)) for name in ("cpu", "cuda")
+    )
+    assert explain_too_long(on_cpu, 1) == "skipped: an epoch would take about 120 s"
+    assert explain_too_long(on_gpu, 1) is None
 
 
 def test_quantities_are_told_with_a_prefix() -> None:

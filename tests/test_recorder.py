@@ -365,7 +365,8 @@ def test_ledger_is_known_when_the_search_is_over_and_written_with_it(recorder: T
         recorder, trial, progress_report(make_epoch(1, train_seconds=0.2, val_seconds=0.1), "completed"), spent=spent
     )
     finish(recorder, trial)
-    assert recorder.ledger is None
+    before = recorder.ledger
+    assert before is None
     recorder.write()
     assert load_ledger(tmp_path) is None
     recorder.finish()

@@ -253,3 +253,20 @@ def test_source_of_a_users_code_is_its_folder_or_file(
     monkeypatch.syspath_prepend(tmp_path)
     assert _find_source(importlib.import_module(module)) == str(tmp_path / f"{module}.py")
     assert _find_source(tune_amp) == str(Path(tune_amp.__file__).parent)
+
+
+PRELOADING = """
+import os, sys
+from tune_amp.session import ray_session
+
+with ray_session(num_cpus=1, num_gpus=0, preload=("colorsys", "this_module_is_missing")):
+    import ray
+
+    print(ray.get(ray.remote(lambda: "colorsys" in sys.modules).remote()))
+print("RAY_preload_python_modules" in os.environ)
+"""
+
+
+def test_workers_import_what_they_are_told_as_they_start_and_go_on_without_what_is_missing() -> None:
+    done = subprocess.run([sys.executable, "-c", PRELOADING], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["True", "False"]

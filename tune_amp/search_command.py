@@ -169,12 +169,12 @@ def _search_with_ray(
     # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
     # A user's own code is run in the main thread, where it may expect to be.
     load = functools.partial(_load_checked, arguments, space, options)
-    prepared = functools.partial(lambda loaded: loaded, load()) if theirs else _start_in_background(load)
+    find_dataset = _call(load, in_background=not theirs)
     modules = _user_modules(arguments.model)
     with ray_session(
         arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
     ) as session:
-        dataset = prepared()
+        dataset = find_dataset()
         from tune_amp.search import plan_resources, run_search
 
         resources = plan_resources(
@@ -210,8 +210,12 @@ def _load_checked(arguments: argparse.Namespace, space: "SearchSpace", options: 
     return dataset
 
 
-def _start_in_background(function: Callable[[], _T]) -> Callable[[], _T]:
-    """Call ``function`` in a thread that does not outlive the program; gives what waits for its result, or error."""
+def _call(function: Callable[[], _T], *, in_background: bool) -> Callable[[], _T]:
+    """Call ``function``, here or in a thread that does not outlive the program.
+
+    Returns:
+        What gives its result; that of a thread is waited for, and its exception raised there.
+    """
     future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -220,7 +224,10 @@ def _start_in_background(function: Callable[[], _T]) -> Callable[[], _T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    if in_background:
+        threading.Thread(target=run, daemon=True).start()
+    else:
+        future.set_result(function())
     return future.result
 
 

@@ -8,7 +8,6 @@ others still run. On the CPU everything but CUDA itself can be tried: a graph is
 
 import dataclasses
 import datetime
-import importlib.util
 import itertools
 import math
 import os
@@ -40,7 +39,7 @@ from tune_amp.benchmarks.loop import (
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
 from tune_amp.benchmarks.share_table import measure_share_table, render_shares
 from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
-from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig, describe_error, described
+from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig, describe_error, described, one_line
 from tune_amp.data import Dataset, Split
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
 from tune_amp.parquet import build_columns, build_table, write_parquet
@@ -57,6 +56,8 @@ MOST_LOSS_DIFFERENCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 2e-2, "fp16": 5e-3}
 LONG = 1_000_000
 """Epochs of a budget in which a capture always pays."""
 LEAST_RATIO, MOST_LAUNCH_RATIO, MOST_TELEMETRY = 50.0, 2.0, 0.01
+NOT_NEEDED = ("ray", "optuna", "hypothesis", "sklearn")
+"""Packages that a GPU machine may lack: test files that cannot be imported without them are left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,7 @@ def measure_gpu(
     parts: Sequence[str] | None = None,
     seconds: float = SECONDS,
     announce: Callable[[str], object] = lambda line: None,
+    keep: Callable[[GpuResult], object] = lambda result: None,
 ) -> GpuResult:
     """Run every part.
 
@@ -137,19 +139,13 @@ def measure_gpu(
         parts: of ``PARTS``; all where None.
         seconds: for all of them together.
         announce: is told of each part's end.
+        keep: is given what there is after each part: a later one may hang, or take the machine with it.
     """
     suite = Suite(dataset=dataset, device=device, models=models, folder=folder)
     deadline = time.monotonic() + seconds
-    rows: list[GpuRow] = []
-    tables: dict[str, str] = {}
-    for name in parts or PARTS:
-        started = time.monotonic()
-        found, tables[name] = _run_part(name, suite, deadline - started)
-        rows += found
-        announce(f"{name}: {time.monotonic() - started:.0f} s, {_count_verdicts(found)}")
-    return GpuResult(
-        rows=tuple(rows),
-        tables={name: table for name, table in tables.items() if table},
+    result = GpuResult(
+        rows=(),
+        tables={},
         machine=machine_line(device),
         about={
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -159,6 +155,14 @@ def measure_gpu(
             "train_images": len(dataset.train),
         },
     )
+    for name in parts or PARTS:
+        started = time.monotonic()
+        rows, table = _run_part(name, suite, deadline - started)
+        tables = {name: table} if table else {}
+        result = dataclasses.replace(result, rows=(*result.rows, *rows), tables={**result.tables, **tables})
+        announce(f"{name}: {time.monotonic() - started:.0f} s, {_count_verdicts(rows)}")
+        keep(result)
+    return result
 
 
 def _run_part(name: str, suite: Suite, left: float) -> tuple[list[GpuRow], str]:
@@ -166,11 +170,11 @@ def _run_part(name: str, suite: Suite, left: float) -> tuple[list[GpuRow], str]:
         note = f"skipped: {max(0.0, left):.0f} s are left of the time, and it needs {LEAST_SECONDS[name]:g}"
         return [GpuRow(part=name, subject="", quantity="", note=note)], ""
     try:
-        return PARTS[name](suite, left)
+        found = PARTS[name](suite, left)
+        release_memory(suite.device)  # here, because on a device that a kernel has broken this fails as well
     except Exception as error:  # the other parts have something to tell
         return [GpuRow(part=name, subject="", quantity="", verdict="failed", note=describe_error(error))], ""
-    finally:
-        release_memory(suite.device)
+    return found
 
 
 # ---- the data ----
@@ -222,11 +226,13 @@ def check_graphs(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
     deadline = time.monotonic() + left
     data = suite.train(EARLY_STEPS * 64)
     for model, precision, optimizer in itertools.product(suite.models, PRECISIONS, OPTIMIZERS):
+        subject = f"{model}, {precision}, {optimizer}"
         if time.monotonic() > deadline:
-            break
+            rows.append(GpuRow(part="graphs", subject=subject, quantity="", note="skipped: no time is left"))
+            continue
         config = _early_config(model, precision, optimizer)
         graphed, eager = (suite.start(config, data, graph=graph).train_epoch() for graph in (True, False))
-        rows += _compare(f"{model}, {precision}, {optimizer}", precision, graphed, eager)
+        rows += _compare(subject, precision, graphed, eager)
     return rows, ""
 
 
@@ -341,7 +347,7 @@ def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str
 
 
 def run_gpu_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
-    """The tests marked ``gpu``, of the files that can be imported here: some need Ray."""
+    """The tests marked ``gpu``, of the files that can be imported here: some need Ray, or what imports it."""
     files = list_gpu_tests(Path("tests"))
     if not files:
         note = "skipped: no tests/ in the current folder"
@@ -358,11 +364,17 @@ def run_gpu_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
         command += ["--rootdir", str(Path.cwd()), "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         command += [f"--junitxml={report}", *map(str, files)]
         search_path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": search_path}
+        # No plugins: the machine's own may want packages and settings of theirs, and no test here needs one.
+        environment = {**os.environ, "PYTHONPATH": search_path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         try:
-            subprocess.run(command, check=False, capture_output=True, timeout=left, env=environment)  # noqa: S603
+            done = subprocess.run(  # noqa: S603 - our own command
+                command, check=False, capture_output=True, text=True, timeout=left, env=environment
+            )
         except subprocess.TimeoutExpired:
             note = f"not done within {left:.0f} s"
+            return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note=note)], ""
+        if not report.exists():
+            note = f"pytest left no report: {one_line(done.stderr[-250:] or done.stdout[-250:])}"
             return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note=note)], ""
         return read_test_report(report), ""
 
@@ -391,34 +403,37 @@ LEAST_SECONDS = {
 
 
 def list_gpu_tests(folder: Path) -> list[Path]:
-    """Test files with tests that need a GPU, without those whose imports are not installed."""
-    optional = {name for name in ("ray", "optuna", "hypothesis") if importlib.util.find_spec(name) is None}
-    marked = [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-    pattern = re.compile(rf"^(?:import|from) (?:{'|'.join(optional)})\b", re.MULTILINE) if optional else None
-    return [path for path in marked if not (pattern and pattern.search(path.read_text(encoding="utf-8")))]
+    """Test files with tests that need a GPU."""
+    return [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
 
 
 def read_test_report(report: Path) -> list[GpuRow]:
-    """Outcomes in a JUnit report of pytest: their number, and a row for each failure."""
-    if not report.exists():
-        return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note="pytest left no report")]
+    """Outcomes in a JUnit report of pytest: their number, and a row for each failure and each file left out."""
     rows = []
     outcomes = {"passed": 0, "skipped": 0, "failed": 0}
     for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - our own file
         problem = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
+        name = case.get("name", "")
+        if problem is not None and (lacking := _find_lacking(problem.text or "")):
+            rows.append(GpuRow(part="tests", subject=name, quantity="", note=f"left out: {lacking} is not installed"))
+            continue
         outcome = "failed" if problem is not None else "skipped" if case.find("skipped") is not None else "passed"
         outcomes[outcome] += 1
         if problem is not None:
             note = (problem.get("message") or "").strip().partition("\n")[0][:300]
-            rows.append(
-                GpuRow(part="tests", subject=case.get("name", ""), quantity="outcome", verdict="failed", note=note)
-            )
+            rows.append(GpuRow(part="tests", subject=name, quantity="outcome", verdict="failed", note=note))
     counts = [
         GpuRow(part="tests", subject="", quantity=outcome, value=float(count)) for outcome, count in outcomes.items()
     ]
     if not any(outcomes.values()):
         counts.append(GpuRow(part="tests", subject="", quantity="", verdict="failed", note="no test was run"))
     return counts + rows
+
+
+def _find_lacking(traceback: str) -> str | None:
+    """The package of ``NOT_NEEDED`` that an import did not find; None where something else went wrong."""
+    found = re.search(r"ModuleNotFoundError: No module named '(\w+)", traceback)
+    return found[1] if found and found[1] in NOT_NEEDED else None
 
 
 # ---- judging ----

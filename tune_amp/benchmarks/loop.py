@@ -73,7 +73,7 @@ class LoopRow:
     precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast")
     batch_size: int = described("images a training step", unit="images")
     program: str = described("; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items()))
-    reason: str = described("why there is no figure", default="")
+    reason: str = described("why there is no figure, or no floor", default="")
     samples_per_second: float | None = described("median of the turns", unit="1/s", default=None)
     samples_per_second_low: float | None = described("of the slowest turn", unit="1/s", default=None)
     samples_per_second_high: float | None = described("of the fastest turn", unit="1/s", default=None)
@@ -226,12 +226,13 @@ def measure_cell(
     """One row for each program; those that cannot run say why."""
     if time.perf_counter() > deadline:
         return [cell.row(program, reason="skipped: no time is left") for program in programs]
-    epoch_seconds = estimate_epoch_seconds(cell.config, cell.train, cell.num_classes, cell.device)
-    step_seconds = epoch_seconds / len(cell.train) * cell.config.batch_size
-    if step_seconds * (repeats + 2) * len(programs) > LONGEST_CELL_SECONDS:
-        reason = f"skipped: an epoch would take about {epoch_seconds:.0f} s"
-        return [cell.row(program, reason=reason) for program in programs]
-    floor = _measure_floor(cell, meter)
+    too_long = explain_too_long(cell, (repeats + 2) * len(programs))
+    if too_long is not None:
+        return [cell.row(program, reason=too_long) for program in programs]
+    try:
+        floor, no_floor = _measure_floor(cell, meter), ""
+    except Exception as error:  # a profiler or a capture that fails: the loops can be timed without
+        floor, no_floor = None, f"no floor: {describe_error(error)}"
     prepared, reasons = _prepare_all(cell, programs, seconds, deadline)
     turns = take_turns(prepared, repeats)
     rows = []
@@ -239,10 +240,24 @@ def measure_cell(
         if program in reasons:
             rows.append(cell.row(program, reason=reasons[program]))
         else:
-            rows.append(_summarise(cell, program, prepared[program], turns, floor))
+            row = _summarise(cell, program, prepared[program], turns, floor)
+            rows.append(dataclasses.replace(row, reason=no_floor))
     prepared.clear()
     release_memory(cell.device)  # graphs keep theirs
     return rows
+
+
+def explain_too_long(cell: Cell, steps: int) -> str | None:
+    """Why the cell shall be left out; None where ``steps`` of its steps can be waited for.
+
+    Asked on the CPU only: a GPU takes hardly longer for a batch than for the few images that are tried.
+    """
+    if cell.device.type != "cpu":
+        return None
+    epoch_seconds = estimate_epoch_seconds(cell.config, cell.train, cell.num_classes, cell.device)
+    step_seconds = epoch_seconds / len(cell.train) * cell.config.batch_size
+    fits = step_seconds * steps <= LONGEST_CELL_SECONDS
+    return None if fits else f"skipped: an epoch would take about {epoch_seconds:.0f} s"
 
 
 def take_turns(prepared: Mapping[str, Prepared], repeats: int) -> dict[str, list[Turn]]:
@@ -281,7 +296,7 @@ def _measure_floor(cell: Cell, meter: FloorMeter) -> StepFloor:
 
 
 def _summarise(
-    cell: Cell, program: str, prepared: Prepared, turns: Mapping[str, Sequence[Turn]], floor: StepFloor
+    cell: Cell, program: str, prepared: Prepared, turns: Mapping[str, Sequence[Turn]], floor: StepFloor | None
 ) -> LoopRow:
     rates = [turn.rate for turn in turns[program]]
     median = statistics.median(rates)
@@ -297,13 +312,20 @@ def _summarise(
         ratio=statistics.median(ratios) if ratios else None,
         ratio_low=min(ratios, default=None),
         ratio_high=max(ratios, default=None),
-        floor_seconds=floor.seconds,
-        floor_share=floor.seconds / step_seconds,
-        operations=floor.operations,
-        launch_seconds=floor.launch_seconds,
-        launch_ratio=None if floor.launch_seconds is None else step_seconds / floor.launch_seconds,
         compile_seconds=prepared.compile_seconds,
+        **({} if floor is None else _compare_with_floor(step_seconds, floor)),
     )
+
+
+def _compare_with_floor(step_seconds: float, floor: StepFloor) -> dict[str, Any]:
+    launches = floor.launch_seconds
+    return {
+        "floor_seconds": floor.seconds,
+        "floor_share": floor.seconds / step_seconds,
+        "operations": floor.operations,
+        "launch_seconds": launches,
+        "launch_ratio": None if launches is None else step_seconds / launches,
+    }
 
 
 # ---- the tutorial's program ----
@@ -573,7 +595,7 @@ def _render_row(row: LoopRow) -> tuple[str, ...]:
         *head,
         f"{row.samples_per_second:,.0f} {spread}",
         "" if row.ratio is None else f"{row.ratio:.1f} ({row.ratio_low:.1f} to {row.ratio_high:.1f})",
-        "" if row.floor_share is None else f"{row.floor_share:.0%}",
+        row.reason if row.floor_share is None else f"{row.floor_share:.0%}",
         "" if row.launch_ratio is None else f"{row.launch_ratio:.1f} x {row.operations}",
         "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s",
     )
