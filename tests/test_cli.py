@@ -9,7 +9,7 @@ from records import PROVENANCE, make_trial
 
 from tune_amp.cli import main
 from tune_amp.config import TrialConfig
-from tune_amp.results import write_best, write_trials
+from tune_amp.results import rank_trials, write_best, write_trials
 from tune_amp.search_command import search_command
 from tune_amp.train_command import train_command
 
@@ -147,7 +147,7 @@ def test_tune_amp_without_a_command_tells_the_commands(capsys: pytest.CaptureFix
 def write_run(folder: Path, **config: object) -> Path:
     trial = make_trial(config=TrialConfig(**{"dataset": "digits", "max_epochs": 2, **config}))  # type: ignore[arg-type]
     write_trials(folder, [trial], PROVENANCE)
-    write_best(folder, [trial], PROVENANCE)
+    write_best(folder, rank_trials([trial]), PROVENANCE)
     return folder / "best.parquet"
 
 

@@ -27,7 +27,7 @@ from tune_amp.importance import (
     write_importance,
 )
 from tune_amp.parquet import write_parquet
-from tune_amp.results import TrialRecord, load_provenance, write_best
+from tune_amp.results import TrialRecord, load_provenance, rank_trials, write_best
 from tune_amp.space import SearchSpace, load_space
 
 TRAIN_IMAGES, MAX_EPOCHS = 55_000, 4
@@ -479,7 +479,7 @@ def test_a_file_that_is_missing_or_no_parquet_is_refused(tmp_path: Path) -> None
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    write_best(tmp_path, [make_trial()], PROVENANCE)
+    write_best(tmp_path, rank_trials([make_trial()]), PROVENANCE)
     assert refusal(tmp_path / "best.parquet").endswith("kind: must be importance, got 'best'")
 
 

@@ -34,15 +34,21 @@ from tune_amp.config import (
     TrialConfig,
     TrialStatus,
 )
+from tune_amp.confirmed import Confirmation, ConfirmedRun
 from tune_amp.parquet import write_parquet
 from tune_amp.results import (
     SCHEMAS,
+    BestRow,
     TrialRecord,
     load_best,
     load_best_record,
+    load_best_rows,
+    load_confirmed,
     load_provenance,
     load_trials,
+    rank_trials,
     write_best,
+    write_confirmed,
     write_trials,
 )
 
@@ -61,7 +67,7 @@ TRIALS = (COMPLETED, DIVERGED, FAILED)
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     write_trials(tmp_path, TRIALS, PROVENANCE)
-    write_best(tmp_path, [COMPLETED, DIVERGED], PROVENANCE)
+    write_best(tmp_path, rank_trials([COMPLETED, DIVERGED]), PROVENANCE)
     return tmp_path
 
 
@@ -148,7 +154,7 @@ def test_what_is_read_equals_what_was_written(trials: tuple[TrialRecord, ...]) -
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_trials(folder, trials, PROVENANCE)
-        write_best(folder, trials, PROVENANCE)
+        write_best(folder, rank_trials(trials), PROVENANCE)
         # repr tells types apart, -0.0 from 0.0, and takes NaN for equal to itself; a float's repr is exact.
         assert repr(load_trials(folder)) == repr(list(trials))
         for rank, trial in enumerate(trials, start=1):
@@ -290,9 +296,44 @@ def test_trials_end_with_the_columns_of_the_record() -> None:
     ]
 
 
-def test_best_is_a_rank_before_the_columns_of_trials() -> None:
-    assert SCHEMAS["best"].names == ["rank", *SCHEMAS["trials"].names]
+def test_best_is_a_rank_before_the_columns_of_trials_and_what_fresh_seeds_say_after_them() -> None:
+    confirmation = [field.name for field in dataclasses.fields(Confirmation)]
+    assert SCHEMAS["best"].names == ["rank", *SCHEMAS["trials"].names, *confirmation]
+    assert {"confirm_seeds", "val_accuracy_mean", "test_accuracy_high", "tied_with_best", "optimism"} <= {*confirmation}
+    assert all(SCHEMAS["best"].field(name).nullable for name in confirmation)
     assert SCHEMAS["best"].field("rank").type == pa.int64()
+
+
+def test_confirmed_rows_come_back_as_they_were_with_the_default_beside_them(run: Path) -> None:
+    confirmation = Confirmation(
+        confirm_seeds=(1, 2),
+        val_accuracy_mean=0.97,
+        val_accuracy_low=0.96,
+        val_accuracy_high=0.98,
+        tied_with_best=True,
+        optimism=0.001,
+    )
+    failed = Confirmation(confirm_seeds=(1, 2), confirm_failures=("seed 2: diverged",))
+    default = make_trial("default", epochs=())
+    rows = [
+        BestRow(rank=1, trial=COMPLETED, confirmation=confirmation),
+        BestRow(rank=2, trial=DIVERGED, confirmation=failed),
+        BestRow(rank=None, trial=default, confirmation=confirmation),
+    ]
+    write_best(run, rows, PROVENANCE)
+    assert repr(load_best_rows(run)) == repr(rows)  # a NaN is not equal to itself
+    assert load_best(run, 2) == DIVERGED.config
+    assert "must be one of 1..2" in message_of(lambda path: load_best(path, 3), run)
+
+
+def test_runs_on_fresh_seeds_come_back_as_they_were(run: Path) -> None:
+    runs = [
+        ConfirmedRun(trial_id="7422e802", seed=1, status=TrialStatus.COMPLETED, test_recalls=(0.9, 1.0), val_loss=0.1),
+        ConfirmedRun(trial_id="default", seed=2, status=TrialStatus.DIVERGED, error="loss is nan"),
+    ]
+    write_confirmed(run, runs, PROVENANCE)
+    assert load_confirmed(run) == runs
+    assert load_provenance(run / "confirm.parquet") == PROVENANCE
 
 
 def test_epochs_hold_the_trial_id_and_every_metric() -> None:
@@ -310,7 +351,8 @@ def test_files_have_the_types_descriptions_and_units_of_the_schema(run: Path, ki
     assert written.equals(SCHEMAS[kind], check_metadata=False)
     units = {field.name: unit_of(field) for field in written if unit_of(field)}
     assert all(field.metadata[b"description"] for field in written)
-    described = [field for source in (TrialConfig, EpochMetrics, TrialRecord) for field in dataclasses.fields(source)]
+    sources = (TrialConfig, EpochMetrics, TrialRecord, Confirmation)
+    described = [field for source in sources for field in dataclasses.fields(source)]
     declared = {field.name: field.metadata["unit"] for field in described if field.metadata.get("unit")}
     assert units == {name: unit for name, unit in declared.items() if name in written.names}
     for name, unit in {"_seconds": "s", "_steps": "steps", "_bytes": "B", "_loss": "nats"}.items():
@@ -521,7 +563,7 @@ def test_a_column_of_another_type_is_named(run: Path, name: str, kind: pa.DataTy
 
 def test_columns_of_a_later_version_are_ignored(run: Path) -> None:
     def extend(table: pa.Table) -> pa.Table:
-        return table.append_column("confirm_seeds", [[[1, 2], [3]]]).append_column("optimism", [[0.1, None]])
+        return table.append_column("a_list", [[[1, 2], [3]]]).append_column("a_number", [[0.1, None]])
 
     change_file(run / "best.parquet", extend)
     assert load_best(run, 2) == DIVERGED.config
@@ -741,7 +783,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(
     with monkeypatch.context() as patched:
         patched.setattr(step, fail)
         with pytest.raises(OSError, match="No space left"):
-            write_best(run, [DIVERGED], PROVENANCE)
+            write_best(run, rank_trials([DIVERGED]), PROVENANCE)
         with pytest.raises(OSError, match="No space left"):
             write_trials(run, [DIVERGED], PROVENANCE)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
@@ -787,7 +829,7 @@ def test_epochs_are_written_before_the_trials_that_need_them(tmp_path: Path, mon
 
 def test_only_we_can_write_no_best_or_one_trial_twice(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        write_best(tmp_path, [], PROVENANCE)
+        write_best(tmp_path, rank_trials([]), PROVENANCE)
     with pytest.raises(AssertionError):
         write_trials(tmp_path, [COMPLETED, COMPLETED], PROVENANCE)
     assert list(tmp_path.iterdir()) == []

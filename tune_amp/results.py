@@ -1,7 +1,8 @@
 """The files of a run: what they hold, written and read.
 
 A run's folder holds ``trials.parquet`` (one row a trial), ``epochs.parquet`` (one row a trial and epoch) and
-``best.parquet`` (the top k, ranked). Column names, units and types are those of the dataclasses. Imports no torch, Ray
+``best.parquet`` (the top k, ranked, and what fresh seeds say of them), ``confirm.parquet`` (one row a run on a fresh
+seed). Column names, units and types are those of the dataclasses. Imports no torch, Ray
 or Optuna: a configuration can be read wherever pyarrow is.
 """
 
@@ -30,6 +31,7 @@ from tune_amp.config import (
     described,
     shown,
 )
+from tune_amp.confirmed import Confirmation, ConfirmedRun
 from tune_amp.ledger import Ledger
 from tune_amp.parquet import (
     build_columns,
@@ -91,6 +93,17 @@ class TrialRecord:
     def last(self) -> EpochMetrics | None:
         """The last report, or None where the trial never reported."""
         return self.epochs[-1] if self.epochs else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestRow:
+    """A row of ``best.parquet``."""
+
+    rank: int | None
+    """Place from 1; None for a row to compare with, which is the tutorial's default configuration."""
+    trial: TrialRecord
+    confirmation: Confirmation | None = None
+    """None where the search was not confirmed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +172,12 @@ def _build_schemas() -> dict[str, pa.Schema]:
     columns = {
         "trials": trials,
         "epochs": [trials[0], *build_columns(EpochMetrics)],
-        "best": [pa.field("rank", pa.int64(), metadata=about_rank), *trials],
+        "best": [
+            pa.field("rank", pa.int64(), metadata=about_rank),
+            *trials,
+            *(column.with_nullable(True) for column in build_columns(Confirmation)),
+        ],
+        "confirm": build_columns(ConfirmedRun),
     }
     for names in ([column.name for column in of_kind] for of_kind in columns.values()):
         assert len(names) == len(set(names)), "two dataclasses share a column name"
@@ -189,15 +207,31 @@ def write_trials(
     _write(folder, "trials", [_to_row(t) for t in trials], provenance, ledger)
 
 
-def write_best(folder: Path, ranked: Sequence[TrialRecord], provenance: Provenance) -> None:
-    """Writes ``best.parquet`` into ``folder``: ``ranked`` as ranks 1, 2, ...
+def write_best(folder: Path, rows: Sequence[BestRow], provenance: Provenance) -> None:
+    """Writes ``best.parquet`` into ``folder``, in the order given.
 
     Raises:
         OSError: the folder is missing, or the disk is full; a file that was there is as it was.
     """
-    assert ranked, "a best file without a trial is not written"
-    rows = [{"rank": rank} | _to_row(trial) for rank, trial in enumerate(ranked, start=1)]
-    _write(folder, "best", rows, provenance)
+    assert any(row.rank is not None for row in rows), "a best file without a ranked trial is not written"
+    written = [
+        {"rank": row.rank} | _to_row(row.trial) | (vars(row.confirmation) if row.confirmation else {}) for row in rows
+    ]
+    _write(folder, "best", written, provenance)
+
+
+def rank_trials(ranked: Sequence[TrialRecord]) -> list[BestRow]:
+    """``ranked`` as ranks 1, 2, ..., not confirmed."""
+    return [BestRow(rank=rank, trial=trial) for rank, trial in enumerate(ranked, start=1)]
+
+
+def write_confirmed(folder: Path, runs: Sequence[ConfirmedRun], provenance: Provenance) -> None:
+    """Writes ``confirm.parquet`` into ``folder``, in the order given.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+    """
+    _write(folder, "confirm", [vars(run).copy() for run in runs], provenance)
 
 
 def _write(
@@ -237,6 +271,33 @@ def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
     row = _pick_rank(path, rank)
     beside = path.with_name("epochs.parquet")
     return _to_record(path, row, _read_epochs(beside) if beside.exists() else None)
+
+
+def load_best_rows(path: str | Path) -> list[BestRow]:
+    """All of ``best.parquet``, each trial with its epochs where ``epochs.parquet`` lies beside, else its last.
+
+    Raises:
+        InputError: as for `load_best`.
+    """
+    path = locate(path, "best")
+    rows = read_rows(path, "best", SCHEMAS["best"])
+    beside = path.with_name("epochs.parquet")
+    epochs = _read_epochs(beside) if beside.exists() else None
+    return [_to_best_row(path, row, epochs) for row in rows]
+
+
+def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
+    """The runs on fresh seeds; ``path`` is a run's folder, or its ``confirm.parquet``.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    path = locate(path, "confirm")
+    runs = []
+    for row in read_rows(path, "confirm", SCHEMAS["confirm"]):
+        with placed(path, row):
+            runs.append(_build(ConfirmedRun, row | {"status": _read_status(row)}))
+    return runs
 
 
 def load_trials(path: str | Path) -> list[TrialRecord]:
@@ -300,10 +361,21 @@ def _read_epochs(path: Path) -> dict[str, list[EpochMetrics]]:
 def _to_record(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> TrialRecord:
     """The trial of a row, with its own of ``epochs``; None: only the last epoch is known, from the row itself."""
     with placed(path, row):
-        if row["status"] not in list(TrialStatus):
-            raise InputError(f"status: must be one of {', '.join(TrialStatus)}, got {shown(row['status'])}")
         nested = {"config": _build(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
-        return _build(TrialRecord, row | nested | {"status": TrialStatus(row["status"])})
+        return _build(TrialRecord, row | nested | {"status": _read_status(row)})
+
+
+def _to_best_row(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> BestRow:
+    trial = _to_record(path, row, epochs)
+    with placed(path, row):
+        confirmation = None if row["confirm_seeds"] is None else _build(Confirmation, row)
+    return BestRow(rank=row["rank"], trial=trial, confirmation=confirmation)
+
+
+def _read_status(row: Mapping[str, Any]) -> TrialStatus:
+    if row["status"] not in list(TrialStatus):
+        raise InputError(f"status: must be one of {', '.join(TrialStatus)}, got {shown(row['status'])}")
+    return TrialStatus(row["status"])
 
 
 def _select_epochs(row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> tuple[EpochMetrics, ...]:
@@ -345,5 +417,6 @@ def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
 
 # Listed once: resolving the annotations costs more than building a row.
 _FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {
-    source: _list_field_rules(source) for source in (TrialConfig, EpochMetrics, TrialRecord, Provenance, Ledger)
+    source: _list_field_rules(source)
+    for source in (TrialConfig, EpochMetrics, TrialRecord, Confirmation, ConfirmedRun, Provenance, Ledger)
 }

@@ -23,7 +23,7 @@ from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
 from tune_amp.resources import TrialResources, allocate_resources, double_share, measure_with_ray
-from tune_amp.results import Provenance, TrialRecord, list_versions, write_best
+from tune_amp.results import Provenance, TrialRecord, list_versions, rank_trials, write_best
 from tune_amp.searcher import AmpSearch, find_cause
 from tune_amp.shares import find_largest
 from tune_amp.space import SearchSpace
@@ -155,7 +155,7 @@ def run_search(
     storage.remove_checkpoints()
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
     if ranked:
-        write_best(folder, ranked, provenance)
+        write_best(folder, rank_trials(ranked), provenance)
     importance = measure_importance(
         space, recorder.trials, options.objectives[0], train_images=len(dataset.train), seed=options.seed
     )
