@@ -15,6 +15,7 @@ from tune_amp import recorder as recorder_module
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import TrialRecord, load_ledger, load_trials
+from tune_amp.searcher import find_status
 from tune_amp.trainable import failure_report, progress_report
 
 CONFIG = TrialConfig(precision="fp16", lr=0.01, batch_size=256)
@@ -120,6 +121,23 @@ def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder) -> Non
     assert (record.wall_seconds, record.device, record.num_threads) == (2.5, "NVIDIA H200", 3)
     assert (record.setup_seconds, record.checkpoint_seconds, record.worker) == (0.25, 0.5, 1)
     assert record.error is None
+
+
+def test_tune_is_left_with_what_it_needs_of_a_report(recorder: TrialRecorder) -> None:
+    """It keeps two queues and seven figures of every number, for as long as the search lasts."""
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    report_epoch(recorder, trial, 1, "completed", val_accuracy=0.75)
+    assert only(recorder).epochs == (make_epoch(1, val_accuracy=0.75),)
+    left = trial.last_result
+    assert find_status(left, error=False) is TrialStatus.COMPLETED
+    assert {name: left[name] for name in ("val_accuracy", "epoch", "done")} == {
+        "val_accuracy": 0.75,
+        "epoch": 1,
+        "done": True,
+    }
+    assert {"config", "spent", "steps", "loss_scale_values"} & left.keys() == set()
+    assert sum(isinstance(value, int | float) for value in left.values()) <= 8
 
 
 def test_epochs_reported_anew_by_a_retried_trial_replace_the_later_ones(recorder: TrialRecorder) -> None:
