@@ -158,6 +158,16 @@ def locate(path: str | Path, *kinds: str) -> Path:
     raise InputError(f"{path}: must be a Parquet file or the folder of a run, but does not exist")
 
 
+def read_kind(path: Path) -> str:
+    """What a file holds, as ``build_table`` was told.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    with placed(path), _refusing_damage(), pq.ParquetFile(path) as file:
+        return str(_read_about(file)["kind"])
+
+
 def read_origin(path: Path) -> dict[str, Any]:
     """Where the rows of a file come from, as ``build_table`` was told.
 

@@ -31,7 +31,7 @@ from tune_amp.config import HOPELESS_STATES, EpochMetrics, InputError, TrialConf
 from tune_amp.parameters import Parameter
 from tune_amp.results import TrialRecord
 from tune_amp.searcher import AmpSearch, find_status
-from tune_amp.space import FLAGS, SearchSpace, load_space
+from tune_amp.space import FLAGS, SearchSpace, parse_space
 from tune_amp.stopping import build_scheduler, objective_mode
 from tune_amp.trainable import RUNNING, progress_report
 
@@ -120,10 +120,7 @@ def locate_setting(parameter: Parameter, value: Any, trial_steps: int) -> float:
 
 def load_recorded_space(curves: Curves) -> SearchSpace:
     """The space that the curves were recorded with, from its text: the file may have changed since."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "space.yaml"
-        path.write_text(curves.origin["space_text"], encoding="utf-8")
-        return dataclasses.replace(load_space(str(path)), source=curves.origin["space_source"])
+    return parse_space(curves.origin["space_source"], curves.origin["space_text"])
 
 
 # ---- what is compared ----
