@@ -34,6 +34,7 @@ from tune_amp.searcher import AmpSearch, find_status
 from tune_amp.space import FLAGS, SearchSpace, parse_space
 from tune_amp.stopping import build_scheduler, objective_mode
 from tune_amp.trainable import RUNNING, progress_report
+from tune_amp.warm_start import WarmStart
 
 SLOTS = 4
 GRACE_PERIOD = 1
@@ -175,7 +176,7 @@ class ReplayedTrial:
         return self.status if ended and self.status is not None else TrialStatus.INTERRUPTED
 
 
-def build_amp_search(problem: Problem, folder: Path) -> Searcher:
+def build_amp_search(problem: Problem, folder: Path, warm_start: WarmStart | None = None) -> Searcher:
     """Ours."""
     table = problem.table
     return AmpSearch(
@@ -187,6 +188,7 @@ def build_amp_search(problem: Problem, folder: Path) -> Searcher:
         folder=folder,
         study_name="replay",
         num_samples=problem.budget,  # more than any search of this budget starts
+        warm_start=warm_start,
     )
 
 
