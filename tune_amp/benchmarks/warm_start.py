@@ -255,7 +255,7 @@ def search_arms(
     yield WARM, search("warm", dataset, options.seed, load("donor"))
     yield SUGGESTED, search("suggested", dataset, options.seed, strip_trials(load("donor")))
     yield MISLED, search("misled", dataset, options.seed, mislead(load("donor")))
-    search("others", others, options.seed + DONOR_SEEDS, None)
+    search("others", others, options.seed + 2 * DONOR_SEEDS, None)  # the donor's seed would draw the donor's settings
     yield OTHER_DATA, search("from-others", dataset, options.seed, load("others"))
 
 
@@ -351,8 +351,8 @@ def _explain(about: Mapping[str, Any]) -> str:
         f"bf16; replayed: {about['replayed']['budget']} trial-epochs over recorded curves. Trial-epochs, on average, "
         "until the best validation accuracy that the cold search of the same seed ever reports; a search that never "
         "reaches it counts with all of its epochs or the cold one's, whichever are more. Beside them the mean "
-        "difference from the cold search, and from a cold search of another seed, which is the donor: paired, with its "
-        "95 % interval, in bold where that excludes 0. The cold search cannot miss its own best: what another one needs "
+        "difference from the cold search, and from a cold search of another seed, which is the donor: paired, with "
+        "its 95 % interval, in bold where that excludes 0. The cold search cannot miss its own best: what another one needs "
         f"for it is told by the donor's row. Close: within {100 * about['close']:.1f} points, a standard error."
     )
 
