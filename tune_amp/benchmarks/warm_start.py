@@ -352,8 +352,8 @@ def _explain(about: Mapping[str, Any]) -> str:
         "until the best validation accuracy that the cold search of the same seed ever reports; a search that never "
         "reaches it counts with all of its epochs or the cold one's, whichever are more. Beside them the mean "
         "difference from the cold search, and from a cold search of another seed, which is the donor: paired, with "
-        "its 95 % interval, in bold where that excludes 0. The cold search cannot miss its own best: what another one needs "
-        f"for it is told by the donor's row. Close: within {100 * about['close']:.1f} points, a standard error."
+        "its 95 % interval, in bold where that excludes 0. The cold search cannot miss its own best: what another one "
+        f"needs for it is told by the donor's row. Close: within {100 * about['close']:.1f} points, a standard error."
     )
 
 
