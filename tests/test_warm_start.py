@@ -80,7 +80,7 @@ def make_old(trial_id: str, accuracy: float | None = 0.9, **settings: Any) -> Tr
 
 
 def make_provenance(space: str = PLAIN, **changes: Any) -> Provenance:
-    known = {"space_text": space, "data_hash": DATA, "train_images": TRAIN_IMAGES}
+    known: dict[str, Any] = {"space_text": space, "data_hash": DATA, "train_images": TRAIN_IMAGES}
     known |= {"versions": list_versions(*DECISIVE_VERSIONS)}
     return dataclasses.replace(PROVENANCE, **(known | changes))
 
@@ -312,8 +312,8 @@ def test_winners_that_do_not_fit_are_named_and_the_others_suggested() -> None:
     assert warm_start.suggestions == ({"lr": 0.01, "log2(batch_size)": 6},)
     assert warm_start.describe() == [
         "1 suggestion from old/best.parquet; 1 of its 3 trials added",
-        "rank 1 (trial a) is not suggested: lr: must be 0.0001 to 1.0, got 2.0",
-        "rank 3 (trial c) is not suggested: weight_decay: must be 0.0, as it is not searched here, got 0.1",
+        "rank 1 (trial 'a') is not suggested: lr: must be 0.0001 to 1.0, got 2.0",
+        "rank 3 (trial 'c') is not suggested: weight_decay: must be 0.0, as it is not searched here, got 0.1",
     ]
 
 
@@ -322,8 +322,8 @@ def test_no_settings_are_suggested_twice_nor_the_defaults_that_are_tried_anyway(
     warm_start = plan(donor)
     assert [suggestion["lr"] for suggestion in warm_start.suggestions] == [0.01]
     assert warm_start.left_out == (
-        "rank 2 (trial b) has the settings of the default configuration, which is tried anyway",
-        "rank 3 (trial c) has the settings of another winner, which is tried anyway",
+        "rank 2 (trial 'b') has the settings of the default configuration, which is tried anyway",
+        "rank 3 (trial 'c') has the settings of another winner, which is tried anyway",
     )
 
 
@@ -349,11 +349,11 @@ TORCH = list_versions("torch")["torch"]
         ({"space": "no: space"}, {}, "val_accuracy", "the spaces differ"),
         ({"space": "#" * 100_000}, {}, "val_accuracy", "the spaces differ"),
         ({"data_hash": "sha256:4567"}, {}, "val_accuracy", "the data differ"),
-        ({}, {}, "val_loss", "the objectives differ (val_accuracy there, val_loss here)"),
+        ({}, {}, "val_loss", "the objectives differ ('val_accuracy' there, 'val_loss' here)"),
         ({}, {"model": "vit"}, "val_accuracy", "model differs (simple_net there, vit here)"),
         ({}, {"max_epochs": 8}, "val_accuracy", "max_epochs differs (4 there, 8 here)"),
-        ({"versions": {"torch": "1.13.1"}}, {}, "val_accuracy", "the versions of torch differ (1.13.1 there,"),
-        ({"versions": {"torch": TORCH}}, {}, "val_accuracy", "the versions of tune_amp differ (unknown there,"),
+        ({"versions": {"torch": "1.13.1"}}, {}, "val_accuracy", "the versions of torch differ ('1.13.1' there,"),
+        ({"versions": {"torch": TORCH}}, {}, "val_accuracy", "the versions of tune_amp differ ('unknown' there,"),
         (
             {"objective": "val_accuracy,train_seconds"},
             {},
@@ -387,7 +387,7 @@ def test_what_does_not_change_a_trials_value_does_not_keep_it_out(changes: dict[
 
 def test_nothing_that_a_file_names_is_run(write_module: Callable[[str], str], tmp_path: Path) -> None:
     module = write_module(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    theirs = {"model": f"{module}:build", "dataset": f"{module}:load"}
+    theirs: dict[str, Any] = {"model": f"{module}:build", "dataset": f"{module}:load"}
     folder = tmp_path / "old"
     folder.mkdir()
     trials = [make_old("a", lr=0.01, **theirs)]
@@ -437,7 +437,8 @@ def make_endings() -> list[TrialRecord]:
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 @pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
 def test_an_old_trial_is_told_as_if_it_had_ended_here(make_search: MakeSearch, sampler: str, objective: str) -> None:
-    records, settings = make_endings(), {"sampler": sampler, "objectives": (objective,)}
+    records = make_endings()
+    settings: dict[str, Any] = {"sampler": sampler, "objectives": (objective,)}
     own = make_search(PLAIN, None, name="own", **settings)
     for record in records:
         finish(own, record.trial_id, record)
@@ -642,7 +643,7 @@ def test_a_search_starts_from_an_earlier_run(digits: Dataset, tmp_path: Path) ->
         "path": "old/best.parquet",
         "run": "old",
         "suggestions": 2,
-        "left_out": ["rank 2 (trial 2) is not suggested: lr: must be 0.0003 to 0.01, got 0.5"],
+        "left_out": ["rank 2 (trial '2') is not suggested: lr: must be 0.0003 to 0.01, got 0.5"],
         "trials_added": 2,
         "not_added_because": None,
     }

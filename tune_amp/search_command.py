@@ -139,8 +139,9 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str],
     space = load_space(arguments.space)
     # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
-    sought = {"objectives": options.objectives, "top_k": options.top_k}
-    donor = None if arguments.warm_start is None else load_donor(arguments.warm_start, **sought)
+    donor = None
+    if arguments.warm_start is not None:
+        donor = load_donor(arguments.warm_start, objectives=options.objectives, top_k=options.top_k)
     stem = Path(arguments.space).stem.lstrip(".")
     run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
     stdout = sys.stdout

@@ -191,7 +191,7 @@ def _choose_suggestions(
     tried = [space.find_defaults(**sizes)]
     left_out = [] if donor.winners else [f"{donor.path} has no winner"]
     for rank, trial in enumerate(donor.winners, start=1):
-        place = f"rank {rank} (trial {trial.trial_id})"
+        place = f"rank {rank} (trial {shown(trial.trial_id)})"
         try:
             suggestion = dict(find_suggestion(trial.config, space, donor.provenance.train_images, **sizes).params)
         except InputError as error:
@@ -275,7 +275,7 @@ def _list_obstacles(
     if old.data_hash != here["data_hash"]:
         yield "the data differ"
     if old.objective != here["objective"]:
-        yield f"the objectives differ ({old.objective} there, {here['objective']} here)"
+        yield f"the objectives differ ({shown(old.objective)} there, {shown(here['objective'])} here)"
     for name in here["objective"].split(","):
         if name not in RANKING_OBJECTIVES:
             yield f"{name} depends on the machine and on what runs beside a trial"
@@ -313,7 +313,7 @@ def _list_differing_versions(old: Mapping[str, str]) -> Iterator[str]:
     for name in DECISIVE_VERSIONS:
         there = old.get(name, "unknown")
         if _cut_version(there) != _cut_version(here[name]):
-            yield f"the versions of {name} differ ({there} there, {here[name]} here)"
+            yield f"the versions of {name} differ ({shown(there)} there, {shown(here[name])} here)"
 
 
 def _cut_version(version: str) -> list[str]:
