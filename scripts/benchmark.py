@@ -3,11 +3,13 @@
 ``search`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver, ``shares``
 trials side by side; ``gpu`` does all that can be done on one GPU without Ray and Optuna. ``record`` trains random
 configurations to their full budget and keeps their learning curves; ``search-quality`` replays searches over them;
-``telemetry`` measures what watching a training costs. Results lie in ``results/reference/``.
+``warm-start`` measures what a search gains from an earlier run, ``telemetry`` what watching a training costs. Results
+lie in ``results/reference/``.
 """
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -150,6 +152,29 @@ def measure_search_quality(arguments: argparse.Namespace) -> int:
     return _save_table(arguments.output / "search-quality.md", text)
 
 
+def measure_warm_searches(arguments: argparse.Namespace) -> int:
+    """Search from nothing and from files of earlier runs."""
+    from tune_amp.benchmarks.warm_start import TOP_K, measure_warm_start, render_warm_start, write_warm_start
+    from tune_amp.options import SearchOptions
+
+    curves = {path.stem.removeprefix("curves-"): path for path in sorted(arguments.curves.glob("curves-*.parquet"))}
+    options = SearchOptions(num_samples=arguments.num_samples, max_epochs=arguments.max_epochs, top_k=TOP_K)
+    _make_folder(arguments.output)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure_warm_start(
+            load_announced(arguments.dataset, arguments.data_dir) if arguments.seeds else None,
+            load_announced("digits", None),
+            options,
+            folder=Path(folder),
+            seeds=arguments.seeds,
+            curves=curves,
+            replay_seeds=arguments.replay_seeds,
+            report=_tell,
+        )
+    write_warm_start(arguments.output / "warm-start.parquet", result)
+    return _save_table(arguments.output / "warm-start.md", render_warm_start(result))
+
+
 def measure_telemetry_cost(arguments: argparse.Namespace) -> int:
     """Measure what telemetry and probe add to training."""
     from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
@@ -210,10 +235,23 @@ def _build_parser() -> argparse.ArgumentParser:
     quality.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (%(default)s)")
     _add_output(quality, measure_search_quality)
 
+    _add_warm_start(commands)
+
     telemetry = commands.add_parser("telemetry", help="what telemetry and probe cost of the training time")
     _add_data(telemetry)
     _add_output(telemetry, measure_telemetry_cost)
     return parser
+
+
+def _add_warm_start(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    warm = commands.add_parser("warm-start", help="searches from files of earlier runs, beside cold ones")
+    warm.add_argument("--seeds", type=_natural, default=8, metavar="N", help="of trained searches (%(default)s)")
+    warm.add_argument("--num-samples", type=_positive, default=12, metavar="N", help="trials of each (%(default)s)")
+    warm.add_argument("--max-epochs", type=_positive, default=4, metavar="N", help="of a trial (%(default)s)")
+    warm.add_argument("--curves", type=Path, default=REFERENCE, metavar="DIR", help="recorded ones (%(default)s)")
+    warm.add_argument("--replay-seeds", type=_natural, default=40, metavar="N", help="over each (%(default)s)")
+    _add_data(warm)
+    _add_output(warm, measure_warm_searches)
 
 
 def _add_output(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:

@@ -35,7 +35,7 @@ from tune_amp.config import (
     TrialStatus,
 )
 from tune_amp.confirmed import Confirmation, ConfirmedRun
-from tune_amp.parquet import write_parquet
+from tune_amp.parquet import build_columns, read_rows, write_parquet
 from tune_amp.results import (
     SCHEMAS,
     BestRow,
@@ -190,7 +190,7 @@ def test_each_file_carries_the_provenance(run: Path, name: str) -> None:
     assert load_provenance(run / name) == PROVENANCE
     text = pq.read_metadata(run / name).metadata[b"tune_amp"]
     about = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    assert about["schema_version"] == 2
+    assert about["schema_version"] == 3
     assert about["kind"] == name.removesuffix(".parquet")
     assert about["provenance"]["space_text"] == PROVENANCE.space_text
 
@@ -521,13 +521,40 @@ def test_another_kind_than_expected_is_refused(run: Path) -> None:
     assert message_of(load_trials, path) == f"{path}: kind: must be trials, got 'best'"
 
 
-@pytest.mark.parametrize("version", [1, 3])
-def test_another_schema_version_is_named(run: Path, version: int) -> None:
+@pytest.mark.parametrize("version", [1, 4, "3", None])
+def test_another_schema_version_is_named(run: Path, version: object) -> None:
     path = run / "best.parquet"
     change_file(path, lambda table: table.drop_columns(["lr"]), schema_version=version)
     for read in (load_best, load_provenance):
-        message = f"{path}: was written by schema version {version}; this tune_amp reads 2"
+        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 3"
         assert message_of(read, path) == message
+
+
+def test_columns_that_an_older_file_lacks_are_null_or_their_default(run: Path) -> None:
+    """``setup_seconds`` and ``confirm_failures`` have defaults, ``worker`` and ``val_loss_mean`` can be null."""
+    path = run / "best.parquet"
+    lacking = ["setup_seconds", "worker", "grad_clip", "weight_decay", *(c.name for c in build_columns(Confirmation))]
+    change_file(path, lambda table: table.drop_columns(lacking), schema_version=2)
+    filled = [{name: row[name] for name in lacking} for row in read_rows(path, "best", SCHEMAS["best"])]
+    defaults = {"setup_seconds": 0.0, "weight_decay": 0.0, "confirm_failures": []}
+    assert filled == [dict.fromkeys(lacking) | defaults] * 2
+    assert [(row.trial.worker, row.confirmation) for row in load_best_rows(path)] == [(None, None)] * 2
+    assert load_best(path).weight_decay == 0.0
+
+
+def test_a_column_that_an_older_file_lacks_and_that_has_no_default_is_named(run: Path) -> None:
+    path = run / "trials.parquet"
+    change_file(path, lambda table: table.drop_columns(["wall_seconds"]), schema_version=2)
+    assert message_of(load_trials, path) == f"{path}: wall_seconds: must be a column, once, got it 0 times"
+
+
+def test_a_column_that_was_lost_from_an_older_file_is_not_made_up(run: Path) -> None:
+    """Its learning rate would be read as the default: the file says, by a checksum, that it had one."""
+    path = run / "best.parquet"
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"tune_amp"]) | {"schema_version": 2}
+    pq.write_table(table.drop_columns(["lr"]).replace_schema_metadata({"tune_amp": json.dumps(about)}), path)
+    assert message_of(load_best, path) == f"{path}: lr: must be a column, once, got it 0 times"
 
 
 def test_a_missing_column_is_named(run: Path) -> None:

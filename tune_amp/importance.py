@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -169,12 +168,11 @@ def _find_obstacle(ranks: NDArray[np.intp]) -> str | None:
 
 def _restore_suggestion(space: SearchSpace, config: TrialConfig, train_images: int) -> optuna.trial.FixedTrial:
     """What Optuna suggested for a trial of ``config``: parameters and distributions, only of those active in it."""
-    steps = train_images // config.batch_size * config.max_epochs
-    values: dict[str, Any] = {}
-    for parameter in space.parameters:  # rounding to whole steps is not undone
-        values |= parameter.find_nearest(getattr(config, parameter.name), trial_steps=steps)
+    sizes = {"train_images": train_images, "max_epochs": config.max_epochs}
+    # Rounding to whole steps is not undone.
+    values = {name: value for _, nearest, _ in space.locate(config, **sizes) for name, value in nearest.items()}
     suggestion = optuna.trial.FixedTrial(values)
-    space.suggest(suggestion, train_images=train_images, max_epochs=config.max_epochs)  # asks for the active ones
+    space.suggest(suggestion, **sizes)  # asks for the active ones
     return suggestion
 
 

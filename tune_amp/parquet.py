@@ -12,7 +12,7 @@ import types
 import typing
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,10 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.config import InputError, TrialStatus, shown
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OLDEST_VERSION = 2
+"""Files of this schema version are still read: the columns that they lack have a default, or can be null."""
+
 METADATA_KEY = "tune_amp"
 
 # A file that claims more is damaged or hostile: refused before anything of that size is allocated.
@@ -56,6 +59,8 @@ def _build_column(field: dataclasses.Field[Any], hint: Any, *, nullable: bool) -
     plain, optional = split_optional(hint)
     unit, description = field.metadata["unit"], field.metadata["doc"]
     metadata = {"description": description} | ({"unit": unit} if unit else {})
+    if field.default not in (dataclasses.MISSING, None):
+        metadata["default"] = json.dumps(field.default)  # what files that are older than the column are read as
     return pa.field(field.name, _ARROW_TYPES[plain], nullable=optional or nullable, metadata=metadata)
 
 
@@ -153,6 +158,16 @@ def locate(path: str | Path, *kinds: str) -> Path:
     raise InputError(f"{path}: must be a Parquet file or the folder of a run, but does not exist")
 
 
+def read_kind(path: Path) -> str:
+    """What a file holds, as ``build_table`` was told.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    with placed(path), _refusing_damage(), pq.ParquetFile(path) as file:
+        return str(_read_about(file)["kind"])
+
+
 def read_origin(path: Path) -> dict[str, Any]:
     """Where the rows of a file come from, as ``build_table`` was told.
 
@@ -215,7 +230,9 @@ def _refusing_damage() -> Iterator[None]:
 
 
 def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """The rows of a file of ``kind``, only the columns of ``schema``: others are a later version's business.
+    """The rows of a file of ``kind``, only the columns of ``schema``: others are nobody's business here.
+
+    Columns that a file of an older version does not have yet are filled with their default, else with null.
 
     Raises:
         InputError: the file is missing, damaged, not ours, of another kind or version.
@@ -224,12 +241,14 @@ def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
         about = _read_about(file)
         if about["kind"] != kind:
             raise InputError(f"kind: must be {kind}, got {shown(about['kind'])}")
-        _check_columns(file.schema_arrow, schema)
-        table = file.read(columns=schema.names)
-        columns = {name: table[name].to_pylist() for name in schema.names}
+        filling = _list_filling(about, schema)
+        _check_columns(file.schema_arrow, [column for column in schema if column.name not in filling])
+        table = file.read(columns=[name for name in schema.names if name not in filling])
+        columns = {name: table[name].to_pylist() for name in table.column_names}
         for name, values in columns.items():
             if checksum(values) != about["column_checksums"][name]:
                 raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
+        columns |= {name: [value] * table.num_rows for name, value in filling.items()}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -243,13 +262,30 @@ def _read_about(file: pq.ParquetFile) -> dict[str, Any]:
     if text is None:
         raise InputError(f"must be written by tune_amp, but has no {METADATA_KEY!r} metadata")
     about: dict[str, Any] = json.loads(text)
-    if about["schema_version"] != SCHEMA_VERSION:
-        version = shown(about["schema_version"])
-        raise InputError(f"was written by schema version {version}; this tune_amp reads {SCHEMA_VERSION}")
+    version = about["schema_version"]
+    if version not in range(OLDEST_VERSION, SCHEMA_VERSION + 1):
+        readable = f"this tune_amp reads {OLDEST_VERSION} to {SCHEMA_VERSION}"
+        raise InputError(f"was written by schema version {shown(version)}; {readable}")
     return about
 
 
-def _check_columns(found: pa.Schema, expected: pa.Schema) -> None:
+def _list_filling(about: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """What to read the columns as that the writer of an older version did not know yet.
+
+    A column that it knew, by the checksum that it left, and that is not there, is damage.
+    """
+    if about["schema_version"] == SCHEMA_VERSION:
+        return {}
+    new = [column for column in schema if column.name not in about["column_checksums"]]
+    defaults = {column.name: (column.metadata or {}).get(b"default") for column in new}
+    return {
+        column.name: json.loads(defaults[column.name] or "null")
+        for column in new
+        if column.nullable or defaults[column.name] is not None
+    }
+
+
+def _check_columns(found: pa.Schema, expected: Iterable[pa.Field]) -> None:
     for column in expected:
         indices = found.get_all_field_indices(column.name)
         if len(indices) != 1:

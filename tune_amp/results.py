@@ -129,6 +129,7 @@ class Provenance:
     seed: int = described("seed of the search")
     device: str = described("what the trials were given: cpu or cuda")
     versions: Mapping[str, str] = described("version of each library that matters, by name")
+    warm_start: str | None = described("run, file and checksum that the search was warm-started from", default=None)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ class Provenance:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Provenance).items():
-            if hint in (str, int):
+            if hint in (str, int, str | None):
                 checked_type(name, getattr(self, name), hint)
         _check_texts("command", self.command, isinstance(self.command, list | tuple))
         _check_texts("versions", self.versions, isinstance(self.versions, Mapping))

@@ -30,6 +30,7 @@ from tune_amp.space import SearchSpace
 from tune_amp.stopping import build_scheduler
 from tune_amp.storage import prepare_storage
 from tune_amp.trainable import AmpTrainable, LargerShareNeeded, WorkerSetup
+from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
 SPACE_FILE = "space.yaml"
 
@@ -73,6 +74,7 @@ def run_search(
     storage_path: str | None = None,
     started: float | None = None,
     resources: TrialResources | None = None,
+    warm_start: WarmStart | None = None,
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
@@ -88,6 +90,7 @@ def run_search(
         storage_path: where Ray keeps checkpoints, a path or URL that all nodes can write; None for the run folder.
         started: ``time.monotonic()`` when the command began, from which slot time counts; None: it counts from now.
         resources: from ``plan_resources``; None to plan them here.
+        warm_start: from ``adapt_donor``; None to start from nothing.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
@@ -98,6 +101,8 @@ def run_search(
     storage = prepare_storage(storage_path, folder, nodes=len(_list_nodes()))
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
+    if warm_start is not None:
+        provenance = dataclasses.replace(provenance, warm_start=warm_start.donor.description)
     progress = SearchProgress(
         run=folder.name,
         model=options.model,
@@ -109,10 +114,9 @@ def run_search(
     )
     begin = progress.started if started is None else started
     recorder = TrialRecorder(folder, provenance, progress, observer, slots=resources.max_concurrent, begin=begin)
-    shared = {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
     searcher = AmpSearch(
         space,
-        shared,
+        list_shared(dataset, options),
         train_images=len(dataset.train),
         objectives=options.objectives,
         seed=options.seed,
@@ -120,6 +124,7 @@ def run_search(
         study_name=folder.name,
         sampler=options.sampler,
         num_samples=options.num_samples,
+        warm_start=warm_start,
     )
     scheduler = build_scheduler(
         options.scheduler,
@@ -172,6 +177,24 @@ def run_search(
         interrupted=was_interrupted(recorder.trials, options, time.monotonic() - progress.started),
         ledger=ledger,
         wrap_up_seconds=time.monotonic() - begin - ledger.wall_seconds,
+    )
+
+
+def list_shared(dataset: Dataset, options: SearchOptions) -> dict[str, Any]:
+    """The ``TrialConfig`` fields that all trials of a search have in common."""
+    return {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
+
+
+def adapt_donor(donor: Donor, space: SearchSpace, dataset: Dataset, options: SearchOptions) -> WarmStart:
+    """What a search with these arguments takes over from an earlier run; see ``warm_start.load_donor``."""
+    return plan_warm_start(
+        donor,
+        space,
+        list_shared(dataset, options),
+        data_hash=dataset.content_hash,
+        train_images=len(dataset.train),
+        objectives=options.objectives,
+        sampler=options.sampler,
     )
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tune_amp.search import SearchResult
     from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
+    from tune_amp.warm_start import Donor
 
 _T = TypeVar("_T")
 
@@ -110,6 +111,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
     )
+    add("--warm-start", "begin with what an earlier run found: its folder or Parquet file", type=Path, metavar="PATH")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
@@ -130,19 +132,23 @@ def _gpu_share(text: str) -> float | None:
 def _search(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
     from tune_amp.samplers import build_sampler
     from tune_amp.space import load_space
+    from tune_amp.warm_start import load_donor
 
     names = [field.name for field in dataclasses.fields(SearchOptions)]
     options = SearchOptions(**{name: getattr(arguments, name) for name in names})
     space = load_space(arguments.space)
     # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
+    donor = None
+    if arguments.warm_start is not None:
+        donor = load_donor(arguments.warm_start, objectives=options.objectives, top_k=options.top_k)
     stem = Path(arguments.space).stem.lstrip(".")
     run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
     stdout = sys.stdout
     # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     with pure, run_folder(arguments.results_dir, run) as folder:
-        result = _search_with_ray(arguments, space, options, folder, (program, *command), stdout, begun)
+        result = _search_with_ray(arguments, space, options, donor, folder, (program, *command), stdout, begun)
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
@@ -157,6 +163,7 @@ def _search_with_ray(
     arguments: argparse.Namespace,
     space: "SearchSpace",
     options: SearchOptions,
+    donor: "Donor | None",
     folder: Path,
     command: Sequence[str],
     stdout: IO[str],
@@ -175,14 +182,18 @@ def _search_with_ray(
         arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
     ) as session:
         dataset = find_dataset()
-        from tune_amp.search import plan_resources, run_search
+        from tune_amp.search import adapt_donor, plan_resources, run_search
 
         resources = plan_resources(
             options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
         )
+        warm_start = None if donor is None else adapt_donor(donor, space, dataset, options)
         _print_start(console, space, dataset, options, session, resources)
+        for line in [] if warm_start is None else warm_start.describe():
+            say(console, f"warm       {line}")
         if arguments.json:
-            _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options))
+            warm = None if warm_start is None else warm_start.describe_as_json()
+            _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options), warm)
         with _signals_as_ctrl_c(), _choose_observer(arguments, console, stdout) as observer:
             result = run_search(
                 space,
@@ -194,6 +205,7 @@ def _search_with_ray(
                 storage_path=arguments.storage_path,
                 started=begun,
                 resources=resources,
+                warm_start=warm_start,
             )
         with ignoring_closed_pipe():  # now: Ray takes another second to end
             _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
@@ -407,13 +419,19 @@ def _print_no_result(result: "SearchResult") -> None:
 
 
 def _print_json_start(
-    stdout: IO[str], folder: Path, dataset: "Dataset", session: "RaySession", inert: Sequence[str]
+    stdout: IO[str],
+    folder: Path,
+    dataset: "Dataset",
+    session: "RaySession",
+    inert: Sequence[str],
+    warm: Mapping[str, Any] | None,
 ) -> None:
     from tune_amp.monitoring import JsonLines
 
     token = None if session.token_path is None else str(session.token_path)
     where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
-    JsonLines(stdout).write("start", {"run": folder.name, "dataset": dataset.name, **where, "inert": inert})
+    start = {"run": folder.name, "dataset": dataset.name, **where, "inert": inert, "warm_start": warm}
+    JsonLines(stdout).write("start", start)
 
 
 def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:

@@ -23,10 +23,13 @@ from tune_amp.samplers import build_sampler
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
 from tune_amp.trainable import RUNNING
+from tune_amp.warm_start import OldTrial, WarmStart
 
 STUDY_FILE = "study.journal"
 STATUS_ATTRIBUTE = "status"
 OBJECTIVES_ATTRIBUTE = "objectives"
+SUGGESTED_BY_ATTRIBUTE = "suggested by run"
+OF_RUN_ATTRIBUTE = "of run"
 HOPELESS_CONSTRAINT = "hopeless"
 """1 where a trial was hopeless, 0 where it was not. One name for every reason: GPSampler wants the same constraints of
 all trials."""
@@ -51,7 +54,8 @@ class AmpSearch(OptunaSearch):
     - failed or interrupted: failed, which the sampler does not count, since the settings are not to blame.
 
     The first trial has the settings that everybody starts from, or the nearest that the space has: no search should end
-    worse than they do. In a folder that holds the study already, it goes on from there.
+    worse than they do. Those of a warm start come next, and its old trials stand in the study from the beginning; no
+    one but the sampler sees them. In a folder that holds the study already, it goes on from there.
 
     Args:
         space: what is searched.
@@ -63,6 +67,7 @@ class AmpSearch(OptunaSearch):
         study_name: the run's name.
         sampler: one of ``SAMPLERS``.
         num_samples: trials of the whole search.
+        warm_start: what is taken over from an earlier run, if anything is.
 
     Raises:
         InputError: the sampler does not apply, or the study in the folder has other objectives.
@@ -80,6 +85,7 @@ class AmpSearch(OptunaSearch):
         study_name: str,
         sampler: str = "tpe",
         num_samples: int,
+        warm_start: WarmStart | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce every study and trial
         path = folder / STUDY_FILE
@@ -106,6 +112,8 @@ class AmpSearch(OptunaSearch):
         if before == 0:
             defaults = space.find_defaults(train_images=train_images, max_epochs=shared["max_epochs"])
             self.study.enqueue_trial(defaults)
+            if warm_start is not None:
+                self._take_over(warm_start)
 
     @property
     def study(self) -> optuna.Study:
@@ -170,6 +178,35 @@ class AmpSearch(OptunaSearch):
             )
         self.study.set_user_attr(OBJECTIVES_ATTRIBUTE, told)
 
+    def _take_over(self, warm_start: WarmStart) -> None:
+        """Enqueue an earlier run's winners, and add its trials with an honest end for each, as ours are told."""
+        run = warm_start.donor.provenance.run
+        for suggestion in warm_start.suggestions:
+            self.study.enqueue_trial(dict(suggestion), user_attrs={SUGGESTED_BY_ATTRIBUTE: run})
+        # Hopeless ones last: what GP is told of them depends on the others.
+        for old in sorted(warm_start.old_trials, key=_is_old_hopeless):
+            self._add_old_trial(old, {OF_RUN_ATTRIBUTE: run, "trial_id": old.record.trial_id})
+
+    def _add_old_trial(self, old: OldTrial, attributes: dict[str, Any]) -> None:
+        record, hopeless = old.record, _is_old_hopeless(old)
+        pruned = record.status is TrialStatus.STOPPED and not hopeless
+        reports = {epoch.epoch: getattr(epoch, self._objectives[0]) for epoch in record.epochs}
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
+                values=self._hopeless_values() if hopeless else [getattr(record.last, n) for n in self._objectives],
+                params=dict(old.params),
+                distributions=dict(old.distributions),
+                intermediate_values=self._select_reports(reports),
+                user_attrs={**attributes, STATUS_ATTRIBUTE: str(record.status)},
+                constraints={} if pruned else {HOPELESS_CONSTRAINT: float(hopeless)},
+            )
+        )
+
+    def _select_reports(self, reports: Mapping[int, float | None]) -> dict[int, float]:
+        """Optuna knows no values on the way where there are several objectives."""
+        return {} if len(self._objectives) > 1 else {e: value for e, value in reports.items() if is_finite(value)}
+
     def _fail_orphans(self) -> None:
         """Tell trials that a killed process left running as failed: the constant liar would take them for bad ones."""
         ours = {trial.number for trial in self._ot_trials.values()}
@@ -194,8 +231,10 @@ class AmpSearch(OptunaSearch):
                 self._tell_values(trial, values, hopeless=False)
 
     def _tell_hopeless(self, trial: optuna.Trial) -> None:
-        worst = self._find_worst() if self._models_values else [WORST_VALUES[name] for name in self._objectives]
-        self._tell_values(trial, worst, hopeless=True)
+        self._tell_values(trial, self._hopeless_values(), hopeless=True)
+
+    def _hopeless_values(self) -> list[float]:
+        return self._find_worst() if self._models_values else [WORST_VALUES[name] for name in self._objectives]
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
         trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
@@ -223,6 +262,11 @@ class AmpSearch(OptunaSearch):
         if len(self._objectives) == 1 and epoch > self._reported_epochs.get(trial_id, 0):
             self._reported_epochs[trial_id] = epoch
             self._ot_trials[trial_id].report(value, epoch)
+
+
+def _is_old_hopeless(old: OldTrial) -> bool:
+    last = {} if old.record.last is None else vars(old.record.last)
+    return old.record.status in HOPELESS_STATUSES or is_hopeless(last)
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:

@@ -81,17 +81,24 @@ class SearchSpace:
         They are TrialConfig's own defaults in fp16: those of PyTorch's GradScaler and of its AMP tutorials. What has no
         near value, a text that is no choice, is left out.
         """
-        defaults = TrialConfig(precision="fp16")
-        settings, suggested = dict(self.fixed), dict[str, Any]()
+        places = self.locate(TrialConfig(precision="fp16"), train_images=train_images, max_epochs=max_epochs)
+        return {name: value for _, nearest, _ in places for name, value in nearest.items()}
+
+    def locate(
+        self, config: TrialConfig, *, train_images: int, max_epochs: int
+    ) -> Iterator[tuple[Parameter, dict[str, Any], Any]]:
+        """For each parameter that is active near ``config``: what a study suggests there, and which setting that is.
+
+        Where ``config`` has a text that is no choice, nothing is near: the suggestion is empty and the setting None.
+        """
+        settings = dict(self.fixed)
         for parameter in self.parameters:
             if parameter.is_active(settings):
                 steps = _count_steps(settings, train_images, max_epochs)
-                nearest = parameter.find_nearest(getattr(defaults, parameter.name), trial_steps=steps)
+                nearest = parameter.find_nearest(getattr(config, parameter.name), trial_steps=steps)
                 if nearest:
-                    suggested |= nearest
-                    trial = optuna.trial.FixedTrial(suggested)
-                    settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
-        return suggested
+                    settings[parameter.name] = parameter.suggest(optuna.trial.FixedTrial(nearest), trial_steps=steps)
+                yield parameter, nearest, settings.get(parameter.name)
 
     def sample(self, count: int, *, seed: int, train_images: int, max_epochs: int) -> Iterator[dict[str, Any]]:
         """Random suggestions, drawn independently of each other."""
@@ -127,10 +134,18 @@ def load_space(source: str) -> SearchSpace:
     """
     name = source if source.isprintable() and source else shown(source)
     try:
-        text = _read_text(source)
-        return _build_space(name, text, read_yaml(text))
+        return parse_space(name, _read_text(source))
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
+
+
+def parse_space(source: str, text: str) -> SearchSpace:
+    """Reads and checks the YAML of a search space.
+
+    Raises:
+        InputError: one line with the line or key path, the rule and the value.
+    """
+    return _build_space(source, text, read_yaml(text))
 
 
 def _read_text(source: str) -> str:

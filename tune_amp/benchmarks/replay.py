@@ -31,9 +31,10 @@ from tune_amp.config import HOPELESS_STATES, EpochMetrics, InputError, TrialConf
 from tune_amp.parameters import Parameter
 from tune_amp.results import TrialRecord
 from tune_amp.searcher import AmpSearch, find_status
-from tune_amp.space import FLAGS, SearchSpace, load_space
+from tune_amp.space import FLAGS, SearchSpace, parse_space
 from tune_amp.stopping import build_scheduler, objective_mode
 from tune_amp.trainable import RUNNING, progress_report
+from tune_amp.warm_start import WarmStart
 
 SLOTS = 4
 GRACE_PERIOD = 1
@@ -120,10 +121,7 @@ def locate_setting(parameter: Parameter, value: Any, trial_steps: int) -> float:
 
 def load_recorded_space(curves: Curves) -> SearchSpace:
     """The space that the curves were recorded with, from its text: the file may have changed since."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "space.yaml"
-        path.write_text(curves.origin["space_text"], encoding="utf-8")
-        return dataclasses.replace(load_space(str(path)), source=curves.origin["space_source"])
+    return parse_space(curves.origin["space_source"], curves.origin["space_text"])
 
 
 # ---- what is compared ----
@@ -178,7 +176,7 @@ class ReplayedTrial:
         return self.status if ended and self.status is not None else TrialStatus.INTERRUPTED
 
 
-def build_amp_search(problem: Problem, folder: Path) -> Searcher:
+def build_amp_search(problem: Problem, folder: Path, warm_start: WarmStart | None = None) -> Searcher:
     """Ours."""
     table = problem.table
     return AmpSearch(
@@ -190,6 +188,7 @@ def build_amp_search(problem: Problem, folder: Path) -> Searcher:
         folder=folder,
         study_name="replay",
         num_samples=problem.budget,  # more than any search of this budget starts
+        warm_start=warm_start,
     )
 
 
