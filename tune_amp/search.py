@@ -80,7 +80,7 @@ def run_search(
 
     Args:
         space: what is searched.
-        dataset: its test split stays here, unread.
+        dataset: its test split stays here, unread. Trials record how imbalanced ``data.make_long_tail`` made it.
         options: how much is searched, and with what.
         folder: an empty folder from ``options.run_folder``.
         observer: is told of everything that happens.
@@ -110,6 +110,7 @@ def run_search(
     begin = progress.started if started is None else started
     recorder = TrialRecorder(folder, provenance, progress, observer, slots=resources.max_concurrent, begin=begin)
     shared = {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
+    shared |= {"imbalance": dataset.imbalance}
     searcher = AmpSearch(
         space,
         shared,
