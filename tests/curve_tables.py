@@ -30,6 +30,7 @@ def make_curve(*accuracies: float, **changes: Any) -> tuple[EpochMetrics, ...]:
             **({"state": "diverged"} if math.isnan(accuracy) else {}) | changes,
             loss_scale_steps=(),
             loss_scale_values=(),
+            val_recalls=(),
         )
         for epoch, accuracy in enumerate(accuracies, start=1)
     )

@@ -1,4 +1,4 @@
-"""Batches: splits on a device, their scaling, the order of images, curriculum and class weights."""
+"""Batches: splits on a device, their scaling, the order of images, their difficulty and class weights."""
 
 import dataclasses
 import warnings
@@ -15,7 +15,6 @@ from tune_amp.batches import (
     InputScaling,
     batch_indices,
     class_weights,
-    curriculum_fraction,
     difficulty_order,
     fit_input_scaling,
     place_split,
@@ -140,7 +139,7 @@ def test_batches_repeat_with_the_seed_and_differ_between_epochs() -> None:
     assert len(set(torch.cat(epochs).ravel().tolist())) == 1000
 
 
-# Curriculum and class weights
+# Difficulty and class weights
 
 
 def test_difficulty_is_the_distance_to_the_mean_image_of_the_class() -> None:
@@ -159,23 +158,6 @@ def test_images_of_one_difficulty_keep_their_order() -> None:
     split.images[11] = 9
     easy = [i for i in range(50) if i not in {10, 11}]
     assert difficulty_order(split, 2).tolist() == [*easy, 10, 11]
-
-
-@pytest.mark.parametrize(
-    ("max_epochs", "expected"),
-    [
-        (1, [1]),
-        (2, [0.5, 1]),
-        (3, [0.5, 1, 1]),
-        (4, [0.5, 0.75, 1, 1]),
-        (5, [0.5, 0.75, 1, 1, 1]),
-        (10, [0.5, 0.6, 0.7, 0.8, 0.9, 1, 1, 1, 1, 1]),
-    ],
-)
-def test_linear_curriculum_grows_from_a_half_to_all_for_the_last_half(max_epochs: int, expected: list[float]) -> None:
-    epochs = range(max_epochs)
-    assert [curriculum_fraction("linear", epoch, max_epochs) for epoch in epochs] == pytest.approx(expected)
-    assert [curriculum_fraction("none", epoch, max_epochs) for epoch in epochs] == [1.0] * max_epochs
 
 
 def test_balanced_class_weights_are_scikit_learns() -> None:

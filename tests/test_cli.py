@@ -58,7 +58,8 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
         ),
         (
             "no_such.yaml",
-            "no_such.yaml: is neither a file nor a bundled search space (mnist_amp, precision, quick, stress)",
+            "no_such.yaml: is neither a file nor a bundled search space "
+            "(extensions, mnist_amp, precision, quick, stress)",
         ),
         (
             "--dataset cifar",

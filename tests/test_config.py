@@ -48,6 +48,7 @@ def test_default_configuration_is_the_tutorial_s() -> None:
         "growth_interval": None,
         "model": "simple_net",
         "dataset": "mnist",
+        "imbalance": 1.0,
         "optimizer": "adam",
         "weight_decay": 0.0,
         "grad_clip": None,
@@ -118,7 +119,9 @@ def test_scaler_field_is_refused_outside_fp16(precision: str, name: str) -> None
         ({"input_scaling": "none"}, "input_scaling: must be one of minmax, standard, got 'none'"),
         ({"class_weighting": "yes"}, "class_weighting: must be one of none, balanced, got 'yes'"),
         ({"class_weighting": None}, "class_weighting: must be a text, got None"),
-        ({"curriculum": "cosine"}, "curriculum: must be one of none, linear, got 'cosine'"),
+        ({"curriculum": "cosine"}, "curriculum: must be one of none, linear, root, step, got 'cosine'"),
+        ({"imbalance": 0.99}, "imbalance: must be at least 1, got 0.99"),
+        ({"imbalance": math.inf}, "imbalance: must be a finite number, got inf"),
         ({"max_epochs": 0}, "max_epochs: must be at least 1, got 0"),
         ({"seed": -1}, "seed: must be between 0 and 2^63 - 1, got -1"),
         ({"seed": 2**63}, "seed: must fit in 64 bits, got 9223372036854775808"),
@@ -218,9 +221,9 @@ def test_every_field_tells_what_it_is() -> None:
             assert set(field.metadata) == {"doc", "unit", "epoch_only"}, field.name
 
 
-def test_only_the_loss_scale_trajectory_is_kept_out_of_the_trials_table() -> None:
+def test_only_lists_are_kept_out_of_the_trials_table() -> None:
     epoch_only = [field.name for field in dataclasses.fields(EpochMetrics) if field.metadata["epoch_only"]]
-    assert epoch_only == ["loss_scale_steps", "loss_scale_values"]
+    assert epoch_only == ["loss_scale_steps", "loss_scale_values", "val_recalls"]
     assert not any(field.metadata["epoch_only"] for field in dataclasses.fields(TrialConfig))
 
 

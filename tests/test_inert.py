@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tune_amp.config import TrialConfig
+from tune_amp.config import CURRICULA, TrialConfig
 from tune_amp.data import Split
 from tune_amp.inert import count_steps, describe_inert, estimate_inert, find_inert
 from tune_amp.space import SearchSpace, load_space
@@ -112,7 +112,7 @@ def train(data: TrainingData, **settings: Any) -> tuple[int, torch.Tensor]:
     return steps, torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
 
 
-@pytest.mark.parametrize("curriculum", ["none", "linear"])
+@pytest.mark.parametrize("curriculum", CURRICULA)
 @pytest.mark.parametrize("max_epochs", [1, 2, 5, 8])
 @pytest.mark.parametrize("batch_size", [1, 4, 12, 13, 23])
 def test_steps_are_those_of_a_real_run(curriculum: str, max_epochs: int, batch_size: int, data: TrainingData) -> None:
@@ -186,6 +186,25 @@ def test_share_of_the_stress_space_is_what_its_distributions_make_it() -> None:
     assert shares == dict.fromkeys(("lr", "batch_size", "init_scale", "backoff_factor", "precision"), 0.0)
 
 
+@pytest.mark.parametrize("train_images", [55_000, 1_347])
+def test_half_of_the_extensions_space_has_a_static_loss_scale_and_nothing_else_is_inert(train_images: int) -> None:
+    space = load_space("extensions")
+    shares = estimate_inert(space, train_images=train_images, max_epochs=8)
+    assert shares.pop("growth_interval") == pytest.approx(0.5, abs=0.05)
+    assert set(shares.values()) == {0.0}
+
+
+def test_interval_that_is_fixed_beyond_the_trial_is_said_to_be_a_static_scale(tmp_path: Path) -> None:
+    space = make_space(
+        tmp_path, "parameters: {lr: {low: 0.1, high: 1}}\nfixed: {precision: fp16, growth_interval: 1000000}"
+    )
+    assert describe_inert(estimate_inert(space, **MNIST, samples=5), space, **MNIST) == [
+        "growth_interval cannot act in 100 % of this space's trials: it is not shorter than the trial (6,872 steps at "
+        "batch_size 64 x 8 epochs); that makes the loss scale static; searched with fraction_of_trial: true, the "
+        "interval would be relative"
+    ]
+
+
 def test_only_settings_that_the_space_gives_have_a_share(tmp_path: Path) -> None:
     space = make_space(tmp_path, "parameters: {batch_size: {choices: [64, 1024]}}\nfixed: {precision: fp16}")
     assert "growth_interval" in find_inert(TrialConfig(precision="fp16", batch_size=1024, max_epochs=8), 55_000)
@@ -220,7 +239,8 @@ LINES = [
     (
         f"parameters: {{{RELATIVE}}}",
         "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
-        "(6,872 steps at batch_size 64 x 8 epochs); fractions well below 1 are shorter",
+        "(6,872 steps at batch_size 64 x 8 epochs); fractions of 1 and more make the loss scale static, those well "
+        "below 1 let it grow",
     ),
     (
         "parameters: {growth_factor: {low: 2, high: 4}, batch_size: {choices: [1024]}}",
@@ -237,6 +257,11 @@ LINES = [
         f"parameters: {{{INTERVALS}, curriculum: {{choices: [linear, none]}}}}",
         "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
         "(5,797 steps at batch_size 64 x 8 epochs, curriculum linear); fraction_of_trial: true makes it relative",
+    ),
+    (
+        f"parameters: {{{INTERVALS}, curriculum: {{choices: [none, step, root, linear]}}}}",
+        "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
+        "(5,152 steps at batch_size 64 x 8 epochs, curriculum step); fraction_of_trial: true makes it relative",
     ),
 ]
 

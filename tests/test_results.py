@@ -95,6 +95,7 @@ def configs(draw: st.DrawFn) -> TrialConfig:
         batch_size=draw(st.integers(1, 2**63 - 1)),
         model=draw(st.sampled_from([*MODELS, "my.module:net", "ünï:f"])),
         dataset=draw(st.sampled_from(["mnist", "digits", "my:data"])),
+        imbalance=draw(st.floats(1, allow_infinity=False)),
         optimizer=draw(st.sampled_from(OPTIMIZERS)),
         weight_decay=draw(st.floats(0, allow_infinity=False)),
         grad_clip=draw(st.none() | positive),
@@ -219,7 +220,7 @@ def test_best_alone_still_tells_the_configuration_and_the_last_epoch(run: Path, 
     alone.parent.mkdir()
     (run / "best.parquet").rename(alone)
     assert load_best(alone) == COMPLETED.config
-    last = make_epoch(2, loss_scale_steps=(), loss_scale_values=())  # the trajectory is in epochs.parquet only
+    last = make_epoch(2, loss_scale_steps=(), loss_scale_values=(), val_recalls=())  # lists are in epochs.parquet only
     assert load_best_record(alone) == dataclasses.replace(COMPLETED, epochs=(last,))
 
 
@@ -247,7 +248,7 @@ def test_trials_show_their_last_epoch_and_null_where_there_is_none(run: Path) ->
 
 
 def test_trials_start_with_these_columns_types_and_units() -> None:
-    first = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[:24]]
+    first = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[:25]]
     assert first == [
         ("trial_id", "string", False, None),
         ("status", "string", False, None),
@@ -260,6 +261,7 @@ def test_trials_start_with_these_columns_types_and_units() -> None:
         ("growth_interval", "int64", True, "steps"),
         ("model", "string", False, None),
         ("dataset", "string", False, None),
+        ("imbalance", "double", False, None),
         ("optimizer", "string", False, None),
         ("weight_decay", "double", False, None),
         ("grad_clip", "double", True, None),

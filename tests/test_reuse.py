@@ -177,8 +177,9 @@ def test_saved_metrics_are_valid_json_with_configuration_and_source(
     assert TrialConfig(**content["config"]) == config
     assert content["test_accuracy"] == result.test_accuracy
     assert content["test_loss"] == result.test_loss
+    assert tuple(content["test_recalls"]) == result.test_recalls
     assert (content["train_images"], content["test_images"], content["device"]) == (72, 37, "cpu")
-    tuples = ("loss_scale_steps", "loss_scale_values")
+    tuples = ("loss_scale_steps", "loss_scale_values", "val_recalls")
     epochs = [EpochMetrics(**{**epoch, **{name: tuple(epoch[name]) for name in tuples}}) for epoch in content["epochs"]]
     assert epochs == list(result.epochs)
     assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS_FILE, WEIGHTS_FILE]

@@ -539,7 +539,7 @@ def train_as_documented(config: TrialConfig, data: TrainingData) -> tuple[list[f
             scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
-        accuracies.append(evaluate(model, data.validation, scaling)[1])
+        accuracies.append(evaluate(model, data.validation, scaling).accuracy)
     return accuracies, scales
 
 

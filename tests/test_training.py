@@ -334,8 +334,8 @@ def test_evaluation_is_strict_fp32_whatever_the_run_is_trained_in(small_data: Tr
     assert run.model.training
     after = [flag.fp32_precision for flag in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
     assert after == before
-    loss, accuracy = run.evaluate(place_split(make_split(21, seed=1), CPU))
-    assert (loss, accuracy) == (metrics.val_loss, metrics.val_accuracy)
+    found = run.evaluate(place_split(make_split(21, seed=1), CPU))
+    assert (found.loss, found.accuracy, found.recalls) == (metrics.val_loss, metrics.val_accuracy, metrics.val_recalls)
 
 
 @pytest.mark.parametrize("training_mode", [False, True])
@@ -352,18 +352,30 @@ def test_evaluation_puts_the_model_back_into_its_mode(training_mode: bool) -> No
 
 @pytest.mark.parametrize("batch", [1, 7, 59, 60, 61])
 def test_evaluation_is_a_mean_over_images_however_they_are_batched(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     split = make_split()
     split.labels[40:] = 2  # the last batch is not like the others
-    scaling = InputScaling(shift=3.0, factor=0.01)
-    logits = model.double()((torch.from_numpy(split.images).double() - 3) * 0.01).detach().numpy()
+    scaling = InputScaling(shift=60.0, factor=0.01)
+    logits = model.double()((torch.from_numpy(split.images).double() - 60) * 0.01).detach().numpy()
     log_likelihoods = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     expected = -log_likelihoods[np.arange(60), split.labels].mean()
     monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
-    loss, accuracy = evaluate(model.float(), place_split(split, CPU), scaling)
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert accuracy == (logits.argmax(axis=1) == split.labels).mean()
+    found = evaluate(model.float(), place_split(split, CPU), scaling)
+    assert found.loss == pytest.approx(expected, rel=1e-6)
+    correct = logits.argmax(axis=1) == split.labels
+    assert found.accuracy == correct.mean()
+    assert found.recalls == tuple(correct[split.labels == label].mean() for label in range(3))
+    assert len(set(found.recalls)) == 3
+
+
+def test_recall_of_a_class_without_an_image_is_no_number() -> None:
+    split = make_split(20, classes=2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    first, second, missing = evaluate(model, place_split(split, CPU), InputScaling(shift=0.0, factor=0.01)).recalls
+    assert first >= 0
+    assert second >= 0
+    assert math.isnan(missing)
 
 
 def test_without_a_validation_split_there_are_no_validation_metrics() -> None:

@@ -103,24 +103,11 @@ def difficulty_order(split: Split, num_classes: int) -> npt.NDArray[np.int64]:
     return np.argsort(distances, kind="stable").astype(np.int64, copy=False)
 
 
-def curriculum_fraction(curriculum: str, epoch: int, max_epochs: int) -> float:
-    """Share of the images, from easy to hard, that ``epoch`` (counted from 0) draws from.
-
-    ``none`` is always 1. ``linear`` starts at a half and grows linearly to 1, which it keeps for the last half of the
-    epochs: Bengio et al. 2009, "Curriculum learning", with a pacing function as in Hacohen & Weinshall 2019, "On the
-    power of curriculum learning in training deep networks".
-    """
-    growing_epochs = max_epochs // 2
-    if curriculum == "none" or epoch >= growing_epochs:
-        return 1.0
-    assert curriculum == "linear"
-    return 0.5 + 0.5 * epoch / growing_epochs
-
-
 def class_weights(labels: npt.NDArray[np.int64], num_classes: int, method: str) -> torch.Tensor | None:
     """Weights of the classes in the loss, float32 [num_classes]; None for ``none``.
 
-    ``balanced`` is scikit-learn's: n / (num_classes * images of the class).
+    ``balanced`` is scikit-learn's: n / (num_classes * images of the class), over the whole training split. Epochs of a
+    curriculum, which draw from a part of it, have the same weights as all others.
 
     Raises:
         InputError: a class has no image.

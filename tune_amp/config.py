@@ -22,7 +22,7 @@ DATASETS = ("mnist", "fashion_mnist", "kmnist", "digits")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 INPUT_SCALINGS = ("minmax", "standard")
 CLASS_WEIGHTINGS = ("none", "balanced")
-CURRICULA = ("none", "linear")
+CURRICULA = ("none", "linear", "root", "step")
 RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
 OBJECTIVES = (*RANKING_OBJECTIVES, "train_seconds", "peak_memory_bytes")
 MORE_IS_BETTER = ("val_accuracy",)
@@ -111,14 +111,19 @@ class TrialConfig:
     )
     model: str = described("built-in model, or module:function", default="simple_net")
     dataset: str = described("built-in data set, or module:function", default="mnist")
+    imbalance: float = described(
+        "images of the most frequent training class for one of the rarest; 1: the data as they are", default=1.0
+    )
     optimizer: str = described("adam, adamw or sgd (momentum 0.9)", default="adam")
     weight_decay: float = described("weight decay", default=0.0)
     grad_clip: float | None = described("largest L2 norm of the unscaled gradients", default=None)
     input_scaling: str = described(
         "minmax: [0, 1]; standard: mean 0, deviation 1 of the training split", default="minmax"
     )
-    class_weighting: str = described("none, or balanced: inverse class frequency", default="none")
-    curriculum: str = described("none, or linear: from easy images to all", default="none")
+    class_weighting: str = described(
+        "none, or balanced: inverse class frequency in the whole training split", default="none"
+    )
+    curriculum: str = described("none; or from easy images to all, at the pace of: linear, root, step", default="none")
     max_epochs: int = described("epochs of a trial that is not stopped", unit="epochs", default=5)
     seed: int = described("seed of weights and data order", default=0)
 
@@ -132,6 +137,7 @@ class TrialConfig:
         self._check_scaler()
         _check_choice("model", self.model, MODELS, function=True)
         _check_choice("dataset", self.dataset, DATASETS, function=True)
+        _check_range("imbalance", self.imbalance, self.imbalance >= 1, "must be at least 1")
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_range("weight_decay", self.weight_decay, self.weight_decay >= 0, "must be at least 0")
         _check_range(
@@ -207,6 +213,11 @@ class EpochMetrics:
     )
     loss_scale_values: tuple[float, ...] = described(
         "loss scales in force during this epoch", default=(), epoch_only=True
+    )
+    val_recalls: tuple[float, ...] = described(
+        "share of each class's validation images classified correctly, in fp32; empty without validation",
+        default=(),
+        epoch_only=True,
     )
 
 

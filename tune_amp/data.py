@@ -50,6 +50,8 @@ class Dataset:
     """Read once, for the frozen winners."""
     content_hash: str
     """SHA-256 over shapes, dtypes and bytes of the given training and test arrays, before the split."""
+    imbalance: float = 1.0
+    """Images of the most frequent training class for one of the rarest, where ``make_long_tail`` has thinned them."""
     notice: str | None = None
     """What the user must be told loudly, such as a fall back to digits."""
 
@@ -81,6 +83,54 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     if is_function_name(name):
         return _load_from_function(name)
     raise InputError(f"dataset: must be one of auto, {', '.join(DATASETS)}, or module:function, got {shown(name)}")
+
+
+def make_long_tail(dataset: Dataset, imbalance: float) -> Dataset:
+    """The data set with class sizes that fall from ``imbalance`` to 1 in its training split, and nowhere else.
+
+    Its hash stays that of the given data, from which the same images are always kept: see :func:`thin_classes`.
+
+    Raises:
+        InputError: a class would keep fewer than 2 training images.
+    """
+    if imbalance == dataset.imbalance:
+        return dataset
+    assert dataset.imbalance == 1  # thinning what has been thinned would keep other images
+    train = thin_classes(dataset.train, dataset.num_classes, imbalance)
+    counts = np.bincount(train.labels, minlength=dataset.num_classes)
+    if counts.min() < 2:
+        rule = f"each class of {dataset.name} must keep at least 2 training images"
+        raise InputError(f"imbalance: {rule}, got {counts.min()} of class {counts.argmin()} at {imbalance:g}:1")
+    return dataclasses.replace(dataset, train=train, imbalance=imbalance)
+
+
+def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
+    """A part of the split in which class sizes fall exponentially from the first label to the last; all of it at 1.
+
+    Class i keeps n * mu^i images, with mu^(num_classes - 1) = 1 / ``imbalance``: the long tail of Cui et al. 2019,
+    "Class-balanced loss based on effective number of samples" (arXiv:1901.05555). n is as large as all classes allow.
+    A larger imbalance keeps a part of the images that a smaller one keeps of each class after the first.
+    """
+    if imbalance == 1:
+        return split
+    counts = np.bincount(split.labels, minlength=num_classes)
+    shares = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
+    sizes = np.rint((counts / shares).min() * shares).astype(np.int64)
+    # RandomState's stream is frozen; default_rng's may change with NumPy, and with it the data of a recorded run.
+    generator = np.random.RandomState(SPLIT_SEED)
+    kept = [
+        generator.permutation(np.flatnonzero(split.labels == label))[:size] for label, size in enumerate(sizes.tolist())
+    ]
+    chosen = np.sort(np.concatenate(kept))
+    return Split(images=split.images[chosen], labels=split.labels[chosen])
+
+
+def describe_tail(dataset: Dataset) -> str:
+    """In brackets, how the training images are spread over the classes; empty where they are as given."""
+    if dataset.imbalance == 1:
+        return ""
+    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    return f" (long tail {dataset.imbalance:g}:1, {counts.max():,} to {counts.min():,} a class)"
 
 
 def _load_mnist_or_digits(data_dir: Path | None) -> Dataset:

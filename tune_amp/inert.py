@@ -6,10 +6,10 @@ Scaler settings outside fp16 would be inert too, but no trial has any: ``TrialCo
 
 import collections
 import functools
-import math
 from collections.abc import Mapping
 
 from tune_amp.config import TrialConfig
+from tune_amp.curricula import count_drawn_images
 from tune_amp.space import SearchSpace
 
 
@@ -19,7 +19,7 @@ def find_inert(config: TrialConfig, train_images: int) -> tuple[str, ...]:
     - ``growth_interval``, ``growth_factor``: the interval is not shorter than the trial. ``GradScaler`` grows at the
       update in which as many steps without overflow have passed, and the last update serves no step any more.
     - ``backoff_factor``: the trial has a single step, so that no scale that came down is ever used.
-    - ``curriculum``: it is linear, but every epoch draws from all images. ``none`` is off, which is not inert.
+    - ``curriculum``: it is on, but every epoch draws from all images. ``none`` is off, which is not inert.
     - ``class_weighting``: it is balanced, but cross entropy divides by the weights of the batch, which is one image.
 
     https://docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
@@ -78,7 +78,7 @@ def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_ima
         "growth_factor": f"growth_interval is not shorter than the trial ({trial}); {remedy}",
         "backoff_factor": "a trial of one step uses the initial scale only",
         "class_weighting": "in a batch of one image its weight cancels out",
-        "curriculum": "linear needs 2 epochs, and batches smaller than the training set",
+        "curriculum": "it needs 2 epochs, and batches smaller than the training set",
     }
     return [
         f"{name} cannot act in {_percent(share)} of this space's trials: {reasons[name]}"
@@ -89,10 +89,10 @@ def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_ima
 
 @functools.lru_cache(maxsize=16)  # trial after trial has one of a few batch sizes, and each needs a loop over epochs
 def _count_drawn_images(curriculum: str, max_epochs: int, batch_size: int, train_images: int) -> tuple[int, ...]:
-    """Images that each of a curriculum's growing epochs draws from: ``batches.curriculum_fraction`` without torch."""
+    """Images that each of a curriculum's growing epochs draws from."""
     growing_epochs = 0 if curriculum == "none" else max_epochs // 2
-    fractions = (0.5 + 0.5 * epoch / growing_epochs for epoch in range(growing_epochs))
-    return tuple(min(train_images, max(batch_size, math.ceil(train_images * fraction))) for fraction in fractions)
+    sizes = {"batch_size": batch_size, "train_images": train_images}
+    return tuple(count_drawn_images(curriculum, epoch, max_epochs, **sizes) for epoch in range(growing_epochs))
 
 
 def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: int) -> str:
@@ -102,23 +102,24 @@ def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: 
     batch_size = TrialConfig.batch_size if bounds is None else int(bounds[1])
     if "batch_size" in searched and searched["batch_size"].when:  # elsewhere it has its default
         batch_size = max(batch_size, TrialConfig.batch_size)
-    curricula = searched["curriculum"].choices if "curriculum" in searched else (space.fixed.get("curriculum"),)
-    curriculum = "linear" if "linear" in curricula else "none"
-    config = TrialConfig(batch_size=batch_size, max_epochs=max_epochs, curriculum=curriculum)
-    with_curriculum = "" if curriculum == "none" else f", curriculum {curriculum}"
-    return (
-        f"{count_steps(config, train_images):,} steps at batch_size {batch_size} x {max_epochs} epochs{with_curriculum}"
+    curricula = searched["curriculum"].choices if "curriculum" in searched else (space.fixed.get("curriculum", "none"),)
+    steps, curriculum = min(
+        (count_steps(TrialConfig(batch_size=batch_size, max_epochs=max_epochs, curriculum=name), train_images), name)
+        for name in curricula
     )
+    with_curriculum = "" if curriculum == "none" else f", curriculum {curriculum}"
+    return f"{steps:,} steps at batch_size {batch_size} x {max_epochs} epochs{with_curriculum}"
 
 
 def _describe_remedy(space: SearchSpace) -> str:
-    """What to do about an interval that is too long."""
+    """What to do about an interval that is too long, unless that is meant: then the loss scale is static."""
     interval = next((parameter for parameter in space.parameters if parameter.name == "growth_interval"), None)
-    if interval is None:
-        return "searched with fraction_of_trial: true, the interval would be relative"
-    if interval.fraction_of_trial:
-        return "fractions well below 1 are shorter"
-    return "fraction_of_trial: true makes it relative"
+    if interval is not None and interval.fraction_of_trial:
+        return "fractions of 1 and more make the loss scale static, those well below 1 let it grow"
+    if interval is not None:
+        return "fraction_of_trial: true makes it relative"
+    static = "that makes the loss scale static; " if "growth_interval" in space.fixed else ""
+    return f"{static}searched with fraction_of_trial: true, the interval would be relative"
 
 
 def _percent(share: float) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 
 from tune_amp.batches import place_split
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
-from tune_amp.data import Dataset, Split
+from tune_amp.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.parquet import write_atomically
 from tune_amp.training import TrainingData, TrainingRun
 
@@ -42,6 +42,8 @@ class FinalResult:
     test_loss: float
     test_accuracy: float
     """Share of the test images classified correctly, in strict fp32."""
+    test_recalls: tuple[float, ...]
+    """That share within each class; NaN for a class without a test image."""
     train_images: int
     test_images: int
     device: str
@@ -52,12 +54,12 @@ class FinalTraining:
 
     Args:
         config: from ``results.load_best``.
-        dataset: the data set that ``config`` was chosen on.
+        dataset: the data set that ``config`` was chosen on, as it was loaded.
         device: where to train.
     """
 
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
-        whole = join_splits(dataset.train, dataset.validation)
+        whole = join_for_training(dataset, config.imbalance)
         self._config = config
         self._dataset = dataset
         self._device = device
@@ -79,13 +81,14 @@ class FinalTraining:
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""
         assert len(self._epochs) == self._config.max_epochs  # epochs() ended, and not by divergence
-        loss, accuracy = self._run.evaluate(place_split(self._dataset.test, self._device))
+        tested = self._run.evaluate(place_split(self._dataset.test, self._device))
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         return FinalResult(
             config=self._config,
             epochs=self._epochs,
-            test_loss=loss,
-            test_accuracy=accuracy,
+            test_loss=tested.loss,
+            test_accuracy=tested.accuracy,
+            test_recalls=tested.recalls,
             train_images=self._train_images,
             test_images=len(self._dataset.test),
             device=name,
@@ -96,21 +99,30 @@ class FinalTraining:
         temporary = folder / f".{WEIGHTS_FILE}.tmp"
         save_model(self._run.model, str(temporary))
         temporary.replace(folder / WEIGHTS_FILE)
-        test_loss = result.test_loss if math.isfinite(result.test_loss) else None  # JSON knows no NaN
-        written = {**source, **dataclasses.asdict(result), "test_loss": test_loss}
+        test_loss, *test_recalls = (
+            value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)
+        )  # JSON knows no NaN
+        written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
         text = json.dumps(written, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / METRICS_FILE, lambda file: file.write(text.encode()))
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
     """Train as the trial did: the same split, seed and order of data, validation after every epoch."""
-    return TrainingRun(config, TrainingData(dataset.train, dataset.validation, dataset.num_classes, device)).epochs()
+    train = make_long_tail(dataset, config.imbalance).train
+    return TrainingRun(config, TrainingData(train, dataset.validation, dataset.num_classes, device)).epochs()
 
 
 def find_differences(recorded: EpochMetrics, again: EpochMetrics) -> list[str]:
     """The fields in which a replayed epoch differs from the recorded one, clocks and memory left out."""
     names = [field.name for field in dataclasses.fields(EpochMetrics) if field.name not in MEASURED_FIELDS]
     return [name for name in names if not _equal(getattr(recorded, name), getattr(again, name))]
+
+
+def join_for_training(dataset: Dataset, imbalance: float) -> Split:
+    """Training and validation images together, the classes of both as imbalanced as those of the search's trials."""
+    train = make_long_tail(dataset, imbalance).train
+    return join_splits(train, thin_classes(dataset.validation, dataset.num_classes, imbalance))
 
 
 def join_splits(first: Split, second: Split) -> Split:
@@ -151,5 +163,7 @@ def _claim_folder(folder: Path) -> None:
 
 
 def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
     both_nan = isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second)
     return both_nan or first == second

@@ -82,7 +82,7 @@ def run_search(
 
     Args:
         space: what is searched.
-        dataset: its test split stays here, unread.
+        dataset: its test split stays here, unread. Trials record how imbalanced ``data.make_long_tail`` made it.
         options: how much is searched, and with what.
         folder: an empty folder from ``options.run_folder``.
         observer: is told of everything that happens.
@@ -182,7 +182,8 @@ def run_search(
 
 def list_shared(dataset: Dataset, options: SearchOptions) -> dict[str, Any]:
     """The ``TrialConfig`` fields that all trials of a search have in common."""
-    return {"model": options.model, "dataset": dataset.name, "max_epochs": options.max_epochs, "seed": options.seed}
+    data = {"dataset": dataset.name, "imbalance": dataset.imbalance}
+    return {"model": options.model, "max_epochs": options.max_epochs, "seed": options.seed, **data}
 
 
 def adapt_donor(donor: Donor, space: SearchSpace, dataset: Dataset, options: SearchOptions) -> WarmStart:

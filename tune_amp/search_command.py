@@ -35,7 +35,7 @@ from tune_amp.console import (
     say,
 )
 from tune_amp.ledger import read_process_age
-from tune_amp.options import SearchOptions, run_folder
+from tune_amp.options import SearchOptions, naming_flags, run_folder
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -91,6 +91,8 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("space", "YAML file, or a bundled space's name", nargs="?", default=DEFAULT_SPACE, metavar="SPACE")
     add("--dataset", f"{data}; auto is MNIST where it can be had, else scikit-learn's digits", default="auto")
     add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=Path, metavar="DIR")
+    text = "thin the training classes to a long tail of X:1; validation and test stay as they are"
+    add("--imbalance", text, type=float, default=1.0, metavar="X")
     add("--model", f"{', '.join(MODELS)} or MODULE:FUNCTION")
     add("--num-samples", "trials", type=int, metavar="N")
     add("--max-epochs", "full budget of a trial", type=int, metavar="N")
@@ -136,6 +138,8 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str],
 
     names = [field.name for field in dataclasses.fields(SearchOptions)]
     options = SearchOptions(**{name: getattr(arguments, name) for name in names})
+    with naming_flags():
+        TrialConfig(imbalance=arguments.imbalance)
     space = load_space(arguments.space)
     # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
@@ -214,9 +218,12 @@ def _search_with_ray(
 
 def _load_checked(arguments: argparse.Namespace, space: "SearchSpace", options: SearchOptions) -> "Dataset":
     """The data set, found to fit; and what the search will import, so that it need not wait for that."""
+    from tune_amp.data import make_long_tail
     from tune_amp.preflight import check_fit
 
     dataset = load_announced(arguments.dataset, arguments.data_dir)
+    with naming_flags():
+        dataset = make_long_tail(dataset, arguments.imbalance)
     check_fit(space, dataset, options)
     importlib.import_module("tune_amp.search")
     return dataset
@@ -302,10 +309,11 @@ def _print_start(
     import torch
 
     from tune_amp.amp import describe_hardware
+    from tune_amp.data import describe_tail
 
     if console.quiet:
         return  # nor is a step timed for nothing
-    sizes = f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images"
+    sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
     console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
     console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from tune_amp.config import EpochMetrics
     from tune_amp.data import Dataset
     from tune_amp.results import TrialRecord
+
+
+MOST_RECALLS = 10
+"""Classes named in a line; the file has them all."""
 
 
 def train_command(arguments: Sequence[str] | None = None, program: str = "scripts/train.py") -> int:
@@ -93,6 +98,7 @@ def _train_final(arguments: argparse.Namespace, chosen: TrialConfig, dataset: "D
         result = training.test()
         training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank})
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
+    say(console, describe_recalls(result.test_recalls))
     console.print(f"saved   {output}: model.safetensors, metrics.json", markup=False, soft_wrap=True)
     return EXIT_DONE
 
@@ -102,7 +108,8 @@ def _print_training(
 ) -> None:
     from tune_amp.amp import describe_hardware
 
-    settings = {name: value for name, value in vars(config).items() if value not in (None, "none")}
+    off = {"imbalance": 1.0}
+    settings = {name: value for name, value in vars(config).items() if value not in (None, "none", off.get(name))}
     listed = ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
     )
@@ -146,6 +153,14 @@ def _describe_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
             f"  loss scale {format_scale(metrics.loss_scale)}, {metrics.skipped_steps} of {metrics.steps} steps skipped"
         )
     return line
+
+
+def describe_recalls(recalls: Sequence[float]) -> str:
+    """One line: the share of each class's images that was classified correctly, the worst first, ten at most."""
+    found = sorted((recall, label) for label, recall in enumerate(recalls) if not math.isnan(recall))
+    shown = ", ".join(f"{label}: {recall:.2%}" for recall, label in found[:MOST_RECALLS])
+    left = f", {len(found) - MOST_RECALLS} better ones" if len(found) > MOST_RECALLS else ""
+    return f"recall by class, the worst first: {shown}{left}"
 
 
 def _choose_device(name: str) -> "torch.device":

@@ -21,13 +21,13 @@ from tune_amp.batches import (
     InputScaling,
     batch_indices,
     class_weights,
-    curriculum_fraction,
     difficulty_order,
     fit_input_scaling,
     place_split,
     scale_images,
 )
 from tune_amp.config import EpochMetrics, TrialConfig
+from tune_amp.curricula import count_drawn_images
 from tune_amp.data import Split
 from tune_amp.graphs import Capture, StepLoop, capturable, capture_cuda_graph, clear_workspaces, explain_eager
 from tune_amp.models import InputShape, build_model
@@ -58,6 +58,7 @@ class TrainingData:
         self.validation = None if validation is None else place_split(validation, device)
         self._placing_seconds = time.perf_counter() - started
         self._host_train = train
+        self._measured = train if validation is None else validation
 
     def claim_placing_seconds(self) -> float:
         """Seconds spent placing and sorting the data: told once, so that the one trial that waited is charged."""
@@ -71,17 +72,20 @@ class TrainingData:
 
     @functools.cache  # noqa: B019
     def class_weights(self, method: str) -> Tensor | None:
-        """Weights of the loss, float32 [num_classes], from the training split's class counts."""
+        """Weights of the loss, float32 [num_classes], from the training split's class counts, a long tail's too."""
         weights = class_weights(self._host_train.labels, self.num_classes, method)
         return None if weights is None else weights.to(self.device)
 
     @functools.cached_property
     def guessing(self) -> "Guessing":
-        """What a model reaches that knows how frequent each class is, and nothing of the images."""
-        shares = np.bincount(self._host_train.labels, minlength=self.num_classes) / len(self._host_train)
+        """What a model reaches that knows how frequent each class is, and nothing of the images.
+
+        Among those it is measured on: where classes of the training split are imbalanced, validation's may not be.
+        """
+        labels = self._measured.labels
+        shares = np.bincount(labels, minlength=self.num_classes) / len(labels)
         entropy = -float(sum(share * math.log(share) for share in shares if share > 0))
-        images = len(self.train.labels if self.validation is None else self.validation.labels)
-        return Guessing(loss=entropy, accuracy=float(shares.max()), images=images)
+        return Guessing(loss=entropy, accuracy=float(shares.max()), images=len(labels))
 
     @functools.cached_property
     def easy_to_hard(self) -> Tensor:
@@ -194,7 +198,8 @@ class TrainingRun:
         with self._memory.measure():  # not validation: 2,048 images in fp32 can take more than a training batch
             train_loss, train_seconds = self._train(batches)
         self._epoch += 1
-        val_loss, val_accuracy = self._validate()
+        validated = self._validate()
+        val_loss, val_accuracy = (None, None) if validated is None else (validated.loss, validated.accuracy)
         started = time.perf_counter()
         has_learned = self._data.guessing.is_beaten(train_loss if val_loss is None else val_loss, val_accuracy)
         steps = self._amp.telemetry.steps - before.steps
@@ -218,6 +223,7 @@ class TrainingRun:
             underflow_share=probe.underflow_share,
             probe_seconds=self._probe_seconds,
             loop=self._loop.describe() if self._loop is not None else f"eager: {self._why_eager}",
+            val_recalls=() if validated is None else validated.recalls,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,8 +260,8 @@ class TrainingRun:
         self._data_seconds += data_seconds
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
-    def evaluate(self, split: DeviceSplit) -> tuple[float, float]:
-        """Mean loss and accuracy of the model on ``split``, in strict fp32."""
+    def evaluate(self, split: DeviceSplit) -> "Evaluation":
+        """How the model does on ``split``, in strict fp32."""
         return evaluate(self.model, split, self._scaling)
 
     def _train(self, batches: Tensor) -> tuple[float, float]:
@@ -316,20 +322,23 @@ class TrainingRun:
     def _draw_batches(self) -> Tensor:
         """Indices of this epoch's training images, int64 [steps, batch_size] on the device."""
         count = len(self._data.train.labels)
-        fraction = curriculum_fraction(self._config.curriculum, self._epoch, self._config.max_epochs)
-        if fraction >= 1:
-            return batch_indices(count, self._config.batch_size, self._order, self._data.device)
+        batch_size, max_epochs = self._config.batch_size, self._config.max_epochs
+        drawn = count_drawn_images(
+            self._config.curriculum, self._epoch, max_epochs, batch_size=batch_size, train_images=count
+        )
+        batches = batch_indices(drawn, batch_size, self._order, self._data.device)
+        if drawn == count:
+            return batches
         assert self._easy_to_hard is not None
-        easiest = self._easy_to_hard[: max(self._config.batch_size, math.ceil(count * fraction))]
-        return easiest[batch_indices(len(easiest), self._config.batch_size, self._order, self._data.device)]
+        return self._easy_to_hard[batches]
 
-    def _validate(self) -> tuple[float | None, float | None]:
+    def _validate(self) -> "Evaluation | None":
         if self._data.validation is None:
-            return None, None
+            return None
         started = time.perf_counter()
-        loss_and_accuracy = self.evaluate(self._data.validation)
+        evaluation = self.evaluate(self._data.validation)
         self._val_seconds += time.perf_counter() - started
-        return loss_and_accuracy
+        return evaluation
 
     def _probe(self, batches: Tensor, *, has_learned: bool, all_skipped: bool) -> GradientProbe:
         """Gradients on images of the epoch, weighed as in its batches; an empty probe where none is of use.
@@ -443,31 +452,55 @@ def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> tuple[float, float]:
-    """Mean cross entropy and accuracy, in strict fp32 whatever the model was trained in.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How a model does on a split."""
+
+    loss: float
+    """Mean cross entropy, in nats."""
+    accuracy: float
+    """Share of the images classified correctly, 0 to 1."""
+    recalls: tuple[float, ...]
+    """That share within each class; NaN for a class of which the split has no image."""
+
+
+def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> Evaluation:
+    """Loss, accuracy and recalls, in strict fp32 whatever the model was trained in.
 
     Args:
         model: float32 weights, on the split's device.
         split: uint8 images [n, channels, height, width], int64 labels [n].
         scaling: as fitted to the training split.
-
-    Returns:
-        Loss in nats and the share classified correctly, 0 to 1.
     """
     was_training = model.training
     model.eval()
     # float64: a sum of many small losses in float32 would depend on the batch size in the fourth digit.
-    totals = torch.zeros(2, dtype=torch.float64, device=split.images.device)
+    loss = torch.zeros(1, dtype=torch.float64, device=split.images.device)
+    answers: list[Tensor] = []
     with torch.inference_mode(), fp32_arithmetic("fp32"):
         for images, labels in zip(
             split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
         ):
             logits = model(scale_images(images, scaling))
-            totals[0] += nn.functional.cross_entropy(logits, labels, reduction="sum")
-            totals[1] += (logits.argmax(dim=1) == labels).sum()
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            answers.append(logits.argmax(dim=1) == labels)
+        hits, counts = _count_by_class(split.labels, torch.cat(answers), num_classes=logits.shape[1])
+        total_loss, *tallies = torch.cat([loss, hits, counts]).tolist()  # the one wait for the device
     model.train(was_training)
-    loss, accuracy = (totals / len(split.labels)).tolist()
-    return loss, accuracy
+    by_class = list(zip(tallies[: len(hits)], tallies[len(hits) :], strict=True))
+    return Evaluation(
+        loss=total_loss / len(split.labels),
+        accuracy=sum(hit for hit, _ in by_class) / len(split.labels),
+        recalls=tuple(hit / count if count else math.nan for hit, count in by_class),
+    )
+
+
+def _count_by_class(labels: Tensor, correct: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Images of each class that ``correct`` holds for, and all of them: float64 [num_classes], exact."""
+    # Not bincount, which waits for the device to learn how long its result will be.
+    none = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
+    answers = correct.to(torch.float64)
+    return none.index_add(0, labels, answers), none.index_add(0, labels, torch.ones_like(answers))
 
 
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:

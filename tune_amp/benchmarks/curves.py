@@ -18,7 +18,8 @@ from tune_amp.parquet import build_table, locate, read_origin, read_rows, write_
 from tune_amp.results import SCHEMAS, list_versions
 from tune_amp.space import SearchSpace
 
-_CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrialConfig))
+# Curves are of the data as they are, with an imbalance of 1; files recorded before there was one have no such column.
+_CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrialConfig) if field.name != "imbalance")
 _EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochMetrics) if not f.metadata["epoch_only"])
 _CURVE = pa.field("curve", pa.int64(), nullable=False, metadata={"description": "number of the configuration, from 0"})
 SCHEMA = pa.schema(
@@ -128,4 +129,4 @@ def _train_fully(config: TrialConfig) -> list[EpochMetrics]:
 
     run = TrainingRun(config, _data)
     epochs = [run.train_epoch() for _ in range(config.max_epochs)]
-    return [dataclasses.replace(epoch, loss_scale_steps=(), loss_scale_values=()) for epoch in epochs]
+    return [dataclasses.replace(epoch, loss_scale_steps=(), loss_scale_values=(), val_recalls=()) for epoch in epochs]
