@@ -81,9 +81,7 @@ def _describe_confirmation(result: "FinalResult", source: CardSource, confirmati
     mean, low, high = (getattr(confirmation, f"test_accuracy_{part}") for part in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
         failures = "; ".join(confirmation.confirm_failures) or "no reason is recorded"
-        return [
-            f"The search trained these settings again on {count} fresh seeds, and not all runs completed: {failures}."
-        ]
+        return [f"Of {count} runs of these settings on fresh seeds not all completed: {failures}."]
     lines = [
         f"The search trained these settings again on {count} fresh seeds, without the validation images: mean test "
         f"accuracy {_percent(mean)}, 95 % interval {_percent(low)} to {_percent(high)} (Student's t, over seeds)."

@@ -12,12 +12,22 @@ from pathlib import Path
 from rich.console import Console
 
 from tune_amp.config import is_function_name
+from tune_amp.confirmed import ConfirmedRun
 from tune_amp.console import say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.ledger import Ledger
 from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
 from tune_amp.ranking import choose_best
-from tune_amp.results import BestRow, Provenance, TrialRecord, load_best_rows, load_ledger, load_provenance, load_trials
+from tune_amp.results import (
+    BestRow,
+    Provenance,
+    TrialRecord,
+    load_best_rows,
+    load_confirmed,
+    load_ledger,
+    load_provenance,
+    load_trials,
+)
 from tune_amp.space import parse_space
 
 RUN_FILES = (
@@ -44,6 +54,8 @@ class Outcome:
     """The best by the search's own numbers; empty where no trial produced a result."""
     best: Sequence[BestRow]
     """As in ``best.parquet``; empty where there is none."""
+    confirmed_runs: Sequence[ConfirmedRun] = ()
+    """Of the best, on fresh seeds."""
     provenance: Provenance
     importance: ImportanceResult
     ledger: Ledger | None
@@ -52,6 +64,13 @@ class Outcome:
     """Whether a signal ended the search; its files do not tell that from a time budget that was used up."""
     wrap_up_seconds: float | None = None
     """What followed the last trial's end; None where that is not known any more."""
+    ranking_wanted: bool = False
+    """Whether the search's own ranking is shown even where fresh seeds know better."""
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the best were trained again on fresh seeds."""
+        return any(row.confirmation is not None for row in self.best)
 
 
 def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
@@ -67,6 +86,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
     trials = load_trials(folder)
     provenance = load_provenance(folder / "trials.parquet")
     best = load_best_rows(folder) if (folder / "best.parquet").exists() else []
+    wanted = top_k is not None
     if top_k is None:
         top_k = sum(row.rank is not None for row in best) or 3
     return Outcome(
@@ -74,9 +94,11 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
         trials=trials,
         ranked=choose_best(trials, provenance.objectives, top_k),
         best=best,
+        confirmed_runs=load_confirmed(folder) if (folder / "confirm.parquet").exists() else (),
         provenance=provenance,
         importance=_find_importance(folder, trials, provenance),
         ledger=load_ledger(folder),
+        ranking_wanted=wanted,
     )
 
 
@@ -109,7 +131,7 @@ def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None
 
 
 def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
-    """Print counts, ranking, ties, confirmation, importance, slot time, files and how to go on.
+    """Print counts, ranking and ties or what confirmed them, importance, slot time, files and how to go on.
 
     Args:
         console: what was found goes here.
@@ -125,12 +147,12 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
         _print_no_result(errors, outcome)
         return
     console.print()
-    console.print(render_ranking(outcome.ranked, outcome.provenance.objectives))
-    ties = describe_ties(outcome.ranked, outcome.provenance)
-    if ties:
-        say(console, ties)
-    _print_confirmed(console, outcome)
-    console.print()
+    if outcome.ranking_wanted or not outcome.is_confirmed or len(outcome.provenance.objectives) > 1:
+        _print_ranking(console, outcome)
+        console.print()
+    if outcome.is_confirmed:
+        _print_confirmed(console, outcome)
+        console.print()
     say(console, describe_importance(outcome.importance))
     if any(row.told_from_noise for row in outcome.importance.rows):
         console.print(render_importance(outcome.importance))
@@ -142,8 +164,15 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
         console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
 
 
+def _print_ranking(console: Console, outcome: Outcome) -> None:
+    console.print(render_ranking(outcome.ranked, outcome.provenance.objectives))
+    ties = describe_ties(outcome.ranked, outcome.provenance)
+    if ties:
+        say(console, ties)
+
+
 def _print_confirmed(console: Console, outcome: Outcome) -> None:
-    """What fresh seeds say of the winners, from ``outcome.best`` and ``outcome.provenance``."""
+    """The place of the confirmed table: of ``outcome.best``, ``outcome.confirmed_runs`` and ``outcome.provenance``."""
 
 
 def _print_ledger(console: Console, outcome: Outcome) -> None:
