@@ -84,7 +84,8 @@ def _describe_confirmation(result: "FinalResult", source: CardSource, confirmati
         return [f"Of {count} runs of these settings on fresh seeds not all completed: {failures}."]
     lines = [
         f"The search trained these settings again on {count} fresh seeds, without the validation images: mean test "
-        f"accuracy {_percent(mean)}, 95 % interval {_percent(low)} to {_percent(high)} (Student's t, over seeds)."
+        f"accuracy {_percent(mean)}, 95 % interval {_percent(low)} to {_percent(high)} (Student's t, over seeds). "
+        "That the test set was read there chose nothing either."
     ]
     budget = source.row.trial.config.max_epochs
     if budget != result.config.max_epochs:
