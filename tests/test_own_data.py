@@ -36,7 +36,7 @@ def one_ray() -> Iterator[None]:
 
 def make_parts() -> dict[str, NDArray[np.uint8]]:
     """Ten classes of 28 x 28 pixels under noise: class c is bright in row c."""
-    parts = {}
+    parts: dict[str, NDArray[np.uint8]] = {}
     for name, count, seed in (("train", TRAIN_IMAGES, 1), ("test", TEST_IMAGES, 2)):
         split = make_split(count, classes=10, seed=seed, side=28)
         parts |= {f"{name}_images": split.images[:, 0], f"{name}_labels": split.labels.astype(np.uint8)}
