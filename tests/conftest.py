@@ -64,11 +64,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Write a module into the current folder and return its name; import state is put back afterwards."""
+def enter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make ``tmp_path`` the current folder; what is imported from there is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(tmp_path):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, enter_folder: None) -> Callable[[str], str]:
+    """Write a module into the current folder and return its name."""
     numbers = itertools.count()
 
     def write(text: str) -> str:
@@ -76,10 +85,7 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
         (tmp_path / f"{name}.py").write_text(text)
         return name
 
-    yield write
-    for name in set(sys.modules) - before:
-        if name.startswith("user_"):
-            del sys.modules[name]
+    return write
 
 
 @pytest.fixture

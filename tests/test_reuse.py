@@ -18,6 +18,7 @@ from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
 from tune_amp.models import build_model
 from tune_amp.reuse import (
+    CARD_FILE,
     MEASURED_FIELDS,
     METRICS_FILE,
     WEIGHTS_FILE,
@@ -103,6 +104,8 @@ def test_final_training_is_on_training_and_validation_images_together(precision:
     result = final.test()
     assert (result.train_images, result.test_images) == (72, 37)
     assert (result.config, result.device) == (config, "cpu")
+    assert (result.input_shape, result.num_classes, result.data_hash) == ((1, 4, 4), 3, "0")
+    assert result.num_parameters == 16 * 256 + 256 + 256 * 3 + 3
     assert [metrics.epoch for metrics in result.epochs] == [1, 2, 3]
 
 
@@ -147,7 +150,7 @@ def test_saved_weights_give_the_same_test_result_in_a_fresh_model(
     name = f"{write_module(TIED_MODEL)}:net" if model == "tied" else model
     final, result = train_finally(make_config(model=name, precision="bf16", max_epochs=1), dataset)
     with output_folder(tmp_path / "out") as folder:
-        final.save(folder, result, {})
+        final.save(folder, result, {}, "")
     torch.manual_seed(77)
     fresh = build_model(name, dataset.input_shape, dataset.num_classes)
     stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
@@ -167,7 +170,7 @@ def test_saved_metrics_are_valid_json_with_configuration_and_source(
 ) -> None:
     config = make_config(precision=precision)
     final, result = train_finally(config, dataset)
-    final.save(tmp_path, result, {"source": "best.parquet", "rank": 1})
+    final.save(tmp_path, result, {"source": "best.parquet", "rank": 1}, "# a card\n")
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
@@ -182,12 +185,13 @@ def test_saved_metrics_are_valid_json_with_configuration_and_source(
     tuples = ("loss_scale_steps", "loss_scale_values", "val_recalls")
     epochs = [EpochMetrics(**{**epoch, **{name: tuple(epoch[name]) for name in tuples}}) for epoch in content["epochs"]]
     assert epochs == list(result.epochs)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS_FILE, WEIGHTS_FILE]
+    assert (tmp_path / CARD_FILE).read_text() == "# a card\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, METRICS_FILE, WEIGHTS_FILE]
 
 
 def test_test_loss_that_is_no_number_is_null_in_json(dataset: Dataset, tmp_path: Path) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
-    final.save(tmp_path, dataclasses.replace(result, test_loss=math.inf), {})
+    final.save(tmp_path, dataclasses.replace(result, test_loss=math.inf), {}, "")
     assert json.loads((tmp_path / METRICS_FILE).read_text())["test_loss"] is None
 
 
@@ -260,8 +264,15 @@ def test_output_folder_is_made_with_its_parents_and_only_once(tmp_path: Path) ->
 
 def test_output_folder_of_a_training_that_ended_early_is_free_again(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), output_folder(folder):
-        raise KeyboardInterrupt
+
+    def train_until_interrupted() -> None:
+        with output_folder(folder):
+            for name in (WEIGHTS_FILE, CARD_FILE):
+                (folder / name).write_text("written before the metrics, which were not")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until_interrupted()
     assert not folder.exists()
     with output_folder(folder):
         (folder / METRICS_FILE).write_text("{}")
@@ -275,7 +286,7 @@ def test_output_folder_that_exists_without_a_training_is_taken(tmp_path: Path) -
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("file_name", [METRICS_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("file_name", [METRICS_FILE, WEIGHTS_FILE, CARD_FILE])
 def test_output_folder_with_another_trainings_files_is_refused_and_left_as_it_is(
     tmp_path: Path, file_name: str
 ) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import optuna
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from optuna.importance import PedAnovaImportanceEvaluator
 
 from tune_amp.config import (
     HOPELESS_STATES,
@@ -216,6 +215,8 @@ def _permute_blocks(count: int, rng: np.random.Generator) -> NDArray[np.intp]:
 
 def _evaluate(trials: Sequence[optuna.trial.FrozenTrial]) -> dict[str, float]:
     """Optuna's importance of each parameter for a low value."""
+    from optuna.importance import PedAnovaImportanceEvaluator  # brings scikit-learn: seconds
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
     study = optuna.create_study()
     study.add_trials(trials)

@@ -56,6 +56,21 @@ def paired_interval(values: Sequence[float], others: Sequence[float], confidence
     return mean_interval([value - other for value, other in zip(values, others, strict=True)], confidence)
 
 
+def wilson_interval(share: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Where the true share lies that ``n`` independent draws estimate, of which ``share`` were hits.
+
+    Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953): unlike the textbook's, it is no point
+    where the share is 1, and covers what it should near 0 and 1, where accuracies are (Brown, Cai, DasGupta 2001,
+    doi:10.1214/ss/1009213286). Of an accuracy it tells what other images of the same kind would give, not other seeds.
+    """
+    assert 0 <= share <= 1
+    assert n >= 1
+    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def judge_equivalence(values: Sequence[float], others: Sequence[float], margin: float) -> Equivalence:
     """Whether ``values`` and ``others`` are the same within ``margin``, pair by pair.
 

@@ -20,6 +20,7 @@ from tune_amp.training import TrainingData, TrainingRun
 
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
+CARD_FILE = "card.md"
 
 # What a clock or an allocator measured: all other fields of a replay must be equal to the last bit.
 MEASURED_FIELDS = (
@@ -47,6 +48,15 @@ class FinalResult:
     train_images: int
     test_images: int
     device: str
+    data_hash: str
+    input_shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
+    num_classes: int
+    input_shift: float
+    """The weights expect ``(pixel - input_shift) * input_factor`` in float32."""
+    input_factor: float
+    num_parameters: int
+    """Trained numbers, those that two layers share counted once."""
 
 
 class FinalTraining:
@@ -64,7 +74,9 @@ class FinalTraining:
         self._dataset = dataset
         self._device = device
         self._train_images = len(whole)
-        self._run = TrainingRun(config, TrainingData(whole, None, dataset.num_classes, device))
+        data = TrainingData(whole, None, dataset.num_classes, device)
+        self._scaling = data.input_scaling(config.input_scaling)
+        self._run = TrainingRun(config, data)
         self._epochs: list[EpochMetrics] = []
 
     def epochs(self) -> Iterator[EpochMetrics]:
@@ -92,13 +104,20 @@ class FinalTraining:
             train_images=self._train_images,
             test_images=len(self._dataset.test),
             device=name,
+            data_hash=self._dataset.content_hash,
+            input_shape=self._dataset.input_shape,
+            num_classes=self._dataset.num_classes,
+            input_shift=self._scaling.shift,
+            input_factor=self._scaling.factor,
+            num_parameters=sum(parameter.numel() for parameter in self._run.model.parameters()),
         )
 
-    def save(self, folder: Path, result: FinalResult, source: dict[str, Any]) -> None:
-        """Write the fp32 weights (safetensors) and a JSON file of metrics, configuration and ``source``."""
+    def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> None:
+        """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card."""
         temporary = folder / f".{WEIGHTS_FILE}.tmp"
         save_model(self._run.model, str(temporary))
         temporary.replace(folder / WEIGHTS_FILE)
+        write_atomically(folder / CARD_FILE, lambda file: file.write(card.encode()))
         test_loss, *test_recalls = (
             value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)
         )  # JSON knows no NaN
@@ -149,7 +168,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         if (folder / METRICS_FILE).stat().st_size == 0:
-            for name in (METRICS_FILE, WEIGHTS_FILE, f".{WEIGHTS_FILE}.tmp"):
+            for name in (METRICS_FILE, CARD_FILE, WEIGHTS_FILE, f".{WEIGHTS_FILE}.tmp"):
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it held other files before
                 folder.rmdir()
@@ -157,7 +176,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
 
 def _claim_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / WEIGHTS_FILE).exists():
+    if (folder / WEIGHTS_FILE).exists() or (folder / CARD_FILE).exists():
         raise FileExistsError
     (folder / METRICS_FILE).touch(exist_ok=False)
 

@@ -1,7 +1,6 @@
 """The command ``tune-amp search``, which ``scripts/search.py`` runs too: arguments, calls and printing."""
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -9,7 +8,6 @@ import datetime
 import functools
 import importlib
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -54,15 +52,6 @@ WORKER_MODULES = ("tune_amp.trainable",)
 """What workers import as they start, with all that it imports in its turn."""
 
 SLOW_EPOCH_SECONDS = 120.0
-
-RUN_FILES = (
-    "best.parquet",
-    "trials.parquet",
-    "epochs.parquet",
-    "importance.parquet",
-    "space.yaml",
-    "study.journal",
-)
 
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
@@ -368,17 +357,12 @@ def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
 
 
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
-    """The line that trains the winner: with the same data, and with consent to the user's own code."""
-    if program.startswith("tune-amp"):
-        parts = ["tune-amp", "train", str(best)]
-    else:
-        parts = [_name_python(), str(Path(sys.argv[0]).with_name("train.py")), str(best)]
-    if arguments.data_dir is not None:
-        parts += ["--data-dir", str(arguments.data_dir)]
-    for flag in ("model", "dataset"):
-        if is_function_name(getattr(arguments, flag)):
-            parts += [f"--{flag}", getattr(arguments, flag)]
-    return shlex.join(parts)
+    from tune_amp.outcome import name_reuse_command
+
+    script = Path(sys.argv[0]).with_name("train.py")
+    train = ("tune-amp", "train") if program.startswith("tune-amp") else (_name_python(), str(script))
+    data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
+    return name_reuse_command(train, best, data_dir=data_dir, model=arguments.model, dataset=arguments.dataset)
 
 
 def _name_python() -> str:
@@ -390,40 +374,22 @@ def _name_python() -> str:
 
 
 def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
-    from tune_amp.importance import describe_importance
-    from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
+    from tune_amp.outcome import Outcome, print_outcome
+    from tune_amp.results import rank_trials
 
-    console.print(describe_counts(result.trials))
-    if result.interrupted:
-        console.print("[magenta]interrupted[/]: everything that was reported is kept")
-    if not result.ranked:
-        say(console, render_ledger(result.ledger, result.wrap_up_seconds))
-        _print_no_result(result)
-        return
-    console.print()
-    console.print(render_ranking(result.ranked, result.provenance.objectives))
-    ties = describe_ties(result.ranked, result.provenance)
-    if ties:
-        say(console, ties)
-    console.print()
-    say(console, describe_importance(result.importance))
-    if any(row.told_from_noise for row in result.importance.rows):
-        console.print(render_importance(result.importance))
-    console.print()
-    say(console, render_ledger(result.ledger, result.wrap_up_seconds))
-    files = [name for name in RUN_FILES if (result.folder / name).exists()]
-    say(console, f"files    {result.folder}: {', '.join(files)}")
-    console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
-
-
-def _print_no_result(result: "SearchResult") -> None:
-    """Say on the error stream, whatever the verbosity, why there is no winner: the commonest reasons first."""
-    console = Console(stderr=True, highlight=False)
-    console.print("[bold red]no trial produced a result[/]:")
-    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in result.trials)
-    for reason, count in reasons.most_common(3):
-        say(console, f"  {count} {reason}")
-    console.print(f"every trial is in {result.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
+    outcome = Outcome(
+        folder=result.folder,
+        trials=result.trials,
+        ranked=result.ranked,
+        best=rank_trials(result.ranked),
+        provenance=result.provenance,
+        importance=result.importance,
+        ledger=result.ledger,
+        interrupted=result.interrupted,
+        wrap_up_seconds=result.wrap_up_seconds,
+    )
+    # Why there is no winner is said whatever the verbosity.
+    print_outcome(console, outcome, reuse, errors=Console(stderr=True, highlight=False))
 
 
 def _print_json_start(

@@ -141,18 +141,22 @@ def load_space(source: str) -> SearchSpace:
     """
     name = source if source.isprintable() and source else shown(source)
     try:
-        return parse_space(name, _read_text(source))
+        text = _read_text(source)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
+    return parse_space(name, text)
 
 
 def parse_space(source: str, text: str) -> SearchSpace:
-    """Reads and checks the YAML of a search space.
+    """Checks a search space that was read before, from ``source``: a run's files hold the text of theirs.
 
     Raises:
-        InputError: one line with the line or key path, the rule and the value.
+        InputError: one line with the source, the line or key path, the rule and the value.
     """
-    return _build_space(source, text, read_yaml(text))
+    try:
+        return _build_space(source, text, read_yaml(text))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def _read_text(source: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tune_amp.config import EpochMetrics
     from tune_amp.data import Dataset
-    from tune_amp.results import TrialRecord
+    from tune_amp.results import Provenance, TrialRecord
 
 
 MOST_RECALLS = 10
@@ -43,7 +43,7 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
     add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
     add("--seed", type=int, metavar="N", help="another seed than the trial's")
     add("--max-epochs", type=int, metavar="N", help="another number of epochs than the trial's")
-    add("--output", type=Path, metavar="DIR", help="folder for weights and metrics (train-... beside BEST.parquet)")
+    add("--output", type=Path, metavar="DIR", help="folder for what is saved (train-... beside BEST.parquet)")
     add("--data-dir", type=Path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
     add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
     add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
@@ -66,7 +66,7 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if arguments.replay:
         return _replay(arguments, record, dataset)
-    return _train_final(arguments, record.config, dataset)
+    return _train_final(arguments, record.config, dataset, provenance)
 
 
 def _check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
@@ -79,8 +79,12 @@ def _check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
             raise InputError(f"{arguments.best}: {flag}: names your own code; to run it, add --{flag} {named}")
 
 
-def _train_final(arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset") -> int:
-    from tune_amp.reuse import FinalTraining, output_folder
+def _train_final(
+    arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset", provenance: "Provenance"
+) -> int:
+    from tune_amp.card import CardSource, describe_card
+    from tune_amp.results import list_versions, load_best_rows
+    from tune_amp.reuse import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining, output_folder
 
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     with naming_flags():
@@ -96,10 +100,18 @@ def _train_final(arguments: argparse.Namespace, chosen: TrialConfig, dataset: "D
             print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
         result = training.test()
-        training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank})
+        source = CardSource(
+            best=load_best_rows(arguments.best),
+            rank=arguments.rank,
+            provenance=provenance,
+            versions=list_versions("tune_amp", "torch", "numpy", "safetensors"),
+        )
+        origin = {"source": str(arguments.best), "rank": arguments.rank}
+        training.save(output, result, origin, describe_card(result, source))
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     say(console, describe_recalls(result.test_recalls))
-    console.print(f"saved   {output}: model.safetensors, metrics.json", markup=False, soft_wrap=True)
+    saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"
+    console.print(f"saved   {output}: {saved}", markup=False, soft_wrap=True)
     return EXIT_DONE
 
 

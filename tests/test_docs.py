@@ -1,0 +1,117 @@
+"""Every command, every piece of Python, every space and every link of the pages in ``docs`` works, page by page."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tune_amp.cli import main
+from tune_amp.session import ray_session
+from tune_amp.space import load_space
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# (\w+\.(?:py|yaml))\n")
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """One Ray for the searches of all pages: it takes longer to start than they do."""
+    with ray_session(num_cpus=2, run="test_docs"):
+        yield
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each block, in order."""
+    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
+
+
+def commands(language: str, text: str) -> list[str]:
+    if language == "bash":
+        return text.splitlines()
+    return [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def test_there_are_pages() -> None:
+    assert [page.name for page in PAGES] == ["choosing-a-space.md", "own-model-and-data.md", "reading-results.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_of_a_kind_that_is_tried(page: Path) -> None:
+    assert {language for language, _ in blocks(page)} <= {"bash", "console", "python", "yaml"}
+    assert page.read_text().count("```") == 2 * len(blocks(page))
+    assert "@@" not in page.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", page.read_text())):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in map(slug, re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_space_loads(page: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(text for language, text in blocks(page) if language == "yaml"):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        assert load_space(str(path)).parameters
+
+
+def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("search", "train", "show"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    used = {flag for page in PAGES for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())}
+    assert len(used) >= 10
+    assert used - known <= {"--confirm-seeds"}  # which comes with the confirmation of winners
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_works_from_its_first_line_to_its_last(
+    page: Path, tmp_path: Path, enter_folder: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blocks that begin with the name of a file are that file; all others are run."""
+    names: dict[str, object] = {}
+    for language, text in blocks(page):
+        named = FILE_NAME.match(text)
+        if named:
+            (tmp_path / named[1]).write_text(text)
+        elif language == "python":
+            exec(text, names)
+        elif language != "yaml":
+            for line in commands(language, text):
+                program, *arguments = shlex.split(line)
+                assert program == "tune-amp"
+                capsys.readouterr()
+                assert main(arguments) == 0, capsys.readouterr().err
+            check_output(text, capsys.readouterr().out)
+
+
+def check_output(shown: str, printed: str) -> None:
+    """What a page shows of a command's output has the parts that it has here, and those that no clock changes alike."""
+    parts = [pick_parts(text) for text in (shown, printed)]
+    if parts[0]:
+        assert parts[0] == parts[1]
+
+
+def pick_parts(text: str) -> list[str]:
+    """Of each line that begins a part of the output: the line, or its first word where numbers follow."""
+    found = re.findall(r"^(?:(?:space|searched|files|reuse) .*|#|run|importance|slot)(?= |$)", text, re.MULTILINE)
+    return [" ".join(line.split()) for line in found]

@@ -1,0 +1,67 @@
+"""``scripts/train.py`` on digits, in this process: its flags do what they say, and it leaves what it says it leaves."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from records import PROVENANCE, make_trial
+from safetensors.torch import load_file
+
+from tune_amp.config import TrialConfig
+from tune_amp.data import Dataset
+from tune_amp.results import rank_trials, write_best, write_trials
+from tune_amp.train_command import train_command
+
+
+@pytest.fixture
+def best(tmp_path: Path, digits: Dataset) -> Path:
+    """The best file of a search on digits, whose second configuration differs from the first."""
+    configs = [TrialConfig(dataset="digits", max_epochs=3, lr=lr, batch_size=256) for lr in (3e-3, 1e-3)]
+    trials = [make_trial(f"trial{place}", config=config) for place, config in enumerate(configs, start=1)]
+    provenance = dataclasses.replace(PROVENANCE, dataset="digits", data_hash=digits.content_hash)
+    write_trials(tmp_path, trials, provenance)
+    write_best(tmp_path, rank_trials(trials), provenance)
+    return tmp_path / "best.parquet"
+
+
+def test_training_prints_average_losses_and_the_accuracy_of_one_test(
+    best: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_command([str(best)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert printed.err == ""
+    assert lines[0].startswith(f"rank 1 of {best} on ")
+    assert [re.sub(r"\d\.\d{4}", "X", line) for line in lines[1:4]] == [
+        f"epoch {epoch}/3  average loss X" for epoch in (1, 2, 3)
+    ]
+    output = best.parent / "train-rank1-seed0-epochs3"
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert f"average loss {metrics['epochs'][2]['train_loss']:.4f}" in lines[3]
+    assert lines[4] == f"test accuracy {metrics['test_accuracy']:.2%} on 256 images, in fp32, read once"
+    assert lines[5] == f"saved   {output}: model.safetensors, metrics.json, card.md"
+    assert sorted(path.name for path in output.iterdir()) == ["card.md", "metrics.json", "model.safetensors"]
+    assert (metrics["train_images"], metrics["num_parameters"]) == (1_541, 203_530)
+    card = (output / "card.md").read_text()
+    assert f"Test accuracy {100 * metrics['test_accuracy']:.2f} %" in card
+    assert "rank 1 of 2" in card
+    assert "torch" in card
+
+
+def test_rank_seed_budget_and_folder_are_what_the_flags_say(
+    best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--rank", "2", "--seed", "5", "--max-epochs", "1", "--output", str(tmp_path / "out")]
+    assert train_command([str(best), *flags]) == 0
+    assert "epoch 1/1  average loss" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    config = metrics["config"]
+    assert (metrics["rank"], config["lr"], config["seed"], config["max_epochs"]) == (2, 1e-3, 5, 1)
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "Changed for this training: max_epochs 1 instead of 3, seed 5 instead of 0." in card
+    again = ["--rank", "2", "--seed", "6", "--max-epochs", "1", "--output", str(tmp_path / "other")]
+    assert train_command([str(best), *again]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert not first["1.weight"].equal(second["1.weight"])  # another seed, other weights

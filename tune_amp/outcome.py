@@ -1,0 +1,191 @@
+"""What a search came to, as its own end and ``tune-amp show`` print it: the same lines from the same code.
+
+Imports neither torch nor Ray, so that a run is shown at once, and wherever pyarrow and Optuna are.
+"""
+
+import collections
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tune_amp.config import is_function_name
+from tune_amp.confirmed import ConfirmedRun
+from tune_amp.console import say
+from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
+from tune_amp.ledger import Ledger
+from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
+from tune_amp.ranking import choose_best
+from tune_amp.results import (
+    BestRow,
+    Provenance,
+    TrialRecord,
+    load_best_rows,
+    load_confirmed,
+    load_ledger,
+    load_provenance,
+    load_trials,
+)
+from tune_amp.space import parse_space
+
+RUN_FILES = (
+    "best.parquet",
+    "confirm.parquet",
+    "trials.parquet",
+    "epochs.parquet",
+    "importance.parquet",
+    "space.yaml",
+    "study.journal",
+    "report.html",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is shown of a search that is over."""
+
+    folder: Path
+    """The run folder."""
+    trials: Sequence[TrialRecord]
+    """All of them, in order of submission."""
+    ranked: Sequence[TrialRecord]
+    """The best by the search's own numbers; empty where no trial produced a result."""
+    best: Sequence[BestRow]
+    """As in ``best.parquet``; empty where there is none."""
+    confirmed_runs: Sequence[ConfirmedRun] = ()
+    """Of the best, on fresh seeds."""
+    provenance: Provenance
+    importance: ImportanceResult
+    ledger: Ledger | None
+    """None where the search was killed, or still goes on."""
+    interrupted: bool = False
+    """Whether a signal ended the search; its files do not tell that from a time budget that was used up."""
+    wrap_up_seconds: float | None = None
+    """What followed the last trial's end; None where that is not known any more."""
+    ranking_wanted: bool = False
+    """Whether the search's own ranking is shown even where fresh seeds know better."""
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the best were trained again on fresh seeds."""
+        return any(row.confirmation is not None for row in self.best)
+
+
+def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
+    """What the files of a run tell, which may have been killed: then some are missing.
+
+    Args:
+        folder: the run folder.
+        top_k: how many of the best are ranked; None for as many as the search ranked, or 3 where it was killed.
+
+    Raises:
+        InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file damaged or of another version.
+    """
+    trials = load_trials(folder)
+    provenance = load_provenance(folder / "trials.parquet")
+    best = load_best_rows(folder) if (folder / "best.parquet").exists() else []
+    wanted = top_k is not None
+    if top_k is None:
+        top_k = sum(row.rank is not None for row in best) or 3
+    return Outcome(
+        folder=folder,
+        trials=trials,
+        ranked=choose_best(trials, provenance.objectives, top_k),
+        best=best,
+        confirmed_runs=load_confirmed(folder) if (folder / "confirm.parquet").exists() else (),
+        provenance=provenance,
+        importance=_find_importance(folder, trials, provenance),
+        ledger=load_ledger(folder),
+        ranking_wanted=wanted,
+    )
+
+
+def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
+    """As the search wrote it; else measured as the search would have, which mostly tells why it did not."""
+    if (folder / "importance.parquet").exists():
+        return load_importance(folder)
+    space = parse_space(provenance.space_source, provenance.space_text)
+    train_images, seed = provenance.train_images, provenance.seed
+    return measure_importance(space, trials, provenance.objectives[0], train_images=train_images, seed=seed)
+
+
+def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None, model: str, dataset: str) -> str:
+    """The line that trains the winner: with the same data, and with consent to the user's own code.
+
+    Args:
+        train: the command that trains, such as ``("tune-amp", "train")``.
+        best: ``best.parquet``.
+        data_dir: where the search found its data; None where nobody said.
+        model: of the search.
+        dataset: of the search.
+    """
+    parts = [*train, str(best)]
+    if data_dir is not None:
+        parts += ["--data-dir", data_dir]
+    for flag, name in (("model", model), ("dataset", dataset)):
+        if is_function_name(name):
+            parts += [f"--{flag}", name]
+    return shlex.join(parts)
+
+
+def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
+    """Print counts, ranking and ties or what confirmed them, importance, slot time, files and how to go on.
+
+    Args:
+        console: what was found goes here.
+        outcome: what is shown.
+        reuse: the line that trains the winner.
+        errors: why nothing was found goes here.
+    """
+    console.print(describe_counts(outcome.trials))
+    if outcome.interrupted:
+        console.print("[magenta]interrupted[/]: everything that was reported is kept")
+    if not outcome.ranked:
+        _print_ledger(console, outcome)
+        _print_no_result(errors, outcome)
+        return
+    console.print()
+    if outcome.ranking_wanted or not outcome.is_confirmed or len(outcome.provenance.objectives) > 1:
+        _print_ranking(console, outcome)
+        console.print()
+    if outcome.is_confirmed:
+        _print_confirmed(console, outcome)
+        console.print()
+    say(console, describe_importance(outcome.importance))
+    if any(row.told_from_noise for row in outcome.importance.rows):
+        console.print(render_importance(outcome.importance))
+    console.print()
+    _print_ledger(console, outcome)
+    files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
+    say(console, f"files    {outcome.folder}: {', '.join(files)}")
+    if (outcome.folder / "best.parquet").exists():
+        console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
+
+
+def _print_ranking(console: Console, outcome: Outcome) -> None:
+    console.print(render_ranking(outcome.ranked, outcome.provenance.objectives))
+    ties = describe_ties(outcome.ranked, outcome.provenance)
+    if ties:
+        say(console, ties)
+
+
+def _print_confirmed(console: Console, outcome: Outcome) -> None:
+    """The place of the confirmed table: of ``outcome.best``, ``outcome.confirmed_runs`` and ``outcome.provenance``."""
+
+
+def _print_ledger(console: Console, outcome: Outcome) -> None:
+    if outcome.ledger is None:
+        say(console, "unfinished: the search was killed, or still goes on; this is what it had written", style="yellow")
+        return
+    say(console, render_ledger(outcome.ledger, outcome.wrap_up_seconds))
+
+
+def _print_no_result(console: Console, outcome: Outcome) -> None:
+    """Say why there is no winner: the commonest reasons first."""
+    console.print("[bold red]no trial produced a result[/]:")
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
+    for reason, count in reasons.most_common(3):
+        say(console, f"  {count} {reason}")
+    console.print(f"every trial is in {outcome.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
