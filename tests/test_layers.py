@@ -15,6 +15,8 @@ LAYERS = (
     "ledger",
     "confirmed",
     "intervals",
+    "compared",
+    "compare_page",
     "states",
     "strict_yaml",
     "parameters",
@@ -35,6 +37,7 @@ LAYERS = (
     "ranking",
     "importance",
     "reuse",
+    "compare",
     "session",
     "trainable",
     "stopping",
@@ -47,6 +50,7 @@ LAYERS = (
     "search",
     "search_command",
     "train_command",
+    "compare_command",
     "cli",
 )
 
@@ -57,6 +61,8 @@ THIRD_PARTY = {
     "ledger": set(),
     "confirmed": set(),
     "intervals": {"scipy"},
+    "compared": set(),
+    "compare_page": set(),
     "states": set(),
     "inert": set(),
     "strict_yaml": {"yaml"},
@@ -70,6 +76,7 @@ THIRD_PARTY = {
     "graphs": {"numpy", "torch"},
     "training": {"numpy", "torch"},
     "models": {"torch"},
+    "compare": {"pyarrow", "torch"},
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
 }
