@@ -34,11 +34,13 @@ WARM_UP_IMAGES = 2048
 """Most validation images of a warm-up."""
 LONGEST_WARM_UP_SECONDS = 10.0
 
-TURNS = 3
-TURN_SECONDS = 0.5
-"""Of a cell of the map, as long as its steps are not longer."""
-LONGEST_CELL_SECONDS = 10.0
-"""A cell of which one precision would need more is left out: fp16 convolutions on a CPU without fp16 units."""
+TURNS = 6
+"""Of each precision in a cell of the map. That all six agree by chance has a probability of 3 % (the sign test)."""
+TURN_SECONDS = 0.3
+"""As long as steps are not longer."""
+PILOT_EPOCHS = 2
+LONGEST_CELL_SECONDS = 30.0
+"""A precision that would need more for a cell is left out: fp16 convolutions on a CPU without fp16 units."""
 ENDLESS_EPOCHS = 1_000_000
 """A graph is captured only where enough steps are left."""
 
@@ -137,7 +139,7 @@ def plan_comparison(
         max_epochs: how many epochs; None: the configuration's own, as far as ``budget`` allows.
         budget: seconds for all runs together, where ``max_epochs`` is None.
     """
-    epoch_seconds = {precision: warm_up(config, dataset, device) for precision, config in arms.items()}
+    epoch_seconds = {precision: _warm_up_or_not(config, dataset, device) for precision, config in arms.items()}
     left_out: dict[str, str] = {}
     if max_epochs is None:
         wanted = max(LEAST_EPOCHS, arms[BASELINE].max_epochs)
@@ -165,12 +167,20 @@ def fit_epochs(
     """
     kept, gone = dict(epoch_seconds), []
     while True:
-        affordable = int(budget / (seeds * sum(kept.values())))
+        affordable = int(budget / max(1e-9, seeds * sum(kept.values())))
         if affordable >= LEAST_EPOCHS or len(kept) <= 2:
             return min(wanted, max(LEAST_EPOCHS, affordable)), tuple(gone)
         slowest = max((name for name in kept if name != BASELINE), key=lambda name: kept[name])
         gone.append(slowest)
         del kept[slowest]
+
+
+def _warm_up_or_not(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
+    """Seconds of an epoch; 0 where training fails, which its runs will tell, and not for long."""
+    try:
+        return warm_up(config, dataset, device)
+    except Exception:  # too little memory, or whatever a user's model raises
+        return 0.0
 
 
 def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
@@ -283,7 +293,7 @@ def measure_map(
     models: Sequence[str],
     batch_sizes: Sequence[int],
     precisions: Sequence[str],
-    turn_seconds: float = TURN_SECONDS,
+    turn_seconds: float,
 ) -> Iterator[list[MapCell]]:
     """Time each model at each batch size in every precision for a moment: the precisions of one cell at a time.
 
@@ -297,7 +307,7 @@ def measure_map(
 
 
 def measure_cell(
-    arms: Mapping[str, TrialConfig], dataset: Dataset, device: torch.device, turn_seconds: float = TURN_SECONDS
+    arms: Mapping[str, TrialConfig], dataset: Dataset, device: torch.device, turn_seconds: float
 ) -> list[MapCell]:
     """Prepare every precision, then let them take turns; who begins rotates. Those that cannot run say why."""
     reasons = dict.fromkeys(arms, "")
@@ -334,10 +344,9 @@ def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device
     if device.type != "cpu":
         return None
     epoch_seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, device)
-    pilot_steps, warm_steps = 4, 1
-    steps = pilot_steps + warm_steps + TURNS
-    fits = epoch_seconds * steps * config.batch_size / len(dataset.train) <= LONGEST_CELL_SECONDS
-    return None if fits else f"skipped: an epoch would take about {epoch_seconds:,.0f} s"
+    steps = PILOT_EPOCHS + 1 + TURNS  # the one to warm up
+    seconds = epoch_seconds * steps * config.batch_size / len(dataset.train)
+    return None if seconds <= LONGEST_CELL_SECONDS else f"skipped: {steps} steps would take about {seconds:,.0f} s"
 
 
 class TimedRun:
@@ -377,10 +386,9 @@ class TimedRun:
 def _choose_share(config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> Split:
     """As many training images, in whole batches, as an epoch of about ``turn_seconds`` needs."""
     all_steps = len(dataset.train) // config.batch_size
-    few = _take(dataset.train, min(2, all_steps) * config.batch_size)
+    few = _take(dataset.train, config.batch_size)
     pilot = TrainingRun(config, TrainingData(few, None, dataset.num_classes, device), allow_graph=False)
-    pilot.train_epoch()
-    rate = pilot.train_epoch().samples_per_second
+    rate = [pilot.train_epoch().samples_per_second for _ in range(PILOT_EPOCHS)][-1]
     least = 1 if device.type == "cpu" else WARM_UP_STEPS + 2
     steps = max(least, int(turn_seconds * rate / config.batch_size))
     return _take(dataset.train, min(steps, all_steps) * config.batch_size)

@@ -332,20 +332,20 @@ class Comparison:
         return plan
 
     def _estimate_map(self, precisions: int) -> str:
-        from tune_amp.compare import TURN_SECONDS, TURNS
+        from tune_amp.compare import PILOT_EPOCHS, TURN_SECONDS, TURNS
 
         if not self._wishes.has_map:
             return ""
         models, batch_sizes = self._map_axes()
         cells = len(models) * len(batch_sizes)
-        seconds = cells * precisions * (TURNS + 3) * TURN_SECONDS  # a pilot, an epoch to warm up, and what lies between
+        seconds = cells * precisions * (PILOT_EPOCHS + 1 + TURNS) * TURN_SECONDS
         return f"; then a map of {cells} cells: at least {_clock(seconds)}"
 
     def _map_axes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         return self._wishes.models or (self._config.model,), self._wishes.batch_sizes or (self._config.batch_size,)
 
     def _map_all(self) -> None:
-        from tune_amp.compare import choose_arms, measure_map
+        from tune_amp.compare import TURN_SECONDS, choose_arms, measure_map
 
         if not self._wishes.has_map:
             return
@@ -357,6 +357,7 @@ class Comparison:
             models=models,
             batch_sizes=batch_sizes,
             precisions=tuple(choose_arms(self._config, self._wishes.precisions, self._device)),
+            turn_seconds=TURN_SECONDS,
         ):
             self._cells += cells
             self._write()

@@ -16,6 +16,7 @@ from tune_amp.compared import (
     RatioInterval,
     judge_claims,
     map_ratio,
+    memory_ratio,
     summarise_arm,
 )
 from tune_amp.config import TrialStatus
@@ -59,7 +60,7 @@ def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cel
         _render_claims(origin, runs),
     ]
     if cells:
-        parts += ["## Where AMP is faster and smaller", _render_map(cells), MAP_NOTE]
+        parts += ["## Where AMP is faster and smaller", _sum_up_map(cells), _render_map(cells), MAP_NOTE]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -77,15 +78,24 @@ def describe_settings(origin: ComparisonOrigin) -> str:
     return f"{subject}; in fp16 {scaler}" if scaler else subject
 
 
-def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal too, the first to the left, the others to the right."""
+def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
+    """A Markdown table whose columns line up in a terminal too.
+
+    Args:
+        titles: of the columns.
+        rows: cells without a bar, which would begin the next one.
+        texts: which columns stand to the left; the others, numbers, to the right.
+    """
     widths = [max(3, *(len(row[column]) for row in [titles, *rows])) for column in range(len(titles))]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {' | '.join(_pad(row, widths))} |" for row in [titles, ruler, *rows])
-
-
-def _pad(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+    ruler = ["-" * width if column in texts else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    lines = [
+        [
+            cell.ljust(widths[column]) if column in texts else cell.rjust(widths[column])
+            for column, cell in enumerate(row)
+        ]
+        for row in [titles, ruler, *rows]
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _list_measured(origin: ComparisonOrigin, runs: Sequence[ComparedRun]) -> list[str]:
@@ -195,24 +205,46 @@ def _render_claims(origin: ComparisonOrigin, runs: Sequence[ComparedRun]) -> str
 
 
 def _render_map(cells: Sequence[MapCell]) -> str:
-    titles = ("model", "batch", "precision", "images/s", "speed / fp32", "", "memory / fp32")
+    titles = ("model", "batch", "precision", "images/s", "speed / fp32", "memory / fp32", "")
+    rows = [_map_cells(cell, baseline) for cell, baseline in _pair_cells(cells)]
+    return render_table(titles, rows, texts=(0, 2, 6))
+
+
+def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, MapCell]]:
+    """Each cell with that of fp32."""
     baselines = {(cell.model, cell.batch_size): cell for cell in cells if cell.precision == BASELINE}
-    return render_table(titles, [_map_cells(cell, baselines[cell.model, cell.batch_size]) for cell in cells])
+    return [(cell, baselines[cell.model, cell.batch_size]) for cell in cells]
 
 
 def _map_cells(cell: MapCell, baseline: MapCell) -> tuple[str, ...]:
     head = (cell.model, str(cell.batch_size), cell.precision)
     if cell.reason:
-        return (*head, "", "", cell.reason, "")
+        return (*head, "", "", "", cell.reason.replace("|", "/"))
     rate = f"{statistics.median(cell.turn_rates):,.0f}"
     ratio = map_ratio(cell, baseline)
     if cell is baseline or ratio is None:
         return (*head, rate, "", "", "")
     compared = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    return (*head, rate, compared, ratio.word, _memory_ratio(cell, baseline))
+    memory = memory_ratio(cell, baseline)
+    return (*head, rate, compared, "" if memory is None else f"{memory:.2f}", ratio.word)
 
 
-def _memory_ratio(cell: MapCell, baseline: MapCell) -> str:
-    if not cell.peak_memory_bytes or not baseline.peak_memory_bytes:
-        return ""
-    return f"{cell.peak_memory_bytes / baseline.peak_memory_bytes:.2f}"
+def _sum_up_map(cells: Sequence[MapCell]) -> str:
+    """Of each precision a line: where it is faster and smaller than fp32, and where not."""
+    pairs = [pair for pair in _pair_cells(cells) if pair[0].precision != BASELINE]
+    precisions = dict.fromkeys(cell.precision for cell, _ in pairs)
+    return "\n".join(
+        f"- {precision}: {_list_places([pair for pair in pairs if pair[0].precision == precision])}."
+        for precision in precisions
+    )
+
+
+def _list_places(pairs: Sequence[tuple[MapCell, MapCell]]) -> str:
+    places: dict[str, list[str]] = {}
+    for cell, baseline in pairs:
+        ratio, memory = map_ratio(cell, baseline), memory_ratio(cell, baseline)
+        name = f"{cell.model} at {cell.batch_size}"
+        places.setdefault("not measured" if ratio is None else ratio.word, []).append(name)
+        if memory is not None:
+            places.setdefault("less memory" if memory < 1 else "no less memory", []).append(name)
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in sorted(places.items()))

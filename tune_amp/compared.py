@@ -242,6 +242,13 @@ def map_ratio(cell: MapCell, baseline: MapCell) -> MapRatio | None:
     return MapRatio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
 
 
+def memory_ratio(cell: MapCell, baseline: MapCell) -> float | None:
+    """Peak memory of ``cell`` over that of ``baseline``; None where one of them is not known."""
+    if not cell.peak_memory_bytes or not baseline.peak_memory_bytes:
+        return None
+    return cell.peak_memory_bytes / baseline.peak_memory_bytes
+
+
 def _median_of(runs: Sequence[ComparedRun], name: str) -> float | None:
     values = [getattr(run, name) for run in runs if getattr(run, name) is not None]
     return statistics.median(values) if values else None
