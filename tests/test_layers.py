@@ -16,6 +16,8 @@ LAYERS = (
     "confirmed",
     "intervals",
     "curricula",
+    "compared",
+    "compare_page",
     "states",
     "strict_yaml",
     "parameters",
@@ -38,6 +40,7 @@ LAYERS = (
     "importance",
     "reuse",
     "card",
+    "compare",
     "session",
     "trainable",
     "stopping",
@@ -52,6 +55,7 @@ LAYERS = (
     "search_command",
     "train_command",
     "show_command",
+    "compare_command",
     "cli",
 )
 
@@ -63,6 +67,8 @@ THIRD_PARTY = {
     "confirmed": set(),
     "intervals": {"scipy"},
     "curricula": set(),
+    "compared": set(),
+    "compare_page": set(),
     "states": set(),
     "inert": set(),
     "strict_yaml": {"yaml"},
@@ -80,6 +86,7 @@ THIRD_PARTY = {
     "graphs": {"numpy", "torch"},
     "training": {"numpy", "torch"},
     "models": {"torch"},
+    "compare": {"pyarrow", "torch"},
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
 }

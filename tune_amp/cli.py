@@ -1,9 +1,10 @@
-"""The program ``tune-amp``: ``tune-amp search``, ``tune-amp train`` and ``tune-amp show``."""
+"""The program ``tune-amp``: search, train, compare, show."""
 
 import sys
 from collections.abc import Sequence
 
 from tune_amp import __version__
+from tune_amp.compare_command import compare_command
 from tune_amp.console import EXIT_BAD_INPUT, EXIT_DONE
 from tune_amp.search_command import search_command
 from tune_amp.show_command import show_command
@@ -11,12 +12,17 @@ from tune_amp.train_command import train_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``tune-amp``: search, train, or show.
+    """``tune-amp``: search, train, compare, or show.
 
     Returns:
         The exit code: 0 done, 1 no result, 2 bad input, 130 interrupted.
     """
-    commands = {"search": search_command, "train": train_command, "show": show_command}
+    commands = {
+        "search": search_command,
+        "train": train_command,
+        "compare": compare_command,
+        "show": show_command,
+    }
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments and arguments[0] in commands:
         name = arguments[0]

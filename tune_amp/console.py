@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from tune_amp.config import InputError
+from tune_amp.config import InputError, TrialConfig, is_function_name
 
 if TYPE_CHECKING:
+    import torch
+
     from tune_amp.data import Dataset
 
 EXIT_DONE, EXIT_NO_RESULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -64,3 +66,50 @@ def load_announced(name: str, data_dir: Path | None) -> "Dataset":
     if dataset.notice:
         say(Console(stderr=True, highlight=False), f"NOTE: {dataset.notice}", style="bold yellow")
     return dataset
+
+
+def check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
+    """A file may come from anybody: code that it names runs only where the command line names it too.
+
+    Args:
+        arguments: ``best``, the file; ``model`` and ``dataset``, the flags.
+        config: read from the file.
+
+    Raises:
+        InputError: a flag is missing, or names something else.
+    """
+    for flag, named in (("model", config.model), ("dataset", config.dataset)):
+        given = getattr(arguments, flag)
+        if given is not None and given != named:
+            raise InputError(f"--{flag}: must be {named}, which {arguments.best} was searched with, got {given}")
+        if is_function_name(named) and given is None:
+            raise InputError(f"{arguments.best}: {flag}: names your own code; to run it, add --{flag} {named}")
+
+
+def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dataset":
+    """The data set ``name``, which must be the very data of the search.
+
+    Raises:
+        InputError: it has another hash than ``data_hash``.
+    """
+    dataset = load_announced(name, data_dir)
+    if dataset.content_hash != data_hash:
+        raise InputError(
+            f"--data-dir: must hold the data that the search used (sha256 {data_hash[:12]}...), "
+            f"got other {dataset.name} data (sha256 {dataset.content_hash[:12]}...)"
+        )
+    return dataset
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device of ``--device``: auto, cpu or cuda.
+
+    Raises:
+        InputError: CUDA is asked for and not there.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device: cuda is not available on this machine")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")

@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, format_scale, is_function_name
-from tune_amp.console import EXIT_DONE, EXIT_NO_RESULT, OneLineParser, answer_bad_input, load_announced, say
+from tune_amp.config import InputError, TrialConfig, format_scale
+from tune_amp.console import (
+    EXIT_DONE,
+    EXIT_NO_RESULT,
+    OneLineParser,
+    answer_bad_input,
+    check_consent,
+    choose_device,
+    load_searched_data,
+    say,
+)
 from tune_amp.options import naming_flags
 
 if TYPE_CHECKING:
@@ -56,27 +65,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from tune_amp.results import load_best_record, load_provenance
 
     record = load_best_record(arguments.best, arguments.rank)
-    _check_consent(arguments, record.config)
-    dataset = load_announced(record.config.dataset, arguments.data_dir)
+    check_consent(arguments, record.config)
     provenance = load_provenance(arguments.best)
-    if dataset.content_hash != provenance.data_hash:
-        raise InputError(
-            f"--data-dir: must hold the data that the search used (sha256 {provenance.data_hash[:12]}...), "
-            f"got other {dataset.name} data (sha256 {dataset.content_hash[:12]}...)"
-        )
+    dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
     if arguments.replay:
         return _replay(arguments, record, dataset)
     return _train_final(arguments, record.config, dataset, provenance)
-
-
-def _check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
-    """A file may come from anybody: code that it names runs only where the command line names it too."""
-    for flag, named in (("model", config.model), ("dataset", config.dataset)):
-        given = getattr(arguments, flag)
-        if given is not None and given != named:
-            raise InputError(f"--{flag}: must be {named}, which {arguments.best} was searched with, got {given}")
-        if is_function_name(named) and given is None:
-            raise InputError(f"{arguments.best}: {flag}: names your own code; to run it, add --{flag} {named}")
 
 
 def _train_final(
@@ -89,7 +83,7 @@ def _train_final(
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
-    device = _choose_device(arguments.device)
+    device = choose_device(arguments.device)
     console = Console(highlight=False)
     training = FinalTraining(config, dataset, device)
     with output_folder(arguments.output or _default_output(arguments, config)) as output:
@@ -147,7 +141,7 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
     equal = True
     recorded_on = "cpu" if record.device == "cpu" else "cuda"
-    device = _choose_device(recorded_on if arguments.device == "auto" else arguments.device)
+    device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
     for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
         line = f"{_describe_epoch(metrics, record.config.max_epochs)}  val accuracy {metrics.val_accuracy:.2%}"
         if metrics.epoch in recorded:
@@ -173,15 +167,6 @@ def describe_recalls(recalls: Sequence[float]) -> str:
     shown = ", ".join(f"{label}: {recall:.2%}" for recall, label in found[:MOST_RECALLS])
     left = f", {len(found) - MOST_RECALLS} better ones" if len(found) > MOST_RECALLS else ""
     return f"recall by class, the worst first: {shown}{left}"
-
-
-def _choose_device(name: str) -> "torch.device":
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("--device: cuda is not available on this machine")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
