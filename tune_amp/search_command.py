@@ -38,10 +38,11 @@ from tune_amp.ledger import read_process_age
 from tune_amp.options import SearchOptions, run_folder
 
 if TYPE_CHECKING:
+    from tune_amp.confirm import ConfirmResult
     from tune_amp.data import Dataset
-    from tune_amp.recorder import Observer
     from tune_amp.resources import TrialResources
-    from tune_amp.search import SearchResult
+    from tune_amp.results import Provenance
+    from tune_amp.search import SearchObserver, SearchResult
     from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
 
@@ -56,6 +57,7 @@ SLOW_EPOCH_SECONDS = 120.0
 
 RUN_FILES = (
     "best.parquet",
+    "confirm.parquet",
     "trials.parquet",
     "epochs.parquet",
     "importance.parquet",
@@ -103,13 +105,14 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--gpus-per-trial", "0.25 lets four share a GPU", type=_gpu_share, default="auto", metavar="auto|X")
     add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
     add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
-    add("--time-budget", "interrupt what still runs after so long", type=float, metavar="SECONDS")
+    add("--time-budget", "interrupt trials after so long; confirmation comes on top", type=float, metavar="SECONDS")
     add(
         "--top-k",
         "configurations in best.parquet; for several objectives it holds the Pareto set",
         type=int,
         metavar="N",
     )
+    add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
@@ -148,7 +151,7 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str],
             print(result.best_path)  # noqa: T201
         if arguments.json:
             _print_json_end(stdout, result)
-    if result.interrupted:
+    if result.interrupted or (result.confirmation and result.confirmation.interrupted):
         return EXIT_INTERRUPTED
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
@@ -269,7 +272,7 @@ def _signals_as_ctrl_c() -> Iterator[None]:
 
 def _choose_observer(
     arguments: argparse.Namespace, console: Console, stdout: IO[str]
-) -> "contextlib.AbstractContextManager[Observer]":
+) -> "contextlib.AbstractContextManager[SearchObserver]":
     from tune_amp.monitoring import JsonLines, LiveTable, PlainLines, Quiet
 
     if arguments.json:
@@ -294,8 +297,9 @@ def _print_start(
     if console.quiet:
         return  # nor is a step timed for nothing
     sizes = f"{len(dataset.train):,} training and {len(dataset.validation):,} validation images"
+    reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
-    console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
+    console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
     console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
     for line in _list_inert(space, dataset, options):
         say(console, f"inert      {line}", style="yellow")
@@ -309,7 +313,7 @@ def _print_start(
     if resources.gpus and not torch.cuda.is_available():
         return  # the GPUs are other nodes': nothing here can tell what they lack
     device = torch.device("cuda" if resources.gpus else "cpu")
-    for precision in _list_precisions(space):
+    for precision in space.precisions:
         notice = describe_hardware(precision, device)
         if notice:
             say(console, f"note       {precision}: {notice}", style="yellow")
@@ -342,11 +346,6 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
         say(console, f"slow       {precision}: {text}", style="bold yellow")
 
 
-def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
-    searched = [choice for p in space.parameters if p.name == "precision" for choice in p.choices]
-    return tuple(searched) or (space.fixed.get("precision", TrialConfig().precision),)
-
-
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
     """The line that trains the winner: with the same data, and with consent to the user's own code."""
     if program.startswith("tune-amp"):
@@ -371,7 +370,14 @@ def _name_python() -> str:
 
 def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     from tune_amp.importance import describe_importance
-    from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
+    from tune_amp.monitoring import (
+        describe_counts,
+        describe_plan,
+        describe_ties,
+        render_importance,
+        render_ledger,
+        render_ranking,
+    )
 
     console.print(describe_counts(result.trials))
     if result.interrupted:
@@ -381,19 +387,41 @@ def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
         _print_no_result(result)
         return
     console.print()
-    console.print(render_ranking(result.ranked, result.provenance.objectives))
-    ties = describe_ties(result.ranked, result.provenance)
-    if ties:
-        say(console, ties)
-    console.print()
+    confirmation = result.confirmation
+    if confirmation is None or confirmation.interrupted or len(result.provenance.objectives) > 1:
+        console.print(render_ranking(result.ranked, result.provenance.objectives))
+        ties = describe_ties(result.ranked, result.provenance)
+        if ties:
+            say(console, ties)
+        console.print()
+    if confirmation is not None:
+        _print_confirmation(console, confirmation, result.provenance)
+        console.print()
     say(console, describe_importance(result.importance))
     if any(row.told_from_noise for row in result.importance.rows):
         console.print(render_importance(result.importance))
     console.print()
     say(console, render_ledger(result.ledger, result.wrap_up_seconds))
+    if confirmation is not None and not confirmation.interrupted:
+        say(console, f"confirmed in {confirmation.seconds:.0f} s: {describe_plan(confirmation.progress)}")
     files = [name for name in RUN_FILES if (result.folder / name).exists()]
     say(console, f"files    {result.folder}: {', '.join(files)}")
     console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
+
+
+def _print_confirmation(console: Console, confirmation: "ConfirmResult", provenance: "Provenance") -> None:
+    from tune_amp.confirm_table import print_confirmed
+
+    if confirmation.interrupted:
+        done, total = confirmation.progress.done, confirmation.progress.total
+        console.print(
+            f"[magenta]confirmation interrupted[/]: {done} of {total} runs are kept; the ranking is the search's own",
+            soft_wrap=True,
+        )
+        return
+    print_confirmed(console, confirmation.rows, provenance, confirmation.runs)
+    if confirmation.left_out:
+        say(console, confirmation.left_out, style="yellow")
 
 
 def _print_no_result(result: "SearchResult") -> None:
@@ -417,10 +445,23 @@ def _print_json_start(
 
 
 def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
-    from tune_amp.monitoring import JsonLines, describe_as_json, describe_ledger_as_json
+    from tune_amp.monitoring import (
+        JsonLines,
+        describe_as_json,
+        describe_confirmation_as_json,
+        describe_ledger_as_json,
+    )
 
     ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
     best = str(result.best_path) if ranked else None
     importance = [vars(row) for row in result.importance.rows]
-    found = {"best": ranked, "best_parquet": best, "importance": importance, "interrupted": result.interrupted}
+    found: dict[str, Any] = {
+        "best": ranked,
+        "best_parquet": best,
+        "importance": importance,
+        "interrupted": result.interrupted,
+    }
+    found["confirmation"] = result.confirmation and describe_confirmation_as_json(
+        result.confirmation, result.provenance.objectives[0]
+    )
     JsonLines(stdout).write("result", {**found, "ledger": describe_ledger_as_json(result.ledger)})
