@@ -66,7 +66,7 @@ class SearchSpace:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those that trials can have where their precision is searched or fixed, else TrialConfig's default."""
+        """Those that trials can have: searched, fixed, or else TrialConfig's default."""
         for parameter in self.parameters:
             if parameter.name == "precision":
                 return parameter.choices
