@@ -105,15 +105,31 @@ def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: P
 
 def test_json_lines_tell_every_trial_and_the_result(tmp_path: Path) -> None:
     done = run_script(
-        "search", "quick", "--dataset", "digits", "--num-samples", 2, "--max-epochs", 1, "--json", folder=tmp_path
+        "search",
+        "quick",
+        "--dataset",
+        "digits",
+        "--num-samples",
+        2,
+        "--max-epochs",
+        1,
+        "--top-k",
+        1,
+        "--confirm-seeds",
+        2,
+        "--json",
+        folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["event"] for event in events] == ["start", "trial", "trial", "result"]
+    assert [event["event"] for event in events] == ["start", "trial", "trial", *["confirmed_run"] * 4, "result"]
     best = events[-1]["best"][0]
     assert best["rank"] == 1
     assert best["trial_id"] in {event["trial_id"] for event in events[1:3]}
     assert load_best(tmp_path / events[-1]["best_parquet"]).lr == best["config"]["lr"]
+    confirmed = events[-1]["confirmation"]["confirmed"]
+    assert [(row["rank"], row["trial_id"]) for row in confirmed] == [(1, best["trial_id"]), (None, "default")]
+    assert events[-1]["confirmation"]["gain"]["low"] < events[-1]["confirmation"]["gain"]["high"]
 
 
 def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path) -> None:
