@@ -38,7 +38,19 @@ def read_states(folder: Path, study: str) -> list[TrialState]:
 def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_dir: Path, tmp_path: Path) -> None:
     data = ("--data-dir", mnist_dir)
     done = run_script(
-        "search", "--dataset", "mnist", *data, "--num-samples", 8, "--max-epochs", 2, "--name", "demo", folder=tmp_path
+        "search",
+        "--dataset",
+        "mnist",
+        *data,
+        "--num-samples",
+        8,
+        "--max-epochs",
+        2,
+        "--confirm-seeds",
+        0,
+        "--name",
+        "demo",
+        folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -74,6 +86,7 @@ def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_
 
 def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: Path) -> None:
     arguments = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3, "--name", "small", "--quiet")
+    arguments = (*arguments, "--confirm-seeds", 0)
     done = run_script("search", *arguments, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "results/small/best.parquet\n"
@@ -92,15 +105,31 @@ def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: P
 
 def test_json_lines_tell_every_trial_and_the_result(tmp_path: Path) -> None:
     done = run_script(
-        "search", "quick", "--dataset", "digits", "--num-samples", 2, "--max-epochs", 1, "--json", folder=tmp_path
+        "search",
+        "quick",
+        "--dataset",
+        "digits",
+        "--num-samples",
+        2,
+        "--max-epochs",
+        1,
+        "--top-k",
+        1,
+        "--confirm-seeds",
+        2,
+        "--json",
+        folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [event["event"] for event in events] == ["start", "trial", "trial", "result"]
+    assert [event["event"] for event in events] == ["start", "trial", "trial", *["confirmed_run"] * 4, "result"]
     best = events[-1]["best"][0]
     assert best["rank"] == 1
     assert best["trial_id"] in {event["trial_id"] for event in events[1:3]}
     assert load_best(tmp_path / events[-1]["best_parquet"]).lr == best["config"]["lr"]
+    confirmed = events[-1]["confirmation"]["confirmed"]
+    assert [(row["rank"], row["trial_id"]) for row in confirmed] == [(1, best["trial_id"]), (None, "default")]
+    assert events[-1]["confirmation"]["gain"]["low"] < events[-1]["confirmation"]["gain"]["high"]
 
 
 def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path) -> None:
@@ -154,7 +183,7 @@ def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: sig
 
 def test_a_search_whose_reader_is_gone_goes_on_to_its_end(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
-    command += ["--num-samples", "3", "--max-epochs", "1", "--name", "piped", "--json"]
+    command += ["--num-samples", "3", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "piped", "--json"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

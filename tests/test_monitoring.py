@@ -13,6 +13,8 @@ from rich.console import Console, RenderableType
 
 from tune_amp import monitoring
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
+from tune_amp.confirm import ConfirmProgress, ConfirmResult
+from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, ParameterImportance
 from tune_amp.ledger import Ledger
 from tune_amp.monitoring import (
@@ -21,16 +23,19 @@ from tune_amp.monitoring import (
     PlainLines,
     Quiet,
     describe_as_json,
+    describe_confirmation_as_json,
     describe_counts,
     describe_ledger_as_json,
     describe_ties,
     describe_time,
     describe_trial,
+    render_confirmation,
     render_importance,
     render_ledger,
     render_progress,
     render_ranking,
 )
+from tune_amp.ranking import rank_confirmed
 from tune_amp.recorder import SearchProgress
 from tune_amp.results import TrialRecord
 
@@ -362,3 +367,84 @@ def test_loss_scale_is_written_as_a_power_of_two_where_it_is_one(scale: float | 
 
 def test_nan_scale_is_written_as_nan() -> None:
     assert format_scale(math.nan) == "nan"
+
+
+# The confirmation
+
+
+def make_confirmed(trial_id: str, seed: int, accuracy: float | None, **changes: Any) -> ConfirmedRun:
+    values: dict[str, Any] = {"status": TrialStatus.COMPLETED, "val_loss": 0.1, "test_accuracy": 0.9, **changes}
+    return ConfirmedRun(trial_id=trial_id, seed=seed, val_accuracy=accuracy, **values)
+
+
+CONFIRMED = (
+    make_confirmed("a", 1000, 0.97),
+    make_confirmed("a", 1001, 0.98),
+    make_confirmed(DEFAULT_ID, 1000, None, status=TrialStatus.DIVERGED, error="diverged: weights are not finite"),
+)
+
+
+def make_confirmation(*runs: ConfirmedRun) -> ConfirmProgress:
+    names = {"a": f"{NAME}[/]", DEFAULT_ID: DEFAULT_ID}
+    return ConfirmProgress(
+        run="quick-1", seeds=(1000, 1001), names=names, total=4, done=len(runs), runs=runs, started=time.monotonic()
+    )
+
+
+def test_live_view_of_a_confirmation_shows_each_configuration_with_its_mean_so_far() -> None:
+    text = show(render_confirmation(make_confirmation(*CONFIRMED)))
+    assert "quick-1  3 of 4 runs on fresh seeds" in text
+    assert [f"{NAME}[/]", "2/2", "97.50%"] in words(text)
+    assert [DEFAULT_ID, "1/2", "1", "failed"] in words(text)
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_live_table_goes_on_from_the_search_to_its_confirmation() -> None:
+    table = LiveTable(Console(file=io.StringIO(), width=80))
+    table.on_progress(make_progress(run="first"), None)
+    table.on_confirmation(make_confirmation(), None)
+    assert "0 of 4 runs on fresh seeds" in show(table._render())
+
+
+def test_plain_lines_tell_the_plan_and_each_run_that_ended() -> None:
+    stream = io.StringIO()
+    lines = PlainLines(Console(file=stream, width=80))
+    lines.on_confirmation(make_confirmation(), None)
+    lines.on_confirmation(make_confirmation(*CONFIRMED[:1]), CONFIRMED[0])
+    lines.on_confirmation(make_confirmation(*CONFIRMED), CONFIRMED[2])
+    assert stream.getvalue().splitlines() == [
+        "confirming 2 configurations on seeds 1000, 1001: 4 runs",
+        f"[confirm 1/4] {NAME}[/]  seed 1000  completed  val_accuracy 97.00%",
+        "[confirm 3/4] default  seed 1000  diverged  diverged: weights are not finite",
+    ]
+
+
+def test_json_lines_tell_each_run_and_the_result_what_was_confirmed() -> None:
+    stream = io.StringIO()
+    observer = JsonLines(stream)
+    observer.on_confirmation(make_confirmation(), None)
+    observer.on_confirmation(make_confirmation(*CONFIRMED), CONFIRMED[2])
+    [event] = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (event["event"], event["trial_id"], event["seed"]) == ("confirmed_run", DEFAULT_ID, 1000)
+    assert (event["status"], event["val_accuracy"], event["test_recalls"]) == ("diverged", None, [])
+
+    runs = [*CONFIRMED[:2], make_confirmed(DEFAULT_ID, 1000, 0.90), make_confirmed(DEFAULT_ID, 1001, 0.92)]
+    default = make_trial(DEFAULT_ID, config=TrialConfig(), epochs=())
+    result = ConfirmResult(
+        rows=rank_confirmed([make_scored("a", 0.99)], default, runs, ["val_accuracy"]),
+        runs=runs,
+        progress=make_confirmation(*runs),
+        left_out=None,
+        seconds=1.5,
+    )
+    found = describe_confirmation_as_json(result, "val_accuracy")
+    observer.write("result", found)  # JSON can hold it
+    assert [(row["rank"], row["trial_id"]) for row in found["confirmed"]] == [(1, "a"), (None, DEFAULT_ID)]
+    assert found["confirmed"][0]["val_accuracy_mean"] == pytest.approx(0.975)
+    assert found["gain"]["difference"] == pytest.approx(0.065)
+    assert (found["seconds"], found["interrupted"]) == (1.5, False)
+
+
+def test_quiet_says_nothing_of_a_confirmation(capsys: pytest.CaptureFixture[str]) -> None:
+    Quiet().on_confirmation(make_confirmation(*CONFIRMED), CONFIRMED[0])
+    assert capsys.readouterr() == ("", "")

@@ -34,6 +34,8 @@ def test_defaults_are_valid_and_stay_so_once_they_are_filled_in(objective: str) 
         {"time_budget": 0.1},
         {"objective": "val_loss", "model": "package.module:function", "seed": 2**63 - 1},
         {"top_k": 50, "num_samples": 2},
+        {"confirm_seeds": 0},
+        {"confirm_seeds": 2},
         {"objective": "val_loss,val_accuracy,peak_memory_bytes"},
         {"objective": "val_accuracy,train_seconds", "sampler": "tpe", "scheduler": "none"},
         {"sampler": "cmaes", "scheduler": "hyperband"},
@@ -84,6 +86,8 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ({"time_budget": -5.0}, "--time-budget: must be greater than 0, got -5.0"),
         ({"time_budget": NAN}, "--time-budget: must be greater than 0, got nan"),
         ({"top_k": 0}, "--top-k: must be at least 1, got 0"),
+        ({"confirm_seeds": 1}, "--confirm-seeds: must be 0, or at least 2: one seed has no interval, got 1"),
+        ({"confirm_seeds": -1}, "--confirm-seeds: must be 0, or at least 2: one seed has no interval, got -1"),
     ],
 )
 def test_option_that_breaks_its_rule_is_named_by_its_flag(options: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from optuna.trial import TrialState
 from records import make_trial
 
 from tune_amp.config import InputError, TrialConfig, TrialStatus
+from tune_amp.confirm import ConfirmProgress
+from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
@@ -74,7 +77,7 @@ def search_and_check(
     result = run_search(
         load_space(str(source)),
         dataset,
-        SearchOptions(**{"num_samples": 4, "max_epochs": 2, "gpus_per_trial": 0.0, **options}),
+        SearchOptions(**{"num_samples": 4, "max_epochs": 2, "gpus_per_trial": 0.0, "confirm_seeds": 0, **options}),
         folder=folder / "run",
         observer=observer,
         command=("scripts/search.py", "--seed", "3"),
@@ -99,6 +102,7 @@ def check_consistency(result: SearchResult) -> None:
     assert sum(result.ledger.seconds.values()) == pytest.approx(result.ledger.slot_seconds, rel=0.01)
     assert load_ledger(result.folder) == result.ledger
     assert list(result.folder.glob(".*")) == []  # no half-written file
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Tune leaves its own behind
 
 
 def load_study(folder: Path) -> optuna.Study:
@@ -126,6 +130,9 @@ class Visitor:
                 request = urllib.request.Request(f"{self.session.dashboard_url}{path}", headers=headers)
                 with urllib.request.urlopen(request, timeout=20) as answer:
                     self.answers[path] = json.load(answer)
+
+    def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
+        pytest.fail("no search here is confirmed")
 
     @property
     def most_running(self) -> int:
@@ -328,12 +335,36 @@ def test_search_in_which_nothing_succeeds_has_no_winner_and_no_best_file(
     assert visitor.most_running == 1  # a whole GPU each, and Ray believes in one
 
 
+SOCIABLE_MODEL = """
+import os
+import pathlib
+import time
+from torch import nn
+
+def net(input_shape, num_classes):
+    if "RAY_JOB_ID" in os.environ:  # a worker's, not the driver's look at the model
+        folder = pathlib.Path({folder!r})
+        (folder / str(os.getpid())).touch()
+        patience = time.monotonic() + 120
+        while len(list(folder.iterdir())) < 2:
+            if time.monotonic() > patience:
+                raise RuntimeError("no other trial came")
+            time.sleep(0.01)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a GPU that is not there")
 @pytest.mark.usefixtures("session")
-def test_trials_share_a_gpu_and_train_on_the_cpu_where_torch_sees_none(search: Search) -> None:
+def test_trials_share_a_gpu_and_train_on_the_cpu_where_torch_sees_none(
+    search: Search, write_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """The first trial waits for the second to come: on a busy machine it would be over before that."""
+    (tmp_path / "workers").mkdir()
+    module = write_module(SOCIABLE_MODEL.format(folder=str(tmp_path / "workers")))
     visitor = Visitor()
-    result = search(SPACE, visitor, num_samples=3, gpus_per_trial=0.5)
+    result = search(SPACE, visitor, num_samples=3, gpus_per_trial=0.5, model=f"{module}:net")
     assert visitor.most_running == 2
     assert {trial.device for trial in result.trials} == {"cpu"}
     assert {trial.status for trial in result.trials} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED}

@@ -469,7 +469,13 @@ def test_our_record_of_a_trial_that_asha_stopped_counts_over_all_of_its_epochs(d
         load_space(str(tmp_path / "space.yaml")),
         digits,
         SearchOptions(
-            num_samples=2, max_epochs=5, grace_period=2, max_concurrent=1, gpus_per_trial=0.0, seed=SEED_WITH_BAD
+            num_samples=2,
+            max_epochs=5,
+            grace_period=2,
+            max_concurrent=1,
+            gpus_per_trial=0.0,
+            seed=SEED_WITH_BAD,
+            confirm_seeds=0,
         ),
         folder=tmp_path / "run",
         observer=Quiet(),

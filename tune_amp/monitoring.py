@@ -2,10 +2,12 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,13 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_amp.config import TrainingState, TrialStatus, format_scale
+from tune_amp.confirm_table import settings_cells
+from tune_amp.confirmed import ConfirmedRun
 from tune_amp.importance import ImportanceResult
 from tune_amp.ledger import Ledger, TimeKind
-from tune_amp.ranking import choose_best, count_ties
+from tune_amp.ranking import choose_best, count_ties, measure_gain
 from tune_amp.results import Provenance, TrialRecord
 
-if TYPE_CHECKING:
-    from tune_amp.recorder import SearchProgress  # brings Ray, which a finished run is shown without
+if TYPE_CHECKING:  # both bring Ray, which a finished run is shown without
+    from tune_amp.confirm import ConfirmProgress, ConfirmResult
+    from tune_amp.recorder import SearchProgress
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",
@@ -43,9 +48,9 @@ class LiveTable:
     """
 
     def __init__(self, console: Console) -> None:
-        self._progress: SearchProgress | None = None
+        self._draw: Callable[[], RenderableType] = functools.partial(Text, "starting workers ...", style="dim")
         # A function, not a table: the clock moves on between reports.
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._live = Live(console=console, get_renderable=lambda: self._draw(), refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "LiveTable":
         self._live.start()
@@ -56,12 +61,11 @@ class LiveTable:
 
     def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Show this from the next redraw on."""
-        self._progress = progress
+        self._draw = functools.partial(render_progress, progress)
 
-    def _render(self) -> RenderableType:
-        if self._progress is None:
-            return Text("starting workers ...", style="dim")
-        return render_progress(self._progress)
+    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
+        """Show this from the next redraw on."""
+        self._draw = functools.partial(render_confirmation, progress)
 
 
 class PlainLines:
@@ -77,6 +81,13 @@ class PlainLines:
             line = f"[{number}/{progress.num_samples}] {describe_trial(ended)}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
+        """Print the run that ended."""
+        line = f"confirming {describe_plan(progress)}"
+        if ended is not None:
+            line = f"[confirm {progress.done}/{progress.total}] {describe_run(progress, ended)}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
 
 class JsonLines:
     """A JSON object a line for every trial that ends: for programs."""
@@ -89,6 +100,11 @@ class JsonLines:
         if ended is not None:
             self.write("trial", describe_as_json(ended))
 
+    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
+        """Write the run that ended."""
+        if ended is not None:
+            self.write("confirmed_run", vars(ended))
+
     def write(self, event: str, fields: dict[str, Any]) -> None:
         """Write one event. Numbers that JSON does not know (NaN, infinity) become null."""
         self._stream.write(json.dumps({"event": event, **_finite(fields)}, allow_nan=False) + "\n")
@@ -99,6 +115,9 @@ class Quiet:
     """Shows nothing."""
 
     def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
+        """Stay silent."""
+
+    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
         """Stay silent."""
 
 
@@ -113,6 +132,26 @@ def render_progress(progress: "SearchProgress") -> RenderableType:
     best = choose_best(ended, progress.objectives[:1], 1)
     best_line = Text("best so far  ") + (Text(describe_trial(best[0]), "green") if best else Text("none yet", "dim"))
     return Group(headline, _render_running(progress), best_line, render_counts(progress))
+
+
+def render_confirmation(progress: "ConfirmProgress") -> RenderableType:
+    """The live view of a confirmation: a headline, and each configuration with its mean so far."""
+    spent = _clock(time.monotonic() - progress.started)
+    headline = Text.assemble(
+        (progress.run, "bold"),
+        f"  {progress.done} of {progress.total} runs on fresh seeds  ",
+        (f"{spent} spent", "cyan"),
+    )
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("confirming", "runs", "val acc", ""):
+        table.add_column(name, justify="left" if name in ("confirming", "") else "right")
+    for trial_id, name in progress.names.items():
+        runs = [run for run in progress.runs if run.trial_id == trial_id]
+        accuracies = [run.val_accuracy for run in runs if run.val_accuracy is not None]
+        mean = _number(statistics.fmean(accuracies), ".2%") if accuracies else ""
+        failed = Text("" if len(accuracies) == len(runs) else f"{len(runs) - len(accuracies)} failed", "red")
+        table.add_row(Text(name), f"{len(runs)}/{len(progress.seeds)}", mean, failed)
+    return Group(headline, table)
 
 
 def render_counts(progress: "SearchProgress") -> Text:
@@ -150,7 +189,7 @@ def render_ranking(ranked: Sequence[TrialRecord], objectives: Sequence[str] = ()
     for rank, trial in enumerate(ranked, start=1):
         costs = [_cost(trial, name) for name in extra] or [_clock(trial.wall_seconds)]
         style = "green" if rank == 1 and not extra else None  # of a Pareto set none is the winner
-        table.add_row(str(rank), *_settings_cells(trial), *_outcome_cells(trial), *costs, style=style)
+        table.add_row(str(rank), *settings_cells(trial.config), *_outcome_cells(trial), *costs, style=style)
     return table
 
 
@@ -224,6 +263,20 @@ def describe_trial(trial: TrialRecord) -> str:
     return "  ".join(parts)
 
 
+def describe_plan(progress: "ConfirmProgress") -> str:
+    """What will be confirmed, and on which seeds."""
+    seeds = ", ".join(map(str, progress.seeds))
+    return f"{len(progress.names)} configurations on seeds {seeds}: {progress.total} runs"
+
+
+def describe_run(progress: "ConfirmProgress", run: ConfirmedRun) -> str:
+    """One line: whose run, on which seed, how it ended."""
+    parts = [progress.names[run.trial_id], f"seed {run.seed}", str(run.status)]
+    if run.val_accuracy is not None:
+        parts.append(f"val_accuracy {run.val_accuracy:.2%}")
+    return "  ".join([*parts, *([run.error] if run.error else [])])
+
+
 def describe_time(progress: "SearchProgress") -> str:
     """Time spent and, from the second trial on, an estimate of what is left."""
     spent = time.monotonic() - progress.started
@@ -244,6 +297,18 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
     last = {} if trial.last is None else {k: v for k, v in vars(trial.last).items() if not isinstance(v, tuple)}
     identity = {"trial_id": trial.trial_id, "trial_name": trial.trial_name, "status": str(trial.status)}
     return {**identity, "error": trial.error, "config": config, "metrics": last}
+
+
+def describe_confirmation_as_json(result: "ConfirmResult", objective: str) -> dict[str, Any]:
+    """A confirmation as JSON shows it: what it found of each configuration, best first, and of searching."""
+    confirmed = [
+        {"rank": row.rank, "trial_id": row.trial.trial_id, **vars(row.confirmation)}
+        for row in result.rows
+        if row.confirmation is not None
+    ]
+    gain = measure_gain(result.rows, result.runs, objective)
+    found = {"confirmed": confirmed, "gain": None if gain is None else dataclasses.asdict(gain)}
+    return {**found, "left_out": result.left_out, "seconds": result.seconds, "interrupted": result.interrupted}
 
 
 def _render_running(progress: "SearchProgress") -> Table:
@@ -268,12 +333,6 @@ def _running_cells(trial: TrialRecord) -> tuple[RenderableType, ...]:
         Text(SCALE_REMARKS.get(TrainingState(last.state), ""), "yellow"),
         str(last.skipped_steps),
     )
-
-
-def _settings_cells(trial: TrialRecord) -> tuple[str, ...]:
-    config = trial.config
-    interval = "" if config.growth_interval is None else str(config.growth_interval)
-    return (f"{config.lr:.2e}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
 
 
 def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:

@@ -52,6 +52,8 @@ class SearchOptions:
     """Seconds after which trials are interrupted, or None."""
     top_k: int = 3
     """Configurations written to ``best.parquet``."""
+    confirm_seeds: int = 3
+    """Fresh seeds on which the best are trained again; 0: they are not."""
 
     def __post_init__(self) -> None:
         with naming_flags():
@@ -67,6 +69,8 @@ class SearchOptions:
         positive = self.time_budget is None or self.time_budget > 0
         _check_flag("--time-budget", self.time_budget, positive, "must be greater than 0")
         _check_flag("--top-k", self.top_k, self.top_k >= 1, "must be at least 1")
+        rule = "must be 0, or at least 2: one seed has no interval"
+        _check_flag("--confirm-seeds", self.confirm_seeds, self.confirm_seeds == 0 or self.confirm_seeds >= 2, rule)
 
     @property
     def objectives(self) -> tuple[str, ...]:

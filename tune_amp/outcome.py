@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tune_amp.config import is_function_name
+from tune_amp.confirm_table import print_confirmed
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.console import say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
@@ -64,6 +65,8 @@ class Outcome:
     """Whether a signal ended the search; its files do not tell that from a time budget that was used up."""
     wrap_up_seconds: float | None = None
     """What followed the last trial's end; None where that is not known any more."""
+    confirm_seconds: float | None = None
+    """What fresh seeds took; None where there were none, or that is not known any more."""
     ranking_wanted: bool = False
     """Whether the search's own ranking is shown even where fresh seeds know better."""
 
@@ -151,13 +154,19 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
         _print_ranking(console, outcome)
         console.print()
     if outcome.is_confirmed:
-        _print_confirmed(console, outcome)
+        print_confirmed(console, outcome.best, outcome.provenance, outcome.confirmed_runs)
+        console.print()
+    elif outcome.confirmed_runs or outcome.confirm_seconds is not None:
+        kept = f"{len(outcome.confirmed_runs)} runs are kept; the ranking is the search's own"
+        console.print(f"[magenta]confirmation interrupted[/]: {kept}", soft_wrap=True)
         console.print()
     say(console, describe_importance(outcome.importance))
     if any(row.told_from_noise for row in outcome.importance.rows):
         console.print(render_importance(outcome.importance))
     console.print()
     _print_ledger(console, outcome)
+    if outcome.is_confirmed:
+        say(console, _describe_runs(outcome))
     files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
     say(console, f"files    {outcome.folder}: {', '.join(files)}")
     if (outcome.folder / "best.parquet").exists():
@@ -171,8 +180,12 @@ def _print_ranking(console: Console, outcome: Outcome) -> None:
         say(console, ties)
 
 
-def _print_confirmed(console: Console, outcome: Outcome) -> None:
-    """The place of the confirmed table: of ``outcome.best``, ``outcome.confirmed_runs`` and ``outcome.provenance``."""
+def _describe_runs(outcome: Outcome) -> str:
+    """How many configurations were trained on which fresh seeds, and how long that took where it is known."""
+    seeds = sorted({run.seed for run in outcome.confirmed_runs})
+    count = len({run.trial_id for run in outcome.confirmed_runs})
+    took = "" if outcome.confirm_seconds is None else f" in {outcome.confirm_seconds:.0f} s"
+    return f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}"
 
 
 def _print_ledger(console: Console, outcome: Outcome) -> None:

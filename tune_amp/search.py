@@ -4,17 +4,19 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import sys
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
+from tune_amp.confirm import ConfirmObserver, ConfirmResult, confirm, plan_confirmation, train_on_slots
 from tune_amp.data import Dataset
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.ledger import Ledger
@@ -29,13 +31,14 @@ from tune_amp.shares import find_largest
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import build_scheduler
 from tune_amp.storage import prepare_storage
-from tune_amp.trainable import AmpTrainable, LargerShareNeeded, WorkerSetup
+from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
 SPACE_FILE = "space.yaml"
 
-# A worker that dies (killed, a segmentation fault, a lost node) is no fault of the settings: the trial is tried again.
-WORKER_RETRIES = 2
+
+class SearchObserver(Observer, ConfirmObserver, Protocol):
+    """Shows a search, and then its confirmation, to its user."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class SearchResult:
     """The run folder: ``trials.parquet``, ``epochs.parquet``, ``space.yaml``, ``best.parquet`` if any trial counts."""
     trials: Sequence[TrialRecord]
     ranked: Sequence[TrialRecord]
-    """The best first, at most ``top_k``, or the Pareto set; empty where no trial produced a result."""
+    """The best first, as in ``best.parquet``: at most ``top_k``, or the Pareto set; empty where none has a result."""
     importance: ImportanceResult
     """Which parameters mattered for the first objective, as written to ``importance.parquet``, or why none is told."""
     provenance: Provenance
@@ -56,6 +59,8 @@ class SearchResult:
     """What the slots spent their time on, until the last trial was over."""
     wrap_up_seconds: float
     """From then until everything was written and the importance of the parameters measured."""
+    confirmation: ConfirmResult | None = None
+    """What fresh seeds say of the best, or None where they were not asked."""
 
     @property
     def best_path(self) -> Path:
@@ -69,7 +74,7 @@ def run_search(
     options: SearchOptions,
     *,
     folder: Path,
-    observer: Observer,
+    observer: SearchObserver,
     command: Sequence[str] = (),
     storage_path: str | None = None,
     started: float | None = None,
@@ -78,7 +83,8 @@ def run_search(
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
-    Call it inside ``session.ray_session``. Trials see the training and validation split only.
+    Call it inside ``session.ray_session``. Trials see the training and validation split only. Unless it was
+    interrupted, the best are then confirmed on fresh seeds: see ``confirm``.
 
     Args:
         space: what is searched.
@@ -155,7 +161,7 @@ def run_search(
             verbose=0,
         ),
     )
-    with _written_at_the_end(searcher, recorder):
+    with _written_at_the_end(searcher, recorder), _keeping_ctrl_c():
         tuner.fit()
     storage.remove_checkpoints()
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
@@ -168,7 +174,7 @@ def run_search(
         write_importance(folder, importance, provenance)
     ledger = recorder.ledger
     assert ledger is not None  # the search is over
-    return SearchResult(
+    result = SearchResult(
         folder=folder,
         trials=recorder.trials,
         ranked=ranked,
@@ -178,6 +184,30 @@ def run_search(
         ledger=ledger,
         wrap_up_seconds=time.monotonic() - begin - ledger.wall_seconds,
     )
+    if not options.confirm_seeds or not ranked or result.interrupted:
+        return result
+    return _confirm(result, space, dataset, options, resources, observer)
+
+
+def _confirm(
+    result: SearchResult,
+    space: SearchSpace,
+    dataset: Dataset,
+    options: SearchOptions,
+    resources: TrialResources,
+    observer: ConfirmObserver,
+) -> SearchResult:
+    plan = plan_confirmation(result.ranked, space, dataset, options)
+    confirmation = confirm(
+        plan,
+        train_on_slots(plan.jobs, dataset, resources),
+        folder=result.folder,
+        provenance=result.provenance,
+        num_threads=resources.cpus,
+        observer=observer,
+    )
+    ranked = [row.trial for row in confirmation.rows if row.rank is not None]
+    return dataclasses.replace(result, ranked=ranked or result.ranked, confirmation=confirmation)
 
 
 def list_shared(dataset: Dataset, options: SearchOptions) -> dict[str, Any]:
@@ -244,15 +274,7 @@ def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
 
 def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrainable]:
     """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
-    worker_setup = WorkerSetup(
-        train=dataset.train,
-        validation=dataset.validation,
-        num_classes=dataset.num_classes,
-        num_threads=resources.cpus,
-        search_path=tuple(sys.path),
-        gpu_share=resources.gpus,
-    )
-    with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
+    with_data = tune.with_parameters(AmpTrainable, worker_setup=build_worker_setup(dataset, resources))
     trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
     # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
     trainable.__qualname__ = AmpTrainable.__qualname__
@@ -332,3 +354,14 @@ def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterato
             recorder.finish()
         finally:
             searcher.close()
+
+
+@contextlib.contextmanager
+def _keeping_ctrl_c() -> Iterator[None]:
+    """Tune leaves its own answer to Ctrl-C behind, which after a search would swallow the first."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)

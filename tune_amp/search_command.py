@@ -37,9 +37,8 @@ from tune_amp.options import SearchOptions, naming_flags, run_folder
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
-    from tune_amp.recorder import Observer
     from tune_amp.resources import TrialResources
-    from tune_amp.search import SearchResult
+    from tune_amp.search import SearchObserver, SearchResult
     from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
     from tune_amp.warm_start import Donor
@@ -95,7 +94,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--gpus-per-trial", "0.25 lets four share a GPU", type=_gpu_share, default="auto", metavar="auto|X")
     add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
     add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
-    add("--time-budget", "interrupt what still runs after so long", type=float, metavar="SECONDS")
+    add("--time-budget", "interrupt trials after so long; confirmation comes on top", type=float, metavar="SECONDS")
     add(
         "--top-k",
         "configurations in best.parquet; for several objectives it holds the Pareto set",
@@ -103,6 +102,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
         metavar="N",
     )
     add("--warm-start", "begin with what an earlier run found: its folder or Parquet file", type=Path, metavar="PATH")
+    add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
@@ -147,7 +147,7 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str],
             print(result.best_path)  # noqa: T201
         if arguments.json:
             _print_json_end(stdout, result)
-    if result.interrupted:
+    if result.interrupted or (result.confirmation and result.confirmation.interrupted):
         return EXIT_INTERRUPTED
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
@@ -277,7 +277,7 @@ def _signals_as_ctrl_c() -> Iterator[None]:
 
 def _choose_observer(
     arguments: argparse.Namespace, console: Console, stdout: IO[str]
-) -> "contextlib.AbstractContextManager[Observer]":
+) -> "contextlib.AbstractContextManager[SearchObserver]":
     from tune_amp.monitoring import JsonLines, LiveTable, PlainLines, Quiet
 
     if arguments.json:
@@ -303,8 +303,9 @@ def _print_start(
     if console.quiet:
         return  # nor is a step timed for nothing
     sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
+    reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
-    console.print(f"{subject}: {sizes}; the test set stays unread", soft_wrap=True)
+    console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
     console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
     for line in _list_inert(space, dataset, options):
         say(console, f"inert      {line}", style="yellow")
@@ -318,7 +319,7 @@ def _print_start(
     if resources.gpus and not torch.cuda.is_available():
         return  # the GPUs are other nodes': nothing here can tell what they lack
     device = torch.device("cuda" if resources.gpus else "cpu")
-    for precision in _list_precisions(space):
+    for precision in space.precisions:
         notice = describe_hardware(precision, device)
         if notice:
             say(console, f"note       {precision}: {notice}", style="yellow")
@@ -351,11 +352,6 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
         say(console, f"slow       {precision}: {text}", style="bold yellow")
 
 
-def _list_precisions(space: "SearchSpace") -> tuple[str, ...]:
-    searched = [choice for p in space.parameters if p.name == "precision" for choice in p.choices]
-    return tuple(searched) or (space.fixed.get("precision", TrialConfig().precision),)
-
-
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
     from tune_amp.outcome import name_reuse_command
 
@@ -377,17 +373,22 @@ def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     from tune_amp.outcome import Outcome, print_outcome
     from tune_amp.results import rank_trials
 
+    confirmation = result.confirmation
     outcome = Outcome(
         folder=result.folder,
         trials=result.trials,
         ranked=result.ranked,
-        best=rank_trials(result.ranked),
+        best=confirmation.rows if confirmation and not confirmation.interrupted else rank_trials(result.ranked),
+        confirmed_runs=confirmation.runs if confirmation else (),
         provenance=result.provenance,
         importance=result.importance,
         ledger=result.ledger,
         interrupted=result.interrupted,
         wrap_up_seconds=result.wrap_up_seconds,
+        confirm_seconds=confirmation.seconds if confirmation else None,
     )
+    if confirmation and confirmation.left_out:
+        say(console, confirmation.left_out, style="yellow")
     # Why there is no winner is said whatever the verbosity.
     print_outcome(console, outcome, reuse, errors=Console(stderr=True, highlight=False))
 
@@ -409,10 +410,23 @@ def _print_json_start(
 
 
 def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
-    from tune_amp.monitoring import JsonLines, describe_as_json, describe_ledger_as_json
+    from tune_amp.monitoring import (
+        JsonLines,
+        describe_as_json,
+        describe_confirmation_as_json,
+        describe_ledger_as_json,
+    )
 
     ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
     best = str(result.best_path) if ranked else None
     importance = [vars(row) for row in result.importance.rows]
-    found = {"best": ranked, "best_parquet": best, "importance": importance, "interrupted": result.interrupted}
+    found: dict[str, Any] = {
+        "best": ranked,
+        "best_parquet": best,
+        "importance": importance,
+        "interrupted": result.interrupted,
+    }
+    found["confirmation"] = result.confirmation and describe_confirmation_as_json(
+        result.confirmation, result.provenance.objectives[0]
+    )
     JsonLines(stdout).write("result", {**found, "ledger": describe_ledger_as_json(result.ledger)})

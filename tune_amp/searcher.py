@@ -319,8 +319,12 @@ def find_cause(trial: Any) -> str:
     if path is None or not Path(path).exists():
         return "its worker died, and Ray left no reason"
     text = _ANSI.sub("", Path(path).read_text(errors="replace"))
-    last_attempt = _ATTEMPT.split(text)[-1]  # Tune appends
-    lines = [line.strip() for line in last_attempt.splitlines() if line.strip()]
+    return find_reason(_ATTEMPT.split(text)[-1])  # Tune appends
+
+
+def find_reason(text: str) -> str:
+    """The line of an error of Ray's that says what happened: the last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     # The memory monitor's report begins with what happened, and ends in a paragraph of advice.
     reasons = [line for line in lines if OUT_OF_MEMORY_SIGN in line] or lines[-1:] or ["its worker died"]
     return one_line(reasons[0])

@@ -71,6 +71,14 @@ class SearchSpace:
         """Whether some parameter is left out of some trials."""
         return any(parameter.when for parameter in self.parameters)
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that trials can have: searched, fixed, or else TrialConfig's default."""
+        for parameter in self.parameters:
+            if parameter.name == "precision":
+                return parameter.choices
+        return (self.fixed.get("precision", TrialConfig.precision),)
+
     def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """TrialConfig field -> value: fixed and active searched ones; the rest keep TrialConfig's defaults."""
         settings = dict(self.fixed)

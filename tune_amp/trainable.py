@@ -23,12 +23,15 @@ from ray import tune
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
-from tune_amp.data import Split
+from tune_amp.data import Dataset, Split
 from tune_amp.ledger import SlotClock, TimeKind, read_process_age
-from tune_amp.resources import cap_memory
+from tune_amp.resources import TrialResources, cap_memory
 from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
+
+# A worker that dies (killed, a segmentation fault, a lost node) is no fault of the settings: the trial is tried again.
+WORKER_RETRIES = 2
 
 RUNNING = "running"
 """``status`` in the reports of a trial that goes on. Every other value is a ``TrialStatus``."""
@@ -76,15 +79,10 @@ class AmpTrainable(tune.Trainable):
         """Place the data on this worker's device, once a process."""
         assert worker_setup is not None  # bound by tune.with_parameters
         self._clock = SlotClock(read_process_age())
-        sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
-        torch.set_num_threads(worker_setup.num_threads)
         self._num_threads = worker_setup.num_threads
         self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
-        # Ray hands out the GPUs that it was told of, whether or not torch can use them.
-        device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
-            cap_memory(self._share)
-        self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        device = prepare_worker(worker_setup)
+        self._device_name = name_device(device)
         try:
             self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         except Exception as error:
@@ -274,6 +272,34 @@ def failure_report(error: Exception) -> dict[str, Any]:
     text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
     ending = {"status": str(status), "error": text, "config_fault": refused, "done": True}
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
+
+
+def build_worker_setup(dataset: Dataset, resources: TrialResources) -> WorkerSetup:
+    """What the workers of a search are sent."""
+    return WorkerSetup(
+        train=dataset.train,
+        validation=dataset.validation,
+        num_classes=dataset.num_classes,
+        num_threads=resources.cpus,
+        search_path=tuple(sys.path),
+        gpu_share=resources.gpus,
+    )
+
+
+def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
+    """Make this process find a user's modules and keep to its share of the machine; the device that it computes on."""
+    sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
+    torch.set_num_threads(worker_setup.num_threads)
+    # Ray hands out the GPUs that it was told of, whether or not torch can use them.
+    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
+        cap_memory(assigned_gpu_share())
+    return device
+
+
+def name_device(device: torch.device) -> str:
+    """``cpu``, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def assigned_gpu_share() -> float:

@@ -31,6 +31,8 @@ from tune_amp.results import TrialRecord
 from tune_amp.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
+    from tune_amp.confirm import ConfirmProgress
+    from tune_amp.confirmed import ConfirmedRun
     from tune_amp.recorder import SearchProgress
 
 TRIALS = (100, 500, 2_000)
@@ -190,6 +192,9 @@ class Sampler:
                 )
             )
 
+    def on_confirmation(self, progress: "ConfirmProgress", ended: "ConfirmedRun | None") -> None:
+        """Nothing is confirmed here."""
+
 
 def read_memory() -> int | None:
     """Resident memory of this process; None but on Linux."""
@@ -226,7 +231,7 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
     from tune_amp.session import ray_session
 
     sampler = Sampler()
-    options = SearchOptions(num_samples=trials, max_epochs=epochs, grace_period=epochs)
+    options = SearchOptions(num_samples=trials, max_epochs=epochs, grace_period=epochs, confirm_seeds=0)
     with tempfile.TemporaryDirectory() as results, run_folder(Path(results), "scale") as folder:
         space = load_small_space(Path(results))
         dataset = load_dataset(DATASET)

@@ -216,6 +216,7 @@ def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
         "--max-epochs": pairing.max_epochs,
         "--seed": pairing.repeat,
         "--cpus-per-trial": 1,
+        "--confirm-seeds": 0,  # theirs does nothing of the kind
         "--max-concurrent": pairing.slots,
         "--results-dir": folder / "results",
         "--name": OURS,

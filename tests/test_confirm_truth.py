@@ -1,0 +1,134 @@
+"""Confirmation against simulated truth: what a search with known true accuracies would be told."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from records import make_scored
+
+from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.confirmed import ConfirmedRun
+from tune_amp.ranking import measure_gain, rank_confirmed
+from tune_amp.results import BestRow, TrialRecord
+
+SEEDS = 3
+TOP_K = 3
+# As measured on MNIST: seeds spread by some tenths of a point, part of which all configurations share.
+SEED_SPREAD, RUN_SPREAD = 0.0008, 0.0012
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """A search, its confirmation, and the truth that neither knows."""
+
+    truth: dict[str, float]
+    """Trial id -> true accuracy, the confirmed and the default configuration."""
+    searched: TrialRecord
+    """The search's own first."""
+    rows: list[BestRow]
+    runs: list[ConfirmedRun]
+
+    @property
+    def confirmed(self) -> list[str]:
+        return [row.trial.trial_id for row in self.rows if row.rank is not None]
+
+    @property
+    def truly_best(self) -> str:
+        return max(self.confirmed, key=self.truth.__getitem__)
+
+
+def simulate(true_spread: float, *, candidates: int = 32, gap: float = 0.0, seed: int = 0) -> Simulated:
+    """A search sees each of its candidates once, with noise; the first are confirmed beside a default.
+
+    Args:
+        true_spread: standard deviation of the candidates' true accuracies.
+        candidates: trials of the search.
+        gap: by how much the default is truly worse than the mean candidate.
+        seed: of all that is random.
+    """
+    generator = np.random.default_rng(seed)
+    truth = {str(number): value for number, value in enumerate(generator.normal(0.97, true_spread, candidates))}
+    seen = {name: value + generator.normal(0, RUN_SPREAD) for name, value in truth.items()}
+    ranked = [
+        make_scored(name, seen[name], config=TrialConfig(lr=1.0 + int(name)))
+        for name in sorted(seen, key=seen.__getitem__, reverse=True)[:TOP_K]
+    ]
+    default = make_scored("default", None, config=TrialConfig())
+    truth["default"] = 0.97 - gap
+    of_seeds = generator.normal(0, SEED_SPREAD, SEEDS)
+    runs = [
+        ConfirmedRun(
+            trial_id=trial.trial_id,
+            seed=number,
+            status=TrialStatus.COMPLETED,
+            val_loss=0.1,
+            val_accuracy=float(truth[trial.trial_id] + of_seed + generator.normal(0, RUN_SPREAD)),
+            test_accuracy=0.9,
+        )
+        for trial in (*ranked, default)
+        for number, of_seed in enumerate(of_seeds)
+    ]
+    rows = rank_confirmed(ranked, default, runs, ["val_accuracy"])
+    return Simulated(truth=truth, searched=ranked[0], rows=rows, runs=runs)
+
+
+def simulate_many(count: int, true_spread: float, **settings: float) -> Iterator[Simulated]:
+    for seed in range(count):
+        yield simulate(true_spread, gap=settings.get("gap", 0.0), seed=seed)
+
+
+def test_intervals_of_the_means_cover_the_truth_as_often_as_they_say() -> None:
+    """Of one given configuration: that of the winner is chosen for its mean, which is what ties are for."""
+    covered = []
+    for simulated in simulate_many(2_000, 0.001):
+        default = simulated.rows[-1].confirmation
+        assert default is not None
+        assert default.val_accuracy_low is not None
+        assert default.val_accuracy_high is not None
+        covered.append(default.val_accuracy_low <= simulated.truth["default"] <= default.val_accuracy_high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def count_ties(simulated: Simulated) -> list[bool | None]:
+    return [row.confirmation.tied_with_best for row in simulated.rows if row.rank != 1 and row.confirmation]
+
+
+def test_configurations_that_are_alike_are_called_ties() -> None:
+    """All of them, in 95 of 100 searches, whichever came out first."""
+    wholly_tied = [all(count_ties(simulated)) for simulated in simulate_many(500, 0.0)]
+    assert np.mean(wholly_tied) >= 0.92
+
+
+def test_a_default_that_is_far_behind_is_told_apart_and_the_gain_covers_the_truth() -> None:
+    told, covered = [], []
+    for simulated in simulate_many(500, 0.0, gap=0.02):
+        gain = measure_gain(simulated.rows, simulated.runs, "val_accuracy")
+        assert gain is not None
+        told.append(gain.is_told_apart and simulated.rows[-1].confirmation.tied_with_best is False)  # type: ignore[union-attr]
+        covered.append(gain.low <= simulated.truth[simulated.rows[0].trial.trial_id] - 0.95 <= gain.high)
+    assert np.mean(told) == 1.0
+    assert np.mean(covered) >= 0.93  # though the winner was chosen by the same runs
+
+
+@pytest.mark.parametrize("true_spread", [0.0005, 0.001, 0.002])
+def test_the_confirmed_winner_is_truly_best_more_often_than_the_searchs_own(true_spread: float) -> None:
+    found = measure_choice(true_spread)
+    assert found["confirmed first is truly best"] > found["search's first is truly best"] + 0.05
+    assert found["optimism"] > 0
+    assert found["true accuracy gained"] > 0
+
+
+def measure_choice(true_spread: float, count: int = 1_000) -> dict[str, float]:
+    """Shares of searches in which the first is truly the best of those confirmed, and what the first promised."""
+    simulations = list(simulate_many(count, true_spread))
+    winners = [(s, s.rows[0]) for s in simulations]
+    return {
+        "confirmed first is truly best": statistics.fmean(w.trial.trial_id == s.truly_best for s, w in winners),
+        "search's first is truly best": statistics.fmean(s.searched.trial_id == s.truly_best for s in simulations),
+        "optimism": statistics.fmean(w.confirmation.optimism for _, w in winners if w.confirmation),  # type: ignore[misc]
+        "true accuracy gained": statistics.fmean(
+            s.truth[w.trial.trial_id] - s.truth[s.searched.trial_id] for s, w in winners
+        ),
+    }
