@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,8 +17,10 @@ from tune_amp.config import TrainingState, TrialStatus, format_scale
 from tune_amp.importance import ImportanceResult
 from tune_amp.ledger import Ledger, TimeKind
 from tune_amp.ranking import choose_best, count_ties
-from tune_amp.recorder import SearchProgress
 from tune_amp.results import Provenance, TrialRecord
+
+if TYPE_CHECKING:
+    from tune_amp.recorder import SearchProgress  # imports Ray, which the report does without
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",
@@ -52,7 +54,7 @@ class LiveTable:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Show this from the next redraw on."""
         self._progress = progress
 
@@ -68,7 +70,7 @@ class PlainLines:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Print the trial that ended."""
         if ended is not None:
             number = progress.count_ended()
@@ -82,7 +84,7 @@ class JsonLines:
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
-    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Write the trial that ended."""
         if ended is not None:
             self.write("trial", describe_as_json(ended))
@@ -96,11 +98,11 @@ class JsonLines:
 class Quiet:
     """Shows nothing."""
 
-    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Stay silent."""
 
 
-def render_progress(progress: SearchProgress) -> RenderableType:
+def render_progress(progress: "SearchProgress") -> RenderableType:
     """The live view: a headline, the running trials, the best so far and the counts."""
     headline = Text.assemble(
         (progress.run, "bold"),
@@ -113,7 +115,7 @@ def render_progress(progress: SearchProgress) -> RenderableType:
     return Group(headline, _render_running(progress), best_line, render_counts(progress))
 
 
-def render_counts(progress: SearchProgress) -> Text:
+def render_counts(progress: "SearchProgress") -> Text:
     """Ended trials by status, of how many."""
     ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
     return Text(f"{len(ended)} of {progress.num_samples} trials ended") + _list_counts(ended)
@@ -217,7 +219,7 @@ def describe_trial(trial: TrialRecord) -> str:
     return "  ".join(parts)
 
 
-def describe_time(progress: SearchProgress) -> str:
+def describe_time(progress: "SearchProgress") -> str:
     """Time spent and, from the second trial on, an estimate of what is left."""
     spent = time.monotonic() - progress.started
     ended = progress.count_ended()
@@ -239,7 +241,7 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
     return {**identity, "error": trial.error, "config": config, "metrics": last}
 
 
-def _render_running(progress: SearchProgress) -> Table:
+def _render_running(progress: "SearchProgress") -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("running", "epoch", "val acc", "loss", "scale", "", "skips"):
         table.add_column(name, justify="left" if name in ("running", "") else "right")

@@ -127,10 +127,18 @@ def load_space(source: str) -> SearchSpace:
     """
     name = source if source.isprintable() and source else shown(source)
     try:
-        text = _read_text(source)
-        return _build_space(name, text, read_yaml(text))
+        return parse_space(name, _read_text(source))
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
+
+
+def parse_space(source: str, text: str) -> SearchSpace:
+    """The search space that ``text`` is, as :func:`load_space` reads it from a file.
+
+    Raises:
+        InputError: one line with the key path, the rule and the value.
+    """
+    return _build_space(source, text, read_yaml(text))
 
 
 def _read_text(source: str) -> str:
