@@ -1,21 +1,22 @@
-"""The program ``tune-amp``: ``tune-amp search`` and ``tune-amp train``."""
+"""The program ``tune-amp``: ``tune-amp search``, ``tune-amp train`` and ``tune-amp report``."""
 
 import sys
 from collections.abc import Sequence
 
 from tune_amp import __version__
 from tune_amp.console import EXIT_BAD_INPUT, EXIT_DONE
+from tune_amp.report_command import report_command
 from tune_amp.search_command import search_command
 from tune_amp.train_command import train_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``tune-amp``: search, or train.
+    """``tune-amp``: search, train, or report.
 
     Returns:
         The exit code: 0 done, 1 no result, 2 bad input, 130 interrupted.
     """
-    commands = {"search": search_command, "train": train_command}
+    commands = {"search": search_command, "train": train_command, "report": report_command}
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments and arguments[0] in commands:
         name = arguments[0]

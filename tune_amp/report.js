@@ -38,6 +38,20 @@
     plot.on("plotly_unhover", (event) => restyle(event.points[0].data.meta?.[1], null));
   };
 
+  // The boxes of a figure's key show and hide groups of lines, and the marks on them.
+  const select = (figure) => {
+    const hidden = new Set([...figure.querySelectorAll("input:not(:checked)")].map((box) => box.dataset.group));
+    for (const panel of figure.querySelectorAll(".plot")) {
+      const visible = panel.data.map((trace) => !hidden.has(trace.legendgroup) && !hidden.has(trace.meta?.[2]));
+      Plotly.restyle(panel, { visible });
+    }
+  };
+
   for (const plot of plots) draw(plot).then(() => follow(plot));
-  scheme.addEventListener("change", () => plots.forEach(draw));
+  for (const box of document.querySelectorAll(".key input")) {
+    box.addEventListener("change", () => select(box.closest("figure")));
+  }
+  scheme.addEventListener("change", () => {
+    Promise.all(plots.map(draw)).then(() => document.querySelectorAll("figure:has(.key)").forEach(select));
+  });
 })();

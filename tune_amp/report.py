@@ -8,20 +8,17 @@ from pathlib import Path
 from tune_amp import __version__
 from tune_amp.config import InputError
 from tune_amp.parquet import write_atomically
-from tune_amp.report_page import Html, build_page, tag
-from tune_amp.report_run import Run, load_run
-from tune_amp.report_sections import (
+from tune_amp.report_findings import (
     write_confirmed,
-    write_curves,
-    write_epochs,
-    write_history,
     write_importance,
     write_ledger,
     write_origin,
     write_parameters,
-    write_scales,
 )
-from tune_amp.report_summary import name_subject, write_summary
+from tune_amp.report_page import Html, build_page, tag
+from tune_amp.report_run import Run, load_run
+from tune_amp.report_sections import write_curves, write_epochs, write_history, write_scales
+from tune_amp.report_summary import name_subject, say_moment, write_summary
 
 REPORT_FILE = "report.html"
 
@@ -37,7 +34,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         The file written.
 
     Raises:
-        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version, or ``output`` cannot be written.
+        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version; the file cannot be written.
     """
     run = load_run(Path(folder))
     path = run.folder / REPORT_FILE if output is None else Path(output)
@@ -66,7 +63,7 @@ def build_report(run: Run) -> str:
     head = tag(
         "header",
         tag("h1", subject),
-        tag("p", f"tune_amp, run {run.provenance.run}, started {run.provenance.created}", class_="run"),
+        tag("p", f"tune_amp, run {run.provenance.run}, started {say_moment(run.provenance.created)}", class_="run"),
         write_summary(run),
         _write_contents(),
     )

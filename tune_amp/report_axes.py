@@ -14,7 +14,7 @@ from tune_amp.parameters import Parameter, value_type
 
 MOST_TICKS = 7
 
-ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,13 @@ def objective_axis(name: str, values: Iterable[float | None], images: int) -> Ax
         images: that an accuracy was measured on; an error rate is at least half an image.
     """
     if name == "val_accuracy":
-        return accuracy_axis("validation accuracy", values, images)
-    title, show = _COSTS[name]
-    return log_axis(title, values, show)
+        return accuracy_axis(objective_title(name), values, images)
+    return log_axis(objective_title(name), values, _COSTS[name][1])
+
+
+def objective_title(name: str) -> str:
+    """An objective in words, with its unit."""
+    return "validation accuracy" if name == "val_accuracy" else _COSTS[name][0]
 
 
 def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:
@@ -115,8 +119,12 @@ def power_axis(title: str, values: Iterable[float | None], show: Callable[[float
         return math.log2(value)
 
     low, high = _add_margin([place(value) for value in values], least=1.0)
-    ticks = [(float(exponent), show(2.0**exponent)) for exponent in range(math.ceil(low), math.floor(high) + 1)]
-    return Axis(title=title, place=place, show=show, ticks=_thin(ticks), low=low, high=high)
+    step = 1
+    while high - low > 10 * step:
+        step *= 2  # exponents that are themselves round: 0, 8, 16
+    exponents = range(math.ceil(low / step) * step, math.floor(high) + 1, step)
+    ticks = tuple((float(exponent), show(2.0**exponent)) for exponent in exponents)
+    return Axis(title=title, place=place, show=show, ticks=ticks, low=low, high=high)
 
 
 def linear_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
@@ -126,7 +134,7 @@ def linear_axis(title: str, values: Iterable[float | None], show: Callable[[floa
         return None if value is None or not math.isfinite(value) else float(value)
 
     low, high = _add_margin([place(value) for value in values])
-    step = _round_step((high - low) / (MOST_TICKS - 1))
+    step = _round_step((high - low) / 5)
     places = range(math.ceil(low / step), math.floor(high / step) + 1)
     ticks = tuple((index * step, show(index * step)) for index in places)
     return Axis(title=title, place=place, show=show, ticks=ticks, low=low, high=high)
@@ -158,7 +166,7 @@ def raise_to_power(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _count(value: float) -> str:
@@ -192,11 +200,11 @@ def _place_percent(place: Callable[[float], float | None]) -> list[tuple[float, 
     return [(percent, position) for percent, position in placed if position is not None]
 
 
-def _add_margin(positions: Iterable[float | None], least: float = 0.05) -> tuple[float, float]:
-    """The range of ``positions`` with a margin; at least ``least`` wide."""
+def _add_margin(positions: Iterable[float | None], least: float = 0.0) -> tuple[float, float]:
+    """The range of ``positions`` with a margin on either side, of half of ``least`` at least."""
     known = [position for position in positions if position is not None] or [0.0]
     low, high = min(known), max(known)
-    margin = max(0.06 * (high - low), least / 2)
+    margin = max(0.06 * (high - low), least / 2) or 0.05  # a single value
     return low - margin, high + margin
 
 

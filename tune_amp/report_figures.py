@@ -1,6 +1,6 @@
 """The figures of a report about its trials as a whole: how they went, what they cost, what fresh seeds say.
 
-Drawn by plotly directly: the plots of ``optuna.visualization`` tell neither how a trial ended nor after how many epochs.
+Drawn by plotly directly: the plots of ``optuna.visualization`` do not tell how a trial ended, nor after how many epochs.
 """
 
 import collections
@@ -37,6 +37,9 @@ KIND_COLOURS: Mapping[TimeKind, tuple[str, float]] = types.MappingProxyType(
         TimeKind.OTHER: ("muted", 0.12),
     }
 )
+
+# What rounds to nothing is left out, as in the terminal.
+LEAST_SHARE = 0.0005
 
 
 # ---- the trials ----
@@ -152,20 +155,20 @@ def draw_epochs(run: Run) -> go.Figure:
     for status in list_statuses([trial for trial in run.trials if trial.last]):
         ended = collections.Counter(trial.last.epoch for trial in run.trials if trial.last and trial.status is status)
         name = say_status(status)
-        bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status), 1.0))
+        bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
     went_on = [count - last.count(number) for number, count in zip(epochs, reached, strict=True)]
-    bars.append(_draw_bars(epochs, went_on, "went on", colour_of("completed"), 0.25))
+    bars.append(_draw_bars(epochs, went_on, "went on", colour_of("pale")))
     x = {"title": {"text": "epoch"}, "dtick": max(1, round(len(epochs) / 12)), "range": [0.4, len(epochs) + 0.6]}
     y = {"title": {"text": "trials"}, "rangemode": "tozero"}
     return build_figure(bars, height=320, x=x, y=y, barmode="stack", bargap=0.25)
 
 
-def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: str, opacity: float) -> go.Bar:
+def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: str) -> go.Bar:
     return go.Bar(
         x=epochs,
         y=counts,
         name=name,
-        marker={"color": colour, "opacity": opacity},
+        marker={"color": colour},
         hovertemplate=f"epoch %{{x}}: %{{y}} {name}<extra></extra>",
     )
 
@@ -182,10 +185,8 @@ def draw_curves(run: Run) -> go.Figure | None:
         key=lambda trial: (run.is_winner(trial), trial.status is TrialStatus.COMPLETED),
     )
     traces = [_draw_curve(trial, name, axis, run.is_winner(trial)) for trial in drawn]
-    keys = [draw_key(say_status(status), str(status)) for status in list_statuses(drawn)]
-    keys += [draw_key("rank 1", "ink")] if any(map(run.is_winner, drawn)) else []
     x = {"title": {"text": "epoch"}, "dtick": max(1, round(max(t.epochs[-1].epoch for t in drawn) / 12))}
-    return build_figure([*traces, *keys], height=HEIGHT, x=x, y=axis.as_plotly())
+    return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly(), showlegend=False)
 
 
 def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> go.Scatter:
@@ -203,14 +204,7 @@ def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> g
         meta=[tell_trial(trial), trial.trial_id],
         hovertemplate="%{meta[0]}<br>epoch %{x}: " + axis.title + " %{customdata}<extra></extra>",
         legendgroup=str(trial.status),
-        showlegend=False,
     )
-
-
-def draw_key(name: str, colour: str) -> go.Scatter:
-    """An entry of the legend, which hides the lines of a group on a click."""
-    line = {"color": colour_of(colour), "width": 3 if colour == "ink" else 2}
-    return go.Scatter(x=[None], y=[None], mode="lines", line=line, name=name, legendgroup=colour)
 
 
 # ---- fresh seeds, slot time ----
@@ -230,7 +224,7 @@ def draw_confirmed(run: Run) -> go.Figure:
     x = linear_axis("accuracy in fp32", values, show_percent)
     ticks = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": names, "showgrid": False}
     y = {**ticks, "range": [-len(rows) + 0.4, 0.6]}
-    return build_figure(traces, height=110 + 78 * len(rows), x=x.as_plotly(), y=y)
+    return build_figure(traces, height=140 + 78 * len(rows), x=x.as_plotly(tickangle=0), y=y)
 
 
 def name_row(row: BestRow) -> str:
@@ -310,6 +304,8 @@ def draw_ledger(ledger: Ledger) -> go.Figure:
     """One bar: the whole of the slot time."""
     bars = []
     for name, share in ledger.shares.items():
+        if share < LEAST_SHARE:
+            continue
         colour, opacity = KIND_COLOURS[TimeKind(name)]
         bars.append(
             go.Bar(
@@ -317,10 +313,19 @@ def draw_ledger(ledger: Ledger) -> go.Figure:
                 y=[""],
                 orientation="h",
                 name=name,
-                marker={"color": colour_of(colour), "opacity": opacity},
+                marker={
+                    "color": colour_of(colour),
+                    "opacity": opacity,
+                    "line": {"width": 1, "color": colour_of("surface")},
+                },
                 hovertemplate=f"{name}: {share:.1%} of the slot time<extra></extra>",
             )
         )
-    x: dict[str, Any] = {"range": [0, 100], "ticksuffix": "%", "title": {"text": "share of the slot time"}}
+    x: dict[str, Any] = {
+        "range": [0, 100],
+        "tickvals": [0, 20, 40, 60, 80, 100],
+        "ticksuffix": "%",
+        "title": {"text": "share of the slot time"},
+    }
     y = {"showticklabels": False, "ticks": ""}
     return build_figure(bars, height=130, x=x, y=y, barmode="stack", showlegend=False)

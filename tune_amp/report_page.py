@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def definitions(pairs: Iterable[tuple[str, object]]) -> Html:
     return tag("dl", *(tag(name, child) for pair in pairs for name, child in zip(("dt", "dd"), pair, strict=True)))
 
 
+def command(words: Iterable[str]) -> Html:
+    """A command line, broken between its words."""
+    spans = [tag("span", shlex.quote(word)) for word in words]
+    return tag("pre", Html(" ".join(spans)), class_="command", tabindex=0)
+
+
 def section(anchor: str, title: str, *content: object) -> Html:
     """A part of the page under its heading."""
     return tag(
@@ -74,13 +81,20 @@ def section(anchor: str, title: str, *content: object) -> Html:
     )
 
 
-def figure(caption: object, plots: Mapping[str, tuple[str, go.Figure]], *, layout: str | None = None) -> Html:
+def figure(
+    caption: object,
+    plots: Mapping[str, tuple[str, go.Figure]],
+    *,
+    layout: str | None = None,
+    key: object = "",
+) -> Html:
     """One or several plots, and below how to read them.
 
     Args:
         caption: how to read it.
         plots: an id that no other has -> what the plot shows, for those who cannot see it, and the plot.
         layout: class of the grid in which several stand.
+        key: from ``line_key``.
     """
     places = join(
         tag("div", id=name, class_="plot", role="img", aria_label=label, style=f"height: {plot.layout.height}px")
@@ -88,7 +102,29 @@ def figure(caption: object, plots: Mapping[str, tuple[str, go.Figure]], *, layou
     )
     data = [embed_json(f"{name}-data", plot.to_plotly_json()) for name, (_, plot) in plots.items()]
     inner = places if layout is None else tag("div", places, class_=layout)
-    return tag("figure", inner, *data, tag("figcaption", caption))
+    return tag("figure", key, inner, *data, tag("figcaption", caption))
+
+
+def line_key(groups: Iterable[tuple[str, str]], *, winner: bool, marks: str | None = None) -> Html:
+    """What the lines of a figure are, with a box for each group that shows or hides it.
+
+    Args:
+        groups: colour, which is also the traces' ``legendgroup``, and name.
+        winner: whether a thick line stands out.
+        marks: name of the marks on the lines, where there are any.
+    """
+
+    def box(group: str, sign: Html, name: str) -> Html:
+        return tag("label", Html(f'<input type="checkbox" checked data-group="{escape(group)}">'), sign, name)
+
+    boxes = [
+        box(colour, tag("i", class_="line", style=f"background: var(--{colour})"), name) for colour, name in groups
+    ]
+    if winner:
+        boxes.append(tag("span", tag("i", class_="line thick"), "rank 1"))
+    if marks:
+        boxes.append(box("overflow", tag("i", "\u00d7", class_="cross", aria_hidden="true"), marks))
+    return tag("div", *boxes, class_="key")
 
 
 def embed_json(name: str, value: Any) -> Html:

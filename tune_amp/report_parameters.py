@@ -9,7 +9,7 @@ from tune_amp.config import TrialStatus
 from tune_amp.importance import ImportanceResult
 from tune_amp.parameters import Parameter
 from tune_amp.report_axes import Axis, setting_axis
-from tune_amp.report_figures import build_objective_axis, draw_key, draw_trials
+from tune_amp.report_figures import build_objective_axis, draw_trials
 from tune_amp.report_run import Run, find_value
 from tune_amp.report_style import build_figure, colour_of, list_statuses, say_status, tell_trial
 from tune_amp.results import TrialRecord
@@ -96,14 +96,13 @@ def draw_parallel(run: Run) -> go.Figure:
         key=lambda trial: (run.is_winner(trial), trial.status is TrialStatus.COMPLETED),
     )
     lines = [_draw_path(run, trial, axes, outcome) for trial in drawn]
-    keys = [draw_key(say_status(status), str(status)) for status in list_statuses(drawn)]
-    keys += [draw_key("rank 1", "ink")] if any(map(run.is_winner, drawn)) else []
     hidden = {"visible": False, "fixedrange": True}
     return build_figure(
-        [*lines, *keys],
+        lines,
         height=80 + ROW_HEIGHT * len(rows),
         x={**hidden, "range": [-0.03, 1.03]},
         y={**hidden, "range": [-len(rows) + 0.4, 0.45]},
+        showlegend=False,
         shapes=[_draw_row(index) for index in range(len(rows))],
         annotations=[note for index, axis in enumerate(rows) for note in _label_row(index, axis)],
     )
@@ -127,7 +126,6 @@ def _draw_path(run: Run, trial: TrialRecord, axes: Mapping[str, Axis], outcome: 
         meta=[tell_trial(trial), trial.trial_id],
         hovertemplate="%{meta[0]}<br>%{text}<extra></extra>",
         legendgroup=str(trial.status),
-        showlegend=False,
     )
 
 

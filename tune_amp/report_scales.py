@@ -15,14 +15,14 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 from tune_amp.config import TrialStatus, format_scale
 from tune_amp.report_axes import Axis, power_axis, raise_to_power
 from tune_amp.report_run import Run
-from tune_amp.report_style import build_figure, colour_of, list_statuses, style_axis, tell_trial
+from tune_amp.report_style import build_figure, colour_of, tell_trial
 from tune_amp.results import TrialRecord
 
 # The first steps have a panel of their own: that is where a scale that begins too high comes down, one step at a time.
-FEWEST_FIRST_STEPS, MOST_FIRST_STEPS = 20, 150
+FEWEST_FIRST_STEPS, MOST_FIRST_STEPS = 20, 64
 
-# Of a trial that overflows at every other step, a line can show no more than this many ups and downs.
-COLUMNS = 240
+# Of a trial that overflows at every other step, no more than so many ups and downs can be seen, and so many marks.
+COLUMNS, MARK_COLUMNS = 240, 100
 
 HEIGHT = 520
 
@@ -101,8 +101,8 @@ def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure
     epochs = max(trajectory.points[-1].epoch for trajectory in trajectories)
     first = _draw_panel(run, [_cut(trajectory, steps) for trajectory in trajectories], axis, by_step=True)
     first.update_xaxes(range=[0, steps + 1], title_text="training step")
-    whole = _draw_panel(run, [_thin(trajectory, epochs / COLUMNS) for trajectory in trajectories], axis, by_step=False)
-    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch")
+    whole = _draw_panel(run, [_thin(trajectory, epochs) for trajectory in trajectories], axis, by_step=False)
+    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch", dtick=max(1, round(epochs / 12)))
     return first, whole
 
 
@@ -117,11 +117,7 @@ def _draw_panel(run: Run, trajectories: Sequence[Trajectory], axis: Axis, *, by_
         if trajectory.overflows
     ]
     return build_figure(
-        [*lines, *marks, *_draw_legend(run, trajectories)],
-        height=HEIGHT,
-        x=style_axis({"title": {}}),
-        y=axis.as_plotly(),
-        showlegend=not by_step,
+        [*lines, *marks], height=HEIGHT, x={"title": {"text": ""}}, y=axis.as_plotly(), showlegend=False
     )
 
 
@@ -137,7 +133,6 @@ def _draw_line(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: 
         meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id],
         hovertemplate="%{meta[0]}<br>from step %{customdata[0]}: %{customdata[1]}<extra></extra>",
         legendgroup=str(trajectory.trial.status),
-        showlegend=False,
     )
 
 
@@ -149,30 +144,15 @@ def _draw_overflows(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_s
         mode="markers",
         marker={
             "symbol": "x-thin",
-            "size": 7,
-            "line": {"width": 1.6 if is_winner else 1.1, "color": _line_style(trajectory.trial, is_winner)["color"]},
+            "size": 6,
+            "line": {"width": 1.5 if is_winner else 1.0, "color": _line_style(trajectory.trial, is_winner)["color"]},
         },
         opacity=1.0 if is_winner else 0.8,
         customdata=[[point.step, format_scale(point.scale), _tell_count(point)] for point in points],
-        meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id],
+        meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id, "overflow"],
         hovertemplate="%{meta[0]}<br>step %{customdata[0]} skipped at %{customdata[1]}%{customdata[2]}<extra></extra>",
         legendgroup=str(trajectory.trial.status),
-        showlegend=False,
     )
-
-
-def _draw_legend(run: Run, trajectories: Sequence[Trajectory]) -> Iterator[go.Scatter]:
-    """One line a status, which a click hides; the winner and the mark of an overflow."""
-    for status in list_statuses([trajectory.trial for trajectory in trajectories]):
-        line = {"color": colour_of(status), "width": 2}
-        name = str(status).replace("_", " ")
-        yield go.Scatter(x=[None], y=[None], mode="lines", line=line, name=name, legendgroup=str(status))
-    if any(run.is_winner(trajectory.trial) for trajectory in trajectories):
-        line = {"color": colour_of("ink"), "width": 3}
-        yield go.Scatter(x=[None], y=[None], mode="lines", line=line, name="rank 1")
-    if any(trajectory.overflows for trajectory in trajectories):
-        marker = {"symbol": "x-thin", "size": 8, "line": {"width": 1.5, "color": colour_of("muted")}}
-        yield go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name="overflow: step skipped")
 
 
 def _line_style(trial: TrialRecord, is_winner: bool) -> dict[str, Any]:
@@ -201,12 +181,15 @@ def _cut(trajectory: Trajectory, steps: int) -> Trajectory:
 
 
 def _thin(trajectory: Trajectory, width: float) -> Trajectory:
-    """At most four points and one mark in each stretch of ``width`` epochs: the first, the extremes, the last."""
+    """In each column of a figure ``width`` epochs wide, at most four points (first, extremes, last), and one mark."""
     return dataclasses.replace(
         trajectory,
-        points=tuple(point for column in _split(trajectory.points, width) for point in _keep_extremes(column)),
+        points=tuple(
+            point for column in _split(trajectory.points, width / COLUMNS) for point in _keep_extremes(column)
+        ),
         overflows=tuple(
-            dataclasses.replace(column[0], count=len(column)) for column in _split(trajectory.overflows, width)
+            dataclasses.replace(column[0], count=len(column))
+            for column in _split(trajectory.overflows, width / MARK_COLUMNS)
         ),
     )
 

@@ -27,6 +27,7 @@ PALETTE: Mapping[str, Colour] = types.MappingProxyType(
         "grid": Colour(light="#e3e6ea", dark="#2c333d"),
         "surface": Colour(light="#fdfdfc", dark="#14181d"),
         "raised": Colour(light="#f4f5f6", dark="#1c2128"),
+        "pale": Colour(light="#c4d9ec", dark="#2b4865"),
         "completed": Colour(light="#1f6fb5", dark="#6db1f2"),
         "stopped": Colour(light="#868d98", dark="#7f8896"),
         "diverged": Colour(light="#c8391f", dark="#ff7f66"),
@@ -35,7 +36,7 @@ PALETTE: Mapping[str, Colour] = types.MappingProxyType(
         "interrupted": Colour(light="#087b6b", dark="#4cc2b0"),
     }
 )
-"""The names of statuses are among them. Each but the grid's has a contrast of 3 at least with its background, text of
+"""The names of statuses are among them. Each but the grid's and the pale one has a contrast of 3 at least with its background, text of
 4.5; statuses are told apart by their symbols too."""
 
 SYMBOLS: Mapping[TrialStatus, str] = types.MappingProxyType(

@@ -1,7 +1,7 @@
 """The first screen of a report: what was searched on what, and what came out."""
 
 import collections
-import shlex
+import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +11,7 @@ from tune_amp.intervals import MeanInterval, paired_interval
 from tune_amp.monitoring import describe_ties
 from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
-from tune_amp.report_page import Html, definitions, join, tag
+from tune_amp.report_page import Html, command, definitions, join, tag
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_style import list_statuses
 from tune_amp.results import BestRow, TrialRecord
@@ -41,8 +41,8 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
     epochs = f" of up to {budgets[-1]} epoch{'' if budgets[-1] == 1 else 's'} each" if budgets else ""
-    yield "trials", f"{len(run.trials)}{epochs}"
-    yield "which", tag("span", *map(_tell_count, _count_statuses(run.trials)), class_="statuses")
+    counts = tag("span", *map(_tell_count, _count_statuses(run.trials)), class_="statuses")
+    yield "trials", join([f"{len(run.trials)}{epochs}", counts])
     yield "device", "; ".join(_list_devices(run.trials)) or origin.device
     yield "seeds", _tell_seeds(run)
     if run.ledger:
@@ -67,10 +67,19 @@ def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
 
 
 def _tell_seeds(run: Run) -> str:
-    text = f"{run.provenance.seed} of sampler and trials"
+    text = f"{run.provenance.seed} for the sampler and all trials"
     if run.winner and run.winner.confirmation:
         text += f"; confirmed on {', '.join(map(str, run.winner.confirmation.confirm_seeds))}"
     return text
+
+
+def say_moment(moment: str) -> str:
+    """``25 November 2026, 19:06 UTC`` of an ISO 8601 text, or the text where it is none."""
+    try:
+        found = datetime.datetime.fromisoformat(moment).astimezone(datetime.UTC)
+    except ValueError:
+        return moment
+    return f"{found.day} {found:%B %Y, %H:%M} UTC"
 
 
 def say_seconds(seconds: float) -> str:
@@ -237,24 +246,24 @@ def _tell_reuse(run: Run) -> Html:
     if trouble:
         reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
         return tag("p", f"Ranked by this report: {reason}, so that no command trains the winner.", class_="muted")
-    return join([tag("h3", "Train it again"), tag("pre", describe_reuse(run), class_="command", tabindex=0)])
+    return join([tag("h3", "Train it again"), command(list_reuse(run))])
 
 
-def describe_reuse(run: Run) -> str:
+def list_reuse(run: Run) -> list[str]:
     """The line that trains the winner: with the same data, and with consent to the user's own code."""
     assert run.winner is not None
-    command = run.provenance.command
-    installed = command[:1] != () and command[0].startswith("tune-amp")
+    given = run.provenance.command
+    installed = given[:1] != () and given[0].startswith("tune-amp")
     parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
     parts.append(str(run.folder / "best.parquet"))
-    data_dir = _find_flag(command, "--data-dir")
+    data_dir = _find_flag(given, "--data-dir")
     if data_dir is not None:
         parts += ["--data-dir", data_dir]
     config = run.winner.trial.config
     for flag, name in (("--model", config.model), ("--dataset", config.dataset)):
         if is_function_name(name):
             parts += [flag, name]
-    return shlex.join(parts)
+    return parts
 
 
 def _find_flag(command: Sequence[str], flag: str) -> str | None:

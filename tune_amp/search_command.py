@@ -23,7 +23,16 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from tune_amp.config import DATASETS, MODELS, OBJECTIVES, SAMPLERS, SCHEDULERS, TrialConfig, is_function_name
+from tune_amp.config import (
+    DATASETS,
+    MODELS,
+    OBJECTIVES,
+    SAMPLERS,
+    SCHEDULERS,
+    TrialConfig,
+    describe_error,
+    is_function_name,
+)
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -59,6 +68,7 @@ RUN_FILES = (
     "trials.parquet",
     "epochs.parquet",
     "importance.parquet",
+    "report.html",
     "space.yaml",
     "study.journal",
 )
@@ -195,9 +205,20 @@ def _search_with_ray(
                 started=begun,
                 resources=resources,
             )
+        _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end
             _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
     return result
+
+
+def _write_report(folder: Path) -> None:
+    """The report can be made again, so that what goes wrong with it is no reason to lose the run."""
+    from tune_amp.report import REPORT_FILE, write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"{REPORT_FILE} was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
 def _load_checked(arguments: argparse.Namespace, space: "SearchSpace", options: SearchOptions) -> "Dataset":
