@@ -160,6 +160,11 @@ def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
     return (log_axis if parameter.log else linear_axis)(title, values, _short)
 
 
+def count_step(count: int) -> int:
+    """Between the marks of an axis of whole numbers up to ``count``."""
+    return math.ceil(_round_step(max(1.0, count / 10)))
+
+
 def raise_to_power(value: float) -> str:
     """A power of two as figures show it."""
     return f"2<sup>{round(math.log2(value))}</sup>"

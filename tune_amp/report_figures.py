@@ -1,6 +1,6 @@
 """The figures of a report about its trials as a whole: how they went, what they cost, what fresh seeds say.
 
-Drawn by plotly directly: the plots of ``optuna.visualization`` do not tell how a trial ended, nor after how many epochs.
+Drawn by plotly itself: the plots of ``optuna.visualization`` do not tell how a trial ended, nor after how many epochs.
 """
 
 import collections
@@ -12,7 +12,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.config import MORE_IS_BETTER, TrialStatus
 from tune_amp.ledger import Ledger, TimeKind
-from tune_amp.report_axes import Axis, linear_axis, objective_axis, show_percent
+from tune_amp.report_axes import Axis, count_step, linear_axis, objective_axis, show_percent
 from tune_amp.report_run import Run, find_value, list_rankable
 from tune_amp.report_style import SYMBOLS, build_figure, colour_of, list_statuses, say_status, tell_trial
 from tune_amp.results import BestRow, TrialRecord
@@ -57,7 +57,13 @@ def draw_history(run: Run) -> go.Figure:
     if run.winner and run.winner.trial.trial_id in numbers:
         trial = run.winner.trial
         traces.append(_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
-    x = {"title": {"text": "trial, in order of start"}, "range": [0.3, len(run.trials) + 0.7]}
+    count = len(run.trials)
+    margin = 0.6 + 0.01 * count
+    x = {
+        "title": {"text": "trial, in order of start"},
+        "range": [1 - margin, count + margin],
+        "dtick": count_step(count),
+    }
     return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly())
 
 
@@ -106,12 +112,13 @@ def build_objective_axis(run: Run, name: str) -> Axis:
 
 def _with_place_for_none(axis: Axis, run: Run) -> Axis:
     """Where trials have no value, the axis goes on below to a place for them."""
-    if all(find_value(trial, run.objective) is not None for trial in run.trials):
+    missing = [find_value(trial, run.objective) is None for trial in run.trials]
+    if not any(missing):
         return axis
     below = axis.low - 0.08 * (axis.high - axis.low)
     return axis.replace(
         place=lambda value: below if value is None else axis.place(value),
-        ticks=((below, "no value"), *axis.ticks),
+        ticks=((below, "no value"), *(() if all(missing) else axis.ticks)),
         low=below - 0.06 * (axis.high - axis.low),
     )
 
@@ -158,8 +165,8 @@ def draw_epochs(run: Run) -> go.Figure:
         bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
     went_on = [count - last.count(number) for number, count in zip(epochs, reached, strict=True)]
     bars.append(_draw_bars(epochs, went_on, "went on", colour_of("pale")))
-    x = {"title": {"text": "epoch"}, "dtick": max(1, round(len(epochs) / 12)), "range": [0.4, len(epochs) + 0.6]}
-    y = {"title": {"text": "trials"}, "rangemode": "tozero"}
+    x = {"title": {"text": "epoch"}, "dtick": count_step(len(epochs)), "range": [0.4, len(epochs) + 0.6]}
+    y = {"title": {"text": "trials"}, "rangemode": "tozero", "dtick": count_step(max(reached))}
     return build_figure(bars, height=320, x=x, y=y, barmode="stack", bargap=0.25)
 
 
@@ -185,7 +192,7 @@ def draw_curves(run: Run) -> go.Figure | None:
         key=lambda trial: (run.is_winner(trial), trial.status is TrialStatus.COMPLETED),
     )
     traces = [_draw_curve(trial, name, axis, run.is_winner(trial)) for trial in drawn]
-    x = {"title": {"text": "epoch"}, "dtick": max(1, round(max(t.epochs[-1].epoch for t in drawn) / 12))}
+    x = {"title": {"text": "epoch"}, "dtick": count_step(max(t.epochs[-1].epoch for t in drawn))}
     return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly(), showlegend=False)
 
 
@@ -220,7 +227,8 @@ def draw_confirmed(run: Run) -> go.Figure:
         traces.append(_draw_intervals(rows, split, offset, places, colour))
         traces.append(_draw_runs(run, rows, split, offset, places, colour))
     traces.append(_draw_search_values(rows, places))
-    values = [value for trace in traces for value in trace.x if value is not None]
+    values = [value for trace in traces for value in trace.x]
+    values += [end for row in rows for split in ("test", "val") for end in _find_interval(row, split) or ()]
     x = linear_axis("accuracy in fp32", values, show_percent)
     ticks = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": names, "showgrid": False}
     y = {**ticks, "range": [-len(rows) + 0.4, 0.6]}
@@ -324,8 +332,8 @@ def draw_ledger(ledger: Ledger) -> go.Figure:
     x: dict[str, Any] = {
         "range": [0, 100],
         "tickvals": [0, 20, 40, 60, 80, 100],
-        "ticksuffix": "%",
+        "ticktext": ["0%", "20%", "40%", "60%", "80%", "100%"],
         "title": {"text": "share of the slot time"},
     }
-    y = {"showticklabels": False, "ticks": ""}
+    y = {"showticklabels": False, "showgrid": False}
     return build_figure(bars, height=130, x=x, y=y, barmode="stack", showlegend=False)

@@ -9,6 +9,7 @@ from tune_amp.report_page import Html, command, definitions, figure, join, secti
 from tune_amp.report_parameters import draw_importance, draw_parallel, draw_slices
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_sections import say, tell_epochs, tell_last, tell_trouble, write_key
+from tune_amp.report_style import count_of
 from tune_amp.report_summary import say_moment, say_seconds, say_setting, tell_interval
 from tune_amp.results import BestRow
 
@@ -39,7 +40,9 @@ def _tell_why_no_importance(run: Run) -> str:
     if trouble != MISSING:
         return f"Not shown: importance.parquet {tell_trouble(trouble)}."
     if len(run.trials) < FEWEST_TRIALS:
-        return f"Not measured: that needs {FEWEST_TRIALS} trials with a value at one epoch, and there are {len(run.trials)}."
+        return (
+            f"Not measured: that needs {FEWEST_TRIALS} trials with a value at one epoch, there are {len(run.trials)}."
+        )
     return (
         "Not measured: too few trials had a value at one epoch, or most shared the worst one, or the search did not "
         "come to its end."
@@ -186,7 +189,7 @@ def write_ledger(run: Run) -> Html:
         reason = f"the ledger cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
         return section("time", title, say(f"Not known: {reason}."))
     text = (
-        f"{ledger.slots} slot{'' if ledger.slots == 1 else 's'} of {say_seconds(ledger.wall_seconds)} each: "
+        f"{count_of(ledger.slots, 'slot')} of {say_seconds(ledger.wall_seconds)} each: "
         f"{ledger.useful:.1%} went into training steps of trials that completed, {ledger.efficiency:.1%} into training "
         "steps of any trial."
     )
@@ -221,7 +224,7 @@ def write_origin(run: Run, version: str) -> Html:
         ("versions", ", ".join(f"{name} {number}" for name, number in sorted(origin.versions.items()))),
         ("report", f"made from the Parquet files of {run.folder} by tune_amp {version}"),
     ]
-    unused = [f"{name}: {trouble}" for name, trouble in run.troubles.items()]
+    unused = [f"{name}: {trouble}" for name, trouble in run.troubles.items() if trouble != MISSING]
     if unused:
         pairs.append(("not used", "; ".join(unused)))
     return section(

@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.config import TrialStatus, format_scale
-from tune_amp.report_axes import Axis, power_axis, raise_to_power
+from tune_amp.report_axes import Axis, count_step, power_axis, raise_to_power
 from tune_amp.report_run import Run
 from tune_amp.report_style import build_figure, colour_of, tell_trial
 from tune_amp.results import TrialRecord
@@ -102,7 +102,7 @@ def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure
     first = _draw_panel(run, [_cut(trajectory, steps) for trajectory in trajectories], axis, by_step=True)
     first.update_xaxes(range=[0, steps + 1], title_text="training step")
     whole = _draw_panel(run, [_thin(trajectory, epochs) for trajectory in trajectories], axis, by_step=False)
-    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch", dtick=max(1, round(epochs / 12)))
+    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch", dtick=count_step(math.ceil(epochs)))
     return first, whole
 
 

@@ -9,7 +9,7 @@ from tune_amp.report_figures import draw_curves, draw_epochs, draw_history, draw
 from tune_amp.report_page import Html, figure, line_key, section, table, tag
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_scales import Trajectory, draw_scales, trace_scales
-from tune_amp.report_style import list_statuses, say_status
+from tune_amp.report_style import count_of, list_statuses, say_status
 from tune_amp.report_summary import say_seconds
 from tune_amp.results import TrialRecord
 
@@ -69,7 +69,7 @@ def write_history(run: Run) -> Html:
         "Every mark is a trial at its last epoch: symbol and colour say how it ended, the line is the best value so "
         "far. Trials that ended early are shown with the value that they had. " + _explain_axis(run.objective)
     )
-    label = f"{run.objective} of {len(run.trials)} trials in the order of their start"
+    label = f"{run.objective} of {count_of(len(run.trials), 'trial')} in the order of their start"
     parts: list[Html] = []
     for other in run.provenance.objectives[1:]:
         text = f"{run.objective} against {other}. The ringed trials are the Pareto set: none is beaten in both."
@@ -100,7 +100,9 @@ def _list_trials(run: Run) -> Html:
         )
         for trial in run.trials
     ]
-    return tag("details", tag("summary", f"All {len(rows)} trials as a table"), table(columns, rows, long="error"))
+    return tag(
+        "details", tag("summary", f"{count_of(len(rows), 'trial')} as a table"), table(columns, rows, long="error")
+    )
 
 
 def write_epochs(run: Run) -> Html:
@@ -123,7 +125,8 @@ def describe_savings(run: Run) -> str:
     """Epochs spent and saved, and by what."""
     spent = sum(trial.last.epoch for trial in run.trials if trial.last)
     full = sum(trial.config.max_epochs for trial in run.trials)
-    text = f"{len(run.trials)} trials trained {spent:,} epochs of the {full:,} that all would have taken at full budget"
+    trained = f"{count_of(len(run.trials), 'trial')} trained {count_of(spent, 'epoch')}"
+    text = f"{trained} of the {full:,} that all would have taken at full budget"
     if spent == full:
         return f"{text}: none ended early."
     saved = {status: _count_saved(run, status) for status in TrialStatus}
@@ -181,7 +184,7 @@ _ABOUT_SCALES = (
 
 def _tell_overflows(trajectories: Sequence[Trajectory], overflows: int) -> str:
     steps = sum(trajectory.trial.last.steps for trajectory in trajectories if trajectory.trial.last)
-    trials = f"{len(trajectories)} trial{'' if len(trajectories) == 1 else 's'} trained in fp16 with loss scaling"
+    trials = f"{count_of(len(trajectories), 'trial')} trained in fp16 with loss scaling"
     share = f"{overflows / max(1, steps):.1%}"
     return f"{trials}: {overflows:,} of {steps:,} training steps overflowed and were skipped ({share})."
 

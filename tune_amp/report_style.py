@@ -36,8 +36,8 @@ PALETTE: Mapping[str, Colour] = types.MappingProxyType(
         "interrupted": Colour(light="#087b6b", dark="#4cc2b0"),
     }
 )
-"""The names of statuses are among them. Each but the grid's and the pale one has a contrast of 3 at least with its background, text of
-4.5; statuses are told apart by their symbols too."""
+"""The names of statuses are among them. All but the grid's and the pale one have a contrast of at least 3 with the
+background, texts one of 4.5. Statuses are told apart by their symbols too."""
 
 SYMBOLS: Mapping[TrialStatus, str] = types.MappingProxyType(
     {
@@ -108,6 +108,11 @@ def style_axis(axis: Mapping[str, Any]) -> dict[str, Any]:
         "fixedrange": False,
     }
     return {**shared, **axis, "title": title}
+
+
+def count_of(count: int, name: str) -> str:
+    """``1 trial``, ``24 trials``."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def list_statuses(trials: Sequence[TrialRecord]) -> list[TrialStatus]:

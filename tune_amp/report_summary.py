@@ -13,7 +13,7 @@ from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
 from tune_amp.report_page import Html, command, definitions, join, tag
 from tune_amp.report_run import MISSING, Run, find_value
-from tune_amp.report_style import list_statuses
+from tune_amp.report_style import count_of, list_statuses
 from tune_amp.results import BestRow, TrialRecord
 
 
@@ -40,13 +40,13 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     yield "objective", ", ".join(origin.objectives)
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
-    epochs = f" of up to {budgets[-1]} epoch{'' if budgets[-1] == 1 else 's'} each" if budgets else ""
+    epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
     counts = tag("span", *map(_tell_count, _count_statuses(run.trials)), class_="statuses")
     yield "trials", join([f"{len(run.trials)}{epochs}", counts])
     yield "device", "; ".join(_list_devices(run.trials)) or origin.device
     yield "seeds", _tell_seeds(run)
     if run.ledger:
-        slots = f"{run.ledger.slots} slot{'' if run.ledger.slots == 1 else 's'}"
+        slots = count_of(run.ledger.slots, "slot")
         yield "time", f"{say_seconds(run.ledger.wall_seconds)} in {slots}"
 
 
@@ -63,7 +63,7 @@ def _tell_count(counted: tuple[str, int]) -> Html:
 
 def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
     found = {(trial.device, trial.num_threads) for trial in trials}
-    return [f"{device}, {threads} CPU thread{'' if threads == 1 else 's'} a trial" for device, threads in sorted(found)]
+    return [f"{device}, {count_of(threads, 'CPU thread')} a trial" for device, threads in sorted(found)]
 
 
 def _tell_seeds(run: Run) -> str:
@@ -83,11 +83,11 @@ def say_moment(moment: str) -> str:
 
 
 def say_seconds(seconds: float) -> str:
-    """``42.0 s``, or minutes and hours where it is more."""
-    if seconds < 120:
+    """``42.0 s``, ``3 min 58 s`` or ``2 h 05 min``."""
+    if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 120 else f"{minutes} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
 # ---- what came out ----
