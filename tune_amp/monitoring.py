@@ -50,7 +50,7 @@ class LiveTable:
     def __init__(self, console: Console) -> None:
         self._draw: Callable[[], RenderableType] = functools.partial(Text, "starting workers ...", style="dim")
         # A function, not a table: the clock moves on between reports.
-        self._live = Live(console=console, get_renderable=lambda: self._draw(), refresh_per_second=4, transient=True)
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "LiveTable":
         self._live.start()
@@ -66,6 +66,9 @@ class LiveTable:
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
         """Show this from the next redraw on."""
         self._draw = functools.partial(render_confirmation, progress)
+
+    def _render(self) -> RenderableType:
+        return self._draw()
 
 
 class PlainLines:

@@ -274,8 +274,12 @@ def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
     return _to_record(path, row, _read_epochs(beside) if beside.exists() else None)
 
 
-def load_best_rows(path: str | Path) -> list[BestRow]:
+def load_best_rows(path: str | Path, *, all_epochs: bool = True) -> list[BestRow]:
     """All of ``best.parquet``, each trial with its epochs where ``epochs.parquet`` lies beside, else its last.
+
+    Args:
+        path: the file or its run's folder.
+        all_epochs: False: the last of each trial will do, and ``epochs.parquet`` is not read.
 
     Raises:
         InputError: as for `load_best`.
@@ -283,7 +287,7 @@ def load_best_rows(path: str | Path) -> list[BestRow]:
     path = locate(path, "best")
     rows = read_rows(path, "best", SCHEMAS["best"])
     beside = path.with_name("epochs.parquet")
-    epochs = _read_epochs(beside) if beside.exists() else None
+    epochs = _read_epochs(beside) if all_epochs and beside.exists() else None
     return [_to_best_row(path, row, epochs) for row in rows]
 
 
@@ -301,15 +305,19 @@ def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
     return runs
 
 
-def load_trials(path: str | Path) -> list[TrialRecord]:
+def load_trials(path: str | Path, *, all_epochs: bool = True) -> list[TrialRecord]:
     """All trials of a run in order of submission; ``path`` is its folder, or its ``trials.parquet``.
+
+    Args:
+        path: the folder or the file.
+        all_epochs: False: the last of each trial will do, and ``epochs.parquet`` is not read.
 
     Raises:
         InputError: a file is missing, damaged, not ours or of another version, or the two do not belong together.
     """
     path = locate(path, "trials")
     rows = read_rows(path, "trials", SCHEMAS["trials"])
-    epochs = _read_epochs(locate(path.parent, "epochs"))
+    epochs = _read_epochs(locate(path.parent, "epochs")) if all_epochs else None
     trials = [_to_record(path, row, epochs) for row in rows]
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise InputError(f"{path}: trial_id: must be unique")

@@ -21,7 +21,16 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from tune_amp.config import DATASETS, MODELS, OBJECTIVES, SAMPLERS, SCHEDULERS, TrialConfig, is_function_name
+from tune_amp.config import (
+    DATASETS,
+    MODELS,
+    OBJECTIVES,
+    SAMPLERS,
+    SCHEDULERS,
+    TrialConfig,
+    describe_error,
+    is_function_name,
+)
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -200,9 +209,20 @@ def _search_with_ray(
                 resources=resources,
                 warm_start=warm_start,
             )
+        _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end
             _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
     return result
+
+
+def _write_report(folder: Path) -> None:
+    """The report can be made again, so that what goes wrong with it is no reason to lose the run."""
+    from tune_amp.report import REPORT_FILE, write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"{REPORT_FILE} was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
 def _load_checked(arguments: argparse.Namespace, space: "SearchSpace", options: SearchOptions) -> "Dataset":

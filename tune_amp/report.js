@@ -1,0 +1,57 @@
+// Draws the figures of a report in the colours of the reader's scheme, and again where that changes.
+"use strict";
+
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const darkOf = read("dark-colours"); // colour of the light scheme -> that of the dark one
+  const scheme = matchMedia("(prefers-color-scheme: dark)");
+  const plots = [...document.querySelectorAll(".plot")];
+
+  const recoloured = (value) => {
+    if (typeof value === "string") return scheme.matches ? (darkOf[value] ?? value) : value;
+    if (Array.isArray(value)) return value.map(recoloured);
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, recoloured(item)]));
+  };
+
+  const draw = (plot) => {
+    const { data, layout } = recoloured(read(`${plot.id}-data`));
+    return Plotly.react(plot, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
+  };
+
+  // Of many lines, the one under the pointer stands out, in every panel of its figure.
+  const follow = (plot) => {
+    const panels = [...plot.closest("figure").querySelectorAll(".plot")];
+    const linesOf = (panel, trial) => panel.data.flatMap((trace, index) => (trace.meta?.[1] === trial ? [index] : []));
+    const restyle = (trial, width) => {
+      for (const panel of panels) {
+        for (const index of linesOf(panel, trial)) {
+          const own = panel.data[index];
+          if (!own.mode.startsWith("lines")) continue;
+          own.before ??= { width: own.line.width, opacity: own.opacity };
+          const style = width ? { width, opacity: 1 } : own.before;
+          Plotly.restyle(panel, { "line.width": style.width, opacity: style.opacity }, [index]);
+        }
+      }
+    };
+    plot.on("plotly_hover", (event) => restyle(event.points[0].data.meta?.[1], 4));
+    plot.on("plotly_unhover", (event) => restyle(event.points[0].data.meta?.[1], null));
+  };
+
+  // The boxes of a figure's key show and hide groups of lines, and the marks on them.
+  const select = (figure) => {
+    const hidden = new Set([...figure.querySelectorAll("input:not(:checked)")].map((box) => box.dataset.group));
+    for (const panel of figure.querySelectorAll(".plot")) {
+      const visible = panel.data.map((trace) => !hidden.has(trace.legendgroup) && !hidden.has(trace.meta?.[2]));
+      Plotly.restyle(panel, { visible });
+    }
+  };
+
+  for (const plot of plots) draw(plot).then(() => follow(plot));
+  for (const box of document.querySelectorAll(".key input")) {
+    box.addEventListener("change", () => select(box.closest("figure")));
+  }
+  scheme.addEventListener("change", () => {
+    Promise.all(plots.map(draw)).then(() => document.querySelectorAll("figure:has(.key)").forEach(select));
+  });
+})();

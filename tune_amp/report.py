@@ -1,0 +1,88 @@
+"""The report of a run: one HTML file with figures, made from its Parquet files alone and readable without a network.
+
+plotly.js, 4.8 MB of JavaScript, is in the file: the report of years ago still opens. Nothing here imports torch or Ray.
+"""
+
+from pathlib import Path
+
+from tune_amp import __version__
+from tune_amp.config import InputError
+from tune_amp.parquet import write_atomically
+from tune_amp.report_findings import (
+    write_confirmed,
+    write_importance,
+    write_ledger,
+    write_origin,
+    write_parameters,
+)
+from tune_amp.report_page import Html, build_page, tag
+from tune_amp.report_run import Run, load_run
+from tune_amp.report_sections import write_curves, write_epochs, write_history, write_scales
+from tune_amp.report_summary import name_subject, say_moment, write_summary
+
+REPORT_FILE = "report.html"
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Make the report of the run in ``folder``.
+
+    Args:
+        folder: a run's folder; only ``trials.parquet`` must be in it.
+        output: the file to write, ``report.html`` in ``folder`` if None. One that was there is replaced.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version; the file cannot be written.
+    """
+    run = load_run(Path(folder))
+    path = run.folder / REPORT_FILE if output is None else Path(output)
+    page = build_report(run).encode("utf-8", errors="replace")  # file names may hold surrogates
+    try:
+        write_atomically(path, lambda file: file.write(page))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def build_report(run: Run) -> str:
+    """The report as HTML."""
+    subject = name_subject(run)
+    sections = [
+        write_history(run),
+        write_epochs(run),
+        write_scales(run),
+        write_curves(run),
+        write_importance(run),
+        write_parameters(run),
+        write_confirmed(run),
+        write_ledger(run),
+        write_origin(run, __version__),
+    ]
+    head = tag(
+        "header",
+        tag("h1", subject),
+        tag("p", f"tune_amp, run {run.provenance.run}, started {say_moment(run.provenance.created)}", class_="run"),
+        write_summary(run),
+        _write_contents(),
+    )
+    return build_page(f"{subject}: {run.provenance.run}", [head, *sections])
+
+
+CONTENTS = {
+    "history": "history",
+    "epochs": "early stopping",
+    "scales": "loss scales",
+    "curves": "validation",
+    "importance": "importance",
+    "parameters": "settings",
+    "best": "fresh seeds",
+    "time": "slot time",
+    "origin": "origin",
+}
+
+
+def _write_contents() -> Html:
+    links = (tag("li", tag("a", name, href=f"#{anchor}")) for anchor, name in CONTENTS.items())
+    return tag("nav", tag("ul", *links), aria_label="sections")

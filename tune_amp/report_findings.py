@@ -1,0 +1,238 @@
+"""The sections of a report about what was found: the settings that mattered, what fresh seeds say, time and origin."""
+
+from collections.abc import Iterator, Sequence
+
+from tune_amp.importance import FEWEST_TRIALS, describe_importance
+from tune_amp.report_axes import objective_title, show_percent
+from tune_amp.report_figures import KIND_COLOURS, LEAST_SHARE, draw_confirmed, draw_ledger, name_row
+from tune_amp.report_page import Html, command, definitions, figure, join, section, table, tag
+from tune_amp.report_parameters import draw_importance, draw_parallel, draw_slices
+from tune_amp.report_run import MISSING, Run, find_value
+from tune_amp.report_sections import say, tell_epochs, tell_last, tell_trouble, write_key
+from tune_amp.report_style import count_of
+from tune_amp.report_summary import say_moment, say_seconds, say_setting, tell_interval
+from tune_amp.results import BestRow
+
+# ---- the parameters ----
+
+
+def write_importance(run: Run) -> Html:
+    """Which parameters mattered."""
+    title = "Which settings mattered"
+    result = run.importance
+    if result is None:
+        return section("importance", title, say(_tell_why_no_importance(run)))
+    line = describe_importance(result).removeprefix("importance ")
+    text = f"Importance for {result.objective} {line.rstrip(':')}."
+    caption = (
+        "A bar is a setting's share in what separates the best third of the trials from all of them, each setting by "
+        "itself. The upright mark is what 5% of random permutations of its values reach. A bar that is not clearly "
+        f"beyond its mark cannot be told from noise, and is pale. {result.method}."
+    )
+    label = "importance of each searched setting beside what permuted values reach"
+    return section(
+        "importance", title, say(text), figure(caption, {"importance-plot": (label, draw_importance(result))})
+    )
+
+
+def _tell_why_no_importance(run: Run) -> str:
+    trouble = run.troubles.get("importance.parquet", MISSING)
+    if trouble != MISSING:
+        return f"Not shown: importance.parquet {tell_trouble(trouble)}."
+    if len(run.trials) < FEWEST_TRIALS:
+        return (
+            f"Not measured: that needs {FEWEST_TRIALS} trials with a value at one epoch, there are {len(run.trials)}."
+        )
+    return (
+        "Not measured: too few trials had a value at one epoch, or most shared the worst one, or the search did not "
+        "come to its end."
+    )
+
+
+def write_parameters(run: Run) -> Html:
+    """Slices and parallel coordinates."""
+    title = "Settings and what they led to"
+    if all(find_value(trial, run.objective) is None for trial in run.trials):
+        return section("parameters", title, say("No trial has a value to show against its settings."))
+    slices = {
+        f"slice-{name}": (f"{run.objective} of every trial against {name}", plot)
+        for name, plot in draw_slices(run).items()
+    }
+    about_slices = (
+        f"The {objective_title(run.objective)} of every trial against each searched setting, symbols and colours as "
+        "above; the ring is rank 1. A setting that matters shows a slope or a hill, one that does not a flat cloud. "
+        "Where marks are crowded, the search expected good values. Trials that were stopped had fewer epochs than "
+        "those that completed."
+    )
+    about_paths = (
+        "Each line is a trial: it goes down through its settings to what came out, in the last row. The thick one is "
+        "rank 1. Hover over a line to follow it; the boxes hide groups. A setting that a trial does not have is "
+        "passed by."
+    )
+    paths = {"parallel-plot": ("every trial as a line through its settings to its result", draw_parallel(run))}
+    return section(
+        "parameters",
+        title,
+        figure(about_slices, slices, layout="slices"),
+        tag("h3", "All together"),
+        figure(
+            about_paths,
+            paths,
+            key=write_key(run, [trial for trial in run.trials if find_value(trial, run.objective) is not None]),
+        ),
+    )
+
+
+# ---- fresh seeds ----
+
+
+def write_confirmed(run: Run) -> Html:
+    """What fresh seeds say of the best."""
+    title = "The best, and what fresh seeds say of them"
+    if not run.rows:
+        return section("best", title, say("No trial produced a result that could be ranked."))
+    if not any(row.confirmation for row in run.rows):
+        text = (
+            "The best trials were not trained again on fresh seeds. Their order comes from one seed and "
+            f"{run.provenance.validation_images:,} validation images: differences of some tenths of a point are noise."
+        )
+        return section("best", title, say(text), _list_ranked(run))
+    trouble = run.troubles.get("confirm.parquet")
+    notes = [say(f"Single runs are not shown: confirm.parquet {tell_trouble(trouble)}.")] if trouble else []
+    caption = (
+        "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
+        "which each run read once, grey on the validation images. Small circles are the single runs. The diamond is "
+        "what the search had said of the same configuration: its distance from the grey dot is the search's optimism. "
+        "Overlapping intervals are not what makes a tie: all runs share their seeds, and the table says which are "
+        "tied on the validation images. The default is the tutorial's configuration."
+    )
+    label = "accuracy of every confirmed configuration with its 95% interval"
+    plot = figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
+    return section("best", title, *notes, plot, _list_confirmed(run), *_list_failures(run))
+
+
+def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
+    for parameter in run.parameters:
+        yield say_setting(parameter.name, getattr(row.trial.config, parameter.name))
+
+
+def _list_ranked(run: Run) -> Html:
+    columns = ("", "trial", *(parameter.name for parameter in run.parameters), "epochs", "val. accuracy", "val. loss")
+    rows = [
+        (
+            name_row(row),
+            row.trial.trial_name,
+            *_list_settings(run, row),
+            tell_epochs(row.trial),
+            *tell_last(row.trial.last)[:2],
+        )
+        for row in run.ranked
+    ]
+    return table(columns, rows, winner=0)
+
+
+def _list_confirmed(run: Run) -> Html:
+    names = [parameter.name for parameter in run.parameters]
+    found = ("test accuracy", "validation accuracy", "in the search", "optimism", "seeds", "against rank 1")
+    columns = ("", *found, *names)
+    rows = [*run.ranked, *([run.default] if run.default else [])]
+    return table(columns, [_tell_confirmed(run, row) for row in rows], winner=0)
+
+
+def _tell_confirmed(run: Run, row: BestRow) -> Sequence[str]:
+    found = row.confirmation
+    own = find_value(row.trial, "val_accuracy") if row.rank is not None else None
+    in_search = "" if own is None else show_percent(own)
+    settings = _list_settings(run, row)
+    if found is None:
+        return (name_row(row), "", "", in_search, "", "", "", *settings)
+    return (
+        name_row(row),
+        _tell_mean(found.test_accuracy_mean, found.test_accuracy_low, found.test_accuracy_high),
+        _tell_mean(found.val_accuracy_mean, found.val_accuracy_low, found.val_accuracy_high),
+        in_search,
+        _tell_optimism(run, found.optimism),
+        str(len(found.confirm_seeds)),
+        "" if row is run.winner else {None: "not known", True: "tied", False: "told apart"}[found.tied_with_best],
+        *settings,
+    )
+
+
+def _tell_mean(mean: float | None, low: float | None, high: float | None) -> str:
+    return "not all completed" if mean is None else f"{show_percent(mean)} {tell_interval(low, high)}"
+
+
+def _tell_optimism(run: Run, optimism: float | None) -> str:
+    if optimism is None:
+        return ""
+    return f"{optimism:+.4f} nats" if run.objective == "val_loss" else f"{100 * optimism:+.2f} points"
+
+
+def _list_failures(run: Run) -> Iterator[Html]:
+    failures = [
+        (name_row(row), text) for row in run.rows if row.confirmation for text in row.confirmation.confirm_failures
+    ]
+    if failures:
+        yield tag("h3", "Runs that did not complete")
+        yield table(("", "why"), failures, long="why")
+
+
+# ---- time, origin ----
+
+
+def write_ledger(run: Run) -> Html:
+    """What the slots spent their time on."""
+    title = "What the slots' time went into"
+    ledger = run.ledger
+    if ledger is None or not ledger.shares:
+        trouble = run.troubles.get("trials.parquet")
+        reason = f"the ledger cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
+        return section("time", title, say(f"Not known: {reason}."))
+    text = (
+        f"{count_of(ledger.slots, 'slot')} of {say_seconds(ledger.wall_seconds)} each: "
+        f"{ledger.useful:.1%} went into training steps of trials that completed, {ledger.efficiency:.1%} into training "
+        "steps of any trial."
+    )
+    caption = (
+        "The whole bar is the time of all slots, places in which a trial runs. The table names its parts from the left."
+    )
+    rows = [
+        (join([_swatch(kind), kind]), say_seconds(ledger.seconds[kind]), f"{share:.1%}")
+        for kind, share in ledger.shares.items()
+        if share >= LEAST_SHARE
+    ]
+    plot = figure(caption, {"time-plot": (text, draw_ledger(ledger))})
+    return section(
+        "time", title, say(text), plot, tag("div", table(("spent on", "time", "share"), rows), class_="narrow")
+    )
+
+
+def _swatch(kind: str) -> Html:
+    colour, opacity = next(style for of, style in KIND_COLOURS.items() if of == kind)
+    return tag("i", class_="swatch", style=f"background: var(--{colour}); opacity: {opacity}")
+
+
+def write_origin(run: Run, version: str) -> Html:
+    """Where all of this comes from."""
+    origin = run.provenance
+    pairs = [
+        ("run", origin.run),
+        ("started", say_moment(origin.created)),
+        ("data", f"{origin.dataset}, sha256 {origin.data_hash}"),
+        ("seed", str(origin.seed)),
+        ("device", origin.device),
+        ("versions", ", ".join(f"{name} {number}" for name, number in sorted(origin.versions.items()))),
+        ("report", f"made from the Parquet files of {run.folder} by tune_amp {version}"),
+    ]
+    unused = [f"{name}: {trouble}" for name, trouble in run.troubles.items() if trouble != MISSING]
+    if unused:
+        pairs.append(("not used", "; ".join(unused)))
+    return section(
+        "origin",
+        "Where this comes from",
+        definitions(pairs),
+        tag("h3", "Command"),
+        command(origin.command),
+        tag("h3", f"Search space: {origin.space_source}"),
+        tag("pre", origin.space_text, tabindex=0),
+    )

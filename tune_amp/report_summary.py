@@ -1,0 +1,276 @@
+"""The first screen of a report: what was searched on what, and what came out."""
+
+import collections
+import datetime
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tune_amp.config import FIELD_TYPES, format_scale, is_function_name
+from tune_amp.confirmed import DEFAULT_ID, Confirmation
+from tune_amp.intervals import MeanInterval, paired_interval
+from tune_amp.monitoring import describe_ties
+from tune_amp.report_axes import show_percent
+from tune_amp.report_figures import build_objective_axis
+from tune_amp.report_page import Html, command, definitions, join, tag
+from tune_amp.report_run import MISSING, Run, find_value
+from tune_amp.report_style import count_of, list_statuses
+from tune_amp.results import BestRow, TrialRecord
+
+
+def name_subject(run: Run) -> str:
+    """``simple_net on mnist``."""
+    models = sorted({trial.config.model for trial in run.trials})
+    return f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
+
+
+def write_summary(run: Run) -> Html:
+    """Both halves of the first screen."""
+    searched = tag("div", tag("h2", "What was searched"), definitions(_list_searched(run)))
+    return tag("div", searched, tag("div", tag("h2", "What came out"), *_tell_result(run)), class_="summary")
+
+
+# ---- what was searched ----
+
+
+def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
+    origin = run.provenance
+    names = ", ".join(parameter.name for parameter in run.parameters)
+    yield "space", f"{origin.space_source}: {names}"
+    yield "data", f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
+    yield "objective", ", ".join(origin.objectives)
+    yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
+    budgets = sorted({trial.config.max_epochs for trial in run.trials})
+    epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
+    counts = tag("span", *map(_tell_count, _count_statuses(run.trials)), class_="statuses")
+    yield "trials", join([f"{len(run.trials)}{epochs}", counts])
+    yield "device", "; ".join(_list_devices(run.trials)) or origin.device
+    yield "seeds", _tell_seeds(run)
+    if run.ledger:
+        slots = count_of(run.ledger.slots, "slot")
+        yield "time", f"{say_seconds(run.ledger.wall_seconds)} in {slots}"
+
+
+def _count_statuses(trials: Sequence[TrialRecord]) -> list[tuple[str, int]]:
+    counts = collections.Counter(trial.status for trial in trials)
+    return [(str(status), counts[status]) for status in list_statuses(trials)]
+
+
+def _tell_count(counted: tuple[str, int]) -> Html:
+    status, count = counted
+    swatch = tag("i", class_="swatch", style=f"background: var(--{status})")
+    return tag("span", swatch, f"{count} {status.replace('_', ' ')}")
+
+
+def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
+    found = {(trial.device, trial.num_threads) for trial in trials}
+    return [f"{device}, {count_of(threads, 'CPU thread')} a trial" for device, threads in sorted(found)]
+
+
+def _tell_seeds(run: Run) -> str:
+    text = f"{run.provenance.seed} for the sampler and all trials"
+    if run.winner and run.winner.confirmation:
+        text += f"; confirmed on {', '.join(map(str, run.winner.confirmation.confirm_seeds))}"
+    return text
+
+
+def say_moment(moment: str) -> str:
+    """``25 November 2026, 19:06 UTC`` of an ISO 8601 text, or the text where it is none."""
+    try:
+        found = datetime.datetime.fromisoformat(moment).astimezone(datetime.UTC)
+    except ValueError:
+        return moment
+    return f"{found.day} {found:%B %Y, %H:%M} UTC"
+
+
+def say_seconds(seconds: float) -> str:
+    """``42.0 s``, ``3 min 58 s`` or ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+# ---- what came out ----
+
+
+def _tell_result(run: Run) -> Iterator[Html]:
+    winner = run.winner
+    if winner is None:
+        yield tag("p", "No trial produced a result.", class_="figure-of-merit")
+        yield tag(
+            "ul", *(tag("li", reason, class_="warning") for reason in _list_reasons(run.trials)), class_="findings"
+        )
+        return
+    yield _tell_merit(run, winner)
+    yield definitions([("settings", describe_settings(run, winner.trial))])
+    yield tag("ul", *_list_findings(run, winner), class_="findings")
+    yield _tell_reuse(run)
+
+
+def _list_reasons(trials: Sequence[TrialRecord]) -> list[str]:
+    """The commonest reasons first."""
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
+    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
+
+
+def _tell_merit(run: Run, winner: BestRow) -> Html:
+    found = winner.confirmation
+    if found and found.test_accuracy_mean is not None:
+        interval = tell_interval(found.test_accuracy_low, found.test_accuracy_high)
+        seeds = f"mean of {len(found.confirm_seeds)} fresh seeds, 95% interval {interval}"
+        return _merit(show_percent(found.test_accuracy_mean), f"test accuracy of rank 1: {seeds}")
+    axis = build_objective_axis(run, run.objective)
+    value = find_value(winner.trial, run.objective)
+    told = "no value" if value is None else axis.show(value)
+    which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
+    return _merit(told, f"{axis.title} {which}, from the search's one seed")
+
+
+def _merit(number: str, of_what: str) -> Html:
+    return tag("p", number, tag("small", of_what), class_="figure-of-merit")
+
+
+def describe_settings(run: Run, trial: TrialRecord) -> str:
+    """The searched settings of a trial, and its precision."""
+    names = [parameter.name for parameter in run.parameters]
+    values = [(name, getattr(trial.config, name)) for name in FIELD_TYPES if name in (*names, "precision")]
+    return ", ".join(f"{name} {say_setting(name, value)}" for name, value in values if value is not None)
+
+
+def say_setting(name: str, value: Any) -> str:
+    """A setting as people write it."""
+    if value is None:
+        return ""
+    if name == "init_scale":
+        return format_scale(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _list_findings(run: Run, winner: BestRow) -> Iterator[Html]:
+    if not winner.confirmation:
+        text = describe_ties([row.trial for row in run.ranked], run.provenance)
+        yield tag("li", f"{text} {_WARNING}".strip(), class_="warning")
+        return
+    yield from _tell_confirmation(run, winner, winner.confirmation)
+
+
+_WARNING = (
+    "Not confirmed on fresh seeds: among the best trials of one seed, the order is mostly noise, and the first number "
+    "is too good, for it was chosen for being the highest."
+)
+
+
+def _tell_confirmation(run: Run, winner: BestRow, found: Confirmation) -> Iterator[Html]:
+    for failure in found.confirm_failures:
+        yield tag("li", f"A run on a fresh seed did not complete: {failure}", class_="warning")
+    if found.val_accuracy_mean is not None:
+        interval = tell_interval(found.val_accuracy_low, found.val_accuracy_high)
+        yield tag(
+            "li",
+            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}",
+        )
+    yield _tell_ties(run)
+    gain = _tell_gain(run, winner)
+    if gain:
+        yield tag("li", gain)
+
+
+def _tell_optimism(run: Run, found: Confirmation) -> str:
+    if found.optimism is None:
+        return ""
+    if run.objective == "val_loss":
+        return f"Optimism: the search's own loss differs from the confirmed mean by {found.optimism:+.4f} nats."
+    side = "above" if found.optimism >= 0 else "below"
+    return f"Optimism: the search's own number was {100 * abs(found.optimism):.2f} points {side} that mean."
+
+
+def _tell_ties(run: Run) -> Html:
+    others = [row for row in (*run.ranked[1:], *([run.default] if run.default else [])) if row.confirmation]
+    tied = [_name(row) for row in others if row.confirmation and row.confirmation.tied_with_best]
+    if not others:
+        return tag("li", "It was confirmed alone: there is nothing to compare it with.")
+    if not tied:
+        return tag("li", "It can be told from every other confirmed configuration (Tukey's test, 95%).")
+    text = f"A tie: {_enumerate(tied)} cannot be told from it on these seeds (Tukey's test, 95%)."
+    return tag("li", text, class_="warning")
+
+
+def _name(row: BestRow) -> str:
+    return "the tutorial's default" if row.rank is None else f"rank {row.rank}"
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _tell_gain(run: Run, winner: BestRow) -> str:
+    """What searching was worth, beside the configuration that everybody starts from."""
+    default = run.default
+    if default is None or default.confirmation is None:
+        return ""
+    better, base = winner.confirmation, default.confirmation
+    assert better is not None
+    start = f"Gain over the tutorial's default ({describe_settings(run, default.trial)}):"
+    if better.test_accuracy_mean is None or base.test_accuracy_mean is None:
+        return f"{start} cannot be told, not all runs of both completed."
+    gain = 100 * (better.test_accuracy_mean - base.test_accuracy_mean)
+    paired = _pair_gain(run, winner)
+    interval = f" [{100 * paired.low:+.2f}, {100 * paired.high:+.2f}], paired by seed" if paired else ""
+    return f"{start} {gain:+.2f} points of test accuracy{interval}."
+
+
+def _pair_gain(run: Run, winner: BestRow) -> MeanInterval | None:
+    """From the single runs, where they lie beside."""
+    values = {
+        trial_id: {one.seed: one.test_accuracy for one in run.confirmed if one.trial_id == trial_id}
+        for trial_id in (winner.trial.trial_id, DEFAULT_ID)
+    }
+    ours, theirs = values[winner.trial.trial_id], values[DEFAULT_ID]
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    complete = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    if len(complete) < 2 or len(complete) < len(pairs):
+        return None
+    return paired_interval([ours for ours, _ in complete], [theirs for _, theirs in complete])
+
+
+def tell_interval(low: float | None, high: float | None) -> str:
+    """``[97.61%, 98.02%]``."""
+    return "" if low is None or high is None else f"[{show_percent(low)}, {show_percent(high)}]"
+
+
+# ---- reuse ----
+
+
+def _tell_reuse(run: Run) -> Html:
+    trouble = run.troubles.get("best.parquet")
+    if trouble:
+        reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
+        return tag("p", f"Ranked by this report: {reason}, so that no command trains the winner.", class_="muted")
+    return join([tag("h3", "Train it again"), command(list_reuse(run))])
+
+
+def list_reuse(run: Run) -> list[str]:
+    """The line that trains the winner: with the same data, and with consent to the user's own code."""
+    assert run.winner is not None
+    given = run.provenance.command
+    installed = given[:1] != () and given[0].startswith("tune-amp")
+    parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
+    parts.append(str(run.folder / "best.parquet"))
+    data_dir = _find_flag(given, "--data-dir")
+    if data_dir is not None:
+        parts += ["--data-dir", data_dir]
+    config = run.winner.trial.config
+    for flag, name in (("--model", config.model), ("--dataset", config.dataset)):
+        if is_function_name(name):
+            parts += [flag, name]
+    return parts
+
+
+def _find_flag(command: Sequence[str], flag: str) -> str | None:
+    """What the search was given with ``flag``, in either way of writing it."""
+    for index, part in enumerate(command):
+        if part == flag and index + 1 < len(command):
+            return command[index + 1]
+        if part.startswith(f"{flag}="):
+            return part.removeprefix(f"{flag}=")
+    return None
