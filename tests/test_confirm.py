@@ -352,7 +352,8 @@ def test_a_run_is_trained_as_its_trial_was_and_the_test_set_read_once_at_its_end
     again = TrainingRun(make_job(f"{module}:net").config, data)
     last = list(again.epochs())[-1]
     assert (run.val_loss, run.val_accuracy) == (last.val_loss, last.val_accuracy)
-    assert (run.test_loss, run.test_accuracy) == again.evaluate(place_split(TEST, CPU))
+    tested = again.evaluate(place_split(TEST, CPU))
+    assert (run.test_loss, run.test_accuracy, run.test_recalls) == (tested.loss, tested.accuracy, tested.recalls)
     assert run.test_accuracy != run.val_accuracy
     counts = [int((TEST.labels == label).sum()) for label in range(3)]
     hits = sum(recall * count for recall, count in zip(run.test_recalls, counts, strict=True))

@@ -9,15 +9,13 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import torch
-from torch import Tensor, nn
 
 from tune_amp.batches import place_split
 from tune_amp.config import TrialConfig, TrialStatus, one_line
@@ -382,7 +380,8 @@ def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> Confirme
     ending: dict[str, Any] = {"status": TrialStatus.DIVERGED, "error": f"{last.state}: {run.hopeless}"}
     if run.hopeless is None:
         ending = {"status": TrialStatus.COMPLETED, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy}
-        ending |= _test(run, data, test)
+        tested = run.evaluate(place_split(test, data.device))
+        ending |= {f"test_{name}": value for name, value in vars(tested).items()}
     return ConfirmedRun(
         trial_id=job.trial_ids[0],
         seed=job.config.seed,
@@ -390,26 +389,3 @@ def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> Confirme
         device=name_device(data.device),
         **ending,
     )
-
-
-def _test(run: TrainingRun, data: TrainingData, test: Split) -> dict[str, Any]:
-    split = place_split(test, data.device)
-    with _predictions(run.model) as predictions:
-        loss, accuracy = run.evaluate(split)
-    hits = torch.cat(predictions) == split.labels
-    recalls = tuple(
-        hits[split.labels == label].double().mean().item() if (split.labels == label).any() else math.nan
-        for label in range(data.num_classes)
-    )
-    return {"test_loss": loss, "test_accuracy": accuracy, "test_recalls": recalls}
-
-
-@contextlib.contextmanager
-def _predictions(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Classes that ``model`` predicts within, int64 [batch] each, taken on the way: no image is read twice."""
-    taken: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _model, _images, logits: taken.append(logits.argmax(dim=1)))
-    try:
-        yield taken
-    finally:
-        hook.remove()

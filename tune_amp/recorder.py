@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
-from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRAINING_ITERATION, TRIAL_ID
+from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 
 from tune_amp.config import OBJECTIVES, TrialConfig, TrialStatus
 from tune_amp.inert import find_inert
@@ -23,7 +23,7 @@ WRITE_EVERY_SECONDS = 5.0
 # And not for more than 2 % of the time: with 2,000 trials a write takes 0.3 s.
 PAUSE_PER_WRITE = 50
 
-TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRAINING_ITERATION, TRIAL_ID)
+TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID, "training_iteration")
 KEPT_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *TUNES_OWN))
 """What Tune, the scheduler and the searcher still read of a report once it is recorded."""
 
