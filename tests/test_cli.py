@@ -122,7 +122,7 @@ def test_help_and_errors_answer_without_importing_the_heavy_libraries() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize("script", ["search", "train"])
+@pytest.mark.parametrize("script", ["search", "train", "compare"])
 def test_each_script_prints_its_help(script: str) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"], capture_output=True, text=True, check=False
@@ -134,7 +134,7 @@ def test_each_script_prints_its_help(script: str) -> None:
 
 def test_tune_amp_without_a_command_tells_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "{search,train}" in capsys.readouterr().err
+    assert "{search,train,compare}" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("tune-amp ")
     assert main(["search", "--num-samples", "0"]) == 2
