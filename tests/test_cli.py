@@ -123,7 +123,7 @@ def test_help_and_errors_answer_without_importing_the_heavy_libraries() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize("script", ["search", "train", "report"])
+@pytest.mark.parametrize("script", ["search", "train", "compare", "report"])
 def test_each_script_prints_its_help(script: str) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"], capture_output=True, text=True, check=False

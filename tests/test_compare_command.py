@@ -7,12 +7,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from records import PROVENANCE, make_epoch, make_trial
@@ -121,7 +121,7 @@ def rows_under(page: str, heading: str) -> list[list[str]]:
     return table
 
 
-def show(numbers: Sequence[float], form: str) -> str:
+def show(numbers: Iterable[float], form: str) -> str:
     mean, low, high = (format(number, form) for number in numbers)
     return f"{mean} ({low} to {high})"
 

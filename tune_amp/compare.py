@@ -30,6 +30,7 @@ LEAST_EPOCHS = 2
 """The first epoch of a run is not timed: memory is allocated in it, and on a GPU a graph is captured."""
 WARM_UP_BATCHES = 20
 WARM_UP_EPOCHS = 4
+ESTIMATES = 2
 WARM_UP_IMAGES = 2048
 """Most validation images of a warm-up."""
 LONGEST_WARM_UP_SECONDS = 10.0
@@ -165,7 +166,8 @@ def fit_epochs(
         wanted: no more epochs than that.
         budget: seconds for all runs together.
     """
-    kept, gone = dict(epoch_seconds), []
+    kept = dict(epoch_seconds)
+    gone: list[str] = []
     while True:
         affordable = int(budget / max(1e-9, seeds * sum(kept.values())))
         if affordable >= LEAST_EPOCHS or len(kept) <= 2:
@@ -193,24 +195,34 @@ def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> floa
     batches = min(WARM_UP_BATCHES, steps)
     plain = _without_data_settings(config)
     few = _take(dataset.train, batches * config.batch_size)
-    estimate = estimate_epoch_seconds(plain, dataset.train, dataset.num_classes, device)
+    # The shortest, here and below: what other programs did for a moment must not cost a precision its place.
+    estimate = min(estimate_epoch_seconds(plain, dataset.train, dataset.num_classes, device) for _ in range(ESTIMATES))
     if device.type == "cpu" and estimate * WARM_UP_EPOCHS * batches / steps > LONGEST_WARM_UP_SECONDS:
         return estimate
     validation = _take(dataset.validation, WARM_UP_IMAGES)
     run = TrainingRun(plain, TrainingData(few, validation, dataset.num_classes, device))
     epochs = [run.train_epoch() for _ in range(WARM_UP_EPOCHS)]
     del run
-    release_memory(device)
+    _release(device)
     scales = {
         "train_seconds": steps / batches,
         "val_seconds": len(dataset.validation) / len(validation),
         "probe_seconds": 1,
     }
-    # The shortest: a moment in which other programs had the cores must not cost a precision its place.
-    return min(
+    seconds: list[float] = [
         sum(scale * (getattr(later, name) - getattr(earlier, name)) for name, scale in scales.items())
         for earlier, later in itertools.pairwise(epochs)
-    )
+    ]
+    return min(seconds)
+
+
+def _release(device: torch.device) -> None:
+    """Give memory of a GPU back, so that a run finds the device as the first one did.
+
+    On a CPU there is nothing to give, and looking for it takes a quarter of a second.
+    """
+    if device.type == "cuda":
+        release_memory(device)
 
 
 def _without_data_settings(config: TrialConfig) -> TrialConfig:
@@ -240,7 +252,7 @@ def compare_runs(
     for place, (seed, precision) in enumerate(plan.runs, start=1):
         config = dataclasses.replace(plan.arms[precision], seed=seed, max_epochs=plan.epochs)
         yield train_arm(config, data, place=place, on_epoch=on_epoch)
-        release_memory(device)
+        _release(device)
 
 
 def train_arm(
@@ -323,7 +335,7 @@ def measure_cell(
                 timed[precision].take_turn()
     cells = [_describe_cell(config, timed.get(name), reasons[name]) for name, config in arms.items()]
     timed.clear()
-    release_memory(device)  # graphs keep theirs
+    _release(device)  # graphs keep theirs
     return cells
 
 
