@@ -3,8 +3,8 @@
 ``search`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver, ``shares``
 trials side by side; ``gpu`` does all that can be done on one GPU without Ray and Optuna. ``record`` trains random
 configurations to their full budget and keeps their learning curves; ``search-quality`` replays searches over them;
-``warm-start`` measures what a search gains from an earlier run, ``telemetry`` what watching a training costs. Results
-lie in ``results/reference/``.
+``warm-start`` measures what a search gains from an earlier run, ``telemetry`` what watching a training costs,
+``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
 """
 
 import argparse
@@ -184,6 +184,17 @@ def measure_telemetry_cost(arguments: argparse.Namespace) -> int:
     return _save_table(arguments.output / "telemetry.md", text)
 
 
+def measure_effects(arguments: argparse.Namespace) -> int:
+    """Measure what each of the tutorial's extensions changes."""
+    from tune_amp.benchmarks.extensions import measure_extensions, render_extensions, write_extensions
+
+    _make_folder(arguments.output)
+    dataset = load_announced(arguments.dataset, arguments.data_dir)
+    result = measure_extensions(dataset, seeds=arguments.seeds, announce=lambda line: print(line, flush=True))
+    write_extensions(arguments.output / "extensions.parquet", result)
+    return _save_table(arguments.output / "extensions.md", render_extensions(result))
+
+
 def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="scripts/benchmark.py", description="Measure tune_amp itself.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -240,6 +251,11 @@ def _build_parser() -> argparse.ArgumentParser:
     telemetry = commands.add_parser("telemetry", help="what telemetry and probe cost of the training time")
     _add_data(telemetry)
     _add_output(telemetry, measure_telemetry_cost)
+
+    extensions = commands.add_parser("extensions", help="class weights, curricula, scaling, a static scale: on and off")
+    extensions.add_argument("--seeds", type=_several, default=10, metavar="N", help="of each side (%(default)s)")
+    _add_data(extensions)
+    _add_output(extensions, measure_effects)
     return parser
 
 
@@ -268,6 +284,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _several(text: str) -> int:
+    number = int(text)
+    if number < 2:  # one tells nothing of how far seeds differ
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}")
     return number
 
 

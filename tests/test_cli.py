@@ -1,5 +1,7 @@
 """What a user types wrong is answered in one line with exit code 2, and nothing is left behind."""
 
+import argparse
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,12 @@ import pytest
 from records import PROVENANCE, make_trial
 
 from tune_amp.cli import main
-from tune_amp.config import TrialConfig
+from tune_amp.config import InputError, TrialConfig
+from tune_amp.options import SearchOptions
 from tune_amp.results import rank_trials, write_best, write_trials
-from tune_amp.search_command import search_command
-from tune_amp.train_command import train_command
+from tune_amp.search_command import _load_checked, search_command
+from tune_amp.space import load_space
+from tune_amp.train_command import describe_recalls, train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +52,8 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
             "--objective: must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, "
             "or several joined by commas, got 'accuracy'",
         ),
+        ("--imbalance 0.5", "--imbalance: must be at least 1, got 0.5"),
+        ("--imbalance inf", "--imbalance: must be a finite number, got inf"),
         ("--time-budget -1", "--time-budget: must be greater than 0, got -1.0"),
         ("--top-k 0", "--top-k: must be at least 1, got 0"),
         ("--seed -1", "--seed: must be between 0 and 2^63 - 1, got -1"),
@@ -89,9 +95,17 @@ def test_a_wrong_space_names_file_key_rule_and_value(capsys: pytest.CaptureFixtu
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("x.yaml").write_text("parameters:\n  batch_size: {low: 64, high: 4096, power_of_two: true}\n")
-    expected = "x.yaml: batch_size: must be at most the 1,413 training images of digits, got 4096"
-    assert refusal(capsys, search_command(["x.yaml", "--dataset", "digits"])) == expected
+    Path("x.yaml").write_text("parameters:\n  batch_size: {low: 64, high: 1024, power_of_two: true}\n")
+    expected = "x.yaml: batch_size: must be at most the 772 training images of digits, got 1024"  # of 1,413
+    assert refusal(capsys, search_command(["x.yaml", "--dataset", "digits", "--imbalance", "4"])) == expected
+
+
+def test_a_tail_that_is_too_long_for_the_data_names_the_flag() -> None:
+    arguments = argparse.Namespace(dataset="digits", data_dir=None, imbalance=100.0)
+    with pytest.raises(InputError) as caught:
+        _load_checked(arguments, load_space("quick"), SearchOptions())
+    rule = "each class of digits must keep at least 2 training images"
+    assert str(caught.value) == f"--imbalance: {rule}, got 1 of class 9 at 100:1"
 
 
 def test_an_existing_run_is_never_mixed_with_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -143,6 +157,14 @@ def test_tune_amp_without_a_command_tells_the_commands(capsys: pytest.CaptureFix
 
 
 # ---- train ----
+
+
+def test_recalls_are_told_the_worst_first_and_ten_at_most() -> None:
+    line = "recall by class, the worst first: 1: 20.00%, 3: 50.00%, 0: 97.25%"
+    assert describe_recalls([0.9725, 0.2, math.nan, 0.5]) == line
+    many = describe_recalls([1 - label / 100 for label in range(12)])
+    assert many.startswith("recall by class, the worst first: 11: 89.00%, 10: 90.00%, ")
+    assert many.endswith(", 2: 98.00%, 2 better ones")
 
 
 def write_run(folder: Path, **config: object) -> Path:

@@ -11,7 +11,8 @@ import torch
 from refusals import refusal
 
 from tune_amp import data
-from tune_amp.data import Dataset, Split, load_dataset
+from tune_amp.config import InputError
+from tune_amp.data import Dataset, Split, describe_tail, load_dataset, make_long_tail, thin_classes
 from tune_amp.idx_files import FILE_STEMS, IMAGES_MAGIC, LABELS_MAGIC, read_idx
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -228,3 +229,60 @@ def test_function_that_breaks_its_contract_is_refused(
     message = refusal(name)
     assert message.startswith(f"{name}: ")
     assert expected in message
+
+
+# A long tail
+
+
+def count_classes(split: Split) -> list[int]:
+    return np.bincount(split.labels, minlength=10).tolist()
+
+
+def test_class_sizes_of_a_long_tail_fall_exponentially_from_the_first_label_to_the_last(mnist: Dataset) -> None:
+    long = make_long_tail(mnist, 100.0)
+    counts = count_classes(long.train)
+    assert counts[0] == count_classes(mnist.train)[0]  # as many as the data allow
+    assert counts == [round(counts[0] * 100 ** (-label / 9)) for label in range(10)]
+    assert counts[0] / counts[9] == pytest.approx(100, rel=0.01)
+    assert (len(long.train), long.imbalance) == (13_474, 100)
+    assert describe_tail(long) == " (long tail 100:1, 5,429 to 54 a class)"
+    assert describe_tail(mnist) == ""
+
+
+def test_a_long_tail_leaves_validation_test_and_hash_as_they_are(digits: Dataset) -> None:
+    long = make_long_tail(digits, 20.0)
+    assert long.validation is digits.validation
+    assert long.test is digits.test
+    assert (long.content_hash, long.name) == (digits.content_hash, digits.name)
+    assert make_long_tail(digits, 1.0) is digits
+    assert make_long_tail(long, 20.0) is long  # not thinned again
+
+
+def test_images_of_a_long_tail_are_always_the_same_and_in_their_order(digits: Dataset) -> None:
+    np.random.seed(1)  # noqa: NPY002 - the global generator plays no part
+    long = thin_classes(digits.train, 10, 20.0)
+    np.random.seed(2)  # noqa: NPY002
+    again = thin_classes(digits.train, 10, 20.0)
+    np.testing.assert_array_equal(long.images, again.images)
+    numbered = Split(images=np.arange(len(digits.train))[:, None], labels=digits.train.labels)  # type: ignore[arg-type]
+    places = thin_classes(numbered, 10, 20.0).images[:, 0]
+    assert np.diff(places).min() > 0
+    np.testing.assert_array_equal(long.images, digits.train.images[places])
+    np.testing.assert_array_equal(long.labels, digits.train.labels[places])
+    last = np.flatnonzero(digits.train.labels == 9)
+    kept = places[long.labels == 9]
+    assert kept.tolist() != last[: len(kept)].tolist()  # drawn, not the first ones
+
+
+def test_most_images_are_kept_that_the_frequencies_of_the_given_data_allow() -> None:
+    labels = np.repeat(np.arange(3), [50, 8, 90])
+    split = Split(images=np.zeros((148, 1, 2, 2), np.uint8), labels=labels)
+    assert np.bincount(thin_classes(split, 3, 4.0).labels).tolist() == [16, 8, 4]
+
+
+def test_a_class_that_would_keep_one_image_is_refused(digits: Dataset) -> None:
+    with pytest.raises(InputError) as caught:
+        make_long_tail(digits, 100.0)
+    rule = "each class of digits must keep at least 2 training images"
+    assert str(caught.value) == f"imbalance: {rule}, got 1 of class 9 at 100:1"
+    assert min(count_classes(make_long_tail(digits, 60.0).train)) == 2

@@ -86,19 +86,26 @@ def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_
 
 def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: Path) -> None:
     arguments = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3, "--name", "small", "--quiet")
-    arguments = (*arguments, "--confirm-seeds", 0)
-    done = run_script("search", *arguments, folder=tmp_path)
+    done = run_script("search", *arguments, "--confirm-seeds", 0, "--imbalance", 1.5, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "results/small/best.parquet\n"
     best = tmp_path / done.stdout.strip()
-    assert load_best(best).precision == "fp16"
+    assert (load_best(best).precision, load_best(best).imbalance) == ("fp16", 1.5)
+    thinned = load_provenance(best).train_images
+    assert 1_024 < thinned < 1_300  # of 1,413
     assert read_states(best.parent, "small").count(TrialState.RUNNING) == 0
 
     replayed = run_script("train", best, "--replay", folder=tmp_path)
     assert replayed.returncode == 0, replayed.stderr
     assert replayed.stdout.count("equal to the record, bit for bit") == load_trials(best.parent)[0].config.max_epochs
 
-    assert run_script("train", best, "--output", "out", folder=tmp_path).returncode == 0
+    trained = run_script("train", best, "--output", "out", folder=tmp_path)
+    assert trained.returncode == 0
+    assert "imbalance 1.5" in trained.stdout
+    assert re.search(r"^recall by class, the worst first: \d: [\d.]+%, ", trained.stdout, re.MULTILINE)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert len(metrics["test_recalls"]) == 10
+    assert thinned < metrics["train_images"] < thinned + 128  # the validation images have a long tail here, too
     again = run_script("train", best, "--output", "out", folder=tmp_path)
     assert (again.returncode, again.stderr) == (2, "error: --output: out already exists; choose another folder\n")
 

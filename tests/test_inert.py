@@ -239,8 +239,8 @@ LINES = [
     (
         f"parameters: {{{RELATIVE}}}",
         "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
-        "(6,872 steps at batch_size 64 x 8 epochs); fractions of 1 and more make the loss scale static, those well "
-        "below 1 let it grow",
+        "(6,872 steps at batch_size 64 x 8 epochs); fractions above 1 make the loss scale static, those well below 1 "
+        "let it grow",
     ),
     (
         "parameters: {growth_factor: {low: 2, high: 4}, batch_size: {choices: [1024]}}",

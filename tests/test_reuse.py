@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tune_amp.batches import fit_input_scaling
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
-from tune_amp.data import Dataset, Split
+from tune_amp.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.models import build_model
 from tune_amp.reuse import (
     CARD_FILE,
@@ -109,11 +109,30 @@ def test_final_training_is_on_training_and_validation_images_together(precision:
     assert [metrics.epoch for metrics in result.epochs] == [1, 2, 3]
 
 
+def test_final_training_and_replay_have_the_long_tail_that_the_configuration_was_chosen_on(dataset: Dataset) -> None:
+    config = make_config(imbalance=3.0, batch_size=4, max_epochs=1)
+    long = make_long_tail(dataset, 3.0)
+    _, result = train_finally(config, dataset)
+    part = thin_classes(dataset.validation, 3, 3.0)
+    assert len(part) < 22
+    assert result.train_images == len(long.train) + len(part) < 72
+    expected = TrainingRun(config, TrainingData(join_splits(long.train, part), None, 3, CPU)).train_epoch()
+    assert find_differences(expected, result.epochs[0]) == []
+    trial = TrainingRun(config, TrainingData(long.train, dataset.validation, 3, CPU)).train_epoch()
+    for given in (dataset, long):
+        [replayed] = replay_trial(config, given, CPU)
+        assert find_differences(trial, replayed) == []
+
+
 def test_test_set_is_what_is_tested(dataset: Dataset) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
     whole = join_splits(dataset.train, dataset.validation)
     correct = count_correct(final._run.model, dataset.test, scaled_as=whole)
     assert result.test_accuracy == pytest.approx(correct / 37, abs=1e-12)
+    counts = np.bincount(dataset.test.labels)
+    assert sum(count * recall for count, recall in zip(counts, result.test_recalls, strict=True)) == pytest.approx(
+        correct
+    )
     assert 0 < correct < 37
     elsewhere = dataclasses.replace(dataset, test=make_split(90, 5))
     _, other = train_finally(make_config(max_epochs=1), elsewhere)
@@ -191,8 +210,10 @@ def test_saved_metrics_are_valid_json_with_configuration_and_source(
 
 def test_test_loss_that_is_no_number_is_null_in_json(dataset: Dataset, tmp_path: Path) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
-    final.save(tmp_path, dataclasses.replace(result, test_loss=math.inf), {}, "")
-    assert json.loads((tmp_path / METRICS_FILE).read_text())["test_loss"] is None
+    final.save(tmp_path, dataclasses.replace(result, test_loss=math.inf, test_recalls=(0.5, math.nan)), {}, "")
+    content = json.loads((tmp_path / METRICS_FILE).read_text())
+    assert content["test_loss"] is None
+    assert content["test_recalls"] == [0.5, None]
 
 
 # Replaying a trial
@@ -238,6 +259,9 @@ def test_nan_equals_nan_and_nothing_else() -> None:
     assert find_differences(diverged, dataclasses.replace(RECORDED, train_loss=math.nan)) == []
     assert find_differences(diverged, RECORDED) == ["train_loss"]
     assert find_differences(diverged, dataclasses.replace(RECORDED, train_loss=math.inf)) == ["train_loss"]
+    absent = [dataclasses.replace(RECORDED, val_recalls=(0.5, float("nan"))) for _ in range(2)]
+    assert find_differences(*absent) == []
+    assert find_differences(absent[0], dataclasses.replace(RECORDED, val_recalls=(0.5,))) == ["val_recalls"]
     missing = dataclasses.replace(RECORDED, val_loss=None)
     assert find_differences(dataclasses.replace(RECORDED, val_loss=math.nan), missing) == ["val_loss"]
 

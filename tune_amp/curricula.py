@@ -3,8 +3,8 @@
 Easy examples first are the idea of Bengio et al. 2009, "Curriculum learning" (doi:10.1145/1553374.1553380); how fast
 the harder ones come in is told by a pacing function (Hacohen & Weinshall 2019, arXiv:1904.03626). How hard an image is,
 ``batches.difficulty_order`` says: by its distance to the mean image of its class. All of ours begin with the easier
-half and give the last half of the epochs to all images; they differ in the way between. Imports nothing heavy, so that
-a search can tell without torch how many steps its trials will have.
+half and give the last half of the epochs to all images; they differ in the way between, which takes 4 epochs at least.
+Imports nothing heavy, so that a search can tell without torch how many steps its trials will have.
 """
 
 import math

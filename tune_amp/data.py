@@ -108,8 +108,8 @@ def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
     """A part of the split in which class sizes fall exponentially from the first label to the last; all of it at 1.
 
     Class i keeps n * mu^i images, with mu^(num_classes - 1) = 1 / ``imbalance``: the long tail of Cui et al. 2019,
-    "Class-balanced loss based on effective number of samples" (arXiv:1901.05555). n is as large as all classes allow.
-    A larger imbalance keeps a part of the images that a smaller one keeps of each class after the first.
+    "Class-balanced loss based on effective number of samples" (arXiv:1901.05555). n is as large as all classes
+    allow. The images are drawn with a fixed seed: they are the data set's, as its splits are.
     """
     if imbalance == 1:
         return split

@@ -115,7 +115,7 @@ def _describe_remedy(space: SearchSpace) -> str:
     """What to do about an interval that is too long, unless that is meant: then the loss scale is static."""
     interval = next((parameter for parameter in space.parameters if parameter.name == "growth_interval"), None)
     if interval is not None and interval.fraction_of_trial:
-        return "fractions of 1 and more make the loss scale static, those well below 1 let it grow"
+        return "fractions above 1 make the loss scale static, those well below 1 let it grow"
     if interval is not None:
         return "fraction_of_trial: true makes it relative"
     static = "that makes the loss scale static; " if "growth_interval" in space.fixed else ""

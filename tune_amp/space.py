@@ -18,7 +18,7 @@ Powers of two are suggested by their exponent, under the name ``log2(init_scale)
 ``fraction_of_trial`` is for ``growth_interval`` alone: numbers are fractions of the trial's training steps, which are
 (training images // ``batch_size``) * ``max_epochs``, and the interval is rounded to whole steps, at least one. The same
 2,000 steps are a quarter of a trial at batch size 64 and more than all of one at 1,024, where an interval never acts.
-With a fraction of 1 or more it never acts in any trial: the loss scale is static, and changes by overflows alone.
+With a fraction above 1 it never acts in any trial: the loss scale is static, and changes by overflows alone.
 Fractions are suggested under the name ``growth_interval/trial_steps``, so that no study mixes them with steps.
 """
 
