@@ -48,8 +48,20 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def build_report(run: Run) -> str:
     """The report as HTML."""
-    subject = name_subject(run)
-    sections = [
+    return build_page(f"{name_subject(run)}: {run.provenance.run}", build_content(run))
+
+
+def build_content(run: Run) -> list[Html]:
+    """What a reader sees: the first screen and the sections."""
+    head = tag(
+        "header",
+        tag("h1", name_subject(run)),
+        tag("p", f"tune_amp, run {run.provenance.run}, started {say_moment(run.provenance.created)}", class_="run"),
+        write_summary(run),
+        _write_contents(),
+    )
+    return [
+        head,
         write_history(run),
         write_epochs(run),
         write_scales(run),
@@ -60,14 +72,6 @@ def build_report(run: Run) -> str:
         write_ledger(run),
         write_origin(run, __version__),
     ]
-    head = tag(
-        "header",
-        tag("h1", subject),
-        tag("p", f"tune_amp, run {run.provenance.run}, started {say_moment(run.provenance.created)}", class_="run"),
-        write_summary(run),
-        _write_contents(),
-    )
-    return build_page(f"{subject}: {run.provenance.run}", [head, *sections])
 
 
 CONTENTS = {

@@ -129,7 +129,7 @@ def _draw_line(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: 
         mode="lines",
         line={"shape": "hv", **_line_style(trajectory.trial, is_winner)},
         opacity=1.0 if is_winner else 0.6,
-        customdata=[[point.step, format_scale(point.scale)] for point in points],
+        customdata=[[point.step, _say_scale(point.scale)] for point in points],
         meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id],
         hovertemplate="%{meta[0]}<br>from step %{customdata[0]}: %{customdata[1]}<extra></extra>",
         legendgroup=str(trajectory.trial.status),
@@ -148,7 +148,7 @@ def _draw_overflows(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_s
             "line": {"width": 1.5 if is_winner else 1.0, "color": _line_style(trajectory.trial, is_winner)["color"]},
         },
         opacity=1.0 if is_winner else 0.8,
-        customdata=[[point.step, format_scale(point.scale), _tell_count(point)] for point in points],
+        customdata=[[point.step, _say_scale(point.scale), _tell_count(point)] for point in points],
         meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id, "overflow"],
         hovertemplate="%{meta[0]}<br>step %{customdata[0]} skipped at %{customdata[1]}%{customdata[2]}<extra></extra>",
         legendgroup=str(trajectory.trial.status),
@@ -161,6 +161,12 @@ def _line_style(trial: TrialRecord, is_winner: bool) -> dict[str, Any]:
 
 def _places(points: Iterable[ScalePoint], *, by_step: bool) -> list[float]:
     return [point.step if by_step else round(point.epoch, 5) for point in points]
+
+
+def _say_scale(scale: float) -> str:
+    """``2^16``; of a scale between powers of two the exponent too."""
+    text = format_scale(scale)
+    return text if text.startswith("2^") or scale <= 0 else f"{text} (2^{math.log2(scale):.1f})"
 
 
 def _tell_count(point: ScalePoint) -> str:

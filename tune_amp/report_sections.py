@@ -89,17 +89,13 @@ def _explain_axis(objective: str) -> str:
 
 
 def _list_trials(run: Run) -> Html:
-    columns = ("trial", "status", "epochs", "val. accuracy", "val. loss", "skipped steps", "training", "error")
+    columns = ["trial", "status", "epochs", "val. accuracy", "val. loss", "skipped steps", "training"]
     rows = [
-        (
-            trial.trial_name,
-            say_status(trial.status),
-            tell_epochs(trial),
-            *tell_last(trial.last),
-            trial.error or "",
-        )
-        for trial in run.trials
+        [trial.trial_name, say_status(trial.status), tell_epochs(trial), *tell_last(trial.last)] for trial in run.trials
     ]
+    if any(trial.error for trial in run.trials):
+        columns.append("error")
+        rows = [[*row, trial.error or ""] for row, trial in zip(rows, run.trials, strict=True)]
     return tag(
         "details", tag("summary", f"{count_of(len(rows), 'trial')} as a table"), table(columns, rows, long="error")
     )

@@ -1,0 +1,160 @@
+"""Run folders with everything that a report can show, written as a search writes them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from records import INF, NAN, PROVENANCE, make_epoch, make_trial
+
+from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.confirmed import DEFAULT_ID, Confirmation, ConfirmedRun
+from tune_amp.importance import ImportanceResult, ParameterImportance, write_importance
+from tune_amp.intervals import mean_interval
+from tune_amp.ledger import Ledger
+from tune_amp.ranking import choose_best
+from tune_amp.results import (
+    BestRow,
+    Provenance,
+    TrialRecord,
+    rank_trials,
+    write_best,
+    write_confirmed,
+    write_trials,
+)
+
+SPACE = """\
+parameters:
+  lr: {low: 1.0e-4, high: 0.1, log: true}
+  batch_size: {low: 64, high: 1024, power_of_two: true}
+  precision: {choices: [bf16, fp16]}
+  init_scale: {low: 1, high: 2^24, power_of_two: true, when: {precision: fp16}}
+  growth_interval: {low: 0.02, high: 0.5, log: true, fraction_of_trial: true, when: {precision: fp16}}
+"""
+
+SEEDS = (101, 102, 103)
+TEST_ACCURACIES = {1: (0.971, 0.973, 0.975), 2: (0.970, 0.973, 0.974), None: (0.965, 0.969, 0.970)}
+
+LEDGER = Ledger(
+    slots=2,
+    wall_seconds=100.0,
+    seconds={"training": 120.0, "validation": 2.0, "stopped": 40.0, "start-up": 30.0, "idle": 8.0},
+    step_seconds=155.0,
+)
+
+# Accuracy after the last epoch, epochs, and how each trial ended.
+OUTCOMES: Sequence[tuple[TrialStatus, float | None, int]] = (
+    (TrialStatus.COMPLETED, 0.968, 4),
+    (TrialStatus.STOPPED, 0.91, 1),
+    (TrialStatus.COMPLETED, 0.976, 4),
+    (TrialStatus.DIVERGED, NAN, 2),
+    (TrialStatus.OUT_OF_MEMORY, None, 0),
+    (TrialStatus.STOPPED, 0.95, 2),
+    (TrialStatus.FAILED, None, 0),
+    (TrialStatus.COMPLETED, 0.971, 4),
+    (TrialStatus.INTERRUPTED, 0.94, 3),
+)
+
+
+def make_outcome(number: int, status: TrialStatus, accuracy: float | None, epochs: int, **changes: Any) -> TrialRecord:
+    """Trial ``number``; every other one in bf16."""
+    fp16 = number % 2 == 1
+    scaler = {"init_scale": 65536.0, "growth_interval": 500 + number} if fp16 else {}
+    config = TrialConfig(
+        lr=0.001 * number,
+        batch_size=2 ** (6 + number % 5),
+        precision="fp16" if fp16 else "bf16",
+        max_epochs=4,
+        **scaler,
+    )
+    unscaled = {} if fp16 else {"loss_scale_steps": (), "loss_scale_values": (), "loss_scale": None}
+    loss = INF if status is TrialStatus.DIVERGED else 0.3 / number
+    reports = tuple(
+        make_epoch(epoch, val_accuracy=accuracy, val_loss=loss, **unscaled) for epoch in range(1, epochs + 1)
+    )
+    values = {
+        "status": status,
+        "config": config,
+        "epochs": reports,
+        "trial_name": f"{number:02d}-{config.precision}",
+        "error": "no memory left" if status in (TrialStatus.OUT_OF_MEMORY, TrialStatus.FAILED) else None,
+        "device": "cpu",
+    }
+    return make_trial(f"{number:08x}", **(values | changes))
+
+
+def make_outcomes() -> list[TrialRecord]:
+    """A trial of every status."""
+    return [make_outcome(number, *outcome) for number, outcome in enumerate(OUTCOMES, start=1)]
+
+
+def write_run(folder: Path, trials: Sequence[TrialRecord] | None = None, **origin: Any) -> Path:
+    """What a search leaves that was not confirmed, without importance and ledger."""
+    trials = make_outcomes() if trials is None else trials
+    provenance = make_provenance(**origin)
+    write_trials(folder, trials, provenance)
+    ranked = choose_best(trials, provenance.objectives, 3)
+    if ranked:
+        write_best(folder, rank_trials(ranked), provenance)
+    return folder
+
+
+def make_provenance(**changes: Any) -> Provenance:
+    return dataclasses.replace(PROVENANCE, **{"space_text": SPACE, **changes})
+
+
+def write_full_run(folder: Path, trials: Sequence[TrialRecord] | None = None, **origin: Any) -> Path:
+    """What a confirmed search leaves: every file of a run, each with all that it can hold."""
+    trials = make_outcomes() if trials is None else trials
+    provenance = make_provenance(**origin)
+    write_trials(folder, trials, provenance, LEDGER)
+    best = choose_best(trials, ("val_accuracy",), 2)
+    default = make_trial(
+        DEFAULT_ID, trial_name=DEFAULT_ID, epochs=(), config=TrialConfig(precision="fp16", max_epochs=4)
+    )
+    rows = [
+        make_confirmed(1, best[0]),
+        make_confirmed(2, best[1], tied=True),
+        make_confirmed(None, default, tied=False),
+    ]
+    write_best(folder, rows, provenance)
+    write_confirmed(folder, [run for row in rows for run in make_runs(row)], provenance)
+    write_importance(folder, make_importance(), provenance)
+    return folder
+
+
+def make_confirmed(rank: int | None, trial: TrialRecord, *, tied: bool = True) -> BestRow:
+    test = mean_interval(TEST_ACCURACIES[rank])
+    validation = mean_interval([accuracy - 0.002 for accuracy in TEST_ACCURACIES[rank]])
+    own = trial.last.val_accuracy if trial.last else None
+    confirmation = Confirmation(
+        confirm_seeds=SEEDS,
+        tied_with_best=tied,
+        optimism=None if own is None else own - validation.mean,
+        **{f"test_accuracy_{name}": getattr(test, name) for name in ("mean", "std", "low", "high")},
+        **{f"val_accuracy_{name}": getattr(validation, name) for name in ("mean", "std", "low", "high")},
+    )
+    return BestRow(rank=rank, trial=trial, confirmation=confirmation)
+
+
+def make_runs(row: BestRow) -> list[ConfirmedRun]:
+    return [
+        ConfirmedRun(
+            trial_id=row.trial.trial_id,
+            seed=seed,
+            status=TrialStatus.COMPLETED,
+            val_accuracy=accuracy - 0.002,
+            test_accuracy=accuracy,
+        )
+        for seed, accuracy in zip(SEEDS, TEST_ACCURACIES[row.rank], strict=True)
+    ]
+
+
+def make_importance() -> ImportanceResult:
+    rows = (
+        ParameterImportance(parameter="lr", importance=0.8, null_95=0.4, p_value=0.005, told_from_noise=True, raw=1.6),
+        ParameterImportance(
+            parameter="batch_size", importance=0.2, null_95=0.5, p_value=0.6, told_from_noise=False, raw=0.4
+        ),
+    )
+    return ImportanceResult(objective="val_accuracy", epoch=1, trials=16, method="PED-ANOVA", rows=rows)

@@ -1,0 +1,324 @@
+"""A report says what a run's Parquet files hold, whatever of them is there, and takes nothing for code."""
+
+import base64
+import dataclasses
+import hashlib
+import html
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from records import make_epoch, make_trial
+from report_runs import SPACE, TEST_ACCURACIES, make_outcome, make_outcomes, write_full_run, write_run
+
+from tune_amp.config import InputError, TrialConfig, TrialStatus
+from tune_amp.intervals import paired_interval
+from tune_amp.report import CONTENTS, build_content, write_report
+from tune_amp.report_command import report_command
+from tune_amp.report_run import load_run
+from tune_amp.report_sections import describe_savings
+from tune_amp.report_summary import list_reuse
+from tune_amp.results import TrialRecord
+from tune_amp.search_command import _write_report
+
+NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+
+
+def read_report(folder: Path) -> str:
+    """What a reader sees, every white space as one blank."""
+    return read_text("".join(build_content(load_run(folder))))
+
+
+def section_of(folder: Path, anchor: str) -> str:
+    [inner] = [part for part in build_content(load_run(folder)) if part.startswith(f'<section id="{anchor}"')]
+    return read_text(inner)
+
+
+def read_text(page: str) -> str:
+    text = re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+
+
+# ---- the command ----
+
+
+def test_the_command_writes_the_report_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    assert report_command([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert report_command([str(tmp_path / "trials.parquet"), "--output", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+
+
+def test_a_folder_without_trials_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    (tmp_path / "trials.parquet").unlink()
+    assert report_command([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: must hold trials.parquet\n"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_damaged_trials_are_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path) / "trials.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"trials\.parquet: must be a readable"):
+        write_report(tmp_path)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    assert report_command([str(tmp_path), "--output", str(tmp_path / "nowhere" / "x.html")]) == 2
+    assert "x.html: cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_search_whose_report_fails_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write_report(tmp_path)  # there is nothing to report on
+    expected = f"report.html was not written: InputError: {tmp_path}: must hold trials.parquet\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_report_needs_no_torch_ray_or_journal(tmp_path: Path) -> None:
+    write_full_run(tmp_path)
+    code = (
+        "import sys; from tune_amp.report import write_report; write_report(sys.argv[1])\n"
+        "print(sorted({'torch', 'ray', 'duckdb', 'polars'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert (tmp_path / "report.html").stat().st_size > 4_000_000
+
+
+# ---- what it says ----
+
+
+def test_the_first_screen_tells_what_was_searched_and_an_unconfirmed_winner(tmp_path: Path) -> None:
+    text = read_report(write_run(tmp_path))
+    assert "simple_net on mnist" in text
+    assert "lr, batch_size, precision, init_scale, growth_interval" in text
+    assert "55,000 training and 5,000 validation images" in text
+    assert "sampler tpe, scheduler asha" in text
+    assert "9 of up to 4 epochs each 3 completed 2 stopped 1 diverged 1 out of memory 1 failed 1 interrupted" in text
+    assert "97.60% validation accuracy of rank 1, from the search's one seed" in text
+    assert "Numbers 1 to 2 cannot be told apart on 5,000 validation images" in text
+    assert "Not confirmed on fresh seeds" in text
+    assert f"python scripts/train.py {tmp_path / 'best.parquet'}" in text
+
+
+def test_a_confirmed_winner_is_told_with_interval_optimism_ties_and_gain(tmp_path: Path) -> None:
+    text = read_report(write_full_run(tmp_path))
+    assert "97.30% test accuracy of rank 1: mean of 3 fresh seeds, 95% interval [96.80%, 97.80%]" in text
+    assert "Validation accuracy 97.10% [96.60%, 97.60%]." in text
+    assert "the search's own number was 0.50 points above that mean" in text
+    assert "A tie: rank 2 cannot be told from it" in text
+    gain = paired_interval(TEST_ACCURACIES[1], TEST_ACCURACIES[None])
+    assert 100 * gain.mean == pytest.approx(0.5)
+    interval = f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
+    assert (
+        f"batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000): +0.50 points of test accuracy {interval}"
+        in text
+    )
+    assert "Not confirmed" not in text
+
+
+def test_without_single_runs_the_gain_has_no_interval(tmp_path: Path) -> None:
+    write_full_run(tmp_path)
+    (tmp_path / "confirm.parquet").unlink()
+    text = read_report(tmp_path)
+    assert "+0.50 points of test accuracy." in text
+    assert "Single runs are not shown: confirm.parquet is missing." in text
+
+
+def test_a_confirmed_table_names_every_configuration(tmp_path: Path) -> None:
+    text = section_of(write_full_run(tmp_path), "best")
+    assert "rank 1 97.30% [96.80%, 97.80%] 97.10% [96.60%, 97.60%] 97.60% +0.50 points 3" in text
+    assert re.search(r"rank 2 97\.23% .* tied", text)
+    assert re.search(r"default 96\.80% .* told apart", text)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("scripts/search.py", "--seed", "7"), "python scripts/train.py RUN/best.parquet"),
+        (("tune-amp search", "quick"), "tune-amp train RUN/best.parquet"),
+        (("scripts/search.py", "--data-dir", "my data"), "python scripts/train.py RUN/best.parquet --data-dir|my data"),
+        (("tune-amp search", "--data-dir=mnist"), "tune-amp train RUN/best.parquet --data-dir mnist"),
+        ((), "python scripts/train.py RUN/best.parquet"),
+    ],
+)
+def test_the_line_that_reuses_the_winner_has_the_same_data(
+    command: Sequence[str], expected: str, tmp_path: Path
+) -> None:
+    run = load_run(write_run(tmp_path, command=command))
+    words = [word for part in expected.split("|") for word in (part.split() if part != "my data" else [part])]
+    assert list_reuse(run) == [word.replace("RUN", str(tmp_path)) for word in words]
+
+
+def test_the_line_that_reuses_the_winner_consents_to_the_users_code(tmp_path: Path) -> None:
+    config = TrialConfig(model="mine:net", dataset="mine:data")
+    run = load_run(write_run(tmp_path, [make_trial(config=config)]))
+    assert list_reuse(run)[3:] == ["--model", "mine:net", "--dataset", "mine:data"]
+
+
+def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
+    # 4 + 1 + 4 + 2 + 0 + 2 + 0 + 4 + 3 of 9 * 4; the two that were stopped took 1.75 s an epoch, and had 3 and 2 left.
+    run = load_run(write_run(tmp_path))
+    assert describe_savings(run) == (
+        "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained were 5 "
+        "of trials that were stopped, 2 of trials that diverged, 4 of trials that ran out of memory, 4 of trials that "
+        "failed, 1 of trials that were interrupted. At their own pace, those that were stopped would have taken 8.8 s "
+        "more of slot time."
+    )
+
+
+def test_the_ledger_is_told_with_its_shares(tmp_path: Path) -> None:
+    text = section_of(write_full_run(tmp_path), "time")
+    assert "2 slots of 1 min 40 s each: 60.0% went into training steps of trials that completed, 77.5% into" in text
+    assert "stopped 40.0 s 20.0%" in text
+
+
+def test_importance_is_told_with_what_noise_reaches(tmp_path: Path) -> None:
+    write_full_run(tmp_path)
+    text = section_of(tmp_path, "importance")
+    assert "Importance for val_accuracy at epoch 1 (16 trials), and what permuted values reach in 5 %." in text
+    assert "PED-ANOVA." in text
+
+
+def test_where_it_comes_from_is_told_in_full(tmp_path: Path) -> None:
+    text = section_of(write_full_run(tmp_path), "origin")
+    for part in ("sha256:0123", "ray 2.60.0, torch 2.15.0", "scripts/search.py --seed 7", " ".join(SPACE.split())):
+        assert part in text
+
+
+# ---- parts that are missing ----
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["missing", "damaged"])
+@pytest.mark.parametrize(
+    ("name", "anchor", "said"),
+    [
+        ("importance", "importance", "Which settings mattered Not"),
+        ("confirm", "best", "Single runs are not shown: confirm.parquet"),
+        ("epochs", "scales", "The loss scales stand in epochs.parquet, which"),
+        ("epochs", "curves", "Only last epochs are shown: epochs.parquet"),
+    ],
+)
+def test_a_section_without_its_file_says_so(name: str, anchor: str, said: str, damaged: bool, tmp_path: Path) -> None:
+    path = write_full_run(tmp_path) / f"{name}.parquet"
+    spoil(path) if damaged else path.unlink()
+    text = section_of(tmp_path, anchor)
+    assert said in text
+    if damaged:
+        assert "cannot be read (" in text
+        assert f"{name}.parquet: " in section_of(tmp_path, "origin")
+
+
+def test_a_search_that_was_killed_is_ranked_by_the_report(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "best.parquet").unlink()
+    text = read_report(tmp_path)
+    assert "97.60% validation accuracy of rank 1" in text
+    assert "Ranked by this report: best.parquet is missing" in text
+    assert "scripts/train.py" not in text
+
+
+def test_a_space_that_cannot_be_read_gives_way_to_what_differs(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path, space_text="parameters: {of_another_version: {low: 0, high: 1}}\n"))
+    names = [parameter.name for parameter in run.parameters]
+    assert names == ["lr", "batch_size", "precision", "growth_interval"]  # the scale is the same in all that have one
+    assert "of_another_version" in "".join(build_content(run))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_run_without_a_result_says_why(count: int, tmp_path: Path) -> None:
+    trials = [make_outcome(n, TrialStatus.FAILED, None, 0, error="it broke") for n in range(1, count + 1)]
+    text = read_report(write_run(tmp_path, trials))
+    assert "No trial produced a result." in text
+    assert ("it broke" in text) == (count > 0)
+
+
+def test_a_run_in_which_all_diverged_has_their_loss_scales(tmp_path: Path) -> None:
+    trials = [make_outcome(n, TrialStatus.DIVERGED, None, 1) for n in (1, 3)]
+    write_run(tmp_path, trials)
+    assert "No trial produced a result." in read_report(tmp_path)
+    assert "2 of 200 training steps overflowed" in section_of(tmp_path, "scales")
+
+
+def test_a_run_without_fp16_has_a_sentence_instead_of_scales(tmp_path: Path) -> None:
+    trials = [make_outcome(n, TrialStatus.COMPLETED, 0.9, 2) for n in (2, 4)]
+    text = section_of(write_run(tmp_path, trials), "scales")
+    assert text == (
+        "The loss scale of every trial No trial trained in fp16: only fp16 needs loss scaling, so there is no loss "
+        "scale to show."
+    )
+
+
+def test_several_objectives_have_a_picture_of_the_pareto_set(tmp_path: Path) -> None:
+    write_run(tmp_path, objective="val_accuracy,train_seconds", sampler="nsga2", scheduler="none")
+    text = read_report(tmp_path)
+    assert "val_accuracy against train_seconds" in text
+    assert "The Pareto set of val_accuracy and train_seconds" in text
+
+
+def test_200_trials_are_reported(tmp_path: Path) -> None:
+    trials = [
+        dataclasses.replace(trial, trial_id=f"{copy}-{trial.trial_id}")
+        for copy in range(23)
+        for trial in make_outcomes()
+    ][:200]
+    assert "200 of up to 4 epochs each" in read_report(write_run(tmp_path, trials))
+
+
+# ---- nothing is taken for code ----
+
+
+def make_nasty_trials() -> list[TrialRecord]:
+    return [
+        dataclasses.replace(trial, error=NASTY, trial_name=f"{trial.trial_name} {NASTY}", device=NASTY)
+        for trial in make_outcomes()
+    ]
+
+
+def write_nasty_run(folder: Path) -> Path:
+    origin = {"run": NASTY, "command": (NASTY,), "space_source": NASTY, "space_text": f"{SPACE}# {NASTY}\n"}
+    more = {"dataset": NASTY, "data_hash": NASTY, "versions": {NASTY: NASTY}, "created": NASTY}
+    return write_full_run(folder, make_nasty_trials(), **origin, **more)
+
+
+def test_every_text_of_a_file_is_escaped(tmp_path: Path) -> None:
+    page = "".join(build_content(load_run(write_nasty_run(tmp_path))))
+    assert "<script>window" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;window.hacked = 1&lt;/script&gt;") > 20
+    # In a figure's data, what plotly shows as text must not be a tag for plotly either.
+    data = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert any("\\u0026lt;script" in block for block in data)
+    assert not any("\\u003cscript" in block or "<" in block for block in data)
+
+
+def test_the_policy_names_the_scripts_of_the_page_and_no_other(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path)).read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None
+    assert "default-src 'none'" in html.unescape(policy[1])
+    scripts = re.findall(r"^<script>(.*?)</script>$", page, re.MULTILINE | re.DOTALL)
+    assert len(scripts) == 2
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall("sha256-([^']+)'", html.unescape(policy[1])) == hashes
+
+
+def test_every_link_leads_to_a_section(tmp_path: Path) -> None:
+    page = "".join(build_content(load_run(write_full_run(tmp_path))))
+    assert re.findall(r'<section id="([a-z]+)"', page) == list(CONTENTS)
+    assert re.findall(r'<a href="#([a-z]+)"', page) == list(CONTENTS)
+
+
+def test_a_perfect_accuracy_and_a_loss_of_0_have_a_place(tmp_path: Path) -> None:
+    trial = make_trial(epochs=(make_epoch(1, val_accuracy=1.0, val_loss=0.0),))
+    assert "100.00% validation accuracy of rank 1" in read_report(write_run(tmp_path, [trial]))
