@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tune_amp.config import DATASETS, MODELS, PRECISIONS, InputError
+from tune_amp.benchmarks import speed
+from tune_amp.config import DATASETS, MODELS, InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced
 
 REFERENCE = Path("results/reference")
@@ -31,11 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def time_searches(arguments: argparse.Namespace) -> int:
     """Time searches beside the obvious program."""
-    from tune_amp.benchmarks.speed import load_measured, measure_speed, render_speed
-
     _make_folder(arguments.output)
     path = arguments.output / "search-speed.parquet"
-    result = measure_speed(
+    result = speed.measure_speed(
         arguments.data_dir,
         path=path,
         precisions=arguments.precisions,
@@ -43,10 +42,10 @@ def time_searches(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats,
         max_epochs=arguments.max_epochs,
         gpus_per_trial=arguments.gpus_per_trial,
-        before=load_measured(path) if arguments.go_on else (),
+        before=speed.load_measured(path) if arguments.go_on else (),
         announce=lambda line: print(line, flush=True),
     )
-    return _save_table(arguments.output / "search-speed.md", render_speed(result))
+    return _save_table(arguments.output / "search-speed.md", speed.render_speed(result))
 
 
 def time_loop(arguments: argparse.Namespace) -> int:
@@ -165,12 +164,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
     searching = commands.add_parser("search", help="whole searches beside the obvious program (hours)")
     searching.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="MNIST's four files")
-    searching.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16", "fp16"))
+    searching.add_argument("--precisions", nargs="+", choices=speed.PRECISIONS, default=speed.PRECISIONS)
     searching.add_argument("--trials", nargs="+", type=_positive, default=(16, 64), metavar="N", help="(16 and 64)")
     searching.add_argument("--repeats", type=_positive, default=3, metavar="N", help="pairs of each (%(default)s)")
     searching.add_argument("--max-epochs", type=_positive, default=8, metavar="N", help="of a trial (%(default)s)")
     searching.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="X", help="(%(default)s: the CPU)")
-    searching.add_argument("--go-on", action="store_true", help="keep the pairs that were measured here before")
+    searching.add_argument(
+        "--go-on", action="store_true", help="keep what was measured here before, other settings too"
+    )
     _add_output(searching, time_searches)
 
     looping = commands.add_parser("loop", help="the training loop, beside the tutorial's and the machine's floor")

@@ -49,6 +49,7 @@ def refuse(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[.
         (["record", "stress", "--seed", "-1"], "--seed: must be between 0 and 2^32 - 1, got -1"),
         (["record", "no_such_space"], "no_such_space: is neither a file nor a bundled search space"),
         (["search-quality", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["search", "--data-dir", "x", "--precisions", "tf32"], "--precisions: invalid choice: 'tf32'"),
         (["telemetry", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )
