@@ -66,7 +66,7 @@ def measure_driver(arguments: argparse.Namespace) -> int:
     from tune_amp.benchmarks.scale import measure_scale, render_scale, write_scale
 
     _make_folder(arguments.output)
-    result = measure_scale(arguments.trials)
+    result = measure_scale(arguments.trials, repeats=arguments.repeats, report=_tell)
     write_scale(arguments.output / "scale.parquet", result)
     return _save_table(arguments.output / "scale.md", render_scale(result))
 
@@ -77,7 +77,7 @@ def measure_trials_side_by_side(arguments: argparse.Namespace) -> int:
 
     _make_folder(arguments.output)
     dataset = load_announced(arguments.dataset, arguments.data_dir)
-    result = measure_share_table(dataset, counts=arguments.counts)
+    result = measure_share_table(dataset, counts=arguments.counts, repeats=arguments.repeats)
     write_shares(arguments.output / "shares.parquet", result)
     return _save_table(arguments.output / "shares.md", render_shares(result))
 
@@ -183,10 +183,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
     scaling = commands.add_parser("scale", help="time and memory of the driver as trials grow in number")
     scaling.add_argument("--trials", nargs="+", type=_positive, default=(100, 500, 2000), metavar="N")
+    scaling.add_argument(
+        "--repeats", type=_positive, default=3, metavar="N", help="of each that takes minutes (%(default)s)"
+    )
     _add_output(scaling, measure_driver)
 
     sharing = commands.add_parser("shares", help="trials side by side on one device")
     sharing.add_argument("--counts", nargs="+", type=_positive, default=(1, 2, 4, 8, 16), metavar="N")
+    sharing.add_argument("--repeats", type=_positive, default=3, metavar="N", help="turns of each (%(default)s)")
     _add_data(sharing)
     _add_output(sharing, measure_trials_side_by_side)
 

@@ -30,7 +30,13 @@ from tune_amp.benchmarks.gpu import (
     write_gpu,
 )
 from tune_amp.benchmarks.loop import GRAPH, TUTORIAL, LoopRow
-from tune_amp.benchmarks.share_table import build_rows, measure_share_table, render_shares, write_shares
+from tune_amp.benchmarks.share_table import (
+    ShareResult,
+    build_rows,
+    measure_share_table,
+    render_shares,
+    write_shares,
+)
 from tune_amp.config import TrialConfig
 from tune_amp.shares import ShareMeasurement
 
@@ -278,18 +284,46 @@ def test_share_table_tells_what_is_left_of_a_trials_own_speed() -> None:
         ShareMeasurement(trials=4, samples_per_second=300.0, trial_memory_bytes=2**30),
         ShareMeasurement(trials=1, samples_per_second=100.0, trial_memory_bytes=2**30),
     ]
-    one, four = build_rows(config, measured, 4)
+    one, four = build_rows(config, measured)
     assert (one.relative, one.efficiency, one.is_knee) == (1.0, 1.0, False)
     assert (four.relative, four.efficiency, four.is_knee) == (3.0, 0.75, True)
+
+
+def test_share_table_shows_medians_of_ratios_taken_repeat_by_repeat() -> None:
+    """The second repeat fell into a slow moment, which its ratio does not show; the third was cut off before 4."""
+    rates = [(1, 100.0), (2, 190.0), (4, 200.0), (1, 50.0), (2, 95.0), (4, 120.0), (1, 110.0), (2, 210.0)]
+    measured = [ShareMeasurement(trials=n, samples_per_second=rate, trial_memory_bytes=None) for n, rate in rates]
+    rows = build_rows(TrialConfig(precision="bf16", batch_size=64), measured)
+    assert [(row.trials, row.repeat) for row in rows] == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (4, 0),
+        (4, 1),
+    ]
+    result = ShareResult(rows=tuple(rows), seconds=3.0, machine="", about={"dataset": "some"})
+    one, two, four = [line for line in render_shares(result).splitlines() if line.startswith("| simple_net")]
+    assert "| 1 | 3 | 100 (50 to 110) | 1.00 (1.00 to 1.00) | 100% |" in one
+    assert "| 2 | 3 | 190 (95 to 210) | 1.90 (1.90 to 1.91) | 95% |  | knee |" in two
+    assert "| 4 | 2 | 160 (120 to 200) | 2.20 (2.00 to 2.40) | 55% |" in four
 
 
 @pytest.mark.slow  # starts processes
 def test_shares_are_measured_and_written(tmp_path: Path) -> None:
     result = measure_share_table(
-        make_images(1_200), device_type="cpu", configs=[TrialConfig(max_epochs=9)], counts=(1, 2), seconds=0.2
+        make_images(1_200),
+        device_type="cpu",
+        configs=[TrialConfig(max_epochs=9)],
+        counts=(1, 2),
+        seconds=0.2,
+        repeats=2,
     )
-    assert [row.trials for row in result.rows] == [1, 2]
-    assert sum(row.is_knee for row in result.rows) == 1
+    assert [(row.trials, row.repeat) for row in result.rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({row.samples_per_second for row in result.rows}) == 4
+    assert len({row.trials for row in result.rows if row.is_knee}) == 1
     write_shares(tmp_path / "shares.parquet", result)
-    assert pq.read_table(tmp_path / "shares.parquet").num_rows == 2
+    assert pq.read_table(tmp_path / "shares.parquet").num_rows == 4
     assert render_shares(result).count("\n| simple_net ") == 2

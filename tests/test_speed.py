@@ -43,6 +43,7 @@ from tune_amp.benchmarks.speed import (
     write_space,
     write_speed,
 )
+from tune_amp.benchmarks.spread import Spread
 from tune_amp.config import InputError, TrialConfig
 from tune_amp.space import load_space
 
@@ -97,7 +98,7 @@ def make_result(rows: list[SpeedRow]) -> SpeedResult:
 
 def test_ratio_is_taken_pair_by_pair_and_its_median_told() -> None:
     [comparison] = compare_rows(make_pairs((100, 1000), (50, 600), (200, 1800)))
-    assert comparison.ratio == speed.Spread(median=10.0, low=9.0, high=12.0, count=3)
+    assert comparison.ratio == Spread(median=10.0, low=9.0, high=12.0, count=3)
 
 
 def test_row_without_its_counterpart_is_left_out() -> None:

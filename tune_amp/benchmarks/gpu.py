@@ -37,7 +37,8 @@ from tune_amp.benchmarks.loop import (
     write_loop,
 )
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
-from tune_amp.benchmarks.share_table import measure_share_table, render_shares
+from tune_amp.benchmarks.share_table import ShareRow, group_repeats, measure_share_table, render_shares
+from tune_amp.benchmarks.spread import summarise
 from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig, describe_error, described, one_line
 from tune_amp.data import Dataset, Split
@@ -311,18 +312,22 @@ def measure_loops(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
 def measure_side_by_side(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
     """Trials that share the device."""
     result = measure_share_table(suite.dataset, device_type=suite.device.type, seconds=1.0)
-    rows = [
-        GpuRow(
-            part="shares",
-            subject=f"{row.model}, {row.precision}, batch {row.batch_size}, {row.trials} trials",
-            quantity="images a second of all",
-            value=row.samples_per_second,
-            unit="1/s",
-            note="knee" if row.is_knee else "",
-        )
-        for row in result.rows
-    ]
-    return rows, render_shares(result)
+    return [_summarise_share(rows) for rows in group_repeats(result.rows)], render_shares(result)
+
+
+def _summarise_share(rows: Sequence[ShareRow]) -> GpuRow:
+    first, spread = rows[0], summarise([row.samples_per_second for row in rows])
+    return GpuRow(
+        part="shares",
+        subject=f"{first.model}, {first.precision}, batch {first.batch_size}, {first.trials} trials",
+        quantity="images a second of all",
+        value=spread.median,
+        low=spread.low,
+        high=spread.high,
+        count=spread.count,
+        unit="1/s",
+        note="knee" if first.is_knee else "",
+    )
 
 
 def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str]:

@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.machine import count_cores, describe_machine, describe_versions, render_versions
+from tune_amp.benchmarks.spread import Spread, render_spread, summarise
 from tune_amp.config import InputError, described
 from tune_amp.idx_files import locate_files
 from tune_amp.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
@@ -540,21 +541,6 @@ def load_measured(path: Path) -> tuple[SpeedRow, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A median with its range."""
-
-    median: float
-    low: float
-    high: float
-    count: int
-
-
-def summarise(values: Sequence[float]) -> Spread:
-    """Median, smallest, largest and number of ``values``."""
-    return Spread(median=statistics.median(values), low=min(values), high=max(values), count=len(values))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """All repeats of a setting."""
 
@@ -568,9 +554,14 @@ class Comparison:
         return self.ours[0]
 
     @property
-    def ratio(self) -> Spread:
+    def ratios(self) -> list[float]:
         """Our trial-epochs a second over theirs, pair by pair."""
-        return summarise([a.epochs_per_second / b.epochs_per_second for a, b in self._pairs()])
+        return [a.epochs_per_second / b.epochs_per_second for a, b in self._pairs()]
+
+    @property
+    def ratio(self) -> Spread:
+        """Of the pairs."""
+        return summarise(self.ratios)
 
     @property
     def points_apart(self) -> float:
@@ -664,8 +655,8 @@ def _render_comparison(comparison: Comparison) -> str:
         f"{comparison.first.gpus_per_trial:g}",
         str(comparison.first.slots),
         str(comparison.ratio.count),
-        _render_spread(comparison.ratio, "{:.1f}x"),
-        both(lambda rows: _render_spread(summarise([row.wall_seconds for row in rows]), "{:.0f} s")),
+        render_spread(comparison.ratios, "{:.1f}x"),
+        both(lambda rows: render_spread([row.wall_seconds for row in rows], "{:.0f} s")),
         both(lambda rows: f"{statistics.median(row.epochs_per_second for row in rows):.2f}"),
         both(lambda rows: f"{statistics.median(row.startup_seconds for row in rows):.1f} s"),
         both(lambda rows: f"{statistics.median(row.efficiency for row in rows):.0%}"),
@@ -673,11 +664,6 @@ def _render_comparison(comparison: Comparison) -> str:
         both(lambda rows: f"{statistics.median(row.best_val_accuracy for row in rows):.2%}"),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _render_spread(spread: Spread, form: str) -> str:
-    median, low, high = (form.format(value) for value in (spread.median, spread.low, spread.high))
-    return f"{median} ({low} to {high})"
 
 
 def _render_memory(rows: Sequence[SpeedRow]) -> str:
