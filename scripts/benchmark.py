@@ -87,6 +87,7 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
     import torch
 
     from tune_amp.benchmarks.gpu import (
+        GpuResult,
         load_plain_mnist,
         make_images,
         measure_gpu,
@@ -101,11 +102,21 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
     folder = arguments.output / name_folder(device)
     _make_folder(folder)
     dataset = make_images() if arguments.data_dir is None else load_plain_mnist(arguments.data_dir)
+
+    def keep(result: GpuResult) -> None:
+        """Written after every part: a later one may hang, or the machine be taken away."""
+        write_gpu(folder / "gpu.parquet", result)
+        (folder / "gpu.md").write_text(render_gpu(result), encoding="utf-8")
+
     result = measure_gpu(
-        dataset, folder, device=device, seconds=arguments.seconds, announce=lambda line: print(line, flush=True)
+        dataset,
+        folder,
+        device=device,
+        seconds=arguments.seconds,
+        announce=lambda line: print(line, flush=True),
+        keep=keep,
     )
-    write_gpu(folder / "gpu.parquet", result)
-    _save_table(folder / "gpu.md", render_gpu(result))
+    print(render_gpu(result), end="")
     return EXIT_FAILED if result.failed else EXIT_DONE
 
 
