@@ -1,6 +1,7 @@
 """The suite for one GPU, tried on the CPU: what it checks, that it fails where it must, and what it writes."""
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from tune_amp.benchmarks.gpu import (
     GpuResult,
     GpuRow,
     Suite,
+    Watched,
+    compare_training,
     expand_scales,
     list_gpu_tests,
     load_plain_mnist,
@@ -37,7 +40,8 @@ from tune_amp.benchmarks.share_table import (
     render_shares,
     write_shares,
 )
-from tune_amp.config import TrialConfig
+from tune_amp.config import EpochMetrics, TrialConfig
+from tune_amp.graphs import Capture, Step
 from tune_amp.shares import ShareMeasurement
 
 CPU = torch.device("cpu")
@@ -56,7 +60,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> GpuResult:
 def test_graphs_and_telemetry_are_checked_for_every_precision_and_optimizer(checked: GpuResult) -> None:
     assert not checked.failed
     counts = {part: sum(row.part == part for row in checked.rows) for part in ("graphs", "telemetry")}
-    assert counts == {"graphs": 4 * 3 + 3, "telemetry": 3}
+    assert counts == {"graphs": 4 * 3 * 2 + 3, "telemetry": 3}
     for row in checked.rows:
         if row.part == "telemetry":
             assert row.value == row.count == 40
@@ -81,9 +85,67 @@ def test_loss_that_is_another_fails(loss: float) -> None:
     assert same.verdict == "met"
 
 
+def watch(told: EpochMetrics, moved: float = 1.0, buffer: float = 1.0) -> Watched:
+    ones = torch.ones(3, dtype=torch.float64)
+    return Watched(told=told, moved=moved * ones, buffers={"exp_avg": buffer * ones})
+
+
 def test_step_that_was_not_captured_fails() -> None:
-    rows = gpu._compare("x", "fp32", make_epoch(loop="eager: no"), make_epoch())
-    assert [row.verdict for row in rows] == ["met", "failed"]
+    rows = compare_training("x", "fp32", watch(make_epoch(loop="eager: no")), watch(make_epoch()))
+    assert [row.verdict for row in rows] == ["met", "met", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [({}, "met"), ({"moved": 1.02}, "failed"), ({"buffer": 0.98}, "failed"), ({"moved": math.nan}, "failed")],
+)
+def test_weights_or_buffers_that_are_others_fail(changes: dict[str, float], verdict: str) -> None:
+    told = make_epoch(loop=GRAPH)
+    assert compare_training("x", "fp32", watch(told, **changes), watch(told))[1].verdict == verdict
+
+
+def test_weights_that_never_move_show_nothing() -> None:
+    told = make_epoch(loop=GRAPH)
+    assert compare_training("x", "fp32", watch(told, moved=0.0), watch(told, moved=0.0))[1].verdict == "failed"
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ({}, "met"),
+        ({"growths": 0}, "failed"),
+        ({"skipped_steps": 0}, "failed"),
+        ({"applied_steps": 12}, "failed"),
+    ],
+)
+def test_path_of_the_scale_on_which_nothing_is_to_be_seen_fails(counts: dict[str, int], verdict: str) -> None:
+    told = make_epoch(**{"loop": GRAPH, "growths": 3, "skipped_steps": 2, "applied_steps": 13, **counts})
+    assert [row.verdict for row in compare_training("x", "fp16", watch(told), watch(told))] == ["met", "met", verdict]
+
+
+def skip_all(step: Step) -> Step:
+    """A capture of nothing."""
+    return lambda: None
+
+
+def skip_every_fourth(step: Step) -> Step:
+    counter = itertools.count(1)
+
+    def replay() -> None:
+        if next(counter) % 4:
+            step()
+
+    return replay
+
+
+@pytest.mark.parametrize("capture", [skip_all, skip_every_fourth])
+def test_graph_that_does_less_than_the_step_fails_in_every_precision_and_with_every_optimizer(
+    capture: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "take_again", capture)
+    rows = [row for row in measure(tmp_path, "graphs").rows if "weights" in row.quantity]
+    assert len(rows) == 4 * 3
+    assert {row.verdict for row in rows} == {"failed"}
 
 
 def test_scales_of_steps_follow_from_their_changes() -> None:
@@ -144,7 +206,7 @@ def test_file_and_table_hold_every_row(checked: GpuResult, tmp_path: Path) -> No
     assert pq.read_table(tmp_path / "gpu.parquet").num_rows == len(checked.rows)
     text = render_gpu(checked)
     assert text.count("| simple_net, fp16, adam, graph |") == 2  # among the graphs, and in telemetry
-    assert "19 met, 0 missed, 0 failed" in text
+    assert "31 met, 0 missed, 0 failed" in text
 
 
 def test_targets_of_the_loop_are_told_for_the_graph_only() -> None:
