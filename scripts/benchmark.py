@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tune_amp.config import DATASETS, MODELS, PRECISIONS, InputError
+from tune_amp.benchmarks import speed
+from tune_amp.config import DATASETS, MODELS, InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced
 
 REFERENCE = Path("results/reference")
@@ -33,11 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def time_searches(arguments: argparse.Namespace) -> int:
     """Time searches beside the obvious program."""
-    from tune_amp.benchmarks.speed import load_measured, measure_speed, render_speed
-
     _make_folder(arguments.output)
     path = arguments.output / "search-speed.parquet"
-    result = measure_speed(
+    result = speed.measure_speed(
         arguments.data_dir,
         path=path,
         precisions=arguments.precisions,
@@ -45,10 +44,10 @@ def time_searches(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats,
         max_epochs=arguments.max_epochs,
         gpus_per_trial=arguments.gpus_per_trial,
-        before=load_measured(path) if arguments.go_on else (),
+        before=speed.load_measured(path) if arguments.go_on else (),
         announce=lambda line: print(line, flush=True),
     )
-    return _save_table(arguments.output / "search-speed.md", render_speed(result))
+    return _save_table(arguments.output / "search-speed.md", speed.render_speed(result))
 
 
 def time_loop(arguments: argparse.Namespace) -> int:
@@ -69,7 +68,7 @@ def measure_driver(arguments: argparse.Namespace) -> int:
     from tune_amp.benchmarks.scale import measure_scale, render_scale, write_scale
 
     _make_folder(arguments.output)
-    result = measure_scale(arguments.trials)
+    result = measure_scale(arguments.trials, repeats=arguments.repeats, report=_tell)
     write_scale(arguments.output / "scale.parquet", result)
     return _save_table(arguments.output / "scale.md", render_scale(result))
 
@@ -80,7 +79,7 @@ def measure_trials_side_by_side(arguments: argparse.Namespace) -> int:
 
     _make_folder(arguments.output)
     dataset = load_announced(arguments.dataset, arguments.data_dir)
-    result = measure_share_table(dataset, counts=arguments.counts)
+    result = measure_share_table(dataset, counts=arguments.counts, repeats=arguments.repeats)
     write_shares(arguments.output / "shares.parquet", result)
     return _save_table(arguments.output / "shares.md", render_shares(result))
 
@@ -90,6 +89,7 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
     import torch
 
     from tune_amp.benchmarks.gpu import (
+        GpuResult,
         load_plain_mnist,
         make_images,
         measure_gpu,
@@ -104,11 +104,21 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
     folder = arguments.output / name_folder(device)
     _make_folder(folder)
     dataset = make_images() if arguments.data_dir is None else load_plain_mnist(arguments.data_dir)
+
+    def keep(result: GpuResult) -> None:
+        """Written after every part: a later one may hang, or the machine be taken away."""
+        write_gpu(folder / "gpu.parquet", result)
+        (folder / "gpu.md").write_text(render_gpu(result), encoding="utf-8")
+
     result = measure_gpu(
-        dataset, folder, device=device, seconds=arguments.seconds, announce=lambda line: print(line, flush=True)
+        dataset,
+        folder,
+        device=device,
+        seconds=arguments.seconds,
+        announce=lambda line: print(line, flush=True),
+        keep=keep,
     )
-    write_gpu(folder / "gpu.parquet", result)
-    _save_table(folder / "gpu.md", render_gpu(result))
+    print(render_gpu(result), end="")
     return EXIT_FAILED if result.failed else EXIT_DONE
 
 
@@ -201,12 +211,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
     searching = commands.add_parser("search", help="whole searches beside the obvious program (hours)")
     searching.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="MNIST's four files")
-    searching.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=("fp32", "bf16", "fp16"))
+    searching.add_argument("--precisions", nargs="+", choices=speed.PRECISIONS, default=speed.PRECISIONS)
     searching.add_argument("--trials", nargs="+", type=_positive, default=(16, 64), metavar="N", help="(16 and 64)")
     searching.add_argument("--repeats", type=_positive, default=3, metavar="N", help="pairs of each (%(default)s)")
     searching.add_argument("--max-epochs", type=_positive, default=8, metavar="N", help="of a trial (%(default)s)")
     searching.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="X", help="(%(default)s: the CPU)")
-    searching.add_argument("--go-on", action="store_true", help="keep the pairs that were measured here before")
+    searching.add_argument(
+        "--go-on", action="store_true", help="keep what was measured here before, other settings too"
+    )
     _add_output(searching, time_searches)
 
     looping = commands.add_parser("loop", help="the training loop, beside the tutorial's and the machine's floor")
@@ -218,10 +230,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
     scaling = commands.add_parser("scale", help="time and memory of the driver as trials grow in number")
     scaling.add_argument("--trials", nargs="+", type=_positive, default=(100, 500, 2000), metavar="N")
+    scaling.add_argument(
+        "--repeats", type=_positive, default=3, metavar="N", help="of each that takes minutes (%(default)s)"
+    )
     _add_output(scaling, measure_driver)
 
     sharing = commands.add_parser("shares", help="trials side by side on one device")
     sharing.add_argument("--counts", nargs="+", type=_positive, default=(1, 2, 4, 8, 16), metavar="N")
+    sharing.add_argument("--repeats", type=_positive, default=3, metavar="N", help="turns of each (%(default)s)")
     _add_data(sharing)
     _add_output(sharing, measure_trials_side_by_side)
 

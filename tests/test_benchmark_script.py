@@ -3,14 +3,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+import torch
 from curve_tables import make_stress_table
 
-from tune_amp.benchmarks import search_quality
+from tune_amp.benchmarks import gpu, search_quality
 from tune_amp.benchmarks.curves import load_curves, write_curves
+from tune_amp.benchmarks.gpu import make_images
 from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
 from tune_amp.data import Dataset
 
+CPU = torch.device("cpu")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
 
 
@@ -49,6 +53,7 @@ def refuse(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[.
         (["record", "stress", "--seed", "-1"], "--seed: must be between 0 and 2^32 - 1, got -1"),
         (["record", "no_such_space"], "no_such_space: is neither a file nor a bundled search space"),
         (["search-quality", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["search", "--data-dir", "x", "--precisions", "tf32"], "--precisions: invalid choice: 'tf32'"),
         (["telemetry", "--dataset", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )
@@ -68,6 +73,27 @@ def test_output_that_cannot_be_made_is_refused_before_anything_runs(refuse: Call
     taken.touch()
     line = refuse("telemetry", "--dataset", "digits", "--output", str(taken / "below"))
     assert "cannot be made" in line
+
+
+def test_gpu_suite_that_is_cut_off_leaves_the_parts_before(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cpu"
+
+    def tell(suite: gpu.Suite, left: float) -> tuple[list[gpu.GpuRow], str]:
+        return [gpu.GpuRow(part="first", subject="a figure", quantity="seconds", value=1.0)], ""
+
+    def hang(suite: gpu.Suite, left: float) -> tuple[list[gpu.GpuRow], str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "PARTS", {"first": tell, "second": hang})
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", {"first": 0.0, "second": 0.0})
+    monkeypatch.setattr(gpu, "make_images", lambda: make_images(120))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.device", lambda name: CPU)
+    assert script.main(["gpu", "--output", str(tmp_path)]) == 130
+    assert pq.read_table(folder / "gpu.parquet")["subject"].to_pylist() == ["a figure"]
+    assert "a figure" in (folder / "gpu.md").read_text()
 
 
 @pytest.mark.slow  # starts processes

@@ -15,6 +15,7 @@ from tune_amp.benchmarks.scale import (
     measure_search,
     measure_study,
     render_scale,
+    repeat_searches,
     summarise_samples,
     write_scale,
 )
@@ -22,6 +23,7 @@ from tune_amp.benchmarks.scale import (
 
 def make_row(**changes: Any) -> ScaleRow:
     values: dict[str, Any] = {
+        "repeat": 0,
         "trials": 2_000,
         "epochs": 1,
         "slots": 2,
@@ -37,7 +39,10 @@ def make_row(**changes: Any) -> ScaleRow:
 
 
 def make_result(*rows: ScaleRow) -> ScaleResult:
-    study = (StudyRow(size=100, suggest_seconds=0.002, tell_seconds=0.001),)
+    study = tuple(
+        StudyRow(repeat=repeat, size=100, suggest_seconds=seconds, tell_seconds=0.001)
+        for repeat, seconds in enumerate((0.002, 0.009, 0.003))
+    )
     return ScaleResult(rows=rows, study=study, machine={"processor": "some"}, versions={"ray": "2.60"})
 
 
@@ -79,7 +84,39 @@ def test_targets_are_told_from_the_largest_search(changes: dict[str, Any], verdi
 
 def test_cost_of_a_report_is_that_of_the_epochs_more() -> None:
     rows = (make_row(trials=100, driver_seconds=0.02), make_row(trials=100, epochs=11, driver_seconds=0.07))
-    assert "A report more costs the driver 5.0 ms" in render_scale(make_result(*rows))
+    assert "A report more costs the driver 5.0 ms, without a checkpoint." in render_scale(make_result(*rows))
+
+
+def test_table_shows_the_median_of_the_repeats_with_its_range_and_number() -> None:
+    drivers = ((0.060, 0.090), (0.030, 0.045), (0.020, 0.040))
+    repeated = [
+        make_row(repeat=repeat, driver_seconds=mean, late_driver_seconds=late)
+        for repeat, (mean, late) in enumerate(drivers)
+    ]
+    text = render_scale(make_result(*repeated, make_row(trials=100)))
+    large, small, study = [line for line in text.splitlines() if line.startswith(("| 2,000 ", "| 100 "))]
+    assert "| 3 | 100.0 ms (100.0 ms to 100.0 ms) |" in large
+    assert "| 30.0 ms (20.0 ms to 60.0 ms) | 45.0 ms (40.0 ms to 90.0 ms) |" in large
+    assert small.startswith("| 100 | 1 | 2 | 1 | 100.0 ms | 120.0 ms |")
+    assert study == "| 100 | 3 | 3.0 ms (2.0 ms to 9.0 ms) | 1.0 ms (1.0 ms to 1.0 ms) |"
+    assert "at the end of 2,000: 45.0 ms, target at most 50.0 ms: met" in text
+
+
+def test_searches_take_turns_and_only_affordable_ones_are_repeated() -> None:
+    """By a clock that says: a trial takes a second."""
+    now = 0.0
+
+    def measure(trials: int, epochs: int, repeat: int) -> ScaleRow:
+        nonlocal now
+        now += trials
+        return make_row(trials=trials, epochs=epochs, repeat=repeat)
+
+    plans = [(100, 1), (121, 1), (120, 1), (100, 10)]
+    rows = list(repeat_searches(plans, 3, measure, clock=lambda: now))
+    assert [(row.repeat, row.trials, row.epochs) for row in rows] == [
+        *((0, *plan) for plan in plans),
+        *((repeat, *plan) for repeat in (1, 2) for plan in plans if plan != (121, 1)),
+    ]
 
 
 def test_file_holds_a_row_for_each_search(tmp_path: Path) -> None:
@@ -88,8 +125,8 @@ def test_file_holds_a_row_for_each_search(tmp_path: Path) -> None:
 
 
 def test_study_is_timed_at_each_size() -> None:
-    rows = list(measure_study((5, 12)))
-    assert [row.size for row in rows] == [5, 12]
+    rows = list(measure_study((5, 12), 2))
+    assert [(row.repeat, row.size) for row in rows] == [(2, 5), (2, 12)]
     assert all(row.suggest_seconds > 0 and row.tell_seconds > 0 for row in rows)
 
 

@@ -1,7 +1,9 @@
 """The search benchmark: its plan, its arithmetic, and that both programs really train."""
 
 import dataclasses
+import datetime
 import gzip
+import math
 import os
 import struct
 import subprocess
@@ -11,29 +13,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from records import make_epoch, make_trial
 
 from tune_amp.benchmarks import speed
+from tune_amp.benchmarks.machine import describe_versions
 from tune_amp.benchmarks.speed import (
     OBVIOUS,
     OURS,
+    CommandCost,
     Pairing,
     SpeedResult,
     SpeedRow,
     compare_rows,
     describe_row,
+    hide_gpus,
     judge_targets,
+    list_our_command,
     load_measured,
     load_speed,
     measure_speed,
     plan_obvious,
+    plan_slots,
     render_speed,
     run_measured,
     sum_memory,
+    summarise_ours,
     torchvision_folder,
     write_space,
     write_speed,
 )
+from tune_amp.benchmarks.spread import Spread
 from tune_amp.config import InputError, TrialConfig
 from tune_amp.space import load_space
 
@@ -44,6 +54,8 @@ def make_row(program: str = OURS, **changes: Any) -> SpeedRow:
         "precision": "bf16",
         "trials": 64,
         "repeat": 0,
+        "max_epochs": 8,
+        "gpus_per_trial": 0.0,
         "slots": 2,
         "wall_seconds": 100.0,
         "startup_seconds": 7.0,
@@ -64,6 +76,19 @@ def make_pairs(*seconds: tuple[float, float], **changes: Any) -> list[SpeedRow]:
     ]
 
 
+def make_pairing(**changes: Any) -> Pairing:
+    values: dict[str, Any] = {
+        "data_dir": Path(),
+        "precision": "bf16",
+        "trials": 3,
+        "repeat": 0,
+        "max_epochs": 8,
+        "slots": 2,
+        "gpus_per_trial": 0.0,
+    }
+    return Pairing(**{**values, **changes})
+
+
 def make_result(rows: list[SpeedRow]) -> SpeedResult:
     return SpeedResult(rows=tuple(rows), machine={"processor": "some"}, versions={"torch": "2.15"})
 
@@ -73,12 +98,20 @@ def make_result(rows: list[SpeedRow]) -> SpeedResult:
 
 def test_ratio_is_taken_pair_by_pair_and_its_median_told() -> None:
     [comparison] = compare_rows(make_pairs((100, 1000), (50, 600), (200, 1800)))
-    assert comparison.ratio == speed.Spread(median=10.0, low=9.0, high=12.0, count=3)
+    assert comparison.ratio == Spread(median=10.0, low=9.0, high=12.0, count=3)
 
 
 def test_row_without_its_counterpart_is_left_out() -> None:
     rows = [*make_pairs((100, 900)), make_row(repeat=7), make_row(precision="fp16")]
-    assert [(found.precision, found.ratio.count) for found in compare_rows(rows)] == [("bf16", 1)]
+    assert [(found.first.precision, found.ratio.count) for found in compare_rows(rows)] == [("bf16", 1)]
+
+
+@pytest.mark.parametrize("change", [{"max_epochs": 2}, {"gpus_per_trial": 0.25}, {"slots": 4}, {"trials": 16}])
+def test_rows_of_different_settings_are_neither_paired_nor_summed_up(change: dict[str, Any]) -> None:
+    ours, obvious = make_pairs((100, 1000))
+    assert compare_rows([ours, dataclasses.replace(obvious, **change)]) == []
+    first, second = compare_rows([*make_pairs((100, 1000)), *make_pairs((100, 400), **change)])
+    assert (first.ratio.median, second.ratio.median) == (10.0, 4.0)
 
 
 def test_efficiency_is_training_time_over_slot_time() -> None:
@@ -92,38 +125,41 @@ def test_efficiency_is_training_time_over_slot_time() -> None:
 )
 def test_target_of_the_ratio_depends_on_the_precision(precision: str, wall: float, expected: str) -> None:
     [comparison] = compare_rows(make_pairs((100.0, wall), precision=precision))
-    assert judge_targets(comparison, on_gpu=False)[0].endswith(expected)
+    assert judge_targets(comparison)[0].endswith(expected)
 
 
 def test_targets_of_efficiency_and_start_up_are_told_from_ours() -> None:
     [comparison] = compare_rows(make_pairs((100, 1000), (100, 1000)))
-    lines = judge_targets(comparison, on_gpu=False)
+    lines = judge_targets(comparison)
     assert "efficiency 80%, target at least 90%: missed" in lines[1]
     assert "start-up 7.0 s, target under 8 s: met" in lines[2]
     slow = [dataclasses.replace(row, startup_seconds=8.0, train_seconds=180.0) for row in make_pairs((100, 1000))]
-    lines = judge_targets(compare_rows(slow)[0], on_gpu=False)
+    lines = judge_targets(compare_rows(slow)[0])
     assert [line.rpartition(" ")[2] for line in lines[1:]] == ["met", "missed"]
 
 
 def test_smaller_searches_and_gpus_have_targets_of_their_own() -> None:
-    small = judge_targets(compare_rows(make_pairs((10, 100), trials=16))[0], on_gpu=False)
+    small = judge_targets(compare_rows(make_pairs((10, 100), trials=16))[0])
     assert len(small) == 1
     assert "start-up" in small[0]
-    on_gpu = judge_targets(compare_rows(make_pairs((10, 400)))[0], on_gpu=True)
+    on_gpu = judge_targets(compare_rows(make_pairs((10, 400), gpus_per_trial=0.25))[0])
     assert "40.0x trial-epochs/s, target at least 50x: missed" in on_gpu[0]
 
 
 def test_programs_that_do_not_learn_alike_are_told() -> None:
     rows = make_pairs((100, 1000))
     apart = [rows[0], dataclasses.replace(rows[1], best_val_accuracy=0.955)]
-    assert "+1.50 points apart" in judge_targets(compare_rows(apart)[0], on_gpu=False)[-1]
-    assert len(judge_targets(compare_rows(rows)[0], on_gpu=False)) == 3
+    assert "+1.50 points apart" in judge_targets(compare_rows(apart)[0])[-1]
+    assert len(judge_targets(compare_rows(rows)[0])) == 3
 
 
 def test_table_shows_both_programs_with_spread_and_number() -> None:
     text = render_speed(make_result(make_pairs((100, 1000), (50, 600))))
     [row] = [line for line in text.splitlines() if line.startswith("| bf16")]
-    assert row.startswith("| bf16 | 64 | 2 | 11.0x (10.0x to 12.0x) | 75 s (50 s to 100 s) / 800 s (600 s to 1000 s) |")
+    assert row.startswith(
+        "| bf16 | 64 | 8 | 0 | 2 | 2 | 11.0x (10.0x to 12.0x) | 75 s (50 s to 100 s) / 800 s (600 s to 1"
+    )
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {14}
     assert "torch 2.15" in text
 
 
@@ -131,7 +167,7 @@ def test_table_shows_both_programs_with_spread_and_number() -> None:
 
 
 def test_plan_holds_what_ours_trained_and_for_how_long() -> None:
-    pairing = Pairing(data_dir=Path(), precision="fp16", trials=3, repeat=0, max_epochs=8, slots=2, gpus_per_trial=0.0)
+    pairing = make_pairing(precision="fp16")
     config = TrialConfig(precision="fp16", lr=0.01, batch_size=128, init_scale=256.0, growth_interval=7)
     trials = [
         make_trial("a", config=config, epochs=(make_epoch(1), make_epoch(2))),
@@ -142,6 +178,55 @@ def test_plan_holds_what_ours_trained_and_for_how_long() -> None:
     assert plan_obvious(pairing, trials)["configs"] == [{**settings, "epochs": 2}, {**settings, "epochs": 1}]
     without = plan_obvious(dataclasses.replace(pairing, precision="bf16"), trials)["configs"]
     assert without[0] == {"lr": 0.01, "batch_size": 128, "epochs": 2}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_both_programs_are_told_where_to_train(share: float, tmp_path: Path) -> None:
+    """A search that is told nothing takes the GPU that it finds; a trial without a GPU of Ray's sees all of them."""
+    pairing = make_pairing(gpus_per_trial=share)
+    command = list_our_command(pairing, tmp_path)
+    assert command[command.index("--gpus-per-trial") + 1] == str(share)
+    assert plan_obvious(pairing, [])["gpus_per_trial"] == share
+    assert hide_gpus(pairing) == ({} if share else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "share", "slots"),
+    [(16, 1, 0.25, 4), (16, 1, 0.05, 16), (2, 1, 0.25, 2), (16, 2, 0.3333, 6), (16, 2, 0.4, 4), (16, 1, 0.0, 16)],
+)
+def test_slots_are_as_many_as_cores_and_shares_allow(
+    cores: int, gpus: int, share: float, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "count_cores", lambda: cores)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan_slots(share) == slots
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0, 0.5), (1, -0.5), (1, 2.0), (1, math.nan)])
+def test_share_that_cannot_be_had_is_refused(gpus: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(InputError, match=rf"--gpus-per-trial: .* torch sees {gpus}, got {share:g}"):
+        plan_slots(share)
+
+
+def test_start_up_ends_with_the_first_training_step_of_any_trial() -> None:
+    """Two trials begin 5 and 6 s after the command; making their models takes 3 and 1 s."""
+    epochs = (make_epoch(1),)
+    slow = make_trial("a", epochs=epochs, setup_seconds=3.0)
+    assert slow.started is not None
+    fast = make_trial("b", epochs=epochs, setup_seconds=1.0, started=slow.started + datetime.timedelta(seconds=1))
+    cost = CommandCost(started=slow.started.timestamp() - 5, wall_seconds=30.0, peak_memory_bytes=None)
+    assert summarise_ours(make_pairing(), [slow, fast], cost).startup_seconds == pytest.approx(7.0)
+
+
+def test_only_on_cuda_do_loaders_have_a_worker() -> None:
+    from tune_amp.benchmarks import loop, obvious
+
+    assert obvious.loader_options("cpu") == loop.list_loader_options(torch.device("cpu")) == {}
+    on_cuda = obvious.loader_options("cuda")
+    assert on_cuda == loop.list_loader_options(torch.device("cuda"))
+    assert (on_cuda["num_workers"], on_cuda["pin_memory"]) == (1, True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -165,9 +250,21 @@ def test_file_gives_back_what_was_written_and_refuses_another_machine(tmp_path: 
         load_measured(path)
 
 
+def test_measurement_is_gone_on_from_on_the_same_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "speed.parquet"
+    rows = tuple(make_pairs((100, 1000)))
+    machine = {**speed.describe_here(), "gpu": "H100"}
+    write_speed(path, SpeedResult(rows=rows, machine=machine, versions=describe_versions()))
+    with pytest.raises(InputError, match=r"gpu: must be absent, to be gone on from here, got H100"):
+        load_measured(path)
+    monkeypatch.setattr(speed, "describe_here", lambda: machine)
+    assert load_measured(path) == rows
+
+
 def test_line_of_a_command_names_it_and_its_figures() -> None:
     line = describe_row(make_row())
-    assert line.startswith("bf16, 64 trials, repeat 0, ours: 100.0 s, 200 trial-epochs, start-up 7.0 s, efficiency 80%")
+    start = "bf16, 64 trials of at most 8 epochs, repeat 0, ours: 100.0 s, 200 trial-epochs, start-up 7.0 s, efficiency"
+    assert line.startswith(f"{start} 80%")
 
 
 # Commands
@@ -237,3 +334,22 @@ def test_both_programs_train_the_same_configurations_as_long(tmp_path: Path) -> 
     again = measure_speed(tmp_path, path=path, before=result.rows, announce=lines.append, **sizes)
     assert again.rows == result.rows
     assert len(lines) == 2
+
+
+def test_pair_of_another_budget_is_measured_beside_the_known_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path)
+    asked: list[Pairing] = []
+
+    def note(pairing: Pairing, root: Path) -> list[SpeedRow]:
+        asked.append(pairing)
+        return []
+
+    monkeypatch.setattr(speed, "measure_pair", note)
+    known = make_pairs((100, 1000))
+    sizes: dict[str, Any] = {"precisions": ("bf16", "fp16"), "trials": (64,), "repeats": 1, "slots": 2}
+    measure_speed(tmp_path, path=tmp_path / "speed.parquet", before=known, max_epochs=8, **sizes)
+    assert [(pairing.precision, pairing.max_epochs) for pairing in asked] == [("fp16", 8)]
+    measure_speed(tmp_path, path=tmp_path / "speed.parquet", before=known, max_epochs=2, **sizes)
+    assert [(pairing.precision, pairing.max_epochs) for pairing in asked[1:]] == [("bf16", 2), ("fp16", 2)]

@@ -193,6 +193,19 @@ def test_restored_run_keeps_its_own_learning_rate_and_weight_decay(optimizer: st
     assert equal_bits(weights_of(ours), before)  # the learning rate is not only written down
 
 
+def test_drawing_the_batches_counts_as_training(small_data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = training.batch_indices
+
+    def draw_slowly(*arguments: Any) -> Tensor:
+        time.sleep(0.2)
+        return draw(*arguments)
+
+    monkeypatch.setattr(training, "batch_indices", draw_slowly)
+    metrics = TrainingRun(make_config(), small_data).train_epoch()
+    assert metrics.train_seconds > 0.2
+    assert metrics.samples_per_second < 7 * 8 / 0.2
+
+
 def test_restored_run_adds_to_the_seconds_and_counts_of_the_checkpoint(small_data: TrainingData) -> None:
     config = make_config()
     first = TrainingRun(config, small_data)

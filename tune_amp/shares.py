@@ -148,7 +148,14 @@ def choose_trials(measurements: Sequence[ShareMeasurement], device_bytes: int | 
 
 
 def measure_shares(
-    config: TrialConfig, train: Split, num_classes: int, device_type: str, *, counts: Sequence[int], seconds: float
+    config: TrialConfig,
+    train: Split,
+    num_classes: int,
+    device_type: str,
+    *,
+    counts: Sequence[int],
+    seconds: float,
+    repeats: int = 1,
 ) -> tuple[ShareMeasurement, ...]:
     """Train ``config`` in 1, 2, ... processes at the same moment, each with one CPU thread.
 
@@ -162,14 +169,15 @@ def measure_shares(
         device_type: ``cuda`` for the current device, or ``cpu``.
         counts: numbers of processes.
         seconds: how long each number is measured.
+        repeats: how often each number is measured, in turn, by the same processes.
 
     Returns:
-        A measurement for each number that could be had, the smallest first.
+        A measurement for each number that could be had, the smallest first; all of them anew for each repeat.
 
     Raises:
         MeasurementError: there is none.
     """
-    deadline = time.monotonic() + START_SECONDS + 2 * seconds * len(counts)
+    deadline = time.monotonic() + START_SECONDS + 2 * seconds * len(counts) * repeats
     with tempfile.TemporaryDirectory(prefix="tune_amp_shares_") as folder:
         for name in ("images", "labels"):  # mapped by each process: no copy, and nothing large is pickled
             np.save(Path(folder) / f"{name}.npy", getattr(train, name))
@@ -182,11 +190,11 @@ def measure_shares(
             search_path=tuple(sys.path),
         )
         with _start_processes(job, max(counts), deadline) as processes:
-            return _measure_counts(processes, sorted(counts), device_type)
+            return _measure_counts(processes, sorted(counts), device_type, repeats)
 
 
 def _measure_counts(
-    processes: "Sequence[_Process]", counts: Sequence[int], device_type: str
+    processes: "Sequence[_Process]", counts: Sequence[int], device_type: str, repeats: int
 ) -> tuple[ShareMeasurement, ...]:
     first = processes[0]
     meter = processes[1] if device_type == "cuda" and len(processes) > 1 else None
@@ -199,9 +207,7 @@ def _measure_counts(
         most = min(most, count_fitting(memory, total)) if memory else most
     ready = [first, *_prepare(processes[1:most], prepared.steps)]
     measured: list[ShareMeasurement] = []
-    for count in counts:
-        if count > len(ready):
-            break
+    for count in [count for count in counts if count <= len(ready)] * repeats:
         try:
             rate = _measure_together(ready[:count])
         except MeasurementError:

@@ -194,9 +194,12 @@ class TrainingRun:
             InputError: ``batch_size`` exceeds the training images, so that no step can be made.
         """
         before = self._amp.telemetry
-        batches = self._draw_batches()
+        started = time.perf_counter()
+        batches = self._draw_batches()  # on the clock: other programs' loaders draw theirs within the loop
         with self._memory.measure():  # not validation: 2,048 images in fp32 can take more than a training batch
-            train_loss, train_seconds = self._train(batches)
+            train_loss = self._train(batches)
+            train_seconds = time.perf_counter() - started
+        self._train_seconds += train_seconds
         self._epoch += 1
         validated = self._validate()
         val_loss, val_accuracy = (None, None) if validated is None else (validated.loss, validated.accuracy)
@@ -264,13 +267,8 @@ class TrainingRun:
         """How the model does on ``split``, in strict fp32."""
         return evaluate(self.model, split, self._scaling)
 
-    def _train(self, batches: Tensor) -> tuple[float, float]:
-        """Train on ``batches``, int64 [steps, batch_size].
-
-        Returns:
-            Mean loss of the steps, and seconds.
-        """
-        started = time.perf_counter()
+    def _train(self, batches: Tensor) -> float:
+        """Train on ``batches``, int64 [steps, batch_size]. Returns the mean loss of the steps."""
         self.model.train()
         if self._loop is None and self._why_eager is None:
             self._choose_loop()
@@ -280,10 +278,7 @@ class TrainingRun:
             else:
                 for indices in batches:
                     self._step(indices)
-            train_loss = self._amp.read_epoch()  # waits for the device, so that the clock below is right
-        seconds = time.perf_counter() - started
-        self._train_seconds += seconds
-        return train_loss, seconds
+            return self._amp.read_epoch()  # waits for the device, so that the caller's clock is right
 
     def _choose_loop(self) -> None:
         steps_left = (self._config.max_epochs - self._epoch) * self._max_steps

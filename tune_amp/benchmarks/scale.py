@@ -2,7 +2,8 @@
 
 Trials of a few milliseconds go through the real ``run_search``, so that nearly all that is left is the search itself.
 Each search runs in a process of its own (``python -m tune_amp.benchmarks.scale``), whose clock, CPU time and memory are
-read whenever a trial ends; what comes before the first trial and after the last is not in the figures.
+read whenever a trial ends; what comes before the first trial and after the last is not in the figures. Searches take
+turns, and are repeated: what else the machine does does not fall on one size alone.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
+from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import described
 from tune_amp.options import SearchOptions, run_folder
 from tune_amp.parquet import build_columns, build_table, write_parquet
@@ -39,6 +41,9 @@ TRIALS = (100, 500, 2_000)
 STUDY_SIZES = (100, 500, 1_000, 2_000)
 REPORTS = 10
 """Epochs of each trial in the search that tells what a report costs; elsewhere a trial reports once."""
+REPEATS = 3
+MOST_REPEATED_SECONDS = 360.0
+"""A search whose repeats together would take longer is not repeated; the table shows how often each was run."""
 MOST_DRIVER_SECONDS = 0.050
 MOST_GROWTH_BYTES = 50_000
 LATE_SHARE = 0.1
@@ -65,6 +70,7 @@ fixed:
 class ScaleRow:
     """One search of near-instant trials, from the end of its first trial to that of its last."""
 
+    repeat: int = described("number of the search among those of its size, from 0")
     trials: int = described("trials of the search")
     epochs: int = described("epochs, and so reports, of each trial", unit="epochs")
     slots: int = described("trials at a time")
@@ -84,6 +90,8 @@ class ScaleRow:
 class StudyRow:
     """What Optuna costs at a size of the study, without Ray."""
 
+    repeat: int
+    """Number of the study, from 0."""
     size: int
     """Trials that the study has."""
     suggest_seconds: float
@@ -119,18 +127,59 @@ class Sample:
     """Resident; None but on Linux."""
 
 
-def measure_scale(trials: Sequence[int] = TRIALS, study_sizes: Sequence[int] = STUDY_SIZES) -> ScaleResult:
-    """Run a search of each number of trials, one more for the cost of a report, and a study without Ray."""
+def measure_scale(
+    trials: Sequence[int] = TRIALS,
+    study_sizes: Sequence[int] = STUDY_SIZES,
+    *,
+    repeats: int = REPEATS,
+    report: Callable[[ScaleRow], None] = lambda _: None,
+) -> ScaleResult:
+    """Run a search of each number of trials, one more for the cost of a report, and a study without Ray.
+
+    Args:
+        trials: of the searches.
+        study_sizes: at which suggest and tell are timed.
+        repeats: of each search that is not too long for it, and of the study.
+        report: told of each search as it ends.
+    """
     plans = [*((count, 1) for count in trials), (min(trials), REPORTS)]
+    rows = []
+    for row in repeat_searches(plans, repeats, measure_search):
+        rows.append(row)
+        report(row)
     return ScaleResult(
-        rows=tuple(measure_search(count, epochs) for count, epochs in plans),
-        study=tuple(measure_study(study_sizes)),
+        rows=tuple(rows),
+        study=tuple(row for repeat in range(repeats) for row in measure_study(study_sizes, repeat)),
         machine=describe_machine(),
         versions=describe_versions(),
     )
 
 
-def measure_search(trials: int, epochs: int) -> ScaleRow:
+def repeat_searches(
+    plans: Sequence[tuple[int, int]],
+    repeats: int,
+    measure: Callable[[int, int, int], ScaleRow],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[ScaleRow]:
+    """All ``plans`` in turn, ``repeats`` times, but for those whose repeats would take too long.
+
+    Args:
+        plans: trials and epochs of each.
+        repeats: of a plan.
+        measure: runs a search, given its trials, epochs and number.
+        clock: in seconds.
+    """
+    for repeat in range(repeats):
+        affordable = []
+        for trials, epochs in plans:
+            started = clock()
+            yield measure(trials, epochs, repeat)
+            if repeats * (clock() - started) <= MOST_REPEATED_SECONDS:
+                affordable.append((trials, epochs))
+        plans = affordable
+
+
+def measure_search(trials: int, epochs: int, repeat: int = 0) -> ScaleRow:
     """Search once, in a new process: what an earlier search left in memory is not this one's."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "samples.json"
@@ -138,11 +187,11 @@ def measure_search(trials: int, epochs: int) -> ScaleRow:
         subprocess.run([sys.executable, "-m", "tune_amp.benchmarks.scale", *size], check=True)  # noqa: S603
         found = json.loads(output.read_text(encoding="utf-8"))
     samples = [Sample(**sample) for sample in found.pop("samples")]
-    return summarise_samples(samples, trials=trials, epochs=epochs, **found)
+    return summarise_samples(samples, trials=trials, epochs=epochs, repeat=repeat, **found)
 
 
 def summarise_samples(
-    samples: Sequence[Sample], *, trials: int, epochs: int, slots: int, journal_bytes: int
+    samples: Sequence[Sample], *, trials: int, epochs: int, slots: int, journal_bytes: int, repeat: int = 0
 ) -> ScaleRow:
     """The costs of a search from the samples taken as its trials ended."""
     late = [sample for sample in samples if sample.ended >= (1 - LATE_SHARE) * trials or sample in samples[-2:]]
@@ -152,6 +201,7 @@ def summarise_samples(
     if len(memory) > 1:
         growth = statistics.linear_regression([sample.ended for sample in measured], memory).slope
     return ScaleRow(
+        repeat=repeat,
         trials=trials,
         epochs=epochs,
         slots=slots,
@@ -249,7 +299,7 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
 # ---- the study alone ----
 
 
-def measure_study(sizes: Sequence[int]) -> Iterator[StudyRow]:
+def measure_study(sizes: Sequence[int], repeat: int = 0) -> Iterator[StudyRow]:
     """Time suggest and tell of the searcher as its study grows to the largest of ``sizes``."""
     suggesting: list[float] = []
     telling: list[float] = []
@@ -259,6 +309,7 @@ def measure_study(sizes: Sequence[int]) -> Iterator[StudyRow]:
             telling.append(tell_seconds)
             if len(telling) in sizes:
                 yield StudyRow(
+                    repeat=repeat,
                     size=len(telling),
                     suggest_seconds=statistics.median(suggesting[-STUDY_WINDOW:]),
                     tell_seconds=statistics.median(telling[-STUDY_WINDOW:]),
@@ -296,58 +347,92 @@ def _grow_study(folder: Path, trials: int) -> Iterator[tuple[float, float]]:
 def render_scale(result: ScaleResult) -> str:
     """Markdown: a table of the searches beside the targets, and one of the study."""
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    searches = group_repeats(result.rows)
+    sizes = dict.fromkeys(row.size for row in result.study)
+    studies = {size: [row for row in result.study if row.size == size] for size in sizes}
     lines = [
-        f"Near-instant trials through the real search, n = 1 search a row; {machine}; "
-        f"{render_versions(result.versions)}. Of a trial; in brackets, of the last tenth of the trials.",
+        f"Near-instant trials through the real search; {machine}; {render_versions(result.versions)}. Of a trial: "
+        "medians of n searches, the smallest and largest in brackets. A search whose repeats would have taken more "
+        f"than {MOST_REPEATED_SECONDS / 60:g} minutes was run once.",
         "",
-        "| trials | reports of each | slots | wall | driver CPU | driver memory, largest | gained | journal |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_render_row(row) for row in result.rows),
+        "| trials | reports of each | slots | n | wall | of the last tenth | driver CPU | of the last tenth "
+        "| driver memory, largest | gained | journal |",
+        "|---" * 11 + "|",
+        *(_render_repeats(rows) for rows in searches.values()),
         "",
-        *_judge(result.rows),
+        *_judge(searches),
         "",
-        f"Optuna's study without Ray, medians of n = {STUDY_WINDOW}:",
+        f"Optuna's study without Ray: of each of n studies the median of {STUDY_WINDOW}, of these the median, the "
+        "smallest and largest in brackets:",
         "",
-        "| trials in the study | suggest | tell |",
-        "|---|---|---|",
-        *(f"| {row.size:,} | {_ms(row.suggest_seconds)} | {_ms(row.tell_seconds)} |" for row in result.study),
+        "| trials in the study | n | suggest | tell |",
+        "|---|---|---|---|",
+        *(_render_study(size, rows) for size, rows in studies.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _render_row(row: ScaleRow) -> str:
-    memory = "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB"
-    growth = "-" if row.growth_bytes is None else f"{row.growth_bytes / 1000:.1f} kB"
+def group_repeats(rows: Sequence[ScaleRow]) -> dict[tuple[int, int], list[ScaleRow]]:
+    """Rows by trials and epochs."""
+    groups: dict[tuple[int, int], list[ScaleRow]] = {}
+    for row in rows:
+        groups.setdefault((row.trials, row.epochs), []).append(row)
+    return groups
+
+
+def _render_repeats(rows: Sequence[ScaleRow]) -> str:
+    first = rows[0]
+
+    def render(name: str, form: str, unit: float) -> str:
+        values = _find_known(rows, name)
+        return render_spread([value / unit for value in values], form) if values else "-"
+
     cells = [
-        f"{row.trials:,}",
-        str(row.epochs),
-        str(row.slots),
-        f"{_ms(row.wall_seconds)} ({_ms(row.late_wall_seconds)})",
-        f"{_ms(row.driver_seconds)} ({_ms(row.late_driver_seconds)})",
-        memory,
-        growth,
-        f"{row.journal_bytes / row.trials / 1000:.1f} kB",
+        f"{first.trials:,}",
+        str(first.epochs),
+        str(first.slots),
+        str(len(rows)),
+        *(render(name, "{:.1f} ms", 1e-3) for name in ("wall_seconds", "late_wall_seconds")),
+        *(render(name, "{:.1f} ms", 1e-3) for name in ("driver_seconds", "late_driver_seconds")),
+        render("peak_memory_bytes", "{:.0f} MiB", 2**20),
+        render("growth_bytes", "{:.1f} kB", 1000),
+        render("journal_bytes", "{:.1f} kB", 1000 * first.trials),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _judge(rows: Sequence[ScaleRow]) -> list[str]:
+def _render_study(size: int, rows: Sequence[StudyRow]) -> str:
+    suggest = render_spread([1000 * row.suggest_seconds for row in rows], "{:.1f} ms")
+    tell = render_spread([1000 * row.tell_seconds for row in rows], "{:.1f} ms")
+    return f"| {size:,} | {len(rows)} | {suggest} | {tell} |"
+
+
+def _find_known(rows: Sequence[ScaleRow], name: str) -> list[float]:
+    return [value for row in rows if (value := getattr(row, name)) is not None]
+
+
+def _judge(searches: Mapping[tuple[int, int], Sequence[ScaleRow]]) -> list[str]:
     """What a report costs, and whether the targets are met by the largest search."""
-    once = {row.trials: row for row in rows if row.epochs == 1}
+
+    def find_median(search: tuple[int, int], name: str) -> float:
+        return statistics.median(_find_known(searches[search], name))
+
     lines = []
-    for row in rows:
-        if row.epochs > 1 and row.trials in once:
-            seconds = (row.driver_seconds - once[row.trials].driver_seconds) / (row.epochs - 1)
-            lines.append(f"A report more costs the driver {_ms(seconds)}, the checkpoint it asks for included.")
-    largest = max(rows, key=lambda row: (row.trials, -row.epochs))
-    driver, growth = largest.late_driver_seconds, largest.growth_bytes
+    for trials, epochs in searches:
+        if epochs > 1 and (trials, 1) in searches:
+            rise = find_median((trials, epochs), "driver_seconds") - find_median((trials, 1), "driver_seconds")
+            # A checkpoint is asked for where there is much to lose, and these trials have nothing.
+            lines.append(f"A report more costs the driver {_ms(rise / (epochs - 1))}, without a checkpoint.")
+    largest = max(searches, key=lambda search: (search[0], -search[1]))
+    driver = find_median(largest, "late_driver_seconds")
     lines.append(
-        f"Driver time of a trial at the end of {largest.trials:,}: {_ms(driver)}, target at most "
+        f"Driver time of a trial at the end of {largest[0]:,}: {_ms(driver)}, target at most "
         f"{_ms(MOST_DRIVER_SECONDS)}: {_verdict(driver <= MOST_DRIVER_SECONDS)}."
     )
-    if growth is not None:
+    if _find_known(searches[largest], "growth_bytes"):
+        growth = find_median(largest, "growth_bytes")
         lines.append(
-            f"Driver memory gained a trial over {largest.trials:,}: {growth / 1000:.1f} kB, target under "
+            f"Driver memory gained a trial over {largest[0]:,}: {growth / 1000:.1f} kB, target under "
             f"{MOST_GROWTH_BYTES / 1000:.0f} kB: {_verdict(growth < MOST_GROWTH_BYTES)}."
         )
     return lines

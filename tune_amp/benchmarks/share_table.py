@@ -5,6 +5,7 @@ On the CPU each trial has one thread, so that the table tells how trials share t
 
 import dataclasses
 import datetime
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 
 from tune_amp.benchmarks.loop import render_table
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
+from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import TrialConfig, described
 from tune_amp.data import Dataset
 from tune_amp.parquet import build_columns, build_table, write_parquet
@@ -23,23 +25,25 @@ if TYPE_CHECKING:
 
 COUNTS = (1, 2, 4, 8, 16)
 SECONDS = 3.0
+REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShareRow:
-    """So many trials side by side."""
+    """So many trials side by side, once."""
 
     model: str = described("built-in model")
     precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast")
     batch_size: int = described("images a training step", unit="images")
     trials: int = described("training at the same moment")
+    repeat: int = described("number of the measurement, from 0")
     samples_per_second: float = described("of all trials together", unit="1/s")
-    relative: float = described("samples a second over those of the fewest trials")
+    relative: float = described("samples a second over those of the fewest trials in the same repeat")
     efficiency: float = described("relative over the number of trials; 1: nobody is in anybody's way")
     trial_memory_bytes: int | None = described(
         "device memory of the hungriest process, its context included; null on the CPU", unit="B"
     )
-    is_knee: bool = described("whether more trials at a time gain little")
+    is_knee: bool = described("whether more trials at a time gain little, by the medians")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,7 @@ def measure_share_table(
     configs: Sequence[TrialConfig] = (),
     counts: Sequence[int] = COUNTS,
     seconds: float = SECONDS,
+    repeats: int = REPEATS,
 ) -> ShareResult:
     """Measure each of ``configs`` with 1, 2, 4, ... trials side by side.
 
@@ -69,17 +74,18 @@ def measure_share_table(
         configs: ``simple_net`` at batch 64 and 1,024 where none is given; fp16 on CUDA, bf16 on the CPU.
         counts: trials at a time.
         seconds: of a measurement.
+        repeats: measurements of each number, in turn, by the same processes.
     """
-    from tune_amp.shares import find_knee, measure_shares
+    from tune_amp.shares import measure_shares
 
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device_type)
     rows: list[ShareRow] = []
     for config in configs or list_configs(device_type):
         measured = measure_shares(
-            config, dataset.train, dataset.num_classes, device_type, counts=counts, seconds=seconds
+            config, dataset.train, dataset.num_classes, device_type, counts=counts, seconds=seconds, repeats=repeats
         )
-        rows += build_rows(config, measured, find_knee(measured))
+        rows += build_rows(config, measured)
     return ShareResult(
         rows=tuple(rows),
         seconds=seconds,
@@ -100,54 +106,86 @@ def list_configs(device_type: str) -> tuple[TrialConfig, ...]:
     return tuple(TrialConfig(precision=precision, batch_size=size, max_epochs=1_000) for size in (64, 1024))
 
 
-def build_rows(config: TrialConfig, measured: "Sequence[ShareMeasurement]", knee: int) -> list[ShareRow]:
-    """A row for each number of trials, the fewest first."""
-    ordered = sorted(measured, key=lambda measurement: measurement.trials)
-    first = ordered[0]
+def build_rows(config: TrialConfig, measured: "Sequence[ShareMeasurement]") -> list[ShareRow]:
+    """A row for each measurement, the fewest trials first.
+
+    Args:
+        config: what was trained.
+        measured: of each number of trials as many as it was repeated, in the order of the repeats.
+    """
+    by_trials: dict[int, list[ShareMeasurement]] = {}
+    for measurement in sorted(measured, key=lambda measurement: measurement.trials):
+        by_trials.setdefault(measurement.trials, []).append(measurement)
+    fewest, knee = min(by_trials), _find_median_knee(by_trials)
     rows = []
-    for measurement in ordered:
-        relative = measurement.samples_per_second / first.samples_per_second
-        rows.append(
-            ShareRow(
-                model=config.model,
-                precision=config.precision,
-                batch_size=config.batch_size,
-                trials=measurement.trials,
-                samples_per_second=measurement.samples_per_second,
-                relative=relative,
-                efficiency=relative * first.trials / measurement.trials,
-                trial_memory_bytes=measurement.trial_memory_bytes,
-                is_knee=measurement.trials == knee,
+    for trials, repeats in by_trials.items():
+        for repeat, (measurement, first) in enumerate(zip(repeats, by_trials[fewest], strict=False)):
+            relative = measurement.samples_per_second / first.samples_per_second
+            rows.append(
+                ShareRow(
+                    model=config.model,
+                    precision=config.precision,
+                    batch_size=config.batch_size,
+                    trials=trials,
+                    repeat=repeat,
+                    samples_per_second=measurement.samples_per_second,
+                    relative=relative,
+                    efficiency=relative * fewest / trials,
+                    trial_memory_bytes=measurement.trial_memory_bytes,
+                    is_knee=trials == knee,
+                )
             )
-        )
     return rows
+
+
+def _find_median_knee(by_trials: "Mapping[int, Sequence[ShareMeasurement]]") -> int:
+    from tune_amp.shares import find_knee
+
+    medians = [
+        dataclasses.replace(
+            repeats[0], samples_per_second=statistics.median(repeat.samples_per_second for repeat in repeats)
+        )
+        for repeats in by_trials.values()
+    ]
+    return find_knee(medians)
+
+
+def group_repeats(rows: Sequence[ShareRow]) -> list[list[ShareRow]]:
+    """The repeats of each configuration and number of trials."""
+    groups: dict[tuple[Any, ...], list[ShareRow]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.precision, row.batch_size, row.trials), []).append(row)
+    return list(groups.values())
 
 
 def render_shares(result: ShareResult) -> str:
     """Markdown: a table and what its figures mean."""
-    titles = ("model", "precision", "batch", "trials", "images/s", "times one", "a trial", "memory of a trial", "")
+    titles = ("model", "precision", "batch", "trials", "n", "images/s", "times one", "a trial", "memory of a trial", "")
     lines = [
         f"{result.machine}. {result.about['dataset']}.",
         f"Trials that train the same configuration at the same moment, each in a process of its own with one CPU "
-        f"thread, n = 1 measurement of {result.seconds:g} s: images a second of all together, relative to the fewest, "
-        "and what is left of a trial's own speed.",
-        render_table(titles, [_render_row(row) for row in result.rows]),
+        f"thread: images a second of all together, relative to the fewest, and what is left of a trial's own speed. "
+        f"Medians of n measurements of {result.seconds:g} s, in turn, by the same processes; the smallest and largest "
+        "in brackets.",
+        render_table(titles, [_render_repeats(rows) for rows in group_repeats(result.rows)]),
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def _render_row(row: ShareRow) -> tuple[str, ...]:
-    memory = "" if row.trial_memory_bytes is None else f"{row.trial_memory_bytes / 2**20:,.0f} MiB"
+def _render_repeats(rows: Sequence[ShareRow]) -> tuple[str, ...]:
+    first = rows[0]
+    memory = "" if first.trial_memory_bytes is None else f"{first.trial_memory_bytes / 2**20:,.0f} MiB"
     return (
-        row.model,
-        row.precision,
-        str(row.batch_size),
-        str(row.trials),
-        f"{row.samples_per_second:,.0f}",
-        f"{row.relative:.2f}",
-        f"{row.efficiency:.0%}",
+        first.model,
+        first.precision,
+        str(first.batch_size),
+        str(first.trials),
+        str(len(rows)),
+        render_spread([row.samples_per_second for row in rows], "{:,.0f}"),
+        render_spread([row.relative for row in rows], "{:.2f}"),
+        f"{statistics.median(row.efficiency for row in rows):.0%}",
         memory,
-        "knee" if row.is_knee else "",
+        "knee" if first.is_knee else "",
     )
 
 

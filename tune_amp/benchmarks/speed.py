@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.machine import count_cores, describe_machine, describe_versions, render_versions
+from tune_amp.benchmarks.spread import Spread, render_spread, summarise
 from tune_amp.config import InputError, described
 from tune_amp.idx_files import locate_files
 from tune_amp.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
@@ -69,6 +70,8 @@ class SpeedRow:
     precision: str = described("of every trial")
     trials: int = described("trials of the search")
     repeat: int = described("number of the pair, from 0: the seed of our search")
+    max_epochs: int = described("full budget of a trial", unit="epochs")
+    gpus_per_trial: float = described("share of a GPU that a trial gets; 0: the CPU")
     slots: int = described("trials at a time")
     wall_seconds: float = described("from the command's start to its end", unit="s")
     startup_seconds: float = described("from the command's start to the first trial's first training step", unit="s")
@@ -92,9 +95,18 @@ class SpeedRow:
         return self.train_seconds / (self.slots * self.wall_seconds)
 
     @property
-    def pair(self) -> tuple[str, int, int]:
-        """Precision, trials and repeat, which two rows have in common."""
-        return self.precision, self.trials, self.repeat
+    def setting(self) -> "Setting":
+        """What all repeats have in common."""
+        return self.precision, self.trials, self.max_epochs, self.gpus_per_trial, self.slots
+
+    @property
+    def pair(self) -> "tuple[Setting, int]":
+        """Setting and repeat, which two rows have in common."""
+        return self.setting, self.repeat
+
+
+Setting = tuple[str, int, int, float, int]
+"""Precision, trials, full budget, share of a GPU and slots."""
 
 
 SCHEMA = pa.schema(build_columns(SpeedRow))
@@ -122,6 +134,11 @@ class Pairing:
     slots: int
     gpus_per_trial: float
 
+    @property
+    def pair(self) -> tuple[Setting, int]:
+        """As that of its rows."""
+        return (self.precision, self.trials, self.max_epochs, self.gpus_per_trial, self.slots), self.repeat
+
 
 def measure_speed(
     data_dir: Path,
@@ -145,21 +162,17 @@ def measure_speed(
         trials: sizes of the searches.
         repeats: pairs of each precision and size.
         max_epochs: full budget of a trial.
-        slots: trials at a time, of both programs; None for as many as there are cores.
+        slots: trials at a time, of both programs; None for as many as fit.
         gpus_per_trial: share of a GPU, of both programs; 0 trains on the CPU.
-        before: rows of an earlier, interrupted measurement on this machine.
+        before: rows of earlier measurements on this machine, of other settings too.
         announce: is told of each command's end.
 
     Raises:
-        InputError: the data are not there.
+        InputError: the data are not there, or no GPU.
         RuntimeError: a command failed; the message ends with the last lines of its output.
     """
-    device = None
-    if gpus_per_trial:
-        import torch
-
-        device = torch.device("cuda")
-    result = SpeedResult(rows=tuple(before), machine=describe_machine(device), versions=describe_versions())
+    slots = slots or plan_slots(gpus_per_trial)
+    result = SpeedResult(rows=tuple(before), machine=describe_here(), versions=describe_versions())
     known = {row.pair for row in before}
     with torchvision_folder(data_dir) as root:
         for repeat in range(repeats):  # outermost: a slow hour of the machine falls on all precisions and sizes
@@ -171,10 +184,10 @@ def measure_speed(
                         trials=count,
                         repeat=repeat,
                         max_epochs=max_epochs,
-                        slots=slots or count_cores(),
+                        slots=slots,
                         gpus_per_trial=gpus_per_trial,
                     )
-                    if (precision, count, repeat) in known:
+                    if pairing.pair in known:
                         continue
                     pair = []
                     for row in measure_pair(pairing, root):
@@ -183,6 +196,32 @@ def measure_speed(
                     result = dataclasses.replace(result, rows=(*result.rows, *pair))
                     write_speed(path, result)
     return result
+
+
+def plan_slots(gpus_per_trial: float) -> int:
+    """As many trials at a time as Ray places on this machine, with one core each.
+
+    Raises:
+        InputError: trials shall have a share of a GPU, and there is none.
+    """
+    if gpus_per_trial == 0:
+        return count_cores()
+    import torch
+
+    from tune_amp.resources import count_gpus, count_slots
+
+    gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+    if not (0 < gpus_per_trial <= 1 and gpus):
+        rule = f"must be between 0 and 1, and 0 without a GPU; torch sees {gpus}"
+        raise InputError(f"--gpus-per-trial: {rule}, got {gpus_per_trial:g}")
+    return count_slots({"CPU": count_cores(), "GPU": gpus}, 1, gpus_per_trial)
+
+
+def describe_here() -> dict[str, str]:
+    """This machine, its GPU included where there is one, also for what trains on the CPU: it is the same machine."""
+    import torch
+
+    return describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]:
@@ -195,7 +234,8 @@ def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]
         plan = plan_obvious(pairing, trained)
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         log = folder / "obvious.log"
-        cost = run_measured(list_obvious_command(folder, torchvision_root), log, private_ray(folder))
+        environment = {**private_ray(folder), **hide_gpus(pairing)}
+        cost = run_measured(list_obvious_command(folder, torchvision_root), log, environment)
         yield summarise_obvious(pairing, read_obvious(folder, len(plan["configs"]), log), cost)
 
 
@@ -206,7 +246,6 @@ def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
     """The search as a user runs it, with its space and its results below ``folder``."""
     space = folder / "space.yaml"
     space.write_text(write_space(pairing.precision), encoding="utf-8")
-    share = ["--gpus-per-trial", str(pairing.gpus_per_trial)] if pairing.gpus_per_trial else []
     # The program tune-amp itself, also where its script is not on the path.
     program = [sys.executable, "-c", "from tune_amp.cli import main; raise SystemExit(main())", "search"]
     arguments = {
@@ -217,11 +256,12 @@ def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
         "--seed": pairing.repeat,
         "--cpus-per-trial": 1,
         "--confirm-seeds": 0,  # theirs does nothing of the kind
+        "--gpus-per-trial": pairing.gpus_per_trial,  # 0 too: left out, the search would take the GPU that it finds
         "--max-concurrent": pairing.slots,
         "--results-dir": folder / "results",
         "--name": OURS,
     }
-    return [*program, str(space), *(str(part) for item in arguments.items() for part in item), *share]
+    return [*program, str(space), *(str(part) for item in arguments.items() for part in item)]
 
 
 def write_space(precision: str) -> str:
@@ -238,8 +278,10 @@ def summarise_ours(pairing: Pairing, trials: Sequence[TrialRecord], cost: "Comma
         OURS,
         pairing,
         cost,
-        # A trial's clock starts when its worker has the data in place: the first step follows at once.
-        first_step=min(trial.started.timestamp() for trial in trials if trial.started is not None),
+        # A trial's clock starts when its worker has the data in place; model and optimizer come before the first step.
+        first_step=min(
+            trial.started.timestamp() + trial.setup_seconds for trial in trials if trial.started is not None
+        ),
         trial_epochs=sum(len(trial.epochs) for trial in trials),
         train_seconds=sum(last.train_seconds for last in lasts),
         accuracies=accuracies,
@@ -261,6 +303,8 @@ def _build_row(
         precision=pairing.precision,
         trials=pairing.trials,
         repeat=pairing.repeat,
+        max_epochs=pairing.max_epochs,
+        gpus_per_trial=pairing.gpus_per_trial,
         slots=pairing.slots,
         wall_seconds=cost.wall_seconds,
         startup_seconds=first_step - cost.started,
@@ -361,6 +405,11 @@ def private_ray(folder: Path) -> dict[str, str]:
         "RAY_TMPDIR": str(folder),
         "RAY_ADDRESS": "local",  # a stale file of another session is not obeyed
     }
+
+
+def hide_gpus(pairing: Pairing) -> dict[str, str]:
+    """Environment in which torch sees no GPU where trials shall have none: Ray 2.60 leaves all visible to them."""
+    return {} if pairing.gpus_per_trial else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _short_folder() -> str:
@@ -472,7 +521,7 @@ def load_speed(path: Path) -> SpeedResult:
 
 
 def load_measured(path: Path) -> tuple[SpeedRow, ...]:
-    """Rows of an interrupted measurement to go on from; none where there is no file.
+    """Rows of an earlier measurement to go on from; none where there is no file.
 
     Raises:
         InputError: they were measured on another machine or with other versions.
@@ -480,10 +529,12 @@ def load_measured(path: Path) -> tuple[SpeedRow, ...]:
     if not path.exists():
         return ()
     result = load_speed(path)
-    here = {**describe_machine(), **describe_versions()}
-    for name, value in {**result.machine, **result.versions}.items():
-        if here.get(name, value) != value:  # what only a GPU's description has is not compared
-            raise InputError(f"{path}: {name}: must be {here[name]}, to be gone on from here, got {value}")
+    here = {**describe_here(), **describe_versions()}
+    there = {**result.machine, **result.versions}
+    for name in {**here, **there}:
+        expected, got = here.get(name, "absent"), there.get(name, "absent")
+        if got != expected:
+            raise InputError(f"{path}: {name}: must be {expected}, to be gone on from here, got {got}")
     return result.rows
 
 
@@ -491,34 +542,27 @@ def load_measured(path: Path) -> tuple[SpeedRow, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A median with its range."""
-
-    median: float
-    low: float
-    high: float
-    count: int
-
-
-def summarise(values: Sequence[float]) -> Spread:
-    """Median, smallest, largest and number of ``values``."""
-    return Spread(median=statistics.median(values), low=min(values), high=max(values), count=len(values))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """All repeats of a precision and size."""
+    """All repeats of a setting."""
 
-    precision: str
-    trials: int
     ours: tuple[SpeedRow, ...]
     obvious: tuple[SpeedRow, ...]
     """In the order of ``ours``: each with the same repeat."""
 
     @property
-    def ratio(self) -> Spread:
+    def first(self) -> SpeedRow:
+        """A row that tells the setting."""
+        return self.ours[0]
+
+    @property
+    def ratios(self) -> list[float]:
         """Our trial-epochs a second over theirs, pair by pair."""
-        return summarise([a.epochs_per_second / b.epochs_per_second for a, b in self._pairs()])
+        return [a.epochs_per_second / b.epochs_per_second for a, b in self._pairs()]
+
+    @property
+    def ratio(self) -> Spread:
+        """Of the pairs."""
+        return summarise(self.ratios)
 
     @property
     def points_apart(self) -> float:
@@ -530,18 +574,15 @@ class Comparison:
 
 
 def compare_rows(rows: Sequence[SpeedRow]) -> list[Comparison]:
-    """A comparison for each precision and size; a row without its counterpart is left out."""
+    """A comparison for each setting; a row without its counterpart is left out."""
     by_program = {name: {row.pair: row for row in rows if row.program == name} for name in PROGRAMS}
-    pairs = sorted(by_program[OURS].keys() & by_program[OBVIOUS].keys(), key=lambda pair: pair[2])
-    groups = dict.fromkeys((row.precision, row.trials) for row in rows)
+    pairs = sorted(by_program[OURS].keys() & by_program[OBVIOUS].keys(), key=lambda pair: pair[1])
     comparisons = []
-    for precision, trials in groups:
-        own = [pair for pair in pairs if pair[:2] == (precision, trials)]
+    for setting in dict.fromkeys(row.setting for row in rows):
+        own = [pair for pair in pairs if pair[0] == setting]
         if own:
             comparisons.append(
                 Comparison(
-                    precision=precision,
-                    trials=trials,
                     ours=tuple(by_program[OURS][pair] for pair in own),
                     obvious=tuple(by_program[OBVIOUS][pair] for pair in own),
                 )
@@ -550,7 +591,7 @@ def compare_rows(rows: Sequence[SpeedRow]) -> list[Comparison]:
 
 
 def render_speed(result: SpeedResult) -> str:
-    """Markdown: a table by precision and size, and the targets with what became of them."""
+    """Markdown: a table by setting, and the targets with what became of them."""
     comparisons = compare_rows(result.rows)
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     lines = [
@@ -559,22 +600,23 @@ def render_speed(result: SpeedResult) -> str:
         "over slots x wall time: the obvious program's loops read and convert images one by one, and that counts as "
         f"training there. {machine}; {render_versions(result.versions)}.",
         "",
-        "| precision | trials | n | trial-epochs/s, ratio | wall | trial-epochs/s | start-up | efficiency | memory "
-        "| best accuracy |",
-        "|---" * 10 + "|",
+        "| precision | trials | epochs at most | GPU a trial | slots | n | trial-epochs/s, ratio | wall "
+        "| trial-epochs/s | start-up | efficiency | memory | best accuracy |",
+        "|---" * 13 + "|",
         *(_render_comparison(comparison) for comparison in comparisons),
         "",
-        *(line for comparison in comparisons for line in judge_targets(comparison, on_gpu="gpu" in result.machine)),
+        *(line for comparison in comparisons for line in judge_targets(comparison)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def judge_targets(comparison: Comparison, *, on_gpu: bool) -> list[str]:
+def judge_targets(comparison: Comparison) -> list[str]:
     """A line for each target, met or missed, and one where the programs did not learn alike."""
-    where = f"{comparison.precision}, {comparison.trials} trials"
+    first = comparison.first
+    where = _describe_setting(first)
     lines = []
-    if comparison.trials == TARGET_TRIALS:
-        least = GPU_RATIO if on_gpu else CPU_RATIOS[comparison.precision]
+    if first.trials == TARGET_TRIALS:
+        least = GPU_RATIO if first.gpus_per_trial else CPU_RATIOS[first.precision]
         ratio = comparison.ratio.median
         lines.append(f"- {where}: {ratio:.1f}x trial-epochs/s, target at least {least:g}x: {_verdict(ratio >= least)}")
         efficiency = statistics.median(row.efficiency for row in comparison.ours)
@@ -592,10 +634,15 @@ def judge_targets(comparison: Comparison, *, on_gpu: bool) -> list[str]:
 def describe_row(row: SpeedRow) -> str:
     """One line, while the benchmark runs."""
     return (
-        f"{row.precision}, {row.trials} trials, repeat {row.repeat}, {row.program}: {row.wall_seconds:.1f} s, "
+        f"{_describe_setting(row)}, repeat {row.repeat}, {row.program}: {row.wall_seconds:.1f} s, "
         f"{row.trial_epochs} trial-epochs, start-up {row.startup_seconds:.1f} s, efficiency {row.efficiency:.0%}, "
         f"best accuracy {row.best_val_accuracy:.2%}"
     )
+
+
+def _describe_setting(row: SpeedRow) -> str:
+    share = f", {row.gpus_per_trial:g} GPU" if row.gpus_per_trial else ""
+    return f"{row.precision}, {row.trials} trials of at most {row.max_epochs} epochs{share}"
 
 
 def _render_comparison(comparison: Comparison) -> str:
@@ -603,11 +650,14 @@ def _render_comparison(comparison: Comparison) -> str:
         return f"{render(comparison.ours)} / {render(comparison.obvious)}"
 
     cells = [
-        comparison.precision,
-        str(comparison.trials),
+        comparison.first.precision,
+        str(comparison.first.trials),
+        str(comparison.first.max_epochs),
+        f"{comparison.first.gpus_per_trial:g}",
+        str(comparison.first.slots),
         str(comparison.ratio.count),
-        _render_spread(comparison.ratio, "{:.1f}x"),
-        both(lambda rows: _render_spread(summarise([row.wall_seconds for row in rows]), "{:.0f} s")),
+        render_spread(comparison.ratios, "{:.1f}x"),
+        both(lambda rows: render_spread([row.wall_seconds for row in rows], "{:.0f} s")),
         both(lambda rows: f"{statistics.median(row.epochs_per_second for row in rows):.2f}"),
         both(lambda rows: f"{statistics.median(row.startup_seconds for row in rows):.1f} s"),
         both(lambda rows: f"{statistics.median(row.efficiency for row in rows):.0%}"),
@@ -615,11 +665,6 @@ def _render_comparison(comparison: Comparison) -> str:
         both(lambda rows: f"{statistics.median(row.best_val_accuracy for row in rows):.2%}"),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _render_spread(spread: Spread, form: str) -> str:
-    median, low, high = (form.format(value) for value in (spread.median, spread.low, spread.high))
-    return f"{median} ({low} to {high})"
 
 
 def _render_memory(rows: Sequence[SpeedRow]) -> str:
