@@ -209,17 +209,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="scripts/benchmark.py", description="Measure tune_amp itself.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    searching = commands.add_parser("search", help="whole searches beside the obvious program (hours)")
-    searching.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="MNIST's four files")
-    searching.add_argument("--precisions", nargs="+", choices=speed.PRECISIONS, default=speed.PRECISIONS)
-    searching.add_argument("--trials", nargs="+", type=_positive, default=(16, 64), metavar="N", help="(16 and 64)")
-    searching.add_argument("--repeats", type=_positive, default=3, metavar="N", help="pairs of each (%(default)s)")
-    searching.add_argument("--max-epochs", type=_positive, default=8, metavar="N", help="of a trial (%(default)s)")
-    searching.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="X", help="(%(default)s: the CPU)")
-    searching.add_argument(
-        "--go-on", action="store_true", help="keep what was measured here before, other settings too"
-    )
-    _add_output(searching, time_searches)
+    _add_search(commands)
 
     looping = commands.add_parser("loop", help="the training loop, beside the tutorial's and the machine's floor")
     looping.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
@@ -246,6 +236,35 @@ def _build_parser() -> argparse.ArgumentParser:
     whole.add_argument("--seconds", type=float, default=500.0, metavar="X", help="for the suite (%(default)s)")
     _add_output(whole, measure_one_gpu)
 
+    _add_replays(commands)
+    _add_warm_start(commands)
+
+    telemetry = commands.add_parser("telemetry", help="what telemetry and probe cost of the training time")
+    _add_data(telemetry)
+    _add_output(telemetry, measure_telemetry_cost)
+
+    extensions = commands.add_parser("extensions", help="class weights, curricula, scaling, a static scale: on and off")
+    extensions.add_argument("--seeds", type=_several, default=10, metavar="N", help="of each side (%(default)s)")
+    _add_data(extensions)
+    _add_output(extensions, measure_effects)
+    return parser
+
+
+def _add_search(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    searching = commands.add_parser("search", help="whole searches beside the obvious program (hours)")
+    searching.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="MNIST's four files")
+    searching.add_argument("--precisions", nargs="+", choices=speed.PRECISIONS, default=speed.PRECISIONS)
+    searching.add_argument("--trials", nargs="+", type=_positive, default=(16, 64), metavar="N", help="(16 and 64)")
+    searching.add_argument("--repeats", type=_positive, default=3, metavar="N", help="pairs of each (%(default)s)")
+    searching.add_argument("--max-epochs", type=_positive, default=8, metavar="N", help="of a trial (%(default)s)")
+    searching.add_argument("--gpus-per-trial", type=float, default=0.0, metavar="X", help="(%(default)s: the CPU)")
+    searching.add_argument(
+        "--go-on", action="store_true", help="keep what was measured here before, other settings too"
+    )
+    _add_output(searching, time_searches)
+
+
+def _add_replays(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     recording = commands.add_parser("record", help="train random configurations and keep their learning curves")
     recording.set_defaults(run=record)
     recording.add_argument("space", metavar="SPACE", help="a search space: file or bundled name")
@@ -261,18 +280,6 @@ def _build_parser() -> argparse.ArgumentParser:
     quality.add_argument("--seeds", type=_positive, default=40, metavar="N", help="searches a program (%(default)s)")
     quality.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (%(default)s)")
     _add_output(quality, measure_search_quality)
-
-    _add_warm_start(commands)
-
-    telemetry = commands.add_parser("telemetry", help="what telemetry and probe cost of the training time")
-    _add_data(telemetry)
-    _add_output(telemetry, measure_telemetry_cost)
-
-    extensions = commands.add_parser("extensions", help="class weights, curricula, scaling, a static scale: on and off")
-    extensions.add_argument("--seeds", type=_several, default=10, metavar="N", help="of each side (%(default)s)")
-    _add_data(extensions)
-    _add_output(extensions, measure_effects)
-    return parser
 
 
 def _add_warm_start(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
