@@ -85,8 +85,8 @@ def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_
 
 
 def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: Path) -> None:
-    arguments = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3, "--name", "small", "--quiet")
-    arguments = (*arguments, "--confirm-seeds", 0)
+    arguments: tuple[object, ...] = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3)
+    arguments += ("--confirm-seeds", 0, "--name", "small", "--quiet")
     done = run_script("search", *arguments, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "results/small/best.parquet\n"

@@ -19,11 +19,12 @@ from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
-from tune_amp.recorder import Observer, SearchProgress
+from tune_amp.recorder import SearchProgress
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
 from tune_amp.search import (
     SPACE_FILE,
+    SearchObserver,
     SearchResult,
     name_trial,
     plan_resources,
@@ -62,14 +63,14 @@ Search = Callable[..., SearchResult]
 
 @pytest.fixture
 def search(digits: Dataset, tmp_path: Path) -> Search:
-    def run(space_text: str, observer: Observer | None = None, **options: Any) -> SearchResult:
+    def run(space_text: str, observer: SearchObserver | None = None, **options: Any) -> SearchResult:
         return search_and_check(tmp_path, digits, space_text, observer or Quiet(), **options)
 
     return run
 
 
 def search_and_check(
-    folder: Path, dataset: Dataset, space_text: str, observer: Observer, **options: Any
+    folder: Path, dataset: Dataset, space_text: str, observer: SearchObserver, **options: Any
 ) -> SearchResult:
     source = folder / "space.yaml"
     source.write_text(space_text)
