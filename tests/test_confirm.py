@@ -59,7 +59,7 @@ TRAIN, VALIDATION, TEST = make_split(60, seed=0), make_split(21, seed=1), make_s
 
 def make_run(trial_id: str, seed: int = 1000, **changes: Any) -> ConfirmedRun:
     values = {"status": TrialStatus.COMPLETED, "val_loss": 0.1, "val_accuracy": 0.9, "test_accuracy": 0.9}
-    return ConfirmedRun(trial_id=trial_id, seed=seed, **{**values, "test_loss": 0.1, **changes})  # type: ignore[arg-type]
+    return ConfirmedRun(trial_id=trial_id, seed=seed, **{**values, "test_loss": 0.1, **changes})
 
 
 def make_runs(trial_id: str, accuracies: Sequence[float], **changes: Any) -> list[ConfirmedRun]:

@@ -73,7 +73,7 @@ FAR = [0.900, 0.903, 0.904]
 
 
 def test_table_shows_every_number_within_80_columns() -> None:
-    widest = {"lr": 1.234e-4, "batch_size": 1024, "init_scale": 2.0**-24, "growth_interval": 123456}
+    widest: dict[str, Any] = {"lr": 1.234e-4, "batch_size": 1024, "init_scale": 2.0**-24, "growth_interval": 123456}
     rows, runs = make_rows({"a": SPREAD, "b": [0.5, 0.9, 0.1]}, CLOSE, **widest)
     text = show(rows, runs=runs)
     assert "…" not in text
