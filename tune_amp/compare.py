@@ -30,7 +30,7 @@ LEAST_EPOCHS = 2
 """The first epoch of a run is not timed: memory is allocated in it, and on a GPU a graph is captured."""
 WARM_UP_BATCHES = 20
 WARM_UP_EPOCHS = 4
-ESTIMATES = 2
+ESTIMATES = 3
 WARM_UP_IMAGES = 2048
 """Most validation images of a warm-up."""
 LONGEST_WARM_UP_SECONDS = 10.0
@@ -195,8 +195,7 @@ def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> floa
     batches = min(WARM_UP_BATCHES, steps)
     plain = _without_data_settings(config)
     few = _take(dataset.train, batches * config.batch_size)
-    # The shortest, here and below: what other programs did for a moment must not cost a precision its place.
-    estimate = min(estimate_epoch_seconds(plain, dataset.train, dataset.num_classes, device) for _ in range(ESTIMATES))
+    estimate = _estimate_epoch(plain, dataset, device)
     if device.type == "cpu" and estimate * WARM_UP_EPOCHS * batches / steps > LONGEST_WARM_UP_SECONDS:
         return estimate
     validation = _take(dataset.validation, WARM_UP_IMAGES)
@@ -213,7 +212,12 @@ def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> floa
         sum(scale * (getattr(later, name) - getattr(earlier, name)) for name, scale in scales.items())
         for earlier, later in itertools.pairwise(epochs)
     ]
-    return min(seconds)
+    return min(seconds)  # as in _estimate_epoch
+
+
+def _estimate_epoch(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
+    """The shortest of some: what other programs do for a moment must not cost a precision its place."""
+    return min(estimate_epoch_seconds(config, dataset.train, dataset.num_classes, device) for _ in range(ESTIMATES))
 
 
 def _release(device: torch.device) -> None:
@@ -355,7 +359,7 @@ def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device
     """
     if device.type != "cpu":
         return None
-    epoch_seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, device)
+    epoch_seconds = _estimate_epoch(config, dataset, device)
     steps = PILOT_EPOCHS + 1 + TURNS  # the one to warm up
     seconds = epoch_seconds * steps * config.batch_size / len(dataset.train)
     return None if seconds <= LONGEST_CELL_SECONDS else f"skipped: {steps} steps would take about {seconds:,.0f} s"

@@ -240,11 +240,12 @@ def _sum_up_map(cells: Sequence[MapCell]) -> str:
 
 
 def _list_places(pairs: Sequence[tuple[MapCell, MapCell]]) -> str:
-    places: dict[str, list[str]] = {}
+    words = ("faster", "no difference", "slower", "less memory", "no less memory", "not measured")
+    places: dict[str, list[str]] = {word: [] for word in words}
     for cell, baseline in pairs:
         ratio, memory = map_ratio(cell, baseline), memory_ratio(cell, baseline)
         name = f"{cell.model} at {cell.batch_size}"
-        places.setdefault("not measured" if ratio is None else ratio.word, []).append(name)
+        places["not measured" if ratio is None else ratio.word].append(name)
         if memory is not None:
-            places.setdefault("less memory" if memory < 1 else "no less memory", []).append(name)
-    return "; ".join(f"{word}: {', '.join(names)}" for word, names in sorted(places.items()))
+            places["less memory" if memory < 1 else "no less memory"].append(name)
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in places.items() if names)
