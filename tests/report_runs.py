@@ -61,7 +61,7 @@ OUTCOMES: Sequence[tuple[TrialStatus, float | None, int]] = (
 def make_outcome(number: int, status: TrialStatus, accuracy: float | None, epochs: int, **changes: Any) -> TrialRecord:
     """Trial ``number``; those of ``BF16`` without loss scaling."""
     fp16 = number not in BF16
-    scaler = {"init_scale": 65536.0, "growth_interval": 500 + number} if fp16 else {}
+    scaler: dict[str, Any] = {"init_scale": 65536.0, "growth_interval": 500 + number} if fp16 else {}
     config = TrialConfig(
         lr=0.001 * number,
         batch_size=2 ** (6 + number % 5),

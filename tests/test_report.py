@@ -166,10 +166,10 @@ def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
     # 4 + 1 + 4 + 2 + 0 + 2 + 0 + 4 + 3 of 9 * 4; the two that were stopped took 1.75 s an epoch, and had 3 and 2 left.
     run = load_run(write_run(tmp_path))
     assert describe_savings(run) == (
-        "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained were 5 "
-        "of trials that were stopped, 2 of trials that diverged, 4 of trials that ran out of memory, 4 of trials that "
-        "failed, 1 of trials that were interrupted. At their own pace, those that were stopped would have taken 8.8 s "
-        "more of slot time."
+        "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained: 5 "
+        "epochs of trials that were stopped, 2 epochs of trials that diverged, 4 epochs of trials that ran out of "
+        "memory, 4 epochs of trials that failed, 1 epoch of trials that were interrupted. At their own pace, those "
+        "that were stopped would have taken 8.8 s more of slot time."
     )
 
 

@@ -124,7 +124,7 @@ def test_it_fits_wide_and_narrow_screens_in_light_and_dark(visit: Visit) -> None
     page = visit.page
     backgrounds = set()
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]  # a literal of two
+        page.emulate_media(color_scheme=scheme)
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 844})
             page.wait_for_function(
