@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from records import make_epoch, make_trial
-from report_runs import SPACE, TEST_ACCURACIES, make_outcome, make_outcomes, write_full_run, write_run
+from report_runs import BF16, SPACE, TEST_ACCURACIES, make_outcome, make_outcomes, write_full_run, write_run
 
 from tune_amp.config import InputError, TrialConfig, TrialStatus
 from tune_amp.intervals import paired_interval
@@ -117,8 +117,8 @@ def test_a_confirmed_winner_is_told_with_interval_optimism_ties_and_gain(tmp_pat
     assert 100 * gain.mean == pytest.approx(0.5)
     interval = f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
     assert (
-        f"batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000): +0.50 points of test accuracy {interval}"
-        in text
+        "lr 0.001, batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000): "
+        f"+0.50 points of test accuracy {interval}" in text
     )
     assert "Not confirmed" not in text
 
@@ -166,10 +166,10 @@ def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
     # 4 + 1 + 4 + 2 + 0 + 2 + 0 + 4 + 3 of 9 * 4; the two that were stopped took 1.75 s an epoch, and had 3 and 2 left.
     run = load_run(write_run(tmp_path))
     assert describe_savings(run) == (
-        "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained were 5 "
-        "of trials that were stopped, 2 of trials that diverged, 4 of trials that ran out of memory, 4 of trials that "
-        "failed, 1 of trials that were interrupted. At their own pace, those that were stopped would have taken 8.8 s "
-        "more of slot time."
+        "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained: 5 "
+        "epochs of trials that were stopped, 2 epochs of trials that diverged, 4 epochs of trials that ran out of "
+        "memory, 4 epochs of trials that failed, 1 epoch of trials that were interrupted. At their own pace, those "
+        "that were stopped would have taken 8.8 s more of slot time."
     )
 
 
@@ -251,7 +251,7 @@ def test_a_run_in_which_all_diverged_has_their_loss_scales(tmp_path: Path) -> No
 
 
 def test_a_run_without_fp16_has_a_sentence_instead_of_scales(tmp_path: Path) -> None:
-    trials = [make_outcome(n, TrialStatus.COMPLETED, 0.9, 2) for n in (2, 4)]
+    trials = [make_outcome(n, TrialStatus.COMPLETED, 0.9, 2) for n in BF16]
     text = section_of(write_run(tmp_path, trials), "scales")
     assert text == (
         "The loss scale of every trial No trial trained in fp16: only fp16 needs loss scaling, so there is no loss "

@@ -14,7 +14,7 @@ from tune_amp.results import TrialRecord
 
 
 def make_scaled(*epochs: tuple[tuple[int, ...], tuple[float, ...]], last: float, steps: int = 100) -> TrialRecord:
-    """A trial of ``steps`` steps an epoch; of each epoch the steps and values of the scale, then the scale at its end."""
+    """A trial of ``steps`` steps an epoch: of each epoch, where the scale changed and to what; then its last value."""
     ends = [values[0] for _, values in epochs[1:]] + [last]
     reports = [
         make_epoch(

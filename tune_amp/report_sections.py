@@ -108,7 +108,7 @@ def write_epochs(run: Run) -> Html:
         return section("epochs", title, say("No trial came to the end of an epoch."))
     silent = sum(trial.last is None for trial in run.trials)
     caption = (
-        "A bar for every epoch, as high as the number of trials that trained it. The pale part went on; the others "
+        "A bar for every epoch, as high as the number of trials that trained it. The faint part went on; the others "
         "ended there: at the end of their budget (completed), stopped by the scheduler at one of its rungs, or for "
         "another reason. Whether a stopped trial would have won, a search cannot know."
         + (f" {silent} ended before the first report and are in no bar." if silent else "")
@@ -126,8 +126,8 @@ def describe_savings(run: Run) -> str:
     if spent == full:
         return f"{text}: none ended early."
     saved = {status: _count_saved(run, status) for status in TrialStatus}
-    parts = [f"{epochs:,} of trials {_ENDS[status]}" for status, epochs in saved.items() if epochs]
-    text = f"{text}, {1 - spent / full:.0%} less. Not trained were {', '.join(parts)}."
+    parts = [f"{count_of(epochs, 'epoch')} of trials {_ENDS[status]}" for status, epochs in saved.items() if epochs]
+    text = f"{text}, {1 - spent / full:.0%} less. Not trained: {', '.join(parts)}."
     seconds = sum(_estimate_rest(trial) for trial in run.trials if trial.status is TrialStatus.STOPPED)
     if not seconds:
         return text
