@@ -274,6 +274,41 @@ def test_model_that_counts_on_the_host_is_not_captured(write_module: WriteModule
     assert capture.captured == 0
 
 
+COMPILED_MODEL = """
+import math
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+        self.fast = torch.compile(self.compute, backend="eager", dynamic=False)
+    def compute(self, images):
+        return self.out(images.flatten(1))
+    def forward(self, images):
+        return self.fast(images)
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+def test_model_that_holds_a_compiled_function_may_be_captured(write_module: WriteModule, data: TrainingData) -> None:
+    capture = Repeating()
+    run = TrainingRun(make_config(model=f"{write_module(COMPILED_MODEL)}:net"), data, capture=capture)
+    assert run.train_epoch().loop == "graph"
+    assert capture.replayed > 0
+
+
+def test_function_put_in_the_place_of_another_is_seen() -> None:
+    model = Plain()
+    model.counts["scale"] = lambda value: value  # type: ignore[assignment]
+    assert explain_change(lambda: None, model, CPU) is None
+    kept = model.counts["scale"]  # else the other one might get its address
+    change: dict[str, Any] = {"scale": lambda value: 2 * value}
+    assert explain_change(lambda: model.counts.update(change), model, CPU) == "the model changes on the host"
+    assert kept is not model.counts["scale"]
+
+
 class Plain(nn.Module):
     """A model with something of each kind on the host."""
 

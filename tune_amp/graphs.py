@@ -11,6 +11,7 @@ import gc
 import io
 import pickle
 import random
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -180,7 +181,7 @@ def explain_change(step: Step, model: nn.Module, device: torch.device) -> str | 
 
     Seen are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global generators),
     and whatever changes in the model's modules and their attributes but the values of tensors: counters, generators,
-    tensors put in the place of others. Not seen is state outside the model.
+    tensors put in the place of others. Not seen is state outside the model, and what a function that it holds encloses.
     """
     before = _describe_host_state(model)
     with _noting_waits(device) as waits:
@@ -268,11 +269,16 @@ def _noting_waits(device: torch.device) -> Iterator[list[str]]:
 
 
 class _StatePickler(pickle.Pickler):
-    """Pickles what a model holds on the host; of a tensor only which one it is."""
+    """Pickles what a model holds on the host; of a tensor or function only which one it is.
+
+    A function without a name of its own, as ``torch.compile`` returns it, cannot be pickled.
+    """
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return id(value), value.data_ptr(), tuple(value.shape), value.requires_grad
+        if isinstance(value, types.FunctionType):
+            return id(value)
         return None
 
 
