@@ -135,7 +135,9 @@ def capture_cuda_graph(step: Step) -> Step:
     The graph keeps its memory until the replay is gone.
 
     Raises:
-        CaptureError: the step cannot be captured; the device is as it was before.
+        CaptureError: the step cannot be captured; the device is as it was before. Only a torch older than 2.15 may keep
+            the failed capture's memory for the life of the process (https://github.com/pytorch/pytorch/pull/190348).
+            It is not released here, because a torch that does so itself must not be told twice.
         torch.AcceleratorError: the device can no longer be used from this process.
     """
     generator_state = torch.cuda.get_rng_state()
