@@ -10,9 +10,12 @@ from curve_tables import make_stress_table
 
 from tune_amp.benchmarks import gpu, search_quality
 from tune_amp.benchmarks.curves import load_curves, write_curves
+from tune_amp.benchmarks.floor import take_again
 from tune_amp.benchmarks.gpu import make_images
-from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
+from tune_amp.benchmarks.telemetry import measure_probe, measure_telemetry, render_telemetry
+from tune_amp.config import TrialConfig
 from tune_amp.data import Dataset
+from tune_amp.training import TrainingData
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
@@ -123,6 +126,12 @@ def test_search_quality_prints_what_it_writes(
     assert (output / "search-quality.parquet").exists()
 
 
+def test_probe_is_measured_beside_steps_that_are_captured_as_in_a_search(digits: Dataset) -> None:
+    data = TrainingData(digits.train, None, digits.num_classes, CPU)
+    share = measure_probe(TrialConfig(batch_size=512, max_epochs=3), data, 3, capture=take_again)
+    assert (share.loop, share.count) == ("graph", 2)
+
+
 def test_telemetry_costs_are_measured_for_every_precision_and_batch_size(digits: Dataset) -> None:
     cost = measure_telemetry(digits, epochs=3, blocks=2, precisions=("fp16", "fp32"), batch_sizes=(256, 512))
     settings = [("fp16", 256), ("fp16", 512), ("fp32", 256), ("fp32", 512)]
@@ -132,4 +141,5 @@ def test_telemetry_costs_are_measured_for_every_precision_and_batch_size(digits:
     assert all(share.low > 0 for share in cost.probes)
     text = render_telemetry(cost)
     assert text.count("\n| ") == 5
+    assert "| fp16 | 256 | eager |" in text
     assert "n = 2 epochs" in text

@@ -26,7 +26,7 @@ from tune_amp.graphs import (
     explain_change,
     explain_eager,
 )
-from tune_amp.training import TrainingData, TrainingRun, build_optimizer
+from tune_amp.training import TrainingData, TrainingRun, build_optimizer, release_memory
 
 CPU = torch.device("cpu")
 WriteModule = Callable[[str], str]
@@ -274,6 +274,41 @@ def test_model_that_counts_on_the_host_is_not_captured(write_module: WriteModule
     assert capture.captured == 0
 
 
+COMPILED_MODEL = """
+import math
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.out = nn.Linear(math.prod(input_shape), num_classes)
+        self.fast = torch.compile(self.compute, backend="eager", dynamic=False)
+    def compute(self, images):
+        return self.out(images.flatten(1))
+    def forward(self, images):
+        return self.fast(images)
+def net(input_shape, num_classes):
+    return Net(input_shape, num_classes)
+"""
+
+
+def test_model_that_holds_a_compiled_function_may_be_captured(write_module: WriteModule, data: TrainingData) -> None:
+    capture = Repeating()
+    run = TrainingRun(make_config(model=f"{write_module(COMPILED_MODEL)}:net"), data, capture=capture)
+    assert run.train_epoch().loop == "graph"
+    assert capture.replayed > 0
+
+
+def test_function_put_in_the_place_of_another_is_seen() -> None:
+    model = Plain()
+    model.counts["scale"] = lambda value: value  # type: ignore[assignment]
+    assert explain_change(lambda: None, model, CPU) is None
+    kept = model.counts["scale"]  # else the other one might get its address
+    change: dict[str, Any] = {"scale": lambda value: 2 * value}
+    assert explain_change(lambda: model.counts.update(change), model, CPU) == "the model changes on the host"
+    assert kept is not model.counts["scale"]
+
+
 class Plain(nn.Module):
     """A model with something of each kind on the host."""
 
@@ -428,13 +463,21 @@ def test_capture_that_fails_leaves_a_gpu_that_trains_on(cuda_data: TrainingData)
     assert run.train_epoch().loop.startswith("eager: capture failed: ")
     assert math.isfinite(run.train_epoch().train_loss)
     assert TrainingRun(config, cuda_data).train_epoch().loop == "graph"
+    del run
+
+    def fail_and_release() -> int:
+        assert "capture failed" in TrainingRun(config, cuda_data, capture=failing).train_epoch().loop
+        release_memory(cuda_data.device)
+        return torch.cuda.memory_reserved()
+
+    first = fail_and_release()
+    if [int(part) for part in torch.__version__.split(".")[:2]] >= [2, 15]:  # older ones keep it
+        assert max(fail_and_release() for _ in range(5)) <= first
 
 
 @pytest.mark.gpu
 @on_gpu
 def test_graphs_of_many_runs_leave_no_memory_behind(cuda_data: TrainingData) -> None:
-    from tune_amp.training import release_memory
-
     def train_and_release() -> int:
         run = TrainingRun(make_config(precision="fp16"), cuda_data)
         assert run.train_epoch().loop == "graph"

@@ -50,7 +50,15 @@ def machine(cpus: float, gpus: float = 0.0) -> dict[str, float]:
         (16, 2, {"gpus_per_trial": 0.5}, (1, 0.5, 4)),
         (16, 8, {"gpus_per_trial": 1}, (1, 1, 8)),
         (16, 8, {"gpus_per_trial": 0}, (1, 0, 16)),  # the CPU, although there are GPUs
-        (16, 1, {"max_concurrent": 3}, (1, 0.25, 3)),
+        (16, 1, {"max_concurrent": 3}, (1, 0.3333, 3)),  # a fourth part would lie idle
+        (16, 1, {"max_concurrent": 1}, (1, 1, 1)),
+        (16, 2, {"max_concurrent": 3}, (1, 0.5, 3)),
+        (16, 2, {"max_concurrent": 2}, (1, 1, 2)),
+        (16, 1, {"num_samples": 2}, (1, 0.5, 2)),
+        (16, 1, {"num_samples": 3, "max_concurrent": 2}, (1, 0.5, 2)),
+        (16, 1, {"num_samples": 99}, (1, 0.25, 4)),
+        (16, 0, {"num_samples": 2}, (1, 0, 16)),  # on the CPU there is nothing to give more of
+        (16, 1, {"max_concurrent": 1, "gpus_per_trial": 0.125}, (1, 0.125, 1)),
         (16, 1, {"max_concurrent": 99}, (1, 0.25, 4)),
         (16, 0, {"max_concurrent": 1}, (1, 0, 1)),
     ],
@@ -251,7 +259,15 @@ def test_measured_choice_is_asked_with_what_the_cpus_can_feed_and_its_reason_is_
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "options"),
-    [(16, 0, {}), (1, 1, {}), (16, 1, {"gpus_per_trial": 0.5}), (16, 1, {"gpus_per_trial": 0.0})],
+    [
+        (16, 0, {}),
+        (1, 1, {}),
+        (16, 1, {"gpus_per_trial": 0.5}),
+        (16, 1, {"gpus_per_trial": 0.0}),
+        (16, 1, {"max_concurrent": 1}),
+        (16, 4, {"max_concurrent": 4}),
+        (16, 1, {"num_samples": 1}),
+    ],
 )
 def test_nothing_is_measured_where_there_is_nothing_to_choose(cpus: int, gpus: int, options: dict[str, Any]) -> None:
     def refuse(_: int) -> SharedGpu:
@@ -266,6 +282,30 @@ def test_wrong_limit_is_refused_before_anything_is_measured() -> None:
 
     with pytest.raises(InputError, match="--max-concurrent: must be at least 1, got 0"):
         allocate_resources([machine(16, 1)], max_concurrent=0, choose_shared=refuse)
+
+
+@pytest.mark.parametrize("limit", ["max_concurrent", "num_samples"])
+@pytest.mark.parametrize(
+    ("nodes", "trials", "most"),
+    [
+        ([machine(16, 2)], 3, 2),
+        ([machine(16, 2)], 99, 8),
+        ([machine(1, 1), machine(16, 1)], 4, 3),  # the first has a CPU for one only
+        ([machine(16), machine(16, 1)], 5, 5),  # no trial of a search with GPUs runs without
+    ],
+)
+def test_no_more_trials_share_a_gpu_than_run_at_a_time(
+    limit: str, nodes: list[dict[str, float]], trials: int, most: int
+) -> None:
+    asked: list[int] = []
+
+    def choose(most: int) -> SharedGpu:
+        asked.append(most)
+        return SharedGpu(trials=64, reason="")
+
+    options: dict[str, Any] = {limit: trials}
+    assert allocate_resources(nodes, choose_shared=choose, **options).gpus == math.floor(10_000 / most) / 10_000
+    assert asked == [most]
 
 
 def test_choice_that_the_cpus_cannot_feed_is_cut_to_what_they_can() -> None:

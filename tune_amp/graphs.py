@@ -11,6 +11,7 @@ import gc
 import io
 import pickle
 import random
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,7 +135,9 @@ def capture_cuda_graph(step: Step) -> Step:
     The graph keeps its memory until the replay is gone.
 
     Raises:
-        CaptureError: the step cannot be captured; the device is as it was before.
+        CaptureError: the step cannot be captured; the device is as it was before. Only a torch older than 2.15 may keep
+            the failed capture's memory for the life of the process (https://github.com/pytorch/pytorch/pull/190348).
+            It is not released here, because a torch that does so itself must not be told twice.
         torch.AcceleratorError: the device can no longer be used from this process.
     """
     generator_state = torch.cuda.get_rng_state()
@@ -180,7 +183,7 @@ def explain_change(step: Step, model: nn.Module, device: torch.device) -> str | 
 
     Seen are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global generators),
     and whatever changes in the model's modules and their attributes but the values of tensors: counters, generators,
-    tensors put in the place of others. Not seen is state outside the model.
+    tensors put in the place of others. Not seen is state outside the model, and what a function that it holds encloses.
     """
     before = _describe_host_state(model)
     with _noting_waits(device) as waits:
@@ -268,11 +271,16 @@ def _noting_waits(device: torch.device) -> Iterator[list[str]]:
 
 
 class _StatePickler(pickle.Pickler):
-    """Pickles what a model holds on the host; of a tensor only which one it is."""
+    """Pickles what a model holds on the host; of a tensor or function only which one it is.
+
+    A function without a name of its own, as ``torch.compile`` returns it, cannot be pickled.
+    """
 
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return id(value), value.data_ptr(), tuple(value.shape), value.requires_grad
+        if isinstance(value, types.FunctionType):
+            return id(value)
         return None
 
 

@@ -56,6 +56,7 @@ def allocate_resources(
     gpus_per_trial: float | None = None,
     cpus_per_trial: int | None = None,
     max_concurrent: int | None = None,
+    num_samples: int | None = None,
     choose_shared: Callable[[int], SharedGpu] | None = None,
 ) -> TrialResources:
     """Divide what Ray's nodes offer among trials.
@@ -65,8 +66,9 @@ def allocate_resources(
         gpus_per_trial: a share of one, up to 1; None chooses.
         cpus_per_trial: None chooses 1.
         max_concurrent: an upper limit on trials at a time; None for as many as fit.
-        choose_shared: says how many trials share a GPU, given the most that the CPUs beside it can feed; None for
-            ``TRIALS_PER_GPU``. Not asked where there is nothing to choose.
+        num_samples: trials that there will be; where they are fewer than would fit, each may have more of a GPU.
+        choose_shared: says how many trials share a GPU, given the most that there can be: that the CPUs beside it can
+            feed, and that run at a time; None for ``TRIALS_PER_GPU``. Not asked where there is nothing to choose.
 
     Raises:
         InputError: a request can never be met, so that trials would wait for ever.
@@ -87,7 +89,8 @@ def allocate_resources(
         _check("--cpus-per-trial", cpus_each, cpus_each <= beside, rule)
     shared = None
     if gpus_per_trial is None:
-        shared = _share_gpu(nodes, cpus_each, choose_shared) if gpus else None
+        wanted = min((limit for limit in (max_concurrent, num_samples) if limit is not None), default=None)
+        shared = _share_gpu(nodes, cpus_each, wanted, choose_shared) if gpus else None
         gpus_each = _round_down(1 / shared.trials) if shared else 0.0
     else:
         gpus_each = _round_down(float(gpus_per_trial))
@@ -160,7 +163,7 @@ def measure_with_ray(
         config: the largest that will be trained.
         train: the training split.
         num_classes: labels are 0 .. num_classes - 1.
-        most: trials that the CPUs beside a GPU can feed.
+        most: trials that there can be on a GPU.
         announce: is told, in a line, what takes so long.
     """
     counts = list_counts(most)
@@ -198,12 +201,21 @@ def _measure_here(
 
 
 def _share_gpu(
-    nodes: Sequence[Mapping[str, float]], cpus_each: int, choose_shared: Callable[[int], SharedGpu] | None
+    nodes: Sequence[Mapping[str, float]],
+    cpus_each: int,
+    wanted: int | None,
+    choose_shared: Callable[[int], SharedGpu] | None,
 ) -> SharedGpu:
-    """How many trials share each GPU: no more than the CPUs of the nodes with GPUs can feed."""
+    """How many trials share each GPU: no more than the CPUs of the nodes with GPUs can feed, and ``wanted`` need."""
     equipped = [node for node in nodes if node.get("GPU", 0.0) >= 1]
     gpus = sum(int(node["GPU"]) for node in equipped)
     most = max(1, sum(int(node.get("CPU", 0.0)) // cpus_each for node in equipped) // gpus)
+    if wanted is not None:
+
+        def count_with(trials: int) -> int:
+            return sum(count_slots(node, cpus_each, _round_down(1 / trials)) for node in nodes)
+
+        most = next((trials for trials in range(1, most) if count_with(trials) >= wanted), most)
     if most == 1:
         return SharedGpu(trials=1, reason="")
     shared = choose_shared(most) if choose_shared else SharedGpu(trials=TRIALS_PER_GPU, reason="")

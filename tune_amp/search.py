@@ -258,6 +258,7 @@ def plan_resources(
         gpus_per_trial=options.gpus_per_trial,
         cpus_per_trial=options.cpus_per_trial,
         max_concurrent=options.max_concurrent,
+        num_samples=options.num_samples,
         choose_shared=measure,
     )
     return dataclasses.replace(resources, reason=resources.reason + describe_wait(free, resources))

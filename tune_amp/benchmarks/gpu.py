@@ -348,7 +348,7 @@ def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str
     rows = [
         GpuRow(
             part="telemetry cost",
-            subject=f"simple_net, {share.precision}, batch {share.batch_size}",
+            subject=f"simple_net, {share.precision}, batch {share.batch_size}, {share.loop}",
             quantity=f"{what}, share of training time",
             value=share.median,
             low=share.low,

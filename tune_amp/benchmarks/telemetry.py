@@ -1,7 +1,8 @@
 """What watching a training costs: the probe after every epoch, and the log of every step.
 
-The probe's share is its own time over that of the training steps, both as ``TrainingRun`` reports them. The log's share
-is measured against a bare ``GradScaler`` loop (scale, backward, step, update) on the same batches: both take turns in
+The probe's share is its own time over that of the training steps, both as ``TrainingRun`` reports them, with the steps
+taken as in a search: on a GPU as a CUDA graph, of whose shorter steps the probe is the larger share. The log's share is
+measured against a bare ``GradScaler`` loop (scale, backward, step, update) on the same batches: both take turns in
 short blocks, so that whatever else the machine does falls on both, and each pair of blocks gives a ratio.
 """
 
@@ -19,11 +20,13 @@ from tune_amp.amp import AmpStep, build_scaler
 from tune_amp.batches import scale_images
 from tune_amp.config import TrialConfig
 from tune_amp.data import Dataset
+from tune_amp.graphs import Capture
 from tune_amp.models import build_model
 from tune_amp.training import TrainingData, TrainingRun, build_optimizer
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 BATCH_SIZES = (64, 256, 1024)
+LONG = 1_000_000
 EPOCHS = 6
 """The first one warms up and is left out."""
 BLOCKS = 50
@@ -46,6 +49,8 @@ class Share:
     """The third."""
     count: int
     """Epochs, or pairs of blocks."""
+    loop: str = "eager"
+    """How the steps were taken: ``graph`` or ``eager``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,32 +81,37 @@ def measure_telemetry(
     )
     data = TrainingData(few, None, dataset.num_classes, device)
     configs = [
-        TrialConfig(precision=precision, batch_size=batch_size, max_epochs=epochs)
+        TrialConfig(precision=precision, batch_size=batch_size)
         for precision, batch_size in itertools.product(precisions, batch_sizes)
     ]
     longer = len(dataset.train) / len(few)
     return TelemetryCost(
-        probes=tuple(measure_probe(config, data, longer) for config in configs),
+        probes=tuple(measure_probe(config, data, epochs, longer) for config in configs),
         logs=tuple(measure_log(config, data, blocks) for config in configs),
         train_images=len(dataset.train),
         device="CUDA" if device.type == "cuda" else "CPU, one thread",
     )
 
 
-def measure_probe(config: TrialConfig, data: TrainingData, longer: float = 1.0) -> Share:
+def measure_probe(
+    config: TrialConfig, data: TrainingData, epochs: int, longer: float = 1.0, capture: Capture | None = None
+) -> Share:
     """Probe time over training time, by epochs after the first.
 
     Args:
-        config: its ``max_epochs`` are trained.
+        config: of a trial with so large a budget that a capture of its steps pays.
         data: training images; no validation is needed.
+        epochs: that are trained of it.
         longer: how many times as many steps an epoch shall be taken to have. The probe does not grow with them.
+        capture: as ``TrainingRun`` takes it.
     """
-    epochs = list(TrainingRun(config, data).epochs())
+    run = TrainingRun(dataclasses.replace(config, max_epochs=LONG), data, capture=capture)
+    told = list(itertools.islice(run.epochs(), epochs))
     shares = [
         (now.probe_seconds - before.probe_seconds) / (longer * (now.train_seconds - before.train_seconds))
-        for before, now in itertools.pairwise(epochs)
+        for before, now in itertools.pairwise(told)
     ]
-    return _summarise(config, shares)
+    return dataclasses.replace(_summarise(config, shares), loop=told[-1].loop.partition(":")[0])
 
 
 def measure_log(config: TrialConfig, data: TrainingData, blocks: int) -> Share:
@@ -124,12 +134,13 @@ def render_telemetry(cost: TelemetryCost) -> str:
         f"simple_net, {cost.train_images:,} training images, {cost.device}, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Medians, quartiles in brackets, n in the titles.",
         "",
-        f"| precision | batch | probe / training time (n = {cost.probes[0].count} epochs) "
-        f"| log against a bare loop (n = {cost.logs[0].count} pairs of blocks) |",
-        "|---|---|---|---|",
+        f"| precision | batch | loop | probe / training time (n = {cost.probes[0].count} epochs) "
+        f"| log against a bare eager loop (n = {cost.logs[0].count} pairs of blocks) |",
+        "|---|---|---|---|---|",
     ]
     for probe, log in zip(cost.probes, cost.logs, strict=True):
-        lines.append(f"| {probe.precision} | {probe.batch_size} | {_render(probe, '')} | {_render(log, '+')} |")
+        cells = (probe.precision, str(probe.batch_size), probe.loop, _render(probe, ""), _render(log, "+"))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
