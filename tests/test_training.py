@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_amp import batches, training
 from tune_amp.amp import GradientProbe, fp32_arithmetic
-from tune_amp.batches import InputScaling, place_split, scale_images
+from tune_amp.batches import InputScaling, batch_indices, place_split, scale_images
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
 from tune_amp.models import build_model
@@ -194,7 +194,7 @@ def test_restored_run_keeps_its_own_learning_rate_and_weight_decay(optimizer: st
 
 
 def test_drawing_the_batches_counts_as_training(small_data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = training.batch_indices
+    draw = batch_indices
 
     def draw_slowly(*arguments: Any) -> Tensor:
         time.sleep(0.2)
