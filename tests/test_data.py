@@ -235,8 +235,7 @@ def test_function_that_breaks_its_contract_is_refused(
 
 
 def count_classes(split: Split) -> list[int]:
-    counts: list[int] = np.bincount(split.labels, minlength=10).tolist()
-    return counts
+    return [int(count) for count in np.bincount(split.labels, minlength=10)]
 
 
 def test_class_sizes_of_a_long_tail_fall_exponentially_from_the_first_label_to_the_last(mnist: Dataset) -> None:

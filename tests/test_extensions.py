@@ -184,5 +184,6 @@ def test_effects_are_those_of_the_runs_pair_by_pair_and_nothing_is_a_null(digits
     assert "+0.00 (+0.00 to +0.00), null" in text
     assert "| nothing | long tail 10:1 |" in text
     assert "n = 3 seeds" in text
+    assert "linear 25 % fewer, root 25 % fewer, step 25 % fewer" in text  # of 2 epochs one has half of the images
     write_extensions(tmp_path / "extensions.parquet", result)
     assert pq.read_table(tmp_path / "extensions.parquet")["on"].to_pylist() == [list(row.on) for row in result.rows]

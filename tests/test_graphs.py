@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tune_amp.benchmarks.gpu import compare_training, train_and_watch
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig
+from tune_amp.curricula import PACING
 from tune_amp.graphs import (
     LEAST_STEPS,
     WARM_UP_STEPS,
@@ -113,19 +114,21 @@ def test_captured_step_trains_bit_for_bit_as_the_eager_loop(
         assert told[-1].growths > 0
 
 
-def test_epochs_of_different_length_are_the_same_too(data: TrainingData) -> None:
-    config = make_config(curriculum="linear", precision="fp16")
+@pytest.mark.parametrize("curriculum", PACING)
+def test_epochs_of_different_length_are_the_same_too(curriculum: str, data: TrainingData) -> None:
+    config = make_config(curriculum=curriculum, precision="fp16")
     eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=Repeating())
     for run in (eager, graphed):
         run._epoch = LONG // 2 - 2  # the last two that grow, and then whole ones
     told = train(eager, 4)
     assert told == train(graphed, 4)
-    whole = 60 // 8
-    assert told[-1].steps == 4 * whole
+    whole, half = 60 // 8, 30 // 8
+    steps = 2 * half + 2 * whole if curriculum == "step" else 4 * whole
+    assert told[-1].steps == steps
     for run in (eager, graphed):
         run._epoch = 0  # half of the images
     assert train(eager, 1) == train(graphed, 1)
-    assert eager._amp.telemetry.steps == 4 * whole + 30 // 8
+    assert eager._amp.telemetry.steps == steps + half
 
 
 def test_run_goes_on_from_a_checkpoint_with_a_capture_of_its_own(data: TrainingData) -> None:

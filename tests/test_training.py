@@ -394,7 +394,16 @@ def test_recall_of_a_class_without_an_image_is_no_number() -> None:
 def test_without_a_validation_split_there_are_no_validation_metrics() -> None:
     data = TrainingData(make_split(), None, 3, CPU)
     (metrics,) = TrainingRun(make_config(max_epochs=1), data).epochs()
-    assert (metrics.val_loss, metrics.val_accuracy, metrics.val_seconds) == (None, None, 0.0)
+    assert (metrics.val_loss, metrics.val_accuracy, metrics.val_recalls, metrics.val_seconds) == (None, None, (), 0.0)
+
+
+def test_guessing_knows_how_frequent_classes_are_where_it_is_measured() -> None:
+    """A long tail of training classes says nothing of a validation split that has none."""
+    tail = make_split(90)
+    tail.labels[:] = np.repeat(np.arange(3), (70, 15, 5))
+    guessing = TrainingData(tail, make_split(60), 3, CPU).guessing
+    assert (guessing.loss, guessing.accuracy, guessing.images) == pytest.approx((math.log(3), 1 / 3, 60))
+    assert TrainingData(tail, None, 3, CPU).guessing.accuracy == pytest.approx(70 / 90)
 
 
 # Counting and timing

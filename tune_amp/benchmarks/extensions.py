@@ -18,6 +18,7 @@ import torch
 from tune_amp.benchmarks.loop import render_table
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
 from tune_amp.config import EpochMetrics, TrialConfig, described
+from tune_amp.curricula import PACING, curriculum_fraction
 from tune_amp.data import Dataset, make_long_tail
 from tune_amp.intervals import CONFIDENCE, paired_interval
 from tune_amp.parquet import build_columns, build_table, write_parquet
@@ -186,10 +187,20 @@ def render_extensions(result: ExtensionResult) -> str:
         f"{result.about['seeds']} seeds of on minus off, pair by pair, and its {confidence} interval. null: the "
         f"interval holds 0, and these runs show no effect ({nulls} of {len(result.rows)}). Where there is none, one "
         f"interval in {round(1 / (1 - CONFIDENCE))} leaves 0 out by chance.",
-        "A curriculum takes fewer steps, as its first epochs have fewer images: that is part of its effect.",
+        "A curriculum takes fewer steps, as its first epochs have fewer images, and that is part of its effect: "
+        f"{_describe_savings(result.about['common']['max_epochs'])}.",
         render_table(titles, [_render_group(*group) for group in groups]),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _describe_savings(max_epochs: int) -> str:
+    """How many steps each curriculum leaves out."""
+    shares = {
+        name: statistics.fmean(curriculum_fraction(name, epoch, max_epochs) for epoch in range(max_epochs))
+        for name in PACING
+    }
+    return ", ".join(f"{name} {1 - share:.0%} fewer".replace("%", " %") for name, share in shares.items())
 
 
 def _render_group(accuracy: ExtensionRow, mean: ExtensionRow, worst: ExtensionRow) -> tuple[str, ...]:
