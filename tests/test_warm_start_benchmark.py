@@ -15,6 +15,7 @@ from tune_amp.benchmarks.warm_start import (
     SUGGESTED,
     WARM,
     SearchPath,
+    WarmStartResult,
     WarmStartRow,
     compare_paths,
     count_costs,
@@ -30,6 +31,7 @@ from tune_amp.data import Dataset
 from tune_amp.options import SearchOptions
 from tune_amp.results import TrialRecord
 
+REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 COLD_PATH = SearchPath(accuracies=[0.5, 0.9, 0.7, 0.95])
 
 
@@ -109,3 +111,11 @@ def test_table_says_what_the_rows_say(tmp_path: Path, digits: Dataset) -> None:
     written = pq.read_table(tmp_path / "warm-start.parquet")
     assert written.to_pylist() == [vars(row) for row in rows]
     assert json.loads(written.schema.metadata[b"tune_amp"]) == result.about
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCE.glob("warm-start*.parquet")), ids=lambda path: path.stem)
+def test_reference_table_follows_from_its_rows(path: Path) -> None:
+    written = pq.read_table(path)
+    rows = tuple(WarmStartRow(**row) for row in written.to_pylist())
+    result = WarmStartResult(rows=rows, about=json.loads(written.schema.metadata[b"tune_amp"]))
+    assert render_warm_start(result) == path.with_suffix(".md").read_text()
