@@ -144,11 +144,13 @@ def _read_size(text: str) -> int:
 
 def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     wishes = read_wishes(arguments)
+    from tune_amp.data import make_long_tail
     from tune_amp.results import load_best_record, load_provenance
 
     record, provenance = load_best_record(arguments.best, arguments.rank), load_provenance(arguments.best)
     check_consent(arguments, record.config)
-    dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
+    given = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
+    dataset = make_long_tail(given, record.config.imbalance)
     device = choose_device(arguments.device)
     _check_fit(wishes, record.config, dataset)
     console = Console(highlight=False)
