@@ -24,7 +24,7 @@ from tune_amp.compare_command import Progress, compare_command
 from tune_amp.compare_page import render_comparison
 from tune_amp.compared import ComparedRun, ComparisonOrigin
 from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.data import Dataset
+from tune_amp.data import Dataset, make_long_tail
 from tune_amp.intervals import judge_equivalence
 from tune_amp.results import rank_trials, write_best
 
@@ -83,6 +83,17 @@ def test_a_file_is_refused_that_is_missing_or_of_other_data(best: Path, capsys: 
     assert refusal(capsys, "nowhere.parquet").startswith("nowhere.parquet: must be a Parquet file")
     write_run("sha256:0123")
     assert refusal(capsys, str(best)).startswith("--data-dir: must hold the data that the search used")
+
+
+def test_the_arms_train_on_the_long_tail_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(digits.content_hash, imbalance=10.0)
+    images = len(make_long_tail(digits, 10.0).train)
+    assert images < 800
+    message = refusal(capsys, "best.parquet --batch-sizes 64,1024")
+    assert message == f"--batch-sizes: must be at most the {images} training images of digits, got 1024"
 
 
 def test_code_that_only_a_file_names_never_runs(

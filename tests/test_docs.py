@@ -72,7 +72,7 @@ def test_every_space_loads(page: Path, tmp_path: Path) -> None:
 
 
 def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("search", "train", "show"):
+    for command in ("search", "train", "compare", "report", "show"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))

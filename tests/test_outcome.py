@@ -111,7 +111,8 @@ def test_a_run_without_a_result_says_why_in_the_commonest_words(tmp_path: Path) 
 
 def test_where_fresh_seeds_know_better_the_searchs_own_ranking_is_shown_only_on_demand(tmp_path: Path) -> None:
     trials = make_trials()
-    confirmation = Confirmation(confirm_seeds=(1, 2, 3), val_accuracy_mean=0.91, tied_with_best=True)
+    means = {f"{name}_{what}": 0.91 for name in ("val_accuracy", "test_accuracy") for what in ("mean", "high")}
+    confirmation = Confirmation(confirm_seeds=(1, 2, 3), tied_with_best=True, **means)  # type: ignore[arg-type]
     write_run(tmp_path, trials, [BestRow(rank=1, trial=trials[3], confirmation=confirmation)])
     assert load_outcome(tmp_path).is_confirmed
     assert ["1", "93.00%"] not in ranks(shown(tmp_path)[0])

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from small_runs import make_split
 
 from tune_amp.cli import main
-from tune_amp.results import load_best, load_provenance, load_trials
+from tune_amp.config import TrialStatus
+from tune_amp.results import load_best, load_best_rows, load_confirmed, load_provenance, load_trials
 from tune_amp.session import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray", "enter_folder")]
@@ -68,16 +69,20 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 def without_wrap_up(lines: list[str]) -> list[str]:
     """All but the time that the search took after its last trial, which no file tells."""
-    return [re.sub(r"; then .* to wrap up$", "", line) for line in lines]
+    return [re.sub(r"; then .* to wrap up$|(?<=^confirmed) in \d+ s", "", line) for line in lines]
 
 
 def check_run(folder: Path, dataset: str) -> None:
-    names = ["best.parquet", "epochs.parquet", "space.yaml", "study.journal", "trials.parquet"]
+    names = ["best.parquet", "confirm.parquet", "epochs.parquet", "report.html", "space.yaml", "trials.parquet"]
     assert [name for name in names if not (folder / name).exists()] == []
     trials = load_trials(folder)
     assert [trial.config.dataset for trial in trials] == [dataset] * 3
     best = [trial.last.val_accuracy for trial in trials if trial.last and trial.config == load_best(folder)]
     assert max(accuracy for accuracy in best if accuracy is not None) > 0.6  # chance is 0.1
+    confirmation = load_best_rows(folder)[0].confirmation
+    assert confirmation is not None
+    assert len(confirmation.confirm_seeds) == 3
+    assert {confirmed.status for confirmed in load_confirmed(folder)} == {TrialStatus.COMPLETED}
     provenance = load_provenance(folder)
     assert (provenance.train_images, provenance.validation_images) == (2_200, 200)
 

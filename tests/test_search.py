@@ -75,6 +75,7 @@ def search_and_check(
     source = folder / "space.yaml"
     source.write_text(space_text)
     (folder / "run").mkdir(exist_ok=True)
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     result = run_search(
         load_space(str(source)),
         dataset,
@@ -84,6 +85,7 @@ def search_and_check(
         command=("scripts/search.py", "--seed", "3"),
     )
     check_consistency(result)
+    assert signal.getsignal(signal.SIGINT) is on_ctrl_c  # Tune leaves its own behind
     return result
 
 
@@ -103,7 +105,6 @@ def check_consistency(result: SearchResult) -> None:
     assert sum(result.ledger.seconds.values()) == pytest.approx(result.ledger.slot_seconds, rel=0.01)
     assert load_ledger(result.folder) == result.ledger
     assert list(result.folder.glob(".*")) == []  # no half-written file
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Tune leaves its own behind
 
 
 def load_study(folder: Path) -> optuna.Study:

@@ -41,7 +41,8 @@ def test_training_prints_average_losses_and_the_accuracy_of_one_test(
     metrics = json.loads((output / "metrics.json").read_text())
     assert f"average loss {metrics['epochs'][2]['train_loss']:.4f}" in lines[3]
     assert lines[4] == f"test accuracy {metrics['test_accuracy']:.2%} on 256 images, in fp32, read once"
-    assert lines[5] == f"saved   {output}: model.safetensors, metrics.json, card.md"
+    assert lines[5].startswith("recall by class, the worst first: ")
+    assert lines[6] == f"saved   {output}: model.safetensors, metrics.json, card.md"
     assert sorted(path.name for path in output.iterdir()) == ["card.md", "metrics.json", "model.safetensors"]
     assert (metrics["train_images"], metrics["num_parameters"]) == (1_541, 203_530)
     card = (output / "card.md").read_text()
