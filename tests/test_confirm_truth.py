@@ -15,7 +15,7 @@ from tune_amp.results import BestRow, TrialRecord
 
 SEEDS = 3
 TOP_K = 3
-# As measured on MNIST: seeds spread by some tenths of a point, part of which all configurations share.
+# As large as on MNIST: seeds spread by some tenths of a point, part of which all configurations share.
 SEED_SPREAD, RUN_SPREAD = 0.0008, 0.0012
 
 
