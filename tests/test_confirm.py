@@ -31,7 +31,7 @@ from tune_amp.confirm import (
     train_and_test,
 )
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.data import Dataset
+from tune_amp.data import Dataset, make_long_tail
 from tune_amp.intervals import least_significant_difference, mean_interval
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
@@ -247,14 +247,25 @@ SPACE = "parameters:\n  lr: {low: 1.0e-4, high: 1.0e-2, log: true}\n"
     ("  precision: {choices: [bf16, fp32]}", "fp32"),
 ])  # fmt: skip
 def test_default_is_the_tutorials_in_fp16_where_the_space_has_it(
-    make_space: Callable[[str], SearchSpace], fixed: str, precision: str
+    make_space: Callable[[str], SearchSpace], digits: Dataset, fixed: str, precision: str
 ) -> None:
     options = SearchOptions(model="conv_net", max_epochs=7, seed=4)
-    default = build_default(make_space(SPACE + fixed), "digits", options)
+    default = build_default(make_space(SPACE + fixed), digits, options)
     assert (default.lr, default.batch_size, default.precision) == (1e-3, 64, precision)
     assert (default.model, default.dataset, default.max_epochs) == ("conv_net", "digits", 7)
     if precision == "fp16":
         assert (default.init_scale, default.growth_interval) == (65536.0, 2000)
+
+
+def test_default_that_a_search_on_a_long_tail_found_itself_is_trained_once(
+    make_space: Callable[[str], SearchSpace], digits: Dataset
+) -> None:
+    tailed = make_long_tail(digits, 5.0)
+    options = SearchOptions(max_epochs=2, confirm_seeds=2)
+    space = make_space(SPACE + "  precision: fp16")
+    found = TrialConfig(precision="fp16", dataset="digits", max_epochs=2, imbalance=5.0)
+    plan = plan_confirmation([make_trial("a", config=found)], space, tailed, options)
+    assert [job.trial_ids for job in plan.jobs] == [("a", "default")] * 2
 
 
 def make_plan(*trials: TrialRecord, default: TrialConfig | None = None, top_k: int = 3) -> ConfirmPlan:

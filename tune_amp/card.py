@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tune_amp.config import TrialConfig, is_function_name
+from tune_amp.config import TrialConfig, is_function_name, list_settings
 from tune_amp.intervals import wilson_interval
 from tune_amp.ranking import count_ties
 from tune_amp.results import BestRow, Provenance
@@ -110,7 +110,6 @@ def _describe_model(result: "FinalResult") -> str:
 
 def _describe_training(result: "FinalResult", source: CardSource) -> str:
     config, last = result.config, result.epochs[-1]
-    settings = {name: value for name, value in vars(config).items() if value not in (None, "none")}
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     lines = [
         f"Data: `{config.dataset}`, {result.train_images:,} images: training and validation images together.",
@@ -118,7 +117,7 @@ def _describe_training(result: "FinalResult", source: CardSource) -> str:
         f"Seed {config.seed}, {config.max_epochs} epochs, {last.steps:,} steps, of which {last.skipped_steps:,} were "
         f"skipped; average loss of the last epoch {last.train_loss:.4f}.",
         f"Precision {config.precision}, on {result.device}; {versions}.",
-        f"Settings: {', '.join(f'{name} {_value(value)}' for name, value in settings.items())}.",
+        f"Settings: {', '.join(f'{name} {_value(value)}' for name, value in list_settings(config).items())}.",
     ]
     return _listed(lines)
 

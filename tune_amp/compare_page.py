@@ -19,7 +19,7 @@ from tune_amp.compared import (
     memory_ratio,
     summarise_arm,
 )
-from tune_amp.config import TrialStatus
+from tune_amp.config import TrialConfig, TrialStatus, list_settings
 from tune_amp.intervals import Equivalence
 
 CPU_MEANING = (
@@ -70,8 +70,8 @@ def describe_settings(origin: ComparisonOrigin) -> str:
     apart |= {"growth_factor", "backoff_factor"}
     settings = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in origin.config.items()
-        if name not in apart and value not in (None, "none")
+        for name, value in list_settings(TrialConfig(**origin.config)).items()
+        if name not in apart
     ]
     scaler = ", ".join(f"{name} {value:g}" for name, value in origin.scaler.items())
     subject = f"{origin.config['model']} on {origin.dataset}: {', '.join(settings)}"

@@ -172,6 +172,12 @@ class TrialConfig:
         _check_range("growth_interval", self.growth_interval, self.growth_interval >= 1, "must be at least 1")
 
 
+def list_settings(config: TrialConfig) -> dict[str, Any]:
+    """The fields of a configuration that do something; what is off is left out."""
+    off: tuple[tuple[str, Any], ...] = (("class_weighting", "none"), ("curriculum", "none"), ("imbalance", 1.0))
+    return {name: value for name, value in vars(config).items() if value is not None and (name, value) not in off}
+
+
 FIELD_TYPES: Mapping[str, Any] = types.MappingProxyType(typing.get_type_hints(TrialConfig))
 
 

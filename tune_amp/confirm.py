@@ -135,7 +135,7 @@ def plan_confirmation(
     ranked: Sequence[TrialRecord], space: SearchSpace, dataset: Dataset, options: SearchOptions
 ) -> ConfirmPlan:
     """The best ``top_k`` and the default configuration, on the same fresh seeds."""
-    default = build_default(space, dataset.name, options)
+    default = build_default(space, dataset, options)
     left_out = None
     if default.batch_size > len(dataset.train):
         images = f"{len(dataset.train):,} training images"
@@ -149,7 +149,7 @@ def plan_confirmation(
     )
 
 
-def build_default(space: SearchSpace, dataset: str, options: SearchOptions) -> TrialConfig:
+def build_default(space: SearchSpace, dataset: Dataset, options: SearchOptions) -> TrialConfig:
     """PyTorch's AMP tutorial: lr 1e-3, batch 64, and GradScaler's own defaults where the space has fp16.
 
     Elsewhere the precision is the space's own: TrialConfig's default if that is among several.
@@ -159,7 +159,8 @@ def build_default(space: SearchSpace, dataset: str, options: SearchOptions) -> T
     return TrialConfig(
         precision="fp16" if "fp16" in known else own,
         model=options.model,
-        dataset=dataset,
+        dataset=dataset.name,
+        imbalance=dataset.imbalance,
         max_epochs=options.max_epochs,
         seed=options.seed,
     )

@@ -59,7 +59,9 @@ def _print_start(console: Console, outcome: "Outcome") -> None:
 
     about = outcome.provenance
     models = dict.fromkeys(trial.config.model for trial in outcome.trials)
-    sizes = f"{about.train_images:,} training and {about.validation_images:,} validation images"
+    tails = dict.fromkeys(trial.config.imbalance for trial in outcome.trials if trial.config.imbalance != 1)
+    tail = "".join(f" (long tail {imbalance:g}:1)" for imbalance in tails)
+    sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
     say(console, f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}")
     space = parse_space(about.space_source, about.space_text)
     say(console, f"space      {space.source}: {', '.join(parameter.name for parameter in space.parameters)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, format_scale
+from tune_amp.config import InputError, TrialConfig, format_scale, list_settings
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_NO_RESULT,
@@ -114,10 +114,9 @@ def _print_training(
 ) -> None:
     from tune_amp.amp import describe_hardware
 
-    off = {"imbalance": 1.0}
-    settings = {name: value for name, value in vars(config).items() if value not in (None, "none", off.get(name))}
     listed = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in list_settings(config).items()
     )
     say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {listed}")
     notice = describe_hardware(config.precision, device)
