@@ -262,7 +262,7 @@ def test_default_that_a_search_on_a_long_tail_found_itself_is_trained_once(
 ) -> None:
     tailed = make_long_tail(digits, 5.0)
     options = SearchOptions(max_epochs=2, confirm_seeds=2)
-    space = make_space(SPACE + "  precision: fp16")
+    space = make_space(SPACE + "  precision: {choices: [bf16, fp16]}")
     found = TrialConfig(precision="fp16", dataset="digits", max_epochs=2, imbalance=5.0)
     plan = plan_confirmation([make_trial("a", config=found)], space, tailed, options)
     assert [job.trial_ids for job in plan.jobs] == [("a", "default")] * 2
