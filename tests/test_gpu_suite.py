@@ -119,7 +119,8 @@ def test_weights_that_never_move_show_nothing() -> None:
     ],
 )
 def test_path_of_the_scale_on_which_nothing_is_to_be_seen_fails(counts: dict[str, int], verdict: str) -> None:
-    told = make_epoch(**{"loop": GRAPH, "growths": 3, "skipped_steps": 2, "applied_steps": 13, **counts})
+    values: dict[str, Any] = {"loop": GRAPH, "growths": 3, "skipped_steps": 2, "applied_steps": 13, **counts}
+    told = make_epoch(**values)
     assert [row.verdict for row in compare_training("x", "fp16", watch(told), watch(told))] == ["met", "met", verdict]
 
 

@@ -392,10 +392,11 @@ def test_trial_out_of_memory_twice_is_told_once_as_infeasible(
 def test_share_of_a_gpu_is_measured_and_the_reason_told(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     announced: list[str] = []
-    resources = plan_resources(
-        SearchOptions(max_epochs=2), load_space(str(tmp_path / "space.yaml")), digits, announced.append
-    )
+    space = load_space(str(tmp_path / "space.yaml"))
+    resources = plan_resources(SearchOptions(max_epochs=2), space, digits, announced.append)
     assert len(announced) == 1
+    assert plan_resources(SearchOptions(max_epochs=2, num_samples=1), space, digits, announced.append).gpus == 1.0
+    assert len(announced) == 1, "one trial has nobody to share with"
     assert resources.gpus in (0.5, 1.0)
     assert re.search(
         r"each, of 1 GPUs and 2 CPUs: 2 trials on a GPU train (only )?[\d.]+ times as fast as one", resources.reason

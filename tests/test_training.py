@@ -194,7 +194,7 @@ def test_restored_run_keeps_its_own_learning_rate_and_weight_decay(optimizer: st
 
 
 def test_drawing_the_batches_counts_as_training(small_data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = training.batch_indices
+    draw = batches.batch_indices
 
     def draw_slowly(*arguments: Any) -> Tensor:
         time.sleep(0.2)
