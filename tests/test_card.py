@@ -197,7 +197,16 @@ def test_ties_of_the_confirmation_are_told_where_there_is_one(result: FinalResul
         make_row(None, confirmation=tied),
     ]
     assert "Tied with rank 3 (Tukey" in told(result, *rows)
-    assert "Worse than rank 1 (Tukey" in told(result, *rows, rank=2)
-    assert "Tied with rank 1 (Tukey" in told(result, *rows, rank=3)
+    assert "Worse than rank 1 in val_accuracy (Tukey" in told(result, *rows, rank=2)
+    assert "Tied with rank 1 in val_accuracy (Tukey" in told(result, *rows, rank=3)
+    several = "val_accuracy,train_seconds"  # rank 2 may well have the better accuracy
+    assert "Told apart from rank 1 in val_accuracy (Tukey" in told(result, *rows, rank=2, objective=several)
     assert "No other ranked configuration is tied with it (Tukey" in told(result, *rows[:2])
     assert "rank 1 of 3" in told(result, *rows)
+    broken = make_row(2, 0.99, confirmation=make_confirmation(tied_with_best=None))
+    text = told(result, rows[0], broken, rows[2])
+    assert "Tied with rank 3 (Tukey" in text
+    assert "Runs did not complete of rank 2: not compared." in text
+    assert "Compared with no other ranked configuration. Runs did not complete of rank 2" in told(
+        result, rows[0], broken
+    )

@@ -319,6 +319,8 @@ def test_one_line_is_one_line_and_no_longer_than_its_limit() -> None:
     assert one_line("x" * 301) == "x" * 296 + " ..."
     assert one_line("a b", limit=3) == "a b"
     assert len(one_line("long " * 100, limit=40)) == 40
+    assert one_line("a\x1b[2Jb\x07 \udcff") == "a\ufffd[2Jb\ufffd \ufffd"
+    one_line("\udcff").encode()
 
 
 def test_error_is_described_by_type_and_text_on_one_line() -> None:

@@ -99,13 +99,24 @@ def test_a_number_1_that_is_told_from_all_says_so() -> None:
     assert "Number 1 is told from all others" in " ".join(describe_confirmed(rows, PROVENANCE, runs))
 
 
-def test_what_failed_is_named_with_its_reason() -> None:
-    broken = [
+def make_broken(name: str) -> list[ConfirmedRun]:
+    """One run of three diverged."""
+    return [
         dataclasses.replace(run, status=TrialStatus.DIVERGED, error="diverged: weights are not finite")
         if run.seed == 1001
         else run
-        for run in make_runs("a", SPREAD)
+        for run in make_runs(name, SPREAD)
     ]
+
+
+def test_a_number_1_is_told_from_those_only_that_could_be_compared() -> None:
+    rows, runs = make_rows({"a": SPREAD, "b": CLOSE}, FAR, make_broken("b"))
+    told = " ".join(describe_confirmed(rows, PROVENANCE, runs))
+    assert "Number 1 is told from the other that completed on every seed" in told
+
+
+def test_what_failed_is_named_with_its_reason() -> None:
+    broken = make_broken("a")
     rows, runs = make_rows({"a": SPREAD, "b": CLOSE}, CLOSE, broken)
     text = show(rows, runs=runs)
     assert "1 of 3 failed" in text

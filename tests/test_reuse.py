@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from records import make_epoch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from tune_amp import reuse
 from tune_amp.batches import fit_input_scaling
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split, make_long_tail, thin_classes
@@ -214,6 +216,20 @@ def test_test_loss_that_is_no_number_is_null_in_json(dataset: Dataset, tmp_path:
     content = json.loads((tmp_path / METRICS_FILE).read_text())
     assert content["test_loss"] is None
     assert content["test_recalls"] == [0.5, None]
+
+
+def test_weights_that_cannot_be_written_are_one_line(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    final, result = train_finally(make_config(max_epochs=1), dataset)
+    monkeypatch.setattr(reuse, "save_model", refuse)
+    with pytest.raises(
+        InputError, match=r"^--output: .*model\.safetensors cannot be written \(No space left on device\)$"
+    ):
+        final.save(tmp_path, result, {}, "")
 
 
 # Replaying a trial

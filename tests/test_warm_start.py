@@ -182,6 +182,7 @@ def test_winners_are_the_ranked_rows_of_the_best_file_and_trials_lie_beside_it(r
 def test_winners_of_a_file_of_trials_are_the_best_by_what_is_sought_now(run: Path) -> None:
     assert ids(load(run / "trials.parquet").winners) == ["best", "second"]
     assert ids(load(run / "trials.parquet", top_k=1).winners) == ["best"]
+    assert ids(load(run / "best.parquet", top_k=1).winners) == ["second"]
     (run / "best.parquet").unlink()
     assert ids(load(run).winners) == ["best", "second"]
 

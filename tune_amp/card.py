@@ -111,8 +111,9 @@ def _describe_model(result: "FinalResult") -> str:
 def _describe_training(result: "FinalResult", source: CardSource) -> str:
     config, last = result.config, result.epochs[-1]
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
+    tail = "" if config.imbalance == 1 else f", thinned to a long tail of {config.imbalance:g}:1 (the test set is not)"
     lines = [
-        f"Data: `{config.dataset}`, {result.train_images:,} images: training and validation images together.",
+        f"Data: `{config.dataset}`, {result.train_images:,} images: training and validation images together{tail}.",
         f"SHA-256 of the data: `{result.data_hash}`.",
         f"Seed {config.seed}, {config.max_epochs} epochs, {last.steps:,} steps, of which {last.skipped_steps:,} were "
         f"skipped; average loss of the last epoch {last.train_loss:.4f}.",
@@ -147,10 +148,16 @@ def _describe_tie(source: CardSource) -> str:
     if confirmation.tied_with_best is None:
         return "Whether others are as good cannot be told: not all runs of its confirmation completed."
     if source.rank > 1:
-        verdict = "Tied with" if confirmation.tied_with_best else "Worse than"
-        return f"{verdict} rank 1 ({_TUKEY})."
-    tied = [row.rank for row in source.ranked if row.rank != 1 and row.confirmation and row.confirmation.tied_with_best]
-    return f"{_name_ties(tied)} ({_TUKEY})."
+        several = len(source.provenance.objectives) > 1  # ranks are those of the search, in all objectives
+        verdict = "Tied with" if confirmation.tied_with_best else "Told apart from" if several else "Worse than"
+        return f"{verdict} rank 1 in {source.provenance.objectives[0]} ({_TUKEY})."
+    others = [row for row in source.ranked if row.rank != 1 and row.confirmation]
+    tied = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best]
+    unknown = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best is None]
+    left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""
+    if len(unknown) == len(others):
+        return f"Compared with no other ranked configuration.{left_out}"
+    return f"{_name_ties(tied)} ({_TUKEY}).{left_out}"
 
 
 def _describe_search_tie(source: CardSource) -> str:

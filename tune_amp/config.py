@@ -293,8 +293,11 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """``text`` with every white space as one blank, cut to ``limit`` characters where it is longer."""
-    line = " ".join(text.split())
+    """``text`` with every white space as one blank, cut to ``limit`` characters where it is longer.
+
+    What a terminal would act on, and what no encoding knows (file names can hold it), becomes a replacement character.
+    """
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 

@@ -207,15 +207,15 @@ def confirm(
                 progress = dataclasses.replace(progress, runs=runs, done=progress.done + 1)
                 write_confirmed(folder, runs, provenance)
                 _tell(observer, progress, copies[0])
+    except KeyboardInterrupt:
+        if progress.runs:  # the last may not have been written
+            write_confirmed(folder, progress.runs, provenance)
+    if progress.done == total:
         default = (
             None if plan.default is None else _record_default(plan.default, progress.runs, provenance, num_threads)
         )
         rows = rank_confirmed(plan.ranked, default, progress.runs, provenance.objectives)
         write_best(folder, rows, provenance)
-    except KeyboardInterrupt:
-        rows = ()
-        if progress.runs:  # the last may not have been written
-            write_confirmed(folder, progress.runs, provenance)
     return ConfirmResult(
         rows=rows,
         runs=progress.runs,

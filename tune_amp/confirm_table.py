@@ -111,7 +111,9 @@ def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
         names = ["the default configuration" if row.rank is None else str(row.rank) for row in tied]
         yield f"Number 1 cannot be told from {_join(names)} {method}."
     elif others:
-        yield f"Number 1 is told from {'the other' if len(others) == 1 else 'all others'} {method}."
+        whom = "the other" if len(others) == 1 else "all others"
+        which = "" if 1 + len(others) == len(confirmed) else " that completed on every seed"
+        yield f"Number 1 is told from {whom}{which} {method}."
 
 
 def _confirmed_cells(confirmation: Confirmation, objective: str) -> tuple[str, str, str]:

@@ -54,7 +54,11 @@ def ignoring_closed_pipe() -> Iterator[None]:
 
 
 def say(console: Console, prose: str, style: str | None = None) -> None:
-    """Print a sentence: wrapped between words in a terminal, on one line in a log."""
+    """Print a sentence: wrapped between words in a terminal, on one line in a log.
+
+    A file may come from anybody: of its texts, nothing that a terminal would act on is printed.
+    """
+    prose = "".join(character for character in prose if character.isprintable() or character == "\n")
     console.print(prose, style=style, markup=False, soft_wrap=not console.is_terminal)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from tune_amp.batches import place_split
-from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.config import EpochMetrics, InputError, TrialConfig, one_line
 from tune_amp.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.parquet import write_atomically
 from tune_amp.training import TrainingData, TrainingRun
@@ -115,8 +116,11 @@ class FinalTraining:
     def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> None:
         """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card."""
         temporary = folder / f".{WEIGHTS_FILE}.tmp"
-        save_model(self._run.model, str(temporary))
-        temporary.replace(folder / WEIGHTS_FILE)
+        try:
+            save_model(self._run.model, str(temporary))
+            temporary.replace(folder / WEIGHTS_FILE)
+        except (OSError, SafetensorError) as error:  # a full disk, most likely
+            raise InputError(f"--output: {folder / WEIGHTS_FILE} cannot be written ({one_line(str(error))})") from error
         write_atomically(folder / CARD_FILE, lambda file: file.write(card.encode()))
         test_loss, *test_recalls = (
             value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)

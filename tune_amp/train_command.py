@@ -5,13 +5,13 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, format_scale, list_settings
+from tune_amp.config import InputError, TrialConfig, format_scale, list_settings, one_line
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_NO_RESULT,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tune_amp.config import EpochMetrics
     from tune_amp.data import Dataset
-    from tune_amp.results import Provenance, TrialRecord
+    from tune_amp.results import TrialRecord
 
 
 MOST_RECALLS = 10
@@ -62,22 +62,26 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from tune_amp.results import load_best_record, load_provenance
+    from tune_amp.results import load_best_record, load_best_rows, load_provenance
 
     record = load_best_record(arguments.best, arguments.rank)
+    best = load_best_rows(arguments.best)  # now: a confirmation that is under way will rank it anew
     check_consent(arguments, record.config)
     provenance = load_provenance(arguments.best)
     dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
     if arguments.replay:
         return _replay(arguments, record, dataset)
-    return _train_final(arguments, record.config, dataset, provenance)
+    source = {"best": best, "rank": arguments.rank, "provenance": provenance}
+    return _train_final(arguments, record.config, dataset, source)
 
 
 def _train_final(
-    arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset", provenance: "Provenance"
+    arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset", source: Mapping[str, Any]
 ) -> int:
+    import torch
+
     from tune_amp.card import CardSource, describe_card
-    from tune_amp.results import list_versions, load_best_rows
+    from tune_amp.results import list_versions
     from tune_amp.reuse import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining, output_folder
 
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
@@ -85,23 +89,22 @@ def _train_final(
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
     device = choose_device(arguments.device)
     console = Console(highlight=False)
-    training = FinalTraining(config, dataset, device)
     with output_folder(arguments.output or _default_output(arguments, config)) as output:
-        _print_training(console, arguments, config, device)
-        for metrics in training.epochs():
-            console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
-        if training.divergence:
-            print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
+        try:
+            training = FinalTraining(config, dataset, device)
+            _print_training(console, arguments, config, device)
+            for metrics in training.epochs():
+                console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
+            if training.divergence:
+                print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
+                return EXIT_NO_RESULT
+            result = training.test()
+        except torch.OutOfMemoryError as error:
+            print(f"out of memory, nothing saved: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
-        result = training.test()
-        source = CardSource(
-            best=load_best_rows(arguments.best),
-            rank=arguments.rank,
-            provenance=provenance,
-            versions=list_versions("tune_amp", "torch", "numpy", "safetensors"),
-        )
-        origin = {"source": str(arguments.best), "rank": arguments.rank}
-        training.save(output, result, origin, describe_card(result, source))
+        versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
+        card = describe_card(result, CardSource(**source, versions=versions))
+        training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     say(console, describe_recalls(result.test_recalls))
     saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"

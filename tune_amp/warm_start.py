@@ -129,7 +129,7 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
     winners = _load_winners(path) if kind == "best" else choose_best(trials, objectives, top_k)
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return Donor(path=path, checksum=checksum, winners=tuple(winners), trials=trials, provenance=provenance)
+    return Donor(path=path, checksum=checksum, winners=tuple(winners[:top_k]), trials=trials, provenance=provenance)
 
 
 def _load_winners(path: Path) -> list[TrialRecord]:
