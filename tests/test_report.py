@@ -246,6 +246,52 @@ def test_where_it_comes_from_is_told_in_full(tmp_path: Path) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("given", "typed"),
+    [
+        (("tune-amp search", "quick", "--name", "my run"), "tune-amp search quick --name 'my run'"),
+        (("scripts/search.py", "--seed", "7"), "python scripts/search.py --seed 7"),
+        (("my scripts/search.py",), "python 'my scripts/search.py'"),
+    ],
+)
+def test_the_command_is_shown_as_it_is_typed(given: Sequence[str], typed: str, tmp_path: Path) -> None:
+    assert f"Command {typed} Search space" in section_of(write_run(tmp_path, command=given), "origin")
+
+
+def test_a_long_tail_is_told_beside_the_data(tmp_path: Path) -> None:
+    assert "long tail" not in read_report(write_run(tmp_path))
+    trial = make_trial(config=TrialConfig(imbalance=100.0))
+    assert "5,000 validation images, long tail 100:1 objective" in read_report(write_run(tmp_path, [trial]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ("asha", "stopped by the scheduler at one of its rungs, or for another reason. Whether"),
+        ("median", "stopped by the scheduler for doing worse than the median of the others, or for another"),
+        ("none", "(completed), or for another reason."),
+    ],
+)
+def test_trials_are_stopped_in_the_schedulers_own_way(scheduler: str, said: str, tmp_path: Path) -> None:
+    text = section_of(write_run(tmp_path, scheduler=scheduler), "epochs")
+    assert said in text
+    assert ("rungs" in text) == (scheduler == "asha")
+
+
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
+def test_the_diamonds_distance_is_the_optimism_of_accuracies_alone(objective: str, tmp_path: Path) -> None:
+    text = section_of(write_full_run(tmp_path, objective=objective), "best")
+    assert ("distance from the grey dot is the search's optimism" in text) == (objective == "val_accuracy")
+    assert ("optimism is told of its objective, the loss" in text) == (objective == "val_loss")
+
+
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_the_optimism_of_winners_that_ended_early_says_of_which_epoch(epochs: int, tmp_path: Path) -> None:
+    trials = [make_outcome(1, TrialStatus.STOPPED, 0.976, epochs), make_outcome(2, TrialStatus.COMPLETED, 0.96, 4)]
+    text = section_of(write_full_run(tmp_path, trials), "best")
+    assert ("compares with the epoch they had reached" in text) == (epochs == 3)
+
+
 # ---- parts that are missing ----
 
 
@@ -317,6 +363,7 @@ def test_several_objectives_have_a_picture_of_the_pareto_set(tmp_path: Path) -> 
     write_run(tmp_path, objective="val_accuracy,train_seconds", sampler="nsga2", scheduler="none")
     text = read_report(tmp_path)
     assert "val_accuracy against train_seconds" in text
+    assert "no other trial is at least as good in all objectives and better in one" in text
     assert "The Pareto set of val_accuracy and train_seconds" in text
 
 

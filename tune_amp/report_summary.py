@@ -37,7 +37,8 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     origin = run.provenance
     names = ", ".join(parameter.name for parameter in run.parameters)
     yield "space", f"{origin.space_source}: {names}"
-    yield "data", f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
+    images = f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
+    yield "data", f"{images}{_tell_tail(run.trials)}"
     yield "objective", ", ".join(origin.objectives)
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
@@ -49,6 +50,12 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     if run.ledger:
         slots = count_of(run.ledger.slots, "slot")
         yield "time", f"{say_seconds(run.ledger.wall_seconds)} in {slots}"
+
+
+def _tell_tail(trials: Sequence[TrialRecord]) -> str:
+    """How imbalanced the training classes were made, the same in all trials of a search."""
+    imbalance = trials[0].config.imbalance if trials else 1
+    return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
 
 
 def _count_statuses(trials: Sequence[TrialRecord]) -> list[tuple[str, int]]:
