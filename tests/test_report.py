@@ -12,16 +12,26 @@ from pathlib import Path
 
 import pytest
 from records import make_epoch, make_trial
-from report_runs import BF16, SPACE, TEST_ACCURACIES, make_outcome, make_outcomes, write_full_run, write_run
+from report_runs import (
+    BF16,
+    SPACE,
+    TEST_ACCURACIES,
+    make_confirmed,
+    make_outcome,
+    make_outcomes,
+    write_full_run,
+    write_run,
+)
 
 from tune_amp.config import InputError, TrialConfig, TrialStatus
-from tune_amp.intervals import paired_interval
+from tune_amp.confirmed import DEFAULT_ID, Confirmation
+from tune_amp.intervals import least_significant_difference
 from tune_amp.report import CONTENTS, build_content, write_report
 from tune_amp.report_command import report_command
 from tune_amp.report_run import load_run
 from tune_amp.report_sections import describe_savings
 from tune_amp.report_summary import list_reuse
-from tune_amp.results import TrialRecord
+from tune_amp.results import BestRow, TrialRecord, write_best
 from tune_amp.search_command import _write_report
 
 NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -113,13 +123,16 @@ def test_a_confirmed_winner_is_told_with_interval_optimism_ties_and_gain(tmp_pat
     assert "Validation accuracy 97.10% [96.60%, 97.60%]." in text
     assert "the search's own number was 0.50 points above that mean" in text
     assert "A tie: rank 2 cannot be told from it" in text
-    gain = paired_interval(TEST_ACCURACIES[1], TEST_ACCURACIES[None])
-    assert 100 * gain.mean == pytest.approx(0.5)
-    interval = f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
+    # The least difference that Tukey's test tells from none, once for all pairs of these three configurations.
+    least = least_significant_difference([[value - 0.002 for value in values] for values in TEST_ACCURACIES.values()])
+    assert least is not None
+    interval = f"95 % interval {0.5 - 100 * least:+.2f} to {0.5 + 100 * least:+.2f}"
+    verdict = "better than the defaults" if 100 * least < 0.5 else "not told from the defaults"
     assert (
-        "lr 0.001, batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000): "
-        f"+0.50 points of test accuracy {interval}" in text
+        "lr 0.001, batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000): rank 1 minus the defaults: "
+        f"+0.50 points of validation accuracy ({interval}): {verdict}." in text
     )
+    assert text.count("Gain over") == 1
     assert "Not confirmed" not in text
 
 
@@ -127,8 +140,49 @@ def test_without_single_runs_the_gain_has_no_interval(tmp_path: Path) -> None:
     write_full_run(tmp_path)
     (tmp_path / "confirm.parquet").unlink()
     text = read_report(tmp_path)
-    assert "+0.50 points of test accuracy." in text
+    assert "+0.50 points of validation accuracy: better than the defaults." in text
     assert "Single runs are not shown: confirm.parquet is missing." in text
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [
+        ((2, None), "Whether it can be told from the others is not known: not all runs completed."),
+        ((2,), "It can be told from every other confirmed configuration whose runs all completed (Tukey"),
+        ((), "It can be told from every other confirmed configuration (Tukey"),
+    ],
+)
+def test_a_configuration_with_a_failed_run_is_neither_tied_nor_told_apart(
+    failed: Sequence[int | None], said: str, tmp_path: Path
+) -> None:
+    run = load_run(write_full_run(tmp_path))
+    rows = [run.ranked[0], *(make_other(row, failed=row.rank in failed) for row in run.rows if row.rank != 1)]
+    write_best(tmp_path, rows, run.provenance)
+    text = read_report(tmp_path)
+    assert said in text
+    assert ("rank 1 minus the defaults: " in text) == (None not in failed)
+    assert ("no number: the defaults did not complete on every seed" in text) == (None in failed)
+
+
+def make_other(row: BestRow, *, failed: bool) -> BestRow:
+    assert row.confirmation is not None
+    if not failed:
+        return dataclasses.replace(row, confirmation=dataclasses.replace(row.confirmation, tied_with_best=False))
+    none = Confirmation(confirm_seeds=row.confirmation.confirm_seeds, confirm_failures=("seed 101: diverged",))
+    return dataclasses.replace(row, confirmation=none)
+
+
+def test_a_winner_that_is_the_default_has_no_gain_and_no_tie_with_itself(tmp_path: Path) -> None:
+    run = load_run(write_full_run(tmp_path))
+    assert run.winner is not None
+    config = dataclasses.replace(run.winner.trial.config, seed=99)
+    default = make_confirmed(None, make_trial(DEFAULT_ID, epochs=(), config=config), tied=True)
+    rows = [run.winner, make_other(run.ranked[1], failed=False), default]
+    write_best(tmp_path, rows, run.provenance)
+    text = read_report(tmp_path)
+    assert "none: rank 1 is the default configuration." in text
+    assert "A tie" not in text
+    assert "It can be told from every other confirmed configuration (Tukey" in text
 
 
 def test_a_confirmed_table_names_every_configuration(tmp_path: Path) -> None:
@@ -190,6 +244,52 @@ def test_where_it_comes_from_is_told_in_full(tmp_path: Path) -> None:
     text = section_of(write_full_run(tmp_path), "origin")
     for part in ("sha256:0123", "ray 2.60.0, torch 2.15.0", "scripts/search.py --seed 7", " ".join(SPACE.split())):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("given", "typed"),
+    [
+        (("tune-amp search", "quick", "--name", "my run"), "tune-amp search quick --name 'my run'"),
+        (("scripts/search.py", "--seed", "7"), "python scripts/search.py --seed 7"),
+        (("my scripts/search.py",), "python 'my scripts/search.py'"),
+    ],
+)
+def test_the_command_is_shown_as_it_is_typed(given: Sequence[str], typed: str, tmp_path: Path) -> None:
+    assert f"Command {typed} Search space" in section_of(write_run(tmp_path, command=given), "origin")
+
+
+def test_a_long_tail_is_told_beside_the_data(tmp_path: Path) -> None:
+    assert "long tail" not in read_report(write_run(tmp_path))
+    trial = make_trial(config=TrialConfig(imbalance=100.0))
+    assert "5,000 validation images, long tail 100:1 objective" in read_report(write_run(tmp_path, [trial]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ("asha", "stopped by the scheduler at one of its rungs, or for another reason. Whether"),
+        ("median", "stopped by the scheduler for doing worse than the median of the others, or for another"),
+        ("none", "(completed), or for another reason."),
+    ],
+)
+def test_trials_are_stopped_in_the_schedulers_own_way(scheduler: str, said: str, tmp_path: Path) -> None:
+    text = section_of(write_run(tmp_path, scheduler=scheduler), "epochs")
+    assert said in text
+    assert ("rungs" in text) == (scheduler == "asha")
+
+
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
+def test_the_diamonds_distance_is_the_optimism_of_accuracies_alone(objective: str, tmp_path: Path) -> None:
+    text = section_of(write_full_run(tmp_path, objective=objective), "best")
+    assert ("distance from the grey dot is the search's optimism" in text) == (objective == "val_accuracy")
+    assert ("optimism is told of its objective, the loss" in text) == (objective == "val_loss")
+
+
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_the_optimism_of_winners_that_ended_early_says_of_which_epoch(epochs: int, tmp_path: Path) -> None:
+    trials = [make_outcome(1, TrialStatus.STOPPED, 0.976, epochs), make_outcome(2, TrialStatus.COMPLETED, 0.96, 4)]
+    text = section_of(write_full_run(tmp_path, trials), "best")
+    assert ("compares with the epoch they had reached" in text) == (epochs == 3)
 
 
 # ---- parts that are missing ----
@@ -263,6 +363,7 @@ def test_several_objectives_have_a_picture_of_the_pareto_set(tmp_path: Path) -> 
     write_run(tmp_path, objective="val_accuracy,train_seconds", sampler="nsga2", scheduler="none")
     text = read_report(tmp_path)
     assert "val_accuracy against train_seconds" in text
+    assert "no other trial is at least as good in all objectives and better in one" in text
     assert "The Pareto set of val_accuracy and train_seconds" in text
 
 

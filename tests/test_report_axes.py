@@ -1,10 +1,13 @@
 """Values lie where a reader looks for them, and every axis has marks within its ends."""
 
 import math
+from pathlib import Path
 
 import pytest
+from records import make_trial
+from report_runs import write_run
 
-from tune_amp.config import OBJECTIVES
+from tune_amp.config import OBJECTIVES, TrialConfig
 from tune_amp.parameters import Parameter
 from tune_amp.report_axes import (
     Axis,
@@ -17,6 +20,8 @@ from tune_amp.report_axes import (
     power_axis,
     setting_axis,
 )
+from tune_amp.report_run import load_run
+from tune_amp.space import load_space
 
 
 def check(axis: Axis, *values: float) -> None:
@@ -83,3 +88,28 @@ def test_a_setting_has_the_axis_of_its_space() -> None:
 
 def test_whole_numbers_have_whole_steps() -> None:
     assert [count_step(count) for count in (1, 4, 10, 24, 96, 2000)] == [1, 1, 1, 5, 10, 200]
+
+
+def test_every_trial_of_the_extensions_has_its_place(tmp_path: Path) -> None:
+    space = load_space("extensions")
+    sampled = space.sample(24, seed=3, train_images=55_000, max_epochs=4)
+    trials = [
+        make_trial(f"{number:08x}", config=TrialConfig(max_epochs=4, **settings))
+        for number, settings in enumerate(sampled)
+    ]
+    run = load_run(write_run(tmp_path, trials, space_source=space.source, space_text=space.text))
+    assert [parameter.name for parameter in run.parameters] == [parameter.name for parameter in space.parameters]
+    for parameter in run.parameters:
+        found = [run.find_setting(parameter, trial.config) for trial in run.trials]
+        assert None not in setting_axis(parameter, found).place_all(found)
+        assert set(found) <= set(parameter.choices or found)
+        assert len(set(found)) > 1
+
+
+def test_a_fraction_is_of_the_steps_that_the_space_counts(tmp_path: Path) -> None:
+    """The first epochs of a curriculum are shorter, and count in full."""
+    run = load_run(write_run(tmp_path))
+    [parameter] = [parameter for parameter in run.parameters if parameter.fraction_of_trial]
+    interval = round(0.3 * (run.provenance.train_images // 256) * 8)
+    config = TrialConfig(precision="fp16", batch_size=256, max_epochs=8, growth_interval=interval, curriculum="linear")
+    assert run.find_setting(parameter, config) == pytest.approx(0.3, abs=0.001)

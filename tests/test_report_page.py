@@ -180,6 +180,27 @@ def test_a_trial_under_the_pointer_stands_out_in_both_panels(visit: Visit) -> No
     visit.check()
 
 
+@pytest.mark.parametrize("name", ["epochs-plot", "importance-plot", "time-plot", "history-plot"])
+def test_what_is_no_trials_line_stays_as_it_is_under_the_pointer(name: str, visit: Visit) -> None:
+    page = visit.page
+    page.locator(f"#{name}").scroll_into_view_if_needed()
+    before = page.evaluate(f"JSON.stringify(document.getElementById('{name}').data)")
+    place = page.evaluate(
+        f"""() => {{
+          const drawn = document.querySelector('#{name} .barlayer .point path, #{name} .scatterlayer .points path');
+          const box = drawn.getBoundingClientRect();
+          return [box.left + box.width / 2, box.top + box.height / 2];
+        }}"""
+    )
+    page.mouse.move(place[0] - 3, place[1] - 3)
+    page.mouse.move(place[0], place[1], steps=5)
+    page.wait_for_function(f"() => document.querySelector('#{name} .hoverlayer .hovertext')")
+    assert page.evaluate(f"JSON.stringify(document.getElementById('{name}').data)") == before
+    page.mouse.move(2, 2)
+    page.wait_for_function(f"() => !document.querySelector('#{name} .hoverlayer .hovertext')")
+    visit.check()
+
+
 def test_texts_of_files_are_shown_and_never_run(browser: "Browser", tmp_path: Path) -> None:
     visit = Visit(browser, write_report(write_nasty_run(tmp_path)))
     visit.page.locator("#history summary").click()

@@ -34,8 +34,13 @@
         }
       }
     };
-    plot.on("plotly_hover", (event) => restyle(event.points[0].data.meta?.[1], 4));
-    plot.on("plotly_unhover", (event) => restyle(event.points[0].data.meta?.[1], null));
+    const restyleAt = (width) => (event) => {
+      const trial = event.points[0].data.meta?.[1];
+      if (trial === undefined) return; // a bar or a mark, or a line that is no trial's
+      restyle(trial, width);
+    };
+    plot.on("plotly_hover", restyleAt(4));
+    plot.on("plotly_unhover", restyleAt(null));
   };
 
   // The boxes of a figure's key show and hide groups of lines, and the marks on them.

@@ -102,13 +102,25 @@ def write_confirmed(run: Run) -> Html:
     caption = (
         "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
         "which each run read once, grey on the validation images. Small circles are the single runs. The diamond is "
-        "what the search had said of the same configuration: its distance from the grey dot is the search's optimism. "
+        f"what the search had said of the same configuration{_explain_optimism(run)}. "
         "Overlapping intervals are not what makes a tie: all runs share their seeds, and the table says which are "
         "tied on the validation images. The default is the tutorial's configuration."
     )
     label = "accuracy of every confirmed configuration with its 95% interval"
     plot = figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
-    return section("best", title, *notes, plot, _list_confirmed(run), *_list_failures(run))
+    return section("best", title, *notes, plot, _list_confirmed(run), *_tell_early(run), *_list_failures(run))
+
+
+def _explain_optimism(run: Run) -> str:
+    if run.objective == "val_loss":
+        return "; the search's optimism is told of its objective, the loss, in the table"
+    return ": its distance from the grey dot is the search's optimism"
+
+
+def _tell_early(run: Run) -> Iterator[Html]:
+    confirmed = [row.trial for row in run.rows if row.confirmation]
+    if any(trial.last and trial.last.epoch < trial.config.max_epochs for trial in confirmed):
+        yield say("Optimism of those that ended early in the search compares with the epoch they had reached.")
 
 
 def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
@@ -180,6 +192,14 @@ def _list_failures(run: Run) -> Iterator[Html]:
 # ---- time, origin ----
 
 
+def list_words(given: Sequence[str]) -> list[str]:
+    """A command as it is typed; ``given`` names it first: a script, or the program and its command in one word."""
+    if not given:
+        return []
+    first = given[0].split() if given[0].startswith("tune-amp ") else [given[0]]
+    return [*(["python"] if first[0].endswith(".py") else []), *first, *given[1:]]
+
+
 def write_ledger(run: Run) -> Html:
     """What the slots spent their time on."""
     title = "What the slots' time went into"
@@ -232,7 +252,7 @@ def write_origin(run: Run, version: str) -> Html:
         "Where this comes from",
         definitions(pairs),
         tag("h3", "Command"),
-        command(origin.command),
+        command(list_words(origin.command)),
         tag("h3", f"Search space: {origin.space_source}"),
         tag("pre", origin.space_text, tabindex=0),
     )

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from tune_amp.config import InputError, TrialConfig
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.importance import ImportanceResult, load_importance
-from tune_amp.inert import count_steps
 from tune_amp.ledger import Ledger
 from tune_amp.parameters import Parameter
 from tune_amp.ranking import choose_best
@@ -84,11 +83,16 @@ class Run:
         return self.winner is not None and trial.trial_id == self.winner.trial.trial_id
 
     def find_setting(self, parameter: Parameter, config: TrialConfig) -> Any:
-        """A searched setting as it was searched: relative to the trial where the space says so. None: not active."""
+        """A searched setting as it was searched: relative to the trial where the space says so. None: not active.
+
+        An interval is whole steps, so that dividing gives the fraction back only about: a choice is the nearest one.
+        """
         value = getattr(config, parameter.name)
         if value is None or not parameter.fraction_of_trial:
             return value
-        return value / max(1, count_steps(config, self.provenance.train_images))
+        # The steps that the space counts: a curriculum's shorter epochs are full ones to it.
+        steps = self.provenance.train_images // config.batch_size * config.max_epochs
+        return parameter.find_nearest(value, trial_steps=steps).get(parameter.optuna_name)
 
 
 def load_run(folder: Path) -> Run:

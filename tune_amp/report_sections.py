@@ -72,7 +72,10 @@ def write_history(run: Run) -> Html:
     label = f"{run.objective} of {count_of(len(run.trials), 'trial')} in the order of their start"
     parts: list[Html] = []
     for other in run.provenance.objectives[1:]:
-        text = f"{run.objective} against {other}. The ringed trials are the Pareto set: none is beaten in both."
+        text = (
+            f"{run.objective} against {other}. The ringed trials are the Pareto set: no other trial is at least as "
+            "good in all objectives and better in one."
+        )
         if any(find_value(trial, other) is not None for trial in run.trials):
             parts.append(figure(text, {f"pareto-{other}": (text, draw_pareto(run, other))}))
     parts.append(figure(caption, {"history-plot": (label, draw_history(run))}))
@@ -109,12 +112,22 @@ def write_epochs(run: Run) -> Html:
     silent = sum(trial.last is None for trial in run.trials)
     caption = (
         "A bar for every epoch, as high as the number of trials that trained it. The faint part went on; the others "
-        "ended there: at the end of their budget (completed), stopped by the scheduler at one of its rungs, or for "
-        "another reason. Whether a stopped trial would have won, a search cannot know."
+        f"ended there: at the end of their budget (completed), {_explain_stops(run)}"
         + (f" {silent} ended before the first report and are in no bar." if silent else "")
     )
     plot = draw_epochs(run)
     return section("epochs", title, say(describe_savings(run)), figure(caption, {"epochs-plot": (caption, plot)}))
+
+
+def _explain_stops(run: Run) -> str:
+    scheduler = run.provenance.scheduler
+    if scheduler == "none":
+        return "or for another reason."
+    how = "for doing worse than the median of the others" if scheduler == "median" else "at one of its rungs"
+    return (
+        f"stopped by the scheduler {how}, or for another reason. Whether a stopped trial would have won, a search "
+        "cannot know."
+    )
 
 
 def describe_savings(run: Run) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tune_amp.config import FIELD_TYPES, format_scale, is_function_name
-from tune_amp.confirmed import DEFAULT_ID, Confirmation
-from tune_amp.intervals import MeanInterval, paired_interval
+from tune_amp.confirm_table import describe_gain
+from tune_amp.confirmed import Confirmation
 from tune_amp.monitoring import describe_ties
+from tune_amp.ranking import without_seed
 from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
 from tune_amp.report_page import Html, command, definitions, join, tag
@@ -36,7 +37,8 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     origin = run.provenance
     names = ", ".join(parameter.name for parameter in run.parameters)
     yield "space", f"{origin.space_source}: {names}"
-    yield "data", f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
+    images = f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
+    yield "data", f"{images}{_tell_tail(run.trials)}"
     yield "objective", ", ".join(origin.objectives)
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
@@ -48,6 +50,12 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     if run.ledger:
         slots = count_of(run.ledger.slots, "slot")
         yield "time", f"{say_seconds(run.ledger.wall_seconds)} in {slots}"
+
+
+def _tell_tail(trials: Sequence[TrialRecord]) -> str:
+    """How imbalanced the training classes were made, the same in all trials of a search."""
+    imbalance = trials[0].config.imbalance if trials else 1
+    return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
 
 
 def _count_statuses(trials: Sequence[TrialRecord]) -> list[tuple[str, int]]:
@@ -151,7 +159,7 @@ def _list_findings(run: Run, winner: BestRow) -> Iterator[Html]:
         text = describe_ties([row.trial for row in run.ranked], run.provenance)
         yield tag("li", f"{text} {_WARNING}".strip(), class_="warning")
         return
-    yield from _tell_confirmation(run, winner, winner.confirmation)
+    yield from _tell_confirmation(run, winner.confirmation)
 
 
 _WARNING = (
@@ -160,7 +168,7 @@ _WARNING = (
 )
 
 
-def _tell_confirmation(run: Run, winner: BestRow, found: Confirmation) -> Iterator[Html]:
+def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Html]:
     for failure in found.confirm_failures:
         yield tag("li", f"A run on a fresh seed did not complete: {failure}", class_="warning")
     if found.val_accuracy_mean is not None:
@@ -170,7 +178,7 @@ def _tell_confirmation(run: Run, winner: BestRow, found: Confirmation) -> Iterat
             f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}",
         )
     yield _tell_ties(run)
-    gain = _tell_gain(run, winner)
+    gain = _tell_gain(run)
     if gain:
         yield tag("li", gain)
 
@@ -185,14 +193,29 @@ def _tell_optimism(run: Run, found: Confirmation) -> str:
 
 
 def _tell_ties(run: Run) -> Html:
-    others = [row for row in (*run.ranked[1:], *([run.default] if run.default else [])) if row.confirmation]
-    tied = [_name(row) for row in others if row.confirmation and row.confirmation.tied_with_best]
+    others = [row for row in _list_others(run) if row.confirmation]
+    judged = [row for row in others if row.confirmation and row.confirmation.tied_with_best is not None]
+    tied = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
     if not others:
         return tag("li", "It was confirmed alone: there is nothing to compare it with.")
+    if not judged:
+        return tag(
+            "li", "Whether it can be told from the others is not known: not all runs completed.", class_="warning"
+        )
     if not tied:
-        return tag("li", "It can be told from every other confirmed configuration (Tukey's test, 95%).")
+        which = "" if judged == others else " whose runs all completed"
+        return tag("li", f"It can be told from every other confirmed configuration{which} (Tukey's test, 95%).")
     text = f"A tie: {_enumerate(tied)} cannot be told from it on these seeds (Tukey's test, 95%)."
     return tag("li", text, class_="warning")
+
+
+def _list_others(run: Run) -> Iterator[BestRow]:
+    """The rows below rank 1; not the default where rank 1 is that same configuration."""
+    yield from run.ranked[1:]
+    if run.winner and run.default:
+        default, winner = run.default.trial.config, run.winner.trial.config
+        if without_seed(default) != without_seed(winner):
+            yield run.default
 
 
 def _name(row: BestRow) -> str:
@@ -203,34 +226,13 @@ def _enumerate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _tell_gain(run: Run, winner: BestRow) -> str:
-    """What searching was worth, beside the configuration that everybody starts from."""
-    default = run.default
-    if default is None or default.confirmation is None:
+def _tell_gain(run: Run) -> str:
+    """What searching was worth, beside the configuration that everybody starts from, as the terminal said it."""
+    told = describe_gain(run.rows, run.provenance, run.confirmed).removeprefix("gain").strip()
+    if not told or run.default is None:
         return ""
-    better, base = winner.confirmation, default.confirmation
-    assert better is not None
-    start = f"Gain over the tutorial's default ({describe_settings(run, default.trial)}):"
-    if better.test_accuracy_mean is None or base.test_accuracy_mean is None:
-        return f"{start} cannot be told, not all runs of both completed."
-    gain = 100 * (better.test_accuracy_mean - base.test_accuracy_mean)
-    paired = _pair_gain(run, winner)
-    interval = f" [{100 * paired.low:+.2f}, {100 * paired.high:+.2f}], paired by seed" if paired else ""
-    return f"{start} {gain:+.2f} points of test accuracy{interval}."
-
-
-def _pair_gain(run: Run, winner: BestRow) -> MeanInterval | None:
-    """From the single runs, where they lie beside."""
-    values = {
-        trial_id: {one.seed: one.test_accuracy for one in run.confirmed if one.trial_id == trial_id}
-        for trial_id in (winner.trial.trial_id, DEFAULT_ID)
-    }
-    ours, theirs = values[winner.trial.trial_id], values[DEFAULT_ID]
-    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-    complete = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
-    if len(complete) < 2 or len(complete) < len(pairs):
-        return None
-    return paired_interval([ours for ours, _ in complete], [theirs for _, theirs in complete])
+    settings = describe_settings(run, run.default.trial)
+    return f"Gain over the tutorial's default ({settings}): {told.replace('number 1', 'rank 1')}."
 
 
 def tell_interval(low: float | None, high: float | None) -> str:
