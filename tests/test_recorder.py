@@ -39,6 +39,7 @@ class FakeTrial:
         self.config = vars(dataclasses.replace(CONFIG, **config))
         self.last_result: dict[str, Any] = {}
         self.error_file: str | None = None
+        self.run_metadata = types.SimpleNamespace(metric_analysis={"epoch": {}}, metric_n_steps={"epoch": {}})
         self.temporary_state = types.SimpleNamespace(ray_actor="Actor(AmpTrainable, 1)")
 
     def __str__(self) -> str:
@@ -138,6 +139,8 @@ def test_tune_is_left_with_what_it_needs_of_a_report(recorder: TrialRecorder) ->
     }
     assert {"config", "spent", "steps", "loss_scale_values"} & left.keys() == set()
     assert sum(isinstance(value, int | float) for value in left.values()) <= 8
+    finish(recorder, trial)
+    assert (trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) == ({}, {})
 
 
 def test_epochs_reported_anew_by_a_retried_trial_replace_the_later_ones(recorder: TrialRecorder) -> None:
