@@ -10,6 +10,20 @@ from tune_amp.data import Split
 
 CLOCKS = ("train_seconds", "val_seconds", "probe_seconds", "data_seconds", "samples_per_second")
 
+TIED_MODEL = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(16, 3)
+    def forward(self, images):
+        return self.head(self.second(self.first(images.flatten(1)).relu()).relu())
+def net(input_shape, num_classes):
+    return Net()
+"""
+
 
 def make_split(count: int = 60, classes: int = 3, seed: int = 0, side: int = 4) -> Split:
     """Images of side x side pixels that can be told apart: class c is bright in row c. Labels take turns."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from records import PROVENANCE, make_scored
-from small_runs import make_split
+from small_runs import TIED_MODEL, make_split
 
 from tune_amp.card import CardSource, describe_card
 from tune_amp.config import TrialConfig
@@ -21,19 +21,6 @@ from tune_amp.results import BestRow
 from tune_amp.reuse import FinalResult, FinalTraining, output_folder
 
 CONFIG = TrialConfig(lr=0.01, batch_size=8, max_epochs=2)
-TIED_MODEL = """
-from torch import nn
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(16, 3)
-    def forward(self, images):
-        return self.head(self.second(self.first(images.flatten(1)).relu()).relu())
-def net(input_shape, num_classes):
-    return Net()
-"""
 
 
 def make_dataset() -> Dataset:

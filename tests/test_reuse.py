@@ -13,6 +13,7 @@ import torch
 from records import make_epoch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from small_runs import TIED_MODEL
 
 from tune_amp import reuse
 from tune_amp.batches import fit_input_scaling
@@ -34,19 +35,6 @@ from tune_amp.reuse import (
 from tune_amp.training import TrainingData, TrainingRun
 
 CPU = torch.device("cpu")
-TIED_MODEL = """
-from torch import nn
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(16, 3)
-    def forward(self, images):
-        return self.head(self.second(self.first(images.flatten(1)).relu()).relu())
-def net(input_shape, num_classes):
-    return Net()
-"""
 
 
 def make_split(count: int, seed: int) -> Split:
