@@ -9,6 +9,7 @@ A MIG slice counts as a GPU: torch sees the slice and its memory alone. Slices a
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import ray
@@ -33,6 +34,9 @@ SMALLEST_GPU_SHARE = 1e-4
 
 MEASURED_SECONDS = 1.0
 """For each number of trials: ten epochs or more of what is measured."""
+
+# Asking for the nodes of a cluster takes milliseconds, and Tune asks for new trials at every event.
+LIST_NODES_SECONDS = 1.0
 
 # Until a joined cluster has a whole GPU to spare, and its worker has started.
 WAIT_SECONDS = 60.0
@@ -113,6 +117,47 @@ def count_slots(node: Mapping[str, float], cpus_each: int, gpus_each: float) -> 
     if gpus_each == 0:
         return by_cpu
     return min(by_cpu, int(node.get("GPU", 0.0)) * int(1 / gpus_each + 1e-9))
+
+
+def list_nodes() -> list[dict[str, float]]:
+    """The resources of each living node of the running Ray."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+class SlotCounter:
+    """Says how many trials may run side by side now, while nodes join and leave.
+
+    Args:
+        cpus: of each trial.
+        gpus: of each trial.
+        max_concurrent: the user's limit; None for as many as fit.
+        find_nodes: lists the resources of each living node.
+        clock: tells seconds. Nodes are listed at most once in ``LIST_NODES_SECONDS`` of its time.
+    """
+
+    def __init__(
+        self,
+        cpus: int,
+        gpus: float,
+        *,
+        max_concurrent: int | None = None,
+        find_nodes: Callable[[], Sequence[Mapping[str, float]]] = list_nodes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cpus, self._gpus = cpus, gpus
+        self._most = max_concurrent
+        self._find_nodes = find_nodes
+        self._clock = clock
+        self._slots = 0
+        self._counted = -math.inf
+
+    def __call__(self) -> int:
+        """Slots on the nodes that live now; 0 where none of them can hold a trial."""
+        now = self._clock()
+        if now - self._counted >= LIST_NODES_SECONDS:
+            self._slots = sum(count_slots(node, self._cpus, self._gpus) for node in self._find_nodes())
+            self._counted = now
+        return self._slots if self._most is None else min(self._slots, self._most)
 
 
 def count_gpus(visible: str | None, cuda_devices: int) -> int:
