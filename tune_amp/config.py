@@ -61,6 +61,9 @@ class TrialStatus(StrEnum):
     """Still training when the search ended: by Ctrl-C, a signal or the time budget."""
 
 
+RUNNING = "running"
+"""``status`` in the reports of a trial that goes on. Every other value is a ``TrialStatus``."""
+
 HOPELESS_STATUSES = (TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY)
 """Ends that the trial's settings are to blame for."""
 

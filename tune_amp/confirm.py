@@ -172,10 +172,23 @@ def choose_seeds(seed: int, count: int) -> tuple[int, ...]:
     return tuple(itertools.islice((fresh for fresh in itertools.count(first) if fresh != seed), count))
 
 
+def select_done(plan: ConfirmPlan, runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
+    """Those of an earlier confirmation that was cut off which this plan asks for too."""
+    asked = {(trial_id, job.config.seed) for job in plan.jobs for trial_id in job.trial_ids}
+    return [run for run in runs if (run.trial_id, run.seed) in asked]
+
+
+def list_left(plan: ConfirmPlan, done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
+    """The jobs of a plan of which some run is not done yet."""
+    known = {(run.trial_id, run.seed) for run in done}
+    return [job for job in plan.jobs if {(name, job.config.seed) for name in job.trial_ids} - known]
+
+
 def confirm(
     plan: ConfirmPlan,
     finished: Generator[tuple[ConfirmJob, ConfirmedRun]],
     *,
+    done: Sequence[ConfirmedRun] = (),
     folder: Path,
     provenance: Provenance,
     num_threads: int,
@@ -188,22 +201,33 @@ def confirm(
 
     Args:
         plan: from ``plan_confirmation``.
-        finished: trains ``plan.jobs``, from ``train_on_slots``; gives each as it ends, and stops what runs when closed.
+        finished: trains the jobs that are left, from ``train_on_slots``; gives each as it ends, and stops what runs
+            when closed.
+        done: runs of this plan from before it was cut off.
         folder: of the run.
         provenance: goes into the files.
         num_threads: CPU threads of a run.
         observer: is told of everything that happens.
     """
     begun = time.monotonic()
-    total = len(plan.jobs)
-    progress = ConfirmProgress(run=folder.name, seeds=plan.seeds, names=plan.names, total=total, started=begun)
+    total, left = len(plan.jobs), len(list_left(plan, done))
+    progress = ConfirmProgress(
+        run=folder.name,
+        seeds=plan.seeds,
+        names=plan.names,
+        total=total,
+        done=total - left,
+        runs=_put_in_order(done, plan),
+        started=begun,
+    )
     rows: Sequence[BestRow] = ()
     try:
         _tell(observer, progress, None)
         with contextlib.closing(finished):
             for job, run in finished:
                 copies = [dataclasses.replace(run, trial_id=trial_id) for trial_id in job.trial_ids]
-                runs = _put_in_order([*progress.runs, *copies], plan)
+                known = {(run.trial_id, run.seed): run for run in (*progress.runs, *copies)}
+                runs = _put_in_order(list(known.values()), plan)
                 progress = dataclasses.replace(progress, runs=runs, done=progress.done + 1)
                 write_confirmed(folder, runs, provenance)
                 _tell(observer, progress, copies[0])

@@ -97,12 +97,31 @@ def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dat
         InputError: it has another hash than ``data_hash``.
     """
     dataset = load_announced(name, data_dir)
+    check_same_data(dataset, data_hash)
+    return dataset
+
+
+def check_same_data(dataset: "Dataset", data_hash: str) -> None:
+    """Raise InputError where the data set has another hash than ``data_hash``."""
     if dataset.content_hash != data_hash:
         raise InputError(
             f"--data-dir: must hold the data that the search used (sha256 {data_hash[:12]}...), "
             f"got other {dataset.name} data (sha256 {dataset.content_hash[:12]}...)"
         )
-    return dataset
+
+
+def find_run(run: str, results_dir: Path, flag: str) -> Path:
+    """The folder of a run, given as such, by a file in it, or by its name in ``results_dir``.
+
+    Raises:
+        InputError: there is none; the message names ``flag``.
+    """
+    for place in (Path(run), results_dir / run):
+        if place.is_dir():
+            return place
+        if place.is_file():
+            return place.parent
+    raise InputError(f"{flag}: must be the folder of a run, or its name in {results_dir}, got {run}")
 
 
 def choose_device(name: str) -> "torch.device":

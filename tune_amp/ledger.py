@@ -12,6 +12,7 @@ the search runs changes nothing.
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -275,7 +276,13 @@ class _Worker:
 
 
 def build_ledger(
-    workers: Iterable[WorkerTime], trials: Iterable[TrialTime], *, slots: int, begin: float, end: float
+    workers: Iterable[WorkerTime],
+    trials: Iterable[TrialTime],
+    *,
+    slots: int,
+    begin: float,
+    end: float,
+    resumed: Iterable[float] = (),
 ) -> Ledger:
     """Lay workers into slots and trials into kinds.
 
@@ -289,10 +296,17 @@ def build_ledger(
         slots: places in which trials run at a time.
         begin: when the search began, on the driver's clock.
         end: when its last trial was over, on the same clock.
+        resumed: when it went on after it had been cut off, on the same clock, which stands still in between. What was
+            said of the beginning holds for each of these moments: no worker outlives one.
     """
     wall = max(0.0, end - begin)
-    tried = list(trials)
-    seconds = _add_up([*_lay_into_slots(list(workers), slots, begin, begin + wall), *map(_divide_work, tried)])
+    tried, told = list(trials), list(workers)
+    laid = []
+    for since, until in itertools.pairwise([begin, *resumed, begin + wall]):
+        last = until == begin + wall
+        own = [worker for worker in told if since <= worker.ready and (last or worker.ready < until)]
+        laid += _lay_into_slots(own, slots, since, until)
+    seconds = _add_up([*laid, *map(_divide_work, tried)])
     uncovered = slots * wall - sum(seconds.values())
     seconds[TimeKind.OTHER] += max(0.0, uncovered)
     # A worker that waits for the driver counts the way of its report, which the driver has counted: milliseconds.

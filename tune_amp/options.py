@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,16 @@ class SearchOptions:
             object.__setattr__(self, field, fitting)
 
 
+def build_options(arguments: Mapping[str, Any]) -> SearchOptions:
+    """The options among the arguments of the command line."""
+    return SearchOptions(**{field.name: arguments[field.name] for field in dataclasses.fields(SearchOptions)})
+
+
+def name_flag(field: str) -> str:
+    """The flag that sets a field: ``max_epochs`` -> ``--max-epochs``."""
+    return f"--{field.replace('_', '-')}"
+
+
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
     """Errors about a field of ``TrialConfig`` speak of the flag that sets it: ``max_epochs:`` -> ``--max-epochs:``."""
@@ -114,7 +124,7 @@ def naming_flags() -> Iterator[None]:
         yield
     except InputError as error:
         field, _, rule = str(error).partition(":")
-        raise InputError(f"--{field.replace('_', '-')}:{rule}") from None
+        raise InputError(f"{name_flag(field)}:{rule}") from None
 
 
 @contextlib.contextmanager

@@ -1,20 +1,25 @@
-"""Keeps every report of every trial, writes them every few seconds, and tells whoever watches."""
+"""Keeps every report of every trial: in the journal at once, in the Parquet files soon; tells whoever watches.
 
-import bisect
+What happens to a trial is an event. Events come from Tune, or out of the journal of a search that goes on: both change
+the records by the same code.
+"""
+
 import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 
-from tune_amp.config import OBJECTIVES, TrialConfig, TrialStatus
+from tune_amp.config import OBJECTIVES, EpochMetrics, TrialConfig, TrialStatus, describe_error
 from tune_amp.inert import find_inert
+from tune_amp.journal import Journal
 from tune_amp.ledger import Ledger, SlotTimes, TimeKind, TrialTime, build_ledger
-from tune_amp.results import Provenance, TrialRecord, write_trials
+from tune_amp.results import Provenance, TrialRecord, build_from, write_trials
 from tune_amp.searcher import find_cause, find_status
 from tune_amp.trainable import metrics_of
 
@@ -22,6 +27,9 @@ from tune_amp.trainable import metrics_of
 WRITE_EVERY_SECONDS = 5.0
 # And not for more than 2 % of the time: with 2,000 trials a write takes 0.3 s.
 PAUSE_PER_WRITE = 50
+
+# Of a report, beside its metrics: what the record of a trial, the study and the ledger are made of.
+REPORTED = ("status", "error", "done", "device", "num_threads", "setup_seconds", "checkpoint_seconds", "spent")
 
 TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID, "training_iteration")
 KEPT_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *TUNES_OWN))
@@ -41,7 +49,7 @@ class SearchProgress:
     time_budget: float | None
     """Seconds after which they are interrupted, or None."""
     started: float
-    """``time.monotonic()`` when the search began."""
+    """``time.monotonic()`` when the search began, less what it had taken before it was resumed."""
     trials: Sequence[TrialRecord] = ()
     """Every trial so far. One still running bears the status it would end with if all stopped now: interrupted."""
     running: frozenset[str] = frozenset()
@@ -62,13 +70,18 @@ class Observer(Protocol):
 class TrialRecorder(tune.Callback):
     """Keeps every report of every trial, writes them to the run folder, and tells an observer.
 
+    Time is that of the search: seconds since its command began, which stand still while it is cut off.
+
     Args:
         folder: the run folder.
         provenance: goes into each file.
         progress: the search before its first trial.
         observer: is told of everything that happens.
+        journal: gets every event before it counts.
+        storage_root: below which checkpoints lie.
         slots: places in which trials run at a time.
         begin: ``time.monotonic()`` from which their time counts.
+        on_fault: is told, in a line, that something could not be written: from then on nothing more is recorded.
     """
 
     def __init__(
@@ -78,29 +91,34 @@ class TrialRecorder(tune.Callback):
         progress: SearchProgress,
         observer: Observer,
         *,
+        journal: Journal,
+        storage_root: str,
         slots: int,
         begin: float,
+        on_fault: Callable[[str], None],
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._provenance = provenance
         self._progress = progress
         self._observer: Observer | None = observer
-        # Reports come in by the thousand: none may cost more where there are more trials.
-        self._places: dict[str, int] = {}
-        self._recorded: list[int] = []  # the places of those in _records, in order
-        self._records: list[TrialRecord] = []
-        self._started: dict[str, float] = {}
+        self._journal, self._storage_root = journal, storage_root
+        self._on_fault = on_fault
+        self._is_broken = False
+        self._records: dict[str, TrialRecord] = {}  # in the order of submission
+        self._began: dict[str, float] = {}  # on the clock of the search; nobody sees a trial that has not begun
         self._running: set[str] = set()
+        self._cut: set[str] = set()  # what ran when the search was cut off, and has not gone on yet
         self._times = SlotTimes()
         self._slots, self._begin = slots, begin
+        self._past, self._resumed = 0.0, list[float]()
         self._end: float | None = None
         self._written = time.monotonic()
         self._write_seconds = 0.0
 
     @property
     def trials(self) -> list[TrialRecord]:
-        """All trials in the order of their submission."""
-        return list(self._records)
+        """All trials that have begun, in the order of their submission."""
+        return [record for trial_id, record in self._records.items() if trial_id in self._began]
 
     @property
     def ledger(self) -> Ledger | None:
@@ -109,145 +127,226 @@ class TrialRecorder(tune.Callback):
             return None
         return build_ledger(
             self._times.workers,
-            map(self._time_trial, self._records),
+            map(self._time_trial, self.trials),
             slots=self._slots,
-            begin=self._begin,
+            begin=0.0,
             end=self._end,
+            resumed=self._resumed,
         )
+
+    # ---- from a journal ----
+
+    def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take over what an earlier part of this search recorded; what still ran then was cut off.
+
+        Raises:
+            InputError: an event breaks the rules of what it is built from.
+        """
+        for event in events:
+            self._past = event["at"]
+            if event["event"] == "session":
+                self._cut_off()
+                self._resumed += [self._past] if self._past else []
+            else:
+                self._apply(event)
+        self._cut_off()
+        self._resumed += [self._past] if self._past else []
+        self._progress = dataclasses.replace(self._progress, started=self._progress.started - self._past)
+
+    # ---- from Tune ----
+
+    def open_session(self, **about: Any) -> None:
+        """The search begins, or goes on."""
+        self._log("session", about={"at": self._past, **about})
+
+    def add_trial(self, trial: Any, number: int) -> None:
+        """A trial was submitted, whose Optuna number is ``number``."""
+        self._log("trial", trial.trial_id, {"name": str(trial), "config": dict(trial.config), "number": number})
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial got its worker, perhaps not for the first time."""
-        self._place(trials)
-        self._add(trial)
-        self._times.start(trial.trial_id, str(trial.temporary_state.ray_actor), time.monotonic())
-        self._running.add(trial.trial_id)
-        self._tell()
+        worker = str(trial.temporary_state.ray_actor)
+        if self._log("start", trial.trial_id, {"worker": worker, "time": time.time()}):
+            self._tell()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A trial reported an epoch, or its end by an exception."""
-        record = self._find(trial.trial_id)
         metrics = metrics_of(result)
-        epochs = record.epochs
-        if metrics is not None:
-            # A trial that was tried again reports epochs anew: the later report stands.
-            epochs = (*(earlier for earlier in epochs if earlier.epoch < metrics.epoch), metrics)
-        # Tried again, the worker counts anew; the trial began with its first attempt.
-        started = self._started.setdefault(trial.trial_id, result["started"])
-        worker = self._times.report(trial.trial_id, result["spent"], time.monotonic())
-        self._change(
-            trial.trial_id,
-            epochs=epochs,
-            error=result["error"],
-            started=datetime.datetime.fromtimestamp(started, datetime.UTC),
-            wall_seconds=result["started"] + result["wall_seconds"] - started,
-            device=result["device"],
-            num_threads=result["num_threads"],
-            setup_seconds=result["setup_seconds"],
-            checkpoint_seconds=result["checkpoint_seconds"],
-            worker=worker,
-        )
+        about = {name: result[name] for name in REPORTED} | {"config_fault": result.get("config_fault", False)}
+        known = None if metrics is None else vars(metrics)
+        if self._log("report", trial.trial_id, {"metrics": known, **about}, metrics):
+            self._write_sometimes()
+            self._tell()
         # Tune lets a callback change a result. It keeps running means of every number in it, and writes them into its
         # own snapshots: of a report as it comes that is 85 kB a trial.
         for name in result.keys() - KEPT_BY_TUNE:
             del result[name]
-        self._write_sometimes()
-        self._tell()
+
+    def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
+        """A trial's checkpoint is whole, and the one before it is about to be deleted."""
+        self._log("checkpoint", trial.trial_id, {"path": checkpoint.path.removeprefix(f"{self._storage_root}/")})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by its own report, or by the scheduler."""
-        self._end_trial(trial, status=find_status(trial.last_result, error=False))
+        self._end_trial(trial, find_status(trial.last_result, error=False))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's worker died, and the trial will be tried again."""
-        self._times.lose(trial.trial_id, time.monotonic())
+        self._log("lost", trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's worker died more often than it is tried again."""
-        self._times.lose(trial.trial_id, time.monotonic())
+        self._log("lost", trial.trial_id)
         cause = find_cause(trial)
-        self._end_trial(trial, status=find_status(None, error=True, cause=cause), error=cause)
+        self._end_trial(trial, find_status(None, error=True, cause=cause), cause)
+
+    def end_unheard(self, trial_id: str, status: TrialStatus) -> None:
+        """A trial had come to its end when the search was cut off, before anyone said so."""
+        self._log("end", trial_id, {"status": str(status), "error": self._find(trial_id).error})
 
     def finish(self) -> None:
         """The search is over: what still runs was interrupted, and everything is written. Slot time ends here."""
-        self._end = time.monotonic()
-        for trial_id in sorted(self._running, key=self._places.__getitem__):
-            self._times.lose(trial_id, self._end, TimeKind.INTERRUPTED)
-            record = self._find(trial_id)
-            assert record.started is not None  # set on its start
-            seconds = (datetime.datetime.now(datetime.UTC) - record.started).total_seconds()
-            self._running.discard(trial_id)
-            self._tell(self._change(trial_id, wall_seconds=max(record.wall_seconds, seconds)))
+        self._end = self._now()
+        self._log("finish")
+        for trial_id in self._cut_off(self._end):
+            self._tell(self._find(trial_id))
         self.write()
 
     def write(self) -> None:
         """Write what is known to ``trials.parquet`` and ``epochs.parquet``."""
         began = time.monotonic()
-        write_trials(self._folder, self._records, self._provenance, self.ledger)
+        try:
+            write_trials(self.folder, self.trials, self._provenance, self.ledger)
+        except OSError as error:  # the journal has it all
+            self._on_fault(describe_error(error))
         self._written = time.monotonic()
         self._write_seconds = self._written - began
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; a live display cannot be."""
-        return {**self.__dict__, "_observer": None}
+        """Tune pickles its callbacks, for nobody to read: an open file and a live display cannot be."""
+        return {}
 
-    def _place(self, trials: Sequence[Any]) -> None:
-        """Note the order in which trials were submitted: workers start in any order, and ties are broken by it.
+    # ---- events ----
 
-        Tune tells all trials each time, the new ones towards the end.
-        """
-        unknown: list[str] = []
-        for trial in reversed(trials):
-            if len(self._places) + len(unknown) >= len(trials):
-                break
-            if trial.trial_id not in self._places:
-                unknown.append(trial.trial_id)
-        for trial_id in reversed(unknown):
-            self._places[trial_id] = len(self._places)
+    def _log(
+        self,
+        kind: str,
+        trial_id: str | None = None,
+        about: Mapping[str, Any] = types.MappingProxyType({}),
+        metrics: EpochMetrics | None = None,
+    ) -> bool:
+        """Keep an event. False where it could not be: what is not in the journal does not count."""
+        event = {"event": kind, "at": self._now(), **({} if trial_id is None else {"trial_id": trial_id}), **about}
+        try:
+            if not self._is_broken:
+                self._journal.append(event)
+        except OSError as error:
+            self._is_broken = True
+            self._on_fault(describe_error(error))
+        if self._is_broken:
+            return False
+        self._apply(event, metrics)
+        return True
+
+    def _apply(self, event: Mapping[str, Any], metrics: EpochMetrics | None = None) -> None:
+        kind = event["event"]
+        if kind in ("session", "finish"):
+            return
+        trial_id = event["trial_id"]
+        if kind == "trial":
+            self._add(event)
+        elif kind == "start":
+            self._start(trial_id, event)
+        elif kind == "report":
+            told = event["metrics"]
+            self._report(trial_id, event, build_from(EpochMetrics, told) if told and metrics is None else metrics)
+        elif kind == "lost":
+            self._times.lose(trial_id, event["at"])
+        elif kind == "end":
+            self._running.discard(trial_id)
+            error = event["error"] or self._find(trial_id).error
+            self._record(trial_id, event["at"], status=TrialStatus(event["status"]), error=error)
+
+    def _add(self, event: Mapping[str, Any]) -> None:
+        """Note a trial in the order of submission: workers start in any order, and ties are broken by it."""
+        if event["trial_id"] in self._records:
+            return  # submitted once more, by a search that goes on
+        config = build_from(TrialConfig, event["config"])
+        self._records[event["trial_id"]] = TrialRecord(
+            trial_id=event["trial_id"],
+            trial_name=event["name"],
+            status=TrialStatus.INTERRUPTED,
+            config=config,
+            epochs=(),
+            inert=find_inert(config, self._provenance.train_images),
+            wall_seconds=0.0,
+            device="",
+            num_threads=0,
+        )
+
+    def _start(self, trial_id: str, event: Mapping[str, Any]) -> None:
+        self._times.start(trial_id, event["worker"], event["at"])
+        self._running.add(trial_id)
+        if trial_id in self._cut:  # what lies between is no time of the trial's
+            self._cut.discard(trial_id)
+            self._began[trial_id] = event["at"] - self._find(trial_id).wall_seconds
+        if trial_id not in self._began:
+            started = datetime.datetime.fromtimestamp(event["time"], datetime.UTC)
+            self._record(trial_id, event["at"], started=started)
+
+    def _report(self, trial_id: str, event: Mapping[str, Any], metrics: EpochMetrics | None) -> None:
+        epochs = self._find(trial_id).epochs
+        if metrics is not None:
+            is_last = event["status"] in (TrialStatus.COMPLETED, TrialStatus.DIVERGED)
+            epochs = place_epoch(epochs, metrics, is_last=is_last)
+        self._record(
+            trial_id,
+            event["at"],
+            epochs=epochs,
+            error=event["error"],
+            device=event["device"],
+            num_threads=event["num_threads"],
+            setup_seconds=event["setup_seconds"],
+            checkpoint_seconds=event["checkpoint_seconds"],
+            worker=self._times.report(trial_id, event["spent"], event["at"]),
+        )
+
+    def _cut_off(self, now: float | None = None) -> list[str]:
+        """Whatever runs was interrupted, by the end of the search or of its process."""
+        now = self._past if now is None else now
+        cut = [trial_id for trial_id in self._records if trial_id in self._running]
+        for trial_id in cut:
+            self._times.lose(trial_id, now, TimeKind.INTERRUPTED)
+            self._record(trial_id, now)
+        self._running.clear()
+        self._cut.update(cut)
+        return cut
+
+    def _end_trial(self, trial: Any, status: TrialStatus, error: str | None = None) -> None:
+        # Nothing reads Tune's running means of a trial that is over, and they stay for as long as the search lasts.
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
+        if self._log("end", trial.trial_id, {"status": str(status), "error": error}):
+            self._write_sometimes()
+            self._tell(self._find(trial.trial_id))
 
     def _find(self, trial_id: str) -> TrialRecord:
-        return self._records[bisect.bisect_left(self._recorded, self._places[trial_id])]
+        return self._records[trial_id]
 
-    def _change(self, trial_id: str, **changes: Any) -> TrialRecord:
-        index = bisect.bisect_left(self._recorded, self._places[trial_id])
-        self._records[index] = dataclasses.replace(self._records[index], **changes)
-        return self._records[index]
+    def _record(self, trial_id: str, now: float, **changes: Any) -> None:
+        """Change the record of a trial that has begun, now at the latest: its worker may have died before that."""
+        seconds = now - self._began.setdefault(trial_id, now)
+        self._records[trial_id] = dataclasses.replace(self._find(trial_id), wall_seconds=seconds, **changes)
 
     def _time_trial(self, record: TrialRecord) -> TrialTime:
         last, kinds = record.last, {"train": TimeKind.TRAINING, "val": TimeKind.VALIDATION, "probe": TimeKind.PROBE}
         kept = {} if last is None else {kind: getattr(last, f"{name}_seconds") for name, kind in kinds.items()}
         return TrialTime(status=record.status, spent=self._times.find_work(record.trial_id), kept=kept)
 
-    def _add(self, trial: Any) -> None:
-        place = self._places.setdefault(trial.trial_id, len(self._places))
-        index = bisect.bisect_left(self._recorded, place)
-        if self._recorded[index : index + 1] != [place]:
-            config = TrialConfig(**trial.config)
-            record = TrialRecord(
-                trial_id=trial.trial_id,
-                trial_name=str(trial),
-                status=TrialStatus.INTERRUPTED,
-                config=config,
-                epochs=(),
-                inert=find_inert(config, self._provenance.train_images),
-                started=datetime.datetime.now(datetime.UTC),
-                wall_seconds=0.0,
-                device="",
-                num_threads=0,
-            )
-            self._recorded.insert(index, place)
-            self._records.insert(index, record)
-
-    def _end_trial(self, trial: Any, **changes: Any) -> None:
-        self._add(trial)  # its worker may have died before the trial started
-        self._running.discard(trial.trial_id)
-        # Nothing reads Tune's running means of a trial that is over, and they stay for as long as the search lasts.
-        trial.run_metadata.metric_analysis.clear()
-        trial.run_metadata.metric_n_steps.clear()
-        record = self._change(trial.trial_id, **changes)
-        self._write_sometimes()
-        self._tell(record)
+    def _now(self) -> float:
+        return self._past + time.monotonic() - self._begin
 
     def _write_sometimes(self) -> None:
         if time.monotonic() - self._written >= max(WRITE_EVERY_SECONDS, PAUSE_PER_WRITE * self._write_seconds):
@@ -255,8 +354,24 @@ class TrialRecorder(tune.Callback):
 
     def _tell(self, ended: TrialRecord | None = None) -> None:
         if self._observer is not None:
-            now = dataclasses.replace(self._progress, trials=tuple(self._records), running=frozenset(self._running))
+            now = dataclasses.replace(self._progress, trials=tuple(self.trials), running=frozenset(self._running))
             try:
                 self._observer.on_progress(now, ended)
             except BrokenPipeError:  # whoever watched is gone; the search goes on
                 self._observer = None
+
+
+def place_epoch(epochs: Sequence[EpochMetrics], metrics: EpochMetrics, *, is_last: bool) -> tuple[EpochMetrics, ...]:
+    """The epochs of a trial after one more report.
+
+    A trial that was tried again reports epochs anew. Each takes the place of its first report, and those that are still
+    to come keep theirs until then: whatever was reported stands once. Past the end of the trial there are none.
+
+    Args:
+        epochs: so far, in order.
+        metrics: the report.
+        is_last: whether the trial came to its end with it.
+    """
+    before = [earlier for earlier in epochs if earlier.epoch < metrics.epoch]
+    after = [] if is_last else [earlier for earlier in epochs if earlier.epoch > metrics.epoch]
+    return (*before, metrics, *after)

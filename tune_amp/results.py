@@ -47,6 +47,8 @@ from tune_amp.parquet import (
 
 _T = TypeVar("_T")
 
+CONFIRM_FILE = "confirm.parquet"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialRecord:
@@ -259,7 +261,7 @@ def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
     path = locate(path, "best")
     row = _pick_rank(path, rank)
     with placed(path, row):
-        return _build(TrialConfig, row)
+        return build_from(TrialConfig, row)
 
 
 def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
@@ -301,7 +303,7 @@ def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
     runs = []
     for row in read_rows(path, "confirm", SCHEMAS["confirm"]):
         with placed(path, row):
-            runs.append(_build(ConfirmedRun, row | {"status": _read_status(row)}))
+            runs.append(build_from(ConfirmedRun, row | {"status": _read_status(row)}))
     return runs
 
 
@@ -333,7 +335,7 @@ def load_provenance(path: str | Path) -> Provenance:
     path = locate(path, "trials", "best", "epochs")
     origin = read_origin(path)
     with placed(path):
-        return _build(Provenance, origin)
+        return build_from(Provenance, origin)
 
 
 def load_ledger(path: str | Path) -> Ledger | None:
@@ -349,7 +351,7 @@ def load_ledger(path: str | Path) -> Ledger | None:
     if spent is None:
         return None
     with placed(path):
-        return _build(Ledger, spent)
+        return build_from(Ledger, spent)
 
 
 def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
@@ -363,21 +365,21 @@ def _read_epochs(path: Path) -> dict[str, list[EpochMetrics]]:
     epochs: dict[str, list[EpochMetrics]] = {}
     for row in read_rows(path, "epochs", SCHEMAS["epochs"]):
         with placed(path, row):
-            epochs.setdefault(row["trial_id"], []).append(_build(EpochMetrics, row))
+            epochs.setdefault(row["trial_id"], []).append(build_from(EpochMetrics, row))
     return epochs
 
 
 def _to_record(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> TrialRecord:
     """The trial of a row, with its own of ``epochs``; None: only the last epoch is known, from the row itself."""
     with placed(path, row):
-        nested = {"config": _build(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
-        return _build(TrialRecord, row | nested | {"status": _read_status(row)})
+        nested = {"config": build_from(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
+        return build_from(TrialRecord, row | nested | {"status": _read_status(row)})
 
 
 def _to_best_row(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> BestRow:
     trial = _to_record(path, row, epochs)
     with placed(path, row):
-        confirmation = None if row["confirm_seeds"] is None else _build(Confirmation, row)
+        confirmation = None if row["confirm_seeds"] is None else build_from(Confirmation, row)
     return BestRow(rank=row["rank"], trial=trial, confirmation=confirmation)
 
 
@@ -393,14 +395,14 @@ def _select_epochs(row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]]
     if last is None:
         return ()
     if epochs is None:
-        return (_build(EpochMetrics, row),)
+        return (build_from(EpochMetrics, row),)
     own = tuple(epoch for epoch in epochs.get(row["trial_id"], ()) if epoch.epoch <= last)
     if not own or own[-1].epoch != last:
         raise InputError(f"epoch: epochs.parquet must hold epoch {last} of this trial: the files are of different runs")
     return own
 
 
-def _build(source: type[_T], values: Mapping[str, Any]) -> _T:
+def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
     """A ``source`` from those of ``values`` that are its fields; lists become tuples.
 
     Raises:

@@ -5,9 +5,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.config import SAMPLERS, InputError, shown
@@ -64,6 +66,26 @@ def build_sampler(
         # Multivariate TPE (Falkner et al. 2018, arXiv:1807.01774) models a conditional space group by group;
         # ungrouped it would sample it parameter by parameter.
         return TPESampler(seed=seed, multivariate=True, group=space.is_conditional, constant_liar=True)
+
+
+def reseed(sampler: BaseSampler, seed: int, number: int) -> None:
+    """Let what a sampler draws next depend on nothing but the seed, the number of the trial and what the study holds.
+
+    Else a search that goes on in a new process would draw what it drew at its beginning, and not what it would have
+    drawn. ``BaseSampler.reseed_rng`` takes no seed. CMA-ES mixes in Optuna's number of the trial, which is another
+    where a trial was submitted again.
+
+    Args:
+        sampler: one of ``build_sampler``'s.
+        seed: of the search.
+        number: of the trial in the search.
+    """
+    drawn = int(np.random.SeedSequence((seed % 2**32, number)).generate_state(1)[0])
+    for part in vars(sampler).values():
+        if isinstance(part, LazyRandomState):
+            part.rng.seed(drawn)
+        elif isinstance(part, BaseSampler):
+            reseed(part, seed, number)
 
 
 def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:

@@ -4,33 +4,60 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
-from tune_amp.config import TrialConfig, TrialStatus, format_scale
-from tune_amp.confirm import ConfirmObserver, ConfirmResult, confirm, plan_confirmation, train_on_slots
+from tune_amp.config import InputError, TrialConfig, TrialStatus, format_scale
+from tune_amp.confirm import (
+    ConfirmObserver,
+    ConfirmResult,
+    confirm,
+    list_left,
+    plan_confirmation,
+    select_done,
+    train_on_slots,
+)
 from tune_amp.data import Dataset
+from tune_amp.halt import StopRequest, watching
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
+from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal
 from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
+from tune_amp.past import PastRun, PastTrial
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
-from tune_amp.resources import TrialResources, allocate_resources, double_share, measure_with_ray
-from tune_amp.results import Provenance, TrialRecord, list_versions, rank_trials, write_best
-from tune_amp.searcher import AmpSearch, find_cause
+from tune_amp.resources import (
+    SlotCounter,
+    TrialResources,
+    allocate_resources,
+    double_share,
+    list_nodes,
+    measure_with_ray,
+)
+from tune_amp.results import (
+    CONFIRM_FILE,
+    Provenance,
+    TrialRecord,
+    list_versions,
+    load_confirmed,
+    rank_trials,
+    write_best,
+)
+from tune_amp.searcher import AmpSearch, find_cause, mend_study
+from tune_amp.session import find_dead_process
 from tune_amp.shares import find_largest
+from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
-from tune_amp.stopping import build_scheduler
-from tune_amp.storage import prepare_storage
+from tune_amp.stopping import TrialKey, build_scheduler, replay
+from tune_amp.storage import RunStorage, prepare_storage
 from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
@@ -54,7 +81,9 @@ class SearchResult:
     """Which parameters mattered for the first objective, as written to ``importance.parquet``, or why none is told."""
     provenance: Provenance
     interrupted: bool
-    """Whether a signal ended the search before its trials did."""
+    """Whether something ended the search before its trials did: a signal, a full disk, the end of Ray."""
+    reason: str | None = None
+    """What that was."""
     ledger: Ledger
     """What the slots spent their time on, until the last trial was over."""
     wrap_up_seconds: float
@@ -80,36 +109,147 @@ def run_search(
     started: float | None = None,
     resources: TrialResources | None = None,
     warm_start: WarmStart | None = None,
+    past: PastRun | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    stop: StopRequest | None = None,
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
     Call it inside ``session.ray_session``. Trials see the training and validation split only. Unless it was
     interrupted, the best are then confirmed on fresh seeds: see ``confirm``.
 
+    Whatever ends it, another call goes on from ``reports.journal`` in ``folder``: trials that are over keep their
+    results, study and scheduler know what they knew, and those that were cut off go on from their last checkpoint.
+
     Args:
         space: what is searched.
         dataset: its test split stays here, unread. Trials record how imbalanced ``data.make_long_tail`` made it.
         options: how much is searched, and with what.
-        folder: an empty folder from ``options.run_folder``.
+        folder: an empty folder from ``options.run_folder``; that of ``past`` where there is one.
         observer: is told of everything that happens.
         command: the command line, for the record.
         storage_path: where Ray keeps checkpoints, a path or URL that all nodes can write; None for the run folder.
         started: ``time.monotonic()`` when the command began, from which slot time counts; None: it counts from now.
         resources: from ``plan_resources``; None to plan them here.
         warm_start: from ``adapt_donor``; None to start from nothing.
+        past: from ``past.open_past``: the run that goes on, with the same space, data and options.
+        arguments: the command line by ``argparse``'s names, for whoever goes on with this run.
+        stop: asks the search to end; None: a KeyboardInterrupt does.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
+        OSError: a file cannot be written, the disk is full for example; what was reported is in the journal.
     """
     check_fit(space, dataset, options)
     resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
-    storage = prepare_storage(storage_path, folder, nodes=len(_list_nodes()))
+    stop = stop or StopRequest()
+    time_left = find_time_left(options, past)
+    session = 1 + (len(past.sessions) if past else 0)
+    storage = prepare_storage(storage_path, folder, nodes=len(list_nodes()), session=session)
+    begin = time.monotonic() if started is None else started
+    with contextlib.ExitStack() as stack:
+        if past is not None:
+            provenance, journal = past.provenance, past.journal
+            mend_study(folder)
+        else:
+            provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
+            journal = stack.enter_context(_begin_run(folder, space, provenance, arguments or {}))
+        recorder = TrialRecorder(
+            folder,
+            provenance,
+            _describe_progress(folder, dataset, options),
+            observer,
+            journal=journal,
+            storage_root=storage.root,
+            slots=resources.max_concurrent,
+            begin=begin,
+            on_fault=stop.ask,
+        )
+        searcher = AmpSearch(
+            space,
+            list_shared(dataset, options),
+            train_images=len(dataset.train),
+            objectives=options.objectives,
+            seed=options.seed,
+            folder=folder,
+            study_name=folder.name,
+            sampler=options.sampler,
+            num_samples=past.num_samples if past else options.num_samples,
+            warm_start=warm_start,
+            past=past.trials if past else (),
+            on_fault=stop.ask,
+        )
+        scheduler = _build_scheduler(options, searcher, resources)
+        if past is not None:
+            recorder.replay(past.events)
+            replay(scheduler, past.events)
+        recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, command=list(command))
+        with _written_at_the_end(searcher, recorder), stop.heard():
+            for trial in past.trials if past else ():
+                _end_unheard(trial, recorder, searcher, scheduler)
+            source = TrialSource(
+                searcher,
+                count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
+                on_submit=recorder.add_trial,
+                past=past.trials if past else (),
+            )
+            tuner = tune.Tuner(
+                bind_trainable(dataset, resources, storage, past),
+                tune_config=tune.TuneConfig(
+                    num_samples=options.num_samples,
+                    search_alg=source,
+                    scheduler=scheduler,
+                    time_budget_s=time_left,
+                    reuse_actors=True,
+                    trial_name_creator=name_trial,
+                    trial_dirname_creator=name_trial,
+                ),
+                run_config=tune.RunConfig(
+                    name=storage.name,
+                    storage_path=storage.path,
+                    stop=Asked(stop),
+                    callbacks=[recorder],
+                    failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+                    verbose=0,
+                ),
+            )
+            with watching(stop, find_dead_process):
+                _fit(tuner, stop)
+    result = _conclude(recorder, space, dataset, options, provenance, stop)
+    if result.interrupted:
+        return result
+    storage.remove_checkpoints()
+    return _confirm(result, space, dataset, options, resources, observer) if options.confirm_seeds else result
+
+
+class Asked(tune.Stopper):
+    """Ends all trials once a search is asked to end."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is ended by its result."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether Tune should end."""
+        return self._stop.reason is not None
+
+
+def _begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
+    """Write down how a run begins, before anything of it happens."""
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
-    provenance = describe_run(space, dataset, options, folder.name, command, resources)
-    if warm_start is not None:
-        provenance = dataclasses.replace(provenance, warm_start=warm_start.donor.description)
-    progress = SearchProgress(
+    journal = Journal(folder / JOURNAL_FILE)
+    about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
+    journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
+    return journal
+
+
+def _describe_progress(folder: Path, dataset: Dataset, options: SearchOptions) -> SearchProgress:
+    return SearchProgress(
         run=folder.name,
         model=options.model,
         dataset=dataset.name,
@@ -118,21 +258,10 @@ def run_search(
         time_budget=options.time_budget,
         started=time.monotonic(),
     )
-    begin = progress.started if started is None else started
-    recorder = TrialRecorder(folder, provenance, progress, observer, slots=resources.max_concurrent, begin=begin)
-    searcher = AmpSearch(
-        space,
-        list_shared(dataset, options),
-        train_images=len(dataset.train),
-        objectives=options.objectives,
-        seed=options.seed,
-        folder=folder,
-        study_name=folder.name,
-        sampler=options.sampler,
-        num_samples=options.num_samples,
-        warm_start=warm_start,
-    )
-    scheduler = build_scheduler(
+
+
+def _build_scheduler(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> TrialScheduler:
+    return build_scheduler(
         options.scheduler,
         objective=options.objectives[0],
         max_epochs=options.max_epochs,
@@ -140,53 +269,59 @@ def run_search(
         reduction_factor=options.reduction_factor,
         on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources),
     )
-    tuner = tune.Tuner(
-        bind_trainable(dataset, resources),
-        tune_config=tune.TuneConfig(
-            num_samples=options.num_samples,
-            search_alg=searcher,
-            scheduler=scheduler,
-            max_concurrent_trials=resources.max_concurrent,
-            time_budget_s=options.time_budget,
-            reuse_actors=True,
-            trial_name_creator=name_trial,
-            trial_dirname_creator=name_trial,
-        ),
-        run_config=tune.RunConfig(
-            name=storage.name,
-            storage_path=storage.path,
-            callbacks=[recorder],
-            failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-            verbose=0,
-        ),
-    )
-    with _written_at_the_end(searcher, recorder), _keeping_ctrl_c():
+
+
+def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
+    """Tell everyone of a trial that had come to its end when the search was cut off, before anyone said so."""
+    if trial.unheard_end is None:
+        return
+    assert trial.last_result is not None  # it tells of its end
+    scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial.trial_id)), trial.last_result)
+    searcher.on_trial_complete(trial.trial_id, trial.last_result)
+    recorder.end_unheard(trial.trial_id, trial.unheard_end)
+    trial.status = trial.unheard_end
+
+
+def _fit(tuner: tune.Tuner, stop: StopRequest) -> None:
+    """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
+    try:
         tuner.fit()
-    storage.remove_checkpoints()
+    except Exception:
+        if stop.reason is None:
+            raise
+
+
+def _conclude(
+    recorder: TrialRecorder,
+    space: SearchSpace,
+    dataset: Dataset,
+    options: SearchOptions,
+    provenance: Provenance,
+    stop: StopRequest,
+) -> SearchResult:
+    """Rank the trials of a search that is over, and write what follows from them."""
+    begun = time.monotonic()
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
     if ranked:
-        write_best(folder, rank_trials(ranked), provenance)
+        write_best(recorder.folder, rank_trials(ranked), provenance)
     importance = measure_importance(
         space, recorder.trials, options.objectives[0], train_images=len(dataset.train), seed=options.seed
     )
     if importance.rows:
-        write_importance(folder, importance, provenance)
+        write_importance(recorder.folder, importance, provenance)
     ledger = recorder.ledger
     assert ledger is not None  # the search is over
-    result = SearchResult(
-        folder=folder,
+    return SearchResult(
+        folder=recorder.folder,
         trials=recorder.trials,
         ranked=ranked,
         importance=importance,
         provenance=provenance,
-        interrupted=was_interrupted(recorder.trials, options, time.monotonic() - progress.started),
+        interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, ledger.wall_seconds),
+        reason=stop.reason,
         ledger=ledger,
-        wrap_up_seconds=time.monotonic() - begin - ledger.wall_seconds,
+        wrap_up_seconds=time.monotonic() - begun,
     )
-    if not options.confirm_seeds or not ranked or result.interrupted:
-        return result
-    return _confirm(result, space, dataset, options, resources, observer)
 
 
 def _confirm(
@@ -197,10 +332,15 @@ def _confirm(
     resources: TrialResources,
     observer: ConfirmObserver,
 ) -> SearchResult:
+    if not result.ranked:
+        return result
     plan = plan_confirmation(result.ranked, space, dataset, options)
+    done = select_done(plan, load_confirmed(result.folder)) if (result.folder / CONFIRM_FILE).exists() else ()
+    left = list_left(plan, done)
     confirmation = confirm(
         plan,
-        train_on_slots(plan.jobs, dataset, resources),
+        train_on_slots(left, dataset, resources),
+        done=done,
         folder=result.folder,
         provenance=result.provenance,
         num_threads=resources.cpus,
@@ -254,7 +394,7 @@ def plan_resources(
         )
         measure = functools.partial(measure_with_ray, largest, dataset.train, dataset.num_classes, announce=announce)
     resources = allocate_resources(
-        _list_nodes(),
+        list_nodes(),
         gpus_per_trial=options.gpus_per_trial,
         cpus_per_trial=options.cpus_per_trial,
         max_concurrent=options.max_concurrent,
@@ -273,9 +413,15 @@ def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
     return f"; others hold part of the cluster: {now} can start now, the rest wait"
 
 
-def bind_trainable(dataset: Dataset, resources: TrialResources) -> type[AmpTrainable]:
+def bind_trainable(
+    dataset: Dataset, resources: TrialResources, storage: RunStorage, past: PastRun | None = None
+) -> type[AmpTrainable]:
     """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
-    with_data = tune.with_parameters(AmpTrainable, worker_setup=build_worker_setup(dataset, resources))
+    left = past.unfinished if past else ()
+    # All but the last have been deleted; where the search was cut off in between, the one before it is still there.
+    checkpoints = {trial.trial_id: [f"{storage.root}/{path}" for path in trial.checkpoints[:-3:-1]] for trial in left}
+    worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
+    with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
     trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
     # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
     trainable.__qualname__ = AmpTrainable.__qualname__
@@ -297,6 +443,7 @@ def describe_run(
     run: str,
     command: Sequence[str],
     resources: TrialResources,
+    warm_start: WarmStart | None = None,
 ) -> Provenance:
     """Where this run's files come from."""
     return Provenance(
@@ -315,7 +462,22 @@ def describe_run(
         seed=options.seed,
         device="cuda" if resources.gpus else "cpu",
         versions=list_versions("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy", "scikit-learn"),
+        warm_start=None if warm_start is None else warm_start.donor.description,
     )
+
+
+def find_time_left(options: SearchOptions, past: PastRun | None) -> float | None:
+    """Seconds until the time budget is used up, None where there is none.
+
+    Raises:
+        InputError: it is used up.
+    """
+    if past is None or options.time_budget is None:
+        return options.time_budget
+    if options.time_budget <= past.seconds:
+        spent = f"the {past.seconds:.0f} s that the run has taken"
+        raise InputError(f"--time-budget: must be more than {spent}, got {options.time_budget:g}")
+    return options.time_budget - past.seconds
 
 
 def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, seconds: float) -> bool:
@@ -340,11 +502,6 @@ def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial:
         trial.max_failures += 1
 
 
-def _list_nodes() -> list[dict[str, float]]:
-    """The resources of each living node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
 @contextlib.contextmanager
 def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterator[None]:
     """Whatever ends the search, no trial stays running in the study and every report is on disk."""
@@ -355,14 +512,3 @@ def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterato
             recorder.finish()
         finally:
             searcher.close()
-
-
-@contextlib.contextmanager
-def _keeping_ctrl_c() -> Iterator[None]:
-    """Tune leaves its own answer to Ctrl-C behind, which after a search would swallow the first."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)

@@ -9,11 +9,10 @@ import functools
 import importlib
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -37,15 +36,20 @@ from tune_amp.console import (
     EXIT_NO_RESULT,
     OneLineParser,
     answer_bad_input,
+    check_same_data,
+    find_run,
     ignoring_closed_pipe,
     load_announced,
     say,
 )
+from tune_amp.halt import StopRequest, stopping_on_signals
+from tune_amp.journal import JOURNAL_FILE
 from tune_amp.ledger import read_process_age
-from tune_amp.options import SearchOptions, naming_flags, run_folder
+from tune_amp.options import SearchOptions, build_options, naming_flags, run_folder
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
+    from tune_amp.past import PastRun
     from tune_amp.resources import TrialResources
     from tune_amp.search import SearchObserver, SearchResult
     from tune_amp.session import RaySession
@@ -54,7 +58,31 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the command line asks for, found to make sense."""
+
+    arguments: argparse.Namespace
+    space: "SearchSpace"
+    donor: "Donor | None" = None
+    past: "PastRun | None" = None
+    """The run that goes on, or None for a new one."""
+    notes: Sequence[str] = ()
+    """What is another than when it was begun."""
+    command: Sequence[str]
+    """The program and its arguments."""
+    begun: float
+    """``time.monotonic()`` when the command began."""
+
+    @property
+    def options(self) -> SearchOptions:
+        """How much is searched."""
+        return build_options(vars(self.arguments))
+
+
 DEFAULT_SPACE = "mnist_amp"
+DEFAULT_RESULTS_DIR = Path("results")
 
 WORKER_MODULES = ("tune_amp.trainable",)
 """What workers import as they start, with all that it imports in its turn."""
@@ -67,7 +95,7 @@ def search_command(arguments: Sequence[str] | None = None, program: str = "scrip
     # As a program, the command began with its process: what Python and the imports took counts.
     begun = time.monotonic() - (read_process_age() if arguments is None else 0.0)
     command = sys.argv[1:] if arguments is None else list(arguments)
-    return answer_bad_input(lambda: _search(_search_parser(program).parse_args(command), program, command, begun))
+    return answer_bad_input(lambda: _search(command, program, begun))
 
 
 def _search_parser(program: str) -> argparse.ArgumentParser:
@@ -85,7 +113,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
         shown = "" if settings["default"] is None else " (%(default)s)"
         parser.add_argument(name, help=text + shown, **settings)
 
-    add("space", "YAML file, or a bundled space's name", nargs="?", default=DEFAULT_SPACE, metavar="SPACE")
+    add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", metavar="SPACE")
     add("--dataset", f"{data}; auto is MNIST where it can be had, else scikit-learn's digits", default="auto")
     add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=Path, metavar="DIR")
     text = "thin the training classes to a long tail of X:1; validation and test stay as they are"
@@ -112,8 +140,10 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     )
     add("--warm-start", "begin with what an earlier run found: its folder or Parquet file", type=Path, metavar="PATH")
     add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
+    text = "go on with a run that was cut off: its folder, or its name in --results-dir; the rest is as it was begun"
+    add("--resume", text, metavar="RUN")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
-    add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
+    add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
     add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
     shown = parser.add_mutually_exclusive_group()
@@ -129,89 +159,135 @@ def _gpu_share(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"must be auto or a number, got {text!r}") from None
 
 
-def _search(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
+def _search(command: Sequence[str], program: str, begun: float) -> int:
+    parser = _search_parser(program)
+    arguments = parser.parse_args(command)
+    if arguments.resume is None:
+        return _begin(arguments, program, command, begun)
+    from tune_amp.past import open_past
+    from tune_amp.resuming import describe_changes, take_over
+    from tune_amp.space import parse_space
+
+    folder = find_run(arguments.resume, arguments.results_dir, "--resume")
+    with open_past(folder) as past:
+        arguments = take_over(parser, command, past)
+        notes = describe_changes(past, folder)
+        space = parse_space(past.provenance.space_source, past.provenance.space_text)
+        task = Task(arguments=arguments, space=space, past=past, notes=notes, command=(program, *command), begun=begun)
+        return _run(task, folder)
+
+
+def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
     from tune_amp.samplers import build_sampler
     from tune_amp.space import load_space
     from tune_amp.warm_start import load_donor
 
-    names = [field.name for field in dataclasses.fields(SearchOptions)]
-    options = SearchOptions(**{name: getattr(arguments, name) for name in names})
+    options = build_options(vars(arguments))
     with naming_flags():
         TrialConfig(imbalance=arguments.imbalance)
-    space = load_space(arguments.space)
+    name = arguments.space or DEFAULT_SPACE
+    space = load_space(name)
     # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
     donor = None
     if arguments.warm_start is not None:
         donor = load_donor(arguments.warm_start, objectives=options.objectives, top_k=options.top_k)
-    stem = Path(arguments.space).stem.lstrip(".")
+    stem = Path(name).stem.lstrip(".")
     run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
-    stdout = sys.stdout
+    with run_folder(arguments.results_dir, run) as folder:
+        return _run(
+            Task(arguments=arguments, space=space, donor=donor, command=(program, *command), begun=begun), folder
+        )
+
+
+def _run(task: Task, folder: Path) -> int:
+    """Search, print what was found, and how to go on where something ended it."""
+    arguments, stdout = task.arguments, sys.stdout
+    stop = StopRequest()
+    resume = _resume_command(task, folder)
+
+    def leave() -> None:
+        print(f"\n{stop.reason}, twice: left at once; what was reported is kept\nresume   {resume}", file=sys.stderr)  # noqa: T201
+        os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
+
     # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
-    with pure, run_folder(arguments.results_dir, run) as folder:
-        result = _search_with_ray(arguments, space, options, donor, folder, (program, *command), stdout, begun)
+    try:
+        with pure, stopping_on_signals(stop, leave):
+            result = _search_with_ray(task, folder, stop, stdout)
+    except OSError as error:  # a full disk, most often
+        return _say_cut_off(describe_error(error), folder, resume)
+    except KeyboardInterrupt:
+        return _say_cut_off(stop.reason or "interrupted", folder, resume)
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
         if arguments.json:
-            _print_json_end(stdout, result)
+            _print_json_end(stdout, result, resume)
     if result.interrupted or (result.confirmation and result.confirmation.interrupted):
-        return EXIT_INTERRUPTED
+        return _say_cut_off(result.reason or stop.reason or "interrupted", folder, resume)
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
 
-def _search_with_ray(
-    arguments: argparse.Namespace,
-    space: "SearchSpace",
-    options: SearchOptions,
-    donor: "Donor | None",
-    folder: Path,
-    command: Sequence[str],
-    stdout: IO[str],
-    begun: float,
-) -> "SearchResult":
+def _say_cut_off(reason: str, folder: Path, resume: str) -> int:
+    """Say what ended a run before its time, and how to go on with it."""
+    print(f"cut off  {reason}", file=sys.stderr)  # noqa: T201
+    if (folder / JOURNAL_FILE).exists():
+        print(f"resume   {resume}", file=sys.stderr)  # noqa: T201
+    return EXIT_INTERRUPTED
+
+
+def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
     from tune_amp.session import ray_session
 
+    arguments, space, options, past = task.arguments, task.space, task.options, task.past
     console = Console(quiet=arguments.quiet or arguments.json, highlight=False)
     theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
     # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
     # A user's own code is run in the main thread, where it may expect to be.
-    load = functools.partial(_load_checked, arguments, space, options)
+    load = functools.partial(_load_checked, task)
     find_dataset = _call(load, in_background=not theirs)
     modules = _user_modules(arguments.model)
     with ray_session(
         arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
     ) as session:
         dataset = find_dataset()
+        from tune_amp.resuming import describe_standing, remember
         from tune_amp.search import adapt_donor, plan_resources, run_search
 
         resources = plan_resources(
             options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
         )
-        warm_start = None if donor is None else adapt_donor(donor, space, dataset, options)
+        warm_start = None if task.donor is None else adapt_donor(task.donor, space, dataset, options)
         _print_start(console, space, dataset, options, session, resources)
         for line in [] if warm_start is None else warm_start.describe():
             say(console, f"warm       {line}")
+        if past is not None:
+            say(console, f"resumed    {describe_standing(past, options.num_samples)}")
+        for line in task.notes:
+            say(console, f"note       {line}", style="yellow")
         if arguments.json:
             warm = None if warm_start is None else warm_start.describe_as_json()
             _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options), warm)
-        with _signals_as_ctrl_c(), _choose_observer(arguments, console, stdout) as observer:
+        with _choose_observer(arguments, console, stdout) as observer:
             result = run_search(
                 space,
                 dataset,
                 options,
                 folder=folder,
                 observer=observer,
-                command=command,
+                command=task.command,
                 storage_path=arguments.storage_path,
-                started=begun,
+                started=task.begun,
                 resources=resources,
                 warm_start=warm_start,
+                past=past,
+                arguments=remember(arguments),
+                stop=stop,
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end
-            _print_end(console, result, _reuse_command(arguments, result.best_path, command[0]))
+            _print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
     return result
 
 
@@ -225,15 +301,17 @@ def _write_report(folder: Path) -> None:
         print(f"{REPORT_FILE} was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
-def _load_checked(arguments: argparse.Namespace, space: "SearchSpace", options: SearchOptions) -> "Dataset":
+def _load_checked(task: Task) -> "Dataset":
     """The data set, found to fit; and what the search will import, so that it need not wait for that."""
     from tune_amp.data import make_long_tail
     from tune_amp.preflight import check_fit
 
-    dataset = load_announced(arguments.dataset, arguments.data_dir)
+    dataset = load_announced(task.arguments.dataset, task.arguments.data_dir)
     with naming_flags():
-        dataset = make_long_tail(dataset, arguments.imbalance)
-    check_fit(space, dataset, options)
+        dataset = make_long_tail(dataset, task.arguments.imbalance)
+    if task.past is not None:
+        check_same_data(dataset, task.past.provenance.data_hash)
+    check_fit(task.space, dataset, task.options)
     importlib.import_module("tune_amp.search")
     return dataset
 
@@ -281,18 +359,6 @@ def _user_modules(model: str) -> tuple[ModuleType, ...]:
     if not is_function_name(model):
         return ()
     return (importlib.import_module(model.partition(":")[0].partition(".")[0]),)
-
-
-@contextlib.contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
-    """Tune ends a run cleanly on SIGINT; SIGTERM, and SIGHUP of a terminal that was closed, would drop it."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _choose_observer(
@@ -381,6 +447,16 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
     return name_reuse_command(train, best, data_dir=data_dir, model=arguments.model, dataset=arguments.dataset)
 
 
+def _resume_command(task: Task, folder: Path) -> str:
+    from tune_amp.resuming import name_resume_command
+
+    arguments, program = task.arguments, task.command[0]
+    search = ("tune-amp", "search") if program.startswith("tune-amp") else (_name_python(), sys.argv[0])
+    return name_resume_command(
+        search, folder, default_dir=DEFAULT_RESULTS_DIR, model=arguments.model, dataset=arguments.dataset
+    )
+
+
 def _name_python() -> str:
     """This interpreter as the user can type it: ``python`` where that is the one, else its path."""
     executable = Path(sys.executable)
@@ -429,7 +505,7 @@ def _print_json_start(
     JsonLines(stdout).write("start", start)
 
 
-def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
+def _print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:
     from tune_amp.monitoring import (
         JsonLines,
         describe_as_json,
@@ -445,6 +521,8 @@ def _print_json_end(stdout: IO[str], result: "SearchResult") -> None:
         "best_parquet": best,
         "importance": importance,
         "interrupted": result.interrupted,
+        "reason": result.reason,
+        "resume": resume if result.interrupted else None,
     }
     found["confirmation"] = result.confirmation and describe_confirmation_as_json(
         result.confirmation, result.provenance.objectives[0]

@@ -4,30 +4,41 @@ Ray's OptunaSearch tells every trial that ASHA stopped as complete, leaves one w
 tells a crash as a failure that the sampler forgets. Each outcome is told here for what it is.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from tune_amp.config import HOPELESS_STATUSES, InputError, TrialConfig, TrialStatus, one_line
-from tune_amp.samplers import build_sampler
+from tune_amp.config import (
+    HOPELESS_STATUSES,
+    RUNNING,
+    InputError,
+    TrialConfig,
+    TrialStatus,
+    describe_error,
+    one_line,
+)
+from tune_amp.journal import cut_torn_line
+from tune_amp.past import PastTrial
+from tune_amp.samplers import build_sampler, reseed
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
-from tune_amp.trainable import RUNNING
 from tune_amp.warm_start import OldTrial, WarmStart
 
 STUDY_FILE = "study.journal"
 STATUS_ATTRIBUTE = "status"
-OBJECTIVES_ATTRIBUTE = "objectives"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"
 OF_RUN_ATTRIBUTE = "of run"
 HOPELESS_CONSTRAINT = "hopeless"
@@ -55,7 +66,10 @@ class AmpSearch(OptunaSearch):
 
     The first trial has the settings that everybody starts from, or the nearest that the space has: no search should end
     worse than they do. Those of a warm start come next, and its old trials stand in the study from the beginning; no
-    one but the sampler sees them. In a folder that holds the study already, it goes on from there.
+    one but the sampler sees them.
+
+    A search that goes on finds its study where it left it: trials that are over stay what they are, those that were cut
+    off run on, and what the sampler draws is what it would have drawn.
 
     Args:
         space: what is searched.
@@ -66,11 +80,13 @@ class AmpSearch(OptunaSearch):
         folder: where the study is kept, in Optuna's own journal file, for ``optuna-dashboard`` to open.
         study_name: the run's name.
         sampler: one of ``SAMPLERS``.
-        num_samples: trials of the whole search.
+        num_samples: trials of the whole search as it was begun.
         warm_start: what is taken over from an earlier run, if anything is.
+        past: the trials that were submitted before the search was cut off.
+        on_fault: is told, in a line, that the study could not be written; None: the OSError is raised.
 
     Raises:
-        InputError: the sampler does not apply, or the study in the folder has other objectives.
+        InputError: the sampler does not apply, or the study in the folder is not that of the past trials.
     """
 
     def __init__(
@@ -86,17 +102,20 @@ class AmpSearch(OptunaSearch):
         sampler: str = "tpe",
         num_samples: int,
         warm_start: WarmStart | None = None,
+        past: Sequence[PastTrial] = (),
+        on_fault: Callable[[str], None] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce every study and trial
         path = folder / STUDY_FILE
-        # Continued with the same seed, a sampler would draw its first trials once more.
-        before = count_trials(path, study_name)
-        seed += before
+        if not past:  # cut off before its first trial, a study may hold half of what is enqueued below
+            path.unlink(missing_ok=True)
         built = build_sampler(sampler, space, seed=seed, objectives=objectives, num_samples=num_samples)
         self._objectives = tuple(objectives)
         self._models_values = sampler == "gp"
         self._reported_epochs: dict[str, int] = {}
         self._causes: dict[str, str] = {}
+        self._sampler_seed, self._suggested = seed, len(past)
+        self._on_fault = on_fault
         modes = [objective_mode(name) for name in objectives]
         super().__init__(
             # The standard pickle must take it: no lambda.
@@ -107,9 +126,9 @@ class AmpSearch(OptunaSearch):
             storage=open_storage(path),
             study_name=study_name,
         )
-        self._check_objectives(path)
-        self._fail_orphans()
-        if before == 0:
+        if past:
+            self._go_on(past, path)
+        else:
             defaults = space.find_defaults(train_images=train_images, max_epochs=shared["max_epochs"])
             self.study.enqueue_trial(defaults)
             if warm_start is not None:
@@ -120,26 +139,102 @@ class AmpSearch(OptunaSearch):
         """The Optuna study."""
         return cast("optuna.Study", self._ot_study)  # made by OptunaSearch, as it was given a space
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The settings of the next trial: every field of ``TrialConfig``, and nothing else."""
-        with warnings.catch_warnings():
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The settings of the next trial: every field of ``TrialConfig``, and nothing else.
+
+        None where the study cannot be written.
+        """
+        reseed(self.study.sampler, self._sampler_seed, self._suggested)
+        suggested = None
+        with self._telling_faults(), warnings.catch_warnings():
             # Ray suspects training where a suggestion takes over a second; on a busy machine GPSampler's can.
             warnings.filterwarnings("ignore", "Define-by-run function passed in the `space` argument took")
             suggested = super().suggest(trial_id)
-        assert suggested is not None  # only a searcher that limits concurrency itself suggests nothing
+        if suggested is None:
+            return None
+        self._suggested += 1
         return {field.name: suggested[field.name] for field in dataclasses.fields(TrialConfig)}
+
+    def find_number(self, trial_id: str) -> int:
+        """Optuna's number of a trial."""
+        return int(self._ot_trials[trial_id].number)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell the value of an epoch."""
         value = result.get(self._objectives[0])
         if is_finite(value) and trial_id not in self._completed_trials:
-            self._report(trial_id, value, result["epoch"])
+            with self._telling_faults():
+                self._report(trial_id, value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell how a trial ended."""
-        if trial_id in self._completed_trials:
-            return
-        self._completed_trials.add(trial_id)
+        if trial_id not in self._completed_trials:
+            with self._telling_faults():
+                self._tell(trial_id, result, error=error)
+                self._completed_trials.add(trial_id)
+
+    def note_worker_death(self, trial: Any) -> None:
+        """Remember why a trial's worker died; Tune will only say that it did, and only if it is not tried again."""
+        self._causes[trial.trial_id] = find_cause(trial)
+
+    def close(self) -> None:
+        """Tell every trial that was never told as interrupted: nothing stays running in the study."""
+        for trial_id in self._ot_trials.keys() - self._completed_trials:
+            self.on_trial_complete(trial_id)
+
+    def _go_on(self, past: Sequence[PastTrial], path: Path) -> None:
+        """Find each past trial in the study. Trials that a killed process left running would be taken for bad ones."""
+        stored = self.study.get_trials(deepcopy=False)
+        for trial in past:
+            if trial.number >= len(stored):
+                raise InputError(f"{path}: must hold trial {trial.number}, got {len(stored)}: it is of another run")
+            self._find_again(trial, stored[trial.number])
+        ours = {trial.number for trial in past}
+        for orphan in stored:
+            if orphan.state is TrialState.RUNNING and orphan.number not in ours:
+                self._give_up(orphan)
+
+    def _find_again(self, past: PastTrial, stored: optuna.trial.FrozenTrial) -> None:
+        if stored.state is TrialState.FAIL and past.status is None:
+            stored = self._submit_again(past, stored)
+        self._ot_trials[past.trial_id] = optuna.trial.Trial(self.study, stored._trial_id)  # noqa: SLF001 - Optuna's own way
+        self._reported_epochs[past.trial_id] = max(stored.intermediate_values, default=0)
+        if stored.state.is_finished():
+            self._completed_trials.add(past.trial_id)
+        elif past.status is not None:
+            self.on_trial_complete(past.trial_id, past.last_result, error=past.status is TrialStatus.FAILED)
+
+    def _submit_again(self, past: PastTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+        """A trial that was told as interrupted runs once more in the study, beside what was told."""
+        running = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=told.params,
+            distributions=told.distributions,
+            intermediate_values=told.intermediate_values,
+            user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
+        )
+        self.study.add_trial(running)
+        again: optuna.trial.FrozenTrial = self.study.get_trials(deepcopy=False)[-1]
+        past.number = again.number
+        return again
+
+    def _give_up(self, orphan: optuna.trial.FrozenTrial) -> None:
+        """A trial that nobody had heard of when the process was killed: what it was made of comes again."""
+        self.study.tell(orphan.number, state=TrialState.FAIL)
+        fixed = orphan.system_attrs.get("fixed_params")
+        if fixed:
+            self.study.enqueue_trial(fixed, user_attrs=orphan.user_attrs)
+
+    @contextlib.contextmanager
+    def _telling_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._on_fault is None:
+                raise
+            self._on_fault(describe_error(error))
+
+    def _tell(self, trial_id: str, result: dict[str, Any] | None, *, error: bool) -> None:
         trial = self._ot_trials[trial_id]
         status = find_status(result, error=error, cause=self._causes.pop(trial_id, ""))
         trial.set_user_attr(STATUS_ATTRIBUTE, str(status))
@@ -151,32 +246,6 @@ class AmpSearch(OptunaSearch):
             self._tell_result(trial_id, result, stopped=status is TrialStatus.STOPPED)
         else:
             self.study.tell(trial, state=TrialState.FAIL)
-
-    def note_worker_death(self, trial: Any) -> None:
-        """Remember why a trial's worker died; Tune will only say that it did, and only if it is not tried again."""
-        self._causes[trial.trial_id] = find_cause(trial)
-
-    def close(self) -> None:
-        """Tell every trial that was never told as interrupted: nothing stays running in the study."""
-        for trial_id in self._ot_trials.keys() - self._completed_trials:
-            self.on_trial_complete(trial_id)
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Come back from ``save``. The study is ahead of it by whatever the killed process still told or asked."""
-        super().restore(checkpoint_path)
-        trials = self.study.get_trials(deepcopy=False)
-        told = {trial.number for trial in trials if trial.state.is_finished()}
-        self._completed_trials |= {trial_id for trial_id, trial in self._ot_trials.items() if trial.number in told}
-        self._fail_orphans()
-
-    def _check_objectives(self, path: Path) -> None:
-        """Optuna continues a study in its own direction without a word, whichever is asked for."""
-        told = self.study.user_attrs.get(OBJECTIVES_ATTRIBUTE, list(self._objectives))
-        if told != list(self._objectives):
-            raise InputError(
-                f"{path}: must be a study of {', '.join(self._objectives)} to be continued, got {', '.join(told)}"
-            )
-        self.study.set_user_attr(OBJECTIVES_ATTRIBUTE, told)
 
     def _take_over(self, warm_start: WarmStart) -> None:
         """Enqueue an earlier run's winners, and add its trials with an honest end for each, as ours are told."""
@@ -206,13 +275,6 @@ class AmpSearch(OptunaSearch):
     def _select_reports(self, reports: Mapping[int, float | None]) -> dict[int, float]:
         """Optuna knows no values on the way where there are several objectives."""
         return {} if len(self._objectives) > 1 else {e: value for e, value in reports.items() if is_finite(value)}
-
-    def _fail_orphans(self) -> None:
-        """Tell trials that a killed process left running as failed: the constant liar would take them for bad ones."""
-        ours = {trial.number for trial in self._ot_trials.values()}
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number not in ours:
-                self.study.tell(trial.number, state=TrialState.FAIL)
 
     def _tell_result(self, trial_id: str, result: dict[str, Any], *, stopped: bool) -> None:
         trial = self._ot_trials[trial_id]
@@ -274,17 +336,34 @@ def is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
+class WholeLines(JournalFileBackend):
+    """Optuna's journal, in which a full disk leaves no half of a line behind: the next would be glued to it."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append, or raise OSError and leave the file as it was."""
+        size = Path(self._file_path).stat().st_size
+        try:
+            super().append_logs(logs)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._file_path, size)
+            raise
+
+
 def open_storage(path: Path) -> optuna.storages.JournalStorage:
     """The journal at ``path``, made where there is none."""
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    return optuna.storages.JournalStorage(WholeLines(str(path)))
 
 
-def count_trials(path: Path, study_name: str) -> int:
-    """Trials that a study already has; 0 where there is no such study."""
-    if not path.exists():
-        return 0
-    summaries = optuna.get_all_study_summaries(open_storage(path))
-    return sum(summary.n_trials for summary in summaries if summary.study_name == study_name)
+def mend_study(folder: Path) -> None:
+    """Make a study writable again whose process was killed: its lock, and the line that it was writing, are in the way.
+
+    Call it only where no other process can have the study open.
+    """
+    path = folder / STUDY_FILE
+    path.with_name(path.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
+    if path.exists():
+        cut_torn_line(path)
 
 
 def suggest_config(

@@ -24,6 +24,9 @@ QUIET_TUNE = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a search that is to end is asked by its stopper
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshots are for Tuner.restore; a search goes on from its own journal
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many are submitted is decided by the slots there are
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
 }
 
@@ -168,6 +171,19 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
 
     job = JobConfig(metadata={"tune_amp": run})
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def find_dead_process() -> str | None:
+    """Which process of our own Ray has died without being asked to, such as ``raylet``; None where all live.
+
+    Nothing would be told of it: without its raylet Ray waits for ever, and without its GCS it ends this process after
+    a minute. Of a cluster's processes nothing is known.
+    """
+    import ray
+
+    node: Any = ray._private.worker._global_node  # noqa: SLF001 - nothing public tells
+    vital = ("gcs_server", "raylet")
+    return next((name for name, _ in node.dead_processes() if name in vital), None) if node else None
 
 
 def _describe_session(token_path: Path | None) -> RaySession:

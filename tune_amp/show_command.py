@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tune_amp.config import InputError
-from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, say
+from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, find_run, ignoring_closed_pipe, say
 
 if TYPE_CHECKING:
     from tune_amp.outcome import Outcome
@@ -37,21 +37,12 @@ def _show(arguments: argparse.Namespace) -> int:
 
     if arguments.top_k is not None and arguments.top_k < 1:
         raise InputError(f"--top-k: must be at least 1, got {arguments.top_k}")
-    outcome = load_outcome(_find_folder(arguments.run, arguments.results_dir), arguments.top_k)
+    outcome = load_outcome(find_run(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
     console = Console(highlight=False)
     with ignoring_closed_pipe():
         _print_start(console, outcome)
         print_outcome(console, outcome, _name_reuse_command(outcome), errors=console)
     return EXIT_DONE
-
-
-def _find_folder(run: str, results_dir: Path) -> Path:
-    for place in (Path(run), results_dir / run):
-        if place.is_dir():
-            return place
-        if place.is_file():
-            return place.parent
-    raise InputError(f"RUN: must be the folder of a run, or its name in {results_dir}, got {run}")
 
 
 def _print_start(console: Console, outcome: "Outcome") -> None:

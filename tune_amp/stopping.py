@@ -1,17 +1,26 @@
 """Early stopping by epoch: Ray's own schedulers, in which a trial that diverged ranks last, and is stopped."""
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from tune_amp.config import MORE_IS_BETTER, RANKING_OBJECTIVES, SCHEDULERS, TrialStatus
+from tune_amp.config import MORE_IS_BETTER, RANKING_OBJECTIVES, RUNNING, SCHEDULERS, TrialStatus
+from tune_amp.past import result_of
 
 # Finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is infinite.
 WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "peak_memory_bytes": 1e15}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialKey:
+    """A trial as far as schedulers remember it: they look at nothing but its id."""
+
+    trial_id: str
 
 
 class DivergenceAware(FIFOScheduler):
@@ -96,7 +105,19 @@ class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
             np.random.set_state(outside)  # noqa: NPY002
 
 
-class DivergenceAwareMedian(DivergenceAware, MedianStoppingRule):
+class MedianByTrialId(MedianStoppingRule):
+    """Ray's median rule, which remembers trials by their id, not as objects: those do not outlive a process."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Continue or stop."""
+        return super().on_trial_result(tune_controller, TrialKey(trial.trial_id), result)  # type: ignore[arg-type]
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Record a trial's last value."""
+        super().on_trial_complete(tune_controller, TrialKey(trial.trial_id), result)  # type: ignore[arg-type]
+
+
+class DivergenceAwareMedian(DivergenceAware, MedianByTrialId):
     """Stops a trial whose best value is worse than the median of the others' averages (Golovin et al. 2017, Vizier).
 
     Ray's own fails with a KeyError at the next report after one without an epoch.
@@ -139,6 +160,30 @@ def build_scheduler(
         return DivergenceAwareMedian(**shared, hard_stop=True, min_time_slice=math.inf)
     brackets = count_brackets(max_epochs, grace_period, reduction_factor) if name == "hyperband" else 1
     return DivergenceAwareHyperBand(**shared, max_t=max_epochs, reduction_factor=reduction_factor, brackets=brackets)
+
+
+def replay(scheduler: TrialScheduler, events: Iterable[Mapping[str, Any]]) -> None:
+    """Let a new scheduler see what the one before it saw, in the same order: rungs and averages come back as they were.
+
+    ``Tuner.restore`` brings a scheduler back empty (ray-project/ray#30838).
+
+    Args:
+        scheduler: from ``build_scheduler``, with the same arguments.
+        events: of the run's journal.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    controller: Any = None  # no rule of ours asks it anything
+    for event in events:
+        key: Any = TrialKey(event.get("trial_id", ""))
+        last = results.get(key.trial_id, {})
+        if event["event"] == "trial":
+            scheduler.on_trial_add(controller, key)
+        elif event["event"] == "report":
+            last = results[key.trial_id] = result_of(event)
+            if last["status"] == RUNNING:  # of a report that ends the trial, Tune tells as its end alone
+                scheduler.on_trial_result(controller, key, last)
+        elif event["event"] == "end" and last.get("done"):
+            scheduler.on_trial_complete(controller, key, last)
 
 
 def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) -> int:

@@ -9,20 +9,35 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import io
 import math
 import statistics
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import ray
 import torch
+from pyarrow import fs
 from ray import tune
+from ray.train._internal.session import _TrainingResult
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error, one_line
+from tune_amp.config import (
+    OBJECTIVES,
+    RUNNING,
+    EpochMetrics,
+    InputError,
+    TrialConfig,
+    TrialStatus,
+    describe_error,
+    one_line,
+)
 from tune_amp.data import Dataset, Split
 from tune_amp.ledger import SlotClock, TimeKind, read_process_age
 from tune_amp.resources import TrialResources, cap_memory
@@ -32,9 +47,6 @@ CHECKPOINT_FILE = "trial.pt"
 
 # A worker that dies (killed, a segmentation fault, a lost node) is no fault of the settings: the trial is tried again.
 WORKER_RETRIES = 2
-
-RUNNING = "running"
-"""``status`` in the reports of a trial that goes on. Every other value is a ``TrialStatus``."""
 
 
 # A checkpoint is due after so many times the work that one costs: then checkpoints take at most 1 / 21 of a trial's
@@ -64,6 +76,10 @@ class WorkerSetup:
     """CPU threads of a trial. Sums are split among threads, so that a bit-identical replay needs the same number."""
     search_path: tuple[str, ...]
     """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
+    checkpoints: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Of trials that were cut off before, by id: where their checkpoints may be, the newest first."""
+    filesystem: fs.FileSystem = dataclasses.field(default_factory=fs.LocalFileSystem)
+    """Of these places."""
     gpu_share: float = 0.0
     """The share of a GPU with which a trial begins; 0 on the CPU. One that runs out of memory gets a larger one."""
 
@@ -80,6 +96,7 @@ class AmpTrainable(tune.Trainable):
         assert worker_setup is not None  # bound by tune.with_parameters
         self._clock = SlotClock(read_process_age())
         self._num_threads = worker_setup.num_threads
+        self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
         self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
         device = prepare_worker(worker_setup)
         self._device_name = name_device(device)
@@ -89,6 +106,7 @@ class AmpTrainable(tune.Trainable):
             self._ask_for_larger_share(error)
             raise
         self._run: TrainingRun | None = None
+        self._counted: dict[str, float] = {}  # seconds of its metrics that the clock has been told of
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
         self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         self.reset_config(config)
@@ -108,7 +126,11 @@ class AmpTrainable(tune.Trainable):
         """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, on the clock: its cost decides the next."""
         started = time.monotonic()
         with self._clock.spending(TimeKind.CHECKPOINT):
-            saved = super().save(checkpoint_dir)
+            try:
+                with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind where its copy fails
+                    saved = super().save(checkpoint_dir or folder)
+            except OSError:  # a full disk, most often: the trial is none the worse for it, as long as its worker lives
+                saved = _TrainingResult(checkpoint=None, metrics={})
         self._save_seconds.append(time.monotonic() - started)
         self._checkpoint_seconds += self._save_seconds[-1]
         self._unsaved_seconds = 0.0
@@ -125,7 +147,6 @@ class AmpTrainable(tune.Trainable):
             self._release()
         self._settings = dict(new_config)
         self._first_failure: str | None = None
-        self._started = time.time()
         self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         return True
 
@@ -153,8 +174,6 @@ class AmpTrainable(tune.Trainable):
             again = f"out of memory with {self._first_share:g} GPU, tried again with {self._share:g}"
             report["error"] = again if report["error"] is None else one_line(f"{report['error']}; {again}")
         return report | {
-            "started": self._started,
-            "wall_seconds": time.time() - self._started,
             "device": self._device_name,
             "num_threads": self._num_threads,
             "setup_seconds": self._setup_seconds,
@@ -166,16 +185,17 @@ class AmpTrainable(tune.Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has none left to save."""
         if self._run is not None:
-            torch.save(self._run.state_dict() | {"counted": self._counted}, Path(checkpoint_dir) / CHECKPOINT_FILE)
+            content = io.BytesIO()  # what torch raises for a full disk is no OSError
+            torch.save(self._run.state_dict() | {"counted": self._counted}, content)
+            (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(content.getvalue())
 
     def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
         """Continue from ``save_checkpoint``; from the beginning where it saved nothing."""
         assert checkpoint is not None
         path = Path(checkpoint) / CHECKPOINT_FILE
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self._start_run().load_state_dict(state)
-            self._counted = state["counted"]
+            with path.open("rb") as file:
+                self._continue_run(file)
 
     def _train_epoch_or_try_again(self) -> dict[str, Any]:
         """An epoch; once in a trial, a failure that need not be the settings' fault starts it anew.
@@ -193,7 +213,7 @@ class AmpTrainable(tune.Trainable):
         return self._train_epoch()
 
     def _train_epoch(self) -> dict[str, Any]:
-        run = self._run or self._start_run()
+        run = self._run or self._go_on() or self._start_run()
         metrics = self._count_epoch(run)
         if run.hopeless is not None:
             return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
@@ -214,11 +234,27 @@ class AmpTrainable(tune.Trainable):
         self._counted = {name: getattr(metrics, name) for name in EPOCH_CLOCKS}
         return metrics
 
+    def _go_on(self) -> TrainingRun | None:
+        """The run of a trial that was cut off before this search went on, from its newest checkpoint that is whole."""
+        for folder in self._checkpoints.get(self.trial_id, ()):
+            with self._clock.spending(TimeKind.CHECKPOINT):
+                content = read_checkpoint(self._filesystem, folder)
+            if content is not None:
+                return self._continue_run(content)
+        return None
+
+    def _continue_run(self, content: IO[bytes]) -> TrainingRun:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        run = self._start_run()
+        run.load_state_dict(state)
+        self._counted = dict(state["counted"])
+        return run
+
     def _start_run(self) -> TrainingRun:
         started = time.monotonic()
         config = TrialConfig(**self._settings)
         self._max_epochs = config.max_epochs
-        self._counted = dict.fromkeys(EPOCH_CLOCKS, 0.0)  # seconds of its metrics that the clock has been told of
+        self._counted = dict.fromkeys(EPOCH_CLOCKS, 0.0)
         self._unsaved_seconds = 0.0
         with self._clock.spending(TimeKind.START_UP):
             self._run = TrainingRun(config, self._data)
@@ -251,6 +287,19 @@ def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> 
     return unsaved_seconds >= WORK_PER_CHECKPOINT * cost
 
 
+def read_checkpoint(filesystem: fs.FileSystem, folder: str) -> io.BytesIO | None:
+    """A checkpoint's content; None where it is gone, or its writer was killed: then its checksums are off."""
+    try:
+        with filesystem.open_input_stream(f"{folder}/{CHECKPOINT_FILE}") as file:
+            content = io.BytesIO(file.read())
+        with zipfile.ZipFile(content) as archive:
+            whole = archive.testzip() is None
+    except (OSError, pa.ArrowException, zipfile.BadZipFile):
+        return None
+    content.seek(0)
+    return content if whole else None
+
+
 @functools.cache
 def _exempt_what_is_left() -> None:
     """Take what survives a worker's first trial, modules mostly, from the collector: torch's cost it 0.15 s a trial."""
@@ -274,9 +323,10 @@ def failure_report(error: Exception) -> dict[str, Any]:
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
 
 
-def build_worker_setup(dataset: Dataset, resources: TrialResources) -> WorkerSetup:
-    """What the workers of a search are sent."""
+def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any) -> WorkerSetup:
+    """What the workers of a search are sent; ``left`` is what is left of it from before it was cut off."""
     return WorkerSetup(
+        **left,
         train=dataset.train,
         validation=dataset.validation,
         num_classes=dataset.num_classes,

@@ -1,0 +1,92 @@
+"""Ends a search before its trials do: at Ctrl-C, at a full disk, when Ray has died. Once cleanly, twice at once."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+LOOK_SECONDS = 1.0
+GRACE_SECONDS = 20.0
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, what a scheduler of jobs sends, and what a terminal sends that is closed."""
+
+
+class StopRequest:
+    """Asks a search to end. Tune looks at it about every tenth of a second."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        """Why the search was asked to end, or None."""
+        self.is_heard = False
+        """Whether someone looks at it: Tune, while trials run."""
+
+    def ask(self, reason: str) -> None:
+        """Ask; the first reason counts."""
+        if self.reason is None:
+            self.reason = reason
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """In the ``with`` block, trials run under Tune."""
+        self.is_heard = True
+        try:
+            yield
+        finally:
+            self.is_heard = False
+
+
+@contextlib.contextmanager
+def stopping_on_signals(stop: StopRequest, leave: Callable[[], object]) -> Iterator[None]:
+    """In the ``with`` block, the first signal ends cleanly what runs, and the second at once.
+
+    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt.
+
+    Args:
+        stop: is asked.
+        leave: is called by the second signal; it should not return.
+    """
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        if stop.reason is not None:
+            leave()
+        stop.ask(signal.Signals(number).name)
+        if not stop.is_heard:
+            raise KeyboardInterrupt
+
+    before = [signal.signal(number, answer) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watching(stop: StopRequest, find_dead: Callable[[], str | None]) -> Iterator[None]:
+    """In the ``with`` block, end the search where Ray has died: Tune would wait for it for ever.
+
+    Args:
+        stop: is asked.
+        find_dead: names what has died.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_SECONDS):
+            dead = find_dead()
+            if dead is not None:
+                stop.ask(f"Ray's {dead} has died")
+                if not over.wait(GRACE_SECONDS):  # Tune itself waits for what has died
+                    os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watch-ray")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,130 @@
+"""How ``--resume`` reads a command line: what may be another than when the run was begun, and what must not."""
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_amp.config import InputError, is_function_name
+from tune_amp.options import build_options, name_flag
+from tune_amp.past import PastRun
+from tune_amp.results import list_versions
+from tune_amp.space import load_space
+
+# What all trials of a run have in common, and what its rungs were made by.
+FIXED_OPTIONS = (
+    "model",
+    "max_epochs",
+    "grace_period",
+    "reduction_factor",
+    "objective",
+    "sampler",
+    "scheduler",
+    "seed",
+)
+OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
+"""Arguments that are not remembered."""
+
+
+def remember(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that a run goes on with, as JSON can hold them."""
+    kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: PastRun) -> argparse.Namespace:
+    """The arguments of a run that goes on: those that it was begun with, but for what the command line says now.
+
+    Args:
+        parser: of the command.
+        command: its arguments, ``--resume`` among them.
+        past: the run.
+
+    Raises:
+        InputError: an argument would change what the run has in common, or names nobody's code where the run needs it.
+    """
+    given = parser.parse_args(command)
+    for name in ("name", "warm_start"):
+        if getattr(given, name) is not None:
+            raise InputError(f"{name_flag(name)}: belongs to a run's beginning, not beside --resume")
+    recorded = dict(past.arguments) | {"dataset": past.provenance.dataset}
+    if recorded.get("data_dir") is not None:
+        recorded["data_dir"] = Path(recorded["data_dir"])
+    arguments = parser.parse_args(command, argparse.Namespace(**recorded))
+    _check_space(given.space, past)
+    _check_consent(given, past)
+    _check_fixed(arguments, recorded, past)
+    return arguments
+
+
+def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: PastRun) -> None:
+    now, then = build_options(vars(arguments)), build_options(recorded)
+    changes = {name: (getattr(then, name), getattr(now, name)) for name in FIXED_OPTIONS}
+    changes |= {name: (recorded[name], getattr(arguments, name)) for name in ("dataset", "imbalance")}
+    for name, (before, wanted) in changes.items():
+        if wanted != before:
+            raise InputError(f"{name_flag(name)}: must stay {before} in a run that goes on, got {wanted}")
+    if now.num_samples < len(past.trials):
+        raise InputError(f"--num-samples: must be at least the {len(past.trials)} of the run, got {now.num_samples}")
+
+
+def _check_space(given: str | None, past: PastRun) -> None:
+    if given is not None and load_space(given).text != past.provenance.space_text:
+        source = past.provenance.space_source
+        raise InputError(f"SPACE: must stay {source} as it was in a run that goes on, got {given}, which differs")
+
+
+def _check_consent(given: argparse.Namespace, past: PastRun) -> None:
+    """A run may come from anybody: code that it names runs only where the command line names it too."""
+    for name in ("model", "dataset"):
+        named = past.provenance.dataset if name == "dataset" else past.arguments[name]
+        if is_function_name(named) and getattr(given, name) != named:
+            raise InputError(f"--resume: {name}: names your own code; to run it, add --{name} {named}")
+
+
+def describe_changes(past: PastRun, folder: Path) -> list[str]:
+    """What is another than when the run was begun, and what that means, in lines.
+
+    Raises:
+        InputError: the run's own copy of the space was edited.
+    """
+    about = past.provenance
+    copy, source = folder / "space.yaml", Path(about.space_source)
+    if copy.exists() and copy.read_text(encoding="utf-8") != about.space_text:
+        raise InputError(
+            f"{copy}: must stay as it was when the run was begun; to search another space, begin a new run"
+        )
+    lines = []
+    if source.is_file() and source.read_text(encoding="utf-8", errors="replace") != about.space_text:
+        lines.append(f"{source} has been changed since; the run goes on with the space as it was")
+    now = list_versions(*(name for name in about.versions if name != "python"))
+    changed = [f"{name} {then} then, {now[name]} now" for name, then in about.versions.items() if now[name] != then]
+    if changed:
+        lines.append(f"{', '.join(changed)}: trials from here on may differ from what they would have been")
+    return lines
+
+
+def describe_standing(past: PastRun, num_samples: int) -> str:
+    """Where a run that goes on stands, in a line."""
+    over = len(past.trials) - len(past.unfinished)
+    kept = sum(trial.last_result is not None for trial in past.unfinished)
+    cut = f", {len(past.unfinished)} were cut off ({kept} of them after a report)" if past.unfinished else ""
+    return f"{over} of {num_samples} trials are over{cut}; {past.seconds:.0f} s so far"
+
+
+def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, model: str, dataset: str) -> str:
+    """The line that goes on with a run.
+
+    Args:
+        search: the command that searches, such as ``("tune-amp", "search")``.
+        folder: of the run.
+        default_dir: where it is looked for without being told.
+        model: of the run; named where it is the user's own code, as consent to run it.
+        dataset: the same.
+    """
+    parts = [*search, "--resume", folder.name if folder.parent == default_dir else str(folder)]
+    for flag, name in (("model", model), ("dataset", dataset)):
+        if is_function_name(name):
+            parts += [f"--{flag}", name]
+    return shlex.join(parts)
