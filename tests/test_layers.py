@@ -51,6 +51,7 @@ LAYERS = (
     "samplers",
     "searcher",
     "source",
+    "time_limit",
     "storage",
     "preflight",
     "recorder",

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from tune_amp.trainable import (
     prepare_worker,
 )
 from tune_amp.training import TrainingData, TrainingRun, release_memory
+
+LOOK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,21 @@ class Attempt:
     """Workers that died of it."""
     earlier: ConfirmedRun | None = None
     """How it ended before, where it is tried again for another reason than a worker's death."""
+    begun: float = dataclasses.field(default_factory=time.monotonic)
+    """``time.monotonic()`` when it was first tried."""
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken, attempts added up."""
+        return time.monotonic() - self.begun
+
+    def give_up(self, time_limit: float) -> ConfirmedRun:
+        """The run of a job that took too long."""
+        error = f"it took longer than --trial-time-limit ({time_limit:g} s) and was ended"
+        run = ConfirmedRun(
+            trial_id=self.job.trial_ids[0], seed=self.job.config.seed, status=TrialStatus.FAILED, error=error
+        )
+        return self.conclude(run)
 
     def try_again(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
         """The next attempt, or None where ``run`` is final: a configuration gets the chances that a trial had.
@@ -317,21 +335,25 @@ class Attempt:
 
 
 def train_on_slots(
-    jobs: Sequence[ConfirmJob], dataset: Dataset, resources: TrialResources
+    jobs: Sequence[ConfirmJob], dataset: Dataset, resources: TrialResources, *, time_limit: float = math.inf
 ) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
     """Train ``jobs`` as Ray's tasks, each with what a trial had, as many at a time; gives each as it ends.
 
-    Closing it cancels what runs.
+    One that takes longer than ``time_limit`` seconds is ended as failed. Closing the generator cancels what runs.
     """
     sent = ray.put((build_worker_setup(dataset, resources), dataset.test))
-    waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
+    waiting: collections.deque[ConfirmJob | Attempt] = collections.deque(jobs)
     running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
     try:
         while waiting or running:
             while waiting and len(running) < resources.max_concurrent:
-                attempt = waiting.popleft()
+                following = waiting.popleft()
+                attempt = following if isinstance(following, Attempt) else Attempt(job=following, share=resources.gpus)
                 running[_start(attempt, resources.cpus, sent)] = attempt
-            [ended], _ = ray.wait(list(running), num_returns=1)
+            ended = _wait_for_one(running, time_limit)
+            if ended is None:
+                yield _end_latest(running, time_limit)
+                continue
             attempt = running.pop(ended)
             run, died = _fetch(ended, attempt.job)
             again = attempt.try_again(run, died=died)
@@ -342,6 +364,26 @@ def train_on_slots(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _wait_for_one(running: "Mapping[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float) -> Any:
+    """The first that has ended; None where one has taken too long before that."""
+    while True:
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+        if ended:
+            return ended[0]
+        if any(attempt.seconds > time_limit for attempt in running.values()):
+            return None
+
+
+def _end_latest(
+    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float
+) -> tuple[ConfirmJob, ConfirmedRun]:
+    """End the one that has taken the longest: it hangs."""
+    latest = max(running, key=lambda reference: running[reference].seconds)
+    attempt = running.pop(latest)
+    ray.cancel(latest, force=True)
+    return attempt.job, attempt.give_up(time_limit)
 
 
 def _start(attempt: Attempt, cpus: int, sent: Any) -> "ray.ObjectRef[ConfirmedRun]":

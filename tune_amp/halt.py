@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 LOOK_SECONDS = 1.0
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 10.0
+"""How long Tune may take to end its trials where a part of Ray has died."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, what a scheduler of jobs sends, and what a terminal sends that is closed."""
@@ -17,7 +18,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopRequest:
     """Asks a search to end. Tune looks at it about every tenth of a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:
+        self.leave = leave
+        """Ends the process at once, where nothing else can."""
         self.reason: str | None = None
         """Why the search was asked to end, or None."""
         self.is_heard = False
@@ -39,19 +42,15 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stopping_on_signals(stop: StopRequest, leave: Callable[[], object]) -> Iterator[None]:
+def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     """In the ``with`` block, the first signal ends cleanly what runs, and the second at once.
 
     Outside of Tune's loop, ending cleanly is a KeyboardInterrupt.
-
-    Args:
-        stop: is asked.
-        leave: is called by the second signal; it should not return.
     """
 
     def answer(number: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
-            leave()
+            stop.leave()
         stop.ask(signal.Signals(number).name)
         if not stop.is_heard:
             raise KeyboardInterrupt
@@ -65,12 +64,13 @@ def stopping_on_signals(stop: StopRequest, leave: Callable[[], object]) -> Itera
 
 
 @contextlib.contextmanager
-def watching(stop: StopRequest, find_dead: Callable[[], str | None]) -> Iterator[None]:
+def watching(stop: StopRequest, find_dead: Callable[[], str | None], leave: Callable[[], object]) -> Iterator[None]:
     """In the ``with`` block, end the search where Ray has died: Tune would wait for it for ever.
 
     Args:
         stop: is asked.
         find_dead: names what has died.
+        leave: is called, from another thread, where Tune itself waits for what has died and cannot be asked.
     """
     over = threading.Event()
 
@@ -79,8 +79,8 @@ def watching(stop: StopRequest, find_dead: Callable[[], str | None]) -> Iterator
             dead = find_dead()
             if dead is not None:
                 stop.ask(f"Ray's {dead} has died")
-                if not over.wait(GRACE_SECONDS):  # Tune itself waits for what has died
-                    os.kill(os.getpid(), signal.SIGINT)
+                if not over.wait(GRACE_SECONDS):
+                    leave()
                 return
 
     thread = threading.Thread(target=watch, daemon=True, name="watch-ray")

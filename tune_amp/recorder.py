@@ -20,7 +20,7 @@ from tune_amp.inert import find_inert
 from tune_amp.journal import Journal
 from tune_amp.ledger import Ledger, SlotTimes, TimeKind, TrialTime, build_ledger
 from tune_amp.results import Provenance, TrialRecord, build_from, write_trials
-from tune_amp.searcher import find_cause, find_status
+from tune_amp.searcher import find_status
 from tune_amp.trainable import metrics_of
 
 # Files are rewritten as reports come in, so that a killed search loses seconds, but not for every one of thousands.
@@ -81,6 +81,7 @@ class TrialRecorder(tune.Callback):
         storage_root: below which checkpoints lie.
         slots: places in which trials run at a time.
         begin: ``time.monotonic()`` from which their time counts.
+        explain_death: says, in a line, why a trial's worker died.
         on_fault: is told, in a line, that something could not be written: from then on nothing more is recorded.
     """
 
@@ -95,6 +96,7 @@ class TrialRecorder(tune.Callback):
         storage_root: str,
         slots: int,
         begin: float,
+        explain_death: Callable[[Any], str],
         on_fault: Callable[[str], None],
     ) -> None:
         self.folder = folder
@@ -102,7 +104,7 @@ class TrialRecorder(tune.Callback):
         self._progress = progress
         self._observer: Observer | None = observer
         self._journal, self._storage_root = journal, storage_root
-        self._on_fault = on_fault
+        self._explain_death, self._on_fault = explain_death, on_fault
         self._is_broken = False
         self._records: dict[str, TrialRecord] = {}  # in the order of submission
         self._began: dict[str, float] = {}  # on the clock of the search; nobody sees a trial that has not begun
@@ -199,7 +201,7 @@ class TrialRecorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's worker died more often than it is tried again."""
         self._log("lost", trial.trial_id)
-        cause = find_cause(trial)
+        cause = self._explain_death(trial)
         self._end_trial(trial, find_status(None, error=True, cause=cause), cause)
 
     def end_unheard(self, trial_id: str, status: TrialStatus) -> None:

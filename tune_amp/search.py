@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import TrialKey, build_scheduler, replay
 from tune_amp.storage import RunStorage, prepare_storage
+from tune_amp.time_limit import TimeLimit
 from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
@@ -155,6 +157,7 @@ def run_search(
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
             journal = stack.enter_context(_begin_run(folder, space, provenance, arguments or {}))
+        limit = TimeLimit(options.trial_time_limit, find_cause=find_cause)
         recorder = TrialRecorder(
             folder,
             provenance,
@@ -164,6 +167,7 @@ def run_search(
             storage_root=storage.root,
             slots=resources.max_concurrent,
             begin=begin,
+            explain_death=limit.explain_death,
             on_fault=stop.ask,
         )
         searcher = AmpSearch(
@@ -209,19 +213,22 @@ def run_search(
                     name=storage.name,
                     storage_path=storage.path,
                     stop=Asked(stop),
-                    callbacks=[recorder],
+                    callbacks=[limit, recorder],
                     failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
                     verbose=0,
                 ),
             )
-            with watching(stop, find_dead_process):
+            with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
                 _fit(tuner, stop)
     result = _conclude(recorder, space, dataset, options, provenance, stop)
     if result.interrupted:
         return result
     storage.remove_checkpoints()
-    return _confirm(result, space, dataset, options, resources, observer) if options.confirm_seeds else result
+    if not options.confirm_seeds:
+        return result
+    with watching(stop, find_dead_process, stop.leave):
+        return _confirm(result, space, dataset, options, resources, observer)
 
 
 class Asked(tune.Stopper):
@@ -339,7 +346,7 @@ def _confirm(
     left = list_left(plan, done)
     confirmation = confirm(
         plan,
-        train_on_slots(left, dataset, resources),
+        train_on_slots(left, dataset, resources, time_limit=options.trial_time_limit or math.inf),
         done=done,
         folder=result.folder,
         provenance=result.provenance,
@@ -500,6 +507,13 @@ def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial:
     if trial.status == Trial.ERROR and LargerShareNeeded.__name__ in find_cause(trial):
         trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
         trial.max_failures += 1
+
+
+def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
+    """End the process where Tune cannot be ended, everything written."""
+    with _written_at_the_end(searcher, recorder):
+        pass
+    stop.leave()
 
 
 @contextlib.contextmanager

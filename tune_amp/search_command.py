@@ -132,6 +132,8 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
     add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
     add("--time-budget", "interrupt trials after so long; confirmation comes on top", type=float, metavar="SECONDS")
+    text = "end a trial as failed that takes longer: it hangs (never)"
+    add("--trial-time-limit", text, type=float, metavar="SECONDS")
     add(
         "--top-k",
         "configurations in best.parquet; for several objectives it holds the Pareto set",
@@ -203,17 +205,17 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
 def _run(task: Task, folder: Path) -> int:
     """Search, print what was found, and how to go on where something ended it."""
     arguments, stdout = task.arguments, sys.stdout
-    stop = StopRequest()
     resume = _resume_command(task, folder)
 
     def leave() -> None:
-        print(f"\n{stop.reason}, twice: left at once; what was reported is kept\nresume   {resume}", file=sys.stderr)  # noqa: T201
+        _say_cut_off(f"{stop.reason}; left at once", folder, resume)
         os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
 
+    stop = StopRequest(leave)
     # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     try:
-        with pure, stopping_on_signals(stop, leave):
+        with pure, stopping_on_signals(stop):
             result = _search_with_ray(task, folder, stop, stdout)
     except OSError as error:  # a full disk, most often
         return _say_cut_off(describe_error(error), folder, resume)

@@ -5,6 +5,7 @@ Knows nothing of trials. Ray is imported inside the functions, because parts of 
 
 import contextlib
 import dataclasses
+import fcntl
 import logging
 import os
 import secrets
@@ -12,6 +13,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,12 @@ QUIET_TUNE = {
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many are submitted is decided by the slots there are
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
 }
+
+
+HOME_PREFIX = "tune_amp_"
+ALIVE_FILE = "alive"
+ABANDONED_SECONDS = 60.0
+"""A younger folder may be one whose owner has not locked it yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,11 @@ def ray_session(
 def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str]) -> Iterator[Path]:
     """Start Ray for us alone; yields the token's path."""
     # Unix sockets below this folder must stay under 107 characters, so it is short; mkdtemp makes it 0700.
-    home = Path(tempfile.mkdtemp(prefix="tune_amp_", dir=_short_temporary_folder()))
+    places = Path(_short_temporary_folder())
+    _remove_abandoned(places)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=places))
+    alive = (home / ALIVE_FILE).open("w")
+    fcntl.flock(alive, fcntl.LOCK_EX)
     token_path = home / "token"
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32))
@@ -106,7 +118,21 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: 
             yield token_path
         finally:
             ray.shutdown()
+            _print_ray_logs(True)
             shutil.rmtree(home, ignore_errors=True)
+            alive.close()
+
+
+def _remove_abandoned(places: Path) -> None:
+    """Remove what killed processes of this user left of their Ray. One that lives holds a lock in its folder."""
+    for home in places.glob(f"{HOME_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or removed by another process as we look
+            old = time.time() - home.stat().st_mtime > ABANDONED_SECONDS and home.stat().st_uid == os.getuid()
+            if not old or home.is_symlink():
+                continue
+            with (home / ALIVE_FILE).open("r+") as alive:
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(home, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -137,6 +163,7 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             yield
         finally:
             ray.shutdown()
+            _print_ray_logs(True)
 
 
 def _check_no_client(address: str) -> None:
@@ -170,7 +197,15 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
     from ray.job_config import JobConfig
 
     job = JobConfig(metadata={"tune_amp": run})
+    _print_ray_logs(False)
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _print_ray_logs(enabled: bool) -> None:
+    """Whether Ray prints pages of its own log as soon as one of its processes dies; what it means for trials we tell."""
+    import ray
+
+    ray._private.worker._worker_logs_enabled = enabled  # noqa: SLF001 - log_to_driver=False does not do it
 
 
 def find_dead_process() -> str | None:
