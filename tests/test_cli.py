@@ -11,9 +11,8 @@ from records import PROVENANCE, make_trial
 
 from tune_amp.cli import main
 from tune_amp.config import InputError, TrialConfig
-from tune_amp.options import SearchOptions
 from tune_amp.results import rank_trials, write_best, write_trials
-from tune_amp.search_command import _load_checked, search_command
+from tune_amp.search_command import Task, _load_checked, search_command
 from tune_amp.space import load_space
 from tune_amp.train_command import describe_recalls, train_command
 
@@ -102,8 +101,9 @@ def test_a_batch_larger_than_the_data_set_is_refused(capsys: pytest.CaptureFixtu
 
 def test_a_tail_that_is_too_long_for_the_data_names_the_flag() -> None:
     arguments = argparse.Namespace(dataset="digits", data_dir=None, imbalance=100.0)
+    task = Task(arguments=arguments, space=load_space("quick"), command=("scripts/search.py",), begun=0.0)
     with pytest.raises(InputError) as caught:
-        _load_checked(arguments, load_space("quick"), SearchOptions())
+        _load_checked(task)
     rule = "each class of digits must keep at least 2 training images"
     assert str(caught.value) == f"--imbalance: {rule}, got 1 of class 9 at 100:1"
 

@@ -1,10 +1,10 @@
+import contextlib
 import dataclasses
 import datetime
 import math
 import pickle
-import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,16 @@ import pytest
 from records import PROVENANCE, make_epoch
 
 from tune_amp import recorder as recorder_module
-from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal, read_journal
+from tune_amp.past import open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import TrialRecord, load_ledger, load_trials
-from tune_amp.searcher import find_status
+from tune_amp.searcher import find_cause, find_status
 from tune_amp.trainable import failure_report, progress_report
 
 CONFIG = TrialConfig(precision="fp16", lr=0.01, batch_size=256)
-STARTED = 1_800_000_000.0
 WORKER = {
-    "started": STARTED,
-    "wall_seconds": 2.5,
     "device": "NVIDIA H200",
     "num_threads": 3,
     "setup_seconds": 0.25,
@@ -46,6 +45,19 @@ class FakeTrial:
         return f"name-of-{self.trial_id}"
 
 
+class Clock:
+    """Stands for the recorder's two clocks."""
+
+    now = 1000.0
+    date = 1_800_000_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.date
+
+
 class Watcher:
     """An observer that remembers."""
 
@@ -62,21 +74,63 @@ def watcher() -> Watcher:
 
 
 @pytest.fixture
-def recorder(tmp_path: Path, watcher: Watcher) -> TrialRecorder:
-    progress = SearchProgress(
-        run="run",
-        model="simple_net",
-        dataset="digits",
-        objectives=("val_accuracy",),
-        num_samples=4,
-        time_budget=None,
-        started=time.monotonic(),
-    )
-    return TrialRecorder(tmp_path, PROVENANCE, progress, watcher, slots=2, begin=time.monotonic())
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(recorder_module, "time", clock)
+    return clock
 
 
-def start(recorder: TrialRecorder, trial: FakeTrial, submitted: Sequence[FakeTrial] = ()) -> None:
-    recorder.on_trial_start(0, list(submitted), trial)
+@pytest.fixture
+def faults() -> list[str]:
+    return []
+
+
+MakeRecorder = Callable[[], TrialRecorder]
+
+
+@pytest.fixture
+def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[str]) -> Iterator[MakeRecorder]:
+    """A recorder for each time that the search begins or goes on; the journal is that of the run."""
+    with contextlib.ExitStack() as stack:
+
+        def make() -> TrialRecorder:
+            stack.close()  # the process before is dead, and its lock is gone
+            progress = SearchProgress(
+                run="run",
+                model="simple_net",
+                dataset="digits",
+                objectives=("val_accuracy",),
+                num_samples=4,
+                time_budget=None,
+                started=clock.now,
+            )
+            return TrialRecorder(
+                tmp_path,
+                PROVENANCE,
+                progress,
+                watcher,
+                journal=stack.enter_context(Journal(tmp_path / JOURNAL_FILE)),
+                storage_root="/storage",
+                slots=2,
+                begin=clock.now,
+                explain_death=find_cause,
+                on_fault=faults.append,
+            )
+
+        yield make
+
+
+@pytest.fixture
+def recorder(make_recorder: MakeRecorder) -> TrialRecorder:
+    recorder = make_recorder()
+    recorder.open_session(slots=2)
+    return recorder
+
+
+def start(recorder: TrialRecorder, trial: FakeTrial) -> None:
+    """The trial is submitted, unless it was, and gets a worker."""
+    recorder.add_trial(trial, 0)
+    recorder.on_trial_start(0, [], trial)
 
 
 def report(recorder: TrialRecorder, trial: FakeTrial, result: dict[str, Any], **changes: Any) -> None:
@@ -111,14 +165,17 @@ def test_trial_is_recorded_from_its_start_and_interrupted_until_it_ends(recorder
     assert only(recorder).status is TrialStatus.INTERRUPTED
 
 
-def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder) -> None:
+def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder, clock: Clock) -> None:
     trial = FakeTrial("a")
+    clock.now += 30
     start(recorder, trial)
+    clock.date -= 3600  # somebody sets the clock
+    clock.now += 2.5
     for epoch in (1, 2, 3):
         report_epoch(recorder, trial, epoch)
     record = only(recorder)
     assert record.epochs == (make_epoch(1), make_epoch(2), make_epoch(3))
-    assert record.started == datetime.datetime.fromtimestamp(STARTED, datetime.UTC)
+    assert record.started == datetime.datetime.fromtimestamp(Clock.date, datetime.UTC)
     assert (record.wall_seconds, record.device, record.num_threads) == (2.5, "NVIDIA H200", 3)
     assert (record.setup_seconds, record.checkpoint_seconds, record.worker) == (0.25, 0.5, 1)
     assert record.error is None
@@ -143,15 +200,30 @@ def test_tune_is_left_with_what_it_needs_of_a_report(recorder: TrialRecorder) ->
     assert (trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) == ({}, {})
 
 
-def test_epochs_reported_anew_by_a_retried_trial_replace_the_later_ones(recorder: TrialRecorder) -> None:
+def accuracies(recorder: TrialRecorder) -> list[tuple[int, float | None]]:
+    return [(epoch.epoch, epoch.val_accuracy) for epoch in only(recorder).epochs]
+
+
+def test_epochs_reported_anew_take_the_place_of_their_first_report_and_none_vanishes(recorder: TrialRecorder) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)
     for epoch in (1, 2, 3):
         report_epoch(recorder, trial, epoch, val_accuracy=0.1)
-    start(recorder, trial)  # its worker died; epoch 2 was the last in its checkpoint
+    start(recorder, trial)  # its worker died; epoch 1 was the last in its checkpoint
     report_epoch(recorder, trial, 2, val_accuracy=0.9)
-    accuracies = [(epoch.epoch, epoch.val_accuracy) for epoch in only(recorder).epochs]
-    assert accuracies == [(1, 0.1), (2, 0.9)]
+    assert accuracies(recorder) == [(1, 0.1), (2, 0.9), (3, 0.1)]
+    report_epoch(recorder, trial, 3, val_accuracy=0.8)
+    assert accuracies(recorder) == [(1, 0.1), (2, 0.9), (3, 0.8)]
+
+
+def test_trial_that_diverges_when_tried_again_has_no_epochs_after_that(recorder: TrialRecorder) -> None:
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    for epoch in (1, 2, 3):
+        report_epoch(recorder, trial, epoch, val_accuracy=0.5)
+    start(recorder, trial)
+    report_epoch(recorder, trial, 2, "diverged", val_accuracy=0.1)
+    assert accuracies(recorder) == [(1, 0.5), (2, 0.1)]
 
 
 def test_trial_started_again_keeps_what_it_reported(recorder: TrialRecorder) -> None:
@@ -162,13 +234,16 @@ def test_trial_started_again_keeps_what_it_reported(recorder: TrialRecorder) -> 
     assert only(recorder).epochs == (make_epoch(1),)
 
 
-def test_time_of_a_trial_started_again_counts_from_its_first_start(recorder: TrialRecorder) -> None:
+def test_time_of_a_trial_started_again_counts_from_its_first_start(recorder: TrialRecorder, clock: Clock) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)
     report_epoch(recorder, trial, 1)
+    clock.now += 10
+    clock.date += 10
     start(recorder, trial)
-    report(recorder, trial, progress_report(make_epoch(2), "running"), started=STARTED + 10, wall_seconds=1.0)
-    assert only(recorder).started == datetime.datetime.fromtimestamp(STARTED, datetime.UTC)
+    clock.now += 1
+    report_epoch(recorder, trial, 2)
+    assert only(recorder).started == datetime.datetime.fromtimestamp(Clock.date, datetime.UTC)
     assert only(recorder).wall_seconds == 11.0
 
 
@@ -221,6 +296,8 @@ def test_trial_that_ends_before_it_got_a_worker_is_recorded(
     recorder: TrialRecorder, watcher: Watcher, dies: bool
 ) -> None:
     trial = FakeTrial("a")
+    recorder.add_trial(trial, 0)
+    assert recorder.trials == []
     if dies:
         recorder.on_trial_error(0, [], trial)
     else:
@@ -232,10 +309,10 @@ def test_trial_that_ends_before_it_got_a_worker_is_recorded(
 def test_trials_keep_the_order_of_their_submission_however_their_workers_start(recorder: TrialRecorder) -> None:
     """Ties in the ranking are broken by it."""
     c, a, b = trials = [FakeTrial(trial_id) for trial_id in ("c", "a", "b")]
-    start(recorder, a, trials[:2])
-    start(recorder, b, trials)
-    start(recorder, c, trials)
-    start(recorder, c, [a, b, c])  # Tune appends a trial that is tried again
+    for number, trial in enumerate(trials):
+        recorder.add_trial(trial, number)
+    for trial in (a, b, c, c):  # the last is tried again
+        start(recorder, trial)
     for trial in (b, c, a):
         report_epoch(recorder, trial, 1, "completed")
         finish(recorder, trial)
@@ -272,37 +349,13 @@ def test_progress_once_shown_does_not_change(recorder: TrialRecorder, watcher: W
     assert before.running == frozenset({"a"})
 
 
-def test_recorder_is_pickled_without_its_observer_and_goes_on(recorder: TrialRecorder, watcher: Watcher) -> None:
-    watcher.display = lambda: None  # type: ignore[attr-defined]  # as little to be pickled as a terminal
-    trial = FakeTrial("a")
-    start(recorder, trial)
-    copy = pickle.loads(pickle.dumps(recorder))
-    report_epoch(copy, trial, 1, "completed")
-    finish(copy, trial)
-    assert only(copy).status is TrialStatus.COMPLETED
-    assert len(watcher.seen) == 1  # the copy tells nobody
-    report_epoch(recorder, trial, 1)
-    assert len(watcher.seen) == 2  # the original still does
+def test_recorder_is_pickled_though_nobody_reads_it(recorder: TrialRecorder) -> None:
+    """By Tune, with all callbacks: its journal is an open file, and its observer may be a terminal."""
+    start(recorder, FakeTrial("a"))
+    assert vars(pickle.loads(pickle.dumps(recorder))) == {}
 
 
 # Files
-
-
-class Clock:
-    """Stands for the recorder's monotonic clock."""
-
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, recorder: TrialRecorder) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(recorder_module, "time", clock)
-    recorder._written = clock.now
-    return clock
 
 
 def test_files_are_written_when_a_trial_ends_but_not_more_often_than_every_few_seconds(
@@ -331,6 +384,7 @@ def test_written_files_hold_what_was_reported(recorder: TrialRecorder, tmp_path:
     done, open_trial, dead = FakeTrial("1e5"), FakeTrial("16076160"), FakeTrial("dead")
     start(recorder, done)
     start(recorder, open_trial)
+    recorder.add_trial(dead, 2)
     report_epoch(recorder, done, 1)
     report_epoch(recorder, done, 2, "diverged", train_loss=math.inf, val_loss=math.inf)
     finish(recorder, done)
@@ -348,11 +402,12 @@ def test_death_without_a_reason_says_so(recorder: TrialRecorder, tmp_path: Path)
 
 
 def test_what_still_runs_at_the_end_was_interrupted_and_is_told(
-    recorder: TrialRecorder, watcher: Watcher, tmp_path: Path
+    recorder: TrialRecorder, watcher: Watcher, tmp_path: Path, clock: Clock
 ) -> None:
     ended, running = FakeTrial("a"), FakeTrial("b")
-    start(recorder, ended, [ended, running])
-    start(recorder, running, [ended, running])
+    start(recorder, ended)
+    start(recorder, running)
+    clock.now += 1
     report_epoch(recorder, ended, 1, "completed")
     finish(recorder, ended)
     recorder.finish()
@@ -397,26 +452,197 @@ def test_ledger_is_known_when_the_search_is_over_and_written_with_it(recorder: T
     assert (ledger.slots, ledger.seconds["training"], ledger.seconds["validation"]) == (2, 0.2, 0.1)
 
 
-def test_time_of_a_trial_cut_off_at_the_end_counts_as_interrupted(recorder: TrialRecorder) -> None:
+def test_time_of_a_trial_cut_off_at_the_end_counts_as_interrupted(recorder: TrialRecorder, clock: Clock) -> None:
     start(recorder, FakeTrial("a"))
-    time.sleep(0.1)
+    clock.now += 3
     recorder.finish()
     assert recorder.ledger is not None
-    assert recorder.ledger.seconds["interrupted"] == pytest.approx(0.1, abs=0.09)
+    assert recorder.ledger.seconds["interrupted"] == 3
 
 
-def test_time_of_a_worker_that_died_counts_as_failed_though_the_trial_completes(recorder: TrialRecorder) -> None:
+def test_time_of_a_worker_that_died_counts_as_failed_though_the_trial_completes(
+    recorder: TrialRecorder, clock: Clock
+) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)
-    time.sleep(0.1)
+    clock.now += 3
     recorder.on_trial_recover(0, [], trial)
     trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
     start(recorder, trial)
     spent = {"training": 0.2}
+    clock.now += 0.5
     report(recorder, trial, progress_report(make_epoch(1, train_seconds=0.2), "completed"), spent=spent)
     finish(recorder, trial)
     recorder.finish()
     assert only(recorder).worker == 2
     assert recorder.ledger is not None
-    assert recorder.ledger.seconds["failed"] == pytest.approx(0.1, abs=0.09)
+    assert recorder.ledger.seconds["failed"] == 3
     assert recorder.ledger.seconds["training"] == 0.2
+
+
+# The journal
+
+
+def test_every_event_is_in_the_journal_before_anyone_is_told(
+    recorder: TrialRecorder, watcher: Watcher, tmp_path: Path
+) -> None:
+    class Reader:
+        def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+            seen.append(read_journal(tmp_path / JOURNAL_FILE)[-1]["event"])
+
+    seen: list[str] = []
+    recorder._observer = Reader()
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    report_epoch(recorder, trial, 1, "completed")
+    finish(recorder, trial)
+    assert seen == ["start", "report", "end"]
+    assert [event["event"] for event in read_journal(tmp_path / JOURNAL_FILE)] == ["session", "trial", *seen]
+
+
+def test_checkpoints_are_noted_by_their_place_in_the_storage(recorder: TrialRecorder, tmp_path: Path) -> None:
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    recorder.on_checkpoint(0, [], trial, types.SimpleNamespace(path="/storage/ray/a/checkpoint_000000"))
+    assert read_journal(tmp_path / JOURNAL_FILE)[-1]["path"] == "ray/a/checkpoint_000000"
+
+
+def test_what_cannot_be_written_does_not_count_and_neither_does_anything_after_it(
+    recorder: TrialRecorder, faults: list[str], tmp_path: Path, watcher: Watcher
+) -> None:
+    """A gap in the epochs of a trial would never be filled again."""
+    trial = FakeTrial("a")
+    start(recorder, trial)
+    report_epoch(recorder, trial, 1)
+    full = FullDisk(recorder._journal)
+    recorder._journal = full  # type: ignore[assignment]
+    told = len(watcher.seen)
+    report_epoch(recorder, trial, 2)
+    full.is_full = False
+    report_epoch(recorder, trial, 3)
+    assert only(recorder).epochs == (make_epoch(1),)
+    assert len(watcher.seen) == told
+    assert faults == ["OSError: [Errno 28] No space left on device"]
+
+
+class FullDisk:
+    """A journal on a disk without room."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.is_full = True
+
+    def append(self, event: dict[str, Any]) -> None:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self._journal.append(event)
+
+
+# A search that goes on
+
+
+def test_recorder_that_goes_on_knows_what_the_one_before_it_knew(
+    make_recorder: MakeRecorder, clock: Clock, tmp_path: Path
+) -> None:
+    before = make_recorder()
+    before._journal.append(BEGINNING)
+    before.open_session(slots=2)
+    done, dead, open_trial, waiting = (FakeTrial(name) for name in ("done", "dead", "open", "waiting"))
+    clock.now += 7
+    for number, trial in enumerate((done, dead, open_trial, waiting)):
+        before.add_trial(trial, number)
+    for trial in (open_trial, done, dead):
+        before.on_trial_start(0, [], trial)
+        clock.now += 1
+        report_epoch(before, trial, 1)
+    report(before, done, failure_report(ValueError("no")))
+    finish(before, done)
+    before.on_trial_error(0, [], dead)
+    clock.now += 2
+    report_epoch(before, open_trial, 2, loss_scale_values=(math.inf, 2.0), val_loss=math.nan)
+
+    after = make_recorder()
+    go_on(after, tmp_path)
+    assert repr(after.trials) == repr(before.trials)  # repr: NaN is not equal to itself
+    assert [trial.trial_id for trial in after.trials] == ["done", "dead", "open"]
+
+
+def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_between(
+    make_recorder: MakeRecorder, clock: Clock, tmp_path: Path, watcher: Watcher
+) -> None:
+    before = make_recorder()
+    before._journal.append(BEGINNING)
+    before.open_session(slots=2)
+    trial = FakeTrial("a")
+    clock.now += 7
+    start(before, trial)
+    clock.now += 3
+    report_spent(before, trial, make_epoch(1, train_seconds=3.0), {"start-up": 5.0, "training": 3.0})
+
+    clock.now += 1000
+    after = make_recorder()
+    go_on(after, tmp_path)
+    after.open_session(slots=2)
+    clock.now += 20  # Ray starts
+    trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
+    start(after, trial)
+    assert watcher.seen[-1][0].started == 2010.0 - 10.0
+    clock.now += 4
+    report_spent(after, trial, make_epoch(2, train_seconds=7.0), {"start-up": 20.0, "training": 4.0})
+    finish(after, trial)
+    after.finish()
+    assert [epoch.epoch for epoch in only(after).epochs] == [1, 2]
+    assert only(after).wall_seconds == 3 + 4
+    assert only(after).worker == 2
+    ledger = after.ledger
+    assert ledger is not None
+    assert ledger.wall_seconds == 10 + 24
+    assert ledger.seconds["training"] == 7
+    # The worker's slot and the empty one start up twice: 7 + 20 s each.
+    assert ledger.seconds["start-up"] == pytest.approx(2 * 27, abs=2.1)
+    assert sum(ledger.seconds.values()) == pytest.approx(ledger.slot_seconds)
+
+
+def test_a_search_that_was_cut_off_twice_is_told_as_one(
+    make_recorder: MakeRecorder, clock: Clock, tmp_path: Path
+) -> None:
+    trial = FakeTrial("a")
+    for epoch in (1, 2, 3):
+        trial.temporary_state.ray_actor = f"Actor(AmpTrainable, {epoch})"
+        recorder = make_recorder()
+        if epoch == 1:
+            recorder._journal.append(BEGINNING)
+        else:
+            go_on(recorder, tmp_path)
+        recorder.open_session(slots=2)
+        clock.now += 5
+        start(recorder, trial)
+        clock.now += 1
+        report_epoch(recorder, trial, epoch, "completed" if epoch == 3 else "running")
+    finish(recorder, trial)
+    recorder.finish()
+    assert [epoch.epoch for epoch in load_trials(tmp_path)[0].epochs] == [1, 2, 3]
+    assert only(recorder).wall_seconds == 3
+    assert recorder.ledger is not None
+    assert recorder.ledger.wall_seconds == 18
+    assert recorder.ledger.seconds["start-up"] == pytest.approx(2 * 15)
+
+
+def report_spent(recorder: TrialRecorder, trial: FakeTrial, metrics: EpochMetrics, spent: dict[str, float]) -> None:
+    report(recorder, trial, progress_report(metrics, "completed" if metrics.epoch == 2 else "running"), spent=spent)
+
+
+BEGINNING = {
+    "event": "run",
+    "version": JOURNAL_VERSION,
+    "arguments": {},
+    "provenance": dataclasses.asdict(PROVENANCE),
+}
+
+
+def go_on(recorder: TrialRecorder, folder: Path) -> None:
+    """Let a recorder take over what the journal of its run tells; it writes on in a journal of its own."""
+    recorder._journal.__exit__()  # which holds the lock
+    with open_past(folder) as past:
+        recorder.replay(past.events)
+    recorder._journal.__init__(folder / JOURNAL_FILE)  # type: ignore[misc]

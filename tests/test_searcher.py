@@ -1,11 +1,11 @@
 import dataclasses
 import math
 import os
-import pickle
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
-from tune_amp.searcher import STUDY_FILE, UNKNOWN_VALUES, AmpSearch, find_cause, find_status
+from tune_amp.past import PastTrial
+from tune_amp.searcher import STUDY_FILE, UNKNOWN_VALUES, AmpSearch, find_cause, find_status, mend_study
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
 
@@ -36,8 +37,10 @@ def make_search(tmp_path: Path) -> MakeSearch:
         seed: int = 0,
         name: str = "run",
         sampler: str = "tpe",
+        past: Sequence[PastTrial] = (),
+        on_fault: Callable[[str], None] | None = None,
     ) -> AmpSearch:
-        """A search in the folder ``name``, continued where there is one already."""
+        """A search in the folder ``name``, which goes on where it has a past."""
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         return AmpSearch(
@@ -50,6 +53,8 @@ def make_search(tmp_path: Path) -> MakeSearch:
             study_name=name,
             sampler=sampler,
             num_samples=32,
+            past=past,
+            on_fault=on_fault,
         )
 
     return make
@@ -450,7 +455,7 @@ def test_suggestion_is_the_same_however_often_it_is_asked_for(make_search: MakeS
 
 
 def suggest_and_tell(search: AmpSearch, numbers: range) -> list[dict[str, Any]]:
-    suggestions = []
+    suggestions: list[dict[str, Any]] = []
     for number in numbers:
         suggestions.append(search.suggest(str(number)))
         end = report(3, NAN, "diverged") if number % 4 == 0 else report(3, number / 100, "completed")
@@ -471,27 +476,6 @@ def test_same_seed_gives_the_same_suggestions_and_another_seed_others(make_searc
 # A search outlives its process
 
 
-def test_searcher_comes_back_from_the_standard_pickle_and_continues_alike(
-    make_search: MakeSearch, tmp_path: Path
-) -> None:
-    straight = suggest_and_tell(make_search(name="straight"), range(25))
-    search = make_search(name="saved")
-    before = suggest_and_tell(search, range(15))
-    search.suggest("open")
-    search.on_trial_result("open", report(1, 0.5))
-    search.save(str(tmp_path / "searcher.pkl"))
-    restored = make_search(name="other")
-    restored.restore(str(tmp_path / "searcher.pkl"))
-    restored.on_trial_result("open", report(1, 0.5))
-    restored.on_trial_complete("open", stop(2, 0.25))
-    assert stored(restored, "open").intermediate_values == {1: 0.5, 2: 0.25}
-    assert before == straight[:15]
-    after = suggest_and_tell(restored, range(100, 110))
-    assert len(after) == 10
-    assert [trial.state for trial in restored.study.trials].count(TrialState.RUNNING) == 0
-    assert pickle.loads(pickle.dumps(search)).study.study_name == "saved"
-
-
 def test_journal_is_readable_by_another_study_while_the_search_goes_on(make_search: MakeSearch, tmp_path: Path) -> None:
     search = make_search()
     finish(search, "a", 0.5, end=report(2, NAN, "diverged"))
@@ -503,66 +487,189 @@ def test_journal_is_readable_by_another_study_while_the_search_goes_on(make_sear
     assert other.direction.name == "MAXIMIZE"
 
 
-@pytest.mark.parametrize("space", ["stress", "precision"])
-def test_search_begun_again_in_its_folder_continues_with_the_same_finished_trials(
-    make_search: MakeSearch, space: str
-) -> None:
-    killed = make_search(space)
-    suggest_and_tell(killed, range(15))
-    killed.suggest("running")
-    killed.suggest("also running")
-    resumed = make_search(space)
-    straight = make_search(space, name="straight")
-    suggest_and_tell(straight, range(15))
-    assert TrialState.RUNNING not in {trial.state for trial in resumed.study.trials}
-    assert [trial.state for trial in resumed.study.trials[15:]] == [TrialState.FAIL, TrialState.FAIL]
-    assert seen_by_tpe(resumed) == seen_by_tpe(straight)
-    assert len(seen_by_tpe(resumed)) == 15
-    suggest_and_tell(resumed, range(100, 105))
-    assert len(seen_by_tpe(resumed)) == 20
+SEEN_BY_TPE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 def seen_by_tpe(search: AmpSearch) -> list[Any]:
     """All of a trial that TPE reads, of those that it reads."""
-    trials = search.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
+    trials = search.study.get_trials(states=SEEN_BY_TPE)
     return [(t.state, t.values, t.params, t.distributions, t.constraints, t.intermediate_values) for t in trials]
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_search_begun_again_does_not_repeat_its_first_trials(make_search: MakeSearch, sampler: str) -> None:
-    before = suggest_and_tell(make_search(sampler=sampler), range(6))
-    after = suggest_and_tell(make_search(sampler=sampler), range(100, 106))
-    assert {settings["lr"] for settings in before}.isdisjoint(settings["lr"] for settings in after)
+def past_trial(search: AmpSearch, trial_id: str, place: int, last: dict[str, Any], status: str | None) -> PastTrial:
+    """A trial as the journal of the killed search would tell of it."""
+    return PastTrial(
+        trial_id=trial_id,
+        place=place,
+        number=search.find_number(trial_id),
+        config=TrialConfig(),
+        status=None if status is None else TrialStatus(status),
+        last_result=last,
+    )
 
 
-def test_search_is_not_continued_with_another_objective(make_search: MakeSearch) -> None:
-    make_search("mnist_amp", "val_accuracy")
+def search_until_killed(search: AmpSearch, count: int) -> list[PastTrial]:
+    """``count`` trials one after the other, every fourth of which diverged, and the last of which is still running."""
+    past = []
+    for number in range(count):
+        trial_id = str(number)
+        search.suggest(trial_id)
+        if number == count - 1:
+            search.on_trial_result(trial_id, report(1, 0.5))
+            past.append(past_trial(search, trial_id, number + 1, report(1, 0.5), None))
+            continue
+        end = report(3, NAN, "diverged") if number % 4 == 0 else report(3, number / 100, "completed")
+        search.on_trial_complete(trial_id, end)
+        past.append(past_trial(search, trial_id, number + 1, end, end["status"]))
+    return past
+
+
+def go_on(search: AmpSearch, first: int, count: int) -> list[dict[str, Any]]:
+    """The trial that ran goes on to its end, then come others; what was suggested."""
+    search.on_trial_complete(str(first - 1), report(3, 0.75, "completed"))
+    return suggest_and_tell(search, range(first, first + count))
+
+
+SAMPLERS_THAT_GO_ON = ["tpe", "random", "nsga2"]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS_THAT_GO_ON)
+@pytest.mark.parametrize("space", ["stress", "precision"])
+def test_search_that_goes_on_suggests_what_it_would_have_suggested(
+    make_search: MakeSearch, space: str, sampler: str, interrupted: bool
+) -> None:
+    straight = make_search(space, name="straight", sampler=sampler)
+    search_until_killed(straight, 15)
+    expected = go_on(straight, 15, 6)
+
+    killed = make_search(space, sampler=sampler)
+    past = search_until_killed(killed, 15)
+    if interrupted:  # it had the time to say so
+        killed.close()
+    resumed = make_search(space, sampler=sampler, past=past)
+    assert go_on(resumed, 15, 6) == expected
+    assert seen_by_tpe(resumed) == seen_by_tpe(straight) or interrupted  # then the order of trials is another
+    states = [trial.state for trial in resumed.study.trials]
+    assert states.count(TrialState.RUNNING) == 0
+    assert states.count(TrialState.FAIL) == interrupted
+    assert stored_states(resumed, "14") == ["FAIL", "COMPLETE"][1 - interrupted :]
+
+
+def stored_states(search: AmpSearch, trial_id: str) -> list[str]:
+    return [t.state.name for t in search.study.trials if t.user_attrs.get("trial_id") == trial_id]
+
+
+def test_trial_that_runs_on_keeps_its_values_and_repeats_none(make_search: MakeSearch) -> None:
+    for name, interrupted in (("killed", False), ("interrupted", True)):
+        killed = make_search(name=name)
+        past = search_until_killed(killed, 1)
+        if interrupted:
+            killed.close()
+        resumed = make_search(name=name, past=past)
+        for epoch, accuracy in ((1, 0.6), (2, 0.7)):
+            resumed.on_trial_result("0", report(epoch, accuracy))
+        resumed.on_trial_complete("0", stop(3, 0.8))
+        told = resumed.study.trials[-1]
+        assert told.intermediate_values == {1: 0.5, 2: 0.7, 3: 0.8}
+        assert told.state is TrialState.PRUNED
+        assert told.user_attrs["status"] == "stopped"
+
+
+def test_end_that_the_study_missed_is_told_and_one_that_it_knows_is_not_told_again(make_search: MakeSearch) -> None:
+    killed = make_search()
+    for trial_id in ("missed", "known"):
+        killed.suggest(trial_id)
+    killed.on_trial_complete("known", report(3, 0.5, "completed"))
+    missed = past_trial(killed, "missed", 1, report(3, 0.25, "completed"), "completed")
+    known = past_trial(killed, "known", 2, report(2, 0.4), None)
+    resumed = make_search(past=[missed, known])
+    assert [trial.value for trial in resumed.study.trials] == [0.25, 0.5]
+    resumed.on_trial_complete("known", report(3, 0.125, "completed"))  # trained again from its last checkpoint
+    assert [trial.value for trial in resumed.study.trials] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("died", [1, 2])
+def test_defaults_and_draws_that_nobody_had_heard_of_come_again(make_search: MakeSearch, died: int) -> None:
+    """The process was killed between Optuna's note of a trial and ours."""
+    straight = make_search(name="straight")
+    expected = [straight.suggest(str(number)) for number in range(3)]
+    killed = make_search()
+    past = []
+    for number in range(died):
+        killed.suggest(str(number))
+        past.append(past_trial(killed, str(number), number + 1, report(1, 0.5), None))
+    killed.suggest("unheard")
+    resumed = make_search(past=past)
+    assert resumed.study.trials[died].state is TrialState.FAIL
+    again = [resumed.suggest(f"again-{number}") for number in range(died, 3)]
+    assert again == expected[died:]
+
+
+def test_study_that_was_cut_off_before_its_first_trial_begins_anew(make_search: MakeSearch) -> None:
+    """Else the defaults would be tried twice, or never."""
+    first = make_search().suggest("unheard")
+    again = make_search()
+    assert len(again.study.trials) == 1
+    assert again.suggest("a") == first
+    assert [trial.state for trial in again.study.trials] == [TrialState.RUNNING]
+
+
+def test_study_of_another_run_is_refused(make_search: MakeSearch) -> None:
+    past = search_until_killed(make_search(), 3)
     with pytest.raises(InputError) as caught:
-        make_search("mnist_amp", "val_loss")
-    message = str(caught.value)
-    assert message.endswith("must be a study of val_loss to be continued, got val_accuracy")
-    assert "\n" not in message
+        make_search(name="other", past=past)
+    assert str(caught.value).endswith("study.journal: must hold trial 0, got 0: it is of another run")
+
+
+def test_killed_writer_leaves_neither_its_lock_nor_half_a_line_in_the_way(
+    make_search: MakeSearch, tmp_path: Path
+) -> None:
+    """Optuna itself would wait half a minute for the lock, and glue its next line to the torn one."""
+    past = search_until_killed(make_search(), 3)
+    path = tmp_path / "run" / STUDY_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code":4,"worker')
+    path.with_name(f"{STUDY_FILE}.lock").symlink_to(path)
+    mend_study(path.parent)
+    assert path.read_bytes() == whole
+    started = time.monotonic()
+    make_search(past=past).close()
+    assert time.monotonic() - started < 20
+    assert len(make_search(past=past).study.trials) == 4
+
+
+def test_full_disk_is_told_and_leaves_the_study_readable(
+    make_search: MakeSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[str] = []
+    search = make_search(on_fault=faults.append)
+    search.suggest("a")
+    path = tmp_path / "run" / STUDY_FILE
+    whole = path.read_bytes()
+
+    def write_half(backend: Any, logs: list[dict[str, Any]]) -> None:
+        with path.open("ab") as file:
+            file.write(b'{"op_code":4,"worker')
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", write_half)
+        search.on_trial_result("a", report(1, 0.5))
+        search.on_trial_complete("a", report(3, 0.5, "completed"))
+        with pytest.raises(OSError, match="No space left"):
+            search.suggest("b")
+        search.close()
+    assert set(faults) == {"OSError: [Errno 28] No space left on device"}
+    assert path.read_bytes() == whole
+    search.close()
+    assert stored(search, "a").state is TrialState.FAIL
 
 
 def test_sampler_that_does_not_apply_is_refused_before_a_study_is_made(make_search: MakeSearch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--sampler"):
         make_search(sampler="none")
     assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_snapshot_older_than_the_study_is_brought_up_to_date(make_search: MakeSearch, tmp_path: Path) -> None:
-    killed = make_search()
-    for trial_id in ("ended later", "open"):
-        killed.suggest(trial_id)
-    killed.save(str(tmp_path / "searcher.pkl"))
-    killed.on_trial_complete("ended later", report(3, 0.5, "completed"))
-    killed.suggest("asked for later")
-    restored = make_search(name="other")
-    restored.restore(str(tmp_path / "searcher.pkl"))
-    assert [trial.state.name for trial in restored.study.trials] == ["COMPLETE", "RUNNING", "FAIL"]
-    restored.on_trial_complete("ended later", report(3, 0.25, "completed"))  # Tune trained it again
-    restored.on_trial_complete("open", report(3, 0.75, "completed"))
-    assert [trial.value for trial in restored.study.trials] == [0.5, 0.75, None]
 
 
 # What Tune may say twice, or never

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,12 +80,17 @@ def reseed(sampler: BaseSampler, seed: int, number: int) -> None:
         seed: of the search.
         number: of the trial in the search.
     """
-    drawn = int(np.random.SeedSequence((seed % 2**32, number)).generate_state(1)[0])
+    seeds = np.random.SeedSequence((seed % 2**32, number))
+    for generator in _list_generators(sampler):
+        generator.rng.seed(int(seeds.spawn(1)[0].generate_state(1)[0]))
+
+
+def _list_generators(sampler: BaseSampler) -> Iterator[LazyRandomState]:
     for part in vars(sampler).values():
         if isinstance(part, LazyRandomState):
-            part.rng.seed(drawn)
+            yield part
         elif isinstance(part, BaseSampler):
-            reseed(part, seed, number)
+            yield from _list_generators(part)
 
 
 def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:

@@ -196,6 +196,7 @@ def run_search(
                 searcher,
                 count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
                 on_submit=recorder.add_trial,
+                on_fault=stop.ask,
                 past=past.trials if past else (),
             )
             tuner = tune.Tuner(

@@ -139,19 +139,18 @@ class AmpSearch(OptunaSearch):
         """The Optuna study."""
         return cast("optuna.Study", self._ot_study)  # made by OptunaSearch, as it was given a space
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any]:
         """The settings of the next trial: every field of ``TrialConfig``, and nothing else.
 
-        None where the study cannot be written.
+        Raises:
+            OSError: the study cannot be written.
         """
         reseed(self.study.sampler, self._sampler_seed, self._suggested)
-        suggested = None
-        with self._telling_faults(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # Ray suspects training where a suggestion takes over a second; on a busy machine GPSampler's can.
             warnings.filterwarnings("ignore", "Define-by-run function passed in the `space` argument took")
             suggested = super().suggest(trial_id)
-        if suggested is None:
-            return None
+        assert suggested is not None  # only a searcher that limits concurrency itself suggests nothing
         self._suggested += 1
         return {field.name: suggested[field.name] for field in dataclasses.fields(TrialConfig)}
 
@@ -211,6 +210,7 @@ class AmpSearch(OptunaSearch):
             params=told.params,
             distributions=told.distributions,
             intermediate_values=told.intermediate_values,
+            system_attrs=told.system_attrs,  # NSGA-II keeps a trial's generation there
             user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)

@@ -202,7 +202,7 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
 
 
 def _print_ray_logs(enabled: bool) -> None:
-    """Whether Ray prints pages of its own log as soon as one of its processes dies; what it means for trials we tell."""
+    """Whether Ray prints pages of its own log where one of its processes dies; what it means for trials we tell."""
     import ray
 
     ray._private.worker._worker_logs_enabled = enabled  # noqa: SLF001 - log_to_driver=False does not do it

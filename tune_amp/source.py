@@ -9,6 +9,7 @@ from ray.tune.experiment.config_parser import _create_trial_from_spec
 from ray.tune.search import SearchGenerator
 from ray.tune.search.variant_generator import format_vars
 
+from tune_amp.config import describe_error
 from tune_amp.past import PastTrial
 from tune_amp.searcher import AmpSearch
 
@@ -23,6 +24,7 @@ class TrialSource(SearchGenerator):
         searcher: suggests.
         count_slots: says how many trials may run now.
         on_submit: is told of each trial, and of its Optuna number.
+        on_fault: is told, in a line, that there will be no more, because the study cannot be written.
         past: trials that were submitted before the search was cut off; those that are over are counted only.
     """
 
@@ -32,11 +34,12 @@ class TrialSource(SearchGenerator):
         *,
         count_slots: Callable[[], int],
         on_submit: Callable[[Trial, int], None],
+        on_fault: Callable[[str], None],
         past: Sequence[PastTrial] = (),
     ) -> None:
         super().__init__(searcher)
         self._suggest, self._find_number = searcher.suggest, searcher.find_number
-        self._count_slots, self._on_submit = count_slots, on_submit
+        self._count_slots, self._on_submit, self._on_fault = count_slots, on_submit, on_fault
         self._left_over = [trial for trial in past if trial.status is None]
         self._counter = len(past) - len(self._left_over)
         self._submitted = len(past)
@@ -51,8 +54,10 @@ class TrialSource(SearchGenerator):
             past = self._left_over.pop(0)
             return self._submit(experiment_spec, past.trial_id, past.place, vars(past.config).copy())
         trial_id = Trial.generate_id()
-        settings = self._suggest(trial_id)
-        if settings is None:
+        try:
+            settings = self._suggest(trial_id)
+        except OSError as error:
+            self._on_fault(describe_error(error))
             self._finished = True
             return None
         self._submitted += 1

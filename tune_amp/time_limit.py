@@ -1,0 +1,68 @@
+"""Ends a trial that hangs: kills its worker where it takes longer than a trial may."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import tune
+
+LOOK_SECONDS = 0.5
+
+
+class TimeLimit(tune.Callback):
+    """Kills the worker of a trial that has taken too long, and sees to it that the trial is not tried again.
+
+    A worker that hangs in a system call or an endless kernel reports nothing and cannot be asked to end.
+
+    Args:
+        seconds: what a trial may take from its first start in this process, attempts added up; None for any time.
+        find_cause: says why a worker died that was not killed here.
+        kill: ends a worker.
+        clock: tells seconds.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None,
+        *,
+        find_cause: Callable[[Any], str],
+        kill: Callable[[Any], object] = ray.kill,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds = seconds
+        self._find_cause, self._kill, self._clock = find_cause, kill, clock
+        self._started: dict[str, float] = {}
+        self._running: dict[str, Any] = {}
+        self._killed: set[str] = set()
+        self._looked = -LOOK_SECONDS
+
+    def explain_death(self, trial: Any) -> str:
+        """Why a trial's worker died, in a line."""
+        if trial.trial_id in self._killed:
+            return f"it took longer than --trial-time-limit ({self._seconds:g} s) and was ended"
+        return self._find_cause(trial)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial got its worker, perhaps not for the first time."""
+        self._started.setdefault(trial.trial_id, self._clock())
+        self._running[trial.trial_id] = trial
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial is over."""
+        self._running.pop(trial.trial_id, None)
+
+    on_trial_error = on_trial_complete
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look after every round of Tune's, several a second."""
+        now = self._clock()
+        if self._seconds is None or now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        for trial_id, trial in self._running.items():
+            worker = trial.temporary_state.ray_actor
+            if worker is not None and trial_id not in self._killed and now - self._started[trial_id] > self._seconds:
+                self._killed.add(trial_id)
+                trial.max_failures = 0
+                self._kill(worker)
