@@ -50,6 +50,7 @@ LAYERS = (
     "storage",
     "preflight",
     "recorder",
+    "trackers",
     "confirm",
     "monitoring",
     "outcome",
@@ -112,6 +113,7 @@ THIRD_PARTY = {
     "training": {"numpy", "torch"},
     "models": {"torch"},
     "compare": {"pyarrow", "torch"},
+    "trackers": {"mlflow", "ray", "tensorboardX", "wandb"},
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
 }

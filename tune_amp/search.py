@@ -80,6 +80,7 @@ def run_search(
     started: float | None = None,
     resources: TrialResources | None = None,
     warm_start: WarmStart | None = None,
+    trackers: Sequence[tune.Callback] = (),
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
@@ -97,6 +98,7 @@ def run_search(
         started: ``time.monotonic()`` when the command began, from which slot time counts; None: it counts from now.
         resources: from ``plan_resources``; None to plan them here.
         warm_start: from ``adapt_donor``; None to start from nothing.
+        trackers: from ``trackers.build_trackers``.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
@@ -155,7 +157,7 @@ def run_search(
         run_config=tune.RunConfig(
             name=storage.name,
             storage_path=storage.path,
-            callbacks=[recorder],
+            callbacks=[*trackers, recorder],  # the recorder cuts each report down to what Tune needs
             failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
             verbose=0,

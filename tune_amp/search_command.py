@@ -42,7 +42,7 @@ from tune_amp.console import (
     say,
 )
 from tune_amp.ledger import read_process_age
-from tune_amp.options import SearchOptions, naming_flags, run_folder
+from tune_amp.options import TRACKERS, SearchOptions, check_trackers, naming_flags, run_folder
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -82,7 +82,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     def add(name: str, text: str, **settings: Any) -> None:
         field = name.removeprefix("--").replace("-", "_")
         settings.setdefault("default", getattr(default, field, None))
-        shown = "" if settings["default"] is None else " (%(default)s)"
+        shown = "" if settings["default"] in (None, []) else " (%(default)s)"
         parser.add_argument(name, help=text + shown, **settings)
 
     add("space", "YAML file, or a bundled space's name", nargs="?", default=DEFAULT_SPACE, metavar="SPACE")
@@ -114,6 +114,8 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=Path("results"), metavar="DIR")
+    text = f"tell {', '.join(TRACKERS)}, or several joined by commas; kept in the run folder"
+    add("--tracker", text, action="append", default=[], metavar="NAME")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
     add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
     shown = parser.add_mutually_exclusive_group()
@@ -138,6 +140,7 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str],
     options = SearchOptions(**{name: getattr(arguments, name) for name in names})
     with naming_flags():
         TrialConfig(imbalance=arguments.imbalance)
+    arguments.tracker = check_trackers(arguments.tracker)
     space = load_space(arguments.space)
     # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
@@ -185,6 +188,7 @@ def _search_with_ray(
     ) as session:
         dataset = find_dataset()
         from tune_amp.search import adapt_donor, plan_resources, run_search
+        from tune_amp.trackers import build_trackers, describe_tracker
 
         resources = plan_resources(
             options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
@@ -193,6 +197,8 @@ def _search_with_ray(
         _print_start(console, space, dataset, options, session, resources)
         for line in [] if warm_start is None else warm_start.describe():
             say(console, f"warm       {line}")
+        for name in arguments.tracker:
+            say(console, f"tracker    {describe_tracker(name, folder)}")
         if arguments.json:
             warm = None if warm_start is None else warm_start.describe_as_json()
             _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options), warm)
@@ -208,6 +214,7 @@ def _search_with_ray(
                 started=begun,
                 resources=resources,
                 warm_start=warm_start,
+                trackers=build_trackers(arguments.tracker, folder),
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end

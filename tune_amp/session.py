@@ -25,6 +25,10 @@ QUIET_TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
+    # Tune imports MLflow and Weights & Biases wherever they are installed, and both would tell their makers.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 
@@ -93,6 +97,8 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: 
         "RAY_preload_python_modules": ",".join(preload) or None,
         # Ray would start as many workers as there are CPUs, and Tune's actors then others, all importing at once.
         "RAY_prestart_worker_first_driver": "0",
+        # Ray would tell its makers of every run that is longer than a minute.
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
     }
     with _ray_environment(secured):
         import ray
