@@ -32,9 +32,6 @@ from tune_amp.space import load_space
 from tune_amp.trackers import Tracker, build_trackers, describe_tracker, find_mlflow_store, select_values
 from tune_amp.trainable import failure_report, progress_report
 
-# MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = TrialConfig(precision="fp16", lr=0.01, batch_size=256)
 SPACE = """
