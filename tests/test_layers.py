@@ -55,6 +55,7 @@ LAYERS = (
     "storage",
     "preflight",
     "recorder",
+    "trackers",
     "confirm",
     "monitoring",
     "outcome",
@@ -122,6 +123,7 @@ THIRD_PARTY = {
     "training": {"numpy", "torch"},
     "models": {"torch"},
     "compare": {"pyarrow", "torch"},
+    "trackers": {"mlflow", "ray", "tensorboardX", "wandb"},
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
 }

@@ -618,7 +618,7 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
         clock.now += 5
         start(recorder, trial)
         clock.now += 1
-        report_epoch(recorder, trial, epoch, "completed" if epoch == 3 else "running")
+        report_spent(recorder, trial, make_epoch(epoch, train_seconds=float(epoch)), {"training": 1.0}, last=3)
     finish(recorder, trial)
     recorder.finish()
     assert [epoch.epoch for epoch in load_trials(tmp_path)[0].epochs] == [1, 2, 3]
@@ -628,8 +628,10 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
     assert recorder.ledger.seconds["start-up"] == pytest.approx(2 * 15)
 
 
-def report_spent(recorder: TrialRecorder, trial: FakeTrial, metrics: EpochMetrics, spent: dict[str, float]) -> None:
-    report(recorder, trial, progress_report(metrics, "completed" if metrics.epoch == 2 else "running"), spent=spent)
+def report_spent(
+    recorder: TrialRecorder, trial: FakeTrial, metrics: EpochMetrics, spent: dict[str, float], last: int = 2
+) -> None:
+    report(recorder, trial, progress_report(metrics, "completed" if metrics.epoch == last else "running"), spent=spent)
 
 
 BEGINNING = {

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import importlib.util
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ MOST_OBJECTIVES = 3
 
 COMPLETED_ONLY = ("gp", "nsga2")
 """Samplers of Optuna's that learn nothing from a trial that was stopped early."""
+
+TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
+)
+"""What can be told of a search, and the modules that it takes. The extra to install has the tracker's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +126,21 @@ def build_options(arguments: Mapping[str, Any]) -> SearchOptions:
 def name_flag(field: str) -> str:
     """The flag that sets a field: ``max_epochs`` -> ``--max-epochs``."""
     return f"--{field.replace('_', '-')}"
+
+
+def check_trackers(texts: Sequence[str]) -> list[str]:
+    """The names of ``--tracker``, which may be given several times and hold several joined by commas; none twice.
+
+    Raises:
+        InputError: a name is not known, or what it takes is not installed.
+    """
+    names = list(dict.fromkeys(name.strip() for text in texts for name in text.split(",")))
+    for name in names:
+        rule = f"must be one of {', '.join(TRACKERS)}, or several joined by commas"
+        _check_flag("--tracker", name, name in TRACKERS, rule)
+        if any(importlib.util.find_spec(module) is None for module in TRACKERS[name]):
+            raise InputError(f"--tracker: {name} is not installed: pip install 'tune_amp[{name}]'")
+    return names
 
 
 @contextlib.contextmanager

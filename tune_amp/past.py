@@ -67,6 +67,12 @@ class PastRun:
         return float(self.events[-1]["at"]) if self.events else 0.0
 
     @property
+    def reported(self) -> dict[str, int]:
+        """Of trials that go on, the last epoch that they reported."""
+        epochs = {trial.trial_id: (trial.last_result or {}).get("epoch", 0) for trial in self.unfinished}
+        return {trial_id: epoch for trial_id, epoch in epochs.items() if epoch}
+
+    @property
     def unfinished(self) -> list[PastTrial]:
         """Trials that go on."""
         return [trial for trial in self.trials if trial.status is None and trial.unheard_end is None]

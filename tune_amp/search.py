@@ -114,6 +114,7 @@ def run_search(
     past: PastRun | None = None,
     arguments: Mapping[str, Any] | None = None,
     stop: StopRequest | None = None,
+    trackers: Sequence[tune.Callback] = (),
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
@@ -137,6 +138,7 @@ def run_search(
         past: from ``past.open_past``: the run that goes on, with the same space, data and options.
         arguments: the command line by ``argparse``'s names, for whoever goes on with this run.
         stop: asks the search to end; None: a KeyboardInterrupt does.
+        trackers: from ``trackers.build_trackers``.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
@@ -214,7 +216,7 @@ def run_search(
                     name=storage.name,
                     storage_path=storage.path,
                     stop=Asked(stop),
-                    callbacks=[limit, recorder],
+                    callbacks=[limit, *trackers, recorder],  # the recorder cuts each report down to what Tune needs
                     failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
                     verbose=0,

@@ -45,7 +45,7 @@ from tune_amp.console import (
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.journal import JOURNAL_FILE
 from tune_amp.ledger import read_process_age
-from tune_amp.options import SearchOptions, build_options, naming_flags, run_folder
+from tune_amp.options import TRACKERS, SearchOptions, build_options, check_trackers, naming_flags, run_folder
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -110,7 +110,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     def add(name: str, text: str, **settings: Any) -> None:
         field = name.removeprefix("--").replace("-", "_")
         settings.setdefault("default", getattr(default, field, None))
-        shown = "" if settings["default"] is None else " (%(default)s)"
+        shown = "" if settings["default"] in (None, []) else " (%(default)s)"
         parser.add_argument(name, help=text + shown, **settings)
 
     add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", metavar="SPACE")
@@ -146,6 +146,8 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--resume", text, metavar="RUN")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
+    text = f"tell {', '.join(TRACKERS)}, or several joined by commas; kept in the run folder"
+    add("--tracker", text, action="append", default=[], metavar="NAME")
     add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
     add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
     shown = parser.add_mutually_exclusive_group()
@@ -173,6 +175,7 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     folder = find_run(arguments.resume, arguments.results_dir, "--resume")
     with open_past(folder) as past:
         arguments = take_over(parser, command, past)
+        arguments.tracker = check_trackers(arguments.tracker)
         notes = describe_changes(past, folder)
         space = parse_space(past.provenance.space_source, past.provenance.space_text)
         task = Task(arguments=arguments, space=space, past=past, notes=notes, command=(program, *command), begun=begun)
@@ -187,6 +190,7 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     options = build_options(vars(arguments))
     with naming_flags():
         TrialConfig(imbalance=arguments.imbalance)
+    arguments.tracker = check_trackers(arguments.tracker)
     name = arguments.space or DEFAULT_SPACE
     space = load_space(name)
     # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
@@ -256,6 +260,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         dataset = find_dataset()
         from tune_amp.resuming import describe_standing, remember
         from tune_amp.search import adapt_donor, plan_resources, run_search
+        from tune_amp.trackers import build_trackers, describe_tracker
 
         resources = plan_resources(
             options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
@@ -268,6 +273,8 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
             say(console, f"resumed    {describe_standing(past, options.num_samples)}")
         for line in task.notes:
             say(console, f"note       {line}", style="yellow")
+        for name in arguments.tracker:
+            say(console, f"tracker    {describe_tracker(name, folder)}")
         if arguments.json:
             warm = None if warm_start is None else warm_start.describe_as_json()
             _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options), warm)
@@ -286,6 +293,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 past=past,
                 arguments=remember(arguments),
                 stop=stop,
+                trackers=build_trackers(arguments.tracker, folder, past=past.reported if past else {}),
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end

@@ -30,6 +30,10 @@ QUIET_TUNE = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshots are for Tuner.restore; a search goes on from its own journal
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many are submitted is decided by the slots there are
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
+    # Tune imports MLflow and Weights & Biases wherever they are installed, and both would tell their makers.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 
@@ -108,6 +112,8 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: 
         "RAY_preload_python_modules": ",".join(preload) or None,
         # Ray would start as many workers as there are CPUs, and Tune's actors then others, all importing at once.
         "RAY_prestart_worker_first_driver": "0",
+        # Ray would tell its makers of every run that is longer than a minute.
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
     }
     with _ray_environment(secured):
         import ray
