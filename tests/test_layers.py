@@ -51,6 +51,7 @@ LAYERS = (
     "preflight",
     "recorder",
     "confirm",
+    "gauges",
     "monitoring",
     "outcome",
     "report_style",
@@ -70,6 +71,7 @@ LAYERS = (
     "train_command",
     "show_command",
     "compare_command",
+    "grafana_command",
     "cli",
 )
 
@@ -96,6 +98,8 @@ THIRD_PARTY = {
     "card": set(),
     "outcome": {"rich"},
     "show_command": {"rich"},
+    "grafana_command": set(),
+    "gauges": {"ray"},
     "report_style": {"plotly"},
     "report_axes": set(),
     "report_run": set(),

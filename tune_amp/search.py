@@ -9,21 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
-from tune_amp.confirm import ConfirmObserver, ConfirmResult, confirm, plan_confirmation, train_on_slots
+from tune_amp.confirm import ConfirmResult, confirm, plan_confirmation, train_on_slots
 from tune_amp.data import Dataset
+from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
-from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
+from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.resources import TrialResources, allocate_resources, double_share, measure_with_ray
 from tune_amp.results import Provenance, TrialRecord, list_versions, rank_trials, write_best
 from tune_amp.searcher import AmpSearch, find_cause
@@ -35,10 +36,6 @@ from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, 
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
 SPACE_FILE = "space.yaml"
-
-
-class SearchObserver(Observer, ConfirmObserver, Protocol):
-    """Shows a search, and then its confirmation, to its user."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +116,8 @@ def run_search(
         started=time.monotonic(),
     )
     begin = progress.started if started is None else started
-    recorder = TrialRecorder(folder, provenance, progress, observer, slots=resources.max_concurrent, begin=begin)
+    gauges = Gauges(observer, slots=resources.max_concurrent)
+    recorder = TrialRecorder(folder, provenance, progress, gauges, slots=resources.max_concurrent, begin=begin)
     searcher = AmpSearch(
         space,
         list_shared(dataset, options),
@@ -161,7 +159,7 @@ def run_search(
             verbose=0,
         ),
     )
-    with _written_at_the_end(searcher, recorder), _keeping_ctrl_c():
+    with gauges, _written_at_the_end(searcher, recorder), _keeping_ctrl_c():
         tuner.fit()
     storage.remove_checkpoints()
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
@@ -186,7 +184,8 @@ def run_search(
     )
     if not options.confirm_seeds or not ranked or result.interrupted:
         return result
-    return _confirm(result, space, dataset, options, resources, observer)
+    with gauges:
+        return _confirm(result, space, dataset, options, resources, gauges)
 
 
 def _confirm(
@@ -195,7 +194,7 @@ def _confirm(
     dataset: Dataset,
     options: SearchOptions,
     resources: TrialResources,
-    observer: ConfirmObserver,
+    observer: SearchObserver,
 ) -> SearchResult:
     plan = plan_confirmation(result.ranked, space, dataset, options)
     confirmation = confirm(
