@@ -38,7 +38,7 @@ parameters:
 fixed: {precision: fp16, batch_size: 128, init_scale: 2^20}
 """
 NUM_SAMPLES = 1000
-TITLE = r"ray::AmpTrainable \d+-fp16-lr[\d.]+-b128-scale2\^20 epoch \d+/20"
+TITLE = r"ray::AmpTrainable \d+-fp16-lr[\d.]+-b128-scale2\^20 epoch \d+/60"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,19 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A search that would take long; it is ended as a user would, by Ctrl-C."""
     folder = tmp_path_factory.mktemp("watched")
     (folder / "space.yaml").write_text(SPACE)
-    command = f"space.yaml --dataset digits --num-samples {NUM_SAMPLES} --max-epochs 20 --scheduler none --name watched"
+    command = f"space.yaml --dataset digits --num-samples {NUM_SAMPLES} --max-epochs 60 --scheduler none --name watched"
     with (folder / "errors").open("w") as errors:
         search = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "search.py"), *command.split(), "--confirm-seeds", "0", "--json"],
+            [
+                sys.executable,
+                str(ROOT / "scripts" / "search.py"),
+                *command.split(),
+                "--confirm-seeds",
+                "0",
+                "--max-concurrent",
+                "2",
+                "--json",
+            ],
             cwd=folder,
             env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             stdout=subprocess.PIPE,
