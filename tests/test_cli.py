@@ -149,7 +149,7 @@ def test_each_script_prints_its_help(script: str) -> None:
 
 def test_tune_amp_without_a_command_tells_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "{search,train,compare,report,show}" in capsys.readouterr().err
+    assert "{search,train,compare,report,show,grafana}" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("tune-amp ")
     assert main(["search", "--num-samples", "0"]) == 2

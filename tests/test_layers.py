@@ -57,6 +57,7 @@ LAYERS = (
     "recorder",
     "trackers",
     "confirm",
+    "gauges",
     "monitoring",
     "outcome",
     "report_style",
@@ -77,6 +78,7 @@ LAYERS = (
     "train_command",
     "show_command",
     "compare_command",
+    "grafana_command",
     "cli",
 )
 
@@ -107,6 +109,8 @@ THIRD_PARTY = {
     "past": set(),
     "outcome": {"rich"},
     "show_command": {"rich"},
+    "grafana_command": set(),
+    "gauges": {"ray"},
     "report_style": {"plotly"},
     "report_axes": set(),
     "report_run": set(),

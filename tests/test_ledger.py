@@ -373,3 +373,14 @@ def test_shares_are_of_the_slot_time_in_a_fixed_order() -> None:
 def test_ledger_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(LEDGER, **changes)
+
+
+def test_totals_by_kind_hold_all_that_was_told_and_what_was_lost_and_never_fall() -> None:
+    times = SlotTimes()
+    times.start("a", "worker", now=10.0)
+    times.report("a", {"start-up": 3.0, "training": 2.0, "idle": 0.5}, now=12.0)
+    times.report("a", {"training": 1.0, "failed": -1.0}, now=13.0)
+    times.lose("a", now=17.0)
+    told = {kind: seconds for kind, seconds in times.totals.items() if seconds}
+    assert told == {"start-up": 3.0, "training": 3.0, "idle": 0.5, "failed": 4.0}
+    assert set(times.totals) == set(TimeKind)

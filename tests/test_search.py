@@ -17,6 +17,7 @@ from tune_amp.config import InputError, TrialConfig, TrialStatus
 from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
+from tune_amp.gauges import SearchObserver
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.recorder import SearchProgress
@@ -24,7 +25,6 @@ from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenanc
 from tune_amp.reuse import find_differences, replay_trial
 from tune_amp.search import (
     SPACE_FILE,
-    SearchObserver,
     SearchResult,
     name_trial,
     plan_resources,

@@ -27,6 +27,7 @@ from tune_amp.trainable import (
     is_checkpoint_due,
     is_out_of_memory,
     metrics_of,
+    show_in_process_list,
 )
 from tune_amp.training import TrainingRun, release_memory
 
@@ -581,3 +582,12 @@ def test_every_metric_of_an_epoch_is_in_a_report(make_trainable: MakeTrainable) 
     report = make_trainable().train()
     assert {field.name for field in dataclasses.fields(EpochMetrics)} <= report.keys()
     assert {"status", "error", "done", "device", "num_threads"} <= report.keys()
+
+
+def test_only_a_workers_process_is_named_after_its_trial() -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    name = Path("/proc/self/cmdline")
+    before = name.read_bytes()
+    show_in_process_list("01-fp16 epoch 1/2")
+    assert name.read_bytes() == before

@@ -1,4 +1,4 @@
-"""The program ``tune-amp``: search, train, compare, report, show."""
+"""The program ``tune-amp``: search, train, compare, report, show, grafana."""
 
 import sys
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from tune_amp import __version__
 from tune_amp.compare_command import compare_command
 from tune_amp.console import EXIT_BAD_INPUT, EXIT_DONE
+from tune_amp.grafana_command import grafana_command
 from tune_amp.report_command import report_command
 from tune_amp.search_command import search_command
 from tune_amp.show_command import show_command
@@ -13,7 +14,7 @@ from tune_amp.train_command import train_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``tune-amp``: search, train, compare, report, or show.
+    """``tune-amp``: search, train, compare, report, show, or grafana.
 
     Returns:
         The exit code: 0 done, 1 no result, 2 bad input, 130 interrupted.
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": compare_command,
         "report": report_command,
         "show": show_command,
+        "grafana": grafana_command,
     }
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments and arguments[0] in commands:

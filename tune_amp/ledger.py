@@ -220,6 +220,7 @@ class SlotTimes:
         self._workers: dict[str, _Worker] = {}
         self._places: dict[str, str] = {}
         self._work: dict[str, dict[TimeKind, float]] = {}
+        self._totals: dict[str, float] = {str(kind): 0.0 for kind in TimeKind}
 
     def start(self, trial_id: str, worker: str, now: float) -> None:
         """A trial got its worker, perhaps not for the first time."""
@@ -237,6 +238,7 @@ class SlotTimes:
         for kind, seconds in spent.items():
             of = work if kind in (*WORK, TimeKind.FAILED) else worker.spent
             of[TimeKind(kind)] += max(0.0, seconds)
+            self._totals[kind] += max(0.0, seconds)
         worker.covered = max(worker.covered, now)
         return worker.number
 
@@ -249,11 +251,17 @@ class SlotTimes:
         worker.spent[TimeKind.IDLE] += max(0.0, worker.trial_started - worker.covered)
         lost = now - max(worker.covered, worker.trial_started)
         self._work.setdefault(trial_id, collections.defaultdict(float))[kind] += max(0.0, lost)
+        self._totals[kind] += max(0.0, lost)
         worker.covered = max(worker.covered, now)
 
     def find_work(self, trial_id: str) -> dict[TimeKind, float]:
         """What a trial's work took so far."""
         return dict(self._work.get(trial_id, {}))
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Seconds by kind that workers told of so far. None ever falls: work counts as such however its trial ends."""
+        return dict(self._totals)
 
     @property
     def workers(self) -> list[WorkerTime]:

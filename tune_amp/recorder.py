@@ -54,6 +54,8 @@ class SearchProgress:
     """Every trial so far. One still running bears the status it would end with if all stopped now: interrupted."""
     running: frozenset[str] = frozenset()
     """Trial ids of the running ones."""
+    slot_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Slot time by ``TimeKind`` that workers told of so far; see ``SlotTimes.totals``."""
 
     def count_ended(self) -> int:
         """Trials that are over."""
@@ -356,7 +358,12 @@ class TrialRecorder(tune.Callback):
 
     def _tell(self, ended: TrialRecord | None = None) -> None:
         if self._observer is not None:
-            now = dataclasses.replace(self._progress, trials=tuple(self.trials), running=frozenset(self._running))
+            now = dataclasses.replace(
+                self._progress,
+                trials=tuple(self.trials),
+                running=frozenset(self._running),
+                slot_seconds=self._times.totals,
+            )
             try:
                 self._observer.on_progress(now, ended)
             except BrokenPipeError:  # whoever watched is gone; the search goes on

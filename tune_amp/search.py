@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import ray
 from ray import tune
@@ -17,7 +17,6 @@ from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.config import InputError, TrialConfig, TrialStatus, format_scale
 from tune_amp.confirm import (
-    ConfirmObserver,
     ConfirmResult,
     confirm,
     list_left,
@@ -26,6 +25,7 @@ from tune_amp.confirm import (
     train_on_slots,
 )
 from tune_amp.data import Dataset
+from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.halt import StopRequest, watching
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal
@@ -34,7 +34,7 @@ from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun, PastTrial
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
-from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
+from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.resources import (
     SlotCounter,
     TrialResources,
@@ -64,10 +64,6 @@ from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, 
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
 SPACE_FILE = "space.yaml"
-
-
-class SearchObserver(Observer, ConfirmObserver, Protocol):
-    """Shows a search, and then its confirmation, to its user."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,12 +155,13 @@ def run_search(
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
             journal = stack.enter_context(_begin_run(folder, space, provenance, arguments or {}))
+        gauges = Gauges(observer, slots=resources.max_concurrent)
         limit = TimeLimit(options.trial_time_limit, find_cause=find_cause)
         recorder = TrialRecorder(
             folder,
             provenance,
             _describe_progress(folder, dataset, options),
-            observer,
+            gauges,
             journal=journal,
             storage_root=storage.root,
             slots=resources.max_concurrent,
@@ -191,7 +188,7 @@ def run_search(
             recorder.replay(past.events)
             replay(scheduler, past.events)
         recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, command=list(command))
-        with _written_at_the_end(searcher, recorder), stop.heard():
+        with gauges, _written_at_the_end(searcher, recorder), stop.heard():
             for trial in past.trials if past else ():
                 _end_unheard(trial, recorder, searcher, scheduler)
             source = TrialSource(
@@ -230,8 +227,8 @@ def run_search(
     storage.remove_checkpoints()
     if not options.confirm_seeds:
         return result
-    with watching(stop, find_dead_process, stop.leave):
-        return _confirm(result, space, dataset, options, resources, observer)
+    with gauges, watching(stop, find_dead_process, stop.leave):
+        return _confirm(result, space, dataset, options, resources, gauges)
 
 
 class Asked(tune.Stopper):
@@ -340,7 +337,7 @@ def _confirm(
     dataset: Dataset,
     options: SearchOptions,
     resources: TrialResources,
-    observer: ConfirmObserver,
+    observer: SearchObserver,
 ) -> SearchResult:
     if not result.ranked:
         return result

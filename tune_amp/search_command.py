@@ -49,9 +49,10 @@ from tune_amp.options import TRACKERS, SearchOptions, build_options, check_track
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
+    from tune_amp.gauges import SearchObserver
     from tune_amp.past import PastRun
     from tune_amp.resources import TrialResources
-    from tune_amp.search import SearchObserver, SearchResult
+    from tune_amp.search import SearchResult
     from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
     from tune_amp.warm_start import Donor
@@ -412,6 +413,8 @@ def _print_start(
     if session.dashboard_url:
         way_in = f", token in {session.token_path}" if session.token_path else ""
         console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
+    else:
+        say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
     if resources.gpus and not torch.cuda.is_available():
         return  # the GPUs are other nodes': nothing here can tell what they lack
     device = torch.device("cuda" if resources.gpus else "cpu")

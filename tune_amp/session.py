@@ -202,8 +202,8 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
     import ray
     from ray.job_config import JobConfig
 
-    job = JobConfig(metadata={"tune_amp": run})
     _print_ray_logs(False)
+    job = JobConfig(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 

@@ -214,6 +214,7 @@ class AmpTrainable(tune.Trainable):
 
     def _train_epoch(self) -> dict[str, Any]:
         run = self._run or self._go_on() or self._start_run()
+        show_in_process_list(f"{self.trial_name} epoch {run.epoch + 1}/{self._max_epochs}")
         metrics = self._count_epoch(run)
         if run.hopeless is not None:
             return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
@@ -345,6 +346,15 @@ def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
     if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
         cap_memory(assigned_gpu_share())
     return device
+
+
+def show_in_process_list(text: str) -> None:
+    """Name what a worker does, for ``ps``, ``nvidia-smi`` and the nodes on Ray's dashboard.
+
+    The name of an actor is its for good; a worker's trials come and go. Ray names the process itself between calls.
+    """
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        ray._raylet.setproctitle(f"ray::{AmpTrainable.__qualname__} {text}")  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def name_device(device: torch.device) -> str:

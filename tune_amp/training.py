@@ -182,6 +182,11 @@ class TrainingRun:
         self._train_seconds = self._val_seconds = self._probe_seconds = 0.0
         self._data_seconds = data.claim_placing_seconds()
 
+    @property
+    def epoch(self) -> int:
+        """Epochs trained so far."""
+        return self._epoch
+
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train what is left of ``max_epochs``, ending early where the run is past saving."""
         while self._epoch < self._config.max_epochs and self.hopeless is None:

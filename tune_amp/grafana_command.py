@@ -1,0 +1,43 @@
+"""The command ``tune-amp grafana``: the bundled Grafana dashboard of the metrics in ``gauges``."""
+
+import argparse
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+from tune_amp.config import InputError
+from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe
+
+
+def grafana_command(arguments: Sequence[str] | None = None, program: str = "tune-amp grafana") -> int:
+    """Print or write the dashboard that Grafana imports. Returns the exit code."""
+    return answer_bad_input(lambda: _grafana(_grafana_parser(program).parse_args(arguments)))
+
+
+def read_dashboard() -> str:
+    """The dashboard, ``tune_amp/grafana/tune_amp.json`` in the package."""
+    file = importlib.resources.files("tune_amp") / "grafana" / "tune_amp.json"
+    return file.read_text(encoding="utf-8")
+
+
+def _grafana_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="The Grafana dashboard of a search's metrics, as JSON that Grafana imports.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="where to write it (standard output)")
+    return parser
+
+
+def _grafana(arguments: argparse.Namespace) -> int:
+    text = read_dashboard()
+    if arguments.file is None:
+        with ignoring_closed_pipe():
+            print(text, end="")  # noqa: T201
+        return EXIT_DONE
+    try:
+        arguments.file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"FILE: {arguments.file} cannot be written: {error.strerror}") from error
+    return EXIT_DONE
