@@ -26,13 +26,15 @@ class Journal:
         path: made where it is not there.
 
     Raises:
-        InputError: another process has it.
-        OSError: it cannot be written.
+        InputError: it cannot be written, or another process has it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

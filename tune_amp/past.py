@@ -91,6 +91,7 @@ def open_past(folder: Path) -> Iterator[PastRun]:
         raise InputError(f"{folder}: must hold {JOURNAL_FILE}, from which a run goes on")
     with Journal(path) as journal:
         events = read_journal(path)
+        journal.cut_torn_line()
         if not events:
             raise InputError(f"{path}: must hold how the run began: it was cut off before, start it anew")
         try:

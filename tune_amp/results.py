@@ -151,7 +151,17 @@ class Provenance:
 
 def list_versions(*packages: str) -> dict[str, str]:
     """The version of each installed package, and of Python."""
-    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: find_version(name) for name in (*packages, "python")}
+
+
+def find_version(package: str) -> str:
+    """The version of a package or of ``python``; ``not installed`` where it is not."""
+    if package == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _check_texts(name: str, value: Iterable[Any], is_container: bool) -> None:

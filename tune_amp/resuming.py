@@ -9,7 +9,7 @@ from typing import Any
 from tune_amp.config import InputError, is_function_name
 from tune_amp.options import build_options, name_flag
 from tune_amp.past import PastRun
-from tune_amp.results import list_versions
+from tune_amp.results import find_version
 from tune_amp.space import load_space
 
 # What all trials of a run have in common, and what its rungs were made by.
@@ -98,7 +98,7 @@ def describe_changes(past: PastRun, folder: Path) -> list[str]:
     lines = []
     if source.is_file() and source.read_text(encoding="utf-8", errors="replace") != about.space_text:
         lines.append(f"{source} has been changed since; the run goes on with the space as it was")
-    now = list_versions(*(name for name in about.versions if name != "python"))
+    now = {name: find_version(name) for name in about.versions}
     changed = [f"{name} {then} then, {now[name]} now" for name, then in about.versions.items() if now[name] != then]
     if changed:
         lines.append(f"{', '.join(changed)}: trials from here on may differ from what they would have been")

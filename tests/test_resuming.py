@@ -1,0 +1,182 @@
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import past_runs as made
+import pytest
+from records import PROVENANCE
+
+from tune_amp.config import InputError
+from tune_amp.past import PastRun, open_past
+from tune_amp.results import list_versions
+from tune_amp.resuming import describe_changes, describe_standing, name_resume_command, remember, take_over
+from tune_amp.search_command import _search_parser
+from tune_amp.space import load_space
+
+BEGUN = ("quick", "--dataset", "digits", "--num-samples", "4", "--max-epochs", "3", "--data-dir", "somewhere")
+
+
+def parser() -> argparse.ArgumentParser:
+    return _search_parser("scripts/search.py")
+
+
+def begin(folder: Path, *command: str, **about: Any) -> Path:
+    """Leave the journal of a run that this command line began."""
+    arguments = parser().parse_args([*BEGUN, *command])
+    space = load_space("quick")
+    origin = {"dataset": "digits", "space_source": space.source, "space_text": space.text, **about}
+    provenance = dataclasses.replace(PROVENANCE, **origin)
+    first = made.beginning(arguments=remember(arguments), provenance=dataclasses.asdict(provenance))
+    made.write_journal(folder, [json.loads(json.dumps(first)), made.session(), made.trial("a", 0), made.trial("b", 1)])
+    return folder
+
+
+def resume(folder: Path, *command: str) -> argparse.Namespace:
+    with open_past(folder) as past:
+        return take_over(parser(), ["--resume", str(folder), *command], past)
+
+
+def test_run_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    arguments = resume(begin(tmp_path, "--sampler", "random", "--cpus-per-trial", "1"))
+    begun = parser().parse_args([*BEGUN, "--sampler", "random", "--cpus-per-trial", "1"])
+    of_one_call = {"resume": str(tmp_path), "space": None}  # the space is the run's own
+    assert vars(arguments) == vars(begun) | of_one_call
+
+
+def test_how_much_and_where_may_change(tmp_path: Path) -> None:
+    changes = (
+        "--num-samples",
+        "9",
+        "--max-concurrent",
+        "1",
+        "--time-budget",
+        "60",
+        "--data-dir",
+        "elsewhere",
+        "--json",
+    )
+    arguments = resume(begin(tmp_path, "--quiet"), *changes)
+    assert (arguments.num_samples, arguments.max_concurrent, arguments.time_budget) == (9, 1, 60.0)
+    assert (arguments.data_dir, arguments.json, arguments.quiet) == (Path("elsewhere"), True, False)
+    assert arguments.max_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["--max-epochs", "8"], "--max-epochs: must stay 3 in a run that goes on, got 8"),
+        (["--seed", "1"], "--seed: must stay 0 in a run that goes on, got 1"),
+        (["--sampler", "random"], "--sampler: must stay tpe in a run that goes on, got random"),
+        (["--objective", "val_loss"], "--objective: must stay val_accuracy in a run that goes on, got val_loss"),
+        (["--dataset", "mnist"], "--dataset: must stay digits in a run that goes on, got mnist"),
+        (["--imbalance", "2"], "--imbalance: must stay 1.0 in a run that goes on, got 2.0"),
+        (["--num-samples", "1"], "--num-samples: must be at least the 2 of the run, got 1"),
+        (["--name", "x"], "--name: belongs to a run's beginning, not beside --resume"),
+        (["--warm-start", "x"], "--warm-start: belongs to a run's beginning, not beside --resume"),
+        (["--max-epochs", "0"], "--max-epochs: must be at least 1, got 0"),
+    ],
+)
+def test_what_trials_have_in_common_must_stay(tmp_path: Path, command: list[str], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resume(begin(tmp_path), *command)
+    assert str(caught.value) == expected
+
+
+def test_naming_what_stays_is_no_change(tmp_path: Path) -> None:
+    arguments = resume(begin(tmp_path), "quick", "--sampler", "tpe", "--max-epochs", "3", "--dataset", "digits")
+    assert arguments.max_epochs == 3
+
+
+def test_another_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        resume(begin(tmp_path), "stress")
+    assert str(caught.value).startswith("SPACE: must stay ")
+    assert str(caught.value).endswith(" as it was in a run that goes on, got stress, which differs")
+
+
+def test_data_set_is_the_one_that_was_found_then(tmp_path: Path) -> None:
+    """``auto`` may find another one today."""
+    assert resume(begin(tmp_path, "--dataset", "auto")).dataset == "digits"
+
+
+@pytest.mark.parametrize("name", ["model", "dataset"])
+def test_a_users_own_code_runs_only_where_the_command_line_names_it(tmp_path: Path, name: str) -> None:
+    about = {"dataset": "their:data"} if name == "dataset" else {}
+    folder = begin(tmp_path, f"--{name}", "their:data", **about)
+    for command in ([], [f"--{name}", "other:data"]):
+        with pytest.raises(InputError) as caught:
+            resume(folder, *command)
+        expected = f"--resume: {name}: names your own code; to run it, add --{name} their:data"
+        assert str(caught.value) == expected
+    assert getattr(resume(folder, f"--{name}", "their:data"), name) == "their:data"
+
+
+def changes(folder: Path) -> list[str]:
+    with open_past(folder) as past:
+        return describe_changes(past, folder)
+
+
+def test_nothing_is_said_where_nothing_changed(tmp_path: Path) -> None:
+    folder = begin(tmp_path, versions=list_versions("torch", "ray"))
+    (folder / "space.yaml").write_text(load_space("quick").text)
+    assert changes(folder) == []
+
+
+def test_other_versions_are_explained(tmp_path: Path) -> None:
+    now = list_versions("torch")["torch"]
+    [line] = changes(begin(tmp_path, versions={**list_versions("ray"), "torch": "2.1.0"}))
+    assert line == f"torch 2.1.0 then, {now} now: trials from here on may differ from what they would have been"
+
+
+def test_library_that_is_gone_is_explained(tmp_path: Path) -> None:
+    [line] = changes(begin(tmp_path, versions={"no-such-library": "1.0"}))
+    assert line.startswith("no-such-library 1.0 then, not installed now: ")
+
+
+def test_space_file_that_was_edited_since_is_explained(tmp_path: Path) -> None:
+    source = tmp_path / "mine.yaml"
+    source.write_text("parameters: {}\n")
+    [line] = changes(begin(tmp_path / "run", space_source=str(source), versions={}))
+    assert line == f"{source} has been changed since; the run goes on with the space as it was"
+
+
+def test_runs_own_copy_of_the_space_must_not_be_edited(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    (folder / "space.yaml").write_text("parameters: {}\n")
+    with pytest.raises(InputError) as caught:
+        changes(folder)
+    assert str(caught.value).startswith(f"{folder}/space.yaml: must stay as it was when the run was begun")
+
+
+def test_standing_counts_what_is_over_and_what_goes_on(tmp_path: Path) -> None:
+    events = [made.session(), *(made.trial(name, number) for number, name in enumerate("abcd"))]
+    events += [made.report("b", 1), made.report("d", 1, done=True), made.end("a", "failed"), made.session(95.4)]
+    with made.written_past(tmp_path, *events) as past:
+        told = describe_standing(past, 32)
+    assert told == "2 of 32 trials are over, 2 were cut off (1 of them after a report); 95 s so far"
+    with made.written_past(tmp_path, made.session(), made.trial("a", 0), made.end("a", "failed")) as past:
+        assert describe_standing(past, 1) == "1 of 1 trials are over; 3 s so far"
+
+
+@pytest.mark.parametrize(
+    ("folder", "model", "expected"),
+    [
+        ("results/demo", "simple_net", "python search.py --resume demo"),
+        ("elsewhere/demo", "simple_net", "python search.py --resume elsewhere/demo"),
+        ("results/two words", "my.nets:net", "python search.py --resume 'two words' --model my.nets:net"),
+    ],
+)
+def test_command_that_goes_on_can_be_pasted(folder: str, model: str, expected: str) -> None:
+    command = name_resume_command(
+        ("python", "search.py"), Path(folder), default_dir=Path("results"), model=model, dataset="digits"
+    )
+    assert command == expected
+
+
+def test_what_is_remembered_is_plain(tmp_path: Path) -> None:
+    with open_past(begin(tmp_path)) as past:
+        assert isinstance(past, PastRun)
+        assert json.loads(json.dumps(past.arguments)) == past.arguments
+        assert not {"resume", "name", "results_dir", "warm_start", "quiet", "json"} & past.arguments.keys()
