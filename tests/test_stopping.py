@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import past_runs as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from ray.tune.schedulers import (
 )
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, SCHEDULERS
-from tune_amp.stopping import WORST_VALUES, build_scheduler, count_brackets, objective_mode
+from tune_amp.stopping import WORST_VALUES, build_scheduler, count_brackets, objective_mode, replay
 
 NAN, INF = math.nan, math.inf
 SETTINGS: dict[str, Any] = {"grace_period": 1, "reduction_factor": 2}
@@ -422,3 +423,57 @@ def test_brackets_depend_on_no_global_generator_and_leave_it_as_it_was() -> None
         drawn.append([scheduler._brackets.index(bracket) for bracket in scheduler._trial_info.values()])
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 1
+
+
+# A search that goes on
+
+
+def told_events(steps: list[tuple[int, float]], scheduler: Any, events: list[dict[str, Any]]) -> list[str]:
+    """Let trials report to a scheduler as Tune does, and note what the journal would hold of it; what it said."""
+    said = []
+    trials = {number: add(scheduler, f"{number}") for number in range(8)}
+    events += [made.trial(f"{number}", number) for number in range(8)]
+    epochs = dict.fromkeys(range(8), 0)
+    over: set[int] = set()
+    for number, value in steps:
+        if number in over:
+            continue
+        epochs[number] += 1
+        result = make_result(epochs[number], value, status="running", done=False)
+        if epochs[number] == 8:  # of its own end, Tune asks no scheduler
+            result |= {"status": "completed", "done": True}
+        else:
+            said.append(scheduler.on_trial_result(None, trials[number], dict(result)))
+            result["done"] = said[-1] == "STOP"
+        told = {"error": None, "config_fault": False, **{name: result.pop(name) for name in ("status", "done")}}
+        events.append({"event": "report", "trial_id": f"{number}", "metrics": result, **told})
+        if told["done"]:
+            over.add(number)
+            scheduler.on_trial_complete(None, trials[number], {**result, **told})
+            events.append({"event": "end", "trial_id": f"{number}"})
+    return said
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@given(before=STEPS, after=STEPS)
+def test_scheduler_that_goes_on_remembers_and_decides_as_if_it_had_never_been_cut_off(
+    name: str, before: list[tuple[int, float]], after: list[tuple[int, float]]
+) -> None:
+    events: list[dict[str, Any]] = []
+    straight, resumed = make_ours(name), make_ours(name)
+    told_events(before, straight, events)
+    replay(resumed, events)
+    assert remembered(resumed) == remembered(straight)
+    for place, (number, value) in enumerate(after):
+        result = make_result(number % 7 + 1, value)
+        for trial_id in (f"{place % 8}", f"new-{place}"):
+            said = {ours.on_trial_result(None, add(ours, trial_id), dict(result)) for ours in (straight, resumed)}
+            assert len(said) == 1
+    assert remembered(resumed) == remembered(straight)
+
+
+def remembered(scheduler: Any) -> Any:
+    """What a scheduler knows of values, of the last epoch of each trial, and of trials that are to be stopped."""
+    rungs, values = memory(scheduler)
+    kept = {trial_id: [(r["epoch"], r["val_accuracy"]) for r in results] for trial_id, results in values.items()}
+    return rungs, kept, scheduler._seen_epochs, scheduler._to_stop
