@@ -199,7 +199,9 @@ def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, An
             return None
         if checksum(about[name]) != about[f"{name}_checksum"]:
             raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
-        part: dict[str, Any] = about[name]
+        part = about[name]
+        if not isinstance(part, dict):
+            raise InputError(f"{name}: must be a mapping, got {shown(part)}")
         return part
 
 

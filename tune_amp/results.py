@@ -111,7 +111,7 @@ class Provenance:
     """Where a run's files come from; travels in each file's metadata, as JSON. No host or user names.
 
     Raises:
-        InputError: a field has another type than declared.
+        InputError: a field has another type than declared, or an objective is unknown.
     """
 
     run: str = described("name of the run")
@@ -140,6 +140,9 @@ class Provenance:
         for name, hint in typing.get_type_hints(Provenance).items():
             if hint in (str, int, str | None):
                 checked_type(name, getattr(self, name), hint)
+        for objective in self.objectives:
+            if objective not in OBJECTIVES:
+                raise InputError(f"objective: must be of {', '.join(OBJECTIVES)}, got {shown(objective)}")
         _check_texts("command", self.command, isinstance(self.command, list | tuple))
         _check_texts("versions", self.versions, isinstance(self.versions, Mapping))
         _check_texts("versions", self.versions.values(), True)

@@ -20,6 +20,7 @@ from tune_amp.console import (
     check_consent,
     choose_device,
     load_searched_data,
+    printable,
     say,
 )
 from tune_amp.options import naming_flags
@@ -108,7 +109,7 @@ def _train_final(
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     say(console, describe_recalls(result.test_recalls))
     saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"
-    console.print(f"saved   {output}: {saved}", markup=False, soft_wrap=True)
+    console.print(printable(f"saved   {output}: {saved}"), markup=False, soft_wrap=True)
     return EXIT_DONE
 
 
