@@ -140,7 +140,7 @@ def write_columns(path: Path) -> None:
     pq.write_table(pa.table({f"c{number}": [0] for number in range(12_000)}), path)
 
 
-PARQUET_BOMBS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+PARQUET_BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "columns": ("best", write_columns, "must have a footer of at most 1,048,576 bytes"),
     "rows": ("trials", lambda path: write_bomb(path, "trials", {}, groups=50), "its rows must expand to at most"),
     "text": (
@@ -180,7 +180,7 @@ PARQUET_BOMBS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "nested metadata": (
         "trials",
-        lambda path: path.write_bytes(replace_metadata(make_valid_run()["trials"], b"[" * 200_000)) and None,
+        lambda path: path.write_bytes(replace_metadata(make_valid_run()["trials"], b"[" * 200_000)),
         "must be a readable, undamaged Parquet file",
     ),
 }

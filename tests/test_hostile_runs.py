@@ -68,8 +68,8 @@ def run_quietly(command: Callable[[list[str]], int], *arguments: object) -> tupl
 
 def poison(_: str, name: str, value: Any) -> Any:
     """Text that a terminal would act on, wherever a text may stand freely."""
-    free = ("error", "trial_name", "device", "loop", "parameter", "method")
-    free += tuple(f"provenance.{field}" for field in ("run", "created", "dataset", "space_source", "warm_start"))
+    free = {"error", "trial_name", "device", "loop", "parameter", "method"}
+    free |= {f"provenance.{field}" for field in ("run", "created", "dataset", "space_source", "warm_start")}
     if name in free:
         return ESCAPE
     if name == "provenance.space_text":
