@@ -7,14 +7,17 @@ itself: the routes that its servers registered, and every port on which a proces
 import contextlib
 import dataclasses
 import http.client
+import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,6 +319,77 @@ def test_page_of_another_site_cannot_post_a_job_even_with_the_users_cookie(searc
     assert submit(search, tmp_path / "none", **BROWSER)[0] == 401
     # As no preflight asks: a simple request, from a form or a script's no-cors fetch.
     assert submit(search, tmp_path / "simple", Content_Type="text/plain", Cookie=pair, **BROWSER)[0] == 405
+    assert list(tmp_path.iterdir()) == []
+
+
+ATTACKING_PAGE = """<!doctype html><title>attack</title>
+<iframe name="sink"></iframe>
+<form method="post" enctype="text/plain" target="sink"><input></form>
+<script>
+  const [address, mark] = location.hash.slice(1).split(",");
+  const job = JSON.stringify({ entrypoint: `touch ${mark}`, ignored: "=" });
+  const url = `http://${address}/api/jobs/`;
+  const form = document.querySelector("form"), [name, ...value] = job.split("=");
+  form.action = url;
+  Object.assign(form.firstChild, { name, value: value.join("=") });
+  document.querySelector("iframe").onload = () => { document.title = "done"; };
+  fetch(url, { method: "POST", mode: "no-cors", credentials: "include", body: job })
+    .catch(() => undefined)
+    .then(() => form.submit());
+</script>"""
+
+
+@contextlib.contextmanager
+def serving(page: str) -> Iterator[str]:
+    """The address of a web server with this page: another origin than the dashboard, but of the same site."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # its name there
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_real_browser_that_is_logged_in_posts_no_job_for_another_page(
+    search: Target, open_head: Target, tmp_path: Path
+) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    statuses = []
+    with serving(ATTACKING_PAGE) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for target in (search, open_head):
+            context = browser.new_context()
+            if target.token:
+                cookie = {
+                    "name": "ray-authentication-token",
+                    "value": target.token,
+                    "url": f"http://{target.dashboard}",
+                }
+                context.add_cookies([cookie])  # type: ignore[list-item]
+            page = context.new_page()
+            page.on("response", lambda answer: statuses.append(answer.status) if "/api/jobs/" in answer.url else None)
+            page.goto(f"{address}#{target.dashboard},{tmp_path}/mark")
+            page.wait_for_function("() => document.title === 'done'", timeout=60_000)
+            context.close()
+        browser.close()
+    assert statuses == [405] * 4  # by script and by form, with the user's cookie and where none is needed
     assert list(tmp_path.iterdir()) == []
 
 

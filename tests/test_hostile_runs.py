@@ -8,10 +8,11 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -27,6 +28,9 @@ from tune_amp.report_command import report_command
 from tune_amp.search_command import search_command
 from tune_amp.show_command import show_command
 from tune_amp.train_command import train_command
+
+if TYPE_CHECKING:
+    from tune_amp.data import Dataset
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold]x[/red]\r\x00<script>window.hacked=1</script>"
 KINDS = ("trials", "epochs", "best", "confirm", "importance")
@@ -129,7 +133,7 @@ def draw_value(data: st.DataObject, kind: pa.DataType) -> Any:
 
 
 @settings(
-    max_examples=60,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
@@ -240,6 +244,38 @@ def test_texts_of_a_run_name_no_file_that_is_read_or_written(valid: Path, tmp_pa
     assert list(outside.iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"outside", "inner"}
     assert {path.parent for path in tmp_path.rglob("*.html")} <= {run}
+
+
+def test_link_in_a_run_that_somebody_packed_leads_no_output_elsewhere(
+    valid: Path, digits: "Dataset", tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    change = {"dataset": "digits", "provenance.data_hash": digits.content_hash, "max_epochs": 1, "seed": 0}
+    run = rewrite(valid, tmp_path / "run", replace(change))
+    for name in ("train-rank1-seed0-epochs1", "compare-rank1"):
+        (run / name).symlink_to(outside)
+    (run / "report.html").symlink_to(outside / "file")
+    for command in (train_command, compare_command):
+        code, printed = run_quietly(command, run)
+        assert code == 2
+        assert "is a link, which may lead anywhere; choose another folder" in printed
+    assert run_quietly(report_command, run)[0] == 0
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "mine"
+    assert not (run / "report.html").is_symlink()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_folder_of_a_trial_is_named_by_numbers_and_choices_alone(precision: str) -> None:
+    from types import SimpleNamespace
+
+    from tune_amp.search import name_trial
+
+    settings = {"model": "my.models:net", "dataset": "my.data:load", "precision": precision, "lr": 1e-300}
+    trial = SimpleNamespace(config=settings, experiment_tag="7_lr=../../x")
+    assert re.fullmatch(r"07-(fp|bf)16-lr1e-300-b64(-scale2\^16)?", name_trial(trial))
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../up", "/tmp/x", ".hidden", "a\0b", "a\nb", "a\x1b[2Jb", ""])

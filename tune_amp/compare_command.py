@@ -24,6 +24,7 @@ from tune_amp.console import (
     check_consent,
     choose_device,
     load_searched_data,
+    name_beside,
     printable,
     say,
 )
@@ -175,8 +176,7 @@ def _check_fit(wishes: Wishes, config: TrialConfig, dataset: "Dataset") -> None:
 
 
 def _default_output(arguments: argparse.Namespace) -> Path:
-    best: Path = arguments.best
-    return (best if best.is_dir() else best.parent) / f"compare-rank{arguments.rank}"
+    return name_beside(arguments.best, f"compare-rank{arguments.rank}")
 
 
 def _describe_origin(

@@ -63,6 +63,18 @@ def printable(text: str) -> str:
     return "".join(character for character in text if character.isprintable() or character == "\n")
 
 
+def name_beside(best: Path, name: str) -> Path:
+    """The folder ``name`` beside a run's file, or in its folder, for what a command writes where nobody said.
+
+    Raises:
+        InputError: it is a link: in a run that somebody else packed, it may lead anywhere.
+    """
+    folder = (best if best.is_dir() else best.parent) / name
+    if folder.is_symlink():
+        raise InputError(f"--output: {folder} is a link, which may lead anywhere; choose another folder")
+    return folder
+
+
 def load_announced(name: str, data_dir: Path | None) -> "Dataset":
     """The data set, and loudly what its loader has to say."""
     from tune_amp.data import load_dataset

@@ -20,6 +20,7 @@ from tune_amp.console import (
     check_consent,
     choose_device,
     load_searched_data,
+    name_beside,
     printable,
     say,
 )
@@ -173,6 +174,4 @@ def describe_recalls(recalls: Sequence[float]) -> str:
 
 
 def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
-    best: Path = arguments.best
-    folder = best if best.is_dir() else best.parent
-    return folder / f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
+    return name_beside(arguments.best, f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}")
