@@ -302,6 +302,11 @@ def test_agents_take_jobs_and_environments_from_anybody_where_there_is_no_token(
     assert {path.name for path in tmp_path.iterdir()} == {"open", "right"}
 
 
+def test_agent_of_a_search_does_not_take_the_one_port_that_rays_agents_all_want(search: Target) -> None:
+    """Beside another Ray it would have no HTTP at all; and who waits at a known port may get what was meant for it."""
+    assert search.port("dashboard_agent_listen_port") not in (-1, 52365)
+
+
 # ---- browsers ----
 
 BROWSER = {"User_Agent": "Mozilla/5.0 (X11; Linux x86_64)", "Origin": "https://evil.example"}

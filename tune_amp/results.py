@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
+import math
 import platform
 import types
 import typing
@@ -416,6 +417,8 @@ def _build(source: type[_T], values: Mapping[str, Any]) -> _T:
         value = values.get(name)
         if value is None and not optional:
             raise InputError(f"{name}: must be there, got null")
+        if name in _TIMES and isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be none, a clock cannot
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return source(**arguments)
 
@@ -426,6 +429,13 @@ def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
     defaults = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(source)}
     return {name: (split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}
 
+
+_TIMES = {
+    field.name
+    for source in (EpochMetrics, TrialRecord, ConfirmedRun)
+    for field in dataclasses.fields(source)
+    if field.metadata.get("unit") in ("s", "1/s")
+}
 
 # Listed once: resolving the annotations costs more than building a row.
 _FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {
