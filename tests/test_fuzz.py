@@ -1,6 +1,6 @@
 """Files that may come from anybody: whatever is in them, a reader answers or refuses in one line, soon and in memory.
 
-The inputs are the same each time. ``tests/fuzz/fuzz.py`` looks further; what it finds is added to ``FOUND``.
+The inputs are the same each time. ``tests/fuzz/fuzz.py`` looks further; what it finds becomes a test here.
 """
 
 import json
@@ -17,9 +17,10 @@ from fuzz_targets import SPACE, TARGETS, list_seeds, make_valid_run, read_parque
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tune_amp.config import InputError
 from tune_amp.parquet import checksum
 from tune_amp.parquet_pages import check_pages, list_pages
-from tune_amp.results import SCHEMAS
+from tune_amp.results import SCHEMAS, load_provenance
 
 repeatable = settings(
     max_examples=80,
@@ -97,16 +98,14 @@ def test_metadata_of_any_form_is_read_or_refused_in_one_line(data: st.DataObject
     read_parquet(bytes([9]) + json.dumps(about).encode(), tmp_path)
 
 
-FOUND: dict[str, tuple[str, bytes]] = {
-    "a row group without rows aborted pyarrow's own reader of metadata": ("parquet", b"\x05\x00\x28\x03"),
-    "a length beyond the end of a footer": ("parquet", b"\x02PAR1" + b"\xff" * 4 + b"PAR1"),
-}
-
-
-@pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_once_is_refused_now(name: str, tmp_path: Path) -> None:
-    target, data = FOUND[name]
-    TARGETS[target](data, tmp_path)
+def test_provenance_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    """Found by the test above: an AttributeError."""
+    about = json.loads(pq.read_schema(pa.BufferReader(make_valid_run()["trials"])).metadata[b"tune_amp"])
+    about |= {"provenance": [], "provenance_checksum": checksum([])}
+    path = tmp_path / "trials.parquet"
+    path.write_bytes(replace_metadata(make_valid_run()["trials"], json.dumps(about).encode()))
+    with pytest.raises(InputError, match=r"trials\.parquet: provenance: must be a mapping, got \[\]$"):
+        load_provenance(path)
 
 
 # ---- bombs: small files that stand for gigabytes ----
@@ -307,7 +306,6 @@ def test_yaml_that_would_take_long_or_much_is_refused(tmp_path: Path) -> None:
 
 
 def test_space_in_the_metadata_of_a_run_is_no_larger_than_in_a_file() -> None:
-    from tune_amp.config import InputError
     from tune_amp.space import parse_space
 
     with pytest.raises(InputError, match=r"^run: is larger than 64 KiB, too large for a search space$"):
