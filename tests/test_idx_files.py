@@ -154,9 +154,10 @@ DAMAGE = {
     "empty": ("train-images-idx3-ubyte", b"", "got 0 bytes"),
     "header cut": ("train-images-idx3-ubyte", GOOD_IMAGES[:15], "header of 16 bytes, got 15 bytes"),
     "truncated": ("train-images-idx3-ubyte", GOOD_IMAGES[:-1], "must hold 960 bytes after its header"),
-    "trailing": ("t10k-labels-idx1-ubyte", GOOD_LABELS + b"\0", "got 49"),
+    "trailing": ("t10k-labels-idx1-ubyte", GOOD_LABELS + b"\0", "got more"),
     "no values": ("train-images-idx3-ubyte", big_endian(0x803, 0, 4, 5), "got shape (0, 4, 5)"),
-    "absurd": ("train-images-idx3-ubyte", big_endian(0x803, *[2**32 - 1] * 3), "4294967295"),
+    "absurd": ("train-images-idx3-ubyte", big_endian(0x803, *[2**32 - 1] * 3), "4,294,967,295"),
+    "absurd images": ("train-images-idx3-ubyte", big_endian(0x803, 2, *[2**32 - 1] * 2), "4294967295"),
     "labels for images": ("train-images-idx3-ubyte", GOOD_LABELS, "number 0x00000803, got 0x00000801"),
     "images for labels": ("train-labels-idx1-ubyte", GOOD_IMAGES, "number 0x00000801, got 0x00000803"),
     "signed bytes": ("train-labels-idx1-ubyte", b"\0\0\x09\1" + GOOD_LABELS[4:], "got 0x00000901"),
@@ -207,7 +208,7 @@ def test_file_and_folder_that_may_not_be_read_are_named(folder: Path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:  # root, as which tests may run, can read everything
-        patch.setattr(Path, "read_bytes", refuse)
+        patch.setattr(Path, "open", refuse)
         assert refusal("mnist", folder).startswith(f"{folder / STEMS[0]}: cannot be read (PermissionError")
     monkeypatch.setattr(os, "listdir", refuse)
     assert "must be a folder that can be read (PermissionError" in refusal("mnist", folder)

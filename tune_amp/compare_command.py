@@ -24,6 +24,8 @@ from tune_amp.console import (
     check_consent,
     choose_device,
     load_searched_data,
+    name_beside,
+    printable,
     say,
 )
 from tune_amp.parquet import write_atomically
@@ -174,8 +176,7 @@ def _check_fit(wishes: Wishes, config: TrialConfig, dataset: "Dataset") -> None:
 
 
 def _default_output(arguments: argparse.Namespace) -> Path:
-    best: Path = arguments.best
-    return (best if best.is_dir() else best.parent) / f"compare-rank{arguments.rank}"
+    return name_beside(arguments.best, f"compare-rank{arguments.rank}")
 
 
 def _describe_origin(
@@ -385,9 +386,9 @@ class Comparison:
         self._write()  # once more: an interruption may have come between a run and its file
         self._console.print()
         page = (self._folder / PAGE_FILE).read_text()
-        self._console.print(page, markup=False, soft_wrap=True)
+        self._console.print(printable(page), markup=False, soft_wrap=True)
         names = ", ".join(sorted(path.name for path in self._folder.iterdir()))
-        self._console.print(f"files    {self._folder}: {names}", markup=False, soft_wrap=True)
+        self._console.print(printable(f"files    {self._folder}: {names}"), markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -421,7 +422,7 @@ class Progress:
         self._print(result)
 
     def _print(self, text: str) -> None:
-        self._console.print(f"{self._name:<30}{text}", markup=False, soft_wrap=True)
+        self._console.print(printable(f"{self._name:<30}{text}"), markup=False, soft_wrap=True)
         self._told = self._clock()
 
 

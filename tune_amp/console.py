@@ -36,7 +36,7 @@ def answer_bad_input(command: Callable[[], int]) -> int:
     try:
         return command()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
@@ -54,12 +54,25 @@ def ignoring_closed_pipe() -> Iterator[None]:
 
 
 def say(console: Console, prose: str, style: str | None = None) -> None:
-    """Print a sentence: wrapped between words in a terminal, on one line in a log.
+    """Print a sentence: wrapped between words in a terminal, on one line in a log. See :func:`printable`."""
+    console.print(printable(prose), style=style, markup=False, soft_wrap=not console.is_terminal)
 
-    A file may come from anybody: of its texts, nothing that a terminal would act on is printed.
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would act on: a file may come from anybody, and so may its texts."""
+    return "".join(character for character in text if character.isprintable() or character == "\n")
+
+
+def name_beside(best: Path, name: str) -> Path:
+    """The folder ``name`` beside a run's file, or in its folder, for what a command writes where nobody said.
+
+    Raises:
+        InputError: it is a link: in a run that somebody else packed, it may lead anywhere.
     """
-    prose = "".join(character for character in prose if character.isprintable() or character == "\n")
-    console.print(prose, style=style, markup=False, soft_wrap=not console.is_terminal)
+    folder = (best if best.is_dir() else best.parent) / name
+    if folder.is_symlink():
+        raise InputError(f"--output: {folder} is a link, which may lead anywhere; choose another folder")
+    return folder
 
 
 def load_announced(name: str, data_dir: Path | None) -> "Dataset":

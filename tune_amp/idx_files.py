@@ -10,6 +10,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,14 @@ import numpy.typing as npt
 from tune_amp.config import InputError, describe_error
 
 DOWNLOAD_TIMEOUT_SECONDS = 20.0
+
+MOST_BYTES = 2**30
+"""Of one file's values; MNIST's largest has 47 million."""
+MOST_IMAGES = 2**24
+"""Their labels become eight bytes each."""
+DEFLATE_RATIO = 1032
+"""To so many times its size can a compressed file expand: zlib.net/zlib_tech.html."""
+PIECE_BYTES = 2**20
 
 IMAGES_MAGIC = 0x803
 LABELS_MAGIC = 0x801
@@ -58,27 +67,70 @@ def locate_files(name: str, data_dir: Path | None) -> list[Path]:
 def read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
     """The array in an idx file, plain or, where its name ends in ``.gz``, compressed.
 
+    Nothing of the size that the header promises is allocated before the file is seen to be able to hold it.
+
     Args:
         path: the file.
         magic: ``IMAGES_MAGIC`` for [n, height, width], ``LABELS_MAGIC`` for [n].
 
     Raises:
-        InputError: the file cannot be read, is damaged, or is none of that kind.
+        InputError: the file cannot be read, is damaged, too large, or is none of that kind.
     """
-    content = _read_bytes(path)
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: must be a regular file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if path.suffix != ".gz":
+                return _read_array(path, file, magic, available=size)
+            with gzip.open(file) as unpacked:
+                return _read_array(path, unpacked, magic, available=size * DEFLATE_RATIO)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({describe_error(error)})") from error
+
+
+def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int, available: int) -> npt.NDArray[np.uint8]:
+    """Header and values; ``available``: as many bytes as ``file`` can hold at most."""
+    shape = _read_shape(path, file, magic)
+    promised = math.prod(shape)  # a damaged header can promise 2^96 bytes
+    rule = f"{path}: must hold {promised} bytes after its header (shape {tuple(shape)})"
+    left = available - 4 * (1 + len(shape))
+    if promised > left:
+        raise InputError(f"{rule}, got {left} at most")
+    if promised > MOST_BYTES:
+        raise InputError(f"{path}: must hold at most {MOST_BYTES:,} bytes, got {promised:,} (shape {tuple(shape)})")
+    values = np.empty(promised, np.uint8)
+    got = _fill(file, values.data)
+    if got < promised:
+        raise InputError(f"{rule}, got {got}")
+    if file.read(1):  # of a compressed file, the end is where its checksum is compared too
+        raise InputError(f"{rule}, got more")
+    return values.reshape(shape)
+
+
+def _read_shape(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int) -> list[int]:
     dimensions = magic & 0xFF  # the magic number's last byte
     header_bytes = 4 * (1 + dimensions)
-    if len(content) < header_bytes:
-        raise InputError(f"{path}: must begin with an idx header of {header_bytes} bytes, got {len(content)} bytes")
-    found, *shape = (int.from_bytes(content[at : at + 4], "big") for at in range(0, header_bytes, 4))
+    header = file.read(header_bytes)
+    if len(header) < header_bytes:
+        raise InputError(f"{path}: must begin with an idx header of {header_bytes} bytes, got {len(header)} bytes")
+    found, *shape = (int.from_bytes(header[at : at + 4], "big") for at in range(0, header_bytes, 4))
     if found != magic:
         raise InputError(f"{path}: must begin with the magic number {magic:#010x}, got {found:#010x}")
+    if shape[0] > MOST_IMAGES:
+        raise InputError(f"{path}: must hold at most {MOST_IMAGES:,} images or labels, got {shape[0]:,}")
     if 0 in shape:
         raise InputError(f"{path}: must hold at least one value, got shape {tuple(shape)}")
-    promised, got = math.prod(shape), len(content) - header_bytes  # a damaged header can promise 2^96 bytes
-    if got != promised:
-        raise InputError(f"{path}: must hold {promised} bytes after its header (shape {tuple(shape)}), got {got}")
-    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+    return shape
+
+
+def _fill(file: IO[bytes] | gzip.GzipFile, buffer: memoryview) -> int:
+    """Read into ``buffer`` until it is full or the file ends; as many bytes as were read."""
+    filled = 0
+    while filled < len(buffer) and (piece := file.read(min(PIECE_BYTES, len(buffer) - filled))):
+        buffer[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return filled
 
 
 def _choose_folder(data_dir: Path | None) -> Path:
@@ -153,13 +205,3 @@ def _move_unless_there(source: Path, target: Path) -> None:
     except OSError:
         if len(_files_in(target)) < len(FILE_STEMS):  # else another process was faster, with the same files
             raise
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: must be a regular file")
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({describe_error(error)})") from error

@@ -18,6 +18,7 @@ from rich.text import Text
 from tune_amp.config import TrainingState, TrialStatus, format_scale
 from tune_amp.confirm_table import settings_cells
 from tune_amp.confirmed import ConfirmedRun
+from tune_amp.console import printable
 from tune_amp.importance import ImportanceResult
 from tune_amp.ledger import Ledger, TimeKind
 from tune_amp.ranking import choose_best, count_ties, measure_gain
@@ -82,14 +83,14 @@ class PlainLines:
         if ended is not None:
             number = progress.count_ended()
             line = f"[{number}/{progress.num_samples}] {describe_trial(ended)}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
         """Print the run that ended."""
         line = f"confirming {describe_plan(progress)}"
         if ended is not None:
             line = f"[confirm {progress.done}/{progress.total}] {describe_run(progress, ended)}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class JsonLines:
@@ -203,7 +204,8 @@ def render_importance(result: ImportanceResult) -> Table:
         table.add_column(name, justify="left" if name in ("parameter", "") else "right", no_wrap=True)
     for row in result.rows:
         told = Text("" if row.told_from_noise else "cannot be told from noise", style="dim")
-        table.add_row(row.parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", told)
+        parameter = Text(printable(row.parameter))  # a text would be read as rich's markup
+        table.add_row(parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", told)
     return table
 
 

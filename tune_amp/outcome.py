@@ -14,7 +14,7 @@ from rich.console import Console
 from tune_amp.config import is_function_name
 from tune_amp.confirm_table import print_confirmed
 from tune_amp.confirmed import ConfirmedRun
-from tune_amp.console import say
+from tune_amp.console import printable, say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.ledger import Ledger
 from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
@@ -170,7 +170,7 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
     files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
     say(console, f"files    {outcome.folder}: {', '.join(files)}")
     if (outcome.folder / "best.parquet").exists():
-        console.print(f"reuse    {reuse}", markup=False, soft_wrap=True)
+        console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
 
 
 def _print_ranking(console: Console, outcome: Outcome) -> None:
@@ -201,4 +201,4 @@ def _print_no_result(console: Console, outcome: Outcome) -> None:
     reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
     for reason, count in reasons.most_common(3):
         say(console, f"  {count} {reason}")
-    console.print(f"every trial is in {outcome.folder / 'trials.parquet'}", markup=False, soft_wrap=True)
+    console.print(printable(f"every trial is in {outcome.folder / 'trials.parquet'}"), markup=False, soft_wrap=True)

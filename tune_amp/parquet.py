@@ -20,6 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.config import InputError, TrialStatus, shown
+from tune_amp.parquet_pages import check_footer, check_pages, check_texts, list_pages
 
 SCHEMA_VERSION = 3
 OLDEST_VERSION = 2
@@ -164,7 +165,7 @@ def read_kind(path: Path) -> str:
     Raises:
         InputError: the file is missing, damaged, not ours or of another version.
     """
-    with placed(path), _refusing_damage(), pq.ParquetFile(path) as file:
+    with placed(path), _refusing_damage(), _opened(path) as file:
         return str(_read_about(file)["kind"])
 
 
@@ -192,13 +193,15 @@ def _read_part(path: Path, name: str) -> dict[str, Any]: ...
 def _read_part(path: Path, name: str, *, optional: bool) -> dict[str, Any] | None: ...
 def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, Any] | None:
     """A checksummed part of what we wrote into a file's metadata."""
-    with placed(path), _refusing_damage(), pq.ParquetFile(path) as file:
+    with placed(path), _refusing_damage(), _opened(path) as file:
         about = _read_about(file)
         if optional and name not in about:
             return None
         if checksum(about[name]) != about[f"{name}_checksum"]:
             raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
-        part: dict[str, Any] = about[name]
+        part = about[name]
+        if not isinstance(part, dict):
+            raise InputError(f"{name}: must be a mapping, got {shown(part)}")
         return part
 
 
@@ -237,19 +240,38 @@ def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
     Raises:
         InputError: the file is missing, damaged, not ours, of another kind or version.
     """
-    with placed(path), _refusing_damage(), pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with placed(path), _refusing_damage(), _opened(path) as file:
         about = _read_about(file)
         if about["kind"] != kind:
             raise InputError(f"kind: must be {kind}, got {shown(about['kind'])}")
         filling = _list_filling(about, schema)
         _check_columns(file.schema_arrow, [column for column in schema if column.name not in filling])
-        table = file.read(columns=[name for name in schema.names if name not in filling])
+        table = _read_columns(path, file, [name for name in schema.names if name not in filling])
         columns = {name: table[name].to_pylist() for name in table.column_names}
         for name, values in columns.items():
             if checksum(values) != about["column_checksums"][name]:
                 raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
         columns |= {name: [value] * table.num_rows for name, value in filling.items()}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """The file, its footer seen to be of a size that can be read."""
+    check_footer(path)
+    return pq.ParquetFile(path)
+
+
+def _read_columns(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:
+    """The columns, seen to become no larger than files like ours do before they are."""
+    pages = list_pages(path, names)
+    check_pages(path, pages)
+    # As dictionaries first: a text that stands a million times is there once.
+    texts = sorted({column.path for column in pages if column.is_text})
+    with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as again:
+        table = again.read(columns=names)
+    check_texts(path, table)
+    types = {name: file.schema_arrow.field(name).type for name in names}
+    return pa.table({name: table[name].cast(types[name]) for name in names})
 
 
 def _read_about(file: pq.ParquetFile) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -128,11 +129,24 @@ def line_key(groups: Iterable[tuple[str, str]], *, winner: bool, marks: str | No
 
 
 def embed_json(name: str, value: Any) -> Html:
-    """Data for the page's script. ``<`` is written as JSON's own escape, so that no text in it can end the element."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"), default=list)
+    """Data for the page's script. ``<`` is written as JSON's own escape, so that no text in it can end the element.
+
+    Numbers that JSON does not know are left out as null: no search writes them where figures look, but a file may.
+    """
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Html(f'<script type="application/json" id="{escape(name)}">{text}</script>')
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return [_finite(item) for item in value]
 
 
 def build_page(title: str, content: Iterable[object]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import itertools
+import math
 import platform
 import types
 import typing
@@ -113,7 +114,7 @@ class Provenance:
     """Where a run's files come from; travels in each file's metadata, as JSON. No host or user names.
 
     Raises:
-        InputError: a field has another type than declared.
+        InputError: a field has another type than declared, or an objective is unknown.
     """
 
     run: str = described("name of the run")
@@ -142,6 +143,9 @@ class Provenance:
         for name, hint in typing.get_type_hints(Provenance).items():
             if hint in (str, int, str | None):
                 checked_type(name, getattr(self, name), hint)
+        for objective in self.objectives:
+            if objective not in OBJECTIVES:
+                raise InputError(f"objective: must be of {', '.join(OBJECTIVES)}, got {shown(objective)}")
         _check_texts("command", self.command, isinstance(self.command, list | tuple))
         _check_texts("versions", self.versions, isinstance(self.versions, Mapping))
         _check_texts("versions", self.versions.values(), True)
@@ -425,6 +429,8 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
         value = values.get(name)
         if value is None and not optional:
             raise InputError(f"{name}: must be there, got null")
+        if name in _TIMES and isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be none, a clock cannot
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return source(**arguments)
 
@@ -435,6 +441,13 @@ def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
     defaults = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(source)}
     return {name: (split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}
 
+
+_TIMES = {
+    field.name
+    for source in (EpochMetrics, TrialRecord, ConfirmedRun)
+    for field in dataclasses.fields(source)
+    if field.metadata.get("unit") in ("s", "1/s")
+}
 
 # Listed once: resolving the annotations costs more than building a row.
 _FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {

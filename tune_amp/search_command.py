@@ -258,6 +258,8 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     with ray_session(
         arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
     ) as session:
+        if session.exposure:
+            say(Console(stderr=True, highlight=False), f"WARNING: {session.exposure}", style="bold red")
         dataset = find_dataset()
         from tune_amp.resuming import describe_standing, remember
         from tune_amp.search import adapt_donor, plan_resources, run_search
@@ -514,7 +516,8 @@ def _print_json_start(
 
     token = None if session.token_path is None else str(session.token_path)
     where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
-    start = {"run": folder.name, "dataset": dataset.name, **where, "inert": inert, "warm_start": warm}
+    found = {"authenticated": session.authenticated, "inert": inert, "warm_start": warm}
+    start = {"run": folder.name, "dataset": dataset.name, **where, **found}
     JsonLines(stdout).write("start", start)
 
 

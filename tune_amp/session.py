@@ -6,6 +6,8 @@ Knows nothing of trials. Ray is imported inside the functions, because parts of 
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import json
 import logging
 import os
 import secrets
@@ -14,6 +16,8 @@ import socket
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +56,19 @@ class RaySession:
     dashboard_url: str | None
     token_path: Path | None
     """File with the token that the dashboard asks for; None where we did not start Ray."""
+    authenticated: bool
+    """Whether Ray refused us when we asked without a token, and let us in nowhere."""
+
+    @property
+    def exposure(self) -> str | None:
+        """What it means that Ray asks for no token, on one line; None where it asks for one."""
+        if self.authenticated:
+            return None
+        where = f" (dashboard {self.dashboard_url})" if self.dashboard_url else ""
+        return (
+            f"this Ray cluster{where} asks for no token: anyone who reaches its ports can run code as the user it runs "
+            "under, read your data and model, and change this search's results; start it with RAY_AUTH_MODE=token"
+        )
 
 
 @contextlib.contextmanager
@@ -120,7 +137,8 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: 
 
         try:
             # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
-            _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
+            with _free_port_for_agent():
+                _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
             yield token_path
         finally:
             ray.shutdown()
@@ -139,6 +157,19 @@ def _remove_abandoned(places: Path) -> None:
             with (home / ALIVE_FILE).open("r+") as alive:
                 fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _free_port_for_agent() -> Iterator[None]:
+    """Ray's agent takes port 52365, come what may: beside another Ray it would retry for 6 s, then do without HTTP."""
+    from ray._private import parameter
+
+    stock = parameter.RayParams
+    parameter.RayParams = functools.partial(stock, dashboard_agent_listen_port=0)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        parameter.RayParams = stock  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -232,7 +263,52 @@ def _describe_session(token_path: Path | None) -> RaySession:
 
     address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - ray.init's context is not ours where Ray ran before
     dashboard_url = f"http://{address}" if address else None
-    return RaySession(resources=ray.cluster_resources(), dashboard_url=dashboard_url, token_path=token_path)
+    return RaySession(
+        resources=ray.cluster_resources(),
+        dashboard_url=dashboard_url,
+        token_path=token_path,
+        authenticated=_asks_for_token(ray.get_runtime_context().gcs_address, dashboard_url),
+    )
+
+
+ASKING_SECONDS = 5.0
+
+
+def _asks_for_token(gcs_address: str, dashboard_url: str | None) -> bool:
+    """Whether somebody without a token is refused: asked for real, as no setting of ours tells what a cluster does.
+
+    A cluster with TLS but without tokens has an open dashboard still; where nothing answers, nothing is promised.
+    """
+    refusals = [_is_refused_by_gcs(gcs_address)]
+    if dashboard_url is not None:
+        refusals.append(_is_refused_by_dashboard(dashboard_url))
+    return True in refusals and False not in refusals
+
+
+def _is_refused_by_dashboard(url: str) -> bool | None:
+    """Whether it asks for a token; None where it says neither yes nor no."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/api/version", timeout=ASKING_SECONDS) as answer:
+            return None if "ray_version" not in json.load(answer) else False
+    except urllib.error.HTTPError as error:
+        return True if error.code in (401, 403) else None
+    except (OSError, ValueError, TypeError):  # not reachable from here, or something else than Ray
+        return None
+
+
+def _is_refused_by_gcs(address: str) -> bool | None:
+    """Whether the server that all of Ray's nodes obey asks for a token; None where it says neither yes nor no."""
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        # An empty message lists the keys of the default namespace: it reads, and changes nothing.
+        list_keys = channel.unary_unary("/ray.rpc.InternalKVGcsService/InternalKVKeys")
+        try:
+            list_keys(b"", timeout=ASKING_SECONDS)
+        except grpc.RpcError as error:
+            return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
+    return False
 
 
 def _ray_is_initialized() -> bool:

@@ -50,6 +50,7 @@ SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
 RELATIVE = "growth_interval"  # the one field that is counted in training steps
 
 _POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
+_TOO_LARGE = "is larger than 64 KiB, too large for a search space"
 _SHAPE = "must be a mapping with low and high, or with choices"
 
 
@@ -161,6 +162,8 @@ def parse_space(source: str, text: str) -> SearchSpace:
     Raises:
         InputError: one line with the source, the line or key path, the rule and the value.
     """
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{source}: {_TOO_LARGE}")
     try:
         return _build_space(source, text, read_yaml(text))
     except InputError as error:
@@ -174,7 +177,7 @@ def _read_text(source: str) -> str:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise InputError("is larger than 64 KiB, too large for a search space")
+        raise InputError(_TOO_LARGE)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -20,6 +20,8 @@ from tune_amp.console import (
     check_consent,
     choose_device,
     load_searched_data,
+    name_beside,
+    printable,
     say,
 )
 from tune_amp.options import naming_flags
@@ -108,7 +110,7 @@ def _train_final(
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     say(console, describe_recalls(result.test_recalls))
     saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"
-    console.print(f"saved   {output}: {saved}", markup=False, soft_wrap=True)
+    console.print(printable(f"saved   {output}: {saved}"), markup=False, soft_wrap=True)
     return EXIT_DONE
 
 
@@ -172,6 +174,4 @@ def describe_recalls(recalls: Sequence[float]) -> str:
 
 
 def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
-    best: Path = arguments.best
-    folder = best if best.is_dir() else best.parent
-    return folder / f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
+    return name_beside(arguments.best, f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}")

@@ -1,0 +1,161 @@
+"""What is fuzzed: each reader of files that may come from anybody, on any bytes.
+
+A reader answers, or refuses with an InputError of one line. ``tests/test_fuzz.py`` tries some hundred inputs each time;
+``tests/fuzz/fuzz.py`` goes on for as long as somebody has.
+"""
+
+import functools
+import gzip
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from records import PROVENANCE, make_trial
+from report_runs import LEDGER
+
+from tune_amp.config import InputError
+from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
+from tune_amp.results import (
+    load_best,
+    load_best_rows,
+    load_ledger,
+    load_provenance,
+    load_trials,
+    rank_trials,
+    write_best,
+    write_trials,
+)
+from tune_amp.space import load_space
+
+Target = Callable[[bytes, Path], None]
+
+SPACE = """\
+parameters:
+  lr: {low: 1.0e-4, high: 3.0e-2, log: true}
+  batch_size: {low: 64, high: 1024, power_of_two: true}
+  precision: {choices: [fp32, bf16, fp16]}
+  init_scale: {low: 1, high: 2^24, power_of_two: true, when: {precision: fp16}}
+  growth_interval: {low: 0.005, high: 0.5, log: true, fraction_of_trial: true, when: {precision: fp16}}
+fixed:
+  backoff_factor: 0.25
+"""
+
+
+def accept(read: Callable[[], object]) -> bool:
+    """Whether ``read`` answers; False where it refuses, as it must: in one line. Whatever else it raises comes out."""
+    refusal = None
+    try:
+        read()
+    except InputError as error:
+        refusal = str(error)
+    if refusal is not None and (len(refusal.splitlines()) != 1 or len(refusal) > 2_000):
+        raise AssertionError(f"must refuse in one line, got {refusal[:3_000]!r}")
+    return refusal is None
+
+
+def read_space(data: bytes, folder: Path) -> None:
+    """The search space, and configurations from it."""
+    path = folder / "space.yaml"
+    path.write_bytes(data)
+
+    def suggest() -> None:
+        space = load_space(str(path))
+        list(space.sample(2, seed=0, train_images=1_000, max_epochs=2))
+
+    accept(suggest)
+
+
+def read_parquet(data: bytes, folder: Path) -> None:
+    """What commands read of a run with ``data`` for one of its files; the first byte says which, and how it is made."""
+    kind = KINDS[data[0] % 3] if data else "best"
+    files = make_valid_run()
+    for name, content in files.items():
+        (folder / f"{name}.parquet").write_bytes(content)
+    content = make_parquet(files[kind], data[1:], how=data[0] // 3 % 4 if data else 0)
+    (folder / f"{kind}.parquet").write_bytes(content)
+    for read in READERS[kind]:
+        accept(lambda read=read: read(folder))  # type: ignore[misc]
+
+
+KINDS = ("trials", "epochs", "best")
+READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
+    "trials": (load_trials, load_provenance, load_ledger),
+    "epochs": (load_trials,),
+    "best": (load_best, load_best_rows),
+}
+
+
+def make_parquet(valid: bytes, data: bytes, how: int) -> bytes:
+    """A file from ``data``: all of it; bytes changed at places; the end cut and others put there; our metadata."""
+    if how == 0:
+        return data
+    if how == 1:
+        changed = bytearray(valid)
+        for at in range(0, len(data) - 2, 3):
+            place = int.from_bytes(data[at : at + 2], "big") * 7 % len(changed)
+            changed[-1 - place] = data[at + 2]
+        return bytes(changed)
+    if how == 2:
+        cut = int.from_bytes(data[:2], "big") % len(valid)
+        return valid[:cut] + data[2:] + valid[cut + len(data) :]
+    return replace_metadata(valid, data)
+
+
+def replace_metadata(valid: bytes, text: bytes) -> bytes:
+    """``valid`` with ``text`` for what we wrote into the metadata."""
+    table = pq.read_table(pa.BufferReader(valid))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"tune_amp": text}), sink)
+    return bytes(sink.getvalue())
+
+
+def read_ubyte(data: bytes, folder: Path) -> None:
+    """The file as images and as labels, plain or compressed; by the first byte, ``data`` is what was compressed."""
+    plain, packed = folder / "file-ubyte", folder / "file-ubyte.gz"
+    plain.write_bytes(data[1:])
+    packed.write_bytes(gzip.compress(data[1:], 1) if data[:1] < b"\x80" else data[1:])
+    for path in (plain, packed):
+        for magic in (IMAGES_MAGIC, LABELS_MAGIC):
+            accept(lambda path=path, magic=magic: read_idx(path, magic))  # type: ignore[misc]
+
+
+TARGETS: dict[str, Target] = {"space": read_space, "parquet": read_parquet, "ubyte": read_ubyte}
+
+
+# ---- where mutations start from ----
+
+
+@functools.cache
+def make_valid_run() -> dict[str, bytes]:
+    """The files of a run of two trials."""
+    trials = [make_trial("00000001"), make_trial("00000002")]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_trials(folder, trials, PROVENANCE, LEDGER)
+        write_best(folder, rank_trials(trials), PROVENANCE)
+        return {kind: (folder / f"{kind}.parquet").read_bytes() for kind in KINDS}
+
+
+def list_seeds(target: str) -> list[bytes]:
+    """Inputs of ``target`` that are valid, or were trouble once."""
+    if target == "space":
+        bundled = sorted((Path(__file__).resolve().parents[1] / "search_spaces").glob("*.yaml"))
+        return [SPACE.encode(), *(path.read_bytes() for path in bundled)]
+    if target == "ubyte":
+        images = encode_idx(np.zeros((2, 3, 4), np.uint8))
+        labels = encode_idx(np.zeros(2, np.uint8))
+        return [b"\0" + images, b"\0" + labels, b"\xff" + gzip.compress(images), b"\xff" + gzip.compress(labels)]
+    files = make_valid_run().values()
+    about = pq.read_schema(pa.BufferReader(make_valid_run()["best"])).metadata[b"tune_amp"]
+    changes = [bytes([kind + 3]) + struct.pack(">HB", 40, 3) for kind in range(3)]
+    return [*(bytes([kind]) + content for kind, content in enumerate(files)), *changes, bytes([2 + 9]) + about]
+
+
+def encode_idx(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """An array as idx files hold it."""
+    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
