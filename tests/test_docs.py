@@ -45,7 +45,7 @@ def slug(heading: str) -> str:
 
 
 def test_there_are_pages() -> None:
-    names = ["choosing-a-space.md", "monitoring.md", "own-model-and-data.md", "reading-results.md", "trackers.md"]
+    names = ["choosing-a-space.md", "monitoring.md", "own-model-and-data.md", "reading-results.md", "resuming.md", "trackers.md"]
     assert [page.name for page in PAGES] == names
 
 

@@ -39,6 +39,7 @@ RUN_FILES = (
     "importance.parquet",
     "space.yaml",
     "study.journal",
+    "reports.journal",
     "report.html",
 )
 
