@@ -12,11 +12,12 @@ the search runs changes nothing.
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -286,13 +287,15 @@ def build_ledger(
     Args:
         workers: every worker that a trial began in.
         trials: every trial.
-        slots: places in which trials run at a time.
+        slots: places in which trials run at a time. Where more workers lived at a time, nodes joined, and their slots
+            count from the beginning, as starting up.
         begin: when the search began, on the driver's clock.
         end: when its last trial was over, on the same clock.
     """
     wall = max(0.0, end - begin)
-    tried = list(trials)
-    seconds = _add_up([*_lay_into_slots(list(workers), slots, begin, begin + wall), *map(_divide_work, tried)])
+    known, tried = list(workers), list(trials)
+    slots = max(slots, _count_at_a_time(known))
+    seconds = _add_up([*_lay_into_slots(known, slots, begin, begin + wall), *map(_divide_work, tried)])
     uncovered = slots * wall - sum(seconds.values())
     seconds[TimeKind.OTHER] += max(0.0, uncovered)
     # A worker that waits for the driver counts the way of its report, which the driver has counted: milliseconds.
@@ -303,6 +306,13 @@ def build_ledger(
         seconds={str(kind): seconds[kind] for kind in TimeKind if seconds[kind] > 0},
         step_seconds=sum(trial.spent.get(TimeKind.TRAINING, 0.0) for trial in tried),
     )
+
+
+def _count_at_a_time(workers: Sequence[WorkerTime]) -> int:
+    """The most workers that lived at a time."""
+    # One that begins as another ends takes its place: -1 comes first.
+    changes = sorted(change for worker in workers for change in ((worker.ready, 1), (worker.end, -1)))
+    return max(itertools.accumulate(change for _, change in changes), default=0)
 
 
 def _add_up(parts: Iterable[Mapping[TimeKind, float]]) -> dict[TimeKind, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ MOST_OBJECTIVES = 3
 
 COMPLETED_ONLY = ("gp", "nsga2")
 """Samplers of Optuna's that learn nothing from a trial that was stopped early."""
+
+_USER = re.compile(r"://[^?\s]*@")
+_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:key|password|sas|secret|signature|token)[^=&\s]*)=[^&\s]*", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,3 +153,8 @@ def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
 def _check_flag(flag: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
         raise InputError(f"{flag}: {rule}, got {shown(value)}")
+
+
+def hide_credentials(text: str) -> str:
+    """``text`` without the user, the password and the keys of a URL in it: for messages, and for the record."""
+    return _SECRET.sub(r"\1=***", _USER.sub("://***@", text))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.search import ConcurrencyLimiter
 
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
 from tune_amp.confirm import ConfirmObserver, ConfirmResult, confirm, plan_confirmation, train_on_slots
@@ -24,13 +25,20 @@ from tune_amp.options import SearchOptions
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress, TrialRecorder
-from tune_amp.resources import TrialResources, allocate_resources, double_share, measure_with_ray
+from tune_amp.resources import (
+    SlotCounter,
+    TrialResources,
+    allocate_resources,
+    double_share,
+    list_nodes,
+    measure_with_ray,
+)
 from tune_amp.results import Provenance, TrialRecord, list_versions, rank_trials, write_best
-from tune_amp.searcher import AmpSearch, find_cause
+from tune_amp.searcher import AmpSearch, find_cause, is_node_lost
 from tune_amp.shares import find_largest
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import build_scheduler
-from tune_amp.storage import prepare_storage
+from tune_amp.storage import check_from_nodes, prepare_storage
 from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
 
@@ -104,7 +112,10 @@ def run_search(
     check_fit(space, dataset, options)
     resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
-    storage = prepare_storage(storage_path, folder, nodes=len(_list_nodes()))
+    nodes = len(list_nodes())
+    storage = prepare_storage(storage_path, folder, nodes=nodes)
+    if nodes > 1:
+        check_from_nodes(storage)
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
     if warm_start is not None:
@@ -144,9 +155,10 @@ def run_search(
         bind_trainable(dataset, resources),
         tune_config=tune.TuneConfig(
             num_samples=options.num_samples,
-            search_alg=searcher,
+            search_alg=SlotLimiter(
+                searcher, SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent)
+            ),
             scheduler=scheduler,
-            max_concurrent_trials=resources.max_concurrent,
             time_budget_s=options.time_budget,
             reuse_actors=True,
             trial_name_creator=name_trial,
@@ -155,6 +167,7 @@ def run_search(
         run_config=tune.RunConfig(
             name=storage.name,
             storage_path=storage.path,
+            storage_filesystem=storage.filesystem,
             callbacks=[recorder],
             failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
@@ -254,7 +267,7 @@ def plan_resources(
         )
         measure = functools.partial(measure_with_ray, largest, dataset.train, dataset.num_classes, announce=announce)
     resources = allocate_resources(
-        _list_nodes(),
+        list_nodes(),
         gpus_per_trial=options.gpus_per_trial,
         cpus_per_trial=options.cpus_per_trial,
         max_concurrent=options.max_concurrent,
@@ -328,21 +341,35 @@ def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
 
 
+class SlotLimiter(ConcurrencyLimiter):
+    """As many trials at a time as there are slots now. Ray's own fixes the number when the search begins."""
+
+    def __init__(self, searcher: AmpSearch, count: Callable[[], int]) -> None:
+        self._count = count
+        super().__init__(searcher, max_concurrent=max(1, count()))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The settings of the next trial, or None where all slots are taken."""
+        self.max_concurrent = self._count()
+        return super().suggest(trial_id)
+
+
 def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
     """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
 
-    A trial that ran out of its share of a GPU gets twice the share. That attempt is not counted among those that a
-    worker's death may cost; a trial whose retries are used up has ended, and nothing is changed.
+    A trial that ran out of its share of a GPU gets twice the share. That attempt, and one that a lost node costs, are
+    not counted among those that a worker's death may cost; a trial whose retries are used up has ended, and nothing is
+    changed.
     """
     searcher.note_worker_death(trial)
-    if trial.status == Trial.ERROR and LargerShareNeeded.__name__ in find_cause(trial):
+    if trial.status != Trial.ERROR:
+        return
+    cause = find_cause(trial)
+    larger_share = LargerShareNeeded.__name__ in cause
+    if larger_share:
         trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
+    if larger_share or is_node_lost(cause):
         trial.max_failures += 1
-
-
-def _list_nodes() -> list[dict[str, float]]:
-    """The resources of each living node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ from tune_amp.console import (
     say,
 )
 from tune_amp.ledger import read_process_age
-from tune_amp.options import SearchOptions, naming_flags, run_folder
+from tune_amp.options import SearchOptions, hide_credentials, naming_flags, run_folder
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -150,7 +150,8 @@ def _search(arguments: argparse.Namespace, program: str, command: Sequence[str],
     # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     with pure, run_folder(arguments.results_dir, run) as folder:
-        result = _search_with_ray(arguments, space, options, donor, folder, (program, *command), stdout, begun)
+        recorded = (program, *map(hide_credentials, command))
+        result = _search_with_ray(arguments, space, options, donor, folder, recorded, stdout, begun)
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
