@@ -3,10 +3,12 @@
 It listens on loopback, asks for a token, and keeps its files in a folder of its own.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,11 +30,10 @@ nodes = {}
 cluster = Cluster(shutdown_at_exit=True)
 
 def add(head, **settings):
-    # A slow machine must not lose a node that is only busy.
     node = cluster.add_node(wait=True, **settings)
-    nodes[node.unique_id] = node
+    nodes[node.node_id] = node
     raylet = [info.process.pid for kind, infos in node.all_processes.items() if kind == "raylet" for info in infos]
-    tell(node=node.unique_id, raylet=raylet[0], gcs=cluster.address, dashboard=node.webui_url if head else None)
+    tell(node=node.node_id, raylet=raylet[0], gcs=cluster.address, dashboard=node.webui_url if head else None)
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -70,21 +71,27 @@ class SimulatedCluster:
             "HOME": str(home / "home"),
         }
         """What a process that joins must have in its environment."""
-        # The nodes share two cores with whatever is tested: one that is only slow must not count as lost.
-        patience = {"RAY_health_check_failure_threshold": "10"}
+        # The nodes share two cores with whatever is tested: one that is only slow must not count as lost,
+        # but neither should each test wait half a minute for a lost one.
+        patience = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}
         outside = {} if search_path is None else {"PYTHONPATH": search_path}
         self.log = home / "cluster.log"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", HOST],
-            env=os.environ | self.environment | patience | outside,
-            cwd=home,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-        )
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", HOST],
+                env=os.environ | self.environment | patience | outside,
+                cwd=home,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         self._raylets: dict[str, int] = {}
-        first = self._add(head)
+        try:
+            first = self._add({"dashboard_port": _find_free_port(), **head})
+        except AssertionError:
+            self.close()
+            raise
         self.head: str = first["node"]
         self.address: str = first["gcs"]
         """host:port, for ``--address``."""
@@ -100,8 +107,12 @@ class SimulatedCluster:
         self._ask(order="remove", node=node)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to the node's raylet: its workers end, and nobody is told."""
-        os.kill(self._raylets.pop(node), signal.SIGKILL)
+        """SIGKILL to the node's raylet and its workers, as if the machine were gone: nobody is told."""
+        raylet = self._raylets.pop(node)
+        workers = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+        for process in (raylet, *map(int, workers)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def close(self) -> None:
         """End all nodes."""
@@ -113,6 +124,9 @@ class SimulatedCluster:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
         self._folder.cleanup()
 
     def __enter__(self) -> Self:
@@ -138,3 +152,9 @@ class SimulatedCluster:
         assert line, self.log.read_text()[-3000:]
         told: dict[str, Any] = json.loads(line)
         return told
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

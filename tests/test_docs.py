@@ -41,7 +41,12 @@ def slug(heading: str) -> str:
 
 
 def test_there_are_pages() -> None:
-    assert [page.name for page in PAGES] == ["choosing-a-space.md", "own-model-and-data.md", "reading-results.md"]
+    assert [page.name for page in PAGES] == [
+        "choosing-a-space.md",
+        "cluster.md",
+        "own-model-and-data.md",
+        "reading-results.md",
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -373,3 +373,15 @@ def test_shares_are_of_the_slot_time_in_a_fixed_order() -> None:
 def test_ledger_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         dataclasses.replace(LEDGER, **changes)
+
+
+def test_slots_of_nodes_that_joined_are_slots() -> None:
+    def work(ready: float, end: float) -> WorkerTime:
+        return WorkerTime(began=ready - 1, ready=ready, end=end, spent={TimeKind.START_UP: 1.0})
+
+    # Two at first, a third from 11 to 20; and one that takes the place of another at 20, which is no fourth.
+    workers = [work(2, 20), work(2, 30), work(11, 20), work(20, 30)]
+    ledger = build_ledger(workers, [], slots=2, begin=0, end=30)
+    assert ledger.slots == 3
+    assert sum(ledger.seconds.values()) == pytest.approx(90)
+    assert build_ledger(workers, [], slots=4, begin=0, end=30).slots == 4
