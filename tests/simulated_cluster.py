@@ -88,7 +88,9 @@ class SimulatedCluster:
             )
         self._raylets: dict[str, int] = {}
         try:
-            first = self._add({"dashboard_port": _find_free_port(), **head})
+            first = self._add(
+                {"dashboard_port": _find_free_port(), "dashboard_agent_listen_port": _find_free_port(), **head}
+            )
         except AssertionError:
             self.close()
             raise
