@@ -60,7 +60,7 @@ class Net(torch.nn.Module):
 
 def net(input_shape, num_classes):
     network = Net(torch.Size(input_shape).numel(), num_classes)
-    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
         here = {
             "node": ray.get_runtime_context().get_node_id(),
             "pid": os.getpid(),
@@ -152,14 +152,19 @@ class Search:
         return (self._folder / "errors").read_text()
 
 
+def write_model(folder: Path, epoch_seconds: float = EPOCH_SECONDS) -> None:
+    """Make the folder with a user's own model in it."""
+    folder.mkdir()
+    (folder / "sleepy.py").write_text(MODEL.replace("FOLDER", str(folder)).replace("SECONDS", str(epoch_seconds)))
+    (folder / "model_parts.py").write_text(PARTS)
+
+
 @contextlib.contextmanager
 def searching(
     cluster: SimulatedCluster, folder: Path, *arguments: object, epoch_seconds: float = EPOCH_SECONDS
 ) -> Iterator[Search]:
     """A search by ``scripts/search.py`` on the cluster, of a user's own model, in the folder."""
-    folder.mkdir()
-    (folder / "sleepy.py").write_text(MODEL.replace("FOLDER", str(folder)).replace("SECONDS", str(epoch_seconds)))
-    (folder / "model_parts.py").write_text(PARTS)
+    write_model(folder, epoch_seconds)
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--model", "sleepy:net", "--max-epochs", str(EPOCHS), "--sampler", "random", "--scheduler", "none"]
     command += ["--confirm-seeds", "0", "--address", cluster.address, "--name", "run", "--json", *map(str, arguments)]
@@ -308,6 +313,51 @@ def test_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the
     assert b"very-secret" not in b"".join(path.read_bytes() for path in search.run.iterdir())
 
 
+CONFIRMING = """
+import json, sys
+import sleepy
+from tune_amp.session import ray_session
+
+with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
+    from tune_amp.config import TrialConfig
+    from tune_amp.confirm import ConfirmJob, train_on_slots
+    from tune_amp.data import load_dataset
+    from tune_amp.resources import TrialResources
+
+    config = TrialConfig(dataset="digits", model="sleepy:net", max_epochs=20)
+    job = ConfirmJob(trial_ids=("a",), config=config)
+    resources = TrialResources(cpus=2, gpus=0.0, max_concurrent=1, reason="")
+    for _, run in train_on_slots([job], load_dataset("digits"), resources):
+        print(json.dumps({"status": str(run.status), "error": run.error}))
+"""
+
+
+def test_confirmed_run_begins_once_more_as_often_as_its_node_is_lost(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write_model(folder)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONFIRMING, cluster.address],
+        cwd=folder,
+        env=os.environ | cluster.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for lost in range(3):  # more often than a worker may die
+        node = cluster.add_node(num_cpus=2)  # the first has but one
+        deadline = time.monotonic() + 100
+        while not (folder / "attempts").exists() or len((folder / "attempts").read_text().splitlines()) <= lost:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        cluster.remove_node(node)
+    last = cluster.add_node(num_cpus=2)
+    told, _ = process.communicate(timeout=120)
+    cluster.remove_node(last)
+    assert [json.loads(line) for line in told.splitlines() if line.startswith("{")] == [
+        {"status": "completed", "error": None}
+    ]
+
+
 def test_place_that_is_another_one_on_each_node_is_refused(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=1)
     place = "file:///proc/self/cwd/checkpoints"  # each process has a folder of its own under this name
@@ -375,27 +425,29 @@ def test_data_are_placed_once_a_node_however_many_trials_run_there(cluster: Simu
 
 def test_a_submitted_job_searches_the_cluster_that_it_runs_on(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=1)
-    results, checkpoints = tmp_path / "results", tmp_path / "checkpoints"
-    entrypoint = [
-        sys.executable,
-        str(ROOT / "scripts" / "search.py"),
-        "quick",
-        "--dataset",
-        "digits",
+    write_model(tmp_path / "code")
+    results = tmp_path / "results"
+    ray_command = [
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        "submit",
         "--address",
-        "auto",
+        f"http://{cluster.dashboard}",
     ]
-    entrypoint += ["--num-samples", "4", "--max-epochs", str(EPOCHS), "--scheduler", "none", "--confirm-seeds", "0"]
-    entrypoint += ["--results-dir", str(results), "--storage-path", str(checkpoints), "--name", "run", "--quiet"]
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", f"http://{cluster.dashboard}"]
+    submit = [*ray_command, "--working-dir", str(tmp_path / "code"), "--"]
+    search = f"{sys.executable} {ROOT}/scripts/search.py quick --dataset digits --model sleepy:net --address auto"
+    search += f" --num-samples 4 --max-epochs {EPOCHS} --scheduler none --confirm-seeds 0 --name run --quiet"
+    search += f" --results-dir {results} --storage-path {tmp_path}/checkpoints"
     environment = {**os.environ, **cluster.environment}
     refused = {name: text for name, text in environment.items() if not name.startswith("RAY_AUTH")}
     for tried in (refused, environment):
         done = subprocess.run(
-            [*submit, "--", *entrypoint], env=tried, capture_output=True, text=True, timeout=240, check=False
+            [*submit, *search.split()], env=tried, capture_output=True, text=True, timeout=240, check=False
         )
         assert results.exists() == (tried is environment), done.stdout + done.stderr
     cluster.remove_node(other)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(results / "run" / "best.parquet") in done.stdout  # the search's own output
     check_nothing_is_lost(results / "run", 4)
+    attempts = [json.loads(line) for line in (tmp_path / "code" / "attempts").read_text().splitlines()]
+    assert {attempt["node"] for attempt in attempts} == {cluster.head, other}

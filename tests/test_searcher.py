@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
-from tune_amp.searcher import STUDY_FILE, UNKNOWN_VALUES, AmpSearch, find_cause, find_status, is_node_lost
+from tune_amp.searcher import STUDY_FILE, UNKNOWN_VALUES, AmpSearch, find_cause, find_reason, find_status, is_node_lost
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
 
@@ -268,6 +268,7 @@ def test_last_death_of_a_worker_decides(make_search: MakeSearch, die: Callable[.
 def test_node_that_left_or_died_is_told_from_a_worker_that_did(die: Callable[..., DeadTrial]) -> None:
     assert is_node_lost(find_cause(die(KILLED, NODE_DIED)))
     assert is_node_lost(find_cause(die(NODE_LEFT)))
+    assert is_node_lost(find_reason("Task failed because the node it was running on is dead or unavailable. Node IP: "))
     assert not is_node_lost(find_cause(die(NODE_DIED, WORKER_DIED)))
     assert not is_node_lost(find_cause(die(OUT_OF_MEMORY)))
     assert not is_node_lost(find_cause(DeadTrial("a", None)))

@@ -40,8 +40,8 @@ UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "
 # The first words of ray.exceptions.OutOfMemoryError, behind the number of workers that the memory monitor killed.
 OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"
 
-# The last words of ray.exceptions.ActorDiedError where not only the worker is gone; then comes the reason.
-NODE_LOST_SIGN = "the actor's node was terminated"
+# What ray.exceptions.ActorDiedError says of an actor, and NodeDiedError of a task, where not only the worker is gone.
+NODE_LOST_SIGNS = ("the actor's node was terminated", "the node it was running on is dead")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ATTEMPT = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
@@ -335,4 +335,4 @@ def find_reason(text: str) -> str:
 
 def is_node_lost(cause: str) -> bool:
     """Whether a worker died because its node left or failed: no fault of the trial's, however often it happens."""
-    return NODE_LOST_SIGN in cause
+    return any(sign in cause for sign in NODE_LOST_SIGNS)
