@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 EPOCHS = 20
-EPOCH_SECONDS = 0.3
+EPOCH_SECONDS = 0.2
 
 # Leaves a line for each attempt of a trial: on which node, in which process, with whose code. An epoch takes a
 # while, whatever its settings: where a trial ends before a new node's worker has started, Tune gives the trial that

@@ -115,7 +115,7 @@ def run_search(
     nodes = len(list_nodes())
     storage = prepare_storage(storage_path, folder, nodes=nodes)
     if nodes > 1:
-        check_from_nodes(storage)
+        check_from_nodes(storage, resources)
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     provenance = describe_run(space, dataset, options, folder.name, command, resources)
     if warm_start is not None:

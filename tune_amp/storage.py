@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.config import InputError, describe_error
 from tune_amp.options import hide_credentials
+from tune_amp.resources import TrialResources, count_slots
 
 RAY_FOLDER = "ray"
 
@@ -75,8 +76,8 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     return storage
 
 
-def check_from_nodes(storage: RunStorage) -> None:
-    """Try that every node of the running Ray writes what this process can see.
+def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
+    """Try that every node of the running Ray on which a trial fits writes what this process can see.
 
     A path that only looks the same on all nodes would fail no earlier than with the first worker that dies.
 
@@ -87,7 +88,7 @@ def check_from_nodes(storage: RunStorage) -> None:
     mark = secrets.token_hex(4)
     nodes = {}
     for node in ray.nodes():
-        if node["Alive"] and any(node["Resources"].get(kind, 0) >= 1 for kind in ("CPU", "GPU")):
+        if node["Alive"] and count_slots(node["Resources"], resources.cpus, resources.gpus):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             path = f"{storage.folder}/.{mark}-{node['NodeID']}"
             answer = probe.options(scheduling_strategy=there).remote(storage.filesystem, path)
