@@ -87,6 +87,7 @@ class SimulatedCluster:
                 text=True,
             )
         self._raylets: dict[str, int] = {}
+        self._started = 0
         try:
             first = self._add(
                 {"dashboard_port": _find_free_port(), "dashboard_agent_listen_port": _find_free_port(), **head}
@@ -140,7 +141,10 @@ class SimulatedCluster:
         self.close()
 
     def _add(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        smallest = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+        # Nodes that share a folder unpack the same packages over each other.
+        self._started += 1
+        own = {} if self._started == 1 else {"temp_dir": f"{self._folder.name}/n{self._started}"}
+        smallest = {**own, "object_store_memory": 80 * 2**20, "include_dashboard": False}
         told = self._ask(order="add", **{**smallest, **settings})
         self._raylets[told["node"]] = told["raylet"]
         return told
