@@ -12,7 +12,7 @@ from records import PROVENANCE, make_trial
 from tune_amp.cli import main
 from tune_amp.config import InputError, TrialConfig
 from tune_amp.results import rank_trials, write_best, write_trials
-from tune_amp.search_command import Task, _load_checked, search_command
+from tune_amp.search_command import Task, _load_checked, _user_modules, search_command
 from tune_amp.space import load_space
 from tune_amp.train_command import describe_recalls, train_command
 
@@ -205,3 +205,27 @@ def test_code_that_only_a_file_names_never_runs(capsys: pytest.CaptureFixture[st
     expected = f"{best}: dataset: names your own code; to run it, add --dataset evil:data"
     assert refusal(capsys, train_command([str(best)])) == expected
     assert not Path("ran").exists()
+
+
+# What the workers of a cluster are sent
+
+
+def test_modules_beside_a_users_model_are_sent_along_and_nothing_else(
+    enter_folder: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_parts").mkdir()
+    (tmp_path / "my_parts" / "__init__.py").write_text("")
+    (tmp_path / "my_layers.py").write_text("import my_parts")
+    (tmp_path / "my_model.py").write_text("import json, numpy, my_layers\ndef net(input_shape, num_classes): ...")
+    (tmp_path / "not_imported.py").write_text("")
+    sent = {module.__name__ for module in _user_modules("my_model:net")}
+    assert sent == {"my_model", "my_layers", "my_parts"}
+
+
+def test_installed_model_is_sent_alone() -> None:
+    assert [module.__name__ for module in _user_modules("torchvision.models:resnet18")] == ["torchvision"]
+
+
+def test_built_in_model_needs_nothing() -> None:
+    assert _user_modules("simple_net") == ()

@@ -45,8 +45,16 @@ def slug(heading: str) -> str:
 
 
 def test_there_are_pages() -> None:
-    names = ["choosing-a-space.md", "monitoring.md", "own-model-and-data.md", "reading-results.md", "resuming.md", "trackers.md"]
-    assert [page.name for page in PAGES] == names
+    names = [
+        "choosing-a-space",
+        "cluster",
+        "monitoring",
+        "own-model-and-data",
+        "reading-results",
+        "resuming",
+        "trackers",
+    ]
+    assert [page.stem for page in PAGES] == names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

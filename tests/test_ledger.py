@@ -384,3 +384,15 @@ def test_totals_by_kind_hold_all_that_was_told_and_what_was_lost_and_never_fall(
     told = {kind: seconds for kind, seconds in times.totals.items() if seconds}
     assert told == {"start-up": 3.0, "training": 3.0, "idle": 0.5, "failed": 4.0}
     assert set(times.totals) == set(TimeKind)
+
+
+def test_slots_of_nodes_that_joined_are_slots() -> None:
+    def work(ready: float, end: float) -> WorkerTime:
+        return WorkerTime(began=ready - 1, ready=ready, end=end, spent={TimeKind.START_UP: 1.0})
+
+    # Two at first, a third from 11 to 20; and one that takes the place of another at 20, which is no fourth.
+    workers = [work(2, 20), work(2, 30), work(11, 20), work(20, 30)]
+    ledger = build_ledger(workers, [], slots=2, begin=0, end=30)
+    assert ledger.slots == 3
+    assert sum(ledger.seconds.values()) == pytest.approx(90)
+    assert build_ledger(workers, [], slots=4, begin=0, end=30).slots == 4

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tune_amp.config import InputError
-from tune_amp.options import SearchOptions, run_folder
+from tune_amp.options import SearchOptions, hide_credentials, run_folder
 
 NAN, INF = math.nan, math.inf
 CHOICES = "simple_net, conv_net, vit, or module:function"
@@ -215,3 +215,24 @@ def test_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> Non
     message = refusal(tmp_path, "run")
     tmp_path.chmod(0o700)
     assert message == f"--results-dir: {tmp_path / 'run'} cannot be made (Permission denied)"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:sec/ret@bucket/a@b?scheme=http", "s3://***@b?scheme=http"),
+        ("--storage-path=s3://key:secret@bucket/a", "--storage-path=s3://***@bucket/a"),
+        (
+            "abfs://box@store/a?client_secret=x%2Fy&tenant_id=t&SAS_token=z",
+            "abfs://***@store/a?client_secret=***&tenant_id=t&SAS_token=***",
+        ),
+        (
+            "s3://bucket/a?endpoint_override=127.0.0.1:9000&region=eu",
+            "s3://bucket/a?endpoint_override=127.0.0.1:9000&region=eu",
+        ),
+        ("broken:net", "broken:net"),
+        ("me@example.org", "me@example.org"),
+    ],
+)
+def test_record_of_a_command_holds_no_credentials(text: str, shown: str) -> None:
+    assert hide_credentials(text) == shown

@@ -175,6 +175,18 @@ def test_command_that_goes_on_can_be_pasted(folder: str, model: str, expected: s
     assert command == expected
 
 
+def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path) -> None:
+    url = "s3://user:secret@bucket/runs?endpoint_override=host:1"
+    folder = begin(tmp_path, "--storage-path", url)
+    assert b"secret" not in (folder / "reports.journal").read_bytes()
+    with pytest.raises(InputError) as caught:
+        resume(folder)
+    assert str(caught.value) == (
+        "--storage-path: must be given once more, its secrets are not kept: s3://***@bucket/runs?endpoint_override=host:1"
+    )
+    assert resume(folder, "--storage-path", url).storage_path == url
+
+
 def test_what_is_remembered_is_plain(tmp_path: Path) -> None:
     with open_past(begin(tmp_path)) as past:
         assert isinstance(past, PastRun)

@@ -1,6 +1,7 @@
 import json
 import re
 import signal
+import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray.tune.experiment import Trial
 from records import make_trial
 
 from tune_amp.config import InputError, TrialConfig, TrialStatus
@@ -21,11 +23,13 @@ from tune_amp.gauges import SearchObserver
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.recorder import SearchProgress
+from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
 from tune_amp.search import (
     SPACE_FILE,
     SearchResult,
+    _prepare_next_attempt,
     name_trial,
     plan_resources,
     run_search,
@@ -520,3 +524,22 @@ def test_search_is_interrupted_where_trials_are_missing_with_budget_left(
 ) -> None:
     trials = [make_trial(f"{number}", status=TrialStatus(status)) for number, status in enumerate(statuses)]
     assert was_interrupted(trials, make_options(time_budget=time_budget), seconds) is expected
+
+
+@pytest.mark.parametrize(
+    ("status", "cause", "allowed"),
+    [
+        (Trial.ERROR, "the actor's node was terminated unexpectedly: health check failed", 3),
+        (Trial.ERROR, "The actor is dead because its worker process has died.", 2),
+        (Trial.RUNNING, "the actor's node was terminated unexpectedly: health check failed", 2),  # it has ended
+    ],
+)
+def test_lost_node_costs_a_trial_none_of_its_retries(status: str, cause: str, allowed: int, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{cause}\n")
+    trial = types.SimpleNamespace(status=status, max_failures=2, error_file=str(tmp_path / "error.txt"))
+    noted: list[Any] = []
+    searcher: Any = types.SimpleNamespace(note_worker_death=noted.append)
+    resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason="")
+    _prepare_next_attempt(searcher, resources, trial)
+    assert trial.max_failures == allowed
+    assert noted == [trial]

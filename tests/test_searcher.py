@@ -17,7 +17,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
 from tune_amp.past import PastTrial
-from tune_amp.searcher import STUDY_FILE, UNKNOWN_VALUES, AmpSearch, find_cause, find_status, mend_study
+from tune_amp.searcher import (
+    STUDY_FILE,
+    UNKNOWN_VALUES,
+    AmpSearch,
+    find_cause,
+    find_reason,
+    find_status,
+    is_node_lost,
+    mend_study,
+)
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
 
@@ -216,6 +225,21 @@ Refer to the documentation on how to address the out of memory issue. Consider p
 
 """
 
+NODE_DIED = """Failure # 2 (occurred at 2026-11-25_21-55-43)
+The actor died unexpectedly before finishing this task.
+\tip: 127.0.0.1
+The actor died because its node has died. Node Id: 85dd7aef7ddc609558a14717b6090698c504c3d645c4755b274233cc
+\tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats
+"""
+NODE_LEFT = NODE_DIED.replace(
+    "unexpectedly: health check failed due to missing too many", "expectedly: received SIGTERM"
+)
+WORKER_DIED = """Failure # 3 (occurred at 2026-11-25_21-56-04)
+The actor died unexpectedly before finishing this task.
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits. Some common causes include: consider enabling resource isolation to prevent node deaths.
+"""
+
 
 @dataclasses.dataclass
 class DeadTrial:
@@ -253,6 +277,15 @@ def test_last_death_of_a_worker_decides(make_search: MakeSearch, die: Callable[.
     search.on_trial_complete("a", error=True)
     assert stored(search, "a").state is TrialState.FAIL
     assert stored(search, "a").user_attrs["status"] == "failed"
+
+
+def test_node_that_left_or_died_is_told_from_a_worker_that_did(die: Callable[..., DeadTrial]) -> None:
+    assert is_node_lost(find_cause(die(KILLED, NODE_DIED)))
+    assert is_node_lost(find_cause(die(NODE_LEFT)))
+    assert is_node_lost(find_reason("Task failed because the node it was running on is dead or unavailable. Node IP: "))
+    assert not is_node_lost(find_cause(die(NODE_DIED, WORKER_DIED)))
+    assert not is_node_lost(find_cause(die(OUT_OF_MEMORY)))
+    assert not is_node_lost(find_cause(DeadTrial("a", None)))
 
 
 def test_trial_that_completes_after_its_worker_was_killed_is_told_complete(

@@ -1,6 +1,10 @@
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow import fs  # type: ignore[import-untyped]
 
 from tune_amp.config import InputError
 from tune_amp.storage import prepare_storage
@@ -33,7 +37,7 @@ def test_a_run_of_the_same_name_is_never_mixed_with(tmp_path: Path) -> None:
     assert str(caught.value) == f"--storage-path: {tmp_path} already holds a run run; choose another --name"
 
 
-@pytest.mark.parametrize("place", ["/proc/nope", "foo://bar", "file", "\0"])
+@pytest.mark.parametrize("place", ["/proc/nope", "/proc", "foo://bar", "file", "\0", "s3://bucket/a?nonsense=1"])
 def test_a_place_that_cannot_be_written_is_one_line(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,3 +58,63 @@ def test_only_checkpoints_are_removed_and_none_is_no_fault(tmp_path: Path) -> No
         path.touch()
     storage.remove_checkpoints()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["run/01-fp16/params.json"]
+
+
+# An object store
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[Any]:
+    """A server that speaks S3, with one bucket; its address for ``endpoint_override``."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "{}:{}".format(*server.get_host_and_port())
+    fs.S3FileSystem(
+        access_key="any",
+        secret_key="any",
+        endpoint_override=address,
+        scheme="http",
+        region="us-east-1",
+        allow_bucket_creation=True,
+    ).create_dir("bucket")
+    yield address
+    server.stop()
+
+
+def object_url(address: str, place: str, *, user: str = "") -> str:
+    return f"s3://{user}{place}?scheme=http&endpoint_override={address}&region=us-east-1"
+
+
+def test_object_store_holds_checkpoints_until_they_are_removed(object_store: str, tmp_path: Path) -> None:
+    storage = prepare_storage(object_url(object_store, "bucket/searches", user="any:any@"), tmp_path / "run")
+    assert (storage.path, storage.name, storage.folder) == ("bucket/searches", "run", "bucket/searches/run")
+    remote = pickle.loads(pickle.dumps(storage.filesystem))  # as a worker gets it
+    kept, removed = (
+        f"{storage.folder}/{name}" for name in ("01-fp16/params.json", "01-fp16/checkpoint_000002/trial.pt")
+    )
+    for path in (kept, removed):
+        remote.create_dir(path.rpartition("/")[0], recursive=True)
+        with remote.open_output_stream(path) as file:
+            file.write(b"state")
+    storage.remove_checkpoints()
+    found = storage.filesystem.get_file_info(fs.FileSelector("bucket/searches", recursive=True))
+    assert [entry.path for entry in found if entry.type is fs.FileType.File] == [kept]
+    with pytest.raises(InputError, match=r"--storage-path: s3://\*\*\*@bucket/searches\?.* already holds a run run"):
+        prepare_storage(object_url(object_store, "bucket/searches", user="any:any@"), tmp_path / "run")
+
+
+def test_credentials_come_from_the_environment_where_the_url_has_none(
+    object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "from-environment")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    storage = prepare_storage(object_url(object_store, "bucket/environment"), tmp_path / "run")
+    assert b"very-secret" not in pickle.dumps(storage.filesystem)  # nor do Ray's files hold it
+
+
+def test_bucket_that_is_missing_is_one_line_without_the_secret(object_store: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        prepare_storage(object_url(object_store, "no-such-bucket/a", user="name:very-secret@"), tmp_path / "run")
+    shown = object_url(object_store, "no-such-bucket/a", user="***@")
+    assert str(caught.value).startswith(f"--storage-path: {shown} cannot be written (OSError: Bucket 'no-such-bucket'")
+    assert "\n" not in str(caught.value)

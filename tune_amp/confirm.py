@@ -27,7 +27,7 @@ from tune_amp.options import SearchOptions
 from tune_amp.ranking import rank_confirmed, without_seed
 from tune_amp.resources import TrialResources, double_share
 from tune_amp.results import BestRow, Provenance, TrialRecord, write_best, write_confirmed
-from tune_amp.searcher import find_reason, find_status
+from tune_amp.searcher import find_reason, find_status, is_node_lost
 from tune_amp.space import SearchSpace
 from tune_amp.trainable import (
     WORKER_RETRIES,
@@ -356,6 +356,9 @@ def train_on_slots(
                 continue
             attempt = running.pop(ended)
             run, died = _fetch(ended, attempt.job)
+            if died and is_node_lost(run.error or ""):  # no fault of the run's
+                waiting.appendleft(attempt)
+                continue
             again = attempt.try_again(run, died=died)
             if again is not None:
                 waiting.appendleft(again)

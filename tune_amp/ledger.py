@@ -17,7 +17,7 @@ import math
 import os
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -301,7 +301,8 @@ def build_ledger(
     Args:
         workers: every worker that a trial began in.
         trials: every trial.
-        slots: places in which trials run at a time.
+        slots: places in which trials run at a time. Where more workers lived at a time, nodes joined, and their slots
+            count from the beginning, as starting up.
         begin: when the search began, on the driver's clock.
         end: when its last trial was over, on the same clock.
         resumed: when it went on after it had been cut off, on the same clock, which stands still in between. What was
@@ -309,6 +310,7 @@ def build_ledger(
     """
     wall = max(0.0, end - begin)
     tried, told = list(trials), list(workers)
+    slots = max(slots, _count_at_a_time(told))
     laid = []
     for since, until in itertools.pairwise([begin, *resumed, begin + wall]):
         last = until == begin + wall
@@ -325,6 +327,13 @@ def build_ledger(
         seconds={str(kind): seconds[kind] for kind in TimeKind if seconds[kind] > 0},
         step_seconds=sum(trial.spent.get(TimeKind.TRAINING, 0.0) for trial in tried),
     )
+
+
+def _count_at_a_time(workers: Sequence[WorkerTime]) -> int:
+    """The most workers that lived at a time."""
+    # One that begins as another ends takes its place: -1 comes first.
+    changes = sorted(change for worker in workers for change in ((worker.ready, 1), (worker.end, -1)))
+    return max(itertools.accumulate(change for _, change in changes), default=0)
 
 
 def _add_up(parts: Iterable[Mapping[TimeKind, float]]) -> dict[TimeKind, float]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 )
 """What can be told of a search, and the modules that it takes. The extra to install has the tracker's name."""
+HIDDEN = "***"
+"""Stands where a secret stood."""
+
+_USER = re.compile(r"://[^?\s]*@")
+_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:key|password|sas|secret|signature|token)[^=&\s]*)=[^&\s]*", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,3 +191,8 @@ def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
 def _check_flag(flag: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
         raise InputError(f"{flag}: {rule}, got {shown(value)}")
+
+
+def hide_credentials(text: str) -> str:
+    """``text`` without the user, the password and the keys of a URL in it: for messages, and for the record."""
+    return _SECRET.sub(rf"\1={HIDDEN}", _USER.sub(f"://{HIDDEN}@", text))

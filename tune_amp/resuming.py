@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.config import InputError, is_function_name
-from tune_amp.options import build_options, name_flag
+from tune_amp.options import HIDDEN, build_options, hide_credentials, name_flag
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
 from tune_amp.space import load_space
@@ -30,6 +30,7 @@ OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
 def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a run goes on with, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
+    kept["storage_path"] = arguments.storage_path and hide_credentials(arguments.storage_path)
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
@@ -52,6 +53,8 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     if recorded.get("data_dir") is not None:
         recorded["data_dir"] = Path(recorded["data_dir"])
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
+    if HIDDEN in (arguments.storage_path or ""):
+        raise InputError(f"--storage-path: must be given once more, its secrets are not kept: {arguments.storage_path}")
     _check_space(given.space, past)
     _check_consent(given, past)
     _check_fixed(arguments, recorded, past)

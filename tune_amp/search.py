@@ -52,13 +52,13 @@ from tune_amp.results import (
     rank_trials,
     write_best,
 )
-from tune_amp.searcher import AmpSearch, find_cause, mend_study
+from tune_amp.searcher import AmpSearch, find_cause, is_node_lost, mend_study
 from tune_amp.session import find_dead_process
 from tune_amp.shares import find_largest
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import TrialKey, build_scheduler, replay
-from tune_amp.storage import RunStorage, prepare_storage
+from tune_amp.storage import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.time_limit import TimeLimit
 from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
@@ -146,7 +146,10 @@ def run_search(
     stop = stop or StopRequest()
     time_left = find_time_left(options, past)
     session = 1 + (len(past.sessions) if past else 0)
-    storage = prepare_storage(storage_path, folder, nodes=len(list_nodes()), session=session)
+    nodes = len(list_nodes())
+    storage = prepare_storage(storage_path, folder, nodes=nodes, session=session)
+    if nodes > 1:
+        check_from_nodes(storage, resources)
     begin = time.monotonic() if started is None else started
     with contextlib.ExitStack() as stack:
         if past is not None:
@@ -163,7 +166,7 @@ def run_search(
             _describe_progress(folder, dataset, options),
             gauges,
             journal=journal,
-            storage_root=storage.root,
+            storage_root=storage.path,
             slots=resources.max_concurrent,
             begin=begin,
             explain_death=limit.explain_death,
@@ -212,6 +215,7 @@ def run_search(
                 run_config=tune.RunConfig(
                     name=storage.name,
                     storage_path=storage.path,
+                    storage_filesystem=storage.filesystem,
                     stop=Asked(stop),
                     callbacks=[limit, *trackers, recorder],  # the recorder cuts each report down to what Tune needs
                     failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
@@ -426,7 +430,7 @@ def bind_trainable(
     """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
     left = past.unfinished if past else ()
     # All but the last have been deleted; where the search was cut off in between, the one before it is still there.
-    checkpoints = {trial.trial_id: [f"{storage.root}/{path}" for path in trial.checkpoints[:-3:-1]] for trial in left}
+    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.checkpoints[:-3:-1]] for trial in left}
     worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
     with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
     trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
@@ -500,12 +504,18 @@ def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
 def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
     """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
 
-    A trial that ran out of its share of a GPU gets twice the share. That attempt is not counted among those that a
-    worker's death may cost; a trial whose retries are used up has ended, and nothing is changed.
+    A trial that ran out of its share of a GPU gets twice the share. That attempt, and one that a lost node costs, are
+    not counted among those that a worker's death may cost; a trial whose retries are used up has ended, and nothing is
+    changed.
     """
     searcher.note_worker_death(trial)
-    if trial.status == Trial.ERROR and LargerShareNeeded.__name__ in find_cause(trial):
+    if trial.status != Trial.ERROR:
+        return
+    cause = find_cause(trial)
+    larger_share = LargerShareNeeded.__name__ in cause
+    if larger_share:
         trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
+    if larger_share or is_node_lost(cause):
         trial.max_failures += 1
 
 

@@ -10,6 +10,7 @@ import importlib
 import os
 import shutil
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,15 @@ from tune_amp.console import (
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.journal import JOURNAL_FILE
 from tune_amp.ledger import read_process_age
-from tune_amp.options import TRACKERS, SearchOptions, build_options, check_trackers, naming_flags, run_folder
+from tune_amp.options import (
+    TRACKERS,
+    SearchOptions,
+    build_options,
+    check_trackers,
+    hide_credentials,
+    naming_flags,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -288,7 +297,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 options,
                 folder=folder,
                 observer=observer,
-                command=task.command,
+                command=tuple(map(hide_credentials, task.command)),
                 storage_path=arguments.storage_path,
                 started=task.begun,
                 resources=resources,
@@ -368,10 +377,24 @@ def _count_usable_gpus() -> int:
 
 
 def _user_modules(model: str) -> tuple[ModuleType, ...]:
-    """The top-level package of a user's own model, which the workers of a joined cluster do not have."""
+    """What the workers of a joined cluster need of a user's own model, and do not have.
+
+    That is its top-level package or file, and what has been imported from beside it.
+    """
     if not is_function_name(model):
         return ()
-    return (importlib.import_module(model.partition(":")[0].partition(".")[0]),)
+    named = importlib.import_module(model.partition(":")[0].partition(".")[0])
+    folder = _find_folder(named)
+    if str(folder) in sysconfig.get_paths().values():  # installed, as it has to be on the nodes, with all the others
+        return (named,)
+    known = [module for name, module in sys.modules.items() if "." not in name and name not in ("__main__", "tune_amp")]
+    return tuple(module for module in known if module is named or _find_folder(module) == folder)
+
+
+def _find_folder(module: ModuleType) -> Path | None:
+    """The folder in which a package or a single module lies; None for what is built in."""
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    return Path(places[0]).resolve().parent if places[0] else None
 
 
 def _choose_observer(

@@ -51,6 +51,9 @@ UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "
 # The first words of ray.exceptions.OutOfMemoryError, behind the number of workers that the memory monitor killed.
 OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"
 
+# What ray.exceptions.ActorDiedError says of an actor, and NodeDiedError of a task, where not only the worker is gone.
+NODE_LOST_SIGNS = ("the actor's node was terminated", "the node it was running on is dead")
+
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ATTEMPT = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
 
@@ -407,3 +410,8 @@ def find_reason(text: str) -> str:
     # The memory monitor's report begins with what happened, and ends in a paragraph of advice.
     reasons = [line for line in lines if OUT_OF_MEMORY_SIGN in line] or lines[-1:] or ["its worker died"]
     return one_line(reasons[0])
+
+
+def is_node_lost(cause: str) -> bool:
+    """Whether a worker died because its node left or failed: no fault of the trial's, however often it happens."""
+    return any(sign in cause for sign in NODE_LOST_SIGNS)

@@ -1,13 +1,22 @@
 """Where Ray keeps the checkpoints of a run: the run folder, or a place that all nodes of a cluster can write."""
 
+import contextlib
 import dataclasses
+import secrets
 from pathlib import Path
 
+import ray
 from pyarrow import fs  # type: ignore[import-untyped]
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.config import InputError, describe_error
+from tune_amp.options import hide_credentials
+from tune_amp.resources import TrialResources, count_slots
 
 RAY_FOLDER = "ray"
+
+# For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
+NODE_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,17 +24,16 @@ class RunStorage:
     """The folder of Ray's experiment."""
 
     path: str
-    """Path or URL above it, as Ray takes it."""
+    """What is above it, for ``filesystem``."""
     name: str
     """Its name below ``path``."""
     filesystem: fs.FileSystem
-    folder: str
-    """The same place for ``filesystem``."""
+    """The one that was tried: Ray is given the same."""
 
     @property
-    def root(self) -> str:
-        """The folder above it, for ``filesystem``."""
-        return self.folder.removesuffix(f"/{self.name}")
+    def folder(self) -> str:
+        """The folder itself, for ``filesystem``."""
+        return f"{self.path}/{self.name}"
 
     def remove_checkpoints(self) -> None:
         """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
@@ -39,7 +47,9 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     """Find the place, and try that it can be written. Each time that a search goes on it has a new one.
 
     Args:
-        storage_path: a path or URL that all nodes can write; None for the run folder, which only this node can.
+        storage_path: a path that all nodes can write, or a URL that pyarrow knows: ``file://``, ``s3://``, ``gs://``,
+            ``abfs://``, ``hdfs://`` with its options as a query (``?endpoint_override=host:port&scheme=http``).
+            Credentials come from the environment or from the URL. None for the run folder, which only this node can.
         run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
         nodes: of the Ray cluster.
         session: 1 where the search begins, 2 where it goes on for the first time.
@@ -50,21 +60,74 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     if storage_path is None:
         if nodes > 1:
             raise InputError(f"--storage-path: must name a place that all {nodes} nodes of the cluster can write")
-        folder = run_folder.resolve()
         name = _name_session(RAY_FOLDER, session)
-        return RunStorage(path=str(folder), name=name, filesystem=fs.LocalFileSystem(), folder=str(folder / name))
-    name = _name_session(run_folder.name, session)
+        return RunStorage(path=str(run_folder.resolve()), name=name, filesystem=fs.LocalFileSystem())
+    shown, name = hide_credentials(storage_path), _name_session(run_folder.name, session)
     try:
         place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
         filesystem, root = fs.FileSystem.from_uri(place)
-        filesystem.create_dir(root, recursive=True)
-        taken = filesystem.get_file_info(f"{root}/{name}").type is not fs.FileType.NotFound
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise InputError(f"--storage-path: {storage_path} cannot be written ({describe_error(error)})") from error
+        storage = RunStorage(path=root.rstrip("/"), name=name, filesystem=filesystem)
+        filesystem.create_dir(storage.path, recursive=True)
+        _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
+        taken = filesystem.get_file_info(storage.folder).type is not fs.FileType.NotFound
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, ArrowNotImplementedError an OSError too
+        reason = hide_credentials(describe_error(error))
+        raise InputError(f"--storage-path: {shown} cannot be written ({reason})") from error
     if taken:
-        raise InputError(f"--storage-path: {storage_path} already holds a run {name}; choose another --name")
-    return RunStorage(path=place, name=name, filesystem=filesystem, folder=f"{root}/{name}")
+        raise InputError(f"--storage-path: {shown} already holds a run {name}; choose another --name")
+    return storage
 
 
 def _name_session(name: str, session: int) -> str:
     return name if session == 1 else f"{name}-{session}"
+
+
+def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
+    """Try that every node of the running Ray on which a trial fits writes what this process can see.
+
+    A path that only looks the same on all nodes would fail no earlier than with the first worker that dies.
+
+    Raises:
+        InputError: a node cannot write there, or what it writes is not seen from here.
+    """
+    probe = ray.remote(num_cpus=0, max_retries=0)(_write)
+    mark = secrets.token_hex(4)
+    nodes = {}
+    for node in ray.nodes():
+        if node["Alive"] and count_slots(node["Resources"], resources.cpus, resources.gpus):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            path = f"{storage.folder}/.{mark}-{node['NodeID']}"
+            answer = probe.options(scheduling_strategy=there).remote(storage.filesystem, path)
+            nodes[answer] = (node["NodeManagerAddress"], path)
+    answered, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
+    for answer in answered:
+        address, path = nodes[answer]
+        try:
+            error = ray.get(answer)
+        except ray.exceptions.RayError:  # the node left
+            continue
+        if error is not None:
+            raise InputError(f"--storage-path: {storage.path} cannot be written on node {address} ({error})")
+        if storage.filesystem.get_file_info(path).type is fs.FileType.NotFound:
+            raise InputError(
+                f"--storage-path: {storage.path} must be the same place on all nodes; {address} has its own"
+            )
+        storage.filesystem.delete_file(path)
+
+
+def _write(filesystem: fs.FileSystem, path: str) -> str | None:
+    """Write an empty file; what goes wrong is returned as one line."""
+    try:
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(path):
+            pass
+    except (OSError, ValueError) as error:
+        return hide_credentials(describe_error(error))
+    return None
+
+
+def _write_and_delete(filesystem: fs.FileSystem, path: str) -> None:
+    with filesystem.open_output_stream(path):
+        pass
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)

@@ -45,7 +45,8 @@ from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
 
-# A worker that dies (killed, a segmentation fault, a lost node) is no fault of the settings: the trial is tried again.
+# A worker that dies (killed, a segmentation fault) need not be the settings' fault: the trial is tried again. A lost
+# node never is, and does not count.
 WORKER_RETRIES = 2
 
 
