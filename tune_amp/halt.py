@@ -48,8 +48,8 @@ class StopRequest:
 def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     """In the ``with`` block, the first signal ends cleanly what runs, and the second at once.
 
-    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt. Signals that are ignored stay so: ``nohup`` and a
-    script's background jobs ask for that.
+    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt. Where ``nohup`` asks for it, the end of the terminal
+    is none of the search.
     """
 
     def answer(number: int, frame: FrameType | None) -> None:
@@ -63,7 +63,8 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
         if not stop.is_heard:
             raise KeyboardInterrupt
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    heeded = [number for number in SIGNALS if number not in ignored]
     before = [signal.signal(number, answer) for number in heeded]
     try:
         yield
