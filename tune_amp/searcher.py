@@ -299,8 +299,10 @@ class AmpSearch(OptunaSearch):
         return self._find_worst() if self._models_values else [WORST_VALUES[name] for name in self._objectives]
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
-        trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
         with warnings.catch_warnings():
+            # Where the search was cut off between these two lines, it is there already.
+            warnings.filterwarnings("ignore", "The constraint value is ignored")
+            trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
             # It need not: CMA-ES ranks trials by value, and the worst value says the same.
             warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler will not use them")
             self.study.tell(trial, values)
