@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,8 @@ def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch,
 
 def _fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
+    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
         tuner.fit()
     except Exception:
