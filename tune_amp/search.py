@@ -32,6 +32,7 @@ from tune_amp.importance import ImportanceResult, measure_importance, write_impo
 from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal
 from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
+from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, PastTrial
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
@@ -152,7 +153,7 @@ def run_search(
     with contextlib.ExitStack() as stack:
         if past is not None:
             provenance, journal = past.provenance, past.journal
-            mend_study(folder)
+            _mend(folder, journal)
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
             journal = stack.enter_context(_begin_run(folder, space, provenance, arguments or {}))
@@ -254,6 +255,13 @@ def _begin_run(folder: Path, space: SearchSpace, provenance: Provenance, argumen
     about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
     journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
     return journal
+
+
+def _mend(folder: Path, journal: Journal) -> None:
+    """Remove what a killed process left half written."""
+    journal.cut_torn_line()
+    mend_study(folder)
+    remove_unfinished(folder)
 
 
 def _describe_progress(folder: Path, dataset: Dataset, options: SearchOptions) -> SearchProgress:
