@@ -178,7 +178,7 @@ def run_search(
             objectives=options.objectives,
             seed=options.seed,
             folder=folder,
-            study_name=folder.name,
+            study_name=provenance.run,  # the folder may have been renamed since
             sampler=options.sampler,
             num_samples=past.num_samples if past else options.num_samples,
             warm_start=warm_start,
