@@ -17,7 +17,7 @@ from typing import Any, TypeGuard, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import LOCK_FILE_SUFFIX
+from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
@@ -338,6 +338,21 @@ def is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
+class NoLock(BaseJournalFileLock):
+    """No lock: a run's own journal has one already.
+
+    Optuna's is a file beside the study, made and removed with each write. One that cannot be removed, because the
+    folder must not be written any more, would be waited for without an end.
+    """
+
+    def acquire(self) -> bool:
+        """Nothing."""
+        return True
+
+    def release(self) -> None:
+        """Nothing."""
+
+
 class WholeLines(JournalFileBackend):
     """Optuna's journal, in which a full disk leaves no half of a line behind: the next would be glued to it."""
 
@@ -354,16 +369,15 @@ class WholeLines(JournalFileBackend):
 
 def open_storage(path: Path) -> optuna.storages.JournalStorage:
     """The journal at ``path``, made where there is none."""
-    return optuna.storages.JournalStorage(WholeLines(str(path)))
+    return optuna.storages.JournalStorage(WholeLines(str(path), NoLock()))
 
 
 def mend_study(folder: Path) -> None:
-    """Make a study writable again whose process was killed: its lock, and the line that it was writing, are in the way.
+    """Make a study writable again whose process was killed: the line that it was writing is in the way.
 
     Call it only where no other process can have the study open.
     """
     path = folder / STUDY_FILE
-    path.with_name(path.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
     if path.exists():
         cut_torn_line(path)
 
