@@ -98,3 +98,23 @@ def test_without_a_command_the_second_signal_is_an_ordinary_ctrl_c(tmp_path: Pat
     finally:
         signal.signal(signal.SIGINT, before)
     assert received == [os.getpid()]
+
+
+def test_terminal_that_closes_may_say_so_twice() -> None:
+    stop = StopRequest(lambda: pytest.fail("left"))
+    with stopping_on_signals(stop), stop.heard():
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.reason == "SIGHUP"
+
+
+def test_end_of_the_terminal_is_not_heeded_where_nohup_asks_for_that() -> None:
+    stop = StopRequest()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_on_signals(stop), stop.heard():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stop.reason is None

@@ -1,10 +1,13 @@
 """Ends a search before its trials do: at Ctrl-C, at a full disk, when Ray has died. Once cleanly, twice at once."""
 
 import contextlib
+import errno
 import os
 import signal
+import termios
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 LOOK_SECONDS = 1.0
@@ -45,22 +48,40 @@ class StopRequest:
 def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     """In the ``with`` block, the first signal ends cleanly what runs, and the second at once.
 
-    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt.
+    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt. Where ``nohup`` asks for it, the end of the terminal
+    is none of the search.
     """
 
     def answer(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _forget_closed_terminal()
+            if stop.reason is not None:
+                return  # of a terminal that closes there come two, one from the kernel and one from the shell
         if stop.reason is not None:
             stop.leave()
         stop.ask(signal.Signals(number).name)
         if not stop.is_heard:
             raise KeyboardInterrupt
 
-    before = [signal.signal(number, answer) for number in SIGNALS]
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    heeded = [number for number in SIGNALS if number not in ignored]
+    before = [signal.signal(number, answer) for number in heeded]
     try:
         yield
     finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
+        for number, handler in zip(heeded, before, strict=True):
             signal.signal(number, handler)
+
+
+def _forget_closed_terminal() -> None:
+    """Print nowhere from now on if the terminal is gone: each line would be an error, and end what is to be written."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # not ENOTTY, which a file or a pipe says
+                with Path(os.devnull).open("wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 @contextlib.contextmanager

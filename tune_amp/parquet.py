@@ -135,6 +135,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     _sync_folder(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed in :func:`write_atomically` left in ``folder``."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from tune_amp.importance import ImportanceResult, measure_importance, write_impo
 from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal
 from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
+from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, PastTrial
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
@@ -155,6 +157,7 @@ def run_search(
         if past is not None:
             provenance, journal = past.provenance, past.journal
             mend_study(folder)
+            remove_unfinished(folder)
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
             journal = stack.enter_context(_begin_run(folder, space, provenance, arguments or {}))
@@ -179,7 +182,7 @@ def run_search(
             objectives=options.objectives,
             seed=options.seed,
             folder=folder,
-            study_name=folder.name,
+            study_name=provenance.run,  # the folder may have been renamed since
             sampler=options.sampler,
             num_samples=past.num_samples if past else options.num_samples,
             warm_start=warm_start,
@@ -295,6 +298,8 @@ def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch,
 
 def _fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
+    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
         tuner.fit()
     except Exception:

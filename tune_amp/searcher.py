@@ -17,7 +17,7 @@ from typing import Any, TypeGuard, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import LOCK_FILE_SUFFIX
+from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
@@ -302,8 +302,10 @@ class AmpSearch(OptunaSearch):
         return self._find_worst() if self._models_values else [WORST_VALUES[name] for name in self._objectives]
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
-        trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
         with warnings.catch_warnings():
+            # Where the search was cut off between these two lines, it is there already.
+            warnings.filterwarnings("ignore", "The constraint value is ignored")
+            trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
             # It need not: CMA-ES ranks trials by value, and the worst value says the same.
             warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler will not use them")
             self.study.tell(trial, values)
@@ -339,6 +341,21 @@ def is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
+class NoLock(BaseJournalFileLock):
+    """No lock: a run's own journal has one already.
+
+    Optuna's is a file beside the study, made and removed with each write. One that cannot be removed, because the
+    folder must not be written any more, would be waited for without an end.
+    """
+
+    def acquire(self) -> bool:
+        """Nothing."""
+        return True
+
+    def release(self) -> None:
+        """Nothing."""
+
+
 class WholeLines(JournalFileBackend):
     """Optuna's journal, in which a full disk leaves no half of a line behind: the next would be glued to it."""
 
@@ -355,16 +372,15 @@ class WholeLines(JournalFileBackend):
 
 def open_storage(path: Path) -> optuna.storages.JournalStorage:
     """The journal at ``path``, made where there is none."""
-    return optuna.storages.JournalStorage(WholeLines(str(path)))
+    return optuna.storages.JournalStorage(WholeLines(str(path), NoLock()))
 
 
 def mend_study(folder: Path) -> None:
-    """Make a study writable again whose process was killed: its lock, and the line that it was writing, are in the way.
+    """Make a study writable again whose process was killed: the line that it was writing is in the way.
 
     Call it only where no other process can have the study open.
     """
     path = folder / STUDY_FILE
-    path.with_name(path.name + LOCK_FILE_SUFFIX).unlink(missing_ok=True)
     if path.exists():
         cut_torn_line(path)
 

@@ -1,0 +1,149 @@
+"""Disks that are full and folders that cannot be written: the search says so and ends, or does without."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_runs import (
+    ALONE,
+    Follow,
+    Search,
+    Undisturbed,
+    begin,
+    check_readable,
+    check_run,
+    count_events,
+    find_resume_command,
+    measure_returns,
+    note_fault,
+    prepare,
+    read_end,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
+
+SIZE = 6 * 2**20
+
+
+class SmallDisk:
+    """A disk of 6 MB."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ballast = path / "ballast"
+
+    def fill(self, left: int = 0) -> None:
+        """Leave so many bytes free, in whole pages."""
+        with self._ballast.open("ab", buffering=0) as file:
+            room = shutil.disk_usage(self.path).free - left
+            with contextlib.suppress(OSError):  # full before we thought
+                while room > 0:
+                    room -= file.write(b"\0" * min(room, 2**16))
+
+    def free(self) -> None:
+        self._ballast.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield SmallDisk(place)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def check_ends_and_goes_on(
+    fault: str, search: Search, run: Path, expected: object, seconds: float, follow: Follow, message: str
+) -> None:
+    """The search has ended for a reason that is gone now."""
+    assert "Traceback" not in search.stderr
+    assert message in search.stderr
+    before = count_events(run, "report")
+    again = follow(Search(search.folder, command=find_resume_command(search)))
+    assert again.wait() == 0, again.stderr
+    assert read_end(run) == expected
+    count = check_run(run)
+    assert again.find_left() == []
+    note_fault(
+        fault,
+        "ends with the command to resume",
+        count,
+        ended=seconds,
+        resumed=measure_returns(run)[-1],
+        before=before,
+        ranking_equal=True,
+    )
+
+
+@pytest.mark.parametrize("left", [0, 64 * 1024])
+def test_full_disk_ends_the_search_and_once_there_is_room_it_goes_on(
+    left: int, tmp_path: Path, small_disk: SmallDisk, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    """Without any room not even a report is kept; with 64 kB reports are, and what is exported in the end is not."""
+    run = small_disk.path / "run"
+    search = follow(begin(prepare(tmp_path), *ALONE, results="small"))
+    kind, number = ("report", 8) if left == 0 else ("end", 5)
+    search.wait_until(lambda: count_events(run, kind) >= number)
+    small_disk.fill(left)
+    asked = time.monotonic()
+    assert search.wait(90) == 130, search.stderr
+    seconds = time.monotonic() - asked
+    assert search.find_left() == []
+    check_readable(run)
+    assert list(run.glob(".*")) == []
+    small_disk.free()
+    fault = "disk full in the search" if left == 0 else "disk full in the export"
+    check_ends_and_goes_on(fault, search, run, undisturbed("alone"), seconds, follow, "No space left on device")
+
+
+def test_search_goes_on_where_checkpoints_find_no_room(
+    tmp_path: Path, small_disk: SmallDisk, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    """A search that cannot save is none the worse, unless its worker dies."""
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path), *ALONE, "--storage-path", str(small_disk.path)))
+    search.wait_until(lambda: count_events(run, "checkpoint") >= 1)
+    small_disk.fill()
+    saved = count_events(run, "checkpoint")
+    assert search.wait() == 0, search.stderr
+    assert search.stderr == ""
+    assert read_end(run) == undisturbed("alone")
+    assert count_events(run, "checkpoint") <= saved + 1
+    count = check_run(run)
+    assert search.find_left() == []
+    note_fault("disk full in a checkpoint", "goes on without", count, ranking_equal=True)
+
+
+def test_folder_that_cannot_be_written_any_more_ends_the_search(
+    tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    run = tmp_path / "results" / "run"
+    prefix: tuple[str, ...] = ()
+    if os.geteuid() == 0:  # root without the right to write whatever it likes
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may write everywhere, and setpriv, which takes that right away, is not here")
+        prefix = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override")
+    search = follow(begin(prepare(tmp_path), *ALONE, prefix=prefix))
+    search.wait_until(lambda: count_events(run, "report") >= 8)
+    run.chmod(0o555)
+    asked = time.monotonic()
+    try:
+        assert search.wait(90) == 130, search.stderr
+        seconds = time.monotonic() - asked
+    finally:
+        run.chmod(0o755)
+    assert search.find_left() == []
+    check_readable(run)
+    check_ends_and_goes_on(
+        "permission to write lost", search, run, undisturbed("alone"), seconds, follow, "Permission denied"
+    )

@@ -1,0 +1,78 @@
+"""Ray's own processes are killed: the search ends within a bounded time, or goes on where it can."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from fault_runs import (
+    ALONE,
+    Follow,
+    Undisturbed,
+    begin,
+    check_run,
+    count_events,
+    find_resume_command,
+    measure_returns,
+    note_fault,
+    prepare,
+    read_end,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
+
+VITAL = {
+    "raylet": "/raylet/raylet",
+    "GCS": "gcs_server",
+    "agent of the dashboard": "dashboard/agent.py",
+}
+
+
+@pytest.mark.parametrize("part", VITAL)
+def test_search_whose_ray_dies_ends_and_can_be_resumed(
+    part: str, tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path), *ALONE))
+    search.wait_until(lambda: count_events(run, "report") >= 6)
+    [pid] = search.wait_for_processes(VITAL[part])
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    assert search.wait(60) == 130, search.stderr
+    seconds = time.monotonic() - killed
+    assert "Traceback" not in search.stderr
+    assert "has died" in search.stderr
+    assert check_run(run).repeated == 0
+
+    before = count_events(run, "report")
+    again = follow(type(search)(tmp_path, command=find_resume_command(search)))
+    assert again.wait() == 0, again.stderr
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    assert again.find_left() == []
+    assert search.find_left(90) == []  # two agents of Ray's look for their GCS for a minute
+    note_fault(
+        f"Ray's {part} killed",
+        "ends with the command to resume",
+        count,
+        ended=seconds,
+        resumed=measure_returns(run)[-1],
+        before=before,
+        ranking_equal=True,
+    )
+
+
+def test_search_goes_on_without_its_dashboard(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path), *ALONE))
+    search.wait_until(lambda: count_events(run, "report") >= 3)
+    [pid] = search.wait_for_processes("dashboard/dashboard.py")
+    os.kill(pid, signal.SIGKILL)
+    for pid in search.list_processes("log_monitor.py"):
+        os.kill(pid, signal.SIGKILL)
+    assert search.wait() == 0, search.stderr
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    assert search.find_left() == []
+    note_fault("dashboard and log monitor killed", "goes on", count, faults=2, ranking_equal=True)

@@ -1,0 +1,199 @@
+"""Workers that are killed, hang or eat memory, and clocks that jump: the search goes on, and nothing is lost."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from fault_runs import (
+    ALONE,
+    SIDE_BY_SIDE,
+    Ended,
+    Follow,
+    Undisturbed,
+    begin,
+    check_run,
+    count_events,
+    note_fault,
+    prepare,
+    read_end,
+    read_events,
+)
+
+from tune_amp.config import TrialStatus
+from tune_amp.results import load_ledger, load_trials
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
+
+
+def check_others(ended: Ended, expected: Ended, status: TrialStatus) -> None:
+    """One trial ended so; all others as in the undisturbed run."""
+    differing = [ours for ours, theirs in zip(ended.trials, expected.trials, strict=True) if ours != theirs]
+    assert [trial[1] for trial in differing] == [status]
+
+
+@pytest.mark.parametrize(("slots", "arguments"), [("alone", ALONE), ("side by side", SIDE_BY_SIDE)])
+def test_worker_killed_mid_epoch(
+    slots: str, arguments: tuple[str, ...], tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path), *arguments))
+    for reports in (3, 12):  # before its first checkpoint, most likely, and after
+        search.wait_until(lambda reports=reports: count_events(run, "report") >= reports)  # type: ignore[misc]
+        before = count_events(run, "report")
+        os.kill(search.wait_for_processes("ray::AmpTrainable")[0], signal.SIGKILL)
+        search.wait_until(lambda: "lost" in {event["event"] for event in read_events(run)})
+        search.wait_until(lambda before=before: count_events(run, "report") > before + 1)  # type: ignore[misc]
+    assert search.wait() == 0
+    assert search.stderr == ""
+    assert count_events(run, "lost") == 2
+    assert read_end(run) == undisturbed(slots)
+    count = check_run(run)
+    assert search.find_left() == []
+    note_fault(f"worker killed mid-epoch, {slots}", "goes on", count, faults=2, ranking_equal=True)
+
+
+KILLED_AT_CHECKPOINT = """
+import zipfile, signal
+from ray.train._internal import storage
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def state_dict(self, *arguments, **more):  # before anything is written
+    if self.slow and once("died before"):
+        die()
+    return torch.nn.Linear.state_dict(self, *arguments, **more)
+
+Net.state_dict = state_dict
+
+write = pathlib.Path.write_bytes
+
+def write_half(self, content):  # in the worker's own temporary folder
+    if self.name == "trial.pt" and (HERE / "died before").exists() and once("died half way"):
+        write(self, content[: len(content) // 2])
+        die()
+    return write(self, content)
+
+pathlib.Path.write_bytes = write_half
+
+copy = storage._pyarrow_fs_copy_files
+
+def copy_half(source, destination, *arguments, **more):  # in the run folder, under its own name
+    copy(source, destination, *arguments, **more)
+    if (HERE / "died half way").exists() and "checkpoint_" in destination and once("died in the copy"):
+        path = pathlib.Path(destination) / "trial.pt"
+        write(path, path.read_bytes()[:1000])
+        die()
+
+storage._pyarrow_fs_copy_files = copy_half
+"""
+
+
+def test_worker_killed_in_the_middle_of_a_checkpoint(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
+    """Three deaths, one more than a trial may cost: before the file, in it, and in its copy in the run folder."""
+    run = tmp_path / "results" / "run"
+    fault = KILLED_AT_CHECKPOINT.replace('"died half way").exists() and "ch', '"more than a trial").exists() and "ch')
+    search = follow(begin(prepare(tmp_path, fault), *ALONE))
+    search.wait_until((tmp_path / "died half way").exists)
+    search.wait_until(lambda: count_events(run, "end") >= 1)
+    (tmp_path / "more than a trial").touch()
+    assert search.wait() == 0, search.stderr
+    assert (tmp_path / "died in the copy").exists()
+    assert search.stderr == ""
+    assert count_events(run, "lost") == 3
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    assert search.find_left() == []
+    note_fault("worker killed in a checkpoint", "goes on", count, faults=3, ranking_equal=True)
+
+
+HANGS = """
+def fault(self, images):
+    if Net.steps == 8 and once("hangs"):
+        while True:
+            time.sleep(1)
+"""
+
+
+def test_trial_that_hangs_is_ended_and_not_tried_again(
+    tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path, HANGS), *SIDE_BY_SIDE, "--trial-time-limit", "20"))
+    assert search.wait() == 0, search.stderr
+    [failed] = [trial for trial in load_trials(run) if trial.status is TrialStatus.FAILED]
+    assert failed.error is not None
+    assert "--trial-time-limit" in failed.error
+    assert len(failed.epochs) == 1
+    assert 20 <= failed.wall_seconds < 60
+    check_others(read_end(run), undisturbed("side by side"), TrialStatus.FAILED)
+    count = check_run(run)
+    assert count_events(run, "start") == 6
+    assert search.find_left() == []
+    note_fault("a trial that hangs", "that trial fails, the others go on", count)
+
+
+EATS_MEMORY = """
+import resource
+
+def fault(self, images):
+    if Net.steps == 8 and once("eats"):
+        used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))
+        try:
+            eaten = []
+            while True:
+                eaten.append(bytearray(2**24))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+"""
+
+
+def test_trial_that_eats_memory_ends_alone(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path, EATS_MEMORY), *SIDE_BY_SIDE))
+    assert search.wait() == 0, search.stderr
+    check_others(read_end(run), undisturbed("side by side"), TrialStatus.OUT_OF_MEMORY)
+    count = check_run(run)
+    assert count_events(run, "lost") == 0
+    assert search.find_left() == []
+    note_fault("a trial that eats memory", "that trial is out_of_memory, the others go on", count)
+
+
+JUMPING_CLOCK = """
+import time
+right = time.time
+
+def jumping():  # every second, for all processes at the same moment: on, an hour back, a day ahead
+    return right() + (0.0, -3600.0, 86400.0)[int(time.monotonic()) % 3]
+
+time.time = jumping
+"""
+
+
+def test_clocks_that_jump_change_no_result_and_no_duration(
+    tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    run = tmp_path / "results" / "run"
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(JUMPING_CLOCK)  # of every Python that is started
+    path = os.pathsep.join([str(tmp_path / "clock"), str(Path(__file__).resolve().parents[2])])
+    search = follow(begin(prepare(tmp_path), *ALONE, "--json", environment={"PYTHONPATH": path}))
+    assert search.wait() == 0, search.stderr
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    ledger = load_ledger(run)
+    assert ledger is not None
+    assert 0 < ledger.wall_seconds < 600
+    assert all(0 <= seconds <= ledger.slot_seconds for seconds in ledger.seconds.values())
+    for trial in load_trials(run):
+        assert trial.last is not None
+        assert 0 < trial.last.train_seconds <= trial.wall_seconds <= ledger.wall_seconds
+        assert 0 <= trial.setup_seconds <= trial.wall_seconds
+    moments = [event["at"] for event in read_events(run)[1:]]
+    assert moments == sorted(moments)
+    assert json.loads(search.stdout.splitlines()[-1])["event"] == "result"
+    note_fault("clocks that jump", "goes on", count, ranking_equal=True)
