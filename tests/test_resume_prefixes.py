@@ -22,10 +22,11 @@ from small_runs import untimed
 from tune_amp.config import RUNNING, InputError, TrialConfig, TrialStatus
 from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal, read_journal
 from tune_amp.monitoring import Quiet
+from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
-from tune_amp.search import _end_unheard, _mend
-from tune_amp.searcher import STUDY_FILE, AmpSearch, find_cause
+from tune_amp.search import _end_unheard
+from tune_amp.searcher import STUDY_FILE, AmpSearch, find_cause, mend_study
 from tune_amp.source import TrialSource
 from tune_amp.space import load_space
 from tune_amp.stopping import build_scheduler, replay
@@ -92,7 +93,8 @@ class Loop:
         self.folder, self.disk, self.past = folder, disk, past
         space = load_space(str(folder.parent / "space.yaml"))
         if past is not None:
-            _mend(folder, journal)
+            mend_study(folder)
+            remove_unfinished(folder)
         self.recorder = TrialRecorder(
             folder,
             dataclasses.replace(PROVENANCE, objective=",".join(mode.objectives)),
