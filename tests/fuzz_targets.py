@@ -6,13 +6,16 @@ A reader answers, or refuses with an InputError of one line. ``tests/test_fuzz.p
 
 import functools
 import gzip
+import json
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import past_runs as made
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from records import PROVENANCE, make_trial
@@ -20,6 +23,10 @@ from report_runs import LEDGER
 
 from tune_amp.config import InputError
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
+from tune_amp.journal import JOURNAL_FILE
+from tune_amp.monitoring import Quiet
+from tune_amp.past import open_past
+from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import (
     load_best,
     load_best_rows,
@@ -124,7 +131,50 @@ def read_ubyte(data: bytes, folder: Path) -> None:
             accept(lambda path=path, magic=magic: read_idx(path, magic))  # type: ignore[misc]
 
 
-TARGETS: dict[str, Target] = {"space": read_space, "parquet": read_parquet, "ubyte": read_ubyte}
+def read_past(data: bytes, folder: Path) -> None:
+    """The journal of a run, and what a search that goes on makes of it; by the first byte, its checksums are mended."""
+    lines = data[1:] if data[:1] < b"\x80" else b"".join(map(with_checksum, data[1:].splitlines()))
+    path = folder / JOURNAL_FILE
+    path.write_bytes(lines)
+
+    def go_on() -> None:
+        with open_past(folder) as past:
+            recorder = TrialRecorder(
+                folder,
+                past.provenance,
+                SearchProgress(
+                    run="run",
+                    model="simple_net",
+                    dataset="digits",
+                    objectives=past.provenance.objectives,
+                    num_samples=past.num_samples,
+                    time_budget=None,
+                    started=0.0,
+                ),
+                Quiet(),
+                journal=past.journal,
+                storage_root="/",
+                slots=1,
+                begin=0.0,
+                explain_death=str,
+                on_fault=print,
+            )
+            recorder.replay(past.events)
+
+    accept(go_on)
+
+
+def with_checksum(text: bytes) -> bytes:
+    """A line of a journal."""
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+TARGETS: dict[str, Target] = {
+    "space": read_space,
+    "parquet": read_parquet,
+    "ubyte": read_ubyte,
+    "journal": read_past,
+}
 
 
 # ---- where mutations start from ----
@@ -150,6 +200,11 @@ def list_seeds(target: str) -> list[bytes]:
         images = encode_idx(np.zeros((2, 3, 4), np.uint8))
         labels = encode_idx(np.zeros(2, np.uint8))
         return [b"\0" + images, b"\0" + labels, b"\xff" + gzip.compress(images), b"\xff" + gzip.compress(labels)]
+    if target == "journal":
+        events = [made.beginning(), made.session(), made.trial("a", 0), made.start("a"), made.report("a", 1)]
+        events += [{"event": "lost", "at": 2.5, "trial_id": "a"}, made.start("a", 2.5), made.end("a", "failed")]
+        texts = [json.dumps(event).encode() for event in events]
+        return [b"\0" + b"".join(map(with_checksum, texts)), b"\xff" + b"\n".join(texts)]
     files = make_valid_run().values()
     about = pq.read_schema(pa.BufferReader(make_valid_run()["best"])).metadata[b"tune_amp"]
     changes = [bytes([kind + 3]) + struct.pack(">HB", 40, 3) for kind in range(3)]

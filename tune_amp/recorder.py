@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from ray import tune
 from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 
-from tune_amp.config import OBJECTIVES, EpochMetrics, TrialConfig, TrialStatus, describe_error
+from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error
 from tune_amp.inert import find_inert
-from tune_amp.journal import Journal
+from tune_amp.journal import JOURNAL_FILE, Journal
 from tune_amp.ledger import Ledger, SlotTimes, TimeKind, TrialTime, build_ledger
 from tune_amp.results import Provenance, TrialRecord, build_from, write_trials
 from tune_amp.searcher import find_status
@@ -146,16 +146,22 @@ class TrialRecorder(tune.Callback):
         Raises:
             InputError: an event breaks the rules of what it is built from.
         """
-        for event in events:
-            self._past = event["at"]
-            if event["event"] == "session":
-                self._cut_off()
-                self._resumed += [self._past] if self._past else []
-            else:
-                self._apply(event)
+        for number, event in enumerate(events, start=2):
+            try:
+                self._take_over(event)
+            except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+                raise InputError(f"{JOURNAL_FILE}: line {number}: {describe_error(error)}") from error
         self._cut_off()
         self._resumed += [self._past] if self._past else []
         self._progress = dataclasses.replace(self._progress, started=self._progress.started - self._past)
+
+    def _take_over(self, event: Mapping[str, Any]) -> None:
+        self._past = event["at"]
+        if event["event"] == "session":
+            self._cut_off()
+            self._resumed += [self._past] if self._past else []
+        else:
+            self._apply(event)
 
     # ---- from Tune ----
 

@@ -2,9 +2,9 @@
 
     python tests/fuzz/fuzz.py parquet -max_total_time=3600 corpus/parquet
 
-Targets: space, parquet, ubyte. What follows the target are libFuzzer's options and folders; inputs that reach new code
-are kept in the first folder, and one that breaks the reader is written as ``crash-...`` into the current folder. Give
-its path as the only argument to see it break again; then add it to ``tests/test_fuzz.py``.
+Targets: space, parquet, ubyte, journal. What follows the target are libFuzzer's options and folders; inputs that reach
+new code are kept in the first folder, and one that breaks the reader is written as ``crash-...`` into the current
+folder. Give its path as the only argument to see it break again; then add it to ``tests/test_fuzz.py``.
 """
 
 import hashlib
