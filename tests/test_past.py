@@ -63,6 +63,10 @@ def test_end_that_nobody_had_heard_of_is_read_from_the_last_report(
         assert past.trials[0].unheard_end is None
 
 
+def checkpoint(path: str) -> dict[str, Any]:
+    return {"event": "checkpoint", "at": 1.0, "trial_id": "a", "path": path}
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(InputError) as caught, open_past(folder):
         pytest.fail("was opened")
@@ -85,6 +89,9 @@ def refusal(folder: Path) -> str:
         ([made.beginning(), made.session(math.nan)], "reports.journal: at: must not go back, got nan"),
         ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "reports.journal: lr: must be"),
         ([made.beginning(), made.trial("a", 0) | {"config": 7}], "reports.journal: must be the journal of a run"),
+        ([made.beginning(), {"event": "session", "at": 0.0}], "reports.journal: must be the journal of a run"),
+        ([made.beginning(), made.trial("a", 0), checkpoint("/etc")], "reports.journal: path: must lie in the run's"),
+        ([made.beginning(), made.trial("a", 0), checkpoint("ray/../..")], "reports.journal: path: must lie in the"),
         ([made.beginning(provenance={"run": 7})], "reports.journal: "),
     ],
 )

@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tune_amp.config import OBJECTIVES, RUNNING, InputError, TrialConfig, TrialStatus, shown
+from tune_amp.config import OBJECTIVES, RUNNING, InputError, TrialConfig, TrialStatus, checked_type, shown
 from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results import Provenance, build_from
 
@@ -127,7 +127,11 @@ def _build_past(events: Sequence[Mapping[str, Any]], journal: Journal) -> PastRu
 
 def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
     kind = event["event"]
-    if kind == "trial":
+    if kind == "session":
+        checked_type("num_samples", event["num_samples"], int)
+    elif kind == "trial":
+        for name, hint in (("trial_id", str), ("name", str), ("number", int)):
+            checked_type(name, event[name], hint)
         config = build_from(TrialConfig, event["config"])
         new = PastTrial(trial_id=event["trial_id"], place=len(trials) + 1, number=event["number"], config=config)
         trials.setdefault(event["trial_id"], new).number = event["number"]
@@ -139,10 +143,13 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
             if value is not None:
                 trial.values.setdefault(name, {})[event["metrics"]["epoch"]] = value
     elif kind == "checkpoint":
-        trials[event["trial_id"]].checkpoints.append(event["path"])
+        path = PurePosixPath(checked_type("path", event["path"], str))
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"path: must lie in the run's storage, got {shown(str(path))}")
+        trials[event["trial_id"]].checkpoints.append(str(path))
     elif kind == "end":
         trials[event["trial_id"]].status = TrialStatus(event["status"])
-    elif kind not in ("session", "start", "lost", "finish"):
+    elif kind not in ("start", "lost", "finish"):
         raise InputError(f"event: must be one that this tune_amp knows, got {shown(kind)}")
 
 
