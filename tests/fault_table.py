@@ -23,8 +23,8 @@ NOTES = """
 did. *back after*: seconds from the command with `--resume` until trials ran again, Ray's own start included.
 *reports*: epochs that trials reported before the fault, and over all parts of the run together. *trained again*:
 those of them that repeat what lay behind the last checkpoint. *lost*, *doubled*: reported epochs that are not in
-`epochs.parquet`, or twice. *ranking*: `best.parquet`, and every epoch of every trial, against an undisturbed run;
-- where the fault itself ends a trial, or there is nothing to compare with. Medians where several runs were hit.
+`epochs.parquet`, or twice. *ranking*: `best.parquet`, and every epoch of every trial, against an undisturbed run
+(no mark where the fault itself ends a trial, or there is nothing to compare with). Medians where several runs were hit.
 """
 
 
@@ -34,7 +34,7 @@ def build_table(rows: Sequence[dict[str, Any]]) -> str:
     grouped = itertools.groupby(sorted(rows, key=lambda row: places[row["fault"]]), key=lambda row: row["fault"])
     body = [_describe(list(of_fault)) for _, of_fault in grouped]
     lines = [HEAD, tuple("---" for _ in HEAD), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n" + NOTES
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n" + NOTES + _describe_machine(rows)
 
 
 def _describe(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -50,8 +50,18 @@ def _describe(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         _seconds(rows, "resumed"),
         f"{before} / {sum(row['reports'] for row in rows)}" if before else f"{sum(row['reports'] for row in rows)}",
         *(str(sum(row[name] for row in rows)) for name in ("repeated", "lost", "doubled")),
-        "equal" if same == {True} else "-",
+        "equal" if same == {True} else "",
     )
+
+
+def _describe_machine(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds are long where others use the machine too."""
+    loads = [row["load"] for row in rows if "load" in row]
+    if not loads:
+        return ""
+    cores = max(row["cores"] for row in rows if "cores" in row)
+    usual, most = statistics.median(loads), max(loads)
+    return f"Measured on {cores} cores with a load average of {usual:.0f} (the median; {most:.0f} at most).\n"
 
 
 def _list_phases(rows: Sequence[dict[str, Any]]) -> str:
