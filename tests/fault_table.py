@@ -85,5 +85,7 @@ def _summarize(rows: Iterable[dict[str, Any]], name: str, how: Callable[[list[fl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("rows", type=Path, help="file that TUNE_AMP_FAULT_ROWS named")
-    lines = parser.parse_args().rows.read_text().splitlines()
-    print(build_table([json.loads(line) for line in lines]), end="")  # noqa: T201
+    parser.add_argument("--note", help="last line: what must be known of the machine", default="")
+    arguments = parser.parse_args()
+    noted = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    print(build_table(noted) + (f"{arguments.note}\n" if arguments.note else ""), end="")  # noqa: T201
