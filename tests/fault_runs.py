@@ -450,5 +450,6 @@ def note_fault(fault: str, outcome: str, count: Count, **measured: Any) -> None:
     """Keep what a fault came to, for ``fault_table.py``; nothing where nobody asked."""
     if os.environ.get(ROWS_VARIABLE):
         with Path(os.environ[ROWS_VARIABLE]).open("a") as file:
-            row = {"fault": fault, "outcome": outcome, **dataclasses.asdict(count), **measured}
+            machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
+            row = {"fault": fault, "outcome": outcome, **dataclasses.asdict(count), **measured, **machine}
             file.write(json.dumps(row) + "\n")

@@ -23,8 +23,8 @@ NOTES = """
 did. *back after*: seconds from the command with `--resume` until trials ran again, Ray's own start included.
 *reports*: epochs that trials reported before the fault, and over all parts of the run together. *trained again*:
 those of them that repeat what lay behind the last checkpoint. *lost*, *doubled*: reported epochs that are not in
-`epochs.parquet`, or twice. *ranking*: `best.parquet`, and every epoch of every trial, against an undisturbed run;
-- where the fault itself ends a trial, or there is nothing to compare with. Medians where several runs were hit.
+`epochs.parquet`, or twice. *ranking*: `best.parquet`, and every epoch of every trial, against an undisturbed run
+(no mark where the fault itself ends a trial, or there is nothing to compare with). Medians where several runs were hit.
 """
 
 
@@ -34,7 +34,7 @@ def build_table(rows: Sequence[dict[str, Any]]) -> str:
     grouped = itertools.groupby(sorted(rows, key=lambda row: places[row["fault"]]), key=lambda row: row["fault"])
     body = [_describe(list(of_fault)) for _, of_fault in grouped]
     lines = [HEAD, tuple("---" for _ in HEAD), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n" + NOTES
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n" + NOTES + _describe_machine(rows)
 
 
 def _describe(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -50,8 +50,18 @@ def _describe(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         _seconds(rows, "resumed"),
         f"{before} / {sum(row['reports'] for row in rows)}" if before else f"{sum(row['reports'] for row in rows)}",
         *(str(sum(row[name] for row in rows)) for name in ("repeated", "lost", "doubled")),
-        "equal" if same == {True} else "-",
+        "equal" if same == {True} else "",
     )
+
+
+def _describe_machine(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds are long where others use the machine too."""
+    loads = [row["load"] for row in rows if "load" in row]
+    if not loads:
+        return ""
+    cores = max(row["cores"] for row in rows if "cores" in row)
+    usual, most = statistics.median(loads), max(loads)
+    return f"Measured on {cores} cores with a load average of {usual:.0f} (the median; {most:.0f} at most).\n"
 
 
 def _list_phases(rows: Sequence[dict[str, Any]]) -> str:
@@ -75,5 +85,7 @@ def _summarize(rows: Iterable[dict[str, Any]], name: str, how: Callable[[list[fl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("rows", type=Path, help="file that TUNE_AMP_FAULT_ROWS named")
-    lines = parser.parse_args().rows.read_text().splitlines()
-    print(build_table([json.loads(line) for line in lines]), end="")  # noqa: T201
+    parser.add_argument("--note", help="last line: what must be known of the machine", default="")
+    arguments = parser.parse_args()
+    noted = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    print(build_table(noted) + (f"{arguments.note}\n" if arguments.note else ""), end="")  # noqa: T201

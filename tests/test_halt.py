@@ -118,3 +118,15 @@ def test_end_of_the_terminal_is_not_heeded_where_nohup_asks_for_that() -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert stop.reason is None
+
+
+def test_signals_are_answered_again_where_something_else_had_begun_to() -> None:
+    """As Ray does, when it starts."""
+    stop = StopRequest()
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping_on_signals(stop), stop.heard():
+        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not ours"))
+        stop.heed()
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -246,6 +246,20 @@ def test_token_mode_without_a_token_is_refused_on_one_line(
     assert "\n" not in refusal(f"127.0.0.1:{closed_port}")
 
 
+def test_ray_that_does_not_start_is_one_line_and_leaves_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def fail(address: str, _temp_dir: str, **options: Any) -> None:
+        homes.append(Path(_temp_dir).parent)
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    homes: list[Path] = []
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(OSError, match=r"^Ray did not start: Exception: The current node timed out during startup\.$"):
+        ray_session().__enter__()
+    assert [home.exists() for home in homes] == [False]
+
+
 def test_source_of_a_users_code_is_its_folder_or_file(
     write_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

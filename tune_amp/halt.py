@@ -24,6 +24,8 @@ class StopRequest:
     def __init__(self, leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:
         self.leave = leave
         """Ends the process at once, where nothing else can."""
+        self.heed: Callable[[], object] = lambda: None
+        """Answers signals again, where something else has begun to answer them."""
         self.reason: str | None = None
         """Why the search was asked to end, or None."""
         self.is_heard = False
@@ -65,7 +67,14 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     heeded = [number for number in SIGNALS if number not in ignored]
-    before = [signal.signal(number, answer) for number in heeded]
+
+    def heed() -> None:
+        for number in heeded:
+            signal.signal(number, answer)
+
+    before = [signal.getsignal(number) for number in heeded]
+    stop.heed = heed
+    heed()
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import threading
@@ -235,6 +236,10 @@ def _run(task: Task, folder: Path) -> int:
         return _say_cut_off(describe_error(error), folder, resume)
     except KeyboardInterrupt:
         return _say_cut_off(stop.reason or "interrupted", folder, resume)
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:  # Ray's own answer to SIGTERM while it starts
+            raise
+        return _say_cut_off("SIGTERM", folder, resume)
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
@@ -267,6 +272,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     with ray_session(
         arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
     ) as session:
+        stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
         if session.exposure:
             say(Console(stderr=True, highlight=False), f"WARNING: {session.exposure}", style="bold red")
         dataset = find_dataset()

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tune_amp.config import InputError
+from tune_amp.config import InputError, describe_error
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
 QUIET_TUNE = {
@@ -95,6 +95,7 @@ def ray_session(
 
     Raises:
         InputError: ``address`` cannot be joined.
+        OSError: a private Ray does not start.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(QUIET_TUNE))
@@ -136,9 +137,12 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: 
         import ray
 
         try:
-            # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
-            with _free_port_for_agent():
-                _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
+            try:
+                # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
+                with _free_port_for_agent():
+                    _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
+            except Exception as error:  # it gives itself half a minute, which is too little on a busy machine
+                raise OSError(f"Ray did not start: {describe_error(error)}") from error
             yield token_path
         finally:
             ray.shutdown()
