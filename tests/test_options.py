@@ -175,15 +175,20 @@ def test_name_that_is_no_plain_folder_name_is_refused(tmp_path: Path, name: str)
     assert refusal(tmp_path / "results", name) == f"--name: must be a plain folder name, got {name!r}"
 
 
-@pytest.mark.parametrize("filled", [False, True])
-def test_name_of_an_existing_run_is_refused_and_its_folder_left_alone(tmp_path: Path, filled: bool) -> None:
+def test_name_of_a_search_that_was_killed_before_it_wrote_anything_is_free(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with run_folder(tmp_path, "run") as folder:
+        (folder / "reports.journal").touch()
+    assert (tmp_path / "run" / "reports.journal").exists()
+
+
+def test_name_of_an_existing_run_is_refused_and_its_folder_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "run"
     folder.mkdir(parents=True)
-    if filled:
-        (folder / "trials.parquet").touch()
+    (folder / "trials.parquet").touch()
     message = refusal(tmp_path / "results", "run")
     assert message == f"--name: {folder} already holds a run; choose another name"
-    assert folder.is_dir()
+    assert (folder / "trials.parquet").exists()
 
 
 def test_file_in_place_of_the_run_folder_is_refused(tmp_path: Path) -> None:

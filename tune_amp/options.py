@@ -161,7 +161,7 @@ def naming_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
-    """Make ``results_dir/run``, which must not exist: two runs never share a folder.
+    """Make ``results_dir/run``, which must not exist, or be empty: two runs never share a folder.
 
     Left empty, it is removed again, with the parents that were made for it.
 
@@ -175,9 +175,10 @@ def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        if folder.exists():
+        if not folder.exists():
+            raise InputError(f"--results-dir: must be a folder, got the file {results_dir}") from None
+        if not folder.is_dir() or any(folder.iterdir()):  # an empty one is left by a search killed in its start-up
             raise InputError(f"--name: {folder} already holds a run; choose another name") from None
-        raise InputError(f"--results-dir: must be a folder, got the file {results_dir}") from None
     except OSError as error:
         raise InputError(f"--results-dir: {folder} cannot be made ({error.strerror})") from error
     try:

@@ -255,8 +255,10 @@ class Asked(tune.Stopper):
 
 def _begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
     """Write down how a run begins, before anything of it happens."""
-    (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
+    if (folder / JOURNAL_FILE).exists():
+        raise InputError(f"--name: {folder} already holds a run; choose another name")
     journal = Journal(folder / JOURNAL_FILE)
+    (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
     journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
     return journal
