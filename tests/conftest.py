@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
     from tune_amp.space import SearchSpace
 
@@ -40,6 +43,30 @@ def digits() -> "Dataset":
     from tune_amp.data import load_dataset
 
     return load_dataset("digits", None)
+
+
+BROWSER_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A real one, that shows its pages to nobody."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=list(BROWSER_FLAGS))
+        yield launched
+        launched.close()
 
 
 @pytest.fixture

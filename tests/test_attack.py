@@ -11,7 +11,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -21,9 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 pytestmark = [
     pytest.mark.slow,
@@ -369,16 +371,10 @@ def serving(page: str) -> Iterator[str]:
 
 
 def test_real_browser_that_is_logged_in_posts_no_job_for_another_page(
-    search: Target, open_head: Target, tmp_path: Path
+    search: Target, open_head: Target, browser: "Browser", tmp_path: Path
 ) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
     statuses = []
-    with serving(ATTACKING_PAGE) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+    with serving(ATTACKING_PAGE) as address:
         for target in (search, open_head):
             context = browser.new_context()
             if target.token:
@@ -393,7 +389,6 @@ def test_real_browser_that_is_logged_in_posts_no_job_for_another_page(
             page.goto(f"{address}#{target.dashboard},{tmp_path}/mark")
             page.wait_for_function("() => document.title === 'done'", timeout=60_000)
             context.close()
-        browser.close()
     assert statuses == [405] * 4  # by script and by form, with the user's cookie and where none is needed
     assert list(tmp_path.iterdir()) == []
 

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from test_docs import OTHER_PROGRAMS, blocks
-from test_report_page import FLAGS
 
 from tune_amp.gauges import ALL_SERIES
 from tune_amp.grafana_command import read_dashboard
@@ -145,19 +144,6 @@ def test_workers_bear_a_readable_name_and_their_trials_move_on(running: Running)
 
 
 # Its pages
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on this machine")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
