@@ -21,8 +21,8 @@ def fields(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-# The part of KubeRay's RayJob (ray.io/v1) that the example uses: names and types of fields, written down by us from what
-# we know of the API references of KubeRay 1.5 and Kubernetes 1.31. It is no copy of the CRD, which was not at hand.
+# The part of KubeRay's RayJob (ray.io/v1) that the example uses: names and types of fields, written down by us from the
+# API references of KubeRay 1.5 and Kubernetes 1.31. It is no copy of the CRD, which was not at hand.
 TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
 QUANTITIES = {

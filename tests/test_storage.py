@@ -49,6 +49,20 @@ def test_a_place_that_cannot_be_written_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_each_part_of_a_search_has_a_place_and_the_last_one_tidies_all(tmp_path: Path, elsewhere: bool) -> None:
+    folder = tmp_path / "run"
+    place, name = (str(tmp_path / "place"), "run") if elsewhere else (None, "ray")
+    places = [prepare_storage(place, folder, session=session) for session in (1, 2, 3)]
+    assert [storage.name for storage in places] == [name, f"{name}-2", f"{name}-3"]
+    kept = [Path(storage.folder) / "01-fp32" / "checkpoint_000000" for storage in places]
+    for checkpoint in kept:
+        checkpoint.mkdir(parents=True)
+    places[-1].remove_checkpoints()
+    assert [checkpoint.exists() for checkpoint in kept] == [False] * 3
+    assert all(checkpoint.parent.exists() for checkpoint in kept)
+
+
 def test_only_checkpoints_are_removed_and_none_is_no_fault(tmp_path: Path) -> None:
     storage = prepare_storage(str(tmp_path), Path("results/run"))
     storage.remove_checkpoints()

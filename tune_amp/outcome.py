@@ -191,7 +191,11 @@ def _describe_runs(outcome: Outcome) -> str:
 
 def _print_ledger(console: Console, outcome: Outcome) -> None:
     if outcome.ledger is None:
-        say(console, "unfinished: the search was killed, or still goes on; this is what it had written", style="yellow")
+        say(
+            console,
+            f"unfinished: the search was cut off, or still goes on; --resume {outcome.folder.name} goes on with it",
+            style="yellow",
+        )
         return
     say(console, render_ledger(outcome.ledger, outcome.wrap_up_seconds))
 

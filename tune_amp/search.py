@@ -204,38 +204,40 @@ def run_search(
                 on_fault=stop.ask,
                 past=past.trials if past else (),
             )
-            tuner = tune.Tuner(
-                bind_trainable(dataset, resources, storage, past),
-                tune_config=tune.TuneConfig(
-                    num_samples=options.num_samples,
-                    search_alg=source,
-                    scheduler=scheduler,
-                    time_budget_s=time_left,
-                    reuse_actors=True,
-                    trial_name_creator=name_trial,
-                    trial_dirname_creator=name_trial,
-                ),
-                run_config=tune.RunConfig(
-                    name=storage.name,
-                    storage_path=storage.path,
-                    storage_filesystem=storage.filesystem,
-                    stop=Asked(stop),
-                    callbacks=[limit, *trackers, recorder],  # the recorder cuts each report down to what Tune needs
-                    failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
-                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-                    verbose=0,
-                ),
+            tune_config = tune.TuneConfig(
+                num_samples=options.num_samples,
+                search_alg=source,
+                scheduler=scheduler,
+                time_budget_s=time_left,
+                reuse_actors=True,
+                trial_name_creator=name_trial,
+                trial_dirname_creator=name_trial,
             )
+            # The recorder comes last: it cuts each report down to what Tune needs.
+            run_config = _configure_run(storage, stop, [limit, *trackers, recorder])
+            trainable = bind_trainable(dataset, resources, storage, past)
             with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
-                _fit(tuner, stop)
-    result = _conclude(recorder, space, dataset, options, provenance, stop)
-    if result.interrupted:
-        return result
-    storage.remove_checkpoints()
-    if not options.confirm_seeds:
-        return result
-    with gauges, watching(stop, find_dead_process, stop.leave):
-        return _confirm(result, space, dataset, options, resources, gauges)
+                _fit(tune.Tuner(trainable, tune_config=tune_config, run_config=run_config), stop)
+        result = _conclude(recorder, space, dataset, options, provenance, stop)
+        if not is_unfinished(result.trials, options):
+            storage.remove_checkpoints()
+        if result.interrupted or not options.confirm_seeds:
+            return result
+        with gauges, watching(stop, find_dead_process, stop.leave):
+            return _confirm(result, space, dataset, options, resources, gauges)
+
+
+def _configure_run(storage: RunStorage, stop: StopRequest, callbacks: list[tune.Callback]) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=storage.name,
+        storage_path=storage.path,
+        storage_filesystem=storage.filesystem,
+        stop=Asked(stop),
+        callbacks=callbacks,
+        failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+        verbose=0,
+    )
 
 
 class Asked(tune.Stopper):
@@ -500,8 +502,13 @@ def find_time_left(options: SearchOptions, past: PastRun | None) -> float | None
 
 def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, seconds: float) -> bool:
     """Whether the search ended before its trials did, other than by its time budget."""
-    unfinished = len(trials) < options.num_samples or any(t.status is TrialStatus.INTERRUPTED for t in trials)
-    return unfinished and (options.time_budget is None or seconds < options.time_budget)
+    within_budget = options.time_budget is None or seconds < options.time_budget
+    return is_unfinished(trials, options) and within_budget
+
+
+def is_unfinished(trials: Sequence[TrialRecord], options: SearchOptions) -> bool:
+    """Whether there are trials that a search could go on with, or make."""
+    return len(trials) < options.num_samples or any(trial.status is TrialStatus.INTERRUPTED for trial in trials)
 
 
 def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:

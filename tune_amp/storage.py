@@ -29,6 +29,8 @@ class RunStorage:
     """Its name below ``path``."""
     filesystem: fs.FileSystem
     """The one that was tried: Ray is given the same."""
+    earlier: tuple[str, ...] = ()
+    """Names of the places that the search had before it was cut off."""
 
     @property
     def folder(self) -> str:
@@ -37,10 +39,11 @@ class RunStorage:
 
     def remove_checkpoints(self) -> None:
         """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
-        trials = fs.FileSelector(self.folder, allow_not_found=True, recursive=True)
-        for entry in self.filesystem.get_file_info(trials):
-            if entry.type is fs.FileType.Directory and entry.base_name.startswith("checkpoint_"):
-                self.filesystem.delete_dir(entry.path)
+        for name in (*self.earlier, self.name):
+            trials = fs.FileSelector(f"{self.path}/{name}", allow_not_found=True, recursive=True)
+            for entry in self.filesystem.get_file_info(trials):
+                if entry.type is fs.FileType.Directory and entry.base_name.startswith("checkpoint_"):
+                    self.filesystem.delete_dir(entry.path)
 
 
 def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 1, session: int = 1) -> RunStorage:
@@ -60,13 +63,15 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     if storage_path is None:
         if nodes > 1:
             raise InputError(f"--storage-path: must name a place that all {nodes} nodes of the cluster can write")
-        name = _name_session(RAY_FOLDER, session)
-        return RunStorage(path=str(run_folder.resolve()), name=name, filesystem=fs.LocalFileSystem())
-    shown, name = hide_credentials(storage_path), _name_session(run_folder.name, session)
+        *earlier, name = _name_sessions(RAY_FOLDER, session)
+        local = fs.LocalFileSystem()
+        return RunStorage(path=str(run_folder.resolve()), name=name, filesystem=local, earlier=tuple(earlier))
+    shown = hide_credentials(storage_path)
+    *earlier, name = _name_sessions(run_folder.name, session)
     try:
         place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
         filesystem, root = fs.FileSystem.from_uri(place)
-        storage = RunStorage(path=root.rstrip("/"), name=name, filesystem=filesystem)
+        storage = RunStorage(path=root.rstrip("/"), name=name, filesystem=filesystem, earlier=tuple(earlier))
         filesystem.create_dir(storage.path, recursive=True)
         _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
         taken = filesystem.get_file_info(storage.folder).type is not fs.FileType.NotFound
@@ -78,8 +83,9 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     return storage
 
 
-def _name_session(name: str, session: int) -> str:
-    return name if session == 1 else f"{name}-{session}"
+def _name_sessions(name: str, count: int) -> list[str]:
+    """``run``, ``run-2``, ``run-3`` and so on: a place each time that a search begins or goes on."""
+    return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
 
 
 def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
