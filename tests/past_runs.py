@@ -19,7 +19,7 @@ def beginning(**changes: Any) -> dict[str, Any]:
 
 
 def session(at: float = 0.0, **about: Any) -> dict[str, Any]:
-    return {"event": "session", "at": at, "num_samples": 4, "slots": 2, **about}
+    return {"event": "session", "at": at, "num_samples": 4, "slots": 2, "arguments": {}, **about}
 
 
 def trial(trial_id: str, number: int, at: float = 1.0, **settings: Any) -> dict[str, Any]:

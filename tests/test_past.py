@@ -34,10 +34,23 @@ def test_a_run_is_told_as_its_journal_has_it(tmp_path: Path) -> None:
         assert (a.trial_id, a.place, a.number, a.status, a.config) == ("a", 1, 2, None, TrialConfig(lr=0.5))
         assert a.last_result is not None
         assert (a.last_result["epoch"], a.last_result["val_accuracy"]) == (2, 0.75)
-        assert a.checkpoints == ["ray/a/checkpoint_000000"]
+        assert a.last_checkpoints == ["ray/a/checkpoint_000000"]
         assert (b.place, b.status, b.last_result) == (2, TrialStatus.FAILED, None)
         assert past.unfinished == [a]
         assert past.reported == {"a": 2}
+
+
+def test_checkpoints_that_may_be_left_are_the_newest_two_of_each_part(tmp_path: Path) -> None:
+    paths = ["ray/a/c0", "ray/a/c1", "ray/a/c2", "ray-2/a/c0", "ray-2/a/c1", "ray-2/a/c2"]
+    events = [checkpoint(path) for path in paths]
+    with written_past(tmp_path, made.session(), made.trial("a", 0), *events) as past:
+        assert past.trials[0].last_checkpoints == ["ray-2/a/c2", "ray-2/a/c1", "ray/a/c2", "ray/a/c1"]
+
+
+def test_epochs_that_are_repeated_are_not_the_highest(tmp_path: Path) -> None:
+    reports = [made.report("a", epoch) for epoch in (1, 2, 3, 2)]
+    with written_past(tmp_path, made.session(), made.trial("a", 0), *reports) as past:
+        assert past.reported == {"a": 3}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +102,10 @@ def refusal(folder: Path) -> str:
         ([made.beginning(), made.session(math.nan)], "reports.journal: at: must not go back, got nan"),
         ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "reports.journal: lr: must be"),
         ([made.beginning(), made.trial("a", 0) | {"config": 7}], "reports.journal: must be the journal of a run"),
-        ([made.beginning(), {"event": "session", "at": 0.0}], "reports.journal: must be the journal of a run"),
+        (
+            [made.beginning(), {"event": "session", "at": 0.0, "arguments": {}}],
+            "reports.journal: must be the journal of a run",
+        ),
         ([made.beginning(), made.trial("a", 0), checkpoint("/etc")], "reports.journal: path: must lie in the run's"),
         ([made.beginning(), made.trial("a", 0), checkpoint("ray/../..")], "reports.journal: path: must lie in the"),
         ([made.beginning(provenance={"run": 7})], "reports.journal: "),

@@ -9,6 +9,7 @@ import pytest
 from records import PROVENANCE
 
 from tune_amp.config import InputError
+from tune_amp.journal import Journal
 from tune_amp.past import PastRun, open_past
 from tune_amp.results import list_versions
 from tune_amp.resuming import describe_changes, describe_standing, name_resume_command, remember, take_over
@@ -29,7 +30,8 @@ def begin(folder: Path, *command: str, **about: Any) -> Path:
     origin = {"dataset": "digits", "space_source": space.source, "space_text": space.text, **about}
     provenance = dataclasses.replace(PROVENANCE, **origin)
     first = made.beginning(arguments=remember(arguments), provenance=dataclasses.asdict(provenance))
-    made.write_journal(folder, [json.loads(json.dumps(first)), made.session(), made.trial("a", 0), made.trial("b", 1)])
+    session = made.session(arguments=first["arguments"])
+    made.write_journal(folder, [json.loads(json.dumps(first)), session, made.trial("a", 0), made.trial("b", 1)])
     return folder
 
 
@@ -82,6 +84,27 @@ def test_what_trials_have_in_common_must_stay(tmp_path: Path, command: list[str]
     with pytest.raises(InputError) as caught:
         resume(begin(tmp_path), *command)
     assert str(caught.value) == expected
+
+
+def test_what_was_changed_once_stays_for_the_next_time(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    longer = resume(folder, "--num-samples", "9", "--time-budget", "60")
+    with Journal(folder / "reports.journal") as journal:
+        journal.append(made.session(5.0, num_samples=9, arguments=remember(longer)))
+    again = resume(folder)
+    assert (again.num_samples, again.time_budget) == (9, 60.0)
+    with open_past(folder) as past:
+        assert past.num_samples == 4  # samplers are sized as the run was begun
+
+
+def test_warm_start_that_was_never_taken_over_is_not_forgotten_in_silence(tmp_path: Path) -> None:
+    folder = begin(tmp_path, warm_start="run x")
+    assert resume(folder).max_epochs == 3
+    first = json.loads((folder / "reports.journal").read_text().splitlines()[0].partition(" ")[2])
+    made.write_journal(folder, [first, made.session(arguments=first["arguments"])])
+    with pytest.raises(InputError) as caught:
+        resume(folder)
+    assert str(caught.value) == "--resume: the run was cut off before its warm start was taken over; begin it anew"
 
 
 def test_naming_what_stays_is_no_change(tmp_path: Path) -> None:
@@ -154,7 +177,8 @@ def test_standing_counts_what_is_over_and_what_goes_on(tmp_path: Path) -> None:
     events = [made.session(), *(made.trial(name, number) for number, name in enumerate("abcd"))]
     events += [made.report("b", 1), made.report("d", 1, done=True), made.end("a", "failed"), made.session(95.4)]
     with made.written_past(tmp_path, *events) as past:
-        told = describe_standing(past, 32)
+        told = describe_standing(past, 32, 100.0)
+        assert describe_standing(past, 32, 95.0) == f"{told}, all of --time-budget 95"
     assert told == "2 of 32 trials are over, 2 were cut off (1 of them after a report); 95 s so far"
     with made.written_past(tmp_path, made.session(), made.trial("a", 0), made.end("a", "failed")) as past:
         assert describe_standing(past, 1) == "1 of 1 trials are over; 3 s so far"

@@ -639,6 +639,43 @@ def test_defaults_and_draws_that_nobody_had_heard_of_come_again(make_search: Mak
     assert again == expected[died:]
 
 
+def test_defaults_come_again_once_though_their_trial_was_told_as_interrupted(make_search: MakeSearch) -> None:
+    """The disk was full when the journal was to hear of them; then the process had the time to say so to the study."""
+    expected = make_search(name="straight").suggest("0")
+    killed = make_search()
+    heard = {"lr": 0.001}
+    killed.study.enqueue_trial(heard)
+    killed.suggest("unheard")
+    killed.suggest("heard")
+    past = [past_trial(killed, "heard", 1, report(1, 0.5), None)]
+    killed.close()
+    for _ in range(2):  # cut off again before anything of it happened
+        resumed = make_search(past=past)
+        assert [trial.state for trial in resumed.study.trials].count(TrialState.WAITING) == 1
+    assert {**resumed.suggest("again"), "lr": expected["lr"]} == expected
+    assert [trial.state for trial in resumed.study.trials].count(TrialState.WAITING) == 0
+
+
+def test_trial_that_is_submitted_once_more_is_not_enqueued_besides(make_search: MakeSearch) -> None:
+    killed = make_search()
+    killed.suggest("defaults")
+    past = [past_trial(killed, "defaults", 1, report(1, 0.5), None)]
+    number = past[0].number
+    killed.close()
+    make_search(past=past)  # cut off before the journal heard of the new number
+    past[0].number = number
+    again = make_search(past=past)
+    assert [trial.state for trial in again.study.trials].count(TrialState.WAITING) == 0
+
+
+def test_end_by_lack_of_memory_that_the_study_missed_is_told_as_that(make_search: MakeSearch) -> None:
+    killed = make_search()
+    killed.suggest("a")
+    make_search(past=[past_trial(killed, "a", 1, report(1, 0.5), "out_of_memory")])
+    [told] = make_search(past=[past_trial(killed, "a", 1, report(1, 0.5), "out_of_memory")]).study.trials
+    assert (told.state, told.constraints) == (TrialState.COMPLETE, {"hopeless": 1.0})
+
+
 def test_study_that_was_cut_off_before_its_first_trial_begins_anew(make_search: MakeSearch) -> None:
     """Else the defaults would be tried twice, or never."""
     first = make_search().suggest("unheard")

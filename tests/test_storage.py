@@ -63,6 +63,15 @@ def test_each_part_of_a_search_has_a_place_and_the_last_one_tidies_all(tmp_path:
     assert all(checkpoint.parent.exists() for checkpoint in kept)
 
 
+def test_place_that_a_search_made_before_it_told_of_it_is_passed_over(tmp_path: Path) -> None:
+    for name in ("run", "run-2", "run-3"):
+        (tmp_path / name / "01-fp32" / "checkpoint_000000").mkdir(parents=True)
+    storage = prepare_storage(str(tmp_path), Path("results/run"), session=2)
+    assert (storage.name, storage.earlier) == ("run-4", ("run", "run-2", "run-3"))
+    storage.remove_checkpoints()
+    assert list(tmp_path.rglob("checkpoint_*")) == []
+
+
 def test_only_checkpoints_are_removed_and_none_is_no_fault(tmp_path: Path) -> None:
     storage = prepare_storage(str(tmp_path), Path("results/run"))
     storage.remove_checkpoints()

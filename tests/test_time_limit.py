@@ -64,12 +64,18 @@ def test_trial_that_is_over_is_left_alone(limit: TimeLimit, clock: Clock, killed
     assert killed == []
 
 
-def test_attempts_of_a_trial_add_up(limit: TimeLimit, clock: Clock, killed: list[str]) -> None:
+def test_attempts_of_a_trial_add_up_but_not_its_wait_for_another_worker(
+    limit: TimeLimit, clock: Clock, killed: list[str]
+) -> None:
     trial = make_trial("a")
     limit.on_trial_start(0, [], trial)
     clock.now = 50
-    limit.on_trial_start(0, [], trial)  # its worker died
-    look(limit, clock, 61)
+    limit.on_trial_recover(0, [], trial)  # its worker died
+    look(limit, clock, 500)
+    limit.on_trial_start(0, [], trial)
+    look(limit, clock, 509)
+    assert killed == []
+    look(limit, clock, 511)
     assert killed == ["worker of a"]
 
 

@@ -25,10 +25,11 @@ from tune_amp.data import Dataset, Split
 from tune_amp.inert import find_inert
 from tune_amp.options import SearchOptions
 from tune_amp.ranking import rank_confirmed, without_seed
-from tune_amp.resources import TrialResources, double_share
+from tune_amp.resources import SlotCounter, TrialResources, double_share
 from tune_amp.results import BestRow, Provenance, TrialRecord, write_best, write_confirmed
 from tune_amp.searcher import find_reason, find_status, is_node_lost
 from tune_amp.space import SearchSpace
+from tune_amp.time_limit import describe_limit
 from tune_amp.trainable import (
     WORKER_RETRIES,
     WorkerSetup,
@@ -297,19 +298,21 @@ class Attempt:
     """Workers that died of it."""
     earlier: ConfirmedRun | None = None
     """How it ended before, where it is tried again for another reason than a worker's death."""
-    begun: float = dataclasses.field(default_factory=time.monotonic)
-    """``time.monotonic()`` when it was first tried."""
+    begun: float = math.nan
+    """``time.monotonic()`` when this attempt was sent to a slot."""
 
     @property
     def seconds(self) -> float:
-        """What it has taken, attempts added up."""
+        """What this attempt has taken."""
         return time.monotonic() - self.begun
 
     def give_up(self, time_limit: float) -> ConfirmedRun:
         """The run of a job that took too long."""
-        error = f"it took longer than --trial-time-limit ({time_limit:g} s) and was ended"
         run = ConfirmedRun(
-            trial_id=self.job.trial_ids[0], seed=self.job.config.seed, status=TrialStatus.FAILED, error=error
+            trial_id=self.job.trial_ids[0],
+            seed=self.job.config.seed,
+            status=TrialStatus.FAILED,
+            error=describe_limit(time_limit),
         )
         return self.conclude(run)
 
@@ -342,13 +345,14 @@ def train_on_slots(
     One that takes longer than ``time_limit`` seconds is ended as failed. Closing the generator cancels what runs.
     """
     sent = ray.put((build_worker_setup(dataset, resources), dataset.test))
-    waiting: collections.deque[ConfirmJob | Attempt] = collections.deque(jobs)
+    waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
+    # No more than fit now: an attempt that waits in Ray's queue would count as one that hangs.
+    count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
     running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < resources.max_concurrent:
-                following = waiting.popleft()
-                attempt = following if isinstance(following, Attempt) else Attempt(job=following, share=resources.gpus)
+            while waiting and len(running) < max(1, count_slots()):
+                attempt = dataclasses.replace(waiting.popleft(), begun=time.monotonic())
                 running[_start(attempt, resources.cpus, sent)] = attempt
             ended = _wait_for_one(running, time_limit)
             if ended is None:

@@ -37,9 +37,11 @@ class Journal:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             self._file.close()
-            raise InputError(f"{path}: is being written: the run still goes on in another process") from None
+            if isinstance(error, BlockingIOError):
+                raise InputError(f"{path}: is being written: the run still goes on in another process") from None
+            raise InputError(f"{path}: cannot be locked ({error.strerror}): choose another --results-dir") from error
         self._end = self._file.tell()
 
     def __enter__(self) -> "Journal":

@@ -26,10 +26,22 @@ class PastTrial:
     """How it ended; None where it has not."""
     last_result: dict[str, Any] | None = None
     """Its last report, as Tune's schedulers and searchers know it."""
-    values: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
-    """Of each objective, by epoch, what it reported."""
+    epoch: int = 0
+    """The highest that it reported, which a trial that was tried again may not have reached again."""
     checkpoints: list[str] = dataclasses.field(default_factory=list)
     """Paths in the file system of the run's storage, the newest last. Most have been deleted since."""
+
+    @property
+    def last_checkpoints(self) -> list[str]:
+        """Those that may still be there, the newest first.
+
+        Each part of a search has a folder of its own and keeps one checkpoint of a trial there; where it was cut off
+        while it replaced one, two.
+        """
+        folders: dict[str, list[str]] = {}
+        for path in reversed(self.checkpoints):
+            folders.setdefault(path.split("/")[0], []).append(path)
+        return [path for paths in folders.values() for path in paths[:2]]
 
     @property
     def unheard_end(self) -> TrialStatus | None:
@@ -49,7 +61,7 @@ class PastRun:
     events: Sequence[Mapping[str, Any]]
     """All of them but the first."""
     arguments: Mapping[str, Any]
-    """What the command line said, by ``argparse``'s names."""
+    """What the command line said, by ``argparse``'s names, when the search last began or went on."""
     provenance: Provenance
     trials: Sequence[PastTrial]
     """In the order of submission."""
@@ -68,9 +80,8 @@ class PastRun:
 
     @property
     def reported(self) -> dict[str, int]:
-        """Of trials that go on, the last epoch that they reported."""
-        epochs = {trial.trial_id: (trial.last_result or {}).get("epoch", 0) for trial in self.unfinished}
-        return {trial_id: epoch for trial_id, epoch in epochs.items() if epoch}
+        """Of trials that go on, the highest epoch that they reported."""
+        return {trial.trial_id: trial.epoch for trial in self.unfinished if trial.epoch}
 
     @property
     def unfinished(self) -> list[PastTrial]:
@@ -115,13 +126,14 @@ def _build_past(events: Sequence[Mapping[str, Any]], journal: Journal) -> PastRu
             raise InputError(f"at: must not go back, got {shown(event['at'])} after {at}")
         at = event["at"]
         _take(event, trials)
+    sessions = [event for event in rest if event["event"] == "session"]
     return PastRun(
         journal=journal,
         events=rest,
-        arguments=dict(begin["arguments"]),
+        arguments=dict([begin, *sessions][-1]["arguments"]),
         provenance=build_from(Provenance, begin["provenance"]),
         trials=list(trials.values()),
-        sessions=[event for event in rest if event["event"] == "session"],
+        sessions=sessions,
     )
 
 
@@ -138,10 +150,7 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
     elif kind == "report":
         trial = trials[event["trial_id"]]
         trial.last_result = result_of(event)
-        for name in OBJECTIVES if event["metrics"] else ():
-            value = event["metrics"][name]
-            if value is not None:
-                trial.values.setdefault(name, {})[event["metrics"]["epoch"]] = value
+        trial.epoch = max(trial.epoch, trial.last_result.get("epoch", 0))
     elif kind == "checkpoint":
         path = PurePosixPath(checked_type("path", event["path"], str))
         if path.is_absolute() or ".." in path.parts:

@@ -6,6 +6,7 @@ the records by the same code.
 
 import dataclasses
 import datetime
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,6 +109,7 @@ class TrialRecorder(tune.Callback):
         self._journal, self._storage_root = journal, storage_root
         self._explain_death, self._on_fault = explain_death, on_fault
         self._is_broken = False
+        self._lock = threading.Lock()  # where Ray has died, another thread writes what there is
         self._records: dict[str, TrialRecord] = {}  # in the order of submission
         self._began: dict[str, float] = {}  # on the clock of the search; nobody sees a trial that has not begun
         self._running: set[str] = set()
@@ -248,17 +250,17 @@ class TrialRecorder(tune.Callback):
         metrics: EpochMetrics | None = None,
     ) -> bool:
         """Keep an event. False where it could not be: what is not in the journal does not count."""
-        event = {"event": kind, "at": self._now(), **({} if trial_id is None else {"trial_id": trial_id}), **about}
-        try:
+        with self._lock:
+            event = {"event": kind, "at": self._now(), **({} if trial_id is None else {"trial_id": trial_id}), **about}
+            try:
+                if not self._is_broken:
+                    self._journal.append(event)
+            except OSError as error:
+                self._is_broken = True
+                self._on_fault(describe_error(error))
             if not self._is_broken:
-                self._journal.append(event)
-        except OSError as error:
-            self._is_broken = True
-            self._on_fault(describe_error(error))
-        if self._is_broken:
-            return False
-        self._apply(event, metrics)
-        return True
+                self._apply(event, metrics)
+            return not self._is_broken
 
     def _apply(self, event: Mapping[str, Any], metrics: EpochMetrics | None = None) -> None:
         kind = event["event"]

@@ -49,6 +49,8 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     for name in ("name", "warm_start"):
         if getattr(given, name) is not None:
             raise InputError(f"{name_flag(name)}: belongs to a run's beginning, not beside --resume")
+    if past.provenance.warm_start is not None and not past.trials:
+        raise InputError("--resume: the run was cut off before its warm start was taken over; begin it anew")
     recorded = dict(past.arguments) | {"dataset": past.provenance.dataset}
     if recorded.get("data_dir") is not None:
         recorded["data_dir"] = Path(recorded["data_dir"])
@@ -94,26 +96,37 @@ def describe_changes(past: PastRun, folder: Path) -> list[str]:
     """
     about = past.provenance
     copy, source = folder / "space.yaml", Path(about.space_source)
-    if copy.exists() and copy.read_text(encoding="utf-8") != about.space_text:
+    if copy.exists() and _read_text(copy) != about.space_text:
         raise InputError(
             f"{copy}: must stay as it was when the run was begun; to search another space, begin a new run"
         )
     lines = []
-    if source.is_file() and source.read_text(encoding="utf-8", errors="replace") != about.space_text:
+    now = _read_text(source)
+    if now is not None and now != about.space_text:
         lines.append(f"{source} has been changed since; the run goes on with the space as it was")
-    now = {name: find_version(name) for name in about.versions}
-    changed = [f"{name} {then} then, {now[name]} now" for name, then in about.versions.items() if now[name] != then]
+    found = {name: find_version(name) for name in about.versions}
+    changed = [f"{name} {then} then, {found[name]} now" for name, then in about.versions.items() if found[name] != then]
     if changed:
         lines.append(f"{', '.join(changed)}: trials from here on may differ from what they would have been")
     return lines
 
 
-def describe_standing(past: PastRun, num_samples: int) -> str:
+def _read_text(path: Path) -> str | None:
+    """What a file says; None where there is none, or it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
+        return None
+
+
+def describe_standing(past: PastRun, num_samples: int, time_budget: float | None = None) -> str:
     """Where a run that goes on stands, in a line."""
     over = len(past.trials) - len(past.unfinished)
     kept = sum(trial.last_result is not None for trial in past.unfinished)
     cut = f", {len(past.unfinished)} were cut off ({kept} of them after a report)" if past.unfinished else ""
-    return f"{over} of {num_samples} trials are over{cut}; {past.seconds:.0f} s so far"
+    used_up = time_budget is not None and time_budget <= past.seconds
+    budget = f", all of --time-budget {time_budget:g}" if used_up else ""
+    return f"{over} of {num_samples} trials are over{cut}; {past.seconds:.0f} s so far{budget}"
 
 
 def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, model: str, dataset: str) -> str:

@@ -92,6 +92,11 @@ class SearchResult:
     """What fresh seeds say of the best, or None where they were not asked."""
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether there is something to go on with: trials, or the runs that confirm them."""
+        return self.interrupted or (self.confirmation is not None and self.confirmation.interrupted)
+
+    @property
     def best_path(self) -> Path:
         """``best.parquet``; it exists where ``ranked`` is not empty."""
         return self.folder / "best.parquet"
@@ -151,7 +156,8 @@ def run_search(
     nodes = len(list_nodes())
     storage = prepare_storage(storage_path, folder, nodes=nodes, session=session)
     if nodes > 1:
-        check_from_nodes(storage, resources)
+        with storage.removed_if_refused():
+            check_from_nodes(storage, resources)
     begin = time.monotonic() if started is None else started
     with contextlib.ExitStack() as stack:
         if past is not None:
@@ -193,8 +199,13 @@ def run_search(
         if past is not None:
             recorder.replay(past.events)
             replay(scheduler, past.events)
-        recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, command=list(command))
-        with gauges, _written_at_the_end(searcher, recorder), stop.heard():
+        recorder.open_session(
+            num_samples=options.num_samples,
+            slots=resources.max_concurrent,
+            command=list(command),
+            arguments=dict(arguments or {}),
+        )
+        with stop.heard(), gauges, _written_at_the_end(searcher, recorder):
             for trial in past.trials if past else ():
                 _end_unheard(trial, recorder, searcher, scheduler)
             source = TrialSource(
@@ -216,11 +227,13 @@ def run_search(
             # The recorder comes last: it cuts each report down to what Tune needs.
             run_config = _configure_run(storage, stop, [limit, *trackers, recorder])
             trainable = bind_trainable(dataset, resources, storage, past)
-            with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
-                _fit(tune.Tuner(trainable, tune_config=tune_config, run_config=run_config), stop)
+            if time_left is None or time_left > 0:
+                with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
+                    _fit(tune.Tuner(trainable, tune_config=tune_config, run_config=run_config), stop)
         result = _conclude(recorder, space, dataset, options, provenance, stop)
         if not is_unfinished(result.trials, options):
-            storage.remove_checkpoints()
+            with contextlib.suppress(OSError):  # what is left there is in nobody's way
+                storage.remove_checkpoints()
         if result.interrupted or not options.confirm_seeds:
             return result
         with gauges, watching(stop, find_dead_process, stop.leave):
@@ -262,7 +275,10 @@ def _begin_run(folder: Path, space: SearchSpace, provenance: Provenance, argumen
     journal = Journal(folder / JOURNAL_FILE)
     (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
     about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
-    journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(journal)
+        journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
+        stack.pop_all()
     return journal
 
 
@@ -294,7 +310,7 @@ def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch,
     if trial.unheard_end is None:
         return
     assert trial.last_result is not None  # it tells of its end
-    scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial.trial_id)), trial.last_result)
+    scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial_id=trial.trial_id)), trial.last_result)
     searcher.on_trial_complete(trial.trial_id, trial.last_result)
     recorder.end_unheard(trial.trial_id, trial.unheard_end)
     trial.status = trial.unheard_end
@@ -438,8 +454,7 @@ def bind_trainable(
 ) -> type[AmpTrainable]:
     """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
     left = past.unfinished if past else ()
-    # All but the last have been deleted; where the search was cut off in between, the one before it is still there.
-    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.checkpoints[:-3:-1]] for trial in left}
+    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.last_checkpoints] for trial in left}
     worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
     with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
     trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
@@ -487,16 +502,9 @@ def describe_run(
 
 
 def find_time_left(options: SearchOptions, past: PastRun | None) -> float | None:
-    """Seconds until the time budget is used up, None where there is none.
-
-    Raises:
-        InputError: it is used up.
-    """
+    """Seconds until the time budget is used up, not more than 0 where it is; None where there is none."""
     if past is None or options.time_budget is None:
         return options.time_budget
-    if options.time_budget <= past.seconds:
-        spent = f"the {past.seconds:.0f} s that the run has taken"
-        raise InputError(f"--time-budget: must be more than {spent}, got {options.time_budget:g}")
     return options.time_budget - past.seconds
 
 
@@ -535,9 +543,11 @@ def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial:
 
 def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
     """End the process where Tune cannot be ended, everything written."""
-    with _written_at_the_end(searcher, recorder):
-        pass
-    stop.leave()
+    try:
+        with _written_at_the_end(searcher, recorder):
+            pass
+    finally:
+        stop.leave()
 
 
 @contextlib.contextmanager

@@ -223,8 +223,10 @@ def _run(task: Task, folder: Path) -> int:
     resume = _resume_command(task, folder)
 
     def leave() -> None:
-        _say_cut_off(f"{stop.reason}; left at once", folder, resume)
-        os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
+        try:
+            _say_cut_off(f"{stop.reason}; left at once", folder, resume)
+        finally:
+            os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
 
     stop = StopRequest(leave)
     # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
@@ -245,16 +247,18 @@ def _run(task: Task, folder: Path) -> int:
             print(result.best_path)  # noqa: T201
         if arguments.json:
             _print_json_end(stdout, result, resume)
-    if result.interrupted or (result.confirmation and result.confirmation.interrupted):
+    if result.is_cut_off:
         return _say_cut_off(result.reason or stop.reason or "interrupted", folder, resume)
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
 
 def _say_cut_off(reason: str, folder: Path, resume: str) -> int:
     """Say what ended a run before its time, and how to go on with it."""
-    print(f"cut off  {reason}", file=sys.stderr)  # noqa: T201
-    if (folder / JOURNAL_FILE).exists():
-        print(f"resume   {resume}", file=sys.stderr)  # noqa: T201
+    journal = folder / JOURNAL_FILE
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"cut off  {reason}", file=sys.stderr)  # noqa: T201
+        if journal.exists() and journal.stat().st_size:
+            print(f"resume   {resume}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED
 
 
@@ -288,7 +292,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         for line in [] if warm_start is None else warm_start.describe():
             say(console, f"warm       {line}")
         if past is not None:
-            say(console, f"resumed    {describe_standing(past, options.num_samples)}")
+            say(console, f"resumed    {describe_standing(past, options.num_samples, options.time_budget)}")
         for line in task.notes:
             say(console, f"note       {line}", style="yellow")
         for name in arguments.tracker:
@@ -567,7 +571,7 @@ def _print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> Non
         "importance": importance,
         "interrupted": result.interrupted,
         "reason": result.reason,
-        "resume": resume if result.interrupted else None,
+        "resume": resume if result.is_cut_off else None,
     }
     found["confirmation"] = result.confirmation and describe_confirmation_as_json(
         result.confirmation, result.provenance.objectives[0]

@@ -41,6 +41,9 @@ STUDY_FILE = "study.journal"
 STATUS_ATTRIBUTE = "status"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"
 OF_RUN_ATTRIBUTE = "of run"
+RETURNED_ATTRIBUTE = "returned trials"
+FIXED_PARAMS = "fixed_params"
+"""Optuna's own name for what a trial was enqueued with."""
 HOPELESS_CONSTRAINT = "hopeless"
 """1 where a trial was hopeless, 0 where it was not. One name for every reason: GPSampler wants the same constraints of
 all trials."""
@@ -171,9 +174,8 @@ class AmpSearch(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell how a trial ended."""
         if trial_id not in self._completed_trials:
-            with self._telling_faults():
-                self._tell(trial_id, result, error=error)
-                self._completed_trials.add(trial_id)
+            cause = self._causes.pop(trial_id, "")
+            self._end(trial_id, result, find_status(result, error=error, cause=cause))
 
     def note_worker_death(self, trial: Any) -> None:
         """Remember why a trial's worker died; Tune will only say that it did, and only if it is not tried again."""
@@ -191,10 +193,13 @@ class AmpSearch(OptunaSearch):
             if trial.number >= len(stored):
                 raise InputError(f"{path}: must hold trial {trial.number}, got {len(stored)}: it is of another run")
             self._find_again(trial, stored[trial.number])
-        ours = {trial.number for trial in past}
-        for orphan in stored:
-            if orphan.state is TrialState.RUNNING and orphan.number not in ours:
-                self._give_up(orphan)
+        ours, known = {trial.number for trial in past}, {trial.trial_id for trial in past}
+        for told in stored:
+            unheard = told.state is TrialState.RUNNING and told.number not in ours
+            # Told of its end, though the journal could not be told of its beginning: the disk was full.
+            ended = told.state is TrialState.FAIL and told.user_attrs.get("trial_id", "") not in known | {""}
+            if unheard or ended:
+                self._give_back(told)
 
     def _find_again(self, past: PastTrial, stored: optuna.trial.FrozenTrial) -> None:
         if stored.state is TrialState.FAIL and past.status is None:
@@ -204,7 +209,7 @@ class AmpSearch(OptunaSearch):
         if stored.state.is_finished():
             self._completed_trials.add(past.trial_id)
         elif past.status is not None:
-            self.on_trial_complete(past.trial_id, past.last_result, error=past.status is TrialStatus.FAILED)
+            self._end(past.trial_id, past.last_result, past.status)
 
     def _submit_again(self, past: PastTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
         """A trial that was told as interrupted runs once more in the study, beside what was told."""
@@ -213,7 +218,8 @@ class AmpSearch(OptunaSearch):
             params=told.params,
             distributions=told.distributions,
             intermediate_values=told.intermediate_values,
-            system_attrs=told.system_attrs,  # NSGA-II keeps a trial's generation there
+            # NSGA-II keeps a trial's generation there. What a trial was enqueued with is not asked for twice.
+            system_attrs={name: value for name, value in told.system_attrs.items() if name != FIXED_PARAMS},
             user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)
@@ -221,12 +227,16 @@ class AmpSearch(OptunaSearch):
         past.number = again.number
         return again
 
-    def _give_up(self, orphan: optuna.trial.FrozenTrial) -> None:
-        """A trial that nobody had heard of when the process was killed: what it was made of comes again."""
-        self.study.tell(orphan.number, state=TrialState.FAIL)
-        fixed = orphan.system_attrs.get("fixed_params")
-        if fixed:
-            self.study.enqueue_trial(fixed, user_attrs=orphan.user_attrs)
+    def _give_back(self, orphan: optuna.trial.FrozenTrial) -> None:
+        """A trial that nobody had heard of when the process was killed: what it was enqueued with comes again, once."""
+        fixed = orphan.system_attrs.get(FIXED_PARAMS)
+        returned = self.study.user_attrs.get(RETURNED_ATTRIBUTE, [])
+        if fixed and orphan.number not in returned:
+            kept = {name: value for name, value in orphan.user_attrs.items() if name == SUGGESTED_BY_ATTRIBUTE}
+            self.study.enqueue_trial(fixed, user_attrs=kept)
+            self.study.set_user_attr(RETURNED_ATTRIBUTE, [*returned, orphan.number])
+        if orphan.state is TrialState.RUNNING:
+            self.study.tell(orphan.number, state=TrialState.FAIL)
 
     @contextlib.contextmanager
     def _telling_faults(self) -> Iterator[None]:
@@ -237,9 +247,13 @@ class AmpSearch(OptunaSearch):
                 raise
             self._on_fault(describe_error(error))
 
-    def _tell(self, trial_id: str, result: dict[str, Any] | None, *, error: bool) -> None:
+    def _end(self, trial_id: str, result: dict[str, Any] | None, status: TrialStatus) -> None:
+        with self._telling_faults():
+            self._tell(trial_id, result, status)
+            self._completed_trials.add(trial_id)
+
+    def _tell(self, trial_id: str, result: dict[str, Any] | None, status: TrialStatus) -> None:
         trial = self._ot_trials[trial_id]
-        status = find_status(result, error=error, cause=self._causes.pop(trial_id, ""))
         trial.set_user_attr(STATUS_ATTRIBUTE, str(status))
         trial.set_user_attr("trial_id", trial_id)
         if status in HOPELESS_STATUSES or (status is TrialStatus.FAILED and (result or {}).get("config_fault")):

@@ -16,7 +16,7 @@ from tune_amp.past import result_of
 WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "peak_memory_bytes": 1e15}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialKey:
     """A trial as far as schedulers remember it: they look at nothing but its id."""
 
@@ -110,11 +110,11 @@ class MedianByTrialId(MedianStoppingRule):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Continue or stop."""
-        return super().on_trial_result(tune_controller, TrialKey(trial.trial_id), result)  # type: ignore[arg-type]
+        return super().on_trial_result(tune_controller, TrialKey(trial_id=trial.trial_id), result)  # type: ignore[arg-type]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Record a trial's last value."""
-        super().on_trial_complete(tune_controller, TrialKey(trial.trial_id), result)  # type: ignore[arg-type]
+        super().on_trial_complete(tune_controller, TrialKey(trial_id=trial.trial_id), result)  # type: ignore[arg-type]
 
 
 class DivergenceAwareMedian(DivergenceAware, MedianByTrialId):
@@ -174,7 +174,7 @@ def replay(scheduler: TrialScheduler, events: Iterable[Mapping[str, Any]]) -> No
     results: dict[str, dict[str, Any]] = {}
     controller: Any = None  # no rule of ours asks it anything
     for event in events:
-        key: Any = TrialKey(event.get("trial_id", ""))
+        key: Any = TrialKey(trial_id=event.get("trial_id", ""))
         last = results.get(key.trial_id, {})
         if event["event"] == "trial":
             scheduler.on_trial_add(controller, key)

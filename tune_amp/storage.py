@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -37,6 +39,22 @@ class RunStorage:
         """The folder itself, for ``filesystem``."""
         return f"{self.path}/{self.name}"
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether it is there already."""
+        found = self.filesystem.get_file_info(self.folder).type
+        return bool(found is not fs.FileType.NotFound)
+
+    @contextlib.contextmanager
+    def removed_if_refused(self) -> Iterator[None]:
+        """Where the place is refused in the ``with`` block, nothing of it is left that would be taken for a run."""
+        try:
+            yield
+        except InputError:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_dir(self.folder)
+            raise
+
     def remove_checkpoints(self) -> None:
         """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
         for name in (*self.earlier, self.name):
@@ -63,29 +81,39 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     if storage_path is None:
         if nodes > 1:
             raise InputError(f"--storage-path: must name a place that all {nodes} nodes of the cluster can write")
-        *earlier, name = _name_sessions(RAY_FOLDER, session)
-        local = fs.LocalFileSystem()
-        return RunStorage(path=str(run_folder.resolve()), name=name, filesystem=local, earlier=tuple(earlier))
+        local = RunStorage(path=str(run_folder.resolve()), name=RAY_FOLDER, filesystem=fs.LocalFileSystem())
+        return _choose_session(local, session)
     shown = hide_credentials(storage_path)
-    *earlier, name = _name_sessions(run_folder.name, session)
     try:
         place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
         filesystem, root = fs.FileSystem.from_uri(place)
-        storage = RunStorage(path=root.rstrip("/"), name=name, filesystem=filesystem, earlier=tuple(earlier))
+        storage = RunStorage(path=root.rstrip("/"), name=run_folder.name, filesystem=filesystem)
         filesystem.create_dir(storage.path, recursive=True)
         _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
-        taken = filesystem.get_file_info(storage.folder).type is not fs.FileType.NotFound
+        storage = _choose_session(storage, session)
+        taken = storage.is_taken
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, ArrowNotImplementedError an OSError too
         reason = hide_credentials(describe_error(error))
         raise InputError(f"--storage-path: {shown} cannot be written ({reason})") from error
     if taken:
-        raise InputError(f"--storage-path: {shown} already holds a run {name}; choose another --name")
+        raise InputError(f"--storage-path: {shown} already holds a run {run_folder.name}; choose another --name")
     return storage
 
 
-def _name_sessions(name: str, count: int) -> list[str]:
-    """``run``, ``run-2``, ``run-3`` and so on: a place each time that a search begins or goes on."""
-    return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
+def _choose_session(storage: RunStorage, session: int) -> RunStorage:
+    """``run`` where a search begins; where it goes on, ``run-2``, ``run-3`` and so on: the first that is free.
+
+    A search that was cut off before it told of its part may have made the folder for it.
+    """
+    if session == 1:
+        return storage
+    name, earlier = storage.name, [storage.name, *(f"{storage.name}-{number}" for number in range(2, session))]
+    for number in itertools.count(session):
+        chosen = dataclasses.replace(storage, name=f"{name}-{number}", earlier=tuple(earlier))
+        if not chosen.is_taken:
+            return chosen
+        earlier.append(chosen.name)
+    raise AssertionError  # numbers do not end
 
 
 def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:

@@ -238,6 +238,8 @@ class AmpTrainable(tune.Trainable):
 
     def _go_on(self) -> TrainingRun | None:
         """The run of a trial that was cut off before this search went on, from its newest checkpoint that is whole."""
+        if self._first_failure is not None:
+            return None  # perhaps the checkpoint's fault: the model may have been changed since
         for folder in self._checkpoints.get(self.trial_id, ()):
             with self._clock.spending(TimeKind.CHECKPOINT):
                 content = read_checkpoint(self._filesystem, folder)
