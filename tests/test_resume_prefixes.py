@@ -138,7 +138,7 @@ class Loop:
         if past is not None:
             self.recorder.replay(past.events)
             replay(self.scheduler, past.events)
-        self.recorder.open_session(num_samples=NUM_SAMPLES, slots=mode.slots, command=["search"])
+        self.recorder.open_session(num_samples=NUM_SAMPLES, slots=mode.slots, arguments={})
         for trial in past.trials if past else ():
             _end_unheard(trial, self.recorder, self.searcher, self.scheduler)
         self.source: Any = TrialSource(
