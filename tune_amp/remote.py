@@ -250,9 +250,10 @@ class EventQueue:
     def _shorten(self, progress: Any, ended: Any) -> SearchEvent | ConfirmEvent:
         if not hasattr(progress, "trials"):
             return ConfirmEvent(progress=progress, ended=ended)
-        trials = [trial.trial_id if self._sent.get(trial.trial_id) is trial else trial for trial in progress.trials]
-        self._sent = {trial.trial_id: trial for trial in progress.trials}
-        return SearchEvent(progress=dataclasses.replace(progress, trials=()), trials=trials, ended=ended)
+        trials: Sequence[TrialRecord] = progress.trials
+        short = [trial.trial_id if self._sent.get(trial.trial_id) is trial else trial for trial in trials]
+        self._sent = {trial.trial_id: trial for trial in trials}
+        return SearchEvent(progress=dataclasses.replace(progress, trials=()), trials=short, ended=ended)
 
 
 # ---- here ----

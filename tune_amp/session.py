@@ -42,6 +42,7 @@ QUIET_TUNE = {
 
 
 CLIENT_PREFIX = "ray://"
+CLIENT_ATTEMPTS = 3
 HOME_PREFIX = "tune_amp_"
 ALIVE_FILE = "alive"
 ABANDONED_SECONDS = 60.0
@@ -260,10 +261,29 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
     _print_ray_logs(False)
     if address.startswith(CLIENT_PREFIX):  # it takes no description of the job
         logging.getLogger("ray.util.client.logsclient").disabled = True  # it prints what the server logs
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        _init_client(address, **options)
         return
     job = JobConfig(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _init_client(address: str, **options: Any) -> None:
+    """Connect; not at the first attempt, perhaps.
+
+    Ray's server forks a process for each client. Where another client has just left, gRPC's threads may not be ready
+    for that: the child dies, and the server tells the client that it could not be started.
+    """
+    import ray
+
+    for attempts_left in reversed(range(CLIENT_ATTEMPTS)):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except ConnectionAbortedError:
+            ray.shutdown()
+            if not attempts_left:
+                raise
+        else:
+            return
 
 
 def _print_ray_logs(enabled: bool) -> None:
@@ -311,27 +331,29 @@ def _describe_client(address: str) -> RaySession:
 
     found = ray.util.client.ray._get_dashboard_url()  # noqa: SLF001 - ray.init's context says it
     dashboard_url = f"http://{found}" if found else None
-    server, method = address.removeprefix(CLIENT_PREFIX), "/ray.rpc.RayletDriver/ClusterInfo"
+    server = address.removeprefix(CLIENT_PREFIX)
     return RaySession(
         resources=ray.cluster_resources(),
         dashboard_url=dashboard_url,
         token_path=None,
-        authenticated=_asks_for_token(server, dashboard_url, method),
+        authenticated=_asks_for_token(server, dashboard_url, PING_CLIENTS),
         by_client=True,
     )
 
 
 ASKING_SECONDS = 5.0
-LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
-"""Asked with an empty message, it lists the keys of the default namespace: it reads, and changes nothing."""
+LIST_KEYS = ("/ray.rpc.InternalKVGcsService/InternalKVKeys", b"")
+"""Lists the keys of the default namespace: it reads, and changes nothing."""
+PING_CLIENTS = ("/ray.rpc.RayletDriver/ClusterInfo", b"\x08\x06")
+"""The server of clients answers a ping (``ClusterInfoType.PING``) without starting anything."""
 
 
-def _asks_for_token(address: str, dashboard_url: str | None, method: str = LIST_KEYS) -> bool:
+def _asks_for_token(address: str, dashboard_url: str | None, request: tuple[str, bytes] = LIST_KEYS) -> bool:
     """Whether somebody without a token is refused: asked for real, as no setting of ours tells what a cluster does.
 
     A cluster with TLS but without tokens has an open dashboard still; where nothing answers, nothing is promised.
     """
-    refusals = [_is_refused_by_server(address, method)]
+    refusals = [_is_refused_by_server(address, *request)]
     if dashboard_url is not None:
         refusals.append(_is_refused_by_dashboard(dashboard_url))
     return True in refusals and False not in refusals
@@ -349,13 +371,13 @@ def _is_refused_by_dashboard(url: str) -> bool | None:
         return None
 
 
-def _is_refused_by_server(address: str, method: str) -> bool | None:
+def _is_refused_by_server(address: str, method: str, message: bytes) -> bool | None:
     """Whether a server of Ray's asks for a token; None where it says neither yes nor no."""
     import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary(method)(b"", timeout=ASKING_SECONDS)
+            channel.unary_unary(method)(message, timeout=ASKING_SECONDS)
         except grpc.RpcError as error:
             return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
     return False
