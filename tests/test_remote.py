@@ -129,7 +129,8 @@ def test_what_only_goes_on_is_told_once_and_each_end_always() -> None:
     ends: list[Any] = ["first", "second"]
     for ended in (None, None, ends[0], None, ends[1], None, None):
         queue.on_confirmation(progress, ended)
-    assert [event.ended for event in queue.take()] == ["first", "second", None]
+    told: list[Any] = [event.ended for event in queue.take()]
+    assert told == ["first", "second", None]
     assert queue.take() == []
 
 
