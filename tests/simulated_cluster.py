@@ -90,7 +90,7 @@ class SimulatedCluster:
         self._started = 0
         try:
             first = self._add(
-                {"dashboard_port": _find_free_port(), "dashboard_agent_listen_port": _find_free_port(), **head}
+                {"dashboard_port": find_free_port(), "dashboard_agent_listen_port": find_free_port(), **head}
             )
         except AssertionError:
             self.close()
@@ -160,7 +160,8 @@ class SimulatedCluster:
         return told
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """A port on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

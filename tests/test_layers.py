@@ -74,6 +74,7 @@ LAYERS = (
     "report",
     "report_command",
     "search",
+    "remote",
     "resuming",
     "search_command",
     "train_command",
@@ -132,6 +133,7 @@ THIRD_PARTY = {
     "trackers": {"mlflow", "ray", "tensorboardX", "wandb"},
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
+    "remote": {"grpc", "ray"},
 }
 
 

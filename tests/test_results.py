@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import INF, NAN, PROVENANCE, STARTED, make_epoch, make_trial
+from small_runs import CLOCKS
 
 from tune_amp import parquet
 from tune_amp.config import (
@@ -119,6 +120,7 @@ def metrics(epoch: int) -> st.SearchStrategy[EpochMetrics]:
         tuple[float, ...]: st.lists(any_float, max_size=3).map(tuple),
     }
     values = {field.name: strategies[field.type] for field in dataclasses.fields(EpochMetrics)}
+    values |= dict.fromkeys(values.keys() & CLOCKS, finite)
     return st.builds(EpochMetrics, **values | {"epoch": st.just(epoch)})
 
 
@@ -134,7 +136,7 @@ def records(draw: st.DrawFn, trial_id: str) -> TrialRecord:
         error=draw(st.none() | texts),
         inert=tuple(draw(st.lists(texts, max_size=3))),
         started=draw(st.none() | starts),
-        wall_seconds=draw(any_float),
+        wall_seconds=draw(finite),
         device=draw(texts),
         num_threads=draw(counts),
     )

@@ -219,15 +219,20 @@ def test_address_where_nobody_listens_is_refused_at_once(
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
-def test_ray_client_is_refused_with_what_to_use_instead(by_variable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = "ray://127.0.0.1:10001"
+def test_ray_client_where_nobody_listens_is_refused_at_once(
+    by_variable: bool, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = f"ray://127.0.0.1:{closed_port}"
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if by_variable:
         monkeypatch.setenv("RAY_ADDRESS", client)
-    assert refusal("auto" if by_variable else client) == (
-        f"--address: must be auto or host:port, got {client}: Ray Client runs the search where its results cannot be "
-        "followed; give host:port from a node of the cluster, or use `ray job submit`"
-    )
+    message = refusal("auto" if by_variable else client)
+    assert message.startswith(f"--address: {client} cannot be joined (ConnectionRefusedError: ")
+
+
+def test_protocol_that_is_not_ray_clients_is_refused() -> None:
+    message = "--address: must be auto, host:port or ray://host:port, got http://127.0.0.1:8265"
+    assert refusal("http://127.0.0.1:8265") == message
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", "no-such-host.invalid:6379"])

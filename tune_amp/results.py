@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from tune_amp import __version__
 from tune_amp.config import (
     OBJECTIVES,
     SAMPLERS,
@@ -162,6 +163,8 @@ def find_version(package: str) -> str:
     """The version of a package or of ``python``; ``not installed`` where it is not."""
     if package == "python":
         return platform.python_version()
+    if package == "tune_amp":  # sent to a cluster, it is not installed there
+        return __version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

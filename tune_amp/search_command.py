@@ -28,6 +28,7 @@ from tune_amp.config import (
     OBJECTIVES,
     SAMPLERS,
     SCHEDULERS,
+    InputError,
     TrialConfig,
     describe_error,
     is_function_name,
@@ -159,7 +160,7 @@ def _search_parser(program: str) -> argparse.ArgumentParser:
     add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
     text = f"tell {', '.join(TRACKERS)}, or several joined by commas; kept in the run folder"
     add("--tracker", text, action="append", default=[], metavar="NAME")
-    add("--address", "join a Ray cluster: auto or host:port", metavar="ADDR")
+    add("--address", "join a Ray cluster: auto, host:port or ray://host:port", metavar="ADDR")
     add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
@@ -279,7 +280,10 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
         if session.exposure:
             say(Console(stderr=True, highlight=False), f"WARNING: {session.exposure}", style="bold red")
+        if session.by_client and arguments.tracker:
+            raise InputError("--tracker: must not be given with ray://, where the search runs on another machine")
         dataset = find_dataset()
+        from tune_amp.remote import run_search_remotely
         from tune_amp.resuming import describe_standing, remember
         from tune_amp.search import adapt_donor, plan_resources, run_search
         from tune_amp.trackers import build_trackers, describe_tracker
@@ -301,7 +305,13 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
             warm = None if warm_start is None else warm_start.describe_as_json()
             _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options), warm)
         with _choose_observer(arguments, console, stdout) as observer:
-            result = run_search(
+            search: Callable[..., SearchResult] = run_search
+            if session.by_client:
+                search = run_search_remotely
+            elif arguments.tracker:
+                trackers = build_trackers(arguments.tracker, folder, past=past.reported if past else {})
+                search = functools.partial(run_search, trackers=trackers)
+            result = search(
                 space,
                 dataset,
                 options,
@@ -315,7 +325,6 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 past=past,
                 arguments=remember(arguments),
                 stop=stop,
-                trackers=build_trackers(arguments.tracker, folder, past=past.reported if past else {}),
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end

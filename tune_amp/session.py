@@ -41,6 +41,8 @@ QUIET_TUNE = {
 }
 
 
+CLIENT_PREFIX = "ray://"
+CLIENT_ATTEMPTS = 3
 HOME_PREFIX = "tune_amp_"
 ALIVE_FILE = "alive"
 ABANDONED_SECONDS = 60.0
@@ -58,6 +60,8 @@ class RaySession:
     """File with the token that the dashboard asks for; None where we did not start Ray."""
     authenticated: bool
     """Whether Ray refused us when we asked without a token, and let us in nowhere."""
+    by_client: bool = False
+    """Whether this process is no part of the cluster: Tune has to run there, see ``remote``."""
 
     @property
     def exposure(self) -> str | None:
@@ -86,7 +90,7 @@ def ray_session(
     A private Ray listens on loopback only, asks for a token, and at its end leaves nothing behind.
 
     Args:
-        address: ``auto`` or ``host:port`` to join a cluster; None for a private Ray.
+        address: ``auto``, ``host:port`` or ``ray://host:port`` to join a cluster; None for a private Ray.
         run: name shown in the dashboard's list of jobs.
         modules: packages that the workers of a joined cluster need and may not have.
         num_cpus: what a private Ray is to offer instead of what it finds; so ``num_gpus``.
@@ -106,21 +110,43 @@ def ray_session(
             yield _describe_session(token_path)
         else:
             stack.enter_context(_joined_ray(address, run, modules))
-            yield _describe_session(token_path=None)
+            yield _describe_session(token_path=None) if not _is_client() else _describe_client(_resolve(address))
+
+
+@contextlib.contextmanager
+def private_home() -> Iterator[Path]:
+    """A folder that no other user can read, for the length of a ``with`` block.
+
+    If this process is killed, the next of this user on this machine removes it.
+    """
+    # Unix sockets below this folder must stay under 107 characters, so it is short; mkdtemp makes it 0700.
+    places = Path(_short_temporary_folder())
+    _remove_abandoned(places)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=places))
+    with (home / ALIVE_FILE).open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        try:
+            yield home
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str]) -> Iterator[Path]:
     """Start Ray for us alone; yields the token's path."""
-    # Unix sockets below this folder must stay under 107 characters, so it is short; mkdtemp makes it 0700.
-    places = Path(_short_temporary_folder())
-    _remove_abandoned(places)
-    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=places))
-    alive = (home / ALIVE_FILE).open("w")
-    fcntl.flock(alive, fcntl.LOCK_EX)
-    token_path = home / "token"
-    token_path.touch(mode=0o600)
-    token_path.write_text(secrets.token_hex(32))
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(private_home())
+        token_path = home / "token"
+        token_path.touch(mode=0o600)
+        token_path.write_text(secrets.token_hex(32))
+        stack.enter_context(_secured_ray(home, token_path, run, num_cpus, num_gpus, preload))
+        yield token_path
+
+
+@contextlib.contextmanager
+def _secured_ray(
+    home: Path, token_path: Path, run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str]
+) -> Iterator[None]:
     secured: dict[str, str | None] = {
         # On Linux this makes the node's own address the loopback one: GCS, raylet and workers listen nowhere else.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -143,12 +169,10 @@ def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: 
                     _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
             except Exception as error:  # it gives itself half a minute, which is too little on a busy machine
                 raise OSError(f"Ray did not start: {describe_error(error)}") from error
-            yield token_path
+            yield
         finally:
             ray.shutdown()
             _print_ray_logs(True)
-            shutil.rmtree(home, ignore_errors=True)
-            alive.close()
 
 
 def _remove_abandoned(places: Path) -> None:
@@ -181,7 +205,7 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
     """Join a cluster that somebody else started."""
     import tune_amp
 
-    _check_no_client(address)
+    address = _resolve(address)
     runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
     # One attempt of Ray's is 40 s long where something else than Ray listens, and it would make twenty.
     settings: dict[str, str | None] = {"RAY_gcs_server_port_wait_time_s": "1"}
@@ -207,20 +231,21 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             _print_ray_logs(True)
 
 
-def _check_no_client(address: str) -> None:
-    """Raise InputError for Ray Client, which runs Tune in a remote actor: our recorder and study stay behind here."""
-    # Ray's own rules: the variable comes before "auto", and every protocol means a client.
+def _resolve(address: str) -> str:
+    """The address that Ray will join: the variable comes before ``auto``.
+
+    Raises:
+        InputError: it names a protocol other than Ray Client's.
+    """
     joined = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    if "://" in joined:
-        raise InputError(
-            f"--address: must be auto or host:port, got {joined}: Ray Client runs the search where its results cannot "
-            "be followed; give host:port from a node of the cluster, or use `ray job submit`"
-        )
+    if "://" in joined and not joined.startswith(CLIENT_PREFIX):
+        raise InputError(f"--address: must be auto, host:port or {CLIENT_PREFIX}host:port, got {joined}")
+    return joined
 
 
 def _check_answers(address: str) -> None:
     """Raise OSError at once where nobody listens: Ray would try for a quarter of an hour."""
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix(CLIENT_PREFIX).rpartition(":")
     if port.isdecimal():  # else it is "auto", or Ray will say what is wrong
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
@@ -238,8 +263,31 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
     from ray.job_config import JobConfig
 
     _print_ray_logs(False)
+    if address.startswith(CLIENT_PREFIX):  # it takes no description of the job
+        logging.getLogger("ray.util.client.logsclient").disabled = True  # it prints what the server logs
+        _init_client(address, **options)
+        return
     job = JobConfig(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _init_client(address: str, **options: Any) -> None:
+    """Connect; not at the first attempt, perhaps.
+
+    Ray's server forks a process for each client. Where another client has just left, gRPC's threads may not be ready
+    for that: the child dies, and the server tells the client that it could not be started.
+    """
+    import ray
+
+    for attempts_left in reversed(range(CLIENT_ATTEMPTS)):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except ConnectionAbortedError:
+            ray.shutdown()
+            if not attempts_left:
+                raise
+        else:
+            return
 
 
 def _print_ray_logs(enabled: bool) -> None:
@@ -275,15 +323,41 @@ def _describe_session(token_path: Path | None) -> RaySession:
     )
 
 
+def _is_client() -> bool:
+    import ray
+
+    return bool(ray.util.client.ray.is_connected())
+
+
+def _describe_client(address: str) -> RaySession:
+    """Of a cluster that only its server of clients need be reachable of: that one is asked for a token too."""
+    import ray
+
+    found = ray.util.client.ray._get_dashboard_url()  # noqa: SLF001 - ray.init's context says it
+    dashboard_url = f"http://{found}" if found else None
+    server = address.removeprefix(CLIENT_PREFIX)
+    return RaySession(
+        resources=ray.cluster_resources(),
+        dashboard_url=dashboard_url,
+        token_path=None,
+        authenticated=_asks_for_token(server, dashboard_url, PING_CLIENTS),
+        by_client=True,
+    )
+
+
 ASKING_SECONDS = 5.0
+LIST_KEYS = ("/ray.rpc.InternalKVGcsService/InternalKVKeys", b"")
+"""Lists the keys of the default namespace: it reads, and changes nothing."""
+PING_CLIENTS = ("/ray.rpc.RayletDriver/ClusterInfo", b"\x08\x06")
+"""The server of clients answers a ping (``ClusterInfoType.PING``) without starting anything."""
 
 
-def _asks_for_token(gcs_address: str, dashboard_url: str | None) -> bool:
+def _asks_for_token(address: str, dashboard_url: str | None, request: tuple[str, bytes] = LIST_KEYS) -> bool:
     """Whether somebody without a token is refused: asked for real, as no setting of ours tells what a cluster does.
 
     A cluster with TLS but without tokens has an open dashboard still; where nothing answers, nothing is promised.
     """
-    refusals = [_is_refused_by_gcs(gcs_address)]
+    refusals = [_is_refused_by_server(address, *request)]
     if dashboard_url is not None:
         refusals.append(_is_refused_by_dashboard(dashboard_url))
     return True in refusals and False not in refusals
@@ -301,15 +375,13 @@ def _is_refused_by_dashboard(url: str) -> bool | None:
         return None
 
 
-def _is_refused_by_gcs(address: str) -> bool | None:
-    """Whether the server that all of Ray's nodes obey asks for a token; None where it says neither yes nor no."""
+def _is_refused_by_server(address: str, method: str, message: bytes) -> bool | None:
+    """Whether a server of Ray's asks for a token; None where it says neither yes nor no."""
     import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
-        # An empty message lists the keys of the default namespace: it reads, and changes nothing.
-        list_keys = channel.unary_unary("/ray.rpc.InternalKVGcsService/InternalKVKeys")
         try:
-            list_keys(b"", timeout=ASKING_SECONDS)
+            channel.unary_unary(method)(message, timeout=ASKING_SECONDS)
         except grpc.RpcError as error:
             return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
     return False

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -30,6 +30,7 @@ from tune_amp.benchmarks.curves import Curves
 from tune_amp.config import HOPELESS_STATES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
 from tune_amp.parameters import Parameter
 from tune_amp.results import TrialRecord
+from tune_amp.samplers import reseed
 from tune_amp.searcher import AmpSearch, find_status
 from tune_amp.space import FLAGS, SearchSpace, parse_space
 from tune_amp.stopping import build_scheduler, objective_mode
@@ -221,12 +222,26 @@ def build_random_search(problem: Problem, folder: Path) -> Searcher:
     return _build_stock(problem, sampler=optuna.samplers.RandomSampler(seed=problem.seed))
 
 
+class SameDraws(OptunaSearch):
+    """Ray's, which draws for its n-th trial what ours draws: all programs begin with the same random trials."""
+
+    def __init__(self, *arguments: Any, draws: int, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._draws, self._drawn = draws, 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The settings of the next trial."""
+        reseed(cast("optuna.Study", self._ot_study).sampler, self._draws, self._drawn)
+        self._drawn += 1
+        return super().suggest(trial_id)
+
+
 def _build_stock(problem: Problem, **settings: Any) -> Searcher:
     _silence_optuna()
     # It warns of every value that is not finite, which is what is measured here.
     logging.getLogger("ray.tune.search.optuna.optuna_search").setLevel(logging.ERROR)
     mode = objective_mode(problem.objective)
-    return OptunaSearch(problem.table.suggest, metric=problem.objective, mode=mode, **settings)
+    return SameDraws(problem.table.suggest, metric=problem.objective, mode=mode, draws=problem.seed, **settings)
 
 
 def build_amp_scheduler(problem: Problem) -> TrialScheduler:
