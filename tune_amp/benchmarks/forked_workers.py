@@ -25,6 +25,8 @@ from typing import Any
 WORKER_FILE = "setup_worker.py"
 READY = b"ready"
 HEAD_BYTES = 8
+DRAWS_APART = 64
+"""Random ids by which the workers' are apart: each draws one as it starts."""
 
 # Runs instead of Python wherever Ray starts one. A worker it asks for, and lives as long as that.
 STUB = """\
@@ -75,7 +77,7 @@ def serve(address: str, modules: Sequence[str]) -> None:
         server.listen(256)
         sys.stdout.buffer.write(READY + b"\n")
         sys.stdout.flush()
-        is_prepared = False
+        number = 0
         while True:
             readable, _, _ = select.select([server, sys.stdin], [], [], 0.1)
             if sys.stdin in readable:
@@ -83,13 +85,13 @@ def serve(address: str, modules: Sequence[str]) -> None:
             if server in readable:
                 client, _ = server.accept()
                 request, descriptors = _receive(client)
-                if not is_prepared:
-                    is_prepared = True
+                if number == 0:
                     _prepare(request, modules)
                 pid = os.fork()
                 if pid == 0:
                     server.close()
-                    _become_worker(request, descriptors)
+                    _become_worker(request, descriptors, number)
+                number += 1
                 for descriptor in descriptors:
                     os.close(descriptor)
                 waiting[pid] = client
@@ -108,6 +110,7 @@ def _prepare(request: Mapping[str, Any], modules: Sequence[str]) -> None:
 
     # Its first call moves the environment, and would look for it where it was when the process began.
     ray._raylet.setproctitle("tune_amp: forks workers")  # type: ignore[attr-defined]  # noqa: SLF001
+    ray.ObjectRef.from_random()  # seeds Ray's generator
     gc.collect()
     gc.freeze()  # else the first collection in each worker would write to every object
 
@@ -126,8 +129,8 @@ def _answer_ended(waiting: dict[int, socket.socket]) -> None:
             client.sendall(bytes([os.waitstatus_to_exitcode(status) % 256]))
 
 
-def _become_worker(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-    """Do in a fork what ``setup_worker.py`` does in a new process; does not return."""
+def _become_worker(request: Mapping[str, Any], descriptors: Sequence[int], number: int) -> None:
+    """Do in the fork of this number what ``setup_worker.py`` does in a new process; does not return."""
     code = 1
     try:
         for place, descriptor in enumerate(descriptors):
@@ -135,6 +138,7 @@ def _become_worker(request: Mapping[str, Any], descriptors: Sequence[int]) -> No
             os.close(descriptor)
         os.setsid()
         _take_environment(request)
+        _draw_apart(number)
         _run_worker(request["arguments"])
         code = 0
     except SystemExit as end:
@@ -143,6 +147,14 @@ def _become_worker(request: Mapping[str, Any], descriptors: Sequence[int]) -> No
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _draw_apart(number: int) -> None:
+    """Let forks draw different random ids: of 64, two gave an object the same, and Ray ended one of them."""
+    import ray
+
+    for _ in range(number * DRAWS_APART):
+        ray.ObjectRef.from_random()
 
 
 def _run_worker(arguments: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ PARTS = ("trials", "slots", "resume")
 LOOK_SECONDS = 0.5
 LAST_SUGGESTIONS = 20
 """Of a search, of which the median is shown."""
-SLEEP_SECONDS = 20.0
+SLEEP_SECONDS = 10.0
 """Of each training step of a trial that is to last without computing: 64 end no faster than a driver hears of them."""
 NAP_SECONDS = 0.5
 """The same, where a few are to."""
