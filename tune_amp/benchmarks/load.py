@@ -585,7 +585,8 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
             reduction_factor=options.reduction_factor,
             on_worker_death=lambda _: None,
         )
-        recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, command=[])
+        about: dict[str, Any] = {"command": [], "arguments": {}}
+        recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, **about)
         random = np.random.default_rng(0)
         for place in range(1, plan.trials + 1):
             told = reports[:1] if place > plan.trials - cut_off else reports
