@@ -1,10 +1,10 @@
 """Measure tune_amp itself: ``python scripts/benchmark.py --help``.
 
-``search`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver, ``shares``
-trials side by side; ``gpu`` does all that can be done on one GPU without Ray and Optuna. ``record`` trains random
-configurations to their full budget and keeps their learning curves; ``search-quality`` replays searches over them;
-``warm-start`` measures what a search gains from an earlier run, ``telemetry`` what watching a training costs,
-``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
+``search`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver, ``load``
+what it bears, ``shares`` trials side by side; ``gpu`` does all that can be done on one GPU without Ray and Optuna.
+``record`` trains random configurations to their full budget and keeps their learning curves; ``search-quality`` replays
+searches over them; ``warm-start`` measures what a search gains from an earlier run, ``telemetry`` what watching a
+training costs, ``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
 """
 
 import argparse
@@ -71,6 +71,17 @@ def measure_driver(arguments: argparse.Namespace) -> int:
     result = measure_scale(arguments.trials, repeats=arguments.repeats, report=_tell)
     write_scale(arguments.output / "scale.parquet", result)
     return _save_table(arguments.output / "scale.md", render_scale(result))
+
+
+def measure_load_of_driver(arguments: argparse.Namespace) -> int:
+    """Run searches of many trials, of many at a time and of many to resume."""
+    from tune_amp.benchmarks.load import PLANS, measure_load, render_load, write_load
+
+    _make_folder(arguments.output)
+    result = measure_load([PLANS[part] for part in arguments.parts], report=_tell)
+    write_load(arguments.output / "load.parquet", result)
+    _save_table(arguments.output / "load.md", render_load(result))
+    return EXIT_DONE if result.nothing_lost else EXIT_FAILED
 
 
 def measure_trials_side_by_side(arguments: argparse.Namespace) -> int:
@@ -224,6 +235,11 @@ def _build_parser() -> argparse.ArgumentParser:
         "--repeats", type=_positive, default=3, metavar="N", help="of each that takes minutes (%(default)s)"
     )
     _add_output(scaling, measure_driver)
+
+    loading = commands.add_parser("load", help="2,000 trials killed halfway, 64 at a time, a study of 10,000 resumed")
+    parts = ("trials", "slots", "resume")
+    loading.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    _add_output(loading, measure_load_of_driver)
 
     sharing = commands.add_parser("shares", help="trials side by side on one device")
     sharing.add_argument("--counts", nargs="+", type=_positive, default=(1, 2, 4, 8, 16), metavar="N")

@@ -6,12 +6,11 @@ from typing import Any
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
+from tune_amp.benchmarks.instant import Sample, make_images
 from tune_amp.benchmarks.scale import (
-    Sample,
     ScaleResult,
     ScaleRow,
     StudyRow,
-    make_images,
     measure_search,
     measure_study,
     render_scale,

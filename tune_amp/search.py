@@ -59,7 +59,7 @@ from tune_amp.session import find_dead_process
 from tune_amp.shares import find_largest
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
-from tune_amp.stopping import TrialKey, build_scheduler, replay
+from tune_amp.stopping import DivergenceAware, TrialKey, build_scheduler, replay
 from tune_amp.storage import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.time_limit import TimeLimit
 from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
@@ -294,7 +294,7 @@ def _describe_progress(folder: Path, dataset: Dataset, options: SearchOptions) -
     )
 
 
-def _build_scheduler(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> TrialScheduler:
+def _build_scheduler(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> DivergenceAware:
     return build_scheduler(
         options.scheduler,
         objective=options.objectives[0],

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,24 +17,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from tune_amp.benchmarks.instant import DATASET, TRAIN_IMAGES, Sample, Sampler, load_small_space
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
 from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import described
 from tune_amp.options import SearchOptions, run_folder
 from tune_amp.parquet import build_columns, build_table, write_parquet
-from tune_amp.results import TrialRecord
-from tune_amp.space import SearchSpace, load_space
-
-if TYPE_CHECKING:
-    from tune_amp.confirm import ConfirmProgress
-    from tune_amp.confirmed import ConfirmedRun
-    from tune_amp.recorder import SearchProgress
 
 TRIALS = (100, 500, 2_000)
 STUDY_SIZES = (100, 500, 1_000, 2_000)
@@ -50,20 +42,6 @@ LATE_SHARE = 0.1
 """Figures "at the end" are those of the last tenth: a cost that grows with the study shows there, not in the mean."""
 STUDY_WINDOW = 20
 """Suggestions and tellings of which the median is taken."""
-
-DATASET = "tune_amp.benchmarks.scale:make_images"
-TRAIN_IMAGES = 300
-
-# The four parameters of the default space, with batches that fit a few hundred images.
-SPACE = """\
-parameters:
-  lr: {low: 1.0e-4, high: 3.0e-2, log: true}
-  batch_size: {low: 64, high: 128, power_of_two: true}
-  init_scale: {low: 2^0, high: 2^24, power_of_two: true}
-  growth_interval: {low: 1, high: 2000, log: true}
-fixed:
-  precision: fp16
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,20 +89,6 @@ class ScaleResult:
 
 
 SCHEMA = pa.schema(build_columns(ScaleRow))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The driver when a trial ended."""
-
-    ended: int
-    """Trials so far."""
-    clock: float
-    """Seconds, of a clock that only moves forward."""
-    driver: float
-    """CPU seconds of the driver so far, all threads."""
-    memory_bytes: int | None
-    """Resident; None but on Linux."""
 
 
 def measure_scale(
@@ -224,63 +188,12 @@ def _rise(samples: Sequence[Sample], name: str) -> float:
 # ---- the search itself, in its own process ----
 
 
-class Sampler:
-    """An observer of a search that samples the driver whenever a trial ends."""
-
-    def __init__(self) -> None:
-        self.samples: list[Sample] = []
-
-    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
-        """Take a sample where a trial ended."""
-        if ended is not None:
-            self.samples.append(
-                Sample(
-                    ended=len(self.samples) + 1,
-                    clock=time.perf_counter(),
-                    driver=time.process_time(),
-                    memory_bytes=read_memory(),
-                )
-            )
-
-    def on_confirmation(self, progress: "ConfirmProgress", ended: "ConfirmedRun | None") -> None:
-        """Nothing is confirmed here."""
-
-
-def read_memory() -> int | None:
-    """Resident memory of this process; None but on Linux."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def make_images() -> tuple[npt.NDArray[Any], ...]:
-    """Training and test images [n, 1, 8, 8] with their labels: noise, with a bright row for each of 4 classes."""
-    random = np.random.default_rng(0)
-
-    def make(count: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        labels = np.arange(count) % 4
-        images = random.integers(0, 128, (count, 1, 8, 8), dtype=np.uint8)
-        images[np.arange(count), 0, labels] += 100
-        return images, labels
-
-    return (*make(TRAIN_IMAGES), *make(40))
-
-
-def load_small_space(folder: Path) -> SearchSpace:
-    """The space of near-instant trials."""
-    path = folder / "scale.yaml"
-    path.write_text(SPACE, encoding="utf-8")
-    return load_space(str(path))
-
-
 def search_small(trials: int, epochs: int) -> dict[str, Any]:
     """Run the search. Returns its samples, slots and the journal's size, as JSON can hold them."""
     from tune_amp.data import load_dataset
     from tune_amp.session import ray_session
 
-    sampler = Sampler()
+    samples: list[Sample] = []
     options = SearchOptions(num_samples=trials, max_epochs=epochs, grace_period=epochs, confirm_seeds=0)
     with tempfile.TemporaryDirectory() as results, run_folder(Path(results), "scale") as folder:
         space = load_small_space(Path(results))
@@ -290,10 +203,10 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
             from tune_amp.searcher import STUDY_FILE
 
             slots = plan_resources(options).max_concurrent
-            run_search(space, dataset, options, folder=folder, observer=sampler)
+            run_search(space, dataset, options, folder=folder, observer=Sampler(samples.append))
         journal_bytes = (folder / STUDY_FILE).stat().st_size
-    samples = [dataclasses.asdict(sample) for sample in sampler.samples]
-    return {"samples": samples, "slots": slots, "journal_bytes": journal_bytes}
+    kept = [dataclasses.asdict(sample) for sample in samples]
+    return {"samples": kept, "slots": slots, "journal_bytes": journal_bytes}
 
 
 # ---- the study alone ----
