@@ -128,6 +128,7 @@ def make_search(tmp_path: Path) -> MakeSearch:
         sampler: str = "tpe",
         objectives: Sequence[str] = ("val_accuracy",),
         name: str = "run",
+        seed: int = 3,
         past: Sequence[PastTrial] = (),
     ) -> AmpSearch:
         folder = tmp_path / name
@@ -137,7 +138,7 @@ def make_search(tmp_path: Path) -> MakeSearch:
             SHARED,
             train_images=TRAIN_IMAGES,
             objectives=objectives,
-            seed=3,
+            seed=seed,
             folder=folder,
             study_name=name,
             sampler=sampler,
@@ -546,10 +547,13 @@ def test_the_sampler_has_learned_before_the_search_tells_it_anything(
         ("warm", donor),
         ("stripped", make_donor_of(make_teachers(space), space, winners=0, data_hash=OTHER)),
     ):
-        search = make_search(space, plan(known, space, sampler=sampler), sampler=sampler, name=name)
-        rates = [search.suggest(str(number))["lr"] for number in range(9)][1:]  # the first are the defaults
+        rates = []
+        for seed in range(4):
+            warm_start = plan(known, space, sampler=sampler)
+            search = make_search(space, warm_start, sampler=sampler, name=f"{name}-{seed}", seed=seed)
+            rates += [search.suggest(str(number))["lr"] for number in range(9)][1:]  # the first are the defaults
         errors[name] = statistics.median(abs(math.log10(rate / 0.01)) for rate in rates)
-    assert errors["warm"] < 0.5 < errors["stripped"]
+    assert errors["warm"] < 0.7 < errors["stripped"]
 
 
 @pytest.mark.parametrize("sampler", ["random", "cmaes", "nsga2"])

@@ -86,11 +86,12 @@ def reseed(sampler: BaseSampler, seed: int, number: int) -> None:
 
 
 def _list_generators(sampler: BaseSampler) -> Iterator[LazyRandomState]:
-    for part in vars(sampler).values():
-        if isinstance(part, LazyRandomState):
-            yield part
-        elif isinstance(part, BaseSampler):
+    """A sampler's generators, that of its random sampler first: all samplers begin with the same random draws."""
+    parts = vars(sampler).values()
+    for part in parts:
+        if isinstance(part, BaseSampler):
             yield from _list_generators(part)
+    yield from (part for part in parts if isinstance(part, LazyRandomState))
 
 
 def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:

@@ -371,6 +371,7 @@ def run_optuna(problem: Problem) -> tuple[optuna.Study, list[ReplayedTrial]]:
     running: collections.deque[tuple[optuna.Trial, ReplayedTrial]] = collections.deque()
     for spent in range(1, problem.budget + 1):
         while len(running) < problem.slots:
+            reseed(sampler, problem.seed, len(trials))
             asked = study.ask()
             config = TrialConfig(**problem.table.suggest(asked))
             nearest = problem.table.find_nearest(config)
