@@ -51,7 +51,7 @@ parameters:
   batch_size: {choices: [100, 110, 120, 256]}
 fixed: {lr: 1.0e-3}
 """
-SEED_WITH_ALL = 0
+SEED_WITH_ALL = 2
 """After the choice that is nearest to the default batch size, the first draws from three choices are the other two."""
 
 
@@ -287,7 +287,7 @@ def test_trials_that_diverge_run_out_of_memory_or_raise_are_rows_and_the_search_
         "    if batch_size == 110: raise ValueError('line one\\nline two')\n"
         "    return logits * float('nan') if batch_size == 120 else logits\n"
     )
-    result = search(BATCHES, model=f"{module}:net", seed=SEED_WITH_ALL, num_samples=8, reduction_factor=1.01)
+    result = search(BATCHES, model=f"{module}:net", seed=0, num_samples=8, reduction_factor=1.01)
     assert len(result.trials) == 8
     statuses = statuses_by_batch_size(result)
     sound = statuses.pop(256)
