@@ -203,9 +203,9 @@ def test_every_part_has_a_plan() -> None:
 
 @pytest.mark.slow  # starts Ray
 def test_search_that_is_killed_halfway_keeps_everything(tmp_path: Path) -> None:
-    row = measure_plan(Plan(part="trials", trials=30, epochs=1, slots=2), tmp_path)
-    assert (row.sessions, row.reports, row.lost, row.doubled, row.unended) == (2, 30, 0, 0, 0)
-    assert len(load_trials(tmp_path / RUN)) == 30
+    row = measure_plan(Plan(part="trials", trials=400, epochs=1, slots=2), tmp_path)
+    assert (row.sessions, row.reports, row.lost, row.doubled, row.unended) == (2, 400, 0, 0, 0)
+    assert len(load_trials(tmp_path / RUN)) == 400
     assert row.first_seconds is not None
     assert 0 < row.first_seconds < row.wall_seconds
 
