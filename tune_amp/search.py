@@ -151,6 +151,7 @@ def run_search(
     resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
     stop = stop or StopRequest()
+    trials = past.trials if past else ()
     time_left = find_time_left(options, past)
     session = 1 + (len(past.sessions) if past else 0)
     nodes = len(list_nodes())
@@ -192,7 +193,7 @@ def run_search(
             sampler=options.sampler,
             num_samples=past.num_samples if past else options.num_samples,
             warm_start=warm_start,
-            past=past.trials if past else (),
+            past=trials,
             on_fault=stop.ask,
         )
         scheduler = _build_scheduler(options, searcher, resources)
@@ -206,14 +207,14 @@ def run_search(
             arguments=dict(arguments or {}),
         )
         with stop.heard(), gauges, _written_at_the_end(searcher, recorder):
-            for trial in past.trials if past else ():
+            for trial in trials:
                 _end_unheard(trial, recorder, searcher, scheduler)
             source = TrialSource(
                 searcher,
                 count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
                 on_submit=recorder.add_trial,
                 on_fault=stop.ask,
-                past=past.trials if past else (),
+                past=trials,
             )
             tune_config = tune.TuneConfig(
                 num_samples=options.num_samples,
