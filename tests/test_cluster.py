@@ -373,6 +373,7 @@ def test_place_that_is_another_one_on_each_node_is_refused(cluster: SimulatedClu
 SHARED_DATA = """
 import json, sys
 import numpy as np
+from pyarrow.fs import LocalFileSystem
 from tune_amp.session import ray_session
 
 with ray_session(sys.argv[1], run="data"):
@@ -382,6 +383,7 @@ with ray_session(sys.argv[1], run="data"):
     from tune_amp.data import Dataset, Split
     from tune_amp.resources import TrialResources
     from tune_amp.search import bind_trainable
+    from tune_amp.storage import RunStorage
 
     def split(count):
         return Split(images=np.zeros((count, 1, 28, 28), np.uint8), labels=np.arange(count) % 10)
@@ -394,7 +396,8 @@ with ray_session(sys.argv[1], run="data"):
         name="digits", num_classes=10, train=split(20_000), validation=split(100), test=split(100), content_hash=""
     )
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=4, reason="")
-    trainable = bind_trainable(dataset, resources)
+    storage = RunStorage(path=sys.argv[2], name="ray", filesystem=LocalFileSystem())
+    trainable = bind_trainable(dataset, resources, storage)
     config = vars(TrialConfig(dataset="digits", max_epochs=1))
     actors = [ray.remote(num_cpus=1)(trainable).remote(config=config) for _ in range(4)]
     where = [actor.get_auto_filled_metrics.remote() for actor in actors]
@@ -403,10 +406,10 @@ with ray_session(sys.argv[1], run="data"):
 """
 
 
-def test_data_are_placed_once_a_node_however_many_trials_run_there(cluster: SimulatedCluster) -> None:
+def test_data_are_placed_once_a_node_however_many_trials_run_there(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=3)  # and one on the first node
     done = subprocess.run(
-        [sys.executable, "-c", SHARED_DATA, cluster.address],
+        [sys.executable, "-c", SHARED_DATA, cluster.address, str(tmp_path)],
         env=os.environ | cluster.environment,
         capture_output=True,
         text=True,
