@@ -22,9 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 from small_runs import untimed
 
 from tune_amp.config import EpochMetrics, TrialStatus
-from tune_amp.journal import JOURNAL_FILE, read_journal
-from tune_amp.results import CONFIRM_FILE, build_from, load_best_rows, load_confirmed, load_trials
-from tune_amp.searcher import STUDY_FILE
+from tune_amp.journal import read_journal
+from tune_amp.results import build_from, load_best_rows, load_confirmed, load_trials
+from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 150.0

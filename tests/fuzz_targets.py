@@ -23,7 +23,6 @@ from report_runs import LEDGER
 
 from tune_amp.config import InputError
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
-from tune_amp.journal import JOURNAL_FILE
 from tune_amp.monitoring import Quiet
 from tune_amp.past import open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
@@ -37,6 +36,7 @@ from tune_amp.results import (
     write_best,
     write_trials,
 )
+from tune_amp.run_files import JOURNAL_FILE
 from tune_amp.space import load_space
 
 Target = Callable[[bytes, Path], None]

@@ -9,8 +9,9 @@ from typing import Any
 from records import PROVENANCE, make_epoch
 
 from tune_amp.config import TrialConfig
-from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal
+from tune_amp.journal import JOURNAL_VERSION, Journal
 from tune_amp.past import PastRun, open_past
+from tune_amp.run_files import JOURNAL_FILE
 
 
 def beginning(**changes: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import tune_amp
 PACKAGE = Path(tune_amp.__file__).parent
 
 LAYERS = (
+    "run_files",
     "config",
     "options",
     "halt",
@@ -86,6 +87,7 @@ LAYERS = (
 
 # What a module may import besides the standard library and tune_amp. Nothing else: results can be read without torch.
 THIRD_PARTY = {
+    "run_files": set(),
     "config": set(),
     "options": set(),
     "ledger": set(),

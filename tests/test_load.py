@@ -28,10 +28,11 @@ from tune_amp.benchmarks.load import (
     render_load,
     write_load,
 )
-from tune_amp.journal import JOURNAL_FILE, read_journal
+from tune_amp.journal import read_journal
 from tune_amp.past import open_past
 from tune_amp.results import load_trials
-from tune_amp.searcher import STUDY_FILE, open_storage
+from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.searcher import open_storage
 
 TRIALS = 40
 

@@ -9,7 +9,8 @@ import optuna
 import optuna_dashboard  # type: ignore[import-untyped]
 from optuna.storages.journal import JournalFileBackend
 
-from tune_amp.searcher import STUDY_FILE, AmpSearch
+from tune_amp.run_files import STUDY_FILE
+from tune_amp.searcher import AmpSearch
 from tune_amp.space import load_space
 
 

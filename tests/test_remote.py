@@ -20,10 +20,11 @@ from simulated_cluster import SimulatedCluster, find_free_port
 
 from tune_amp.config import InputError, TrialStatus
 from tune_amp.confirm import ConfirmProgress
-from tune_amp.journal import JOURNAL_FILE, Journal, read_journal
+from tune_amp.journal import Journal, read_journal
 from tune_amp.recorder import SearchProgress
-from tune_amp.remote import STUDY_FILE, EventQueue, Growth, LocalCopy, News, RemoteSearch, SearchEvent
+from tune_amp.remote import EventQueue, Growth, LocalCopy, News, RemoteSearch, SearchEvent
 from tune_amp.results import TrialRecord, load_trials
+from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.searcher import open_storage
 from tune_amp.session import QUIET_TUNE
 

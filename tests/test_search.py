@@ -26,16 +26,8 @@ from tune_amp.recorder import SearchProgress
 from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
-from tune_amp.search import (
-    SPACE_FILE,
-    SearchResult,
-    _prepare_next_attempt,
-    name_trial,
-    plan_resources,
-    run_search,
-    was_interrupted,
-)
-from tune_amp.searcher import STUDY_FILE
+from tune_amp.run_files import SPACE_FILE, STUDY_FILE
+from tune_amp.search import SearchResult, _prepare_next_attempt, name_trial, plan_resources, run_search, was_interrupted
 from tune_amp.session import RaySession, ray_session
 from tune_amp.space import load_space
 from tune_amp.storage import RAY_FOLDER

@@ -17,16 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
 from tune_amp.past import PastTrial
-from tune_amp.searcher import (
-    STUDY_FILE,
-    UNKNOWN_VALUES,
-    AmpSearch,
-    find_cause,
-    find_reason,
-    find_status,
-    is_node_lost,
-    mend_study,
-)
+from tune_amp.run_files import STUDY_FILE
+from tune_amp.searcher import UNKNOWN_VALUES, AmpSearch, find_cause, find_reason, find_status, is_node_lost, mend_study
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
 

@@ -42,8 +42,9 @@ from tune_amp.results import (
     write_best,
     write_trials,
 )
+from tune_amp.run_files import STUDY_FILE
 from tune_amp.search_command import search_command
-from tune_amp.searcher import STUDY_FILE, AmpSearch, open_storage
+from tune_amp.searcher import AmpSearch, open_storage
 from tune_amp.space import load_space, parse_space
 from tune_amp.warm_start import DECISIVE_VERSIONS, Donor, WarmStart, find_suggestion, load_donor, plan_warm_start
 

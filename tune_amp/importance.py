@@ -29,6 +29,7 @@ from tune_amp.config import (
 )
 from tune_amp.parquet import build_columns, build_table, locate, read_rows, write_parquet
 from tune_amp.results import Provenance, TrialRecord
+from tune_amp.run_files import IMPORTANCE_FILE
 from tune_amp.space import SearchSpace
 
 # Optuna's 0.1 leaves 4 of 32 trials to estimate a density from. In 60 simulated TPE searches of 32 trials, a learning
@@ -292,7 +293,7 @@ def write_importance(folder: Path, result: ImportanceResult, provenance: Provena
     assert result.rows, "an importance file without a row is not written"
     rows = [vars(result) | vars(row) for row in result.rows]
     table = build_table("importance", SCHEMA, rows, dataclasses.asdict(provenance))
-    write_parquet(table, folder / "importance.parquet")
+    write_parquet(table, folder / IMPORTANCE_FILE)
 
 
 def load_importance(path: str | Path) -> ImportanceResult:

@@ -15,7 +15,6 @@ from typing import IO, Any
 
 from tune_amp.config import InputError
 
-JOURNAL_FILE = "reports.journal"
 JOURNAL_VERSION = 1
 
 

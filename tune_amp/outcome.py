@@ -29,19 +29,8 @@ from tune_amp.results import (
     load_provenance,
     load_trials,
 )
+from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
 from tune_amp.space import parse_space
-
-RUN_FILES = (
-    "best.parquet",
-    "confirm.parquet",
-    "trials.parquet",
-    "epochs.parquet",
-    "importance.parquet",
-    "space.yaml",
-    "study.journal",
-    "reports.journal",
-    "report.html",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +77,8 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
         InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file damaged or of another version.
     """
     trials = load_trials(folder)
-    provenance = load_provenance(folder / "trials.parquet")
-    best = load_best_rows(folder) if (folder / "best.parquet").exists() else []
+    provenance = load_provenance(folder / TRIALS_FILE)
+    best = load_best_rows(folder) if (folder / BEST_FILE).exists() else []
     wanted = top_k is not None
     if top_k is None:
         top_k = sum(row.rank is not None for row in best) or 3
@@ -98,7 +87,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
         trials=trials,
         ranked=choose_best(trials, provenance.objectives, top_k),
         best=best,
-        confirmed_runs=load_confirmed(folder) if (folder / "confirm.parquet").exists() else (),
+        confirmed_runs=load_confirmed(folder) if (folder / CONFIRM_FILE).exists() else (),
         provenance=provenance,
         importance=_find_importance(folder, trials, provenance),
         ledger=load_ledger(folder),
@@ -108,7 +97,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
 
 def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
     """As the search wrote it; else measured as the search would have, which mostly tells why it did not."""
-    if (folder / "importance.parquet").exists():
+    if (folder / IMPORTANCE_FILE).exists():
         return load_importance(folder)
     space = parse_space(provenance.space_source, provenance.space_text)
     train_images, seed = provenance.train_images, provenance.seed
@@ -170,7 +159,7 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
         say(console, _describe_runs(outcome))
     files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
     say(console, f"files    {outcome.folder}: {', '.join(files)}")
-    if (outcome.folder / "best.parquet").exists():
+    if (outcome.folder / BEST_FILE).exists():
         console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tune_amp.config import OBJECTIVES, RUNNING, InputError, TrialConfig, TrialStatus, checked_type, shown
-from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal, read_journal
+from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results import Provenance, build_from
+from tune_amp.run_files import JOURNAL_FILE
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -22,11 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.config import InputError
 from tune_amp.halt import StopRequest
-from tune_amp.journal import JOURNAL_FILE, Journal
+from tune_amp.journal import Journal
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import remove_unfinished, write_atomically
 from tune_amp.past import PastRun, open_past
-from tune_amp.results import CONFIRM_FILE, TrialRecord
+from tune_amp.results import TrialRecord
+from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, REWRITTEN_FILES, STUDY_FILE
 from tune_amp.session import QUIET_TUNE, private_home
 
 if TYPE_CHECKING:  # these bring Tune, which reads the environment
@@ -41,17 +42,6 @@ if TYPE_CHECKING:  # these bring Tune, which reads the environment
     from tune_amp.warm_start import WarmStart
 
 POLL_SECONDS = 0.5
-
-STUDY_FILE = "study.journal"
-WHOLE_FILES = (
-    "space.yaml",
-    "trials.parquet",
-    "epochs.parquet",
-    "best.parquet",
-    CONFIRM_FILE,
-    "importance.parquet",
-)
-"""Files of a run that are rewritten as a whole. No other comes here: a cluster does not choose what is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,7 +197,7 @@ class RemoteSearch:
 
     def _read_changed(self) -> dict[str, bytes]:
         changed = {}
-        for name in WHOLE_FILES:
+        for name in REWRITTEN_FILES:
             path = self._folder / name
             if not path.exists():
                 continue
@@ -389,7 +379,7 @@ class LocalCopy:
                 self._lock.enter_context(Journal(self._folder / JOURNAL_FILE))
                 self._is_locked = True
             self._append(news.journal)
-        for name in WHOLE_FILES:
+        for name in REWRITTEN_FILES:  # no other: a cluster does not choose what is written here
             if name in news.whole:
                 write_atomically(self._folder / name, functools.partial(_write, news.whole[name]))
         for event in news.events:

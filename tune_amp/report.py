@@ -19,8 +19,7 @@ from tune_amp.report_page import Html, build_page, tag
 from tune_amp.report_run import Run, load_run
 from tune_amp.report_sections import write_curves, write_epochs, write_history, write_scales
 from tune_amp.report_summary import name_subject, say_moment, write_summary
-
-REPORT_FILE = "report.html"
+from tune_amp.run_files import REPORT_FILE
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:

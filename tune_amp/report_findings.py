@@ -12,6 +12,7 @@ from tune_amp.report_sections import say, tell_epochs, tell_last, tell_trouble, 
 from tune_amp.report_style import count_of
 from tune_amp.report_summary import say_moment, say_seconds, say_setting, tell_interval
 from tune_amp.results import BestRow
+from tune_amp.run_files import CONFIRM_FILE, IMPORTANCE_FILE, TRIALS_FILE
 
 # ---- the parameters ----
 
@@ -36,7 +37,7 @@ def write_importance(run: Run) -> Html:
 
 
 def _tell_why_no_importance(run: Run) -> str:
-    trouble = run.troubles.get("importance.parquet", MISSING)
+    trouble = run.troubles.get(IMPORTANCE_FILE, MISSING)
     if trouble != MISSING:
         return f"Not shown: importance.parquet {tell_trouble(trouble)}."
     if len(run.trials) < FEWEST_TRIALS:
@@ -97,7 +98,7 @@ def write_confirmed(run: Run) -> Html:
             f"{run.provenance.validation_images:,} validation images: differences of some tenths of a point are noise."
         )
         return section("best", title, say(text), _list_ranked(run))
-    trouble = run.troubles.get("confirm.parquet")
+    trouble = run.troubles.get(CONFIRM_FILE)
     notes = [say(f"Single runs are not shown: confirm.parquet {tell_trouble(trouble)}.")] if trouble else []
     caption = (
         "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
@@ -205,7 +206,7 @@ def write_ledger(run: Run) -> Html:
     title = "What the slots' time went into"
     ledger = run.ledger
     if ledger is None or not ledger.shares:
-        trouble = run.troubles.get("trials.parquet")
+        trouble = run.troubles.get(TRIALS_FILE)
         reason = f"the ledger cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
         return section("time", title, say(f"Not known: {reason}."))
     text = (

@@ -24,6 +24,7 @@ from tune_amp.results import (
     load_trials,
     rank_trials,
 )
+from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, EPOCHS_FILE, IMPORTANCE_FILE, TRIALS_FILE
 from tune_amp.space import SEARCHABLE, parse_space
 
 _T = TypeVar("_T")
@@ -105,9 +106,9 @@ def load_run(folder: Path) -> Run:
         folder = folder.parent
     troubles: dict[str, str] = {}
     few = load_trials(folder, all_epochs=False)
-    trials = _attempt(troubles, folder, "epochs.parquet", lambda: load_trials(folder)) or few
-    provenance = load_provenance(folder / "trials.parquet")
-    rows = _attempt(troubles, folder, "best.parquet", lambda: load_best_rows(folder, all_epochs=False))
+    trials = _attempt(troubles, folder, EPOCHS_FILE, lambda: load_trials(folder)) or few
+    provenance = load_provenance(folder / TRIALS_FILE)
+    rows = _attempt(troubles, folder, BEST_FILE, lambda: load_best_rows(folder, all_epochs=False))
     if rows is None:
         rows = rank_trials(choose_best(trials, provenance.objectives, TOP_K))
     return Run(
@@ -115,9 +116,9 @@ def load_run(folder: Path) -> Run:
         provenance=provenance,
         trials=tuple(trials),
         rows=tuple(rows),
-        importance=_attempt(troubles, folder, "importance.parquet", lambda: load_importance(folder)),
-        confirmed=tuple(_attempt(troubles, folder, "confirm.parquet", lambda: load_confirmed(folder)) or ()),
-        ledger=_attempt(troubles, folder, "trials.parquet", lambda: load_ledger(folder)),
+        importance=_attempt(troubles, folder, IMPORTANCE_FILE, lambda: load_importance(folder)),
+        confirmed=tuple(_attempt(troubles, folder, CONFIRM_FILE, lambda: load_confirmed(folder)) or ()),
+        ledger=_attempt(troubles, folder, TRIALS_FILE, lambda: load_ledger(folder)),
         parameters=_find_parameters(provenance, trials),
         troubles=troubles,
     )

@@ -12,6 +12,7 @@ from tune_amp.report_scales import Trajectory, draw_scales, trace_scales
 from tune_amp.report_style import count_of, list_statuses, say_status
 from tune_amp.report_summary import say_seconds
 from tune_amp.results import TrialRecord
+from tune_amp.run_files import EPOCHS_FILE
 
 _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
     {
@@ -201,7 +202,7 @@ def _tell_overflows(trajectories: Sequence[Trajectory], overflows: int) -> str:
 def _tell_why_no_scale(run: Run) -> str:
     if all(trial.config.precision != "fp16" for trial in run.trials):
         return "No trial trained in fp16: only fp16 needs loss scaling, so there is no loss scale to show."
-    trouble = run.troubles.get("epochs.parquet")
+    trouble = run.troubles.get(EPOCHS_FILE)
     if trouble:
         return f"The loss scales stand in epochs.parquet, which {tell_trouble(trouble)}."
     return "No trial in fp16 came to the end of an epoch, so that no loss scale is known."
@@ -213,7 +214,7 @@ def write_curves(run: Run) -> Html:
     plot = draw_curves(run)
     if plot is None:
         return section("curves", title, say("No trial was validated."))
-    trouble = run.troubles.get("epochs.parquet")
+    trouble = run.troubles.get(EPOCHS_FILE)
     notes = [say(f"Only last epochs are shown: epochs.parquet {tell_trouble(trouble)}.")] if trouble else []
     caption = (
         "Each line is a trial, validated in fp32 after every epoch; the thick one is rank 1. Where a line ends, so "

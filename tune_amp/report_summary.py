@@ -16,6 +16,7 @@ from tune_amp.report_page import Html, command, definitions, join, tag
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_style import count_of, list_statuses
 from tune_amp.results import BestRow, TrialRecord
+from tune_amp.run_files import BEST_FILE
 
 
 def name_subject(run: Run) -> str:
@@ -244,7 +245,7 @@ def tell_interval(low: float | None, high: float | None) -> str:
 
 
 def _tell_reuse(run: Run) -> Html:
-    trouble = run.troubles.get("best.parquet")
+    trouble = run.troubles.get(BEST_FILE)
     if trouble:
         reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
         return tag("p", f"Ranked by this report: {reason}, so that no command trains the winner.", class_="muted")
@@ -257,7 +258,7 @@ def list_reuse(run: Run) -> list[str]:
     given = run.provenance.command
     installed = given[:1] != () and given[0].startswith("tune-amp")
     parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
-    parts.append(str(run.folder / "best.parquet"))
+    parts.append(str(run.folder / BEST_FILE))
     data_dir = _find_flag(given, "--data-dir")
     if data_dir is not None:
         parts += ["--data-dir", data_dir]

@@ -46,10 +46,9 @@ from tune_amp.parquet import (
     split_optional,
     write_parquet,
 )
+from tune_amp.run_files import EPOCHS_FILE
 
 _T = TypeVar("_T")
-
-CONFIRM_FILE = "confirm.parquet"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,7 +288,7 @@ def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
     """
     path = locate(path, "best")
     row = _pick_rank(path, rank)
-    beside = path.with_name("epochs.parquet")
+    beside = path.with_name(EPOCHS_FILE)
     return _to_record(path, row, _read_epochs(beside) if beside.exists() else None)
 
 
@@ -305,7 +304,7 @@ def load_best_rows(path: str | Path, *, all_epochs: bool = True) -> list[BestRow
     """
     path = locate(path, "best")
     rows = read_rows(path, "best", SCHEMAS["best"])
-    beside = path.with_name("epochs.parquet")
+    beside = path.with_name(EPOCHS_FILE)
     epochs = _read_epochs(beside) if all_epochs and beside.exists() else None
     return [_to_best_row(path, row, epochs) for row in rows]
 

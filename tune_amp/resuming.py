@@ -10,6 +10,7 @@ from tune_amp.config import InputError, is_function_name
 from tune_amp.options import HIDDEN, build_options, hide_credentials, name_flag
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
+from tune_amp.run_files import SPACE_FILE
 from tune_amp.space import load_space
 
 # What all trials of a run have in common, and what its rungs were made by.
@@ -95,7 +96,7 @@ def describe_changes(past: PastRun, folder: Path) -> list[str]:
         InputError: the run's own copy of the space was edited.
     """
     about = past.provenance
-    copy, source = folder / "space.yaml", Path(about.space_source)
+    copy, source = folder / SPACE_FILE, Path(about.space_source)
     if copy.exists() and _read_text(copy) != about.space_text:
         raise InputError(
             f"{copy}: must stay as it was when the run was begun; to search another space, begin a new run"

@@ -29,7 +29,7 @@ from tune_amp.data import Dataset
 from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.halt import StopRequest, watching
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
-from tune_amp.journal import JOURNAL_FILE, JOURNAL_VERSION, Journal
+from tune_amp.journal import JOURNAL_VERSION, Journal
 from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import remove_unfinished
@@ -45,15 +45,8 @@ from tune_amp.resources import (
     list_nodes,
     measure_with_ray,
 )
-from tune_amp.results import (
-    CONFIRM_FILE,
-    Provenance,
-    TrialRecord,
-    list_versions,
-    load_confirmed,
-    rank_trials,
-    write_best,
-)
+from tune_amp.results import Provenance, TrialRecord, list_versions, load_confirmed, rank_trials, write_best
+from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, SPACE_FILE
 from tune_amp.searcher import AmpSearch, find_cause, is_node_lost, mend_study
 from tune_amp.session import find_dead_process
 from tune_amp.shares import find_largest
@@ -64,8 +57,6 @@ from tune_amp.storage import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.time_limit import TimeLimit
 from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
 from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
-
-SPACE_FILE = "space.yaml"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +90,7 @@ class SearchResult:
     @property
     def best_path(self) -> Path:
         """``best.parquet``; it exists where ``ranked`` is not empty."""
-        return self.folder / "best.parquet"
+        return self.folder / BEST_FILE
 
 
 def run_search(

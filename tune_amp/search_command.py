@@ -46,7 +46,6 @@ from tune_amp.console import (
     say,
 )
 from tune_amp.halt import StopRequest, stopping_on_signals
-from tune_amp.journal import JOURNAL_FILE
 from tune_amp.ledger import read_process_age
 from tune_amp.options import (
     TRACKERS,
@@ -57,6 +56,7 @@ from tune_amp.options import (
     naming_flags,
     run_folder,
 )
+from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -334,7 +334,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
 
 def _write_report(folder: Path) -> None:
     """The report can be made again, so that what goes wrong with it is no reason to lose the run."""
-    from tune_amp.report import REPORT_FILE, write_report
+    from tune_amp.report import write_report
 
     try:
         write_report(folder)

@@ -32,12 +32,12 @@ from tune_amp.config import (
 )
 from tune_amp.journal import cut_torn_line
 from tune_amp.past import PastTrial
+from tune_amp.run_files import STUDY_FILE
 from tune_amp.samplers import build_sampler, reseed
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
 from tune_amp.warm_start import OldTrial, WarmStart
 
-STUDY_FILE = "study.journal"
 STATUS_ATTRIBUTE = "status"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"
 OF_RUN_ATTRIBUTE = "of run"

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tune_amp.config import InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, find_run, ignoring_closed_pipe, say
+from tune_amp.run_files import BEST_FILE
 
 if TYPE_CHECKING:
     from tune_amp.outcome import Outcome
@@ -69,7 +70,7 @@ def _name_reuse_command(outcome: "Outcome") -> str:
     arguments, _ = recorded.parse_known_args(outcome.provenance.command[1:])
     return name_reuse_command(
         ("tune-amp", "train"),
-        outcome.folder / "best.parquet",
+        outcome.folder / BEST_FILE,
         data_dir=arguments.data_dir,
         model=outcome.trials[0].config.model if outcome.trials else "",
         dataset=outcome.provenance.dataset,

@@ -27,6 +27,7 @@ from tune_amp.parameters import Parameter
 from tune_amp.parquet import locate, read_kind
 from tune_amp.ranking import choose_best
 from tune_amp.results import Provenance, TrialRecord, list_versions, load_best_rows, load_provenance, load_trials
+from tune_amp.run_files import TRIALS_FILE
 from tune_amp.space import MAX_BYTES, SEARCHABLE, SearchSpace, parse_space
 
 DECISIVE_VERSIONS = ("torch", "tune_amp")
@@ -139,7 +140,7 @@ def _load_winners(path: Path) -> list[TrialRecord]:
 
 def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
     """The trials of the run that ``path`` holds the winners of; none where they do not lie beside it."""
-    beside = path.with_name("trials.parquet")
+    beside = path.with_name(TRIALS_FILE)
     if not beside.exists():
         return []
     theirs = load_provenance(beside)

@@ -26,9 +26,8 @@ from fault_runs import (
     resume,
 )
 
-from tune_amp.journal import JOURNAL_FILE
 from tune_amp.results import load_trials
-from tune_amp.searcher import STUDY_FILE
+from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 

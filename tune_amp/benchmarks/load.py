@@ -32,11 +32,12 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from tune_amp.benchmarks.instant import DATASET, Sample, Sampler, load_small_space, read_peak_memory
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, described
-from tune_amp.journal import JOURNAL_FILE, read_journal
+from tune_amp.journal import read_journal
 from tune_amp.ledger import Ledger, TimeKind, read_process_age
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import build_columns, build_table, write_parquet
 from tune_amp.results import build_from, load_ledger
+from tune_amp.run_files import EPOCHS_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -293,7 +294,7 @@ def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
         write_seconds=max(times["write"]),
         writes=len(times["write"]),
         journal_bytes=(run / JOURNAL_FILE).stat().st_size,
-        study_bytes=(run / "study.journal").stat().st_size,
+        study_bytes=(run / STUDY_FILE).stat().st_size,
         parquet_bytes=sum((run / f"{kind}.parquet").stat().st_size for kind in ("trials", "epochs")),
         load_average=load_average,
     )
@@ -322,9 +323,9 @@ def check_run(run: Path, trials: int) -> Kept:
         if event["event"] == "report" and event["metrics"]:
             metrics = build_from(EpochMetrics, event["metrics"])
             reported[event["trial_id"], metrics.epoch] = repr(metrics)
-    rows = pq.read_table(run / "epochs.parquet").to_pylist()
+    rows = pq.read_table(run / EPOCHS_FILE).to_pylist()
     kept = {(row["trial_id"], row["epoch"]): repr(build_from(EpochMetrics, row)) for row in rows}
-    records = pq.read_table(run / "trials.parquet", columns=["trial_id", "status"]).to_pylist()
+    records = pq.read_table(run / TRIALS_FILE, columns=["trial_id", "status"]).to_pylist()
     over = {row["trial_id"] for row in records if row["status"] != TrialStatus.INTERRUPTED}
     told = count_told(run)
     # One that nobody has heard of is neither in the files: it is missing from the number of trials.
@@ -342,7 +343,7 @@ def count_told(run: Path) -> collections.Counter[str]:
     import optuna
     from optuna.trial import TrialState
 
-    from tune_amp.searcher import STUDY_FILE, open_storage
+    from tune_amp.searcher import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.load_study(study_name=None, storage=open_storage(run / STUDY_FILE))

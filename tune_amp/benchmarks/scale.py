@@ -28,6 +28,7 @@ from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import described
 from tune_amp.options import SearchOptions, run_folder
 from tune_amp.parquet import build_columns, build_table, write_parquet
+from tune_amp.run_files import STUDY_FILE
 
 TRIALS = (100, 500, 2_000)
 STUDY_SIZES = (100, 500, 1_000, 2_000)
@@ -200,7 +201,6 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
         dataset = load_dataset(DATASET)
         with ray_session(num_gpus=0):
             from tune_amp.search import plan_resources, run_search
-            from tune_amp.searcher import STUDY_FILE
 
             slots = plan_resources(options).max_concurrent
             run_search(space, dataset, options, folder=folder, observer=Sampler(samples.append))

@@ -31,6 +31,7 @@ from tune_amp.config import InputError, described
 from tune_amp.idx_files import locate_files
 from tune_amp.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
 from tune_amp.results import TrialRecord, load_trials
+from tune_amp.run_files import SPACE_FILE
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TRIALS = (16, 64)
@@ -244,7 +245,7 @@ def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]
 
 def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
     """The search as a user runs it, with its space and its results below ``folder``."""
-    space = folder / "space.yaml"
+    space = folder / SPACE_FILE
     space.write_text(write_space(pairing.precision), encoding="utf-8")
     # The program tune-amp itself, also where its script is not on the path.
     program = [sys.executable, "-c", "from tune_amp.cli import main; raise SystemExit(main())", "search"]
