@@ -11,7 +11,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tune_amp.search_command import _search_parser
+from tune_amp.search_arguments import search_parser
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 
@@ -105,7 +105,7 @@ def test_ray_job_runs_a_command_that_we_understand_and_keeps_its_results() -> No
     spec = read("rayjob.yaml")["spec"]
     program, command, *arguments = shlex.split(spec["entrypoint"])
     assert (program, command) == ("tune-amp", "search")
-    known = _search_parser("tune-amp search").parse_args(arguments)
+    known = search_parser("tune-amp search").parse_args(arguments)
     assert known.address == "auto"
     cluster = spec["rayClusterSpec"]
     pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]

@@ -77,6 +77,8 @@ LAYERS = (
     "search",
     "remote",
     "resuming",
+    "search_arguments",
+    "search_output",
     "search_command",
     "train_command",
     "show_command",

@@ -13,14 +13,14 @@ from tune_amp.journal import Journal
 from tune_amp.past import PastRun, open_past
 from tune_amp.results import list_versions
 from tune_amp.resuming import describe_changes, describe_standing, name_resume_command, remember, take_over
-from tune_amp.search_command import _search_parser
+from tune_amp.search_arguments import search_parser
 from tune_amp.space import load_space
 
 BEGUN = ("quick", "--dataset", "digits", "--num-samples", "4", "--max-epochs", "3", "--data-dir", "somewhere")
 
 
 def parser() -> argparse.ArgumentParser:
-    return _search_parser("scripts/search.py")
+    return search_parser("scripts/search.py")
 
 
 def begin(folder: Path, *command: str, **about: Any) -> Path:

@@ -14,20 +14,14 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 
 from tune_amp.config import (
-    DATASETS,
-    MODELS,
-    OBJECTIVES,
-    SAMPLERS,
-    SCHEDULERS,
     InputError,
     TrialConfig,
     describe_error,
@@ -37,7 +31,6 @@ from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_NO_RESULT,
-    OneLineParser,
     answer_bad_input,
     check_same_data,
     find_run,
@@ -48,7 +41,6 @@ from tune_amp.console import (
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.ledger import read_process_age
 from tune_amp.options import (
-    TRACKERS,
     SearchOptions,
     build_options,
     check_trackers,
@@ -57,14 +49,13 @@ from tune_amp.options import (
     run_folder,
 )
 from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
+from tune_amp.search_arguments import DEFAULT_RESULTS_DIR, DEFAULT_SPACE, search_parser
+from tune_amp.search_output import choose_observer, list_inert, print_end, print_json_end, print_json_start, print_start
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
-    from tune_amp.gauges import SearchObserver
     from tune_amp.past import PastRun
-    from tune_amp.resources import TrialResources
     from tune_amp.search import SearchResult
-    from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
     from tune_amp.warm_start import Donor
 
@@ -93,13 +84,8 @@ class Task:
         return build_options(vars(self.arguments))
 
 
-DEFAULT_SPACE = "mnist_amp"
-DEFAULT_RESULTS_DIR = Path("results")
-
 WORKER_MODULES = ("tune_amp.trainable",)
 """What workers import as they start, with all that it imports in its turn."""
-
-SLOW_EPOCH_SECONDS = 120.0
 
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
@@ -110,73 +96,8 @@ def search_command(arguments: Sequence[str] | None = None, program: str = "scrip
     return answer_bad_input(lambda: _search(command, program, begun))
 
 
-def _search_parser(program: str) -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog=program,
-        description="Search for the settings under which mixed-precision training works best.",
-        allow_abbrev=False,
-    )
-    default = SearchOptions()
-    data = f"auto, {', '.join(DATASETS)} or MODULE:FUNCTION"
-
-    def add(name: str, text: str, **settings: Any) -> None:
-        field = name.removeprefix("--").replace("-", "_")
-        settings.setdefault("default", getattr(default, field, None))
-        shown = "" if settings["default"] in (None, []) else " (%(default)s)"
-        parser.add_argument(name, help=text + shown, **settings)
-
-    add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", metavar="SPACE")
-    add("--dataset", f"{data}; auto is MNIST where it can be had, else scikit-learn's digits", default="auto")
-    add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=Path, metavar="DIR")
-    text = "thin the training classes to a long tail of X:1; validation and test stay as they are"
-    add("--imbalance", text, type=float, default=1.0, metavar="X")
-    add("--model", f"{', '.join(MODELS)} or MODULE:FUNCTION")
-    add("--num-samples", "trials", type=int, metavar="N")
-    add("--max-epochs", "full budget of a trial", type=int, metavar="N")
-    add("--grace-period", "epochs before a trial can be stopped early", type=int, metavar="N")
-    add("--reduction-factor", "one trial in X goes on from rung to rung", type=float, metavar="X")
-    add("--objective", f"{', '.join(OBJECTIVES)}, or several joined by commas, beginning with accuracy or loss")
-    chosen = {"default": "auto", "metavar": "NAME"}  # SearchOptions puts a name in its place
-    add("--sampler", f"{', '.join(SAMPLERS)} or auto: tpe, for several objectives nsga2", **chosen)
-    add("--scheduler", f"{', '.join(SCHEDULERS)} or auto: asha; none for several objectives, gp and nsga2", **chosen)
-    add("--seed", "of the sampler and of every trial", type=int, metavar="N")
-    add("--gpus-per-trial", "0.25 lets four share a GPU", type=_gpu_share, default="auto", metavar="auto|X")
-    add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
-    add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
-    add("--time-budget", "interrupt trials after so long; confirmation comes on top", type=float, metavar="SECONDS")
-    text = "end a trial as failed that takes longer: it hangs (never)"
-    add("--trial-time-limit", text, type=float, metavar="SECONDS")
-    add(
-        "--top-k",
-        "configurations in best.parquet; for several objectives it holds the Pareto set",
-        type=int,
-        metavar="N",
-    )
-    add("--warm-start", "begin with what an earlier run found: its folder or Parquet file", type=Path, metavar="PATH")
-    add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
-    text = "go on with a run that was cut off: its folder, or its name in --results-dir; the rest is as it was begun"
-    add("--resume", text, metavar="RUN")
-    add("--name", "name of the run (space, date and time)", metavar="RUN")
-    add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
-    text = f"tell {', '.join(TRACKERS)}, or several joined by commas; kept in the run folder"
-    add("--tracker", text, action="append", default=[], metavar="NAME")
-    add("--address", "join a Ray cluster: auto, host:port or ray://host:port", metavar="ADDR")
-    add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
-    shown.add_argument("--json", action="store_true", help="print JSON lines")
-    return parser
-
-
-def _gpu_share(text: str) -> float | None:
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be auto or a number, got {text!r}") from None
-
-
 def _search(command: Sequence[str], program: str, begun: float) -> int:
-    parser = _search_parser(program)
+    parser = search_parser(program)
     arguments = parser.parse_args(command)
     if arguments.resume is None:
         return _begin(arguments, program, command, begun)
@@ -247,7 +168,7 @@ def _run(task: Task, folder: Path) -> int:
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
         if arguments.json:
-            _print_json_end(stdout, result, resume)
+            print_json_end(stdout, result, resume)
     if result.is_cut_off:
         return _say_cut_off(result.reason or stop.reason or "interrupted", folder, resume)
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
@@ -292,7 +213,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
             options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
         )
         warm_start = None if task.donor is None else adapt_donor(task.donor, space, dataset, options)
-        _print_start(console, space, dataset, options, session, resources)
+        print_start(console, space, dataset, options, session, resources)
         for line in [] if warm_start is None else warm_start.describe():
             say(console, f"warm       {line}")
         if past is not None:
@@ -303,8 +224,8 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
             say(console, f"tracker    {describe_tracker(name, folder)}")
         if arguments.json:
             warm = None if warm_start is None else warm_start.describe_as_json()
-            _print_json_start(stdout, folder, dataset, session, _list_inert(space, dataset, options), warm)
-        with _choose_observer(arguments, console, stdout) as observer:
+            print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), warm)
+        with choose_observer(arguments, console, stdout) as observer:
             search: Callable[..., SearchResult] = run_search
             if session.by_client:
                 search = run_search_remotely
@@ -328,7 +249,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end
-            _print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
+            print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
     return result
 
 
@@ -416,85 +337,6 @@ def _find_folder(module: ModuleType) -> Path | None:
     return Path(places[0]).resolve().parent if places[0] else None
 
 
-def _choose_observer(
-    arguments: argparse.Namespace, console: Console, stdout: IO[str]
-) -> "contextlib.AbstractContextManager[SearchObserver]":
-    from tune_amp.monitoring import JsonLines, LiveTable, PlainLines, Quiet
-
-    if arguments.json:
-        return contextlib.nullcontext(JsonLines(stdout))
-    if arguments.quiet:
-        return contextlib.nullcontext(Quiet())
-    return LiveTable(console) if console.is_terminal else contextlib.nullcontext(PlainLines(console))
-
-
-def _print_start(
-    console: Console,
-    space: "SearchSpace",
-    dataset: "Dataset",
-    options: SearchOptions,
-    session: "RaySession",
-    resources: "TrialResources",
-) -> None:
-    import torch
-
-    from tune_amp.amp import describe_hardware
-    from tune_amp.data import describe_tail
-
-    if console.quiet:
-        return  # nor is a step timed for nothing
-    sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
-    reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
-    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
-    console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
-    console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
-    for line in _list_inert(space, dataset, options):
-        say(console, f"inert      {line}", style="yellow")
-    console.print(f"resources  {resources.reason}", soft_wrap=True)
-    if "train_seconds" in options.objectives and resources.max_concurrent > 1:
-        text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
-        say(console, f"note       train_seconds: {text}", style="yellow")
-    if session.dashboard_url:
-        way_in = f", token in {session.token_path}" if session.token_path else ""
-        console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
-    else:
-        say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
-    if resources.gpus and not torch.cuda.is_available():
-        return  # the GPUs are other nodes': nothing here can tell what they lack
-    device = torch.device("cuda" if resources.gpus else "cpu")
-    for precision in space.precisions:
-        notice = describe_hardware(precision, device)
-        if notice:
-            say(console, f"note       {precision}: {notice}", style="yellow")
-        if device.type == "cpu":
-            _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
-
-
-def _list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions) -> list[str]:
-    """Settings that would be searched for nothing."""
-    from tune_amp.inert import describe_inert, estimate_inert
-
-    sizes = {"train_images": len(dataset.train), "max_epochs": options.max_epochs}
-    return describe_inert(estimate_inert(space, **sizes), space, **sizes)
-
-
-def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
-    """Hours of waiting should not come as a surprise: a step is timed before the search."""
-    import torch
-
-    from tune_amp.training import estimate_epoch_seconds
-
-    torch.set_num_threads(num_threads)
-    config = TrialConfig(model=model, precision=precision)
-    try:
-        seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
-    except Exception:  # a user's model may raise anything in training: its trials will say what
-        return
-    if seconds >= SLOW_EPOCH_SECONDS:
-        text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
-        say(console, f"slow       {precision}: {text}", style="bold yellow")
-
-
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
     from tune_amp.outcome import name_reuse_command
 
@@ -520,69 +362,3 @@ def _name_python() -> str:
     if shutil.which("python") == str(executable):
         return "python"
     return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else str(executable)
-
-
-def _print_end(console: Console, result: "SearchResult", reuse: str) -> None:
-    from tune_amp.outcome import Outcome, print_outcome
-    from tune_amp.results import rank_trials
-
-    confirmation = result.confirmation
-    outcome = Outcome(
-        folder=result.folder,
-        trials=result.trials,
-        ranked=result.ranked,
-        best=confirmation.rows if confirmation and not confirmation.interrupted else rank_trials(result.ranked),
-        confirmed_runs=confirmation.runs if confirmation else (),
-        provenance=result.provenance,
-        importance=result.importance,
-        ledger=result.ledger,
-        interrupted=result.interrupted,
-        wrap_up_seconds=result.wrap_up_seconds,
-        confirm_seconds=confirmation.seconds if confirmation else None,
-    )
-    if confirmation and confirmation.left_out:
-        say(console, confirmation.left_out, style="yellow")
-    # Why there is no winner is said whatever the verbosity.
-    print_outcome(console, outcome, reuse, errors=Console(stderr=True, highlight=False))
-
-
-def _print_json_start(
-    stdout: IO[str],
-    folder: Path,
-    dataset: "Dataset",
-    session: "RaySession",
-    inert: Sequence[str],
-    warm: Mapping[str, Any] | None,
-) -> None:
-    from tune_amp.monitoring import JsonLines
-
-    token = None if session.token_path is None else str(session.token_path)
-    where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
-    found = {"authenticated": session.authenticated, "inert": inert, "warm_start": warm}
-    start = {"run": folder.name, "dataset": dataset.name, **where, **found}
-    JsonLines(stdout).write("start", start)
-
-
-def _print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:
-    from tune_amp.monitoring import (
-        JsonLines,
-        describe_as_json,
-        describe_confirmation_as_json,
-        describe_ledger_as_json,
-    )
-
-    ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
-    best = str(result.best_path) if ranked else None
-    importance = [vars(row) for row in result.importance.rows]
-    found: dict[str, Any] = {
-        "best": ranked,
-        "best_parquet": best,
-        "importance": importance,
-        "interrupted": result.interrupted,
-        "reason": result.reason,
-        "resume": resume if result.is_cut_off else None,
-    }
-    found["confirmation"] = result.confirmation and describe_confirmation_as_json(
-        result.confirmation, result.provenance.objectives[0]
-    )
-    JsonLines(stdout).write("result", {**found, "ledger": describe_ledger_as_json(result.ledger)})
