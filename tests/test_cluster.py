@@ -382,8 +382,8 @@ with ray_session(sys.argv[1], run="data"):
     from tune_amp.config import TrialConfig
     from tune_amp.data import Dataset, Split
     from tune_amp.resources import TrialResources
-    from tune_amp.search import bind_trainable
     from tune_amp.storage import RunStorage
+    from tune_amp.tuning import bind_trainable
 
     def split(count):
         return Split(images=np.zeros((count, 1, 28, 28), np.uint8), labels=np.arange(count) % 10)

@@ -271,7 +271,7 @@ def test_link_in_a_run_that_somebody_packed_leads_no_output_elsewhere(
 def test_folder_of_a_trial_is_named_by_numbers_and_choices_alone(precision: str) -> None:
     from types import SimpleNamespace
 
-    from tune_amp.search import name_trial
+    from tune_amp.tuning import name_trial
 
     settings = {"model": "my.models:net", "dataset": "my.data:load", "precision": precision, "lr": 1e-300}
     trial = SimpleNamespace(config=settings, experiment_tag="7_lr=../../x")

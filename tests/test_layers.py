@@ -74,6 +74,8 @@ LAYERS = (
     "report_findings",
     "report",
     "report_command",
+    "planning",
+    "tuning",
     "search",
     "remote",
     "resuming",

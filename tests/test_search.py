@@ -1,7 +1,6 @@
 import json
 import re
 import signal
-import types
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,22 +11,21 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from ray.tune.experiment import Trial
 from records import make_trial
 
-from tune_amp.config import InputError, TrialConfig, TrialStatus
+from tune_amp.config import InputError, TrialStatus
 from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
 from tune_amp.gauges import SearchObserver
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
+from tune_amp.planning import plan_resources
 from tune_amp.recorder import SearchProgress
-from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
 from tune_amp.run_files import SPACE_FILE, STUDY_FILE
-from tune_amp.search import SearchResult, _prepare_next_attempt, name_trial, plan_resources, run_search, was_interrupted
+from tune_amp.search import SearchResult, run_search, was_interrupted
 from tune_amp.session import RaySession, ray_session
 from tune_amp.space import load_space
 from tune_amp.storage import RAY_FOLDER
@@ -475,27 +473,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(search: Search,
 # Without Ray
 
 
-class FakeTrial:
-    def __init__(self, tag: str, **config: Any) -> None:
-        self.experiment_tag = tag
-        self.config = vars(TrialConfig(**config))
-
-
-@pytest.mark.parametrize(
-    ("trial", "name"),
-    [
-        (
-            FakeTrial("7_lr=0.003,batch_size=256", precision="fp16", lr=0.0031, batch_size=256, init_scale=4096.0),
-            "07-fp16-lr0.0031-b256-scale2^12",
-        ),
-        (FakeTrial("123", lr=0.1, batch_size=64), "123-fp32-lr0.1-b64"),
-        (FakeTrial("1", lr=1.234e-5, precision="bf16"), "01-bf16-lr1.2e-05-b64"),
-    ],
-)
-def test_trial_is_named_by_number_and_settings(trial: FakeTrial, name: str) -> None:
-    assert name_trial(trial) == name
-
-
 def make_options(**changes: Any) -> SearchOptions:
     return SearchOptions(**{"num_samples": 2, **changes})
 
@@ -517,22 +494,3 @@ def test_search_is_interrupted_where_trials_are_missing_with_budget_left(
 ) -> None:
     trials = [make_trial(f"{number}", status=TrialStatus(status)) for number, status in enumerate(statuses)]
     assert was_interrupted(trials, make_options(time_budget=time_budget), seconds) is expected
-
-
-@pytest.mark.parametrize(
-    ("status", "cause", "allowed"),
-    [
-        (Trial.ERROR, "the actor's node was terminated unexpectedly: health check failed", 3),
-        (Trial.ERROR, "The actor is dead because its worker process has died.", 2),
-        (Trial.RUNNING, "the actor's node was terminated unexpectedly: health check failed", 2),  # it has ended
-    ],
-)
-def test_lost_node_costs_a_trial_none_of_its_retries(status: str, cause: str, allowed: int, tmp_path: Path) -> None:
-    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{cause}\n")
-    trial = types.SimpleNamespace(status=status, max_failures=2, error_file=str(tmp_path / "error.txt"))
-    noted: list[Any] = []
-    searcher: Any = types.SimpleNamespace(note_worker_death=noted.append)
-    resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason="")
-    _prepare_next_attempt(searcher, resources, trial)
-    assert trial.max_failures == allowed
-    assert noted == [trial]

@@ -2,29 +2,18 @@
 
 import contextlib
 import dataclasses
-import datetime
 import functools
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import ray
 from ray import tune
-from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from tune_amp.config import InputError, TrialConfig, TrialStatus, format_scale
-from tune_amp.confirm import (
-    ConfirmResult,
-    confirm,
-    list_left,
-    plan_confirmation,
-    select_done,
-    train_on_slots,
-)
+from tune_amp.config import InputError, TrialStatus
+from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done, train_on_slots
 from tune_amp.data import Dataset
 from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.halt import StopRequest, watching
@@ -34,29 +23,22 @@ from tune_amp.ledger import Ledger
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, PastTrial
+from tune_amp.planning import describe_run, find_time_left, list_shared, plan_resources
 from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import SearchProgress, TrialRecorder
-from tune_amp.resources import (
-    SlotCounter,
-    TrialResources,
-    allocate_resources,
-    double_share,
-    list_nodes,
-    measure_with_ray,
-)
-from tune_amp.results import Provenance, TrialRecord, list_versions, load_confirmed, rank_trials, write_best
+from tune_amp.resources import SlotCounter, TrialResources, list_nodes
+from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, SPACE_FILE
-from tune_amp.searcher import AmpSearch, find_cause, is_node_lost, mend_study
+from tune_amp.searcher import AmpSearch, find_cause, mend_study
 from tune_amp.session import find_dead_process
-from tune_amp.shares import find_largest
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
-from tune_amp.stopping import DivergenceAware, TrialKey, build_scheduler, replay
+from tune_amp.stopping import TrialKey, replay
 from tune_amp.storage import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.time_limit import TimeLimit
-from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
-from tune_amp.warm_start import Donor, WarmStart, plan_warm_start
+from tune_amp.tuning import bind_trainable, build_tuner, fit, schedule
+from tune_amp.warm_start import WarmStart
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,15 +124,9 @@ def run_search(
     resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
     stop = stop or StopRequest()
-    trials = past.trials if past else ()
-    time_left = find_time_left(options, past)
-    session = 1 + (len(past.sessions) if past else 0)
-    nodes = len(list_nodes())
-    storage = prepare_storage(storage_path, folder, nodes=nodes, session=session)
-    if nodes > 1:
-        with storage.removed_if_refused():
-            check_from_nodes(storage, resources)
     begin = time.monotonic() if started is None else started
+    time_left = find_time_left(options, past)
+    storage = _open_storage(storage_path, folder, resources, past)
     with contextlib.ExitStack() as stack:
         if past is not None:
             provenance, journal = past.provenance, past.journal
@@ -158,7 +134,7 @@ def run_search(
             remove_unfinished(folder)
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
-            journal = stack.enter_context(_begin_run(folder, space, provenance, arguments or {}))
+            journal = stack.enter_context(begin_run(folder, space, provenance, arguments or {}))
         gauges = Gauges(observer, slots=resources.max_concurrent)
         limit = TimeLimit(options.trial_time_limit, find_cause=find_cause)
         recorder = TrialRecorder(
@@ -173,21 +149,8 @@ def run_search(
             explain_death=limit.explain_death,
             on_fault=stop.ask,
         )
-        searcher = AmpSearch(
-            space,
-            list_shared(dataset, options),
-            train_images=len(dataset.train),
-            objectives=options.objectives,
-            seed=options.seed,
-            folder=folder,
-            study_name=provenance.run,  # the folder may have been renamed since
-            sampler=options.sampler,
-            num_samples=past.num_samples if past else options.num_samples,
-            warm_start=warm_start,
-            past=trials,
-            on_fault=stop.ask,
-        )
-        scheduler = _build_scheduler(options, searcher, resources)
+        searcher = _build_searcher(space, dataset, options, folder, provenance, warm_start, past, stop)
+        scheduler = schedule(options, searcher, resources)
         if past is not None:
             recorder.replay(past.events)
             replay(scheduler, past.events)
@@ -198,6 +161,7 @@ def run_search(
             arguments=dict(arguments or {}),
         )
         with stop.heard(), gauges, _written_at_the_end(searcher, recorder):
+            trials = past.trials if past else ()
             for trial in trials:
                 _end_unheard(trial, recorder, searcher, scheduler)
             source = TrialSource(
@@ -207,21 +171,19 @@ def run_search(
                 on_fault=stop.ask,
                 past=trials,
             )
-            tune_config = tune.TuneConfig(
+            tuner = build_tuner(
+                bind_trainable(dataset, resources, storage, past),
+                source,
+                scheduler,
+                storage=storage,
+                stop=stop,
+                callbacks=[limit, *trackers, recorder],  # the recorder last: it cuts a report down to what Tune needs
                 num_samples=options.num_samples,
-                search_alg=source,
-                scheduler=scheduler,
-                time_budget_s=time_left,
-                reuse_actors=True,
-                trial_name_creator=name_trial,
-                trial_dirname_creator=name_trial,
+                time_left=time_left,
             )
-            # The recorder comes last: it cuts each report down to what Tune needs.
-            run_config = _configure_run(storage, stop, [limit, *trackers, recorder])
-            trainable = bind_trainable(dataset, resources, storage, past)
             if time_left is None or time_left > 0:
                 with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
-                    _fit(tune.Tuner(trainable, tune_config=tune_config, run_config=run_config), stop)
+                    fit(tuner, stop)
         result = _conclude(recorder, space, dataset, options, provenance, stop)
         if not is_unfinished(result.trials, options):
             with contextlib.suppress(OSError):  # what is left there is in nobody's way
@@ -232,35 +194,45 @@ def run_search(
             return _confirm(result, space, dataset, options, resources, gauges)
 
 
-def _configure_run(storage: RunStorage, stop: StopRequest, callbacks: list[tune.Callback]) -> tune.RunConfig:
-    return tune.RunConfig(
-        name=storage.name,
-        storage_path=storage.path,
-        storage_filesystem=storage.filesystem,
-        stop=Asked(stop),
-        callbacks=callbacks,
-        failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
-        checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-        verbose=0,
+def _open_storage(
+    storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None
+) -> RunStorage:
+    """Where checkpoints go, found to be one place for all nodes."""
+    nodes, session = len(list_nodes()), 1 + (len(past.sessions) if past else 0)
+    storage = prepare_storage(storage_path, folder, nodes=nodes, session=session)
+    if nodes > 1:
+        with storage.removed_if_refused():
+            check_from_nodes(storage, resources)
+    return storage
+
+
+def _build_searcher(
+    space: SearchSpace,
+    dataset: Dataset,
+    options: SearchOptions,
+    folder: Path,
+    provenance: Provenance,
+    warm_start: WarmStart | None,
+    past: PastRun | None,
+    stop: StopRequest,
+) -> AmpSearch:
+    return AmpSearch(
+        space,
+        list_shared(dataset, options),
+        train_images=len(dataset.train),
+        objectives=options.objectives,
+        seed=options.seed,
+        folder=folder,
+        study_name=provenance.run,  # the folder may have been renamed since
+        sampler=options.sampler,
+        num_samples=past.num_samples if past else options.num_samples,
+        warm_start=warm_start,
+        past=past.trials if past else (),
+        on_fault=stop.ask,
     )
 
 
-class Asked(tune.Stopper):
-    """Ends all trials once a search is asked to end."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is ended by its result."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether Tune should end."""
-        return self._stop.reason is not None
-
-
-def _begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
+def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
     """Write down how a run begins, before anything of it happens."""
     if (folder / JOURNAL_FILE).exists():
         raise InputError(f"--name: {folder} already holds a run; choose another name")
@@ -286,17 +258,6 @@ def _describe_progress(folder: Path, dataset: Dataset, options: SearchOptions) -
     )
 
 
-def _build_scheduler(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> DivergenceAware:
-    return build_scheduler(
-        options.scheduler,
-        objective=options.objectives[0],
-        max_epochs=options.max_epochs,
-        grace_period=options.grace_period,
-        reduction_factor=options.reduction_factor,
-        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources),
-    )
-
-
 def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
     """Tell everyone of a trial that had come to its end when the search was cut off, before anyone said so."""
     if trial.unheard_end is None:
@@ -306,17 +267,6 @@ def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch,
     searcher.on_trial_complete(trial.trial_id, trial.last_result)
     recorder.end_unheard(trial.trial_id, trial.unheard_end)
     trial.status = trial.unheard_end
-
-
-def _fit(tuner: tune.Tuner, stop: StopRequest) -> None:
-    """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
-    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
-    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
-    try:
-        tuner.fit()
-    except Exception:
-        if stop.reason is None:
-            raise
 
 
 def _conclude(
@@ -378,128 +328,6 @@ def _confirm(
     return dataclasses.replace(result, ranked=ranked or result.ranked, confirmation=confirmation)
 
 
-def list_shared(dataset: Dataset, options: SearchOptions) -> dict[str, Any]:
-    """The ``TrialConfig`` fields that all trials of a search have in common."""
-    data = {"dataset": dataset.name, "imbalance": dataset.imbalance}
-    return {"model": options.model, "max_epochs": options.max_epochs, "seed": options.seed, **data}
-
-
-def adapt_donor(donor: Donor, space: SearchSpace, dataset: Dataset, options: SearchOptions) -> WarmStart:
-    """What a search with these arguments takes over from an earlier run; see ``warm_start.load_donor``."""
-    return plan_warm_start(
-        donor,
-        space,
-        list_shared(dataset, options),
-        data_hash=dataset.content_hash,
-        train_images=len(dataset.train),
-        objectives=options.objectives,
-        sampler=options.sampler,
-    )
-
-
-def plan_resources(
-    options: SearchOptions,
-    space: SearchSpace | None = None,
-    dataset: Dataset | None = None,
-    announce: Callable[[str], None] = lambda _: None,
-) -> TrialResources:
-    """What each trial gets of the running Ray.
-
-    Args:
-        options: where they leave the share of a GPU open, it is chosen.
-        space: with ``dataset``, the choice is measured; without, it is a rule's.
-        dataset: see ``space``.
-        announce: is told, in a line, what takes long.
-
-    Raises:
-        InputError: the options ask for more than Ray has.
-    """
-    free = ray.available_resources()
-    measure = None
-    if space is not None and dataset is not None:
-        largest = find_largest(
-            space, model=options.model, dataset=dataset.name, max_epochs=options.max_epochs, seed=options.seed
-        )
-        measure = functools.partial(measure_with_ray, largest, dataset.train, dataset.num_classes, announce=announce)
-    resources = allocate_resources(
-        list_nodes(),
-        gpus_per_trial=options.gpus_per_trial,
-        cpus_per_trial=options.cpus_per_trial,
-        max_concurrent=options.max_concurrent,
-        num_samples=options.num_samples,
-        choose_shared=measure,
-    )
-    return dataclasses.replace(resources, reason=resources.reason + describe_wait(free, resources))
-
-
-def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
-    """What to add to ``resources.reason`` where other jobs of a cluster hold some of it: trials wait for them."""
-    cpus, gpus = int(free.get("CPU", 0.0)), free.get("GPU", 0.0)
-    now = min(cpus // resources.cpus, int(gpus / resources.gpus + 1e-6) if resources.gpus else cpus)
-    if now >= resources.max_concurrent:
-        return ""
-    return f"; others hold part of the cluster: {now} can start now, the rest wait"
-
-
-def bind_trainable(
-    dataset: Dataset, resources: TrialResources, storage: RunStorage, past: PastRun | None = None
-) -> type[AmpTrainable]:
-    """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
-    left = past.unfinished if past else ()
-    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.last_checkpoints] for trial in left}
-    worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
-    with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
-    trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
-    # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
-    trainable.__qualname__ = AmpTrainable.__qualname__
-    return trainable
-
-
-def name_trial(trial: Any) -> str:
-    """A name people can read: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
-    config = TrialConfig(**trial.config)
-    number = int(trial.experiment_tag.split("_")[0])
-    name = f"{number:02d}-{config.precision}-lr{config.lr:.2g}-b{config.batch_size}"
-    return f"{name}-scale{format_scale(config.init_scale)}" if config.init_scale is not None else name
-
-
-def describe_run(
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
-    run: str,
-    command: Sequence[str],
-    resources: TrialResources,
-    warm_start: WarmStart | None = None,
-) -> Provenance:
-    """Where this run's files come from."""
-    return Provenance(
-        run=run,
-        command=tuple(command),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        space_source=space.source,
-        space_text=space.text,
-        dataset=dataset.name,
-        data_hash=dataset.content_hash,
-        train_images=len(dataset.train),
-        validation_images=len(dataset.validation),
-        objective=options.objective,
-        sampler=options.sampler,
-        scheduler=options.scheduler,
-        seed=options.seed,
-        device="cuda" if resources.gpus else "cpu",
-        versions=list_versions("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy", "scikit-learn"),
-        warm_start=None if warm_start is None else warm_start.donor.description,
-    )
-
-
-def find_time_left(options: SearchOptions, past: PastRun | None) -> float | None:
-    """Seconds until the time budget is used up, not more than 0 where it is; None where there is none."""
-    if past is None or options.time_budget is None:
-        return options.time_budget
-    return options.time_budget - past.seconds
-
-
 def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, seconds: float) -> bool:
     """Whether the search ended before its trials did, other than by its time budget."""
     within_budget = options.time_budget is None or seconds < options.time_budget
@@ -509,28 +337,6 @@ def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, secon
 def is_unfinished(trials: Sequence[TrialRecord], options: SearchOptions) -> bool:
     """Whether there are trials that a search could go on with, or make."""
     return len(trials) < options.num_samples or any(trial.status is TrialStatus.INTERRUPTED for trial in trials)
-
-
-def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
-    return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
-
-
-def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
-    """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
-
-    A trial that ran out of its share of a GPU gets twice the share. That attempt, and one that a lost node costs, are
-    not counted among those that a worker's death may cost; a trial whose retries are used up has ended, and nothing is
-    changed.
-    """
-    searcher.note_worker_death(trial)
-    if trial.status != Trial.ERROR:
-        return
-    cause = find_cause(trial)
-    larger_share = LargerShareNeeded.__name__ in cause
-    if larger_share:
-        trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
-    if larger_share or is_node_lost(cause):
-        trial.max_failures += 1
 
 
 def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:

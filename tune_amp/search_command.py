@@ -21,12 +21,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from tune_amp.config import (
-    InputError,
-    TrialConfig,
-    describe_error,
-    is_function_name,
-)
+from tune_amp.config import InputError, TrialConfig, describe_error, is_function_name
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -40,14 +35,7 @@ from tune_amp.console import (
 )
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.ledger import read_process_age
-from tune_amp.options import (
-    SearchOptions,
-    build_options,
-    check_trackers,
-    hide_credentials,
-    naming_flags,
-    run_folder,
-)
+from tune_amp.options import SearchOptions, build_options, check_trackers, hide_credentials, naming_flags, run_folder
 from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
 from tune_amp.search_arguments import DEFAULT_RESULTS_DIR, DEFAULT_SPACE, search_parser
 from tune_amp.search_output import choose_observer, list_inert, print_end, print_json_end, print_json_start, print_start
@@ -204,9 +192,10 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         if session.by_client and arguments.tracker:
             raise InputError("--tracker: must not be given with ray://, where the search runs on another machine")
         dataset = find_dataset()
+        from tune_amp.planning import adapt_donor, plan_resources
         from tune_amp.remote import run_search_remotely
         from tune_amp.resuming import describe_standing, remember
-        from tune_amp.search import adapt_donor, plan_resources, run_search
+        from tune_amp.search import run_search
         from tune_amp.trackers import build_trackers, describe_tracker
 
         resources = plan_resources(

@@ -517,7 +517,7 @@ class FabricatedTrial:
         self.temporary_state = types.SimpleNamespace(ray_actor=f"Actor {place % CUT_OFF}")
 
     def __str__(self) -> str:
-        from tune_amp.search import name_trial
+        from tune_amp.tuning import name_trial
 
         return name_trial(self)
 
@@ -533,10 +533,11 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
         folder: for its run folder, which is there.
         cut_off: trials that run when it is killed, and come on top when it goes on; 0: it ends in peace.
     """
+    from tune_amp.planning import describe_run as describe
+    from tune_amp.planning import list_shared
     from tune_amp.recorder import SearchProgress, TrialRecorder
     from tune_amp.resources import TrialResources
-    from tune_amp.search import _begin_run, list_shared
-    from tune_amp.search import describe_run as describe
+    from tune_amp.search import begin_run
     from tune_amp.searcher import AmpSearch, find_cause
     from tune_amp.stopping import build_scheduler
 
@@ -545,7 +546,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=CUT_OFF, reason="")
     provenance = describe(space, dataset, options, run.name, (), resources)
     reports = _train_one(TrialConfig(**list_shared(dataset, options)), dataset)
-    with _begin_run(run, space, provenance, {}) as journal:
+    with begin_run(run, space, provenance, {}) as journal:
         progress = SearchProgress(
             run=run.name,
             model=options.model,

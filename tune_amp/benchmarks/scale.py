@@ -200,7 +200,8 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
         space = load_small_space(Path(results))
         dataset = load_dataset(DATASET)
         with ray_session(num_gpus=0):
-            from tune_amp.search import plan_resources, run_search
+            from tune_amp.planning import plan_resources
+            from tune_amp.search import run_search
 
             slots = plan_resources(options).max_concurrent
             run_search(space, dataset, options, folder=folder, observer=Sampler(samples.append))

@@ -1,0 +1,148 @@
+"""How a search is put to Ray Tune: the trainable, the scheduler, what a worker's death means, and how it ends."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from tune_amp.config import TrialConfig, format_scale
+from tune_amp.data import Dataset
+from tune_amp.halt import StopRequest
+from tune_amp.options import SearchOptions
+from tune_amp.past import PastRun
+from tune_amp.resources import TrialResources, double_share
+from tune_amp.searcher import AmpSearch, find_cause, is_node_lost
+from tune_amp.source import TrialSource
+from tune_amp.stopping import DivergenceAware, build_scheduler
+from tune_amp.storage import RunStorage
+from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
+
+
+def bind_trainable(
+    dataset: Dataset, resources: TrialResources, storage: RunStorage, past: PastRun | None = None
+) -> type[AmpTrainable]:
+    """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
+    left = past.unfinished if past else ()
+    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.last_checkpoints] for trial in left}
+    worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
+    with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
+    trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
+    # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
+    trainable.__qualname__ = AmpTrainable.__qualname__
+    return trainable
+
+
+def name_trial(trial: Any) -> str:
+    """A name people can read: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
+    config = TrialConfig(**trial.config)
+    number = int(trial.experiment_tag.split("_")[0])
+    name = f"{number:02d}-{config.precision}-lr{config.lr:.2g}-b{config.batch_size}"
+    return f"{name}-scale{format_scale(config.init_scale)}" if config.init_scale is not None else name
+
+
+def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
+    return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+
+
+def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> DivergenceAware:
+    """The scheduler that ``options`` name; it tells ``searcher`` of each worker that died."""
+    return build_scheduler(
+        options.scheduler,
+        objective=options.objectives[0],
+        max_epochs=options.max_epochs,
+        grace_period=options.grace_period,
+        reduction_factor=options.reduction_factor,
+        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources),
+    )
+
+
+def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
+    """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
+
+    A trial that ran out of its share of a GPU gets twice the share. That attempt, and one that a lost node costs, are
+    not counted among those that a worker's death may cost; a trial whose retries are used up has ended, and nothing is
+    changed.
+    """
+    searcher.note_worker_death(trial)
+    if trial.status != Trial.ERROR:
+        return
+    cause = find_cause(trial)
+    larger_share = LargerShareNeeded.__name__ in cause
+    if larger_share:
+        trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
+    if larger_share or is_node_lost(cause):
+        trial.max_failures += 1
+
+
+def build_tuner(
+    trainable: type[AmpTrainable],
+    source: TrialSource,
+    scheduler: DivergenceAware,
+    *,
+    storage: RunStorage,
+    stop: StopRequest,
+    callbacks: Sequence[tune.Callback],
+    num_samples: int,
+    time_left: float | None,
+) -> tune.Tuner:
+    """Everything that Tune is told.
+
+    Args:
+        trainable: from ``bind_trainable``.
+        source: the trials, those of the past first.
+        scheduler: from ``schedule``.
+        storage: where checkpoints go.
+        stop: ends all trials once the search is asked to end.
+        callbacks: in the order in which they are called.
+        num_samples: trials, those of the past included.
+        time_left: seconds until Tune ends all trials; None: never.
+    """
+    tune_config = tune.TuneConfig(
+        num_samples=num_samples,
+        search_alg=source,
+        scheduler=scheduler,
+        time_budget_s=time_left,
+        reuse_actors=True,
+        trial_name_creator=name_trial,
+        trial_dirname_creator=name_trial,
+    )
+    run_config = tune.RunConfig(
+        name=storage.name,
+        storage_path=storage.path,
+        storage_filesystem=storage.filesystem,
+        stop=Asked(stop),
+        callbacks=list(callbacks),
+        failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+        verbose=0,
+    )
+    return tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+
+
+class Asked(tune.Stopper):
+    """Ends all trials once a search is asked to end."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is ended by its result."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether Tune should end."""
+        return self._stop.reason is not None
+
+
+def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
+    """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
+    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    try:
+        tuner.fit()
+    except Exception:
+        if stop.reason is None:
+            raise
