@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import ray
 import yaml
@@ -13,6 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tune_amp.search_arguments import search_parser
 
+KUBERNETES = "1.31"
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 
 
@@ -21,30 +23,12 @@ def fields(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
-# The part of KubeRay's RayJob (ray.io/v1) that the example uses: names and types of fields, written down by us from the
-# API references of KubeRay 1.5 and Kubernetes 1.31. It is no copy of the CRD, which was not at hand.
+# The part of KubeRay's RayJob (ray.io/v1) that the example uses: names, types and requirements of fields as KubeRay's
+# sources declare them (RayJobSpec, RayClusterSpec, AuthOptions, HeadGroupSpec and WorkerGroupSpec in
+# ray-operator/apis/ray/v1). What pods may hold is Kubernetes' own schema: see the test of pods.
 TEXT, COUNT, FLAG = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
-QUANTITIES = {
-    "type": "object",
-    "additionalProperties": {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[KMGT]i?)?$"},
-}
-CONTAINER = fields(
-    ("name", "image"),
-    name=TEXT,
-    image=TEXT,
-    resources=fields(requests=QUANTITIES, limits=QUANTITIES),
-    volumeMounts={"type": "array", "items": fields(("name", "mountPath"), name=TEXT, mountPath=TEXT)},
-)
-VOLUME = fields(("name",), name=TEXT, persistentVolumeClaim=fields(("claimName",), claimName=TEXT))
-POD = fields(
-    ("spec",),
-    spec=fields(
-        ("containers",),
-        containers={"type": "array", "items": CONTAINER, "minItems": 1},
-        volumes={"type": "array", "items": VOLUME},
-    ),
-)
+POD: dict[str, Any] = {"type": "object"}
 RAY_JOB = fields(
     ("apiVersion", "kind", "metadata", "spec"),
     apiVersion={"const": "ray.io/v1"},
@@ -60,11 +44,11 @@ RAY_JOB = fields(
             ("headGroupSpec",),
             rayVersion=TEXT,
             authOptions=fields(mode={"enum": ["disabled", "token"]}),
-            headGroupSpec=fields(("template",), rayStartParams=TEXTS, template=POD),
+            headGroupSpec=fields(("rayStartParams", "template"), rayStartParams=TEXTS, template=POD),
             workerGroupSpecs={
                 "type": "array",
                 "items": fields(
-                    ("groupName", "maxReplicas", "minReplicas", "template"),
+                    ("groupName", "maxReplicas", "minReplicas", "rayStartParams", "template"),
                     groupName=TEXT,
                     replicas=COUNT,
                     minReplicas=COUNT,
@@ -95,6 +79,29 @@ def test_schema_refuses_a_field_that_kuberay_would_drop_without_a_word(change: s
         jsonschema.validate(job, RAY_JOB)
 
 
+def list_pods() -> list[dict[str, Any]]:
+    """The pods that KubeRay would make of the example."""
+    cluster = read("rayjob.yaml")["spec"]["rayClusterSpec"]
+    return [
+        {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
+
+
+def test_pods_are_valid_by_kubernetes_own_schema() -> None:
+    pods = list_pods()
+    assert len(pods) == 2
+    for pod in pods:
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_kubernetes_schema_refuses_a_field_that_is_misspelt() -> None:
+    pod = list_pods()[0]
+    pod["spec"]["containers"][0]["volumeMount"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
 def test_ray_job_asks_for_a_token_and_its_ray_is_ours() -> None:
     cluster = read("rayjob.yaml")["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
@@ -107,9 +114,7 @@ def test_ray_job_runs_a_command_that_we_understand_and_keeps_its_results() -> No
     assert (program, command) == ("tune-amp", "search")
     known = search_parser("tune-amp search").parse_args(arguments)
     assert known.address == "auto"
-    cluster = spec["rayClusterSpec"]
-    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    for pod in (pod["template"]["spec"] for pod in pods):
+    for pod in (pod["spec"] for pod in list_pods()):
         [mount] = pod["containers"][0]["volumeMounts"]
         assert mount["name"] in [volume["name"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
         for place in (known.results_dir, known.storage_path):
