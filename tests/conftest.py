@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+    from simulated_cluster import SimulatedCluster
 
     from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
     from tune_amp.space import SearchSpace
@@ -43,6 +44,15 @@ def digits() -> "Dataset":
     from tune_amp.data import load_dataset
 
     return load_dataset("digits", None)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> "Iterator[SimulatedCluster]":
+    """A cluster of one node with one CPU; each test adds its own and takes them away."""
+    from simulated_cluster import SimulatedCluster
+
+    with SimulatedCluster(num_cpus=1, include_dashboard=True) as started:
+        yield started
 
 
 BROWSER_FLAGS = (

@@ -152,6 +152,10 @@ def _run(task: Task, folder: Path) -> int:
         if error.code != signal.SIGTERM:  # Ray's own answer to SIGTERM while it starts
             raise
         return _say_cut_off("SIGTERM", folder, resume)
+    except Exception as error:  # a fault of ours or of Ray's: its traceback follows, but the run is not lost
+        if not isinstance(error, InputError):
+            _say_cut_off(describe_error(error), folder, resume)
+        raise
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201

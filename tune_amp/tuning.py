@@ -1,11 +1,14 @@
 """How a search is put to Ray Tune: the trainable, the scheduler, what a worker's death means, and how it ends."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ray import tune
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig, format_scale
@@ -142,7 +145,29 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
-        tuner.fit()
+        with memory_monitor_heeded():
+            tuner.fit()
     except Exception:
         if stop.reason is None:
             raise
+
+
+@contextlib.contextmanager
+def memory_monitor_heeded() -> Iterator[None]:
+    """In the ``with`` block, a worker that Ray's memory monitor kills has died like any other: only its trial ends.
+
+    Ray 2.60 raises ``OutOfMemoryError`` for what such a worker was doing. It is no ``RayActorError``, so that Tune ends
+    with all trials: "Caught unexpected exception".
+    """
+    take = RayActorManager._actor_task_failed  # noqa: SLF001
+
+    def take_as_death(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        take(self, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = take_as_death  # type: ignore[method-assign] # noqa: SLF001
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = take  # type: ignore[method-assign] # noqa: SLF001

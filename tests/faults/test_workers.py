@@ -20,6 +20,8 @@ from fault_runs import (
     read_end,
     read_events,
 )
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 
 from tune_amp.config import TrialStatus
 from tune_amp.results import load_ledger, load_trials
@@ -161,6 +163,46 @@ def test_trial_that_eats_memory_ends_alone(tmp_path: Path, undisturbed: Undistur
     assert count_events(run, "lost") == 0
     assert search.find_left() == []
     note_fault("a trial that eats memory", "that trial is out_of_memory, the others go on", count)
+
+
+FILLS_THE_MACHINE = """
+def fault(self, images):
+    if Net.steps == 8 and any(once(f"eats {attempt}") for attempt in range(3)):
+        eaten = []
+        while True:
+            eaten.append(b"1" * 2**26)  # written to, or it would take no memory
+            time.sleep(0.02)
+"""
+OWN_GIB = 3.5
+"""What the search itself takes is less."""
+
+
+def test_trial_whose_worker_the_memory_monitor_kills_each_time_ends_alone(tmp_path: Path, follow: Follow) -> None:
+    """The machine counts as full a little above what it holds now: Ray's monitor kills the worker that fills it."""
+    total, used = get_system_memory() / 2**30, get_used_memory() / 2**30
+    if total - used < 2 * OWN_GIB:
+        pytest.skip(f"{total - used:.1f} GiB of memory are free: too few for the search and what it wastes")
+    threshold = (used + OWN_GIB) / total
+    monitor = {"RAY_memory_usage_threshold": f"{threshold:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path, FILLS_THE_MACHINE), *ALONE, environment=monitor))
+    assert search.wait() == 0, search.stderr
+    killed, *others = load_trials(run)
+    assert killed.status is TrialStatus.OUT_OF_MEMORY
+    assert killed.error is not None
+    assert "low on memory" in killed.error
+    assert len(killed.epochs) == 1
+    assert {trial.status for trial in others} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED}
+    assert len(others) == 5
+    count = check_run(run)
+    assert count_events(run, "lost") == 3  # it was tried again twice, as after any death of its worker
+    assert search.find_left() == []
+    note_fault(
+        "a trial that fills the machine, whose worker Ray's memory monitor kills",
+        "that trial is out_of_memory, the others go on",
+        count,
+        faults=3,
+    )
 
 
 JUMPING_CLOCK = """

@@ -1,0 +1,192 @@
+"""Searches on a simulated cluster, as a user starts them, for tests that look at them or harm them."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from optuna import load_study
+from optuna.trial import TrialState
+from simulated_cluster import SimulatedCluster
+
+from tune_amp.config import TrialStatus
+from tune_amp.results import TrialRecord, load_trials
+from tune_amp.searcher import open_storage
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EPOCHS = 20
+EPOCH_SECONDS = 0.2
+
+# Leaves a line for each attempt of a trial: on which node, in which process, with whose code. An epoch takes a
+# while, whatever its settings: where a trial ends before a new node's worker has started, Tune gives the trial that
+# waits for that worker to the one that is free, and starts again.
+MODEL = """
+import json, os, time
+import ray, torch
+import tune_amp
+from model_parts import build_layer
+
+
+class Net(torch.nn.Module):
+    def __init__(self, pixels, classes):
+        super().__init__()
+        self.layer = build_layer(pixels, classes)
+        self.began = time.time()
+
+    def train(self, mode=True):
+        if mode:  # once an epoch, and after whatever looks at the model in between
+            time.sleep(SECONDS)
+            with open("FOLDER/epochs", "a") as file:
+                file.write(f"{self.began}\\n")
+        return super().train(mode)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+
+def net(input_shape, num_classes):
+    network = Net(torch.Size(input_shape).numel(), num_classes)
+    if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        here = {
+            "node": ray.get_runtime_context().get_node_id(),
+            "pid": os.getpid(),
+            "at": network.began,
+            "file": __file__,
+            "tune_amp": tune_amp.__file__,
+        }
+        with open("FOLDER/attempts", "a") as file:
+            file.write(json.dumps(here) + "\\n")
+    return network
+"""
+
+PARTS = """
+import torch
+
+
+def build_layer(pixels, classes):
+    return torch.nn.Linear(pixels, classes)
+"""
+
+
+class Search:
+    """A search in a process of its own, and what it has told so far."""
+
+    def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        self.events: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self._folder / "results" / "run"
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """What the model left of each attempt of a trial."""
+        path = self._folder / "attempts"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def count_ended(self) -> int:
+        """Trials that are over."""
+        return sum(event["event"] == "trial" for event in self.events)
+
+    def count_workers(self, node: str) -> int:
+        """Processes of a node in which an attempt began."""
+        return len({attempt["pid"] for attempt in self.attempts if attempt["node"] == node})
+
+    def age_of_attempt(self, node: str) -> float:
+        """Seconds since the last attempt began on a node."""
+        return time.time() - max([attempt["at"] for attempt in self.attempts if attempt["node"] == node], default=0.0)
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something to become true of a search that goes on."""
+        deadline = time.monotonic() + 300  # a search starts in 10 s here, and in 100 s beside 40 other processes
+        while not holds():
+            assert self._process.poll() is None, self._read_errors()
+            assert time.monotonic() < deadline, (self.attempts, self.events)
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        """Wait for the end; returns the exit code."""
+        code = self._process.wait(240)
+        self._reader.join()
+        return code
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the end, which must be a good one; returns the last event."""
+        assert self.wait() == 0, self._read_errors()
+        assert "Traceback" not in self._read_errors()
+        assert self.events[-1]["event"] == "result"
+        return self.events[-1]
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.events.append(json.loads(line))
+
+    def _read_errors(self) -> str:
+        return (self._folder / "errors").read_text()
+
+
+def write_model(folder: Path, epoch_seconds: float = EPOCH_SECONDS) -> None:
+    """Make the folder with a user's own model in it."""
+    folder.mkdir()
+    (folder / "sleepy.py").write_text(MODEL.replace("FOLDER", str(folder)).replace("SECONDS", str(epoch_seconds)))
+    (folder / "model_parts.py").write_text(PARTS)
+
+
+@contextlib.contextmanager
+def searching(
+    cluster: SimulatedCluster, folder: Path, *arguments: object, epoch_seconds: float = EPOCH_SECONDS
+) -> Iterator[Search]:
+    """A search by ``scripts/search.py`` on the cluster, of a user's own model, in the folder."""
+    write_model(folder, epoch_seconds)
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
+    command += ["--model", "sleepy:net", "--max-epochs", str(EPOCHS), "--sampler", "random", "--scheduler", "none"]
+    command += ["--confirm-seeds", "0", "--address", cluster.address, "--name", "run", "--json", *map(str, arguments)]
+    if "--storage-path" not in command:
+        command += ["--storage-path", str(folder / "storage")]
+    environment = os.environ | cluster.environment
+    with (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        try:
+            yield Search(process, folder)
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def check_nothing_is_lost(run: Path, num_samples: int) -> list[TrialRecord]:
+    """Every trial ended well, each of its epochs is in the files once, and the study holds nothing that runs."""
+    trials = load_trials(run)
+    assert [trial.status for trial in trials] == [TrialStatus.COMPLETED] * num_samples
+    rows = pq.read_table(run / "epochs.parquet", columns=["trial_id", "epoch"]).to_pylist()
+    told = Counter((row["trial_id"], row["epoch"]) for row in rows)
+    assert told == {(trial.trial_id, epoch): 1 for trial in trials for epoch in range(1, EPOCHS + 1)}
+    states = [trial.state for trial in load_study(study_name="run", storage=open_storage(run / "study.journal")).trials]
+    assert states == [TrialState.COMPLETE] * num_samples
+    return trials
+
+
+def learned(trials: Sequence[TrialRecord]) -> dict[str, list[tuple[float | None, ...]]]:
+    """What the trials reported, without times."""
+    return {
+        trial.trial_name: [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in trial.epochs]
+        for trial in trials
+    }

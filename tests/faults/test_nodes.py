@@ -1,0 +1,102 @@
+"""Nodes of a cluster that are lost: what ran there goes on elsewhere or begins once more, and nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster_runs import check_nothing_is_lost, learned, searching, write_model
+from fault_runs import check_run, note_fault
+from simulated_cluster import SimulatedCluster
+
+from tune_amp.results import load_best_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_a_search_on_three_nodes_loses_one_halfway_and_nothing_else(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    staying, dying = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    with searching(cluster, tmp_path / "undisturbed", "--num-samples", 9) as undisturbed:
+        undisturbed.finish()
+    assert {attempt["node"] for attempt in undisturbed.attempts} == {cluster.head, staying, dying}
+
+    with searching(cluster, tmp_path / "disturbed", "--num-samples", 9) as disturbed:
+        disturbed.wait_until(lambda: disturbed.count_ended() >= 3)
+        disturbed.wait_until(lambda: 2 < disturbed.age_of_attempt(dying) < 4)  # a third of its epochs is reported
+        cluster.kill_node(dying)
+        disturbed.finish()
+    cluster.remove_node(staying)
+
+    assert len(disturbed.attempts) == 10  # the one that ran there began once more
+    trials = check_nothing_is_lost(disturbed.run, 9)
+    assert learned(trials) == learned(check_nothing_is_lost(undisturbed.run, 9))
+    assert [row.trial.trial_name for row in load_best_rows(disturbed.run)] == [
+        row.trial.trial_name for row in load_best_rows(undisturbed.run)
+    ]
+    assert not list((tmp_path / "disturbed" / "storage").rglob("checkpoint_*"))
+    note_fault("one node of three killed halfway", "goes on", check_run(disturbed.run), ranking_equal=True)
+
+
+def test_trials_are_added_as_nodes_join_and_move_as_they_leave(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    other = cluster.add_node(num_cpus=1)
+    with searching(cluster, tmp_path / "s", "--num-samples", 6, epoch_seconds=1.0) as search:
+        search.wait_until(lambda: len(search.attempts) == 2)
+        joined = cluster.add_node(num_cpus=2)
+        search.wait_until(lambda: search.count_workers(joined) == 2 and search.age_of_attempt(joined) > 2)
+        begun = len(search.attempts)
+        assert begun - search.count_ended() == 4  # as many run now
+        cluster.remove_node(joined)
+        search.wait_until(lambda: len(search.attempts) > begun)
+        search.finish()
+    cluster.remove_node(other)
+    check_nothing_is_lost(search.run, 6)
+    assert len(search.attempts) == 8  # two ran there and began once more
+    note_fault("a node with two trials joins, and leaves", "goes on", check_run(search.run))
+
+
+CONFIRMING = """
+import json, sys
+import sleepy
+from tune_amp.session import ray_session
+
+with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
+    from tune_amp.config import TrialConfig
+    from tune_amp.confirm import ConfirmJob, train_on_slots
+    from tune_amp.data import load_dataset
+    from tune_amp.resources import TrialResources
+
+    config = TrialConfig(dataset="digits", model="sleepy:net", max_epochs=20)
+    job = ConfirmJob(trial_ids=("a",), config=config)
+    resources = TrialResources(cpus=2, gpus=0.0, max_concurrent=1, reason="")
+    for _, run in train_on_slots([job], load_dataset("digits"), resources):
+        print(json.dumps({"status": str(run.status), "error": run.error}))
+"""
+
+
+def test_confirmed_run_begins_once_more_as_often_as_its_node_is_lost(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    write_model(folder)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONFIRMING, cluster.address],
+        cwd=folder,
+        env=os.environ | cluster.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for lost in range(3):  # more often than a worker may die
+        node = cluster.add_node(num_cpus=2)  # the first has but one
+        deadline = time.monotonic() + 100
+        while not (folder / "attempts").exists() or len((folder / "attempts").read_text().splitlines()) <= lost:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        cluster.remove_node(node)
+    last = cluster.add_node(num_cpus=2)
+    told, _ = process.communicate(timeout=120)
+    cluster.remove_node(last)
+    assert [json.loads(line) for line in told.splitlines() if line.startswith("{")] == [
+        {"status": "completed", "error": None}
+    ]
