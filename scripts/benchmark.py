@@ -75,7 +75,8 @@ def measure_driver(arguments: argparse.Namespace) -> int:
 
 def measure_load_of_driver(arguments: argparse.Namespace) -> int:
     """Run searches of many trials, of many at a time and of many to resume."""
-    from tune_amp.benchmarks.load import PLANS, measure_load, render_load, write_load
+    from tune_amp.benchmarks.load import PLANS, measure_load
+    from tune_amp.benchmarks.load_table import render_load, write_load
 
     _make_folder(arguments.output)
     result = measure_load([PLANS[part] for part in arguments.parts], report=_tell)

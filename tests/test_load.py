@@ -11,23 +11,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from tune_amp.benchmarks.load import (
-    CUT_OFF,
-    PARTS,
-    PLANS,
-    RUN,
-    Kept,
-    LoadResult,
-    LoadRow,
-    Plan,
-    check_run,
-    count_at_a_time,
-    fabricate,
-    find_first_new,
-    measure_plan,
-    render_load,
-    write_load,
-)
+from tune_amp.benchmarks.load import PLANS, Kept, check_run, count_at_a_time, find_first_new, measure_plan
+from tune_amp.benchmarks.load_search import CUT_OFF, RUN, Plan, fabricate
+from tune_amp.benchmarks.load_table import PARTS, LoadResult, LoadRow, render_load, write_load
 from tune_amp.journal import read_journal
 from tune_amp.past import open_past
 from tune_amp.results import load_trials
@@ -222,7 +208,7 @@ def test_fabricated_run_is_resumed_and_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # starts Ray
 def test_workers_that_are_forked_train_side_by_side(tmp_path: Path) -> None:
-    model = "tune_amp.benchmarks.load:napping_net"
+    model = "tune_amp.benchmarks.load_search:napping_net"
     plan = dataclasses.replace(PLANS["slots"], slots=4, trials=8, epochs=1, model=model)
     row = measure_plan(plan, tmp_path)
     assert (row.at_a_time, row.workers, row.lost, row.doubled, row.unended) == (4, 4, 0, 0, 0)
