@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,10 @@ import pytest
 
 # Before torch is imported: the tensors of tests are tiny, and on a busy machine threads wait for each other, up to 50x.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Under nohup all that a test starts would ignore SIGHUP too. A handler ends with exec: what is started has the default.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
