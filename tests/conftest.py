@@ -15,9 +15,11 @@ import pytest
 # Before torch is imported: the tensors of tests are tiny, and on a busy machine threads wait for each other, up to 50x.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Under nohup all that a test starts would ignore SIGHUP too. A handler ends with exec: what is started has the default.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)
+# Under nohup, or in the background of a script, all that a test starts would ignore these signals too. A handler ends
+# with exec: what is started has the default again.
+for number, handler in ((signal.SIGHUP, lambda *_: None), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
