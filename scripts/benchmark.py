@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tune_amp.benchmarks import speed
+from tune_amp.benchmarks import speed, speed_table
 from tune_amp.config import DATASETS, MODELS, InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced
 
@@ -47,7 +47,7 @@ def time_searches(arguments: argparse.Namespace) -> int:
         before=speed.load_measured(path) if arguments.go_on else (),
         announce=lambda line: print(line, flush=True),
     )
-    return _save_table(arguments.output / "search-speed.md", speed.render_speed(result))
+    return _save_table(arguments.output / "search-speed.md", speed_table.render_speed(result))
 
 
 def time_loop(arguments: argparse.Namespace) -> int:

@@ -17,30 +17,30 @@ import torch
 from records import make_epoch, make_trial
 
 from tune_amp.benchmarks import speed
+from tune_amp.benchmarks.command_cost import CommandCost, run_measured, sum_memory
 from tune_amp.benchmarks.machine import describe_versions
 from tune_amp.benchmarks.speed import (
+    Pairing,
+    hide_gpus,
+    list_our_command,
+    load_measured,
+    measure_speed,
+    plan_obvious,
+    plan_slots,
+    summarise_ours,
+    torchvision_folder,
+    write_space,
+)
+from tune_amp.benchmarks.speed_table import (
     OBVIOUS,
     OURS,
-    CommandCost,
-    Pairing,
     SpeedResult,
     SpeedRow,
     compare_rows,
     describe_row,
-    hide_gpus,
     judge_targets,
-    list_our_command,
-    load_measured,
     load_speed,
-    measure_speed,
-    plan_obvious,
-    plan_slots,
     render_speed,
-    run_measured,
-    sum_memory,
-    summarise_ours,
-    torchvision_folder,
-    write_space,
     write_speed,
 )
 from tune_amp.benchmarks.spread import Spread
