@@ -147,7 +147,7 @@ def read_past(data: bytes, folder: Path) -> None:
                     model="simple_net",
                     dataset="digits",
                     objectives=past.provenance.objectives,
-                    num_samples=past.num_samples,
+                    num_samples=past.num_samples or 1,
                     time_budget=None,
                     started=0.0,
                 ),

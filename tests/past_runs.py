@@ -13,6 +13,8 @@ from tune_amp.journal import JOURNAL_VERSION, Journal
 from tune_amp.past import PastRun, open_past
 from tune_amp.run_files import JOURNAL_FILE
 
+STORAGE = {"place": None, "name": "ray"}
+
 
 def beginning(**changes: Any) -> dict[str, Any]:
     about = {"version": JOURNAL_VERSION, "arguments": {}, "provenance": dataclasses.asdict(PROVENANCE)}
@@ -20,7 +22,7 @@ def beginning(**changes: Any) -> dict[str, Any]:
 
 
 def session(at: float = 0.0, **about: Any) -> dict[str, Any]:
-    return {"event": "session", "at": at, "num_samples": 4, "slots": 2, "arguments": {}, **about}
+    return {"event": "session", "at": at, "num_samples": 4, "slots": 2, "arguments": {}, "storage": STORAGE, **about}
 
 
 def trial(trial_id: str, number: int, at: float = 1.0, **settings: Any) -> dict[str, Any]:

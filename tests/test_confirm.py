@@ -7,35 +7,36 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from records import NAN, PROVENANCE, make_scored, make_trial
 from small_runs import make_split
 
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.confirm import (
-    Attempt,
     ConfirmJob,
     ConfirmPlan,
     ConfirmProgress,
     ConfirmResult,
-    _train_in_worker,
     build_default,
     choose_seeds,
     confirm,
     plan_confirmation,
-    train_and_test,
 )
+from tune_amp.confirm_slots import Attempt, _train_in_worker, train_and_test, train_on_slots
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.data import Dataset, make_long_tail
 from tune_amp.intervals import least_significant_difference, mean_interval
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.ranking import measure_gain, rank_confirmed
+from tune_amp.resources import TrialResources
 from tune_amp.results import (
     BestRow,
     TrialRecord,
@@ -544,15 +545,6 @@ def test_ctrl_c_while_a_run_is_told_stops_those_that_go_on_and_keeps_it(tmp_path
     assert len(load_confirmed(tmp_path)) == 2
 
 
-def test_whoever_watches_may_leave(tmp_path: Path) -> None:
-    class Gone:
-        def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
-            raise BrokenPipeError
-
-    result = follow(tmp_path, make_plan(*make_ranked(0.99)), Gone())
-    assert ids(result.rows) == "a1"
-
-
 def test_a_default_that_fails_says_so_in_its_row(tmp_path: Path) -> None:
     plan = make_plan(*make_ranked(0.99), default=TrialConfig())
     write_best(tmp_path, rank_trials(plan.ranked), PROVENANCE)
@@ -639,6 +631,22 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     torch.set_rng_state(state)
     [there] = [run for run in load_confirmed(tmp_path / "run") if (run.trial_id, run.seed) == (DEFAULT_ID, 1000)]
     assert dataclasses.replace(here, train_seconds=0.0) == dataclasses.replace(there, train_seconds=0.0)
+
+
+@pytest.mark.slow
+def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
+    limit = 4.0
+    jobs = [make_job(seed=seed, dataset="digits") for seed in (1000, 1001)]
+    resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=2, reason="")
+    with ray_session(num_cpus=2, num_gpus=0):
+        other = ray.remote(num_cpus=2)(time.sleep).remote(2.5 * limit)
+        while ray.available_resources().get("CPU", 0.0):
+            time.sleep(0.1)
+        began = time.monotonic()
+        ended = list(train_on_slots(jobs, digits, resources, time_limit=limit))
+        ray.get(other)
+    assert time.monotonic() - began > 1.5 * limit  # they did wait
+    assert [(run.status, run.error) for _, run in ended] == [(TrialStatus.COMPLETED, None)] * 2
 
 
 @pytest.mark.slow

@@ -205,6 +205,18 @@ def test_a_search_whose_reader_is_gone_goes_on_to_its_end(tmp_path: Path) -> Non
     assert load_best(run).dataset == "digits"
 
 
+@pytest.mark.parametrize("shown", [(), ("--json",)])
+def test_a_search_whose_log_finds_no_room_goes_on_to_its_end(shown: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", *shown]
+    command += ["--num-samples", "2", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "mute"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    run = tmp_path / "results" / "mute"
+    assert [trial.status for trial in load_trials(run)] == [TrialStatus.COMPLETED] * 2
+    assert (run / "report.html").exists()
+
+
 def test_standard_output_of_json_holds_nothing_else(tmp_path: Path) -> None:
     """Ray tells of dead workers, and a user's code prints, on standard output."""
     (tmp_path / "deadly.py").write_text(

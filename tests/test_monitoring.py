@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -71,6 +72,23 @@ def words(text: str) -> list[list[str]]:
 
 
 # The live view
+
+
+class GoneTerminal(io.StringIO):
+    """Writing fails as soon as nobody reads any more; nothing else says so."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+def test_terminal_that_went_away_is_no_fault_of_the_search() -> None:
+    terminal = GoneTerminal()
+    with LiveTable(Console(file=terminal, width=80, force_terminal=True)):
+        terminal.gone = True
 
 
 def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> None:

@@ -89,12 +89,23 @@ def refusal(folder: Path) -> str:
     return message.removeprefix(f"{folder}/")
 
 
+def test_run_that_was_cut_off_before_its_first_session_has_no_samples_and_no_storage(tmp_path: Path) -> None:
+    with written_past(tmp_path) as past:
+        assert (past.num_samples, past.storages) == (None, [])
+    with written_past(tmp_path / "later", made.session(storage={"place": "/all", "name": "run-2"})) as past:
+        assert past.storages == [("/all", "run-2")]
+
+
+def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
+    return [made.beginning(), made.session(storage={"place": place, "name": name})]
+
+
 @pytest.mark.parametrize(
     ("events", "expected"),
     [
         ([], "reports.journal: must hold how the run began"),
-        ([made.session()], "reports.journal: was written by journal version None; this tune_amp continues 1"),
-        ([made.beginning(version=2)], "reports.journal: was written by journal version 2; this tune_amp continues 1"),
+        ([made.session()], "reports.journal: was written by journal version None; this tune_amp continues 2"),
+        ([made.beginning(version=1)], "reports.journal: was written by journal version 1; this tune_amp continues 2"),
         ([made.beginning(), made.report("a", 1)], "reports.journal: must be the journal of a run (KeyError: 'a')"),
         ([made.beginning(), {"event": "party", "at": 1.0}], "reports.journal: event: must be one that this tune_amp"),
         ([made.beginning(), made.trial("a", 0), made.end("a", "fine")], "reports.journal: must be the journal of a"),
@@ -106,6 +117,19 @@ def refusal(folder: Path) -> str:
             [made.beginning(), {"event": "session", "at": 0.0, "arguments": {}}],
             "reports.journal: must be the journal of a run",
         ),
+        (
+            [made.beginning(), made.session(storage={"place": 7, "name": "ray"})],
+            "reports.journal: storage.place: must be",
+        ),
+        (
+            [made.beginning(), made.session(storage={"place": None, "name": ".."})],
+            "reports.journal: storage.name: must",
+        ),
+        (
+            [made.beginning(), made.session(storage={"place": None, "name": "a/b"})],
+            "reports.journal: storage.name: must",
+        ),
+        (placed(None, ""), "reports.journal: storage.name: must"),
         ([made.beginning(), made.trial("a", 0), checkpoint("/etc")], "reports.journal: path: must lie in the run's"),
         ([made.beginning(), made.trial("a", 0), checkpoint("ray/../..")], "reports.journal: path: must lie in the"),
         ([made.beginning(provenance={"run": 7})], "reports.journal: "),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from past_runs import STORAGE
 from records import PROVENANCE, make_epoch
 
 from tune_amp import recorder as recorder_module
@@ -124,7 +125,7 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
 @pytest.fixture
 def recorder(make_recorder: MakeRecorder) -> TrialRecorder:
     recorder = make_recorder()
-    recorder.open_session(slots=2, num_samples=4, arguments={})
+    recorder.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     return recorder
 
 
@@ -547,7 +548,7 @@ def test_recorder_that_goes_on_knows_what_the_one_before_it_knew(
 ) -> None:
     before = make_recorder()
     before._journal.append(BEGINNING)
-    before.open_session(slots=2, num_samples=4, arguments={})
+    before.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     done, dead, open_trial, waiting = (FakeTrial(name) for name in ("done", "dead", "open", "waiting"))
     clock.now += 7
     for number, trial in enumerate((done, dead, open_trial, waiting)):
@@ -573,7 +574,7 @@ def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_betwee
 ) -> None:
     before = make_recorder()
     before._journal.append(BEGINNING)
-    before.open_session(slots=2, num_samples=4, arguments={})
+    before.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     trial = FakeTrial("a")
     clock.now += 7
     start(before, trial)
@@ -583,7 +584,7 @@ def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_betwee
     clock.now += 1000
     after = make_recorder()
     go_on(after, tmp_path)
-    after.open_session(slots=2, num_samples=4, arguments={})
+    after.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     clock.now += 20  # Ray starts
     trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
     start(after, trial)
@@ -615,7 +616,7 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
             recorder._journal.append(BEGINNING)
         else:
             go_on(recorder, tmp_path)
-        recorder.open_session(slots=2, num_samples=4, arguments={})
+        recorder.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
         clock.now += 5
         start(recorder, trial)
         clock.now += 1

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 from fault_runs import check_no_needless_work
+from past_runs import STORAGE
 from ray import tune
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.schedulers import TrialScheduler
@@ -139,7 +140,7 @@ class Loop:
         if past is not None:
             self.recorder.replay(past.events)
             replay(self.scheduler, past.events)
-        self.recorder.open_session(num_samples=NUM_SAMPLES, slots=mode.slots, arguments={})
+        self.recorder.open_session(num_samples=NUM_SAMPLES, slots=mode.slots, arguments={}, storage=STORAGE)
         for trial in past.trials if past else ():
             _end_unheard(trial, self.recorder, self.searcher, self.scheduler)
         self.source: Any = TrialSource(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import signal
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import past_runs
 import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
@@ -18,16 +20,19 @@ from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
 from tune_amp.gauges import SearchObserver
+from tune_amp.journal import read_journal
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
-from tune_amp.planning import plan_resources
+from tune_amp.planning import list_shared, plan_resources
 from tune_amp.recorder import SearchProgress
+from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
-from tune_amp.run_files import SPACE_FILE, STUDY_FILE
+from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE, STUDY_FILE
 from tune_amp.search import SearchResult, run_search, was_interrupted
+from tune_amp.searcher import AmpSearch
 from tune_amp.session import RaySession, ray_session
-from tune_amp.space import load_space
+from tune_amp.space import load_space, parse_space
 from tune_amp.storage import RAY_FOLDER
 
 SPACE = """
@@ -430,6 +435,51 @@ def test_share_of_a_gpu_is_measured_and_the_reason_told(digits: Dataset, tmp_pat
         r"each, of 1 GPUs and 2 CPUs: 2 trials on a GPU train (only )?[\d.]+ times as fast as one", resources.reason
     )
     assert plan_resources(SearchOptions(gpus_per_trial=0.25)).gpus == 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("session")
+def test_observer_that_fails_costs_no_trial_anything(search: Search) -> None:
+    """What leaves a callback of Tune's would count as a fault of the trial, which would be trained three times."""
+
+    class OnFullDisk(Quiet):
+        def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+            if ended is not None:
+                raise OSError(28, "No space left on device")
+
+    result = search(SPACE, OnFullDisk(), num_samples=2, scheduler="none")
+    assert [trial.status for trial in result.trials] == [TrialStatus.COMPLETED] * 2
+    events = [event["event"] for event in read_journal(result.folder / JOURNAL_FILE)]
+    assert [events.count(kind) for kind in ("start", "end", "lost")] == [2, 2, 0]
+
+
+def test_resume_that_fails_before_its_trials_run_leaves_none_running_in_the_study(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = parse_space("x", "parameters:\n  lr: {low: 1.0e-3, high: 1.0e-2, log: true}\n")
+    options = make_options(num_samples=4, max_epochs=2, confirm_seeds=0)
+    sizes: dict[str, Any] = {
+        "train_images": len(digits.train),
+        "objectives": ("val_accuracy",),
+        "seed": 0,
+        "num_samples": 4,
+    }
+    searcher = AmpSearch(space, list_shared(digits, options), folder=tmp_path, study_name=tmp_path.name, **sizes)
+    begun = [past_runs.trial("aaaaaaaa", 0) | {"config": searcher.suggest("aaaaaaaa")}, past_runs.start("aaaaaaaa")]
+    searcher.close()
+    monkeypatch.setattr("tune_amp.search.list_nodes", lambda: [{"CPU": 2.0}])
+
+    def fail(*_: object) -> None:
+        raise InputError("line 7: no")
+
+    monkeypatch.setattr("tune_amp.search.replay", fail)
+    resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason="")
+    with past_runs.written_past(tmp_path, past_runs.session(), *begun) as written:
+        past = dataclasses.replace(written, provenance=dataclasses.replace(written.provenance, run=tmp_path.name))
+        with pytest.raises(InputError, match="line 7"):
+            run_search(space, digits, options, folder=tmp_path, observer=Quiet(), past=past, resources=resources)
+    assert {trial.state for trial in load_study(tmp_path).trials} == {TrialState.FAIL}
+    assert len(load_study(tmp_path).trials) == 2  # as interrupted, twice
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tune_amp.run_files import STUDY_FILE
 from tune_amp.searcher import UNKNOWN_VALUES, AmpSearch, find_cause, find_reason, find_status, is_node_lost, mend_study
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
+from tune_amp.trainable import LargerShareNeeded
 
 SHARED = {"model": "conv_net", "dataset": "digits", "max_epochs": 3, "seed": 11}
 TRAIN_IMAGES = 1437
@@ -223,6 +224,9 @@ The actor died unexpectedly before finishing this task.
 The actor died because its node has died. Node Id: 85dd7aef7ddc609558a14717b6090698c504c3d645c4755b274233cc
 \tthe actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats
 """
+NODE_UNREACHABLE = """Failure # 2 (occurred at 2026-11-26_01-40-11)
+The actor 0a1b2c is unavailable: The actor is temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: 14.
+"""
 NODE_LEFT = NODE_DIED.replace(
     "unexpectedly: health check failed due to missing too many", "expectedly: received SIGTERM"
 )
@@ -274,10 +278,17 @@ def test_last_death_of_a_worker_decides(make_search: MakeSearch, die: Callable[.
 def test_node_that_left_or_died_is_told_from_a_worker_that_did(die: Callable[..., DeadTrial]) -> None:
     assert is_node_lost(find_cause(die(KILLED, NODE_DIED)))
     assert is_node_lost(find_cause(die(NODE_LEFT)))
+    assert is_node_lost(find_cause(die(KILLED, NODE_UNREACHABLE)))
     assert is_node_lost(find_reason("Task failed because the node it was running on is dead or unavailable. Node IP: "))
     assert not is_node_lost(find_cause(die(NODE_DIED, WORKER_DIED)))
     assert not is_node_lost(find_cause(die(OUT_OF_MEMORY)))
     assert not is_node_lost(find_cause(DeadTrial("a", None)))
+
+
+def test_trial_that_asked_for_a_larger_share_and_has_no_attempt_left_ran_out_of_memory() -> None:
+    cause = f"ray::AmpTrainable.train() tune_amp.trainable.{LargerShareNeeded.__name__}: CUDA out of memory"
+    assert find_status(None, error=True, cause=cause) is TrialStatus.OUT_OF_MEMORY
+    assert find_status(None, error=True, cause="The actor died") is TrialStatus.FAILED
 
 
 def test_trial_that_completes_after_its_worker_was_killed_is_told_complete(
@@ -646,6 +657,28 @@ def test_defaults_come_again_once_though_their_trial_was_told_as_interrupted(mak
         assert [trial.state for trial in resumed.study.trials].count(TrialState.WAITING) == 1
     assert {**resumed.suggest("again"), "lr": expected["lr"]} == expected
     assert [trial.state for trial in resumed.study.trials].count(TrialState.WAITING) == 0
+
+
+def test_what_a_killed_process_gave_back_is_not_given_back_again(
+    make_search: MakeSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed between the trial that is to come again and the note of it."""
+    killed = make_search()
+    killed.study.enqueue_trial({"lr": 0.001})
+    killed.suggest("unheard")
+    killed.suggest("heard")
+    past = [past_trial(killed, "heard", 1, report(1, 0.5), None)]
+
+    def die(self: optuna.Study, name: str, value: object) -> None:
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "set_user_attr", die)
+        with pytest.raises(InterruptedError):
+            make_search(past=past)
+    for _ in range(2):
+        resumed = make_search(past=past)
+        assert [trial.state for trial in resumed.study.trials].count(TrialState.WAITING) == 1
 
 
 def test_trial_that_is_submitted_once_more_is_not_enqueued_besides(make_search: MakeSearch) -> None:

@@ -1,3 +1,4 @@
+import fcntl
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 import tune_amp
 from tune_amp.config import InputError
-from tune_amp.session import _find_source, ray_session
+from tune_amp.session import ALIVE_FILE, HOME_PREFIX, _find_source, _remove_abandoned, ray_session
 
 pytestmark = pytest.mark.slow
 
@@ -289,3 +290,23 @@ print("RAY_preload_python_modules" in os.environ)
 def test_workers_import_what_they_are_told_as_they_start_and_go_on_without_what_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", PRELOADING], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["True", "False"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Without its lock's file, where a process was killed while it removed its own."""
+    homes = {name: tmp_path / f"{HOME_PREFIX}{name}" for name in ("killed", "half removed", "living", "young")}
+    for name, home in homes.items():
+        home.mkdir()
+        (home / "token").touch()
+        if name != "half removed":
+            (home / ALIVE_FILE).touch()
+        if name != "young":
+            os.utime(home, (time.time() - 7200,) * 2)
+    other = tmp_path / "other"
+    other.mkdir()
+    os.utime(other, (0, 0))
+    with (homes["living"] / ALIVE_FILE).open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        _remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([homes["living"], homes["young"], other])
+    assert (homes["living"] / "token").exists()

@@ -53,7 +53,12 @@ def test_a_place_that_cannot_be_written_is_one_line(
 def test_each_part_of_a_search_has_a_place_and_the_last_one_tidies_all(tmp_path: Path, elsewhere: bool) -> None:
     folder = tmp_path / "run"
     place, name = (str(tmp_path / "place"), "run") if elsewhere else (None, "ray")
-    places = [prepare_storage(place, folder, session=session) for session in (1, 2, 3)]
+    places = [prepare_storage(place, folder)]
+    Path(places[0].folder).mkdir(parents=True)
+    for _ in range(2):
+        known = [(storage.place, storage.name) for storage in places]
+        places.append(prepare_storage(place, folder, earlier=known))
+        Path(places[-1].folder).mkdir()
     assert [storage.name for storage in places] == [name, f"{name}-2", f"{name}-3"]
     kept = [Path(storage.folder) / "01-fp32" / "checkpoint_000000" for storage in places]
     for checkpoint in kept:
@@ -63,13 +68,23 @@ def test_each_part_of_a_search_has_a_place_and_the_last_one_tidies_all(tmp_path:
     assert all(checkpoint.parent.exists() for checkpoint in kept)
 
 
-def test_place_that_a_search_made_before_it_told_of_it_is_passed_over(tmp_path: Path) -> None:
+def test_place_of_another_run_is_passed_over_and_left_alone(tmp_path: Path) -> None:
+    """One that the search itself made before it told of it is taken for another's too."""
     for name in ("run", "run-2", "run-3"):
         (tmp_path / name / "01-fp32" / "checkpoint_000000").mkdir(parents=True)
-    storage = prepare_storage(str(tmp_path), Path("results/run"), session=2)
-    assert (storage.name, storage.earlier) == ("run-4", ("run", "run-2", "run-3"))
+    place = prepare_storage(str(tmp_path), Path("results/new")).place
+    known = [(place, "run"), ("/somewhere/else", "run-2"), (None, "run-3")]
+    storage = prepare_storage(str(tmp_path), Path("results/run"), earlier=known)
+    assert (storage.name, storage.earlier) == ("run-4", ("run",))
     storage.remove_checkpoints()
-    assert list(tmp_path.rglob("checkpoint_*")) == []
+    assert [path.parts[-3] for path in sorted(tmp_path.rglob("checkpoint_*"))] == ["run-2", "run-3"]
+
+
+def test_search_that_was_cut_off_before_it_told_of_its_place_goes_on_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert prepare_storage(str(tmp_path), Path("results/run"), earlier=[]).name == "run-2"
+    with pytest.raises(InputError, match="already holds a run run"):
+        prepare_storage(str(tmp_path), Path("results/run"))
 
 
 def test_only_checkpoints_are_removed_and_none_is_no_fault(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@ import dataclasses
 import math
 import pickle
 import re
+import shutil
 import sys
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.tune import Checkpoint
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
@@ -591,3 +594,77 @@ def test_only_a_workers_process_is_named_after_its_trial() -> None:
     before = name.read_bytes()
     show_in_process_list("01-fp16 epoch 1/2")
     assert name.read_bytes() == before
+
+
+class FailingStorage:
+    """Ray's storage of a worker, as far as a save asks for it."""
+
+    sync_config = types.SimpleNamespace(sync_artifacts_on_checkpoint=False)
+
+    def __init__(self, folder: Path, error: Exception) -> None:
+        self._folder, self._error = folder, error
+        self.current_checkpoint_index = -1
+        self.fails = False
+
+    def _update_checkpoint_index(self, metrics: dict[str, Any]) -> None:
+        self.current_checkpoint_index += 1
+
+    def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
+        if self.fails:
+            raise self._error
+        place = self._folder / f"checkpoint_{self.current_checkpoint_index}"
+        shutil.copytree(checkpoint.path, place)
+        return Checkpoint(str(place))
+
+    def persist_artifacts(self, force: bool) -> None: ...
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("Check that all nodes have")])
+def test_save_that_finds_no_place_counts_as_none(
+    make_trainable: MakeTrainable, tmp_path: Path, error: Exception
+) -> None:
+    trainable = make_trainable(**STATEFUL)
+    trainable.train()
+    trainable._storage = storage = FailingStorage(tmp_path, error)
+    first = trainable.save()
+    storage.fails = True
+    assert trainable.save().checkpoint is None
+    storage.fails = False
+    second = trainable.save()
+    assert [Path(saved.checkpoint.path).name for saved in (first, second)] == ["checkpoint_0", "checkpoint_1"]
+
+
+def test_fault_of_the_model_is_none_of_the_disk(make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainable = make_trainable(**STATEFUL)
+    trainable.train()
+
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainable._run, "state_dict", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        trainable.save()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
+def test_checkpoint_that_is_gone_or_damaged_costs_the_trial_its_epochs_and_no_more(
+    make_trainable: MakeTrainable, tmp_path: Path, damage: str
+) -> None:
+    expected = train(make_trainable(**STATEFUL))
+    trainable = make_trainable(**STATEFUL)
+    trainable.train()
+    trainable._storage = FailingStorage(tmp_path, OSError())
+    saved = trainable.save()
+    again = make_trainable(**STATEFUL)
+    again.restore(saved)
+    assert_same(train(again), expected[1:])
+    path = Path(saved.checkpoint.path) / CHECKPOINT_FILE
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.unlink()
+    if damage == "gone":
+        path.parent.rmdir()
+    anew = make_trainable(**STATEFUL)
+    anew.restore(saved)
+    assert_same(train(anew), expected)

@@ -45,11 +45,14 @@ def answer_bad_input(command: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def ignoring_closed_pipe() -> Iterator[None]:
-    """Where the reader of standard output is gone (``| head``), print into the void: the files are what counts."""
+    """Where standard output cannot be written, print into the void: the files are what counts.
+
+    The reader of a pipe is gone (``| head``), or the terminal, or the disk of a log is full.
+    """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its exit
 
 

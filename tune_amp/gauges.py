@@ -10,6 +10,7 @@ and a series says which trial that is. Prometheus would keep a series for every 
 """
 
 import collections
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -23,6 +24,7 @@ from tune_amp.confirmed import ConfirmedRun
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import Observer, SearchProgress
 from tune_amp.results import TrialRecord
+from tune_amp.untroubled import Untroubled
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -137,7 +139,7 @@ class Gauges:
     """
 
     def __init__(self, observer: SearchObserver, *, slots: int, registry: Any = None) -> None:
-        self._observer: SearchObserver | None = observer
+        self._observer = Untroubled(observer)
         self._slots = slots
         self._registry = registry
         self._metrics: dict[str, Any] | None = None
@@ -156,20 +158,12 @@ class Gauges:
         if ended is not None:
             self._ended.append(ended)
         self._progress = progress
-        if self._observer is not None:
-            try:
-                self._observer.on_progress(progress, ended)
-            except BrokenPipeError:  # whoever watched is gone; the metrics go on
-                self._observer = None
+        self._observer.on_progress(progress, ended)
 
     def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
         """Remember this for the next publication, and pass it on."""
         self._confirmation = progress
-        if self._observer is not None:
-            try:
-                self._observer.on_confirmation(progress, ended)
-            except BrokenPipeError:
-                self._observer = None
+        self._observer.on_confirmation(progress, ended)
 
     def __enter__(self) -> "Gauges":
         self._stop.clear()
@@ -198,7 +192,8 @@ class Gauges:
             self._set(self._tally.count(self._progress, ended, self._confirmation, self._slots))
         except Exception as error:
             self._broken = True
-            print(f"metrics ended, the search goes on: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+            with contextlib.suppress(OSError):
+                print(f"metrics ended, the search goes on: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
     def _publish_often(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):

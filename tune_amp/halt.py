@@ -56,7 +56,7 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
 
     def answer(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            _forget_closed_terminal()
+            forget_closed_terminal()
             if stop.reason is not None:
                 return  # of a terminal that closes there come two, one from the kernel and one from the shell
         if stop.reason is not None:
@@ -82,7 +82,7 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _forget_closed_terminal() -> None:
+def forget_closed_terminal() -> None:
     """Print nowhere from now on if the terminal is gone: each line would be an error, and end what is to be written."""
     for descriptor in (1, 2):
         try:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from tune_amp.config import InputError
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 class Journal:

@@ -19,6 +19,7 @@ from tune_amp.config import TrainingState, TrialStatus, format_scale
 from tune_amp.confirm_table import settings_cells
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.console import printable
+from tune_amp.halt import forget_closed_terminal
 from tune_amp.importance import ImportanceResult
 from tune_amp.ledger import Ledger, TimeKind
 from tune_amp.ranking import choose_best, count_ties, measure_gain
@@ -58,7 +59,10 @@ class LiveTable:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        try:
+            self._live.stop()
+        except OSError:  # the terminal is gone, and nobody said so: no SIGHUP comes to what runs in the background
+            forget_closed_terminal()
 
     def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Show this from the next redraw on."""

@@ -70,9 +70,14 @@ class PastRun:
     """One for each time the search began or went on."""
 
     @property
-    def num_samples(self) -> int:
-        """Trials of the search as it was begun."""
-        return int(self.sessions[0]["num_samples"]) if self.sessions else 1
+    def num_samples(self) -> int | None:
+        """Trials of the search as it was begun; None where it was cut off before."""
+        return int(self.sessions[0]["num_samples"]) if self.sessions else None
+
+    @property
+    def storages(self) -> list[tuple[str | None, str]]:
+        """Place and name of where each part of the search kept its checkpoints: see ``storage.RunStorage``."""
+        return [(session["storage"]["place"], session["storage"]["name"]) for session in self.sessions]
 
     @property
     def seconds(self) -> float:
@@ -142,6 +147,10 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
     kind = event["event"]
     if kind == "session":
         checked_type("num_samples", event["num_samples"], int)
+        checked_type("storage.place", event["storage"]["place"], str | None)
+        name = checked_type("storage.name", event["storage"]["name"], str)
+        if PurePosixPath(name).name != name or name in ("", ".."):
+            raise InputError(f"storage.name: must name a folder, got {shown(name)}")
     elif kind == "trial":
         for name, hint in (("trial_id", str), ("name", str), ("number", int)):
             checked_type(name, event[name], hint)

@@ -80,7 +80,7 @@ class TrialRecorder(tune.Callback):
         folder: the run folder.
         provenance: goes into each file.
         progress: the search before its first trial.
-        observer: is told of everything that happens.
+        observer: is told of everything that happens, and raises nothing.
         journal: gets every event before it counts.
         storage_root: below which checkpoints lie.
         slots: places in which trials run at a time.
@@ -106,7 +106,7 @@ class TrialRecorder(tune.Callback):
         self.folder = folder
         self._provenance = provenance
         self._progress = progress
-        self._observer: Observer | None = observer
+        self._observer = observer
         self._journal, self._storage_root = journal, storage_root
         self._explain_death, self._on_fault = explain_death, on_fault
         self._is_broken = False
@@ -366,17 +366,13 @@ class TrialRecorder(tune.Callback):
             self.write()
 
     def _tell(self, ended: TrialRecord | None = None) -> None:
-        if self._observer is not None:
-            now = dataclasses.replace(
-                self._progress,
-                trials=tuple(self.trials),
-                running=frozenset(self._running),
-                slot_seconds=self._times.totals,
-            )
-            try:
-                self._observer.on_progress(now, ended)
-            except BrokenPipeError:  # whoever watched is gone; the search goes on
-                self._observer = None
+        now = dataclasses.replace(
+            self._progress,
+            trials=tuple(self.trials),
+            running=frozenset(self._running),
+            slot_seconds=self._times.totals,
+        )
+        self._observer.on_progress(now, ended)
 
 
 def place_epoch(epochs: Sequence[EpochMetrics], metrics: EpochMetrics, *, is_last: bool) -> tuple[EpochMetrics, ...]:

@@ -29,6 +29,7 @@ from tune_amp.past import PastRun, open_past
 from tune_amp.results import TrialRecord
 from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, REWRITTEN_FILES, STUDY_FILE
 from tune_amp.session import QUIET_TUNE, private_home
+from tune_amp.untroubled import Untroubled
 
 if TYPE_CHECKING:  # these bring Tune, which reads the environment
     from tune_amp.confirm import ConfirmProgress
@@ -329,7 +330,7 @@ def _naming_what_is_lost() -> Iterator[None]:
         yield
     except ray.exceptions.RayTaskError:  # a fault of ours: it would be hidden
         raise
-    except ray.exceptions.RayActorError as error:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         raise ConnectionError("the search's process on the cluster has died") from error
     except (ConnectionError, RuntimeError, ray.exceptions.RayError, grpc.RpcError) as error:
         raise ConnectionError("the connection to the cluster is lost") from error
@@ -348,7 +349,7 @@ class LocalCopy:
 
     def __init__(self, folder: Path, observer: "SearchObserver", past: PastRun | None = None) -> None:
         self._folder = folder
-        self._observer: SearchObserver | None = observer
+        self._observer = Untroubled(observer)
         self._trials: dict[str, TrialRecord] = {}
         self._lock = contextlib.ExitStack()
         self._is_locked = past is not None
@@ -383,10 +384,7 @@ class LocalCopy:
             if name in news.whole:
                 write_atomically(self._folder / name, functools.partial(_write, news.whole[name]))
         for event in news.events:
-            try:
-                self._tell(event, time.monotonic() - news.now)
-            except BrokenPipeError:  # whoever watched is gone; the search goes on
-                self._observer = None
+            self._tell(event, time.monotonic() - news.now)
 
     def _append(self, growth: Growth) -> None:
         path = self._folder / growth.name
@@ -405,14 +403,12 @@ class LocalCopy:
         """Pass an event on, its time by our clock, which is ``clock`` seconds ahead."""
         started = event.progress.started + clock
         if isinstance(event, ConfirmEvent):
-            if self._observer is not None:
-                self._observer.on_confirmation(dataclasses.replace(event.progress, started=started), event.ended)
+            self._observer.on_confirmation(dataclasses.replace(event.progress, started=started), event.ended)
             return
         trials = [self._trials[trial] if isinstance(trial, str) else trial for trial in event.trials]
         self._trials = {trial.trial_id: trial for trial in trials}
-        if self._observer is not None:
-            progress = dataclasses.replace(event.progress, started=started, trials=tuple(trials))
-            self._observer.on_progress(progress, event.ended)
+        progress = dataclasses.replace(event.progress, started=started, trials=tuple(trials))
+        self._observer.on_progress(progress, event.ended)
 
 
 def _write(content: bytes, file: Any) -> None:

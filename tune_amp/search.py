@@ -13,7 +13,8 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.config import InputError, TrialStatus
-from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done, train_on_slots
+from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done
+from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset
 from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.halt import StopRequest, watching
@@ -149,41 +150,44 @@ def run_search(
             explain_death=limit.explain_death,
             on_fault=stop.ask,
         )
-        searcher = _build_searcher(space, dataset, options, folder, provenance, warm_start, past, stop)
-        scheduler = schedule(options, searcher, resources)
-        if past is not None:
-            recorder.replay(past.events)
-            replay(scheduler, past.events)
-        recorder.open_session(
-            num_samples=options.num_samples,
-            slots=resources.max_concurrent,
-            command=list(command),
-            arguments=dict(arguments or {}),
-        )
-        with stop.heard(), gauges, _written_at_the_end(searcher, recorder):
-            trials = past.trials if past else ()
-            for trial in trials:
-                _end_unheard(trial, recorder, searcher, scheduler)
-            source = TrialSource(
-                searcher,
-                count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
-                on_submit=recorder.add_trial,
-                on_fault=stop.ask,
-                past=trials,
-            )
-            tuner = build_tuner(
-                bind_trainable(dataset, resources, storage, past),
-                source,
-                scheduler,
-                storage=storage,
-                stop=stop,
-                callbacks=[limit, *trackers, recorder],  # the recorder last: it cuts a report down to what Tune needs
+        build = functools.partial(_build_searcher, space, dataset, options, folder, provenance, warm_start, past, stop)
+        with stop.heard(), contextlib.closing(build()) as searcher:  # from here on the study may hold trials that run
+            scheduler = schedule(options, searcher, resources)
+            if past is not None:
+                recorder.replay(past.events)
+                replay(scheduler, past.events)
+            recorder.open_session(
                 num_samples=options.num_samples,
-                time_left=time_left,
+                slots=resources.max_concurrent,
+                storage={"place": storage.place, "name": storage.name},
+                command=list(command),
+                arguments=dict(arguments or {}),
             )
-            if time_left is None or time_left > 0:
-                with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
-                    fit(tuner, stop)
+            with gauges, _written_at_the_end(searcher, recorder):
+                trials = past.trials if past else ()
+                for trial in trials:
+                    _end_unheard(trial, recorder, searcher, scheduler)
+                source = TrialSource(
+                    searcher,
+                    count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
+                    on_submit=recorder.add_trial,
+                    on_fault=stop.ask,
+                    past=trials,
+                )
+                tuner = build_tuner(
+                    bind_trainable(dataset, resources, storage, past),
+                    source,
+                    scheduler,
+                    storage=storage,
+                    stop=stop,
+                    # The recorder comes last: it cuts each report down to what Tune needs.
+                    callbacks=[limit, *trackers, recorder],
+                    num_samples=options.num_samples,
+                    time_left=time_left,
+                )
+                if time_left is None or time_left > 0:
+                    with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
+                        fit(tuner, stop)
         result = _conclude(recorder, space, dataset, options, provenance, stop)
         if not is_unfinished(result.trials, options):
             with contextlib.suppress(OSError):  # what is left there is in nobody's way
@@ -198,8 +202,8 @@ def _open_storage(
     storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None
 ) -> RunStorage:
     """Where checkpoints go, found to be one place for all nodes."""
-    nodes, session = len(list_nodes()), 1 + (len(past.sessions) if past else 0)
-    storage = prepare_storage(storage_path, folder, nodes=nodes, session=session)
+    nodes = len(list_nodes())
+    storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=past.storages if past else None)
     if nodes > 1:
         with storage.removed_if_refused():
             check_from_nodes(storage, resources)
@@ -225,7 +229,7 @@ def _build_searcher(
         folder=folder,
         study_name=provenance.run,  # the folder may have been renamed since
         sampler=options.sampler,
-        num_samples=past.num_samples if past else options.num_samples,
+        num_samples=(past.num_samples if past else None) or options.num_samples,
         warm_start=warm_start,
         past=past.trials if past else (),
         on_fault=stop.ask,

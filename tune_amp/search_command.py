@@ -34,6 +34,7 @@ from tune_amp.console import (
     say,
 )
 from tune_amp.halt import StopRequest, stopping_on_signals
+from tune_amp.journal import read_journal
 from tune_amp.ledger import read_process_age
 from tune_amp.options import SearchOptions, build_options, check_trackers, hide_credentials, naming_flags, run_folder
 from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
@@ -43,9 +44,11 @@ from tune_amp.search_output import choose_observer, list_inert, print_end, print
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
     from tune_amp.past import PastRun
+    from tune_amp.resources import TrialResources
     from tune_amp.search import SearchResult
+    from tune_amp.session import RaySession
     from tune_amp.space import SearchSpace
-    from tune_amp.warm_start import Donor
+    from tune_amp.warm_start import Donor, WarmStart
 
 _T = TypeVar("_T")
 
@@ -130,11 +133,10 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
 def _run(task: Task, folder: Path) -> int:
     """Search, print what was found, and how to go on where something ended it."""
     arguments, stdout = task.arguments, sys.stdout
-    resume = _resume_command(task, folder)
 
     def leave() -> None:
         try:
-            _say_cut_off(f"{stop.reason}; left at once", folder, resume)
+            _say_cut_off(f"{stop.reason}; left at once", task, folder)
         finally:
             os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
 
@@ -145,35 +147,42 @@ def _run(task: Task, folder: Path) -> int:
         with pure, stopping_on_signals(stop):
             result = _search_with_ray(task, folder, stop, stdout)
     except OSError as error:  # a full disk, most often
-        return _say_cut_off(describe_error(error), folder, resume)
+        return _say_cut_off(describe_error(error), task, folder)
     except KeyboardInterrupt:
-        return _say_cut_off(stop.reason or "interrupted", folder, resume)
+        return _say_cut_off(stop.reason or "interrupted", task, folder)
     except SystemExit as error:
         if error.code != signal.SIGTERM:  # Ray's own answer to SIGTERM while it starts
             raise
-        return _say_cut_off("SIGTERM", folder, resume)
+        return _say_cut_off("SIGTERM", task, folder)
     except Exception as error:  # a fault of ours or of Ray's: its traceback follows, but the run is not lost
         if not isinstance(error, InputError):
-            _say_cut_off(describe_error(error), folder, resume)
+            _say_cut_off(describe_error(error), task, folder)
         raise
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
         if arguments.json:
-            print_json_end(stdout, result, resume)
+            print_json_end(stdout, result, _resume_command(task, folder))
     if result.is_cut_off:
-        return _say_cut_off(result.reason or stop.reason or "interrupted", folder, resume)
+        return _say_cut_off(result.reason or stop.reason or "interrupted", task, folder)
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
 
-def _say_cut_off(reason: str, folder: Path, resume: str) -> int:
+def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
     """Say what ended a run before its time, and how to go on with it."""
-    journal = folder / JOURNAL_FILE
     with contextlib.suppress(OSError):  # nobody reads it
         print(f"cut off  {reason}", file=sys.stderr)  # noqa: T201
-        if journal.exists() and journal.stat().st_size:
-            print(f"resume   {resume}", file=sys.stderr)  # noqa: T201
+        if _can_go_on(task, folder):
+            print(f"resume   {_resume_command(task, folder)}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED
+
+
+def _can_go_on(task: Task, folder: Path) -> bool:
+    """Whether there is something to go on with. What a run takes over from another, it does with its first trial."""
+    path = folder / JOURNAL_FILE
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    return task.donor is None or any(event["event"] == "trial" for event in read_journal(path))
 
 
 def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
@@ -198,26 +207,16 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         dataset = find_dataset()
         from tune_amp.planning import adapt_donor, plan_resources
         from tune_amp.remote import run_search_remotely
-        from tune_amp.resuming import describe_standing, remember
+        from tune_amp.resuming import remember
         from tune_amp.search import run_search
-        from tune_amp.trackers import build_trackers, describe_tracker
+        from tune_amp.trackers import build_trackers
 
         resources = plan_resources(
             options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
         )
         warm_start = None if task.donor is None else adapt_donor(task.donor, space, dataset, options)
-        print_start(console, space, dataset, options, session, resources)
-        for line in [] if warm_start is None else warm_start.describe():
-            say(console, f"warm       {line}")
-        if past is not None:
-            say(console, f"resumed    {describe_standing(past, options.num_samples, options.time_budget)}")
-        for line in task.notes:
-            say(console, f"note       {line}", style="yellow")
-        for name in arguments.tracker:
-            say(console, f"tracker    {describe_tracker(name, folder)}")
-        if arguments.json:
-            warm = None if warm_start is None else warm_start.describe_as_json()
-            print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), warm)
+        with ignoring_closed_pipe():
+            _announce(task, folder, console, stdout, dataset, session, resources, warm_start)
         with choose_observer(arguments, console, stdout) as observer:
             search: Callable[..., SearchResult] = run_search
             if session.by_client:
@@ -244,6 +243,35 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         with ignoring_closed_pipe():  # now: Ray takes another second to end
             print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
     return result
+
+
+def _announce(
+    task: Task,
+    folder: Path,
+    console: Console,
+    stdout: IO[str],
+    dataset: "Dataset",
+    session: "RaySession",
+    resources: "TrialResources",
+    warm_start: "WarmStart | None",
+) -> None:
+    """Say how the search begins, or goes on."""
+    from tune_amp.resuming import describe_standing
+    from tune_amp.trackers import describe_tracker
+
+    arguments, space, options, past = task.arguments, task.space, task.options, task.past
+    print_start(console, space, dataset, options, session, resources)
+    for line in [] if warm_start is None else warm_start.describe():
+        say(console, f"warm       {line}")
+    if past is not None:
+        say(console, f"resumed    {describe_standing(past, options.num_samples, options.time_budget)}")
+    for line in task.notes:
+        say(console, f"note       {line}", style="yellow")
+    for name in arguments.tracker:
+        say(console, f"tracker    {describe_tracker(name, folder)}")
+    if arguments.json:
+        warm = None if warm_start is None else warm_start.describe_as_json()
+        print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), warm)
 
 
 def _write_report(folder: Path) -> None:

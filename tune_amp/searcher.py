@@ -36,6 +36,7 @@ from tune_amp.run_files import STUDY_FILE
 from tune_amp.samplers import build_sampler, reseed
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
+from tune_amp.trainable import LargerShareNeeded
 from tune_amp.warm_start import OldTrial, WarmStart
 
 STATUS_ATTRIBUTE = "status"
@@ -53,9 +54,16 @@ UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "
 
 # The first words of ray.exceptions.OutOfMemoryError, behind the number of workers that the memory monitor killed.
 OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"
+# The name of the exception by which a trial asks for a larger share of a GPU's memory.
+LARGER_SHARE_SIGN = LargerShareNeeded.__name__
 
 # What ray.exceptions.ActorDiedError says of an actor, and NodeDiedError of a task, where not only the worker is gone.
-NODE_LOST_SIGNS = ("the actor's node was terminated", "the node it was running on is dead")
+# ActorUnavailableError comes first where raylet and worker went at once, long before Ray's look at the node's health.
+NODE_LOST_SIGNS = (
+    "the actor's node was terminated",
+    "the node it was running on is dead",
+    "The actor is temporarily unavailable",
+)
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ATTEMPT = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
@@ -233,7 +241,11 @@ class AmpSearch(OptunaSearch):
         returned = self.study.user_attrs.get(RETURNED_ATTRIBUTE, [])
         if fixed and orphan.number not in returned:
             kept = {name: value for name, value in orphan.user_attrs.items() if name == SUGGESTED_BY_ATTRIBUTE}
-            self.study.enqueue_trial(fixed, user_attrs=kept)
+            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if fixed not in [
+                trial.system_attrs.get(FIXED_PARAMS) for trial in waiting
+            ]:  # or killed before the next line
+                self.study.enqueue_trial(fixed, user_attrs=kept)
             self.study.set_user_attr(RETURNED_ATTRIBUTE, [*returned, orphan.number])
         if orphan.state is TrialState.RUNNING:
             self.study.tell(orphan.number, state=TrialState.FAIL)
@@ -416,7 +428,8 @@ def find_status(result: Mapping[str, Any] | None, *, error: bool, cause: str = "
         cause: why it died, from ``find_cause``.
     """
     if error:
-        return TrialStatus.OUT_OF_MEMORY if OUT_OF_MEMORY_SIGN in cause else TrialStatus.FAILED
+        ran_out = OUT_OF_MEMORY_SIGN in cause or LARGER_SHARE_SIGN in cause
+        return TrialStatus.OUT_OF_MEMORY if ran_out else TrialStatus.FAILED
     status = (result or {}).get("status", RUNNING)
     if status != RUNNING:
         return TrialStatus(status)

@@ -175,6 +175,10 @@ def _secured_ray(
             _print_ray_logs(True)
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _remove_abandoned(places: Path) -> None:
     """Remove what killed processes of this user left of their Ray. One that lives holds a lock in its folder."""
     for home in places.glob(f"{HOME_PREFIX}*"):
@@ -182,7 +186,8 @@ def _remove_abandoned(places: Path) -> None:
             old = time.time() - home.stat().st_mtime > ABANDONED_SECONDS and home.stat().st_uid == os.getuid()
             if not old or home.is_symlink():
                 continue
-            with (home / ALIVE_FILE).open("r+") as alive:
+            # Not there where a process was killed while it removed its home.
+            with open(home / ALIVE_FILE, "a", opener=_open_private) as alive:
                 fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(home, ignore_errors=True)
 

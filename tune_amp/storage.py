@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ray
@@ -16,6 +16,8 @@ from tune_amp.options import hide_credentials
 from tune_amp.resources import TrialResources, count_slots
 
 RAY_FOLDER = "ray"
+Part = tuple[str | None, str]
+"""``RunStorage.place`` and ``name`` of a part of a search, from its beginning until it was cut off."""
 
 # For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
 NODE_SECONDS = 60.0
@@ -31,8 +33,10 @@ class RunStorage:
     """Its name below ``path``."""
     filesystem: fs.FileSystem
     """The one that was tried: Ray is given the same."""
+    place: str | None = None
+    """``path`` as it was asked for, without secrets; None for the run folder, wherever it lies."""
     earlier: tuple[str, ...] = ()
-    """Names of the places that the search had before it was cut off."""
+    """Names of what the search had here before it was cut off."""
 
     @property
     def folder(self) -> str:
@@ -64,7 +68,9 @@ class RunStorage:
                     self.filesystem.delete_dir(entry.path)
 
 
-def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 1, session: int = 1) -> RunStorage:
+def prepare_storage(
+    storage_path: str | None, run_folder: Path, *, nodes: int = 1, earlier: Sequence[Part] | None = None
+) -> RunStorage:
     """Find the place, and try that it can be written. Each time that a search goes on it has a new one.
 
     Args:
@@ -73,7 +79,7 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
             Credentials come from the environment or from the URL. None for the run folder, which only this node can.
         run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
         nodes: of the Ray cluster.
-        session: 1 where the search begins, 2 where it goes on for the first time.
+        earlier: what the search had before, where it goes on; None where it begins.
 
     Raises:
         InputError: the place cannot be written, holds a run of this name, or must be given and was not.
@@ -82,15 +88,17 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
         if nodes > 1:
             raise InputError(f"--storage-path: must name a place that all {nodes} nodes of the cluster can write")
         local = RunStorage(path=str(run_folder.resolve()), name=RAY_FOLDER, filesystem=fs.LocalFileSystem())
-        return _choose_session(local, session)
+        return _go_on_beside(local, earlier)
     shown = hide_credentials(storage_path)
     try:
         place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
         filesystem, root = fs.FileSystem.from_uri(place)
-        storage = RunStorage(path=root.rstrip("/"), name=run_folder.name, filesystem=filesystem)
+        storage = RunStorage(
+            path=root.rstrip("/"), name=run_folder.name, filesystem=filesystem, place=hide_credentials(place)
+        )
         filesystem.create_dir(storage.path, recursive=True)
         _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
-        storage = _choose_session(storage, session)
+        storage = _go_on_beside(storage, earlier)
         taken = storage.is_taken
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, ArrowNotImplementedError an OSError too
         reason = hide_credentials(describe_error(error))
@@ -100,19 +108,19 @@ def prepare_storage(storage_path: str | None, run_folder: Path, *, nodes: int = 
     return storage
 
 
-def _choose_session(storage: RunStorage, session: int) -> RunStorage:
-    """``run`` where a search begins; where it goes on, ``run-2``, ``run-3`` and so on: the first that is free.
+def _go_on_beside(storage: RunStorage, earlier: Sequence[Part] | None) -> RunStorage:
+    """``run`` where a search begins; where it goes on, the first of ``run``, ``run-2``, ``run-3`` that is free.
 
-    A search that was cut off before it told of its part may have made the folder for it.
+    What is taken may be another run's: the search's own is what it said that it had.
     """
-    if session == 1:
+    if earlier is None:
         return storage
-    name, earlier = storage.name, [storage.name, *(f"{storage.name}-{number}" for number in range(2, session))]
-    for number in itertools.count(session):
-        chosen = dataclasses.replace(storage, name=f"{name}-{number}", earlier=tuple(earlier))
+    own = tuple(name for place, name in earlier if place == storage.place)
+    for number in itertools.count(1):
+        name = storage.name if number == 1 else f"{storage.name}-{number}"
+        chosen = dataclasses.replace(storage, name=name, earlier=own)
         if not chosen.is_taken:
             return chosen
-        earlier.append(chosen.name)
     raise AssertionError  # numbers do not end
 
 

@@ -107,6 +107,7 @@ class AmpTrainable(tune.Trainable):
             self._ask_for_larger_share(error)
             raise
         self._run: TrainingRun | None = None
+        self._content: bytes | None = None  # of a checkpoint that is being saved
         self._counted: dict[str, float] = {}  # seconds of its metrics that the clock has been told of
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
         self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
@@ -127,20 +128,31 @@ class AmpTrainable(tune.Trainable):
         """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, on the clock: its cost decides the next."""
         started = time.monotonic()
         with self._clock.spending(TimeKind.CHECKPOINT):
+            self._content = self._write_state()  # what is raised here is the model's or the device's
+            index = self._storage.current_checkpoint_index if self._storage else -1
             try:
                 with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind where its copy fails
                     saved = super().save(checkpoint_dir or folder)
-            except OSError:  # a full disk, most often: the trial is none the worse for it, as long as its worker lives
+            # A full disk, most often; Ray's RuntimeError says that the place is gone. The trial is none the worse for
+            # it, as long as its worker lives.
+            except (OSError, RuntimeError):
                 saved = _TrainingResult(checkpoint=None, metrics={})
+                if self._storage:  # or the driver, which hears of none, has another worker write over the last one
+                    self._storage.current_checkpoint_index = index
         self._save_seconds.append(time.monotonic() - started)
         self._checkpoint_seconds += self._save_seconds[-1]
         self._unsaved_seconds = 0.0
         return saved
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs, on the clock."""
+        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs, on the clock.
+
+        Where the checkpoint is gone or damaged, the trial begins anew.
+        """
         with self._clock.spending(TimeKind.CHECKPOINT):
-            super().restore(checkpoint_path)
+            found = checkpoint_path.checkpoint
+            if read_checkpoint(found.filesystem, found.path) is not None:
+                super().restore(checkpoint_path)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make this actor ready for another trial, data and process kept."""
@@ -185,10 +197,16 @@ class AmpTrainable(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has none left to save."""
-        if self._run is not None:
-            content = io.BytesIO()  # what torch raises for a full disk is no OSError
-            torch.save(self._run.state_dict() | {"counted": self._counted}, content)
-            (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(content.getvalue())
+        content, self._content = self._content or self._write_state(), None
+        if content is not None:
+            (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(content)
+
+    def _write_state(self) -> bytes | None:
+        if self._run is None:
+            return None
+        content = io.BytesIO()  # what torch raises for a full disk is no OSError
+        torch.save(self._run.state_dict() | {"counted": self._counted}, content)
+        return content.getvalue()
 
     def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
         """Continue from ``save_checkpoint``; from the beginning where it saved nothing."""

@@ -9,6 +9,7 @@ from typing import Any
 from ray import tune
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig, format_scale
@@ -17,11 +18,11 @@ from tune_amp.halt import StopRequest
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun
 from tune_amp.resources import TrialResources, double_share
-from tune_amp.searcher import AmpSearch, find_cause, is_node_lost
+from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, find_cause, is_node_lost
 from tune_amp.source import TrialSource
 from tune_amp.stopping import DivergenceAware, build_scheduler
 from tune_amp.storage import RunStorage
-from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, LargerShareNeeded, build_worker_setup
+from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 
 
 def bind_trainable(
@@ -73,7 +74,7 @@ def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial:
     if trial.status != Trial.ERROR:
         return
     cause = find_cause(trial)
-    larger_share = LargerShareNeeded.__name__ in cause
+    larger_share = LARGER_SHARE_SIGN in cause
     if larger_share:
         trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
     if larger_share or is_node_lost(cause):
@@ -145,7 +146,7 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     try:
-        with memory_monitor_heeded():
+        with deaths_taken_right():
             tuner.fit()
     except Exception:
         if stop.reason is None:
@@ -153,21 +154,37 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
 
 
 @contextlib.contextmanager
-def memory_monitor_heeded() -> Iterator[None]:
-    """In the ``with`` block, a worker that Ray's memory monitor kills has died like any other: only its trial ends.
+def deaths_taken_right() -> Iterator[None]:
+    """In the ``with`` block, a worker's death costs its trial one attempt and nothing else. Ray 2.60 errs twice there.
 
-    Ray 2.60 raises ``OutOfMemoryError`` for what such a worker was doing. It is no ``RayActorError``, so that Tune ends
-    with all trials: "Caught unexpected exception".
+    For a worker that the memory monitor killed in a task, Ray raises ``OutOfMemoryError``. It is no ``RayActorError``,
+    so that Tune ends with all trials: "Caught unexpected exception".
+
+    A worker that dies between two trials is heard of as Tune resets it for the next one, which is still pending. Tune
+    queues it again, and then ends it for good: its task has failed too.
     """
     take = RayActorManager._actor_task_failed  # noqa: SLF001
 
-    def take_as_death(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+    def take_right(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=str(exception))
+        if isinstance(exception, RayActorError):
+            _spare_pending_trial(tracked_actor_task)
         take(self, tracked_actor_task, exception)
 
-    RayActorManager._actor_task_failed = take_as_death  # type: ignore[method-assign] # noqa: SLF001
+    RayActorManager._actor_task_failed = take_right  # type: ignore[method-assign] # noqa: SLF001
     try:
         yield
     finally:
         RayActorManager._actor_task_failed = take  # type: ignore[method-assign] # noqa: SLF001
+
+
+def _spare_pending_trial(task: Any) -> None:
+    """Where the worker of a task died before its trial began, let the trial be queued again, and no more than that."""
+    actor = task._tracked_actor  # noqa: SLF001
+    controller = getattr(actor._on_error, "__self__", None)  # noqa: SLF001
+    if isinstance(controller, TuneController):
+        trial = controller._actor_to_trial.get(actor)  # noqa: SLF001
+        if trial in controller._pending_trials:  # noqa: SLF001
+            controller._resetting_trials.discard(trial)  # noqa: SLF001 - or it would wait for its reset for ever
+            task._on_error = None  # noqa: SLF001

@@ -23,6 +23,7 @@ from fault_runs import (
     note_fault,
     prepare,
     read_end,
+    read_events,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
@@ -122,6 +123,61 @@ def test_search_goes_on_where_checkpoints_find_no_room(
     count = check_run(run)
     assert search.find_left() == []
     note_fault("disk full in a checkpoint", "goes on without", count, ranking_equal=True)
+
+
+SECOND_SAVE_FINDS_NO_ROOM = """
+import errno, signal
+from ray.train._internal import storage
+
+copy = storage._pyarrow_fs_copy_files
+
+def copy_with_room(source, destination, *arguments, **more):
+    if "checkpoint_" in destination:
+        number = next(number for number in range(1, 1000) if once(f"save {number}"))
+        if number == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+    return copy(source, destination, *arguments, **more)
+
+storage._pyarrow_fs_copy_files = copy_with_room
+
+def fault(self, images):
+    for saves in (3, 4):
+        if (HERE / f"save {saves}").exists() and Net.steps % 6 == 3 and once(f"died after {saves}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_checkpoint_that_found_no_room_spoils_none_of_those_that_do(
+    tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    """Two workers die after it: the second finds what the first one's successor saved."""
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path, SECOND_SAVE_FINDS_NO_ROOM), *ALONE))
+    assert search.wait() == 0, search.stderr
+    assert (tmp_path / "died after 4").exists()
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    assert count_events(run, "lost") == 2
+    paths = [event["path"] for event in read_events(run) if event["event"] == "checkpoint"]
+    assert len(set(paths)) == len(paths)  # none was written over
+    assert search.find_left() == []
+    note_fault("one checkpoint without room, then two workers killed", "goes on", count, faults=3, ranking_equal=True)
+
+
+def test_search_goes_on_where_the_place_of_its_checkpoints_is_gone(
+    tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    """A share that is not mounted any more, or that somebody tidied: Ray misses a file of its own there."""
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path), *ALONE, "--storage-path", str(tmp_path / "share")))
+    search.wait_until(lambda: count_events(run, "checkpoint") >= 1)
+    shutil.rmtree(tmp_path / "share" / "run")
+    assert search.wait() == 0, search.stderr
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    assert count_events(run, "lost") == 0
+    assert search.find_left() == []
+    note_fault("the place of checkpoints gone", "goes on without", count, ranking_equal=True)
 
 
 def test_folder_that_cannot_be_written_any_more_ends_the_search(

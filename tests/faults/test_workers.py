@@ -111,6 +111,36 @@ def test_worker_killed_in_the_middle_of_a_checkpoint(tmp_path: Path, undisturbed
     note_fault("worker killed in a checkpoint", "goes on", count, faults=3, ranking_equal=True)
 
 
+DIES_BETWEEN_TRIALS = """
+import signal
+from tune_amp import trainable
+
+reset_config = trainable.AmpTrainable.reset_config
+
+def die_once(self, config):  # Tune's word that the next trial begins; the first came before this file was read
+    if once("died between trials"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return reset_config(self, config)
+
+trainable.AmpTrainable.reset_config = die_once
+"""
+
+
+def test_worker_killed_between_two_trials_costs_the_next_one_nothing(
+    tmp_path: Path, undisturbed: Undisturbed, follow: Follow
+) -> None:
+    """Tune would queue that trial again, and then end it for good."""
+    run = tmp_path / "results" / "run"
+    search = follow(begin(prepare(tmp_path, DIES_BETWEEN_TRIALS), *ALONE))
+    assert search.wait() == 0, search.stderr
+    assert (tmp_path / "died between trials").exists()
+    assert read_end(run) == undisturbed("alone")
+    count = check_run(run)
+    assert count_events(run, "lost") == 1
+    assert search.find_left() == []
+    note_fault("worker killed between two trials", "goes on", count, ranking_equal=True)
+
+
 HANGS = """
 def fault(self, images):
     if Net.steps == 8 and once("hangs"):

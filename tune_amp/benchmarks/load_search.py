@@ -227,6 +227,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     from tune_amp.search import begin_run
     from tune_amp.searcher import AmpSearch, find_cause
     from tune_amp.stopping import build_scheduler
+    from tune_amp.storage import RAY_FOLDER
 
     run, options = folder / RUN, dataclasses.replace(plan, trials=plan.trials + cut_off).options
     space, dataset = _load_inputs(folder)
@@ -274,7 +275,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
             reduction_factor=options.reduction_factor,
             on_worker_death=lambda _: None,
         )
-        about: dict[str, Any] = {"command": [], "arguments": {}}
+        about: dict[str, Any] = {"command": [], "arguments": {}, "storage": {"place": None, "name": RAY_FOLDER}}
         recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, **about)
         random = np.random.default_rng(0)
         for place in range(1, plan.trials + 1):
