@@ -639,7 +639,7 @@ def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
     jobs = [make_job(seed=seed, dataset="digits") for seed in (1000, 1001)]
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=2, reason="")
     with ray_session(num_cpus=2, num_gpus=0):
-        other = ray.remote(num_cpus=2)(time.sleep).remote(2.5 * limit)
+        other = ray.remote(num_cpus=2)(lambda: time.sleep(2.5 * limit)).remote()
         while ray.available_resources().get("CPU", 0.0):
             time.sleep(0.1)
         began = time.monotonic()
