@@ -470,7 +470,10 @@ def test_no_process_of_the_search_listens_beyond_loopback(search: Target) -> Non
 
 
 def test_every_port_of_the_search_asks_for_the_token_but_those_of_metrics(search: Target) -> None:
-    ports = {port for name, _, port in find_sockets(find_processes(search.pid)) if name.startswith("tcp")}
+    def find_ports() -> set[int]:
+        return {port for name, _, port in find_sockets(find_processes(search.pid)) if name.startswith("tcp")}
+
+    ports = find_ports()
     assert 10001 not in ports  # Ray Client
     kinds: dict[str, set[int]] = {"refuses": set(), "metrics": set(), "open": set()}
     for port in ports:
@@ -485,7 +488,7 @@ def test_every_port_of_the_search_asks_for_the_token_but_those_of_metrics(search
         else:
             kind = "metrics" if "# TYPE" in ask(address, "/metrics")[1] else "open"
         kinds[kind].add(port)
-    assert kinds["open"] == set()
+    assert kinds["open"] & find_ports() == set()  # a worker may have ended meanwhile
     assert search.port("metrics_export_port") in kinds["metrics"]
     assert len(kinds["metrics"]) <= 3  # of the node, the dashboard and the autoscaler
     assert len(kinds["refuses"]) >= 6
