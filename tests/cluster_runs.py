@@ -112,11 +112,12 @@ class Search:
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
         """Wait for something to become true of a search that goes on."""
-        deadline = time.monotonic() + 300  # a search starts in 10 s here, and in 100 s beside 40 other processes
-        while not holds():
+
+        def look() -> bool:
             assert self._process.poll() is None, self._read_errors()
-            assert time.monotonic() < deadline, (self.attempts, self.events)
-            time.sleep(0.05)
+            return holds()
+
+        wait_until(look)
 
     def wait(self) -> int:
         """Wait for the end; returns the exit code."""
@@ -138,6 +139,14 @@ class Search:
 
     def _read_errors(self) -> str:
         return (self._folder / "errors").read_text()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for something to become true: a search starts in 10 s here, and in 100 s beside 40 other processes."""
+    deadline = time.monotonic() + 300
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def write_model(folder: Path, epoch_seconds: float = EPOCH_SECONDS) -> None:

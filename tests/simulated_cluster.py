@@ -109,8 +109,17 @@ class SimulatedCluster:
         del self._raylets[node]
         self._ask(order="remove", node=node)
 
+    def kill_part(self, name: str) -> None:
+        """SIGKILL to a process of the first node: ``raylet`` or ``gcs_server``."""
+        if name == "raylet":
+            os.kill(self._raylets[self.head], signal.SIGKILL)
+            return
+        listed = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        [pid] = [pid for pid in listed if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]]
+        os.kill(int(pid), signal.SIGKILL)
+
     def kill_node(self, node: str) -> None:
-        """SIGKILL to the node's raylet and its workers, as if the machine were gone: nobody is told."""
+        """SIGKILL to the node's raylet and its workers: nobody is told, but their connections break at once."""
         raylet = self._raylets.pop(node)
         workers = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
         for process in (raylet, *map(int, workers)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from cluster_runs import EPOCHS, ROOT, check_nothing_is_lost, searching, write_model
+from cluster_runs import EPOCHS, ROOT, check_nothing_is_lost, searching, wait_until, write_model
 from pyarrow import fs  # type: ignore[import-untyped]
 from simulated_cluster import SimulatedCluster
 
-from tune_amp.results import TrialRecord
+from tune_amp.config import TrialStatus
+from tune_amp.journal import read_journal
+from tune_amp.results import TrialRecord, load_trials
+from tune_amp.run_files import JOURNAL_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -158,18 +162,41 @@ def test_data_are_placed_once_a_node_however_many_trials_run_there(cluster: Simu
     assert all(images < bytes_of_node < 1.5 * images for bytes_of_node in used)
 
 
+def name_submission(cluster: SimulatedCluster, code: Path, *options: str) -> list[str]:
+    """The command that submits, up to what it submits."""
+    ray_command = [str(Path(sys.executable).with_name("ray")), "job", "submit"]
+    return [*ray_command, "--address", f"http://{cluster.dashboard}", "--working-dir", str(code), *options, "--"]
+
+
+def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    """As the page on clusters has it: Ray alone waits for 3 s, less than an epoch of this model."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    [environment] = re.findall(r"--runtime-env-json '(.*?)'", page)
+    write_model(tmp_path / "code", epoch_seconds=6.0)
+    results = tmp_path / "results"
+    options = ("--no-wait", "--submission-id", "stopped", "--runtime-env-json", environment)
+    search = f"{sys.executable} {ROOT}/scripts/search.py quick --dataset digits --model sleepy:net --address auto"
+    search += f" --num-samples 1 --max-epochs {EPOCHS} --scheduler none --confirm-seeds 0 --name run"
+    search += f" --results-dir {results} --storage-path {tmp_path}/checkpoints"
+    command = [*name_submission(cluster, tmp_path / "code", *options), *search.split()]
+    subprocess.run(command, env={**os.environ, **cluster.environment}, check=True, capture_output=True, timeout=120)
+    events = results / "run" / JOURNAL_FILE
+    wait_until(lambda: events.exists() and any(event["event"] == "report" for event in read_journal(events)))
+    stop = [command[0], "job", "stop", "--address", f"http://{cluster.dashboard}", "stopped"]
+    done = subprocess.run(
+        stop, env={**os.environ, **cluster.environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_journal(events)[-1]["event"] == "finish"
+    assert [trial.status for trial in load_trials(results / "run")] == [TrialStatus.INTERRUPTED]
+    assert (results / "run" / "report.html").exists()
+
+
 def test_a_submitted_job_searches_the_cluster_that_it_runs_on(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=1)
     write_model(tmp_path / "code")
     results = tmp_path / "results"
-    ray_command = [
-        str(Path(sys.executable).with_name("ray")),
-        "job",
-        "submit",
-        "--address",
-        f"http://{cluster.dashboard}",
-    ]
-    submit = [*ray_command, "--working-dir", str(tmp_path / "code"), "--"]
+    submit = name_submission(cluster, tmp_path / "code")
     search = f"{sys.executable} {ROOT}/scripts/search.py quick --dataset digits --model sleepy:net --address auto"
     search += f" --num-samples 4 --max-epochs {EPOCHS} --scheduler none --confirm-seeds 0 --name run --quiet"
     search += f" --results-dir {results} --storage-path {tmp_path}/checkpoints"

@@ -37,6 +37,7 @@ RAY_JOB = fields(
     spec=fields(
         ("entrypoint", "rayClusterSpec"),
         entrypoint=TEXT,
+        runtimeEnvYAML=TEXT,
         backoffLimit=COUNT,
         shutdownAfterJobFinishes=FLAG,
         ttlSecondsAfterFinished=COUNT,

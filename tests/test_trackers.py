@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -431,6 +432,31 @@ def test_a_tracker_that_raises_is_switched_off_and_says_so_once(
     [warning] = warnings
     assert warning.startswith("tracker mlflow is switched off (")
     assert "No space left on device" in warning
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_service_of_wandb_that_is_switched_off_does_not_outlive_the_search(
+    name: str, tmp_path: Path, warnings: list[str]
+) -> None:
+    """It would try to reach its server for minutes, and Python would wait for it in the end."""
+
+    def fail() -> LoggerCallback:
+        raise OSError("no answer")
+
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "wandb-core"]) as service:
+        tracker = Tracker(name, fail, tmp_path, warn=warnings.append)
+        tracker.setup()
+        deadline = time.monotonic() + 20
+        while not warnings:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        try:
+            if name == "wandb":
+                assert service.wait(10) == -signal.SIGKILL
+            else:
+                assert service.poll() is None
+        finally:
+            service.kill()
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(

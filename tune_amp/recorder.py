@@ -120,6 +120,7 @@ class TrialRecorder(tune.Callback):
         self._past, self._resumed = 0.0, list[float]()
         self._end: float | None = None
         self._written = time.monotonic()
+        self._is_unwritten = False
         self._write_seconds = 0.0
 
     @property
@@ -190,12 +191,17 @@ class TrialRecorder(tune.Callback):
         about = {name: result[name] for name in REPORTED} | {"config_fault": result.get("config_fault", False)}
         known = None if metrics is None else vars(metrics)
         if self._log("report", trial.trial_id, {"metrics": known, **about}, metrics):
-            self._write_sometimes()
+            self._is_unwritten = True
             self._tell()
         # Tune lets a callback change a result. It keeps running means of every number in it, and writes them into its
         # own snapshots: of a report as it comes that is 85 kB a trial.
         for name in result.keys() - KEPT_BY_TUNE:
             del result[name]
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune has looked around, as it does many times a second."""
+        if self._is_unwritten:
+            self._write_sometimes()
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
         """A trial's checkpoint is whole, and the one before it is about to be deleted."""
@@ -235,6 +241,7 @@ class TrialRecorder(tune.Callback):
         except OSError as error:  # the journal has it all
             self._on_fault(describe_error(error))
         self._written = time.monotonic()
+        self._is_unwritten = False
         self._write_seconds = self._written - began
 
     def __getstate__(self) -> dict[str, Any]:
@@ -342,7 +349,7 @@ class TrialRecorder(tune.Callback):
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
         if self._log("end", trial.trial_id, {"status": str(status), "error": error}):
-            self._write_sometimes()
+            self._is_unwritten = True
             self._tell(self._find(trial.trial_id))
 
     def _find(self, trial_id: str) -> TrialRecord:

@@ -32,7 +32,7 @@ from tune_amp.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, SPACE_FILE
 from tune_amp.searcher import AmpSearch, find_cause, mend_study
-from tune_amp.session import find_dead_process
+from tune_amp.session import Vitals
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import TrialKey, replay
@@ -124,7 +124,7 @@ def run_search(
     check_fit(space, dataset, options)
     resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
-    stop = stop or StopRequest()
+    stop, vitals = stop or StopRequest(), Vitals()
     begin = time.monotonic() if started is None else started
     time_left = find_time_left(options, past)
     storage = _open_storage(storage_path, folder, resources, past)
@@ -186,7 +186,7 @@ def run_search(
                     time_left=time_left,
                 )
                 if time_left is None or time_left > 0:
-                    with watching(stop, find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
+                    with watching(stop, vitals.find_dead, functools.partial(_leave, searcher, recorder, stop)):
                         fit(tuner, stop)
         result = _conclude(recorder, space, dataset, options, provenance, stop)
         if not is_unfinished(result.trials, options):
@@ -194,7 +194,7 @@ def run_search(
                 storage.remove_checkpoints()
         if result.interrupted or not options.confirm_seeds:
             return result
-        with gauges, watching(stop, find_dead_process, stop.leave):
+        with gauges, watching(stop, vitals.find_dead, stop.leave):
             return _confirm(result, space, dataset, options, resources, gauges)
 
 

@@ -128,7 +128,7 @@ def private_home() -> Iterator[Path]:
         try:
             yield home
         finally:
-            shutil.rmtree(home, ignore_errors=True)
+            _remove(home)
 
 
 @contextlib.contextmanager
@@ -173,6 +173,15 @@ def _secured_ray(
         finally:
             ray.shutdown()
             _print_ray_logs(True)
+
+
+def _remove(home: Path) -> None:
+    """Remove it: Ray's last processes may still write there as they end."""
+    for _ in range(10):
+        shutil.rmtree(home, ignore_errors=True)
+        if not home.exists():
+            return
+        time.sleep(0.1)
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -227,7 +236,8 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(
                 f"--address: {address} cannot be joined ({reason}); a cluster that asks for a token needs "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; host:port is joined from a node of the "
+                "cluster, ray://host:port from anywhere"
             ) from error
         try:
             yield
@@ -240,10 +250,11 @@ def _resolve(address: str) -> str:
     """The address that Ray will join: the variable comes before ``auto``.
 
     Raises:
-        InputError: it names a protocol other than Ray Client's.
+        InputError: it is none of these, such as ``local``, with which Ray would start one that is open to all.
     """
     joined = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    if "://" in joined and not joined.startswith(CLIENT_PREFIX):
+    host, _, port = joined.removeprefix(CLIENT_PREFIX).rpartition(":")
+    if joined != "auto" and (not host or not port.isdecimal() or "://" in host):
         raise InputError(f"--address: must be auto, host:port or {CLIENT_PREFIX}host:port, got {joined}")
     return joined
 
@@ -302,17 +313,43 @@ def _print_ray_logs(enabled: bool) -> None:
     ray._private.worker._worker_logs_enabled = enabled  # noqa: SLF001 - log_to_driver=False does not do it
 
 
-def find_dead_process() -> str | None:
-    """Which process of our own Ray has died without being asked to, such as ``raylet``; None where all live.
+class Vitals:
+    """Looks whether the Ray that a search needs still lives.
 
-    Nothing would be told of it: without its raylet Ray waits for ever, and without its GCS it ends this process after
-    a minute. Of a cluster's processes nothing is known.
+    Nothing would be told of its death: without its own raylet Ray waits for ever, without a cluster's it ends this
+    process after ten seconds, and without the GCS after a minute.
     """
-    import ray
 
-    node: Any = ray._private.worker._global_node  # noqa: SLF001 - nothing public tells
-    vital = ("gcs_server", "raylet")
-    return next((name for name, _ in node.dead_processes() if name in vital), None) if node else None
+    def __init__(self) -> None:
+        self._heard_raylet = False
+
+    def find_dead(self) -> str | None:
+        """Which process has died without being asked to, such as ``raylet``; None where all live."""
+        import ray
+
+        node: Any = ray._private.worker._global_node  # noqa: SLF001 - nothing public tells
+        if node is None:
+            return None
+        if not node.all_processes:
+            return self._find_dead_of_cluster(node)
+        vital = ("gcs_server", "raylet")
+        return next((name for name, _ in node.dead_processes() if name in vital), None)
+
+    def _find_dead_of_cluster(self, node: Any) -> str | None:
+        # The kernel's list, where there is one, tells of the raylet without disturbing it.
+        sockets = Path("/proc/net/unix")
+        listens = sockets.exists() and node.raylet_socket_name in sockets.read_text()
+        self._heard_raylet = self._heard_raylet or listens
+        if self._heard_raylet and not listens:
+            return "raylet"
+        host, _, port = node.gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+        except ConnectionRefusedError:
+            return "gcs_server"
+        except OSError:  # a network that fails for a moment is Ray's to judge
+            return None
+        return None
 
 
 def _describe_session(token_path: Path | None) -> RaySession:

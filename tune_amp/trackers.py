@@ -11,6 +11,7 @@ import math
 import os
 import queue
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -198,7 +199,18 @@ class Tracker(tune.Callback):
     def _give_up(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
+            if self.name == "wandb":
+                _kill_children("wandb-core")  # which would try to reach its server for minutes after the search's end
             self._warn(f"tracker {self.name} is switched off ({reason}); the search goes on")
+
+
+def _kill_children(name: str) -> None:
+    """End this process's children of that name, where the system lists them."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for pid in listed.read_text().split():
+            with contextlib.suppress(OSError):
+                if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def build_trackers(

@@ -143,14 +143,21 @@ class Asked(tune.Stopper):
 
 def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
-    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news.
-    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news. Nor
+    # are a checkpoint that was gone when it was to be replaced, and the trials that failed: they are told of as rows.
+    for name in ("ray.tune.execution.experiment_state", "ray.tune.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
         with deaths_taken_right():
             tuner.fit()
     except Exception:
         if stop.reason is None:
             raise
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Error handling checkpoint" not in str(record.msg)
 
 
 @contextlib.contextmanager

@@ -173,6 +173,7 @@ def test_search_goes_on_where_the_place_of_its_checkpoints_is_gone(
     search.wait_until(lambda: count_events(run, "checkpoint") >= 1)
     shutil.rmtree(tmp_path / "share" / "run")
     assert search.wait() == 0, search.stderr
+    assert search.stderr == ""
     assert read_end(run) == undisturbed("alone")
     count = check_run(run)
     assert count_events(run, "lost") == 0

@@ -1,5 +1,6 @@
 """Nodes of a cluster that are lost: what ran there goes on elsewhere or begins once more, and nothing is lost."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_runs import check_nothing_is_lost, learned, searching, write_model
+from cluster_runs import Search, check_nothing_is_lost, learned, searching, write_model
 from fault_runs import check_run, note_fault
 from simulated_cluster import SimulatedCluster
 
@@ -101,3 +102,41 @@ def test_confirmed_run_begins_once_more_as_often_as_its_node_is_lost(cluster: Si
     assert [json.loads(line) for line in told.splitlines() if line.startswith("{")] == [
         {"status": "completed", "error": None}
     ]
+
+
+def has_begun(search: Search, node: str, attempts: int) -> bool:
+    """Whether so many attempts began, the last a second ago on the node."""
+    return len(search.attempts) == attempts and 1 < search.age_of_attempt(node) < 1e6
+
+
+def test_trial_goes_on_as_often_as_its_node_is_lost(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    """It takes two CPUs, which the first node has not."""
+    arguments = ("--num-samples", 1, "--cpus-per-trial", 2)
+    nodes = [cluster.add_node(num_cpus=2)]
+    with searching(cluster, tmp_path / "s", *arguments) as search:
+        for lost in range(3):  # more often than a worker may die
+            search.wait_until(functools.partial(has_begun, search, nodes[-1], lost + 1))
+            nodes.append(cluster.add_node(num_cpus=2))
+            cluster.kill_node(nodes[-2])
+        search.finish()
+    cluster.remove_node(nodes[-1])
+    check_nothing_is_lost(search.run, 1)
+    assert len(search.attempts) == 4
+    note_fault("the node of a trial killed, three times", "goes on", check_run(search.run), faults=3)
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_search_on_a_cluster_that_loses_its_head_ends_and_can_be_resumed(part: str, tmp_path: Path) -> None:
+    with SimulatedCluster(num_cpus=1) as cluster:
+        with searching(cluster, tmp_path / "s", "--num-samples", 4) as search:
+            search.wait_until(lambda: any(event["event"] == "trial" for event in search.events))
+            cluster.kill_part(part)
+            killed = time.monotonic()
+            code = search.wait()
+            seconds = time.monotonic() - killed
+        errors = (tmp_path / "s" / "errors").read_text()
+    assert code == 130, errors
+    assert f"cut off  Ray's {part} has died" in errors
+    assert "\nresume   " in errors
+    count = check_run(search.run)
+    note_fault(f"{part} of a cluster killed", "ends with the command to resume", count, ended=seconds)
