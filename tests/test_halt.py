@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import threading
 import time
@@ -98,6 +99,13 @@ def test_without_a_command_the_second_signal_is_an_ordinary_ctrl_c(tmp_path: Pat
     finally:
         signal.signal(signal.SIGINT, before)
     assert received == [os.getpid()]
+
+
+def test_request_can_be_pickled_whatever_its_functions_hold(tmp_path: Path) -> None:
+    with (tmp_path / "journal").open("wb", buffering=0) as journal:
+        stop = StopRequest(lambda: journal.close())
+        stop.ask("a full disk")
+        assert vars(pickle.loads(pickle.dumps(stop))) == {"reason": "a full disk"}
 
 
 def test_terminal_that_closes_may_say_so_twice() -> None:

@@ -36,6 +36,10 @@ class StopRequest:
         if self.reason is None:
             self.reason = reason
 
+    def __getstate__(self) -> dict[str, str | None]:
+        """Tune pickles whatever may end its trials, for nobody to read: the functions are this process's own."""
+        return {"reason": self.reason}
+
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """In the ``with`` block, trials run under Tune."""
