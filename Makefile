@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: install search test test-fast check lock clean
+.PHONY: install search test test-all test-fast check lock clean
 
 install: $(READY)
 
@@ -20,7 +20,12 @@ $(READY): requirements.lock pyproject.toml
 search: $(READY)
 	$(BIN)/python scripts/search.py $(ARGS)
 
+# All that every change is tried with.
 test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
+
+# Rarer faults as well: before a release, and after a change to what survives them.
+test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Without the tests that start Ray.

@@ -47,6 +47,7 @@ def test_code_is_shipped_to_the_nodes_with_what_lies_beside_it(cluster: Simulate
             assert "/runtime_resources/py_modules_files/" in file  # Ray's copy, not what is installed here
 
 
+@pytest.mark.long
 def test_trials_with_a_share_of_a_gpu_run_on_the_node_that_has_one(cluster: SimulatedCluster, tmp_path: Path) -> None:
     plain, equipped = cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=4, num_gpus=1)
     with searching(cluster, tmp_path / "s", "--num-samples", 4, "--gpus-per-trial", 0.5) as search:
@@ -168,6 +169,7 @@ def name_submission(cluster: SimulatedCluster, code: Path, *options: str) -> lis
     return [*ray_command, "--address", f"http://{cluster.dashboard}", "--working-dir", str(code), *options, "--"]
 
 
+@pytest.mark.long
 def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path: Path) -> None:
     """As the page on clusters has it: Ray alone waits for 3 s, less than an epoch of this model."""
     page = (ROOT / "docs" / "cluster.md").read_text()

@@ -291,6 +291,7 @@ def test_prometheus_finds_every_series_that_the_grafana_dashboard_asks_for(prome
 # Without a dashboard
 
 
+@pytest.mark.long
 def test_a_search_goes_on_without_the_dashboard_and_says_so(tmp_path: Path) -> None:
     """``ray[default]`` brings aiohttp_cors; here it is missing, as where only ``ray[tune]`` is installed."""
     hidden = tmp_path / "hidden"

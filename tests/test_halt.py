@@ -103,7 +103,7 @@ def test_without_a_command_the_second_signal_is_an_ordinary_ctrl_c(tmp_path: Pat
 
 def test_request_can_be_pickled_whatever_its_functions_hold(tmp_path: Path) -> None:
     with (tmp_path / "journal").open("wb", buffering=0) as journal:
-        stop = StopRequest(lambda: journal.close())
+        stop = StopRequest(journal.close)
         stop.ask("a full disk")
         assert vars(pickle.loads(pickle.dumps(stop))) == {"reason": "a full disk"}
 

@@ -188,6 +188,7 @@ def test_every_part_has_a_plan() -> None:
     assert {part: plan.part for part, plan in PLANS.items()} == dict(zip(PARTS, PARTS, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow  # starts Ray
 def test_search_that_is_killed_halfway_keeps_everything(tmp_path: Path) -> None:
     row = measure_plan(Plan(part="trials", trials=400, epochs=1, slots=2), tmp_path)
@@ -206,6 +207,7 @@ def test_fabricated_run_is_resumed_and_loses_nothing(tmp_path: Path) -> None:
     assert all(seconds is not None and seconds > 0 for seconds in steps)
 
 
+@pytest.mark.long
 @pytest.mark.slow  # starts Ray
 def test_workers_that_are_forked_train_side_by_side(tmp_path: Path) -> None:
     model = "tune_amp.benchmarks.load_search:napping_net"

@@ -271,6 +271,7 @@ def test_search_through_ray_client_leaves_the_files_of_any_other(client: Client,
         pass
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_client_killed_halfway_loses_nothing_that_reached_it(client: Client, tmp_path: Path) -> None:

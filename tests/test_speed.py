@@ -315,6 +315,7 @@ def test_torchvision_finds_its_layout(tmp_path: Path) -> None:
     assert not root.exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow  # starts Ray twice
 def test_both_programs_train_the_same_configurations_as_long(tmp_path: Path) -> None:
     write_mnist(tmp_path, train=1_200)

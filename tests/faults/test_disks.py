@@ -86,7 +86,7 @@ def check_ends_and_goes_on(
     )
 
 
-@pytest.mark.parametrize("left", [0, 64 * 1024])
+@pytest.mark.parametrize("left", [0, pytest.param(64 * 1024, marks=pytest.mark.long)])
 def test_full_disk_ends_the_search_and_once_there_is_room_it_goes_on(
     left: int, tmp_path: Path, small_disk: SmallDisk, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -107,6 +107,7 @@ def test_full_disk_ends_the_search_and_once_there_is_room_it_goes_on(
     check_ends_and_goes_on(fault, search, run, undisturbed("alone"), seconds, follow, "No space left on device")
 
 
+@pytest.mark.long
 def test_search_goes_on_where_checkpoints_find_no_room(
     tmp_path: Path, small_disk: SmallDisk, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -181,6 +182,7 @@ def test_search_goes_on_where_the_place_of_its_checkpoints_is_gone(
     note_fault("the place of checkpoints gone", "goes on without", count, ranking_equal=True)
 
 
+@pytest.mark.long
 def test_folder_that_cannot_be_written_any_more_ends_the_search(
     tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:

@@ -194,6 +194,7 @@ def fault(self, images):
 """
 
 
+@pytest.mark.long
 def test_second_ctrl_c_leaves_at_once(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
     """Also where a worker does not answer."""
     run = tmp_path / "results" / "run"
@@ -254,7 +255,7 @@ def _read_all(terminal: int) -> None:
             pass
 
 
-@pytest.mark.parametrize("moment", ["start-up", "confirmation"])
+@pytest.mark.parametrize("moment", [pytest.param("start-up", marks=pytest.mark.long), "confirmation"])
 def test_sigterm_outside_of_the_search_ends_it_too(
     moment: str, tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:

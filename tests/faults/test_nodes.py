@@ -41,6 +41,7 @@ def test_a_search_on_three_nodes_loses_one_halfway_and_nothing_else(cluster: Sim
     note_fault("one node of three killed halfway", "goes on", check_run(disturbed.run), ranking_equal=True)
 
 
+@pytest.mark.long
 def test_trials_are_added_as_nodes_join_and_move_as_they_leave(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=1)
     with searching(cluster, tmp_path / "s", "--num-samples", 6, epoch_seconds=1.0) as search:
@@ -78,6 +79,7 @@ with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
 """
 
 
+@pytest.mark.long
 def test_confirmed_run_begins_once_more_as_often_as_its_node_is_lost(cluster: SimulatedCluster, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     write_model(folder)
@@ -125,7 +127,7 @@ def test_trial_goes_on_as_often_as_its_node_is_lost(cluster: SimulatedCluster, t
     note_fault("the node of a trial killed, three times", "goes on", check_run(search.run), faults=3)
 
 
-@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("part", ["raylet", pytest.param("gcs_server", marks=pytest.mark.long)])
 def test_search_on_a_cluster_that_loses_its_head_ends_and_can_be_resumed(part: str, tmp_path: Path) -> None:
     with SimulatedCluster(num_cpus=1) as cluster:
         with searching(cluster, tmp_path / "s", "--num-samples", 4) as search:

@@ -29,7 +29,9 @@ VITAL = {
 }
 
 
-@pytest.mark.parametrize("part", VITAL)
+@pytest.mark.parametrize(
+    "part", ["raylet", *(pytest.param(name, marks=pytest.mark.long) for name in ("GCS", "agent of the dashboard"))]
+)
 def test_search_whose_ray_dies_ends_and_can_be_resumed(
     part: str, tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -63,6 +65,7 @@ def test_search_whose_ray_dies_ends_and_can_be_resumed(
     )
 
 
+@pytest.mark.long
 def test_search_goes_on_without_its_dashboard(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
     run = tmp_path / "results" / "run"
     search = follow(begin(prepare(tmp_path), *ALONE))

@@ -92,6 +92,7 @@ def rewrite_line(path: Path, number: int, change: Callable[[dict[str, object]], 
     path.write_bytes(b"\n".join(lines))
 
 
+@pytest.mark.long
 def test_run_that_was_moved_and_renamed_goes_on_and_another_version_is_told(
     killed: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -199,6 +200,7 @@ def test_data_changed_in_the_run_do_not_harm_it_but_no_other_data_go_on(tmp_path
     note_fault("resumed with changed data", "refused", count)
 
 
+@pytest.mark.long
 def test_finished_run_has_nothing_to_do_and_with_more_samples_runs_the_new_ones_only(
     tmp_path: Path, undisturbed_run: Callable[[str], Path], undisturbed: Undisturbed, follow: Follow
 ) -> None:

@@ -35,7 +35,10 @@ def check_others(ended: Ended, expected: Ended, status: TrialStatus) -> None:
     assert [trial[1] for trial in differing] == [status]
 
 
-@pytest.mark.parametrize(("slots", "arguments"), [("alone", ALONE), ("side by side", SIDE_BY_SIDE)])
+@pytest.mark.parametrize(
+    ("slots", "arguments"),
+    [pytest.param("alone", ALONE, marks=pytest.mark.long), ("side by side", SIDE_BY_SIDE)],
+)
 def test_worker_killed_mid_epoch(
     slots: str, arguments: tuple[str, ...], tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -184,6 +187,7 @@ def fault(self, images):
 """
 
 
+@pytest.mark.long
 def test_trial_that_eats_memory_ends_alone(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
     run = tmp_path / "results" / "run"
     search = follow(begin(prepare(tmp_path, EATS_MEMORY), *SIDE_BY_SIDE))
@@ -246,6 +250,7 @@ time.time = jumping
 """
 
 
+@pytest.mark.long
 def test_clocks_that_jump_change_no_result_and_no_duration(
     tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
