@@ -49,6 +49,7 @@ LAYERS = (
     "card",
     "compare",
     "session",
+    "vitals",
     "trainable",
     "stopping",
     "samplers",
@@ -142,6 +143,7 @@ THIRD_PARTY = {
     "trackers": {"mlflow", "ray", "tensorboardX", "wandb"},
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
+    "vitals": {"ray"},
     "remote": {"grpc", "ray"},
 }
 

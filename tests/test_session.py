@@ -2,12 +2,10 @@ import fcntl
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 
 import tune_amp
 from tune_amp.config import InputError
-from tune_amp.session import ALIVE_FILE, HOME_PREFIX, Vitals, _find_source, _remove_abandoned, ray_session
+from tune_amp.session import ALIVE_FILE, HOME_PREFIX, _find_source, _remove_abandoned, ray_session
 
 pytestmark = pytest.mark.slow
 
@@ -324,36 +322,3 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
         _remove_abandoned(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([homes["living"], homes["young"], other])
     assert (homes["living"] / "token").exists()
-
-
-@pytest.fixture
-def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, socket.socket]]:
-    """The raylet and the GCS of a cluster, as far as one sees of them that they live."""
-    import ray
-
-    raylet, gcs = socket.socket(socket.AF_UNIX), socket.socket()
-    raylet.bind(str(tmp_path / "raylet"))
-    gcs.bind(("127.0.0.1", 0))
-    node = types.SimpleNamespace(
-        all_processes={},
-        raylet_socket_name=str(tmp_path / "raylet"),
-        gcs_address=f"127.0.0.1:{gcs.getsockname()[1]}",
-    )
-    monkeypatch.setattr(ray._private.worker, "_global_node", node)
-    with raylet, gcs:
-        raylet.listen()
-        gcs.listen()
-        yield {"raylet": raylet, "gcs_server": gcs}
-
-
-@pytest.mark.parametrize("dies", ["raylet", "gcs_server"])
-def test_death_of_what_a_cluster_offers_is_noticed(joined: dict[str, socket.socket], dies: str) -> None:
-    vitals = Vitals()
-    assert vitals.find_dead() is None
-    joined[dies].close()
-    assert vitals.find_dead() == dies
-
-
-def test_raylet_that_cannot_be_seen_from_here_is_not_dead(joined: dict[str, socket.socket]) -> None:
-    joined["raylet"].close()
-    assert Vitals().find_dead() is None

@@ -32,13 +32,13 @@ from tune_amp.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, SPACE_FILE
 from tune_amp.searcher import AmpSearch, find_cause, mend_study
-from tune_amp.session import Vitals
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import TrialKey, replay
 from tune_amp.storage import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.time_limit import TimeLimit
 from tune_amp.tuning import bind_trainable, build_tuner, fit, schedule
+from tune_amp.vitals import Vitals
 from tune_amp.warm_start import WarmStart
 
 
