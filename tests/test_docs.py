@@ -14,8 +14,8 @@ from tune_amp.space import load_space
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OTHERS_FLAGS = {"--logdir", "--backend-store-uri"}
-"""Of TensorBoard and MLflow, in the commands that show what they were told."""
+OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json"}
+"""Of TensorBoard and MLflow, in the commands that show what they were told, and of Ray's that submits a job."""
 OTHER_PROGRAMS = "sh"
 """The language of blocks that test_dashboard.py tries: what they run is not on every machine."""
 FILE_NAME = re.compile(r"# (\w+\.(?:py|yaml))\n")

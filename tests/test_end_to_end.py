@@ -166,7 +166,10 @@ def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path)
     assert not (run / "best.parquet").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(other, marks=pytest.mark.long) for other in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--num-samples", "100000", "--max-epochs", "2", "--name", "cut", "--json"]

@@ -305,6 +305,7 @@ def test_ctrl_c_ends_the_search_on_the_cluster_cleanly(client: Client, tmp_path:
     assert read_journal(run / JOURNAL_FILE)[-1]["event"] == "finish"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_death_of_the_search_on_the_cluster_is_a_cut_off_that_goes_on(client: Client, tmp_path: Path) -> None:

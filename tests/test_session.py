@@ -215,7 +215,8 @@ def test_address_where_nobody_listens_is_refused_at_once(
     address = form.format(closed_port)
     assert refusal(address) == (
         f"--address: {address} cannot be joined (ConnectionRefusedError: [Errno 111] Connection refused); "
-        "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
+        "host:port is joined from a node of the cluster, ray://host:port from anywhere"
     )
 
 
@@ -229,11 +230,6 @@ def test_ray_client_where_nobody_listens_is_refused_at_once(
         monkeypatch.setenv("RAY_ADDRESS", client)
     message = refusal("auto" if by_variable else client)
     assert message.startswith(f"--address: {client} cannot be joined (ConnectionRefusedError: ")
-
-
-def test_protocol_that_is_not_ray_clients_is_refused() -> None:
-    message = "--address: must be auto, host:port or ray://host:port, got http://127.0.0.1:8265"
-    assert refusal("http://127.0.0.1:8265") == message
 
 
 @pytest.mark.parametrize(
