@@ -129,7 +129,7 @@ def test_trial_goes_on_as_often_as_its_node_is_lost(cluster: SimulatedCluster, t
 
 
 @pytest.mark.parametrize("part", ["raylet", pytest.param("gcs_server", marks=pytest.mark.long)])
-def test_search_on_a_cluster_that_loses_its_head_ends_and_can_be_resumed(part: str, tmp_path: Path) -> None:
+def test_search_on_a_cluster_that_loses_its_head_ends_and_says_how_to_go_on(part: str, tmp_path: Path) -> None:
     with SimulatedCluster(num_cpus=1) as cluster:
         with searching(cluster, tmp_path / "s", "--num-samples", 4) as search:
             search.wait_until(lambda: any(event["event"] == "trial" for event in search.events))
