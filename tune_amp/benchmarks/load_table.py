@@ -89,9 +89,9 @@ def render_load(result: LoadResult) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     lines = [
         f"Searches under load; {machine}; {render_versions(result.versions)}. The machine's load average stands beside "
-        "each search. At a time: in the last session, as are the driver's CPU and the writes. Workers of many slots are "
-        "forked from one process and sleep in each training step, on simulated GPUs. The trials that are resumed were "
-        "made up by the code of a search, but for their training.",
+        "each search. At a time: in the last session, as are the driver's CPU and the writes. Workers of many slots "
+        "are forked from one process and sleep in each training step, on simulated GPUs. The trials that are resumed "
+        "were made up by the code of a search, but for their training.",
         "",
         "| search | sessions | at a time | reports | lost | doubled | trials without an end | wall | slots at work "
         "| waiting | driver's memory | load average |",
