@@ -2,10 +2,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from fault_runs import Search
 from optuna import load_study
 from optuna.trial import TrialState
 from simulated_cluster import SimulatedCluster
@@ -77,25 +74,23 @@ def build_layer(pixels, classes):
 """
 
 
-class Search:
-    """A search in a process of its own, and what it has told so far."""
-
-    def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
-        self._process = process
-        self._folder = folder
-        self.events: list[dict[str, Any]] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+class ClusterSearch(Search):
+    """A search by ``scripts/search.py`` that tells in JSON lines what it does, of the model above."""
 
     @property
     def run(self) -> Path:
         """The run folder."""
-        return self._folder / "results" / "run"
+        return self.folder / "results" / "run"
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What it has told so far."""
+        return [json.loads(line) for line in self.stdout.rpartition("\n")[0].splitlines()]
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
         """What the model left of each attempt of a trial."""
-        path = self._folder / "attempts"
+        path = self.folder / "attempts"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def count_ended(self) -> int:
@@ -110,35 +105,13 @@ class Search:
         """Seconds since the last attempt began on a node."""
         return time.time() - max([attempt["at"] for attempt in self.attempts if attempt["node"] == node], default=0.0)
 
-    def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Wait for something to become true of a search that goes on."""
-
-        def look() -> bool:
-            assert self._process.poll() is None, self._read_errors()
-            return holds()
-
-        wait_until(look)
-
-    def wait(self) -> int:
-        """Wait for the end; returns the exit code."""
-        code = self._process.wait(240)
-        self._reader.join()
-        return code
-
     def finish(self) -> dict[str, Any]:
         """Wait for the end, which must be a good one; returns the last event."""
-        assert self.wait() == 0, self._read_errors()
-        assert "Traceback" not in self._read_errors()
-        assert self.events[-1]["event"] == "result"
-        return self.events[-1]
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.events.append(json.loads(line))
-
-    def _read_errors(self) -> str:
-        return (self._folder / "errors").read_text()
+        assert self.wait() == 0, self.stderr
+        assert "Traceback" not in self.stderr
+        last = self.events[-1]
+        assert last["event"] == "result"
+        return last
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -159,26 +132,19 @@ def write_model(folder: Path, epoch_seconds: float = EPOCH_SECONDS) -> None:
 @contextlib.contextmanager
 def searching(
     cluster: SimulatedCluster, folder: Path, *arguments: object, epoch_seconds: float = EPOCH_SECONDS
-) -> Iterator[Search]:
+) -> Iterator[ClusterSearch]:
     """A search by ``scripts/search.py`` on the cluster, of a user's own model, in the folder."""
     write_model(folder, epoch_seconds)
-    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
-    command += ["--model", "sleepy:net", "--max-epochs", str(EPOCHS), "--sampler", "random", "--scheduler", "none"]
-    command += ["--confirm-seeds", "0", "--address", cluster.address, "--name", "run", "--json", *map(str, arguments)]
-    if "--storage-path" not in command:
-        command += ["--storage-path", str(folder / "storage")]
-    environment = os.environ | cluster.environment
-    with (folder / "errors").open("w") as errors:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        try:
-            yield Search(process, folder)
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+    told = ["quick", "--dataset", "digits", "--model", "sleepy:net", "--max-epochs", str(EPOCHS), "--name", "run"]
+    told += ["--sampler", "random", "--scheduler", "none", "--confirm-seeds", "0"]
+    told += ["--address", cluster.address, "--json", *map(str, arguments)]
+    if "--storage-path" not in told:
+        told += ["--storage-path", str(folder / "storage")]
+    search = ClusterSearch(folder, told, environment=cluster.environment)
+    try:
+        yield search
+    finally:
+        search.destroy()
 
 
 def check_nothing_is_lost(run: Path, num_samples: int) -> list[TrialRecord]:

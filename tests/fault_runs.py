@@ -27,7 +27,7 @@ from tune_amp.results import build_from, load_best_rows, load_confirmed, load_tr
 from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 150.0
+PATIENCE = 240.0
 """Seconds that a test waits for anything: a busy machine takes 40 to start Ray."""
 
 SPACE = """
@@ -163,7 +163,7 @@ class Search:
             if time.monotonic() > end:
                 self.destroy()
                 raise AssertionError(f"never held: {self.stdout[-2000:]} {self.stderr[-2000:]}")
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     def signal(self, number: int) -> None:
         """As a terminal does: to all of the group."""

@@ -48,7 +48,7 @@ from tune_amp.results import (
 from tune_amp.search import run_search
 from tune_amp.session import ray_session
 from tune_amp.space import SearchSpace, load_space
-from tune_amp.trainable import WorkerSetup
+from tune_amp.trainable import NODE_RETRIES, WorkerSetup
 from tune_amp.training import TrainingData
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -422,6 +422,15 @@ def test_a_worker_that_dies_costs_two_more_attempts_at_most() -> None:
     while (last := tried[-1]) is not None:
         tried.append(last.try_again(FAILED, died=True))
     assert len(tried) == 4
+
+
+def test_a_lost_node_costs_an_attempt_nothing_until_it_is_one_of_many() -> None:
+    lost = make_run("a", status=TrialStatus.FAILED, error="the node it was running on is dead or unavailable")
+    tried: list[Attempt | None] = [attempt(deaths=1)]
+    while (last := tried[-1]) is not None:
+        tried.append(last.try_again(lost, died=True))
+    assert len(tried) == 1 + NODE_RETRIES + 1 + 1  # the first, those that cost nothing, the last, none
+    assert tried[NODE_RETRIES] == attempt(deaths=1, losses=NODE_RETRIES)
 
 
 def test_an_exception_costs_one_more_attempt_and_the_last_word_names_both() -> None:

@@ -13,6 +13,7 @@ from tune_amp.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+LONG_PAGES = ("choosing-a-space", "own-model-and-data")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json"}
 """Of TensorBoard and MLflow, in the commands that show what they were told, and of Ray's that submits a job."""
@@ -97,7 +98,9 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.long] * (page.stem in LONG_PAGES), id=page.stem) for page in PAGES]
+)
 def test_a_page_works_from_its_first_line_to_its_last(
     page: Path, tmp_path: Path, enter_folder: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

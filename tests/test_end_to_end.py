@@ -166,10 +166,8 @@ def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path)
     assert not (run / "best.parquet").exists()
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, *(pytest.param(other, marks=pytest.mark.long) for other in (signal.SIGTERM, signal.SIGHUP))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--num-samples", "100000", "--max-epochs", "2", "--name", "cut", "--json"]
@@ -208,7 +206,7 @@ def test_a_search_whose_reader_is_gone_goes_on_to_its_end(tmp_path: Path) -> Non
     assert load_best(run).dataset == "digits"
 
 
-@pytest.mark.parametrize("shown", [(), ("--json",)])
+@pytest.mark.parametrize("shown", [(), pytest.param(("--json",), marks=pytest.mark.long)])
 def test_a_search_whose_log_finds_no_room_goes_on_to_its_end(shown: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", *shown]
     command += ["--num-samples", "2", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "mute"]

@@ -18,7 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
 from tune_amp.past import PastTrial
 from tune_amp.run_files import STUDY_FILE
-from tune_amp.searcher import UNKNOWN_VALUES, AmpSearch, find_cause, find_reason, find_status, is_node_lost, mend_study
+from tune_amp.searcher import (
+    OUT_OF_MEMORY_SIGN,
+    UNKNOWN_VALUES,
+    AmpSearch,
+    find_cause,
+    find_reason,
+    find_status,
+    is_node_lost,
+    mend_study,
+)
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
 from tune_amp.trainable import LargerShareNeeded
@@ -623,6 +632,29 @@ def test_end_that_the_study_missed_is_told_and_one_that_it_knows_is_not_told_aga
     assert [trial.value for trial in resumed.study.trials] == [0.25, 0.5]
     resumed.on_trial_complete("known", report(3, 0.125, "completed"))  # trained again from its last checkpoint
     assert [trial.value for trial in resumed.study.trials] == [0.25, 0.5]
+
+
+def test_trial_told_as_out_of_memory_of_which_the_journal_had_not_heard_goes_on(make_search: MakeSearch) -> None:
+    """The process was killed between the two notes of a death for which nobody tries again."""
+    killed = make_search()
+    for trial_id in ("died", "told"):
+        killed.suggest(trial_id)
+    killed._causes["died"] = OUT_OF_MEMORY_SIGN
+    killed.on_trial_complete("died", error=True)
+    killed.on_trial_complete("told", report(2, 0.4, "out_of_memory"))
+    past = [
+        past_trial(killed, "died", 1, report(2, 0.4), None),
+        past_trial(killed, "told", 2, report(2, 0.4, "out_of_memory"), None),
+    ]
+    resumed = make_search(past=past)
+    resumed.on_trial_complete("died", report(3, 0.75, "completed"))
+    told = [(t.user_attrs["trial_id"], t.value, t.constraints) for t in resumed.study.trials]
+    assert told == [
+        ("died", WORST_VALUES["val_accuracy"], {"hopeless": 1.0}),
+        ("told", WORST_VALUES["val_accuracy"], {"hopeless": 1.0}),
+        ("died", 0.75, {"hopeless": 0.0}),
+    ]
+    assert past[0].number == 2
 
 
 @pytest.mark.parametrize("died", [1, 2])

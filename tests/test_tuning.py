@@ -3,11 +3,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.air._internal import usage
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune import Callback, TuneError
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig
 from tune_amp.resources import TrialResources
-from tune_amp.tuning import _prepare_next_attempt, name_trial
+from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES
+from tune_amp.tuning import _prepare_next_attempt, callbacks_uncounted, deaths_taken_right, name_trial
 
 
 class FakeTrial:
@@ -32,19 +37,107 @@ def test_trial_is_named_by_number_and_settings(trial: FakeTrial, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("status", "cause", "allowed"),
-    [
-        (Trial.ERROR, "the actor's node was terminated unexpectedly: health check failed", 3),
-        (Trial.ERROR, "The actor is dead because its worker process has died.", 2),
-        (Trial.RUNNING, "the actor's node was terminated unexpectedly: health check failed", 2),  # it has ended
-    ],
+    ("status", "share"),
+    [(Trial.ERROR, 0.5), (Trial.RUNNING, 0.25)],  # the second has ended: its retries are used up
 )
-def test_lost_node_costs_a_trial_none_of_its_retries(status: str, cause: str, allowed: int, tmp_path: Path) -> None:
-    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{cause}\n")
-    trial = types.SimpleNamespace(status=status, max_failures=2, error_file=str(tmp_path / "error.txt"))
+def test_trial_that_needs_a_larger_share_gets_it(status: str, share: float, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{FULL}\n")
+    asked = [0.25]
+    trial = types.SimpleNamespace(
+        status=status,
+        error_file=str(tmp_path / "error.txt"),
+        update_resources=lambda request: asked.append(request.bundles[0]["GPU"]),
+    )
     noted: list[Any] = []
     searcher: Any = types.SimpleNamespace(note_worker_death=noted.append)
-    resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason="")
-    _prepare_next_attempt(searcher, resources, trial)
-    assert trial.max_failures == allowed
+    _prepare_next_attempt(searcher, TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason=""), trial)
+    assert asked[-1] == share
     assert noted == [trial]
+
+
+# What a death costs
+
+DIED = (
+    "The actor died unexpectedly before finishing this task.\n The actor is dead because its worker process has died."
+)
+LOST = "The actor died because\n the actor's node was terminated unexpectedly: health check failed"
+FULL = "Traceback\n  somewhere\ntune_amp.trainable.LargerShareNeeded: \x1b[31mno room\x1b[0m"
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """One that runs, of Tune's own class, and keeps no files."""
+    monkeypatch.setattr(Trial, "local_path", None)
+    return Trial("trainable", stub=True, max_failures=WORKER_RETRIES)
+
+
+def die_in_turn(trial: Trial, *causes: str) -> bool:
+    """Whether the trial is tried again after all of these."""
+    with deaths_taken_right():
+        for cause in causes:
+            trial.handle_error(TuneError(cause) if cause == FULL else RayActorError(error_msg=cause))
+    return trial.should_recover()
+
+
+def test_trial_is_tried_again_after_two_deaths_of_its_workers(trial: Trial) -> None:
+    assert die_in_turn(trial, DIED, DIED)
+    assert not die_in_turn(trial, DIED)
+
+
+@pytest.mark.parametrize("blameless", [LOST, FULL])
+def test_lost_node_and_larger_share_cost_a_trial_none_of_its_retries(trial: Trial, blameless: str) -> None:
+    assert die_in_turn(trial, blameless, DIED, blameless, DIED, blameless)
+    assert not die_in_turn(trial, DIED)
+
+
+def test_trial_that_the_time_limit_ended_is_not_tried_again_if_its_node_goes_too(trial: Trial) -> None:
+    trial.max_failures = 0
+    assert not die_in_turn(trial, LOST)
+
+
+def test_node_that_is_lost_again_and_again_without_an_epoch_costs_retries(trial: Trial) -> None:
+    assert die_in_turn(trial, *[LOST] * (NODE_RETRIES + WORKER_RETRIES))
+    assert not die_in_turn(trial, *[LOST] * (NODE_RETRIES + 1))
+
+
+def test_nodes_may_be_lost_as_often_as_epochs_come_in_between(trial: Trial) -> None:
+    with deaths_taken_right():
+        for epoch in range(1, 50):
+            trial.run_metadata.last_result = {"epoch": epoch}
+            trial.handle_error(RayActorError(error_msg=LOST))
+            trial.run_metadata.last_result = {"epoch": max(0, epoch - 3)}  # from its last checkpoint
+            trial.handle_error(RayActorError(error_msg=LOST))
+    assert trial.run_metadata.num_failures == 0
+
+
+def test_rays_own_way_is_back_after_the_block(trial: Trial) -> None:
+    stock = Trial.handle_error, RayActorManager._actor_task_failed
+    with deaths_taken_right():
+        assert Trial.handle_error is not stock[0]
+    assert (Trial.handle_error, RayActorManager._actor_task_failed) == stock
+    trial.handle_error(RayActorError(error_msg=LOST))
+    assert trial.run_metadata.num_failures == 1
+
+
+def test_worker_that_the_memory_monitor_killed_has_died_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Exception] = []
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda _, task, exception: taken.append(exception))
+    task: Any = types.SimpleNamespace(_tracked_actor=types.SimpleNamespace(_on_error=None))
+    manager: Any = None
+    with deaths_taken_right():
+        RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("Task was killed"))
+    assert [(type(exception), str(exception)) for exception in taken] == [(RayActorError, "Task was killed")]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_callbacks_are_counted_where_rays_makers_are_told_of_them(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, first = list[Any](), Callback()
+    monkeypatch.setattr(usage, "tag_callbacks", counted.append)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", str(int(enabled)))
+    with callbacks_uncounted():
+        usage.tag_callbacks([first])
+    assert counted == [[first]] * enabled
+    usage.tag_callbacks([])
+    assert counted[-1] == []

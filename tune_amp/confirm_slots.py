@@ -11,17 +11,17 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.batches import place_split
 from tune_amp.config import TrialStatus, one_line
 from tune_amp.confirm import ConfirmJob
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset, Split
-from tune_amp.resources import SlotCounter, TrialResources, double_share
+from tune_amp.resources import SlotCounter, TrialResources, beside_this_process, double_share
 from tune_amp.searcher import find_reason, find_status, is_node_lost
 from tune_amp.time_limit import describe_limit
 from tune_amp.trainable import (
+    NODE_RETRIES,
     WORKER_RETRIES,
     WorkerSetup,
     build_worker_setup,
@@ -43,6 +43,8 @@ class Attempt:
     """Of a GPU; 0 on the CPU."""
     deaths: int = 0
     """Workers that died of it."""
+    losses: int = 0
+    """Nodes that were lost under it."""
     earlier: ConfirmedRun | None = None
     """How it ended before, where it is tried again for another reason than a worker's death."""
     token: str = ""
@@ -69,8 +71,10 @@ class Attempt:
         """The next attempt, or None where ``run`` is final: a configuration gets the chances that a trial had.
 
         A worker that dies costs up to two more attempts, any other exception one, since it may not be the settings'
-        fault. Out of memory is, unless there is a larger share of the GPU to be had.
+        fault. Out of memory is, unless there is a larger share of the GPU to be had. A lost node never is.
         """
+        if died and self.losses < NODE_RETRIES and is_node_lost(run.error or ""):
+            return dataclasses.replace(self, losses=self.losses + 1)
         if died:
             return dataclasses.replace(self, deaths=self.deaths + 1) if self.deaths < WORKER_RETRIES else None
         if self.earlier is not None:
@@ -110,9 +114,6 @@ def train_on_slots(
                     continue
                 attempt = running.pop(ended)
                 run, died = _fetch(ended, attempt.job)
-                if died and is_node_lost(run.error or ""):  # no fault of the run's
-                    waiting.appendleft(attempt)
-                    continue
                 again = attempt.try_again(run, died=died)
                 if again is not None:
                     waiting.appendleft(again)
@@ -148,8 +149,7 @@ def hearing_beginnings(time_limit: float) -> Iterator[Any]:
     if time_limit == math.inf:
         yield None
         return
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor: Any = ray.remote(Beginnings).options(num_cpus=0, scheduling_strategy=here).remote()
+    actor: Any = ray.remote(Beginnings).options(num_cpus=0, scheduling_strategy=beside_this_process()).remote()
     try:
         yield actor
     finally:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import grpc  # type: ignore[import-untyped]
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.config import InputError
 from tune_amp.halt import StopRequest
@@ -26,6 +25,7 @@ from tune_amp.journal import Journal
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import remove_unfinished, write_atomically
 from tune_amp.past import PastRun, open_past
+from tune_amp.resources import beside_this_process
 from tune_amp.results import TrialRecord
 from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, REWRITTEN_FILES, STUDY_FILE
 from tune_amp.session import QUIET_TUNE, private_home
@@ -286,11 +286,10 @@ def run_search_remotely(
         past={} if past is None else _read_past(folder, past),
     )
     with LocalCopy(folder, observer, past) as copy, stop.heard(), _naming_what_is_lost():
-        # Beside the server of the clients, which is a node that stays, and needs no CPU: it waits for trials.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # Ours is the server of the clients, on a node that stays.
         actor: Any = (
             ray.remote(RemoteSearch)
-            .options(num_cpus=0, max_concurrency=4, scheduling_strategy=here)
+            .options(num_cpus=0, max_concurrency=4, scheduling_strategy=beside_this_process())
             .remote(folder.name)
         )
         outcome = _follow(actor, actor.run.remote(order), copy, stop)

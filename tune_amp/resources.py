@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.config import InputError, TrialConfig, one_line
 from tune_amp.data import Split
@@ -174,6 +175,11 @@ def count_gpus(visible: str | None, cuda_devices: int) -> int:
     names = (visible or "").split(",")
     slices = len(set(names)) if all(name.startswith("MIG-") for name in names) else 0
     return max(cuda_devices, slices) if cuda_devices else 0
+
+
+def beside_this_process() -> NodeAffinitySchedulingStrategy:
+    """Places what needs no CPU, and must not be lost before we are, on our own node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def double_share(share: float) -> float:

@@ -151,7 +151,8 @@ def run_search(
             on_fault=stop.ask,
         )
         build = functools.partial(_build_searcher, space, dataset, options, folder, provenance, warm_start, past, stop)
-        with stop.heard(), contextlib.closing(build()) as searcher:  # from here on the study may hold trials that run
+        # Whatever ends the block, no trial stays running in the study.
+        with stop.heard(), contextlib.closing(build()) as searcher:
             scheduler = schedule(options, searcher, resources)
             if past is not None:
                 recorder.replay(past.events)
@@ -163,7 +164,7 @@ def run_search(
                 command=list(command),
                 arguments=dict(arguments or {}),
             )
-            with gauges, _written_at_the_end(searcher, recorder):
+            with gauges, _finished(recorder):
                 trials = past.trials if past else ()
                 for trial in trials:
                     _end_unheard(trial, recorder, searcher, scheduler)
@@ -346,19 +347,16 @@ def is_unfinished(trials: Sequence[TrialRecord], options: SearchOptions) -> bool
 def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
     """End the process where Tune cannot be ended, everything written."""
     try:
-        with _written_at_the_end(searcher, recorder):
+        with contextlib.closing(searcher), _finished(recorder):
             pass
     finally:
         stop.leave()
 
 
 @contextlib.contextmanager
-def _written_at_the_end(searcher: AmpSearch, recorder: TrialRecorder) -> Iterator[None]:
-    """Whatever ends the search, no trial stays running in the study and every report is on disk."""
+def _finished(recorder: TrialRecorder) -> Iterator[None]:
+    """Whatever ends the ``with`` block, every report is on disk."""
     try:
         yield
     finally:
-        try:
-            recorder.finish()
-        finally:
-            searcher.close()
+        recorder.finish()

@@ -45,6 +45,8 @@ OF_RUN_ATTRIBUTE = "of run"
 RETURNED_ATTRIBUTE = "returned trials"
 FIXED_PARAMS = "fixed_params"
 """Optuna's own name for what a trial was enqueued with."""
+CONSTRAINTS_PREFIX = "constraints:"
+"""That of Optuna's own names for a trial's constraints."""
 HOPELESS_CONSTRAINT = "hopeless"
 """1 where a trial was hopeless, 0 where it was not. One name for every reason: GPSampler wants the same constraints of
 all trials."""
@@ -210,7 +212,7 @@ class AmpSearch(OptunaSearch):
                 self._give_back(told)
 
     def _find_again(self, past: PastTrial, stored: optuna.trial.FrozenTrial) -> None:
-        if stored.state is TrialState.FAIL and past.status is None:
+        if past.status is None and _is_taken_back(stored, past):
             stored = self._submit_again(past, stored)
         self._ot_trials[past.trial_id] = optuna.trial.Trial(self.study, stored._trial_id)  # noqa: SLF001 - Optuna's own way
         self._reported_epochs[past.trial_id] = max(stored.intermediate_values, default=0)
@@ -220,14 +222,15 @@ class AmpSearch(OptunaSearch):
             self._end(past.trial_id, past.last_result, past.status)
 
     def _submit_again(self, past: PastTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
-        """A trial that was told as interrupted runs once more in the study, beside what was told."""
+        """A trial that goes on after it was told runs once more in the study, beside what was told."""
+        constraints = [f"{CONSTRAINTS_PREFIX}{name}" for name in told.constraints]
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=told.params,
             distributions=told.distributions,
             intermediate_values=told.intermediate_values,
             # NSGA-II keeps a trial's generation there. What a trial was enqueued with is not asked for twice.
-            system_attrs={name: value for name, value in told.system_attrs.items() if name != FIXED_PARAMS},
+            system_attrs={n: value for n, value in told.system_attrs.items() if n not in (FIXED_PARAMS, *constraints)},
             user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)
@@ -357,6 +360,15 @@ class AmpSearch(OptunaSearch):
             self._ot_trials[trial_id].report(value, epoch)
 
 
+def _is_taken_back(told: optuna.trial.FrozenTrial, past: PastTrial) -> bool:
+    """Whether a trial goes on that was told as interrupted, or as out of memory for the deaths of its workers.
+
+    The journal hears of a trial's last report before the study does, and of what a worker's death means after it.
+    """
+    died = told.user_attrs.get(STATUS_ATTRIBUTE) == TrialStatus.OUT_OF_MEMORY and past.unheard_end is None
+    return told.state is TrialState.FAIL or died
+
+
 def _is_old_hopeless(old: OldTrial) -> bool:
     last = {} if old.record.last is None else vars(old.record.last)
     return old.record.status in HOPELESS_STATUSES or is_hopeless(last)
@@ -443,13 +455,12 @@ def find_cause(trial: Any) -> str:
     path = trial.error_file
     if path is None or not Path(path).exists():
         return "its worker died, and Ray left no reason"
-    text = _ANSI.sub("", Path(path).read_text(errors="replace"))
-    return find_reason(_ATTEMPT.split(text)[-1])  # Tune appends
+    return find_reason(_ATTEMPT.split(Path(path).read_text(errors="replace"))[-1])  # Tune appends
 
 
 def find_reason(text: str) -> str:
     """The line of an error of Ray's that says what happened: the last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
     # The memory monitor's report begins with what happened, and ends in a paragraph of advice.
     reasons = [line for line in lines if OUT_OF_MEMORY_SIGN in line] or lines[-1:] or ["its worker died"]
     return one_line(reasons[0])

@@ -45,10 +45,11 @@ from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 CHECKPOINT_FILE = "trial.pt"
 
-# A worker that dies (killed, a segmentation fault) need not be the settings' fault: the trial is tried again. A lost
-# node never is, and does not count.
+# A worker that dies (killed, a segmentation fault) need not be the settings' fault: the trial is tried again.
 WORKER_RETRIES = 2
-
+# A lost node never is, and does not count. Nor does a connection that broke, which looks the same; so many in a row
+# without one more epoch do, or a network that keeps breaking would be tried for ever.
+NODE_RETRIES = 10
 
 # A checkpoint is due after so many times the work that one costs: then checkpoints take at most 1 / 21 of a trial's
 # time, under 5 %, and a worker that dies loses at most the work of 20 checkpoints, and the epoch that it was in.

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ray import tune
+from ray._common.usage.usage_lib import usage_stats_enabled
+from ray.air._internal import usage
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution.tune_controller import TuneController
@@ -18,11 +20,11 @@ from tune_amp.halt import StopRequest
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun
 from tune_amp.resources import TrialResources, double_share
-from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, find_cause, is_node_lost
+from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, find_cause, find_reason, is_node_lost
 from tune_amp.source import TrialSource
 from tune_amp.stopping import DivergenceAware, build_scheduler
 from tune_amp.storage import RunStorage
-from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
+from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES, AmpTrainable, build_worker_setup
 
 
 def bind_trainable(
@@ -66,19 +68,12 @@ def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResour
 def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
     """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
 
-    A trial that ran out of its share of a GPU gets twice the share. That attempt, and one that a lost node costs, are
-    not counted among those that a worker's death may cost; a trial whose retries are used up has ended, and nothing is
-    changed.
+    A trial that ran out of its share of a GPU gets twice the share. One whose retries are used up has ended, and
+    nothing is changed.
     """
     searcher.note_worker_death(trial)
-    if trial.status != Trial.ERROR:
-        return
-    cause = find_cause(trial)
-    larger_share = LARGER_SHARE_SIGN in cause
-    if larger_share:
+    if trial.status == Trial.ERROR and LARGER_SHARE_SIGN in find_cause(trial):
         trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
-    if larger_share or is_node_lost(cause):
-        trial.max_failures += 1
 
 
 def build_tuner(
@@ -149,7 +144,7 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
-        with deaths_taken_right():
+        with deaths_taken_right(), callbacks_uncounted():
             tuner.fit()
     except Exception:
         if stop.reason is None:
@@ -161,16 +156,31 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def deaths_taken_right() -> Iterator[None]:
-    """In the ``with`` block, a worker's death costs its trial one attempt and nothing else. Ray 2.60 errs twice there.
+def callbacks_uncounted() -> Iterator[None]:
+    """In the ``with`` block, Tune does not count callbacks for Ray's makers where they are told nothing.
 
-    For a worker that the memory monitor killed in a task, Ray raises ``OutOfMemoryError``. It is no ``RayActorError``,
-    so that Tune ends with all trials: "Caught unexpected exception".
-
-    A worker that dies between two trials is heard of as Tune resets it for the next one, which is still pending. Tune
-    queues it again, and then ends it for good: its task has failed too.
+    To know the classes it imports MLflow and W&B, used or not, where they are installed: a second of each search.
     """
-    take = RayActorManager._actor_task_failed  # noqa: SLF001
+    count = usage.tag_callbacks
+    if not usage_stats_enabled():
+        usage.tag_callbacks = lambda callbacks: False
+    try:
+        yield
+    finally:
+        usage.tag_callbacks = count
+
+
+@contextlib.contextmanager
+def deaths_taken_right() -> Iterator[None]:
+    """In the ``with`` block, a worker's death costs its trial what it should, and nobody else anything.
+
+    Ray 2.60 errs twice there. For a worker that the memory monitor killed in a task, it raises ``OutOfMemoryError``:
+    that is no ``RayActorError``, so that Tune ends with all trials, "Caught unexpected exception". And a worker that
+    dies between two trials is heard of as Tune resets it for the next one, which is still pending: Tune queues it
+    again, and then ends it for good, because its task has failed too.
+    """
+    take, count = RayActorManager._actor_task_failed, Trial.handle_error  # noqa: SLF001
+    blameless = BlamelessDeaths()
 
     def take_right(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
@@ -179,11 +189,41 @@ def deaths_taken_right() -> Iterator[None]:
             _spare_pending_trial(tracked_actor_task)
         take(self, tracked_actor_task, exception)
 
+    def count_right(self: Trial, exc: Any = None) -> None:
+        failures = self.run_metadata.num_failures
+        count(self, exc)
+        # A trial of which the time limit said that it is not tried again has no retries to be spared.
+        if self.max_failures and blameless.holds(self, find_reason(str(exc))):
+            self.run_metadata.num_failures = failures
+
     RayActorManager._actor_task_failed = take_right  # type: ignore[method-assign] # noqa: SLF001
+    Trial.handle_error = count_right  # type: ignore[method-assign]
     try:
         yield
     finally:
         RayActorManager._actor_task_failed = take  # type: ignore[method-assign] # noqa: SLF001
+        Trial.handle_error = count  # type: ignore[method-assign]
+
+
+class BlamelessDeaths:
+    """Which deaths of workers cost a trial none of its ``WORKER_RETRIES``.
+
+    Those of a trial that needs a larger share of a GPU, and of one whose node is lost: unless it loses its nodes more
+    than ``NODE_RETRIES`` times without one more epoch, as behind a network that keeps breaking.
+    """
+
+    def __init__(self) -> None:
+        self._lost: dict[str, tuple[int, int]] = {}
+
+    def holds(self, trial: Any, cause: str) -> bool:
+        """Whether this death, of which the trial has just died, is one of them."""
+        if not is_node_lost(cause):
+            return LARGER_SHARE_SIGN in cause
+        epoch = (trial.run_metadata.last_result or {}).get("epoch", 0)
+        furthest, times = self._lost.get(trial.trial_id, (epoch, 0))
+        times = 1 if epoch > furthest else times + 1
+        self._lost[trial.trial_id] = (max(epoch, furthest), times)
+        return times <= NODE_RETRIES
 
 
 def _spare_pending_trial(task: Any) -> None:

@@ -148,6 +148,7 @@ def fault(self, images):
 """
 
 
+@pytest.mark.long
 def test_checkpoint_that_found_no_room_spoils_none_of_those_that_do(
     tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:

@@ -41,7 +41,7 @@ from tune_amp.run_files import CONFIRM_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
-KILLS = int(os.environ.get("TUNE_AMP_KILLS", "3"))
+KILLS = int(os.environ.get("TUNE_AMP_KILLS", "2"))
 """How often the driver is killed."""
 SEED = int(os.environ.get("TUNE_AMP_KILL_SEED") or random.SystemRandom().randrange(10**6))
 PHASES = {"search": 3.0, "checkpoint": 0.05, "export": 0.4, "confirmation": 1.0}
@@ -66,7 +66,7 @@ class Moment:
                 self._begun = search.began if self.phase == "start-up" else time.monotonic()
             if self._begun is not None and time.monotonic() - self._begun >= self._after:
                 return True
-            time.sleep(0.002)
+            time.sleep(0.01)
         return False
 
     def _has_begun(self) -> bool:

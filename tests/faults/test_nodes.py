@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_runs import Search, check_nothing_is_lost, learned, searching, write_model
+from cluster_runs import ClusterSearch, check_nothing_is_lost, learned, searching, write_model
 from fault_runs import check_run, note_fault
 from simulated_cluster import SimulatedCluster
 
@@ -106,7 +106,7 @@ def test_confirmed_run_begins_once_more_as_often_as_its_node_is_lost(cluster: Si
     ]
 
 
-def has_begun(search: Search, node: str, attempts: int) -> bool:
+def has_begun(search: ClusterSearch, node: str, attempts: int) -> bool:
     """Whether so many attempts began, the last a second ago on the node."""
     return len(search.attempts) == attempts and 1 < search.age_of_attempt(node) < 1e6
 
@@ -128,18 +128,17 @@ def test_trial_goes_on_as_often_as_its_node_is_lost(cluster: SimulatedCluster, t
     note_fault("the node of a trial killed, three times", "goes on", check_run(search.run), faults=3)
 
 
-@pytest.mark.parametrize("part", ["raylet", pytest.param("gcs_server", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
 def test_search_on_a_cluster_that_loses_its_head_ends_and_says_how_to_go_on(part: str, tmp_path: Path) -> None:
-    with SimulatedCluster(num_cpus=1) as cluster:
-        with searching(cluster, tmp_path / "s", "--num-samples", 4) as search:
-            search.wait_until(lambda: any(event["event"] == "trial" for event in search.events))
-            cluster.kill_part(part)
-            killed = time.monotonic()
-            code = search.wait()
-            seconds = time.monotonic() - killed
-        errors = (tmp_path / "s" / "errors").read_text()
-    assert code == 130, errors
-    assert f"cut off  Ray's {part} has died" in errors
-    assert "\nresume   " in errors
+    with SimulatedCluster(num_cpus=1) as cluster, searching(cluster, tmp_path / "s", "--num-samples", 4) as search:
+        search.wait_until(lambda: any(event["event"] == "trial" for event in search.events))
+        cluster.kill_part(part)
+        killed = time.monotonic()
+        code = search.wait()
+        seconds = time.monotonic() - killed
+    assert code == 130, search.stderr
+    assert f"cut off  Ray's {part} has died" in search.stderr
+    assert "\nresume   " in search.stderr
     count = check_run(search.run)
     note_fault(f"{part} of a cluster killed", "ends with the command to resume", count, ended=seconds)

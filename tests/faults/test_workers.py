@@ -37,7 +37,7 @@ def check_others(ended: Ended, expected: Ended, status: TrialStatus) -> None:
 
 @pytest.mark.parametrize(
     ("slots", "arguments"),
-    [pytest.param("alone", ALONE, marks=pytest.mark.long), ("side by side", SIDE_BY_SIDE)],
+    [("alone", ALONE), pytest.param("side by side", SIDE_BY_SIDE, marks=pytest.mark.long)],
 )
 def test_worker_killed_mid_epoch(
     slots: str, arguments: tuple[str, ...], tmp_path: Path, undisturbed: Undisturbed, follow: Follow
@@ -211,6 +211,7 @@ OWN_GIB = 6.0
 """The search itself takes 2, and so may another that a test beside this one begins meanwhile."""
 
 
+@pytest.mark.long
 def test_trial_whose_worker_the_memory_monitor_kills_each_time_ends_alone(tmp_path: Path, follow: Follow) -> None:
     """The machine counts as full a little above what it holds now: Ray's monitor kills the worker that fills it."""
     total, used = get_system_memory() / 2**30, get_used_memory() / 2**30
