@@ -76,7 +76,7 @@ def die_in_turn(trial: Trial, *causes: str) -> bool:
     with deaths_taken_right():
         for cause in causes:
             trial.handle_error(TuneError(cause) if cause == FULL else RayActorError(error_msg=cause))
-    return trial.should_recover()
+    return bool(trial.should_recover())
 
 
 def test_trial_is_tried_again_after_two_deaths_of_its_workers(trial: Trial) -> None:
