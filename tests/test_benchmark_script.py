@@ -12,6 +12,7 @@ from tune_amp.benchmarks import gpu, search_quality
 from tune_amp.benchmarks.curves import load_curves, write_curves
 from tune_amp.benchmarks.floor import take_again
 from tune_amp.benchmarks.gpu import make_images
+from tune_amp.benchmarks.gpu_rows import GpuRow
 from tune_amp.benchmarks.telemetry import measure_probe, measure_telemetry, render_telemetry
 from tune_amp.config import TrialConfig
 from tune_amp.data import Dataset
@@ -83,10 +84,10 @@ def test_gpu_suite_that_is_cut_off_leaves_the_parts_before(
 ) -> None:
     folder = tmp_path / "cpu"
 
-    def tell(suite: gpu.Suite, left: float) -> tuple[list[gpu.GpuRow], str]:
-        return [gpu.GpuRow(part="first", subject="a figure", quantity="seconds", value=1.0)], ""
+    def tell(suite: gpu.Suite, left: float) -> tuple[list[GpuRow], str]:
+        return [GpuRow(part="first", subject="a figure", quantity="seconds", value=1.0)], ""
 
-    def hang(suite: gpu.Suite, left: float) -> tuple[list[gpu.GpuRow], str]:
+    def hang(suite: gpu.Suite, left: float) -> tuple[list[GpuRow], str]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu, "PARTS", {"first": tell, "second": hang})

@@ -18,20 +18,17 @@ from tune_amp.benchmarks import gpu
 from tune_amp.benchmarks.gpu import (
     PARTS,
     GpuResult,
-    GpuRow,
     Suite,
-    Watched,
-    compare_training,
-    expand_scales,
-    list_gpu_tests,
     load_plain_mnist,
     make_images,
     measure_gpu,
     name_folder,
-    read_test_report,
     render_gpu,
     write_gpu,
 )
+from tune_amp.benchmarks.gpu_checks import Watched, compare_training, expand_scales, judge_losses
+from tune_amp.benchmarks.gpu_rows import GpuRow
+from tune_amp.benchmarks.gpu_tests import list_gpu_tests, read_test_report, run_gpu_tests
 from tune_amp.benchmarks.loop import GRAPH, TUTORIAL, LoopRow
 from tune_amp.benchmarks.share_table import (
     ShareResult,
@@ -79,9 +76,9 @@ def test_scale_that_is_told_wrongly_fails(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("loss", [1.1, math.nan])
 def test_loss_that_is_another_fails(loss: float) -> None:
-    row = gpu._judge_losses("graphs", "x", "fp32", make_epoch(train_loss=loss), make_epoch(train_loss=1.0))
+    row = judge_losses("graphs", "x", "fp32", make_epoch(train_loss=loss), make_epoch(train_loss=1.0))
     assert row.verdict == "failed"
-    same = gpu._judge_losses("graphs", "x", "fp32", make_epoch(train_loss=1.0), make_epoch(train_loss=1.0))
+    same = judge_losses("graphs", "x", "fp32", make_epoch(train_loss=1.0), make_epoch(train_loss=1.0))
     assert same.verdict == "met"
 
 
@@ -287,14 +284,13 @@ def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_tests_run_in_a_process_of_their_own(small_project: Path, tmp_path: Path) -> None:
-    suite = Suite(dataset=make_images(120), device=CPU, models=(), folder=tmp_path)
-    rows, _ = gpu.run_gpu_tests(suite, 60.0)
+def test_tests_run_in_a_process_of_their_own(small_project: Path) -> None:
+    rows = run_gpu_tests(60.0)
     counts = {row.quantity: row.value for row in rows if row.value is not None}
     assert counts == {"passed": 1, "skipped": 0, "failed": 0}
     assert [row.note for row in rows if row.note] == ["left out: ray is not installed"]
     (small_project / "conftest.py").write_text("raise OSError('broken beyond repair')")
-    [row], _ = gpu.run_gpu_tests(suite, 60.0)
+    [row] = run_gpu_tests(60.0)
     assert row.verdict == "failed"
     assert "broken beyond repair" in row.note
 

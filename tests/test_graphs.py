@@ -13,7 +13,7 @@ import torch
 from small_runs import make_split, untimed
 from torch import Tensor, nn
 
-from tune_amp.benchmarks.gpu import compare_training, train_and_watch
+from tune_amp.benchmarks.gpu_checks import compare_training, train_and_watch
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig
 from tune_amp.curricula import PACING
 from tune_amp.graphs import (

@@ -9,24 +9,28 @@ others still run. On the CPU everything but CUDA itself can be tried: a graph is
 import dataclasses
 import datetime
 import itertools
-import math
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from torch import Tensor
 
 from tune_amp.benchmarks.floor import take_again
+from tune_amp.benchmarks.gpu_checks import (
+    LONG,
+    compare_training,
+    early_config,
+    expand_scales,
+    judge_losses,
+    read_every_step,
+    train_and_watch,
+)
+from tune_amp.benchmarks.gpu_rows import GpuRow, count_verdicts, judge, render_row
+from tune_amp.benchmarks.gpu_tests import run_gpu_tests
 from tune_amp.benchmarks.loop import (
     EAGER,
     GRAPH,
@@ -41,9 +45,8 @@ from tune_amp.benchmarks.machine import describe_machine, describe_versions, mac
 from tune_amp.benchmarks.share_table import ShareRow, group_repeats, measure_share_table, render_shares
 from tune_amp.benchmarks.spread import summarise
 from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry
-from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig, describe_error, described, one_line
+from tune_amp.config import MODELS, OPTIMIZERS, TrialConfig, describe_error
 from tune_amp.data import Dataset, Split
-from tune_amp.graphs import WARM_UP_STEPS
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
 from tune_amp.parquet import build_columns, build_table, write_parquet
 from tune_amp.training import TrainingData, TrainingRun, release_memory
@@ -56,37 +59,7 @@ EARLY_STEPS = 10
 """Equivalent optimizers drift apart later: 2e-4 in loss after 150 steps at lr 1e-3."""
 GRAPH_STEPS = 40
 """Three eager steps, and replays enough that in fp16 the scale falls, grows and falls again."""
-LEAST_APPLIED = 10
-"""Replays that changed the weights: fewer, and a graph that does nothing looks much like one that works."""
-MOST_LOSS_DIFFERENCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 2e-2, "fp16": 5e-3}
-"""Of the mean loss, relative: rounding of the precision, not of the program."""
-MOST_CHANGE_DIFFERENCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1, "fp16": 0.1}
-"""Norm of the difference over norm, of how far the weights moved and of the optimizer's buffers.
-
-Where every gradient got noise of the precision's rounding, 40 steps of simple_net and vit came to 7e-4 in fp32, 0.02 in
-fp16 and 0.03 in bf16; where no replay did anything, to 0.9.
-"""
-LONG = 1_000_000
-"""Epochs of a budget in which a capture always pays."""
 LEAST_RATIO, MOST_LAUNCH_RATIO, MOST_TELEMETRY = 50.0, 2.0, 0.01
-NOT_NEEDED = ("ray", "optuna", "hypothesis", "sklearn")
-"""Packages that a GPU machine may lack: test files that cannot be imported without them are left out."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GpuRow:
-    """One figure, or one check."""
-
-    part: str = described("part of the suite")
-    subject: str = described("what was measured: model, precision, optimizer, batch size")
-    quantity: str = described("what the value is")
-    value: float | None = described("the figure; a median where it was measured more than once", default=None)
-    low: float | None = described("smallest of its measurements, or lower quartile", default=None)
-    high: float | None = described("largest of its measurements, or upper quartile", default=None)
-    count: int = described("measurements", default=1)
-    unit: str = described("of the value", default="")
-    verdict: str = described("met or missed, where there is a target; failed, where the part broke", default="")
-    note: str = described("target, reason or error", default="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +146,7 @@ def measure_gpu(
         rows, table = _run_part(name, suite, deadline - started)
         tables = {name: table} if table else {}
         result = dataclasses.replace(result, rows=(*result.rows, *rows), tables={**result.tables, **tables})
-        announce(f"{name}: {time.monotonic() - started:.0f} s, {_count_verdicts(rows)}")
+        announce(f"{name}: {time.monotonic() - started:.0f} s, {count_verdicts(rows)}")
         keep(result)
     return result
 
@@ -243,7 +216,7 @@ def check_graphs(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
         if time.monotonic() > deadline:
             rows.append(GpuRow(part="graphs", subject=subject, quantity="", note="skipped: no time is left"))
             continue
-        config = _early_config(model, precision, optimizer)
+        config = early_config(model, precision, optimizer)
         graphed, eager = (train_and_watch(suite.start(config, data, graph=graph)) for graph in (True, False))
         rows += compare_training(subject, precision, graphed, eager)
     return rows, ""
@@ -253,11 +226,11 @@ def check_against_cpu(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
     """Strict fp32 on the device against the CPU, over the first steps."""
     rows = []
     for model in suite.models:
-        config = _early_config(model, "fp32", "adam")
+        config = early_config(model, "fp32", "adam")
         here = suite.start(config, suite.train(EARLY_STEPS * 64), graph=False).train_epoch()
         on_cpu = suite.train(EARLY_STEPS * 64, torch.device("cpu"))
         there = TrainingRun(config, on_cpu, allow_graph=False).train_epoch()
-        rows.append(_judge_losses("against the CPU", f"{model}, fp32", "fp32", here, there))
+        rows.append(judge_losses("against the CPU", f"{model}, fp32", "fp32", here, there))
     return rows, ""
 
 
@@ -266,8 +239,8 @@ def check_telemetry(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
     rows = []
     data = suite.train(40 * 64)
     for optimizer in OPTIMIZERS:
-        config = dataclasses.replace(_early_config("simple_net", "fp16", optimizer), init_scale=2.0**30)
-        read = list(_read_every_step(suite.start(config, data, graph=False), data))
+        config = dataclasses.replace(early_config("simple_net", "fp16", optimizer), init_scale=2.0**30)
+        read = list(read_every_step(suite.start(config, data, graph=False), data))
         told = suite.start(config, data, graph=True).train_epoch()
         scales = expand_scales(told)
         same = scales == [scale for scale, _ in read] and told.skipped_steps == sum(skipped for _, skipped in read)
@@ -354,7 +327,7 @@ def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str
             low=share.low,
             high=share.high,
             count=share.count,
-            verdict=_verdict(share.median <= MOST_TELEMETRY),
+            verdict=judge(share.median <= MOST_TELEMETRY),
             note=f"target at most {MOST_TELEMETRY:.0%}",
         )
         for what, shares in (("probe", cost.probes), ("log", cost.logs))
@@ -363,37 +336,9 @@ def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str
     return rows, render_telemetry(cost)
 
 
-def run_gpu_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
-    """The tests marked ``gpu``, of the files that can be imported here: some need Ray, or what imports it."""
-    files = list_gpu_tests(Path("tests"))
-    if not files:
-        note = "skipped: no tests/ in the current folder"
-        return [GpuRow(part="tests", subject="", quantity="", note=note)], ""
-    with tempfile.TemporaryDirectory() as name:
-        report = Path(name) / "report.xml"
-        settings = Path(name) / "pytest.ini"
-        # Not pyproject's: it names plugins that may not be installed here, and is strict about them.
-        settings.write_text(
-            f"[pytest]\npythonpath = {Path.cwd()} {Path('tests').resolve()}\nmarkers =\n  slow: \n  gpu: \n",
-            encoding="utf-8",
-        )
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--import-mode=importlib", "-c", str(settings)]
-        command += ["--rootdir", str(Path.cwd()), "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        command += [f"--junitxml={report}", *map(str, files)]
-        search_path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-        # No plugins: the machine's own may want packages and settings of theirs, and no test here needs one.
-        environment = {**os.environ, "PYTHONPATH": search_path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        try:
-            done = subprocess.run(  # noqa: S603 - our own command
-                command, check=False, capture_output=True, text=True, timeout=left, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            note = f"not done within {left:.0f} s"
-            return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note=note)], ""
-        if not report.exists():
-            note = f"pytest left no report: {one_line(done.stderr[-250:] or done.stdout[-250:])}"
-            return [GpuRow(part="tests", subject="", quantity="", verdict="failed", note=note)], ""
-        return read_test_report(report), ""
+def run_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The tests that need a GPU."""
+    return run_gpu_tests(left), ""
 
 
 PARTS: Mapping[str, Part] = {
@@ -404,7 +349,7 @@ PARTS: Mapping[str, Part] = {
     "loop": measure_loops,
     "shares": measure_side_by_side,
     "telemetry cost": measure_telemetry_cost,
-    "tests": run_gpu_tests,
+    "tests": run_tests,
 }
 LEAST_SECONDS = {
     "graphs": 5.0,
@@ -417,159 +362,6 @@ LEAST_SECONDS = {
     "tests": 30.0,
 }
 """A part that has less left is not begun."""
-
-
-def list_gpu_tests(folder: Path) -> list[Path]:
-    """Test files with tests that need a GPU."""
-    return [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-
-
-def read_test_report(report: Path) -> list[GpuRow]:
-    """Outcomes in a JUnit report of pytest: their number, and a row for each failure and each file left out."""
-    rows = []
-    outcomes = {"passed": 0, "skipped": 0, "failed": 0}
-    for case in ElementTree.parse(report).iter("testcase"):  # noqa: S314 - our own file
-        problem = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
-        name = case.get("name", "")
-        if problem is not None and (lacking := _find_lacking(problem.text or "")):
-            rows.append(GpuRow(part="tests", subject=name, quantity="", note=f"left out: {lacking} is not installed"))
-            continue
-        outcome = "failed" if problem is not None else "skipped" if case.find("skipped") is not None else "passed"
-        outcomes[outcome] += 1
-        if problem is not None:
-            note = (problem.get("message") or "").strip().partition("\n")[0][:300]
-            rows.append(GpuRow(part="tests", subject=name, quantity="outcome", verdict="failed", note=note))
-    counts = [
-        GpuRow(part="tests", subject="", quantity=outcome, value=float(count)) for outcome, count in outcomes.items()
-    ]
-    if not any(outcomes.values()):
-        counts.append(GpuRow(part="tests", subject="", quantity="", verdict="failed", note="no test was run"))
-    return counts + rows
-
-
-def _find_lacking(traceback: str) -> str | None:
-    """The package of ``NOT_NEEDED`` that an import did not find; None where something else went wrong."""
-    found = re.search(r"ModuleNotFoundError: No module named '(\w+)", traceback)
-    return found[1] if found and found[1] in NOT_NEEDED else None
-
-
-# ---- judging ----
-
-
-def _early_config(model: str, precision: str, optimizer: str) -> TrialConfig:
-    """In fp16 a scale that gradients of the first steps overflow or soon will, since it grows every third step.
-
-    So steps are skipped again and again, about one in four, and most are applied, wherever the model's limit lies.
-    """
-    scaler: dict[str, Any] = {"init_scale": 2.0**18, "growth_interval": 3} if precision == "fp16" else {}
-    return TrialConfig(model=model, precision=precision, optimizer=optimizer, max_epochs=LONG, **scaler)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Watched:
-    """What an epoch did."""
-
-    told: EpochMetrics
-    moved: Tensor
-    """By how much each weight changed: float64 on the CPU, all weights one after the other."""
-    buffers: Mapping[str, Tensor]
-    """The optimizer's, by name, of all weights one after the other: float64 on the CPU."""
-
-
-def train_and_watch(run: TrainingRun) -> Watched:
-    """Train an epoch from the start."""
-    before = _flatten(run.model.parameters())
-    told = run.train_epoch()
-    states = list(run._optimizer.state.values())  # noqa: SLF001 - a run shows nobody its optimizer
-    return Watched(
-        told=told,
-        moved=_flatten(run.model.parameters()) - before,
-        buffers={name: _flatten(state[name] for state in states) for name in states[0]},
-    )
-
-
-def _flatten(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().to("cpu", torch.float64).flatten() for tensor in tensors])
-
-
-def compare_training(subject: str, precision: str, graphed: Watched, eager: Watched) -> list[GpuRow]:
-    """Whether an epoch of replays did what one of eager steps did."""
-    told, expected = graphed.told, eager.told
-    changes = {"change of the weights": _compare_vectors(graphed.moved, eager.moved)}
-    for name, buffer in eager.buffers.items():
-        changes[name] = _compare_vectors(graphed.buffers[name], buffer)
-    rows = [
-        _judge_losses("graphs", f"{subject}, {told.loop}", precision, told, expected),
-        _judge_change(subject, precision, changes),
-    ]
-    if precision == "fp16":
-        rows.append(_judge_path(subject, told, expected))
-    if told.loop != GRAPH:
-        note = f"not captured: {told.loop}"
-        rows.append(GpuRow(part="graphs", subject=subject, quantity="capture", verdict="failed", note=note))
-    return rows
-
-
-def _compare_vectors(one: Tensor, other: Tensor) -> float:
-    """Norm of the difference over that of ``other``; NaN where ``other`` is nothing."""
-    return float((one - other).norm() / other.norm())
-
-
-def _judge_change(subject: str, precision: str, changes: Mapping[str, float]) -> GpuRow:
-    most = MOST_CHANGE_DIFFERENCE[precision]
-    values = changes.values()
-    worst = max(values) if all(map(math.isfinite, values)) else None
-    return GpuRow(
-        part="graphs",
-        subject=subject,
-        quantity="relative difference of the weights' change and of the optimizer's buffers, the largest",
-        value=worst,
-        verdict="met" if worst is not None and worst <= most else "failed",
-        note=f"at most {most:g}; " + ", ".join(f"{name} {value:.2g}" for name, value in changes.items()),
-    )
-
-
-def _judge_path(subject: str, told: EpochMetrics, expected: EpochMetrics) -> GpuRow:
-    """The same path of the scale, and one on which there was something to see."""
-    names = ("skipped_steps", "growths", "loss_scale_steps", "loss_scale_values")
-    same = all(getattr(told, name) == getattr(expected, name) for name in names)
-    shown = expected.growths > 0 and expected.skipped_steps > 0
-    shown &= expected.applied_steps - WARM_UP_STEPS >= LEAST_APPLIED
-    note = f"{told.skipped_steps} skipped, {told.growths} growths, {len(told.loss_scale_values)} scales; eager "
-    note += f"{expected.skipped_steps}, {expected.growths}, {len(expected.loss_scale_values)}"
-    note += "" if shown else f"; both, and {LEAST_APPLIED} applied replays, must be there"
-    verdict = "met" if same and shown else "failed"
-    return GpuRow(part="graphs", subject=subject, quantity="path of the scale", verdict=verdict, note=note)
-
-
-def _judge_losses(part: str, subject: str, precision: str, one: EpochMetrics, other: EpochMetrics) -> GpuRow:
-    difference = abs(one.train_loss - other.train_loss) / abs(other.train_loss)
-    most = MOST_LOSS_DIFFERENCE[precision]
-    return GpuRow(
-        part=part,
-        subject=subject,
-        quantity=f"relative difference of the mean loss over {one.steps} steps",
-        value=difference if math.isfinite(difference) else None,
-        verdict="met" if difference <= most else "failed",  # NaN fails
-        note=f"at most {most:g}",
-    )
-
-
-def _read_every_step(run: TrainingRun, data: TrainingData) -> Iterator[tuple[float, bool]]:
-    """The scale that each step used, and whether it was skipped, read from the scaler: one wait a step."""
-    run.model.train()
-    scaler = run._amp._scaler  # noqa: SLF001 - the reference looks where telemetry does not
-    for indices in run._draw_batches():  # noqa: SLF001
-        before = scaler.get_scale()
-        run._step(indices)  # noqa: SLF001
-        yield before, scaler.get_scale() < before  # backoff, and nothing else, makes it smaller
-
-
-def expand_scales(told: EpochMetrics) -> list[float]:
-    """The scale of every step of the first epoch, from its changes."""
-    ends = (*told.loss_scale_steps[1:], told.steps + 1)
-    spans = zip(told.loss_scale_steps, ends, told.loss_scale_values, strict=True)
-    return [value for begin, end, value in spans for _ in range(begin, end)]
 
 
 def _judge_loop(row: LoopRow) -> list[GpuRow]:
@@ -599,15 +391,11 @@ def _judge_loop(row: LoopRow) -> list[GpuRow]:
 
 def _target(applies: bool, holds: bool, target: str) -> dict[str, str]:
     """Verdict and note of a row, empty where there is no target."""
-    return {"verdict": _verdict(holds), "note": f"target {target}"} if applies else {}
+    return {"verdict": judge(holds), "note": f"target {target}"} if applies else {}
 
 
 def _memory_row(subject: str, quantity: str, value: float, unit: str) -> GpuRow:
     return GpuRow(part="memory", subject=subject, quantity=quantity, value=value, unit=unit)
-
-
-def _verdict(holds: bool) -> str:
-    return "met" if holds else "missed"
 
 
 # ---- the files ----
@@ -631,21 +419,10 @@ def render_gpu(result: GpuResult) -> str:
     told = [row for row in result.rows if row.verdict in ("failed", "missed") or (row.note and not row.quantity)]
     parts = [
         f"{result.machine}. {result.about['dataset']}, {result.about['train_images']:,} training images.",
-        f"{_count_verdicts(result.rows)}." + (" Not met:" if told else ""),
-        *([render_table(titles, [_render_row(row) for row in told])] if told else []),
+        f"{count_verdicts(result.rows)}." + (" Not met:" if told else ""),
+        *([render_table(titles, [render_row(row) for row in told])] if told else []),
     ]
     for name in dict.fromkeys(row.part for row in result.rows):
-        own = [_render_row(row)[1:] for row in result.rows if row.part == name]
+        own = [render_row(row)[1:] for row in result.rows if row.part == name]
         parts += [f"## {name}", result.tables.get(name) or render_table(titles[1:], own)]
     return "\n\n".join(parts) + "\n"
-
-
-def _render_row(row: GpuRow) -> tuple[str, ...]:
-    value = "" if row.value is None else f"{row.value:,.4g} {row.unit}".strip()
-    spread = f" ({row.low:,.4g} to {row.high:,.4g})" if row.low is not None and row.high is not None else ""
-    return row.part, row.subject, row.quantity, value + spread, row.verdict, row.note
-
-
-def _count_verdicts(rows: Sequence[GpuRow]) -> str:
-    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("met", "missed", "failed")}
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
