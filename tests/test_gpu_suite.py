@@ -29,7 +29,8 @@ from tune_amp.benchmarks.gpu import (
 from tune_amp.benchmarks.gpu_checks import Watched, compare_training, expand_scales, judge_losses
 from tune_amp.benchmarks.gpu_rows import GpuRow
 from tune_amp.benchmarks.gpu_tests import list_gpu_tests, read_test_report, run_gpu_tests
-from tune_amp.benchmarks.loop import GRAPH, TUTORIAL, LoopRow
+from tune_amp.benchmarks.loop import LoopRow
+from tune_amp.benchmarks.loop_programs import GRAPH, TUTORIAL
 from tune_amp.benchmarks.share_table import (
     ShareResult,
     build_rows,

@@ -22,19 +22,14 @@ from tune_amp.benchmarks.floor import (
 )
 from tune_amp.benchmarks.gpu import make_images
 from tune_amp.benchmarks.loop import (
-    EAGER,
-    TUTORIAL,
-    Cell,
-    Prepared,
-    Turn,
     explain_too_long,
     measure_loop,
     render_loop,
     render_quantity,
-    render_table,
     take_turns,
     write_loop,
 )
+from tune_amp.benchmarks.loop_programs import EAGER, TUTORIAL, Cell, Prepared, Turn
 from tune_amp.benchmarks.machine import (
     describe_machine,
     describe_versions,
@@ -42,6 +37,7 @@ from tune_amp.benchmarks.machine import (
     read_matrix_flags,
     read_processor,
 )
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.config import TrialConfig
 from tune_amp.data import Split
 from tune_amp.training import TrainingData

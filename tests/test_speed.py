@@ -221,11 +221,11 @@ def test_start_up_ends_with_the_first_training_step_of_any_trial() -> None:
 
 
 def test_only_on_cuda_do_loaders_have_a_worker() -> None:
-    from tune_amp.benchmarks import loop, obvious
+    from tune_amp.benchmarks import loop_programs, obvious
 
-    assert obvious.loader_options("cpu") == loop.list_loader_options(torch.device("cpu")) == {}
+    assert obvious.loader_options("cpu") == loop_programs.list_loader_options(torch.device("cpu")) == {}
     on_cuda = obvious.loader_options("cuda")
-    assert on_cuda == loop.list_loader_options(torch.device("cuda"))
+    assert on_cuda == loop_programs.list_loader_options(torch.device("cuda"))
     assert (on_cuda["num_workers"], on_cuda["pin_memory"]) == (1, True)
 
 

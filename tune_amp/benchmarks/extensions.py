@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
-from tune_amp.benchmarks.loop import render_table
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.config import EpochMetrics, TrialConfig, described
 from tune_amp.curricula import PACING, curriculum_fraction
 from tune_amp.data import Dataset, make_long_tail

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tune_amp.benchmarks.gpu_rows import GpuRow
-from tune_amp.benchmarks.loop import GRAPH
+from tune_amp.benchmarks.loop_programs import GRAPH, LONG
 from tune_amp.config import EpochMetrics, TrialConfig
 from tune_amp.graphs import WARM_UP_STEPS
 from tune_amp.training import TrainingData, TrainingRun
@@ -24,8 +24,6 @@ MOST_CHANGE_DIFFERENCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1, "fp16": 0.1}
 Where every gradient got noise of the precision's rounding, 40 steps of simple_net and vit came to 7e-4 in fp32, 0.02 in
 fp16 and 0.03 in bf16; where no replay did anything, to 0.9.
 """
-LONG = 1_000_000
-"""Epochs of a budget in which a capture always pays."""
 
 
 def early_config(model: str, precision: str, optimizer: str) -> TrialConfig:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.machine import render_versions
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.config import described
 from tune_amp.parquet import build_columns, build_table, write_parquet
 
@@ -84,6 +85,33 @@ class LoadResult:
 SCHEMA = pa.schema(build_columns(LoadRow))
 
 
+KEPT_TITLES = (
+    "search",
+    "sessions",
+    "at a time",
+    "reports",
+    "lost",
+    "doubled",
+    "trials without an end",
+    "wall",
+    "slots at work",
+    "waiting",
+    "driver's memory",
+    "load average",
+)
+COST_TITLES = (
+    "search",
+    "driver's CPU",
+    "suggest",
+    "Parquet: longest write",
+    "writes",
+    "journal",
+    "study",
+    "Parquet files",
+)
+RESUME_TITLES = ("resumed", "read the journal", "records", "rungs", "study", "first new trial")
+
+
 def render_load(result: LoadResult) -> str:
     """Markdown: what was kept, and what it took."""
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
@@ -93,18 +121,11 @@ def render_load(result: LoadResult) -> str:
         "are forked from one process and sleep in each training step, on simulated GPUs. The trials that are resumed "
         "were made up by the code of a search, but for their training.",
         "",
-        "| search | sessions | at a time | reports | lost | doubled | trials without an end | wall | slots at work "
-        "| waiting | driver's memory | load average |",
-        "|---" * 12 + "|",
-        *map(_render_kept, result.rows),
+        render_table(KEPT_TITLES, map(_render_kept, result.rows)),
         "",
-        "| search | driver's CPU | suggest | Parquet: longest write | writes | journal | study | Parquet files |",
-        "|---" * 8 + "|",
-        *map(_render_costs, result.rows),
+        render_table(COST_TITLES, map(_render_costs, result.rows)),
         "",
-        "| resumed | read the journal | records | rungs | study | first new trial |",
-        "|---" * 6 + "|",
-        *(_render_resume(row) for row in result.rows if row.read_seconds is not None),
+        render_table(RESUME_TITLES, (_render_resume(row) for row in result.rows if row.read_seconds is not None)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -118,12 +139,12 @@ def name_search(row: LoadRow) -> str:
     return f"{row.trials - CUT_OFF:,} trials resumed"
 
 
-def _render_kept(row: LoadRow) -> str:
+def _render_kept(row: LoadRow) -> list[str]:
     memory = ", ".join(
         f"{size / 2**20:.0f} MiB at {ended:,}" for ended, size in zip(row.memory_trials, row.memory_bytes, strict=False)
     )
     peak = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f} MiB"
-    cells = [
+    return [
         name_search(row),
         str(row.sessions),
         f"{row.at_a_time} of {row.slots}",
@@ -136,11 +157,10 @@ def _render_kept(row: LoadRow) -> str:
         (f"{memory}; most {peak}" if row.part == "trials" and memory else peak) or "-",
         f"{row.load_average:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def _render_costs(row: LoadRow) -> str:
-    cells = [
+def _render_costs(row: LoadRow) -> list[str]:
+    return [
         name_search(row),
         f"{row.driver_seconds:.0f} s",
         _seconds(row.suggest_seconds),
@@ -148,12 +168,11 @@ def _render_costs(row: LoadRow) -> str:
         str(row.writes),
         *(f"{size / 1e6:.1f} MB" for size in (row.journal_bytes, row.study_bytes, row.parquet_bytes)),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def _render_resume(row: LoadRow) -> str:
+def _render_resume(row: LoadRow) -> list[str]:
     times = (row.read_seconds, row.replay_seconds, row.rungs_seconds, row.study_seconds, row.first_seconds)
-    return f"| {' | '.join([name_search(row), *map(_seconds, times)])} |"
+    return [name_search(row), *map(_seconds, times)]
 
 
 def _seconds(value: float | None) -> str:

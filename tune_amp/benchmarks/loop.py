@@ -6,25 +6,19 @@ whatever else the machine does falls on all of them; ratios are paired by turn. 
 the probe after an epoch costs is in ``results/reference/telemetry.md``.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import itertools
 import math
-import os
 import statistics
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from torch import Tensor, nn
 
-from tune_amp.amp import AUTOCAST_DTYPES, fp32_arithmetic
 from tune_amp.benchmarks.floor import (
     FloorMeter,
     Rate,
@@ -33,13 +27,25 @@ from tune_amp.benchmarks.floor import (
     measure_step_floor,
     one_thread,
 )
+from tune_amp.benchmarks.loop_programs import (
+    COMPILED,
+    COMPILED_GRAPH,
+    EAGER,
+    LONG,
+    MEANINGS,
+    PREPARE,
+    TUTORIAL,
+    Cell,
+    Prepared,
+    Turn,
+    take,
+)
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.config import MODELS, TrialConfig, describe_error, described
-from tune_amp.data import Dataset, Split
-from tune_amp.graphs import WARM_UP_STEPS
-from tune_amp.models import build_model
+from tune_amp.data import Dataset
 from tune_amp.parquet import build_columns, build_table, write_parquet
-from tune_amp.training import TrainingData, TrainingRun, estimate_epoch_seconds, release_memory
+from tune_amp.training import TrainingData, estimate_epoch_seconds, release_memory
 
 CPU_PRECISIONS = ("fp32", "bf16", "fp16")
 CUDA_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -49,20 +55,6 @@ SECONDS = 1.0
 """Each program's turn, as long as its steps are not longer."""
 LONGEST_CELL_SECONDS = 10.0
 """A cell that would need more for its fewest steps is left out: fp16 convolutions on a CPU without fp16 units."""
-EPOCHS = 1_000_000
-"""A trial without an end: our run captures its steps only where enough of them are left."""
-MEAN, DEVIATION = 0.1307, 0.3081
-"""Of MNIST's pixels: the two numbers in every tutorial."""
-
-TUTORIAL, EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "tutorial", "eager", "graph", "compiled", "compiled graph"
-MEANINGS = {
-    TUTORIAL: "`DataLoader` over a torchvision-like data set (on CUDA with a worker and pinned memory), unfused Adam, "
-    "`GradScaler`, `.item()` at every step",
-    EAGER: "ours, one step after the other",
-    GRAPH: "ours, a whole step captured as a CUDA graph",
-    COMPILED: "ours, one step after the other, the model through `torch.compile`",
-    COMPILED_GRAPH: "both",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,27 +100,6 @@ class LoopResult:
     about: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Turn:
-    """What a program did in its turn."""
-
-    images: int
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Images a second."""
-        return self.images / self.seconds
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A program that is warmed up."""
-
-    take_turn: Callable[[], Turn]
-    compile_seconds: float | None = None
-
-
 def measure_loop(
     dataset: Dataset,
     *,
@@ -159,7 +130,7 @@ def measure_loop(
         report: told of each row as soon as it is known.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train = _take(dataset.train, len(dataset.train) if images is None else images)
+    train = take(dataset.train, len(dataset.train) if images is None else images)
     meter = FloorMeter(device)
     rows = []
     cells = itertools.product(
@@ -167,7 +138,7 @@ def measure_loop(
     )
     with one_thread(device):
         for model, batch_size, precision in cells:
-            config = TrialConfig(model=model, precision=precision, batch_size=batch_size, max_epochs=EPOCHS)
+            config = TrialConfig(model=model, precision=precision, batch_size=batch_size, max_epochs=LONG)
             cell = Cell(config=config, train=train, num_classes=dataset.num_classes, device=device)
             chosen = programs or list_programs(device)
             for row in measure_cell(cell, meter, chosen, repeats=repeats, seconds=seconds, deadline=deadline):
@@ -199,26 +170,17 @@ def list_programs(device: torch.device) -> tuple[str, ...]:
     return tuple(MEANINGS) if device.type == "cuda" else (TUTORIAL, EAGER, COMPILED)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Cell:
-    """What all programs of a cell train."""
-
-    config: TrialConfig
-    train: Split
-    num_classes: int
-    device: torch.device
-
-    def row(self, program: str, **values: Any) -> LoopRow:
-        """A row of this cell."""
-        config = self.config
-        return LoopRow(
-            device=self.device.type,
-            model=config.model,
-            precision=config.precision,
-            batch_size=config.batch_size,
-            program=program,
-            **values,
-        )
+def build_row(cell: Cell, program: str, **values: Any) -> LoopRow:
+    """A row of a cell."""
+    config = cell.config
+    return LoopRow(
+        device=cell.device.type,
+        model=config.model,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        program=program,
+        **values,
+    )
 
 
 def measure_cell(
@@ -226,10 +188,10 @@ def measure_cell(
 ) -> list[LoopRow]:
     """One row for each program; those that cannot run say why."""
     if time.perf_counter() > deadline:
-        return [cell.row(program, reason="skipped: no time is left") for program in programs]
+        return [build_row(cell, program, reason="skipped: no time is left") for program in programs]
     too_long = explain_too_long(cell, (repeats + 2) * len(programs))
     if too_long is not None:
-        return [cell.row(program, reason=too_long) for program in programs]
+        return [build_row(cell, program, reason=too_long) for program in programs]
     try:
         floor, no_floor = _measure_floor(cell, meter), ""
     except Exception as error:  # a profiler or a capture that fails: the loops can be timed without
@@ -239,7 +201,7 @@ def measure_cell(
     rows = []
     for program in programs:
         if program in reasons:
-            rows.append(cell.row(program, reason=reasons[program]))
+            rows.append(build_row(cell, program, reason=reasons[program]))
         else:
             row = _summarise(cell, program, prepared[program], turns, floor)
             rows.append(dataclasses.replace(row, reason=no_floor))
@@ -284,14 +246,14 @@ def _prepare_all(
             reasons[program] = "skipped: no time is left"
             continue
         try:
-            prepared[program] = _PREPARE[program](cell, seconds)
+            prepared[program] = PREPARE[program](cell, seconds)
         except Exception as error:  # no compiler, no torchvision, no memory: the others still run
             reasons[program] = f"not available: {describe_error(error)}"
     return prepared, reasons
 
 
 def _measure_floor(cell: Cell, meter: FloorMeter) -> StepFloor:
-    data = TrainingData(_take(cell.train, cell.config.batch_size), None, cell.num_classes, cell.device)
+    data = TrainingData(take(cell.train, cell.config.batch_size), None, cell.num_classes, cell.device)
     operations = count_operations(cell.config, data)
     return measure_step_floor(cell.config, data.input_shape, cell.num_classes, meter, operations)
 
@@ -303,7 +265,8 @@ def _summarise(
     median = statistics.median(rates)
     step_seconds = cell.config.batch_size / median
     ratios = [turn.rate / other.rate for turn, other in zip(turns[program], turns.get(TUTORIAL, ()), strict=False)]
-    return cell.row(
+    return build_row(
+        cell,
         program,
         samples_per_second=median,
         samples_per_second_low=min(rates),
@@ -327,221 +290,6 @@ def _compare_with_floor(step_seconds: float, floor: StepFloor) -> dict[str, Any]
         "launch_seconds": launches,
         "launch_ratio": None if launches is None else step_seconds / launches,
     }
-
-
-# ---- the tutorial's program ----
-
-
-class TutorialImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Images as ``torchvision.datasets.MNIST`` serves them: one PIL image at a time, through the transforms.
-
-    Args:
-        split: the images.
-        transform: of a PIL image.
-    """
-
-    def __init__(self, split: Split, transform: Callable[[Any], Tensor]) -> None:
-        self.data = torch.tensor(split.images[:, 0])
-        self.targets = torch.tensor(split.labels)
-        self.transform = transform
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.data[index].numpy())), int(self.targets[index])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-
-def list_loader_options(device: torch.device) -> dict[str, Any]:
-    """What PyTorch's MNIST example gives its loader where there is a GPU; that the worker lives on is ours."""
-    return {"num_workers": 1, "pin_memory": True, "persistent_workers": True} if device.type == "cuda" else {}
-
-
-def _prepare_tutorial(cell: Cell, seconds: float) -> Prepared:
-    """What PyTorch's tutorials show, put together.
-
-    The loaders' options on CUDA are those of its MNIST example, as in ``obvious``; ``.item()`` at every step is from
-    "Training a Classifier", autocast and ``GradScaler`` from the AMP recipe.
-    """
-    from torchvision import transforms  # type: ignore[import-untyped]
-
-    config, device = cell.config, cell.device
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (DEVIATION,))])
-    loader = torch.utils.data.DataLoader(
-        TutorialImages(cell.train, transform),
-        batch_size=config.batch_size,
-        shuffle=True,
-        **list_loader_options(device),
-    )
-    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, cell.train.images.shape[1:], cell.num_classes).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    criterion = nn.CrossEntropyLoss()
-    dtype = AUTOCAST_DTYPES.get(config.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-
-    def train(steps: int) -> Turn:
-        started = time.perf_counter()
-        running_loss, count = 0.0, 0
-        for images, labels in itertools.islice(batches, steps):
-            images, labels = images.to(device), labels.to(device)  # noqa: PLW2901 - as the tutorials write it
-            optimizer.zero_grad()
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = criterion(model(images), labels)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            running_loss += loss.item()
-            count += len(labels)
-        _wait(device)
-        return Turn(images=count, seconds=time.perf_counter() - started)
-
-    def train_as_told(steps: int) -> Turn:
-        with fp32_arithmetic(config.precision):  # the same arithmetic as ours: PyTorch's own default is a mixture
-            return train(steps)
-
-    train_as_told(1)
-    steps = math.ceil(seconds * train_as_told(1).rate / config.batch_size)
-    return Prepared(take_turn=lambda: train_as_told(steps))
-
-
-# ---- ours ----
-
-
-def _prepare_eager(cell: Cell, seconds: float) -> Prepared:
-    data = _place_share(cell, seconds)
-    run = TrainingRun(cell.config, data, allow_graph=False)
-    run.train_epoch()
-    return Prepared(take_turn=lambda: take_epochs(run, len(data.train.labels), seconds))
-
-
-def _prepare_graph(cell: Cell, seconds: float) -> Prepared:
-    data = _place_share(cell, seconds)
-    run = TrainingRun(cell.config, data, allow_graph=True)
-    _train_until_captured(run)
-    return Prepared(take_turn=lambda: take_epochs(run, len(data.train.labels), seconds))
-
-
-def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) -> Prepared:
-    data = _place_share(cell, seconds)
-    run = TrainingRun(cell.config, data, allow_graph=allow_graph)
-    run.model = CompiledForBatches(run.model, cell.config.batch_size)
-    with _fresh_compiler_cache(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own, about its own parts
-        first, second = run.train_epoch(), run.train_epoch()
-        if allow_graph:
-            _train_until_captured(run)
-    later = second.train_seconds - first.train_seconds
-    return Prepared(
-        take_turn=lambda: take_epochs(run, len(data.train.labels), seconds),
-        compile_seconds=max(0.0, first.train_seconds - later),
-    )
-
-
-def _prepare_compiled_graph(cell: Cell, seconds: float) -> Prepared:
-    return _prepare_compiled(cell, seconds, allow_graph=True)
-
-
-def _train_until_captured(run: TrainingRun) -> None:
-    """Take the eager steps, and the capture after them.
-
-    Raises:
-        RuntimeError: there was none; the message is the run's own.
-    """
-    for _ in range(WARM_UP_STEPS + 1):  # of one step each at least
-        loop = run.train_epoch().loop
-        if loop == GRAPH:
-            return
-    raise RuntimeError(loop)
-
-
-class CompiledForBatches(nn.Module):
-    """A model compiled for training batches; the probe's few images take the plain one, which costs no compilation.
-
-    Args:
-        model: shares its parameters.
-        batch_size: of training.
-    """
-
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
-        super().__init__()
-        self.model = model
-        self._batch_size = batch_size
-        self._compiled = torch.compile(model.forward, dynamic=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of ``images``."""
-        forward = self._compiled if len(images) == self._batch_size and self.training else self.model
-        logits: Tensor = forward(images)
-        return logits
-
-
-_PREPARE: Mapping[str, Callable[[Cell, float], Prepared]] = {
-    TUTORIAL: _prepare_tutorial,
-    EAGER: _prepare_eager,
-    GRAPH: _prepare_graph,
-    COMPILED: _prepare_compiled,
-    COMPILED_GRAPH: _prepare_compiled_graph,
-}
-
-
-def take_epochs(run: TrainingRun, epoch_images: int, seconds: float) -> Turn:
-    """Train whole epochs until so many seconds of training are over: at least one.
-
-    Also what is past saving: only its time is of interest.
-
-    Args:
-        run: in training.
-        epoch_images: that it trains on in an epoch.
-        seconds: of the turn.
-    """
-    images, trained = 0, 0.0
-    while trained < seconds:
-        images += epoch_images
-        trained += epoch_images / run.train_epoch().samples_per_second
-    return Turn(images=images, seconds=trained)
-
-
-def _place_share(cell: Cell, seconds: float) -> TrainingData:
-    """As many images as one epoch of about ``seconds`` needs, in whole batches, at least a few and all at most."""
-    pilot = TrainingRun(
-        cell.config,
-        TrainingData(_take(cell.train, 2 * cell.config.batch_size), None, cell.num_classes, cell.device),
-        allow_graph=False,
-    )
-    pilot.train_epoch()
-    rate = pilot.train_epoch().samples_per_second
-    batches = max(WARM_UP_STEPS + 2, int(seconds * rate / cell.config.batch_size))
-    return TrainingData(_take(cell.train, batches * cell.config.batch_size), None, cell.num_classes, cell.device)
-
-
-def _take(split: Split, count: int) -> Split:
-    return Split(images=split.images[:count], labels=split.labels[:count])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def _fresh_compiler_cache() -> Iterator[None]:
-    """Compile anew: what an earlier run left on disk would make the compile time look small."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    torch.compiler.reset()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
 
 
 # ---- the table ----
@@ -588,13 +336,6 @@ def render_quantity(value: float, unit: str) -> str:
 def _render_rows(rows: Sequence[LoopRow]) -> str:
     titles = ("model", "precision", "batch", "program", "images/s", "/ tutorial", "of the floor", "launches", "compile")
     return render_table(titles, [_render_row(row) for row in rows])
-
-
-def render_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell would begin the next one."""
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def _render_row(row: LoopRow) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.instant import DATASET, TRAIN_IMAGES, Sample, Sampler, load_small_space
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import described
 from tune_amp.options import SearchOptions, run_folder
@@ -258,6 +259,22 @@ def _grow_study(folder: Path, trials: int) -> Iterator[tuple[float, float]]:
 # ---- the table ----
 
 
+SEARCH_TITLES = (
+    "trials",
+    "reports of each",
+    "slots",
+    "n",
+    "wall",
+    "of the last tenth",
+    "driver CPU",
+    "of the last tenth",
+    "driver memory, largest",
+    "gained",
+    "journal",
+)
+STUDY_TITLES = ("trials in the study", "n", "suggest", "tell")
+
+
 def render_scale(result: ScaleResult) -> str:
     """Markdown: a table of the searches beside the targets, and one of the study."""
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
@@ -269,19 +286,14 @@ def render_scale(result: ScaleResult) -> str:
         "medians of n searches, the smallest and largest in brackets. A search whose repeats would have taken more "
         f"than {MOST_REPEATED_SECONDS / 60:g} minutes was run once.",
         "",
-        "| trials | reports of each | slots | n | wall | of the last tenth | driver CPU | of the last tenth "
-        "| driver memory, largest | gained | journal |",
-        "|---" * 11 + "|",
-        *(_render_repeats(rows) for rows in searches.values()),
+        render_table(SEARCH_TITLES, map(_render_repeats, searches.values())),
         "",
         *_judge(searches),
         "",
         f"Optuna's study without Ray: of each of n studies the median of {STUDY_WINDOW}, of these the median, the "
         "smallest and largest in brackets:",
         "",
-        "| trials in the study | n | suggest | tell |",
-        "|---|---|---|---|",
-        *(_render_study(size, rows) for size, rows in studies.items()),
+        render_table(STUDY_TITLES, (_render_study(size, rows) for size, rows in studies.items())),
     ]
     return "\n".join(lines) + "\n"
 
@@ -294,14 +306,14 @@ def group_repeats(rows: Sequence[ScaleRow]) -> dict[tuple[int, int], list[ScaleR
     return groups
 
 
-def _render_repeats(rows: Sequence[ScaleRow]) -> str:
+def _render_repeats(rows: Sequence[ScaleRow]) -> list[str]:
     first = rows[0]
 
     def render(name: str, form: str, unit: float) -> str:
         values = _find_known(rows, name)
         return render_spread([value / unit for value in values], form) if values else "-"
 
-    cells = [
+    return [
         f"{first.trials:,}",
         str(first.epochs),
         str(first.slots),
@@ -312,13 +324,12 @@ def _render_repeats(rows: Sequence[ScaleRow]) -> str:
         render("growth_bytes", "{:.1f} kB", 1000),
         render("journal_bytes", "{:.1f} kB", 1000 * first.trials),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def _render_study(size: int, rows: Sequence[StudyRow]) -> str:
+def _render_study(size: int, rows: Sequence[StudyRow]) -> tuple[str, ...]:
     suggest = render_spread([1000 * row.suggest_seconds for row in rows], "{:.1f} ms")
     tell = render_spread([1000 * row.tell_seconds for row in rows], "{:.1f} ms")
-    return f"| {size:,} | {len(rows)} | {suggest} | {tell} |"
+    return f"{size:,}", str(len(rows)), suggest, tell
 
 
 def _find_known(rows: Sequence[ScaleRow], name: str) -> list[float]:

@@ -22,6 +22,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from scipy import stats  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.curves import Curves, load_curves
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.benchmarks.replay import (
     GRACE_PERIOD,
     OTHER_WEIGHT,
@@ -465,7 +466,7 @@ def _describe_lookup(space: str, errors: Sequence[float]) -> str:
 
 def _render_table(rows: Sequence[QualityRow], arms: Sequence[Arm]) -> str:
     titles = ["", *(f"{budget} epochs" for budget in BUDGETS), "mean", "epochs on hopeless", "hopeless suggestions"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    lines = []
     ours = _rows_of(rows, OURS)
     for arm in arms:
         theirs = _rows_of(rows, arm.name)
@@ -479,8 +480,8 @@ def _render_table(rows: Sequence[QualityRow], arms: Sequence[Arm]) -> str:
         hopeless = sum(row.hopeless_suggestions for row in last)
         cells.append(f"{statistics.fmean(row.hopeless_epochs / row.budget for row in last):.1%}")
         cells.append(f"{hopeless / suggested:.1%}" if suggested else "-")
-        lines.append("| " + " | ".join((arm.name, *cells)) + " |")
-    return "\n".join(lines)
+        lines.append((arm.name, *cells))
+    return render_table(titles, lines)
 
 
 def _rows_of(rows: Sequence[QualityRow], arm: str) -> dict[int, list[QualityRow]]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
-from tune_amp.benchmarks.loop import render_table
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import TrialConfig, described
 from tune_amp.data import Dataset

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.machine import render_versions
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.benchmarks.spread import Spread, render_spread, summarise
 from tune_amp.config import described
 from tune_amp.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
@@ -167,6 +168,23 @@ def compare_rows(rows: Sequence[SpeedRow]) -> list[Comparison]:
     return comparisons
 
 
+TITLES = (
+    "precision",
+    "trials",
+    "epochs at most",
+    "GPU a trial",
+    "slots",
+    "n",
+    "trial-epochs/s, ratio",
+    "wall",
+    "trial-epochs/s",
+    "start-up",
+    "efficiency",
+    "memory",
+    "best accuracy",
+)
+
+
 def render_speed(result: SpeedResult) -> str:
     """Markdown: a table by setting, and the targets with what became of them."""
     comparisons = compare_rows(result.rows)
@@ -177,10 +195,7 @@ def render_speed(result: SpeedResult) -> str:
         "over slots x wall time: the obvious program's loops read and convert images one by one, and that counts as "
         f"training there. {machine}; {render_versions(result.versions)}.",
         "",
-        "| precision | trials | epochs at most | GPU a trial | slots | n | trial-epochs/s, ratio | wall "
-        "| trial-epochs/s | start-up | efficiency | memory | best accuracy |",
-        "|---" * 13 + "|",
-        *(_render_comparison(comparison) for comparison in comparisons),
+        render_table(TITLES, map(_render_comparison, comparisons)),
         "",
         *(line for comparison in comparisons for line in judge_targets(comparison)),
     ]
@@ -222,11 +237,11 @@ def _describe_setting(row: SpeedRow) -> str:
     return f"{row.precision}, {row.trials} trials of at most {row.max_epochs} epochs{share}"
 
 
-def _render_comparison(comparison: Comparison) -> str:
+def _render_comparison(comparison: Comparison) -> list[str]:
     def both(render: Callable[[Sequence[SpeedRow]], str]) -> str:
         return f"{render(comparison.ours)} / {render(comparison.obvious)}"
 
-    cells = [
+    return [
         comparison.first.precision,
         str(comparison.first.trials),
         str(comparison.first.max_epochs),
@@ -241,7 +256,6 @@ def _render_comparison(comparison: Comparison) -> str:
         both(_render_memory),
         both(lambda rows: f"{statistics.median(row.best_val_accuracy for row in rows):.2%}"),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _render_memory(rows: Sequence[SpeedRow]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tune_amp.amp import AmpStep, build_scaler
 from tune_amp.batches import scale_images
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.config import TrialConfig
 from tune_amp.data import Dataset
 from tune_amp.graphs import Capture
@@ -130,18 +131,18 @@ def measure_log(config: TrialConfig, data: TrainingData, blocks: int) -> Share:
 
 def render_telemetry(cost: TelemetryCost) -> str:
     """A Markdown table and what its figures mean."""
-    lines = [
+    about = (
         f"simple_net, {cost.train_images:,} training images, {cost.device}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}. Medians, quartiles in brackets, n in the titles.",
-        "",
-        f"| precision | batch | loop | probe / training time (n = {cost.probes[0].count} epochs) "
-        f"| log against a bare eager loop (n = {cost.logs[0].count} pairs of blocks) |",
-        "|---|---|---|---|---|",
+        f"Python {platform.python_version()}. Medians, quartiles in brackets, n in the titles."
+    )
+    probe_title = f"probe / training time (n = {cost.probes[0].count} epochs)"
+    log_title = f"log against a bare eager loop (n = {cost.logs[0].count} pairs of blocks)"
+    rows = [
+        (probe.precision, str(probe.batch_size), probe.loop, _render(probe, ""), _render(log, "+"))
+        for probe, log in zip(cost.probes, cost.logs, strict=True)
     ]
-    for probe, log in zip(cost.probes, cost.logs, strict=True):
-        cells = (probe.precision, str(probe.batch_size), probe.loop, _render(probe, ""), _render(log, "+"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    table = render_table(("precision", "batch", "loop", probe_title, log_title), rows)
+    return f"{about}\n\n{table}\n"
 
 
 def _render(share: Share, sign: str) -> str:

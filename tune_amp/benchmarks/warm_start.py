@@ -19,6 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.curves import load_curves
 from tune_amp.benchmarks.machine import machine_line
+from tune_amp.benchmarks.markdown import render_table
 from tune_amp.benchmarks.replay import (
     CurveTable,
     Problem,
@@ -363,8 +364,7 @@ def _render_problem(problem: str, rows: Sequence[WarmStartRow]) -> str:
     arms = {arm: of_arm for arm, of_arm in arms.items() if of_arm}
     titles = ["", "epochs to the cold best", "from cold", "from another cold", "never", "close", "from cold"]
     titles += ["from another cold", "never", "points at the end, from cold", "epochs of all"]
-    lines = [f"### {problem} (n = {len(arms[COLD])} seeds)", "", "| " + " | ".join(titles) + " |"]
-    lines.append("|---" * len(titles) + "|")
+    lines = []
     for arm, of_arm in arms.items():
         cells = [arm]
         for field in ("reached", "came_close"):
@@ -378,8 +378,8 @@ def _render_problem(problem: str, rows: Sequence[WarmStartRow]) -> str:
         ends = [[100 * row.best for row in arms[name]] for name in (arm, COLD)]
         cells.append("" if arm == COLD else _render_difference(ends[0], ends[1], 2))
         cells.append(f"{statistics.fmean(row.epochs for row in of_arm):.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return f"### {problem} (n = {len(arms[COLD])} seeds)\n\n" + render_table(titles, lines)
 
 
 def count_costs(rows: Sequence[WarmStartRow], cold: Sequence[WarmStartRow], field: str) -> list[int]:
