@@ -233,7 +233,11 @@ def _build_parser() -> argparse.ArgumentParser:
     scaling = commands.add_parser("scale", help="time and memory of the driver as trials grow in number")
     scaling.add_argument("--trials", nargs="+", type=_positive, default=(100, 500, 2000), metavar="N")
     scaling.add_argument(
-        "--repeats", type=_positive, default=3, metavar="N", help="of each that takes minutes (%(default)s)"
+        "--repeats",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="of each search, where they take under 6 minutes (%(default)s)",
     )
     _add_output(scaling, measure_driver)
 

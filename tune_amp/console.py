@@ -140,6 +140,12 @@ def find_run(run: str, results_dir: Path, flag: str) -> Path:
     raise InputError(f"{flag}: must be the folder of a run, or its name in {results_dir}, got {run}")
 
 
+def find_file(run: str, results_dir: Path) -> Path:
+    """What ``run`` names: a file, or the folder of a run, which may be given by its name in ``results_dir``."""
+    named = results_dir / run
+    return named if named.is_dir() and not Path(run).exists() else Path(run)
+
+
 def choose_device(name: str) -> "torch.device":
     """The device of ``--device``: auto, cpu or cuda.
 

@@ -36,7 +36,12 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     add("--model", f"{', '.join(MODELS)} or MODULE:FUNCTION")
     add("--num-samples", "trials", type=int, metavar="N")
     add("--max-epochs", "full budget of a trial", type=int, metavar="N")
-    add("--grace-period", "epochs before a trial can be stopped early", type=int, metavar="N")
+    add(
+        "--grace-period",
+        "epochs before the scheduler can stop a trial; a diverged one ends at once",
+        type=int,
+        metavar="N",
+    )
     add("--reduction-factor", "one trial in X goes on from rung to rung", type=float, metavar="X")
     add("--objective", f"{', '.join(OBJECTIVES)}, or several joined by commas, beginning with accuracy or loss")
     chosen = {"default": "auto", "metavar": "NAME"}  # SearchOptions puts a name in its place
@@ -55,7 +60,8 @@ def search_parser(program: str) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
     )
-    add("--warm-start", "begin with what an earlier run found: its folder or Parquet file", type=Path, metavar="PATH")
+    text = "begin with what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
+    add("--warm-start", text, metavar="RUN")
     add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
     text = "go on with a run that was cut off: its folder, or its name in --results-dir; the rest is as it was begun"
     add("--resume", text, metavar="RUN")

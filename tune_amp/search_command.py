@@ -28,6 +28,7 @@ from tune_amp.console import (
     EXIT_NO_RESULT,
     answer_bad_input,
     check_same_data,
+    find_file,
     find_run,
     ignoring_closed_pipe,
     load_announced,
@@ -121,7 +122,9 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
     donor = None
     if arguments.warm_start is not None:
-        donor = load_donor(arguments.warm_start, objectives=options.objectives, top_k=options.top_k)
+        donor = load_donor(
+            find_file(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
+        )
     stem = Path(name).stem.lstrip(".")
     run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
     with run_folder(arguments.results_dir, run) as folder:

@@ -23,7 +23,7 @@ def show_command(arguments: Sequence[str] | None = None, program: str = "tune-am
 def _show_parser(program: str) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=program,
-        description="Print a finished run again, from its Parquet files alone.",
+        description="Print a run again, finished or not, from its Parquet files alone.",
         allow_abbrev=False,
     )
     add = parser.add_argument
