@@ -91,7 +91,7 @@ def test_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the
     begun = Counter((tmp_path / "s" / "epochs").read_text().splitlines())
     _, whole, rest = (begun[str(attempt["at"])] for attempt in search.attempts)
     assert 0 < rest < whole  # the trial went on, and did not begin anew
-    assert "very-secret" not in json.dumps(result) + (tmp_path / "s" / "errors").read_text()
+    assert "very-secret" not in json.dumps(result) + search.stderr
     assert b"very-secret" not in b"".join(path.read_bytes() for path in search.run.iterdir())
 
 

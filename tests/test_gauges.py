@@ -178,6 +178,8 @@ def test_epochs_that_a_dead_worker_had_done_count_again_when_they_are_done_again
     again = make_epoch(2)
     assert find_new_epochs((first, second, third), (first, again)) == [(first, again)]
     assert find_new_epochs((first, second), (again_first := make_epoch(1),)) == [(None, again_first)]
+    # What the dead worker had done beyond that still stands, until it is done again: it was counted before.
+    assert find_new_epochs((first, second, third), (first, again, third)) == [(first, again)]
     assert find_new_epochs((first,), (first, second, third)) == [(first, second), (second, third)]
     assert find_new_epochs((first, second), (first, second)) == []
 

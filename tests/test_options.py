@@ -235,6 +235,10 @@ def test_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> Non
             "s3://bucket/a?endpoint_override=127.0.0.1:9000&region=eu",
             "s3://bucket/a?endpoint_override=127.0.0.1:9000&region=eu",
         ),
+        (
+            "abfs://box@account.dfs.core.windows.net/a?sv=2024-11-04&sig=x%2Fy%3D",
+            "abfs://***@account.dfs.core.windows.net/a?sv=2024-11-04&sig=***",
+        ),
         ("broken:net", "broken:net"),
         ("me@example.org", "me@example.org"),
     ],

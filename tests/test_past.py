@@ -168,5 +168,24 @@ def test_half_a_line_at_the_end_is_no_event(tmp_path: Path) -> None:
 
 
 def test_journal_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "reports.journal").symlink_to("/proc/version")
-    assert refusal(tmp_path).startswith("reports.journal: cannot be written (")
+    with pytest.raises(InputError, match=r"^/proc/version: cannot be written \("):
+        Journal(Path("/proc/version"))
+
+
+@pytest.mark.parametrize("name", ["reports.journal", "study.journal", "ray", "trials.parquet"])
+def test_run_with_a_link_in_it_is_refused_and_what_the_link_leads_to_stays(name: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("without a newline")
+    made.write_journal(tmp_path / "run", [made.beginning()])
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(mine)
+    expected = f"{name}: must be no link, which may lead anywhere, in a run that goes on"
+    assert refusal(tmp_path / "run") == expected
+    assert mine.read_text() == "without a newline"
+
+
+def test_journal_that_is_refused_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "reports.journal"
+    path.write_text("somebody's notes, without a newline")
+    assert refusal(tmp_path).startswith("reports.journal: must hold how the run began")
+    assert path.read_text() == "somebody's notes, without a newline"

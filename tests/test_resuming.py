@@ -10,6 +10,7 @@ from records import PROVENANCE
 
 from tune_amp.config import InputError
 from tune_amp.journal import Journal
+from tune_amp.options import check_trackers
 from tune_amp.past import PastRun, open_past
 from tune_amp.results import list_versions
 from tune_amp.resuming import describe_changes, describe_standing, name_resume_command, remember, take_over
@@ -43,7 +44,8 @@ def resume(folder: Path, *command: str) -> argparse.Namespace:
 def test_run_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     arguments = resume(begin(tmp_path, "--sampler", "random", "--cpus-per-trial", "1"))
     begun = parser().parse_args([*BEGUN, "--sampler", "random", "--cpus-per-trial", "1"])
-    of_one_call = {"resume": str(tmp_path), "space": None}  # the space is the run's own
+    of_one_call: dict[str, Any] = {"resume": str(tmp_path), "space": None}  # the space is the run's own
+    of_one_call["data_dir"] = Path("somewhere").resolve()
     assert vars(arguments) == vars(begun) | of_one_call
 
 
@@ -136,6 +138,44 @@ def test_a_users_own_code_runs_only_where_the_command_line_names_it(tmp_path: Pa
     assert getattr(resume(folder, f"--{name}", "their:data"), name) == "their:data"
 
 
+@pytest.mark.parametrize(
+    ("flag", "recorded", "other", "none"),
+    [
+        ("--address", "ray://somewhere:10001", "auto", None),
+        ("--storage-path", "s3://bucket/runs", "/shared", None),
+        ("--tracker", "tensorboard,mlflow", "wandb", ["none"]),
+    ],
+)
+def test_what_leads_out_of_the_run_folder_is_named_again_changed_or_left_out(
+    flag: str, recorded: str, other: str, none: object, tmp_path: Path
+) -> None:
+    folder, name = begin(tmp_path, flag, recorded), flag.removeprefix("--").replace("-", "_")
+    with pytest.raises(InputError) as caught:
+        resume(folder)
+    assert str(caught.value) == f"--resume: {flag}: must be given once more: {flag} {recorded}, or {flag} none"
+    for given in (recorded, other):
+        found = getattr(resume(folder, flag, given), name)
+        assert found == ([given] if name == "tracker" else given)
+    assert getattr(resume(folder, flag, "none"), name) == none
+    without = resume(folder, flag, "none")
+    without.tracker = check_trackers(without.tracker)
+    with Journal(folder / "reports.journal") as journal:
+        journal.append(made.session(5.0, arguments=remember(without)))
+    assert resume(folder).tracker == []
+    assert (resume(folder).address, resume(folder).storage_path) == (None, None)
+
+
+def test_paths_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = begin(tmp_path / "run", "--storage-path", "checkpoints")
+    cluster = begin(tmp_path / "other", "--storage-path", "checkpoints", "--address", "ray://head:10001")
+    monkeypatch.chdir("/")
+    with open_past(folder) as past, open_past(cluster) as theirs:
+        assert past.arguments["storage_path"] == str(tmp_path / "checkpoints")
+        assert past.arguments["data_dir"] == str(tmp_path / "somewhere")
+        assert theirs.arguments["storage_path"] == "checkpoints"  # a path of the cluster's
+
+
 def changes(folder: Path) -> list[str]:
     with open_past(folder) as past:
         return describe_changes(past, folder)
@@ -185,16 +225,23 @@ def test_standing_counts_what_is_over_and_what_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "model", "expected"),
+    ("folder", "model", "more", "expected"),
     [
-        ("results/demo", "simple_net", "python search.py --resume demo"),
-        ("elsewhere/demo", "simple_net", "python search.py --resume elsewhere/demo"),
-        ("results/two words", "my.nets:net", "python search.py --resume 'two words' --model my.nets:net"),
+        ("results/demo", "simple_net", (), "python search.py --resume demo"),
+        ("elsewhere/demo", "simple_net", (), "python search.py --resume elsewhere/demo"),
+        ("results/two words", "my.nets:net", (), "python search.py --resume 'two words' --model my.nets:net"),
+        (
+            "results/demo",
+            "simple_net",
+            ("--address", "auto", "--storage-path", "/shared", "--tracker", "mlflow", "--tracker", "wandb"),
+            "python search.py --resume demo --address auto --storage-path /shared --tracker mlflow,wandb",
+        ),
     ],
 )
-def test_command_that_goes_on_can_be_pasted(folder: str, model: str, expected: str) -> None:
+def test_command_that_goes_on_can_be_pasted(folder: str, model: str, more: tuple[str, ...], expected: str) -> None:
+    arguments = remember(parser().parse_args([*BEGUN, "--model", model, *more]))
     command = name_resume_command(
-        ("python", "search.py"), Path(folder), default_dir=Path("results"), model=model, dataset="digits"
+        ("python", "search.py"), Path(folder), default_dir=Path("results"), arguments=arguments
     )
     assert command == expected
 
@@ -206,8 +253,12 @@ def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path
     with pytest.raises(InputError) as caught:
         resume(folder)
     assert str(caught.value) == (
-        "--storage-path: must be given once more, its secrets are not kept: s3://***@bucket/runs?endpoint_override=host:1"
+        "--resume: --storage-path: must be given once more: "
+        "--storage-path s3://***@bucket/runs?endpoint_override=host:1, or --storage-path none"
     )
+    with pytest.raises(InputError) as caught:
+        resume(folder, "--storage-path", "s3://***@bucket/runs?endpoint_override=host:1")
+    assert str(caught.value).startswith("--storage-path: must be given with its secrets, which are not kept: s3://***@")
     assert resume(folder, "--storage-path", url).storage_path == url
 
 

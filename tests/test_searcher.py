@@ -219,6 +219,15 @@ def test_trial_stopped_for_its_loss_is_not_told_its_accuracy(make_search: MakeSe
 # What ended a worker, as Tune writes it into a trial's error file (both from runs of ray 2.60.0)
 
 KILLED = "Failure # 1 (occurred at 2026-11-24_01-59-43)\nThe actor died unexpectedly before finishing this task.\n\n"
+# As torch words it.
+DEVICE_ASSERT = """Failure # 1 (occurred at 2026-11-26_05-00-00)
+ray::AmpTrainable.train() (pid=7, ip=127.0.0.1)
+  File "training.py", line 1, in step
+torch.AcceleratorError: CUDA error: device-side assert triggered
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
 OUT_OF_MEMORY = """Failure # 2 (occurred at 2026-11-24_01-59-47)
 1 worker(s) were killed due to the node running low on memory. Memory on the node was 0.98GB used / 23.54GB limit
 OOM kill reason: Memory usage 1051643904B exceeded threshold of 25276064B (0.1% of 25276063744B limit)
@@ -285,6 +294,7 @@ def test_last_death_of_a_worker_decides(make_search: MakeSearch, die: Callable[.
 
 
 def test_node_that_left_or_died_is_told_from_a_worker_that_did(die: Callable[..., DeadTrial]) -> None:
+    assert find_cause(die(DEVICE_ASSERT)) == "torch.AcceleratorError: CUDA error: device-side assert triggered"
     assert is_node_lost(find_cause(die(KILLED, NODE_DIED)))
     assert is_node_lost(find_cause(die(NODE_LEFT)))
     assert is_node_lost(find_cause(die(KILLED, NODE_UNREACHABLE)))

@@ -98,6 +98,18 @@ def test_only_checkpoints_are_removed_and_none_is_no_fault(tmp_path: Path) -> No
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["run/01-fp16/params.json"]
 
 
+def test_what_somebody_else_calls_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    """A run that somebody packed may name any folder as one of its places."""
+    theirs = [
+        tmp_path / "models" / name for name in ("gpt/checkpoint_000001", "checkpoint_1", "01-fp16/checkpoint_best")
+    ]
+    for path in theirs:
+        path.mkdir(parents=True)
+    known = [(str(tmp_path), "models")]
+    prepare_storage(str(tmp_path), Path("results/run"), earlier=known).remove_checkpoints()
+    assert all(path.exists() for path in theirs)
+
+
 # An object store
 
 

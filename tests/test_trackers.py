@@ -601,3 +601,5 @@ def test_the_users_own_settings_come_first(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_MODE", "online")
     assert describe_tracker("mlflow", tmp_path) == "mlflow ui --backend-store-uri http://127.0.0.1:5000"
     assert describe_tracker("wandb", tmp_path) == "wandb, online"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
+    assert describe_tracker("mlflow", tmp_path) == "mlflow ui --backend-store-uri 'postgresql://***@db/mlflow'"

@@ -57,6 +57,11 @@ def test_trial_that_needs_a_larger_share_gets_it(status: str, share: float, tmp_
 
 # What a death costs
 
+
+def refuse(text: str) -> None:
+    pytest.fail(f"no fault was made: {text}")
+
+
 DIED = (
     "The actor died unexpectedly before finishing this task.\n The actor is dead because its worker process has died."
 )
@@ -73,7 +78,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Trial:
 
 def die_in_turn(trial: Trial, *causes: str) -> bool:
     """Whether the trial is tried again after all of these."""
-    with deaths_taken_right():
+    with deaths_taken_right(refuse):
         for cause in causes:
             trial.handle_error(TuneError(cause) if cause == FULL else RayActorError(error_msg=cause))
     return bool(trial.should_recover())
@@ -101,7 +106,7 @@ def test_node_that_is_lost_again_and_again_without_an_epoch_costs_retries(trial:
 
 
 def test_nodes_may_be_lost_as_often_as_epochs_come_in_between(trial: Trial) -> None:
-    with deaths_taken_right():
+    with deaths_taken_right(refuse):
         for epoch in range(1, 50):
             trial.run_metadata.last_result = {"epoch": epoch}
             trial.handle_error(RayActorError(error_msg=LOST))
@@ -112,7 +117,7 @@ def test_nodes_may_be_lost_as_often_as_epochs_come_in_between(trial: Trial) -> N
 
 def test_rays_own_way_is_back_after_the_block(trial: Trial) -> None:
     stock = Trial.handle_error, RayActorManager._actor_task_failed
-    with deaths_taken_right():
+    with deaths_taken_right(refuse):
         assert Trial.handle_error is not stock[0]
     assert (Trial.handle_error, RayActorManager._actor_task_failed) == stock
     trial.handle_error(RayActorError(error_msg=LOST))
@@ -124,7 +129,7 @@ def test_worker_that_the_memory_monitor_killed_has_died_like_any_other(monkeypat
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda _, task, exception: taken.append(exception))
     task: Any = types.SimpleNamespace(_tracked_actor=types.SimpleNamespace(_on_error=None))
     manager: Any = None
-    with deaths_taken_right():
+    with deaths_taken_right(refuse):
         RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("Task was killed"))
     assert [(type(exception), str(exception)) for exception in taken] == [(RayActorError, "Task was killed")]
 
@@ -141,3 +146,15 @@ def test_callbacks_are_counted_where_rays_makers_are_told_of_them(
     assert counted == [[first]] * enabled
     usage.tag_callbacks([])
     assert counted[-1] == []
+
+
+def test_death_for_whose_reason_there_is_no_room_ends_the_search_and_not_with_a_traceback(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune writes it into a folder of its own, below the temporary one."""
+    monkeypatch.setattr(Trial, "local_path", "/dev/full")
+    told: list[str] = []
+    with deaths_taken_right(told.append):
+        trial.handle_error(RayActorError(error_msg=DIED))
+    assert len(told) == 1
+    assert trial.run_metadata.num_failures == 1

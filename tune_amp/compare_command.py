@@ -25,6 +25,7 @@ from tune_amp.console import (
     choose_device,
     load_searched_data,
     name_beside,
+    open_console,
     printable,
     say,
 )
@@ -155,7 +156,7 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     dataset = make_long_tail(given, record.config.imbalance)
     device = choose_device(arguments.device)
     _check_fit(wishes, record.config, dataset)
-    console = Console(highlight=False)
+    console = open_console()
     from tune_amp.compare import comparison_folder, cpu_threads
 
     # As many threads as the trial had: with one for each core, a busy machine lets them wait for each other.

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -43,6 +43,25 @@ def answer_bad_input(command: Callable[[], int]) -> int:
         return EXIT_INTERRUPTED
 
 
+class LastingConsole(Console):
+    """Goes on where the reader of a pipe is gone (``| head``): rich would end the process, and a search with it."""
+
+    def on_broken_pipe(self) -> None:
+        """Print into the void from now on: the files are what counts."""
+        self.quiet = True
+        _print_into_the_void(self.file)
+
+
+def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console for prose, in which numbers are not coloured."""
+    return LastingConsole(stderr=stderr, quiet=quiet, highlight=False)
+
+
+def _print_into_the_void(stream: IO[str]) -> None:
+    with Path(os.devnull).open("wb") as nowhere:  # or Python complains on its exit
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 @contextlib.contextmanager
 def ignoring_closed_pipe() -> Iterator[None]:
     """Where standard output cannot be written, print into the void: the files are what counts.
@@ -53,7 +72,14 @@ def ignoring_closed_pipe() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its exit
+        _print_into_the_void(sys.stdout)
+
+
+def show_cursor() -> None:
+    """Give a terminal its cursor back, which a live table hides, where the process leaves without ending the table."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[?25h")  # not through its buffer, in whose write a signal may have come
 
 
 def say(console: Console, prose: str, style: str | None = None) -> None:
@@ -84,7 +110,7 @@ def load_announced(name: str, data_dir: Path | None) -> "Dataset":
 
     dataset = load_dataset(name, data_dir)
     if dataset.notice:
-        say(Console(stderr=True, highlight=False), f"NOTE: {dataset.notice}", style="bold yellow")
+        say(open_console(stderr=True), f"NOTE: {dataset.notice}", style="bold yellow")
     return dataset
 
 

@@ -321,10 +321,9 @@ def find_new_epochs(
 
     A trial whose worker died goes on from a checkpoint: it reports epochs again that it had reported before.
     """
-    same = 0
-    while same < min(len(before), len(after)) and before[same] is after[same]:
-        same += 1
-    return [(after[place - 1] if place else None, after[place]) for place in range(same, len(after))]
+    known = {id(epoch) for epoch in before}
+    earlier = [None, *after[:-1]]
+    return [(last, epoch) for last, epoch in zip(earlier, after, strict=False) if id(epoch) not in known]
 
 
 def _count_trials(progress: SearchProgress) -> list[Sample]:

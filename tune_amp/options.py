@@ -21,11 +21,13 @@ TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 )
 """What can be told of a search, and the modules that it takes. The extra to install has the tracker's name."""
+NONE = "none"
+"""Takes back what a run that goes on was begun with."""
 HIDDEN = "***"
 """Stands where a secret stood."""
 
 _USER = re.compile(r"://[^?\s]*@")
-_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:key|password|sas|secret|signature|token)[^=&\s]*)=[^&\s]*", re.IGNORECASE)
+_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:key|password|sas|secret|sig|token)[^=&\s]*)=[^&\s]*", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ def check_trackers(texts: Sequence[str]) -> list[str]:
     Raises:
         InputError: a name is not known, or what it takes is not installed.
     """
+    if list(texts) == [NONE]:
+        return []
     names = list(dict.fromkeys(name.strip() for text in texts for name in text.split(",")))
     for name in names:
         rule = f"must be one of {', '.join(TRACKERS)}, or several joined by commas"

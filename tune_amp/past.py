@@ -104,11 +104,13 @@ def open_past(folder: Path) -> Iterator[PastRun]:
             writes.
     """
     path = folder / JOURNAL_FILE
+    links = sorted(entry for entry in folder.iterdir() if entry.is_symlink())
+    if links:
+        raise InputError(f"{links[0]}: must be no link, which may lead anywhere, in a run that goes on")
     if not path.is_file():
         raise InputError(f"{folder}: must hold {JOURNAL_FILE}, from which a run goes on")
     with Journal(path) as journal:
         events = read_journal(path)
-        journal.cut_torn_line()
         if not events:
             raise InputError(f"{path}: must hold how the run began: it was cut off before, start it anew")
         try:
@@ -117,6 +119,7 @@ def open_past(folder: Path) -> Iterator[PastRun]:
             raise InputError(f"{path}: {error}") from None
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{path}: must be the journal of a run ({type(error).__name__}: {error})") from None
+        journal.cut_torn_line()
         yield past
 
 

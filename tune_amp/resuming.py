@@ -1,17 +1,19 @@
 """How ``--resume`` reads a command line: what may be another than when the run was begun, and what must not."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tune_amp.config import InputError, is_function_name
-from tune_amp.options import HIDDEN, build_options, hide_credentials, name_flag
+from tune_amp.options import HIDDEN, NONE, build_options, hide_credentials, name_flag
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
 from tune_amp.run_files import SPACE_FILE
-from tune_amp.space import load_space
+from tune_amp.session import CLIENT_PREFIX
+from tune_amp.space import MAX_BYTES, load_space
 
 # What all trials of a run have in common, and what its rungs were made by.
 FIXED_OPTIONS = (
@@ -24,15 +26,25 @@ FIXED_OPTIONS = (
     "scheduler",
     "seed",
 )
+LEADS_OUT = ("address", "storage_path", "tracker")
+"""What takes data, code and tokens to other machines, or deletes elsewhere: never on the word of a run alone."""
 OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
 """Arguments that are not remembered."""
 
 
 def remember(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that a run goes on with, as JSON can hold them."""
+    """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
-    kept["storage_path"] = arguments.storage_path and hide_credentials(arguments.storage_path)
+    kept["storage_path"] = _name_from_anywhere(arguments.storage_path, arguments.address)
+    kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.expanduser().resolve())
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def _name_from_anywhere(storage_path: str | None, address: str | None) -> str | None:
+    """The place of checkpoints without secrets, and not as seen from the current folder."""
+    if storage_path is None or "://" in storage_path or (address or "").startswith(CLIENT_PREFIX):  # the cluster's path
+        return storage_path and hide_credentials(storage_path)
+    return str(Path(storage_path).expanduser().resolve())
 
 
 def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: PastRun) -> argparse.Namespace:
@@ -46,7 +58,8 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     Raises:
         InputError: an argument would change what the run has in common, or names nobody's code where the run needs it.
     """
-    given = parser.parse_args(command)
+    absent = object()
+    given = parser.parse_args(command, argparse.Namespace(address=absent, storage_path=absent))
     for name in ("name", "warm_start"):
         if getattr(given, name) is not None:
             raise InputError(f"{name_flag(name)}: belongs to a run's beginning, not beside --resume")
@@ -55,13 +68,26 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     recorded = dict(past.arguments) | {"dataset": past.provenance.dataset}
     if recorded.get("data_dir") is not None:
         recorded["data_dir"] = Path(recorded["data_dir"])
+    _check_way_out([name for name in LEADS_OUT if getattr(given, name) in (absent, [])], recorded)
+    recorded["tracker"] = []  # those given take the place of those before
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
     if HIDDEN in (arguments.storage_path or ""):
-        raise InputError(f"--storage-path: must be given once more, its secrets are not kept: {arguments.storage_path}")
+        raise InputError(
+            f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
+        )
     _check_space(given.space, past)
     _check_consent(given, past)
     _check_fixed(arguments, recorded, past)
     return arguments
+
+
+def _check_way_out(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:
+    """Whoever packed a run may have named a cluster, a place or trackers of theirs: ours are named by us again."""
+    for name in left_out:
+        known = recorded[name]
+        if known:
+            flag, text = name_flag(name), ",".join(known) if isinstance(known, list) else known
+            raise InputError(f"--resume: {flag}: must be given once more: {flag} {text}, or {flag} {NONE}")
 
 
 def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: PastRun) -> None:
@@ -97,7 +123,7 @@ def describe_changes(past: PastRun, folder: Path) -> list[str]:
     """
     about = past.provenance
     copy, source = folder / SPACE_FILE, Path(about.space_source)
-    if copy.exists() and _read_text(copy) != about.space_text:
+    if os.path.lexists(copy) and _read_text(copy) != about.space_text:
         raise InputError(
             f"{copy}: must stay as it was when the run was begun; to search another space, begin a new run"
         )
@@ -113,9 +139,10 @@ def describe_changes(past: PastRun, folder: Path) -> list[str]:
 
 
 def _read_text(path: Path) -> str | None:
-    """What a file says; None where there is none, or it cannot be read."""
+    """What a space's file says; None where there is none, or it cannot be one."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        is_space = path.is_file() and path.stat().st_size <= MAX_BYTES
+        return path.read_text(encoding="utf-8", errors="replace") if is_space else None
     except (OSError, ValueError):
         return None
 
@@ -130,18 +157,21 @@ def describe_standing(past: PastRun, num_samples: int, time_budget: float | None
     return f"{over} of {num_samples} trials are over{cut}; {past.seconds:.0f} s so far{budget}"
 
 
-def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, model: str, dataset: str) -> str:
+def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, arguments: Mapping[str, Any]) -> str:
     """The line that goes on with a run.
 
     Args:
         search: the command that searches, such as ``("tune-amp", "search")``.
         folder: of the run.
         default_dir: where it is looked for without being told.
-        model: of the run; named where it is the user's own code, as consent to run it.
-        dataset: the same.
+        arguments: from ``remember``. The user's own code is named again, as consent to run it, and so is what leads out
+            of the run folder.
     """
     parts = [*search, "--resume", folder.name if folder.parent == default_dir else str(folder)]
-    for flag, name in (("model", model), ("dataset", dataset)):
-        if is_function_name(name):
-            parts += [f"--{flag}", name]
+    for name in ("model", "dataset"):
+        if is_function_name(arguments[name]):
+            parts += [name_flag(name), arguments[name]]
+    for name in LEADS_OUT:
+        if arguments[name]:
+            parts += [name_flag(name), ",".join(arguments[name]) if name == "tracker" else arguments[name]]
     return shlex.join(parts)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tune_amp.config import DATASETS, MODELS, OBJECTIVES, SAMPLERS, SCHEDULERS
 from tune_amp.console import OneLineParser
-from tune_amp.options import TRACKERS, SearchOptions
+from tune_amp.options import NONE, TRACKERS, SearchOptions
 
 DEFAULT_SPACE = "mnist_amp"
 DEFAULT_RESULTS_DIR = Path("results")
@@ -67,14 +67,20 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     add("--resume", text, metavar="RUN")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
-    text = f"tell {', '.join(TRACKERS)}, or several joined by commas; kept in the run folder"
+    text = f"tell {', '.join(TRACKERS)}, or several joined by commas, or none; kept in the run folder"
     add("--tracker", text, action="append", default=[], metavar="NAME")
-    add("--address", "join a Ray cluster: auto, host:port or ray://host:port", metavar="ADDR")
-    add("--storage-path", "where a cluster's nodes keep checkpoints", metavar="URL")
+    text = "join a Ray cluster: auto, host:port or ray://host:port; none starts a Ray here"
+    add("--address", text, type=_unless_none, metavar="ADDR")
+    text = "where a cluster's nodes keep checkpoints; none is the run folder"
+    add("--storage-path", text, type=_unless_none, metavar="URL")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
     shown.add_argument("--json", action="store_true", help="print JSON lines")
     return parser
+
+
+def _unless_none(text: str) -> str | None:
+    return None if text == NONE else text
 
 
 def _gpu_share(text: str) -> float | None:

@@ -32,7 +32,9 @@ from tune_amp.console import (
     find_run,
     ignoring_closed_pipe,
     load_announced,
+    open_console,
     say,
+    show_cursor,
 )
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.journal import read_journal
@@ -141,6 +143,7 @@ def _run(task: Task, folder: Path) -> int:
         try:
             _say_cut_off(f"{stop.reason}; left at once", task, folder)
         finally:
+            show_cursor()
             os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
 
     stop = StopRequest(leave)
@@ -192,7 +195,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     from tune_amp.session import ray_session
 
     arguments, space, options, past = task.arguments, task.space, task.options, task.past
-    console = Console(quiet=arguments.quiet or arguments.json, highlight=False)
+    console = open_console(quiet=arguments.quiet or arguments.json)
     theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
     # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
     # A user's own code is run in the main thread, where it may expect to be.
@@ -204,7 +207,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     ) as session:
         stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
         if session.exposure:
-            say(Console(stderr=True, highlight=False), f"WARNING: {session.exposure}", style="bold red")
+            say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
         if session.by_client and arguments.tracker:
             raise InputError("--tracker: must not be given with ray://, where the search runs on another machine")
         dataset = find_dataset()
@@ -371,13 +374,11 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
 
 
 def _resume_command(task: Task, folder: Path) -> str:
-    from tune_amp.resuming import name_resume_command
+    from tune_amp.resuming import name_resume_command, remember
 
-    arguments, program = task.arguments, task.command[0]
+    program = task.command[0]
     search = ("tune-amp", "search") if program.startswith("tune-amp") else (_name_python(), sys.argv[0])
-    return name_resume_command(
-        search, folder, default_dir=DEFAULT_RESULTS_DIR, model=arguments.model, dataset=arguments.dataset
-    )
+    return name_resume_command(search, folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remember(task.arguments))
 
 
 def _name_python() -> str:

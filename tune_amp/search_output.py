@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tune_amp.config import TrialConfig
-from tune_amp.console import say
+from tune_amp.console import open_console, say
 from tune_amp.options import SearchOptions
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     if confirmation and confirmation.left_out:
         say(console, confirmation.left_out, style="yellow")
     # Why there is no winner is said whatever the verbosity.
-    print_outcome(console, outcome, reuse, errors=Console(stderr=True, highlight=False))
+    print_outcome(console, outcome, reuse, errors=open_console(stderr=True))
 
 
 def print_json_start(

@@ -56,6 +56,8 @@ UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "
 
 # The first words of ray.exceptions.OutOfMemoryError, behind the number of workers that the memory monitor killed.
 OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"
+# How the message of a torch.AcceleratorError begins.
+CUDA_SIGN = "CUDA error: "
 # The name of the exception by which a trial asks for a larger share of a GPU's memory.
 LARGER_SHARE_SIGN = LargerShareNeeded.__name__
 
@@ -461,8 +463,9 @@ def find_cause(trial: Any) -> str:
 def find_reason(text: str) -> str:
     """The line of an error of Ray's that says what happened: the last."""
     lines = [line.strip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
-    # The memory monitor's report begins with what happened, and ends in a paragraph of advice.
-    reasons = [line for line in lines if OUT_OF_MEMORY_SIGN in line] or lines[-1:] or ["its worker died"]
+    # Reports of the memory monitor and of CUDA begin with what happened, and end in a paragraph of advice.
+    signs = (OUT_OF_MEMORY_SIGN, CUDA_SIGN)
+    reasons = [line for line in lines if any(sign in line for sign in signs)] or lines[-1:] or ["its worker died"]
     return one_line(reasons[0])
 
 

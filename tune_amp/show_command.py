@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tune_amp.config import InputError
-from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, find_run, ignoring_closed_pipe, say
+from tune_amp.console import (
+    EXIT_DONE,
+    OneLineParser,
+    answer_bad_input,
+    find_run,
+    ignoring_closed_pipe,
+    open_console,
+    say,
+)
 from tune_amp.run_files import BEST_FILE
 
 if TYPE_CHECKING:
@@ -39,7 +47,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.top_k is not None and arguments.top_k < 1:
         raise InputError(f"--top-k: must be at least 1, got {arguments.top_k}")
     outcome = load_outcome(find_run(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
-    console = Console(highlight=False)
+    console = open_console()
     with ignoring_closed_pipe():
         _print_start(console, outcome)
         print_outcome(console, outcome, _name_reuse_command(outcome), errors=console)

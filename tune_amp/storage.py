@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +12,16 @@ import ray
 from pyarrow import fs  # type: ignore[import-untyped]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_amp.config import InputError, describe_error
+from tune_amp.config import PRECISIONS, InputError, describe_error
 from tune_amp.options import hide_credentials
 from tune_amp.resources import TrialResources, count_slots
 
 RAY_FOLDER = "ray"
 Part = tuple[str | None, str]
 """``RunStorage.place`` and ``name`` of a part of a search, from its beginning until it was cut off."""
+
+# Only what a trial of ours has saved is ever deleted: where a run lies on a shared disk, others lie beside it.
+_CHECKPOINT = re.compile(rf"/\d+-(?:{'|'.join(PRECISIONS)})[^/]*/checkpoint_\d+$")
 
 # For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
 NODE_SECONDS = 60.0
@@ -64,7 +68,7 @@ class RunStorage:
         for name in (*self.earlier, self.name):
             trials = fs.FileSelector(f"{self.path}/{name}", allow_not_found=True, recursive=True)
             for entry in self.filesystem.get_file_info(trials):
-                if entry.type is fs.FileType.Directory and entry.base_name.startswith("checkpoint_"):
+                if entry.type is fs.FileType.Directory and _CHECKPOINT.search(entry.path):
                     self.filesystem.delete_dir(entry.path)
 
 

@@ -26,6 +26,7 @@ from ray.air.constants import TRAINING_ITERATION
 from ray.tune.logger import LoggerCallback
 
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, describe_error
+from tune_amp.options import hide_credentials
 from tune_amp.searcher import find_cause, find_status
 from tune_amp.trainable import metrics_of
 
@@ -241,7 +242,9 @@ def describe_tracker(name: str, folder: Path) -> str:
     if name == "tensorboard":
         return shlex.join(["tensorboard", "--logdir", str(folder / name)])
     if name == "mlflow":
-        return shlex.join(["mlflow", "ui", "--backend-store-uri", find_mlflow_store(folder)])
+        store = find_mlflow_store(folder)
+        shown = hide_credentials(store) if "MLFLOW_TRACKING_URI" in os.environ else store
+        return shlex.join(["mlflow", "ui", "--backend-store-uri", shown])
     mode = find_wandb_mode()
     return f"wandb sync {shlex.quote(str(folder / name))}/offline-run-*" if mode == "offline" else f"wandb, {mode}"
 

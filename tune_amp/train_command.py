@@ -21,6 +21,7 @@ from tune_amp.console import (
     choose_device,
     load_searched_data,
     name_beside,
+    open_console,
     printable,
     say,
 )
@@ -90,7 +91,7 @@ def _train_final(
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
     device = choose_device(arguments.device)
-    console = Console(highlight=False)
+    console = open_console()
     with output_folder(arguments.output or _default_output(arguments, config)) as output:
         try:
             training = FinalTraining(config, dataset, device)
@@ -141,7 +142,7 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
                 f"--{flag.replace('_', '-')}: has no meaning with --replay, which repeats the trial as it was"
             )
     torch.set_num_threads(record.num_threads)  # sums are split among threads: another number, other last bits
-    console = Console(highlight=False)
+    console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
     equal = True
     recorded_on = "cpu" if record.device == "cpu" else "cuda"

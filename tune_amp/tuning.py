@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ray import tune
@@ -14,7 +14,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
-from tune_amp.config import TrialConfig, format_scale
+from tune_amp.config import TrialConfig, describe_error, format_scale
 from tune_amp.data import Dataset
 from tune_amp.halt import StopRequest
 from tune_amp.options import SearchOptions
@@ -144,7 +144,7 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
-        with deaths_taken_right(), callbacks_uncounted():
+        with deaths_taken_right(stop.ask), callbacks_uncounted():
             tuner.fit()
     except Exception:
         if stop.reason is None:
@@ -171,13 +171,17 @@ def callbacks_uncounted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deaths_taken_right() -> Iterator[None]:
+def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
     """In the ``with`` block, a worker's death costs its trial what it should, and nobody else anything.
 
     Ray 2.60 errs twice there. For a worker that the memory monitor killed in a task, it raises ``OutOfMemoryError``:
     that is no ``RayActorError``, so that Tune ends with all trials, "Caught unexpected exception". And a worker that
     dies between two trials is heard of as Tune resets it for the next one, which is still pending: Tune queues it
     again, and then ends it for good, because its task has failed too.
+
+    Args:
+        on_fault: is told, in a line, that Tune found no room for the reason of a death: its own folder is in the
+            temporary one.
     """
     take, count = RayActorManager._actor_task_failed, Trial.handle_error  # noqa: SLF001
     blameless = BlamelessDeaths()
@@ -191,7 +195,10 @@ def deaths_taken_right() -> Iterator[None]:
 
     def count_right(self: Trial, exc: Any = None) -> None:
         failures = self.run_metadata.num_failures
-        count(self, exc)
+        try:
+            count(self, exc)
+        except OSError as error:
+            on_fault(describe_error(error))
         # A trial of which the time limit said that it is not tried again has no retries to be spared.
         if self.max_failures and blameless.holds(self, find_reason(str(exc))):
             self.run_metadata.num_failures = failures
