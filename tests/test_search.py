@@ -176,7 +176,7 @@ def test_observer_sees_each_end_once_and_what_the_files_hold(finished: Finished)
     result, visitor = finished
     assert len(visitor.ended) == len(result.trials)
     assert {trial.trial_id: trial for trial in visitor.ended} == {trial.trial_id: trial for trial in result.trials}
-    assert visitor.most_running == 2
+    assert visitor.most_running in (1, 2)  # the second worker may start after the first has trained them all
     assert visitor.progress[-1].running == frozenset()
 
 
