@@ -152,7 +152,7 @@ def test_what_leads_out_of_the_run_folder_is_named_again_changed_or_left_out(
     folder, name = begin(tmp_path, flag, recorded), flag.removeprefix("--").replace("-", "_")
     with pytest.raises(InputError) as caught:
         resume(folder)
-    assert str(caught.value) == f"--resume: {flag}: must be given once more: {flag} {recorded}, or {flag} none"
+    assert str(caught.value) == f"--resume: must be given once more, each as it was or as none: {flag} {recorded}"
     for given in (recorded, other):
         found = getattr(resume(folder, flag, given), name)
         assert found == ([given] if name == "tracker" else given)
@@ -253,8 +253,8 @@ def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path
     with pytest.raises(InputError) as caught:
         resume(folder)
     assert str(caught.value) == (
-        "--resume: --storage-path: must be given once more: "
-        "--storage-path s3://***@bucket/runs?endpoint_override=host:1, or --storage-path none"
+        "--resume: must be given once more, each as it was or as none: "
+        "--storage-path 's3://***@bucket/runs?endpoint_override=host:1'"
     )
     with pytest.raises(InputError) as caught:
         resume(folder, "--storage-path", "s3://***@bucket/runs?endpoint_override=host:1")

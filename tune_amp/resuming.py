@@ -83,11 +83,19 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
 
 def _check_way_out(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:
     """Whoever packed a run may have named a cluster, a place or trackers of theirs: ours are named by us again."""
-    for name in left_out:
-        known = recorded[name]
-        if known:
-            flag, text = name_flag(name), ",".join(known) if isinstance(known, list) else known
-            raise InputError(f"--resume: {flag}: must be given once more: {flag} {text}, or {flag} {NONE}")
+    missing = _name_ways_out({name: recorded[name] for name in left_out})
+    if missing:
+        raise InputError(f"--resume: must be given once more, each as it was or as {NONE}: {shlex.join(missing)}")
+
+
+def _name_ways_out(arguments: Mapping[str, Any]) -> list[str]:
+    """The flags of ``LEADS_OUT`` that are set, each with its value."""
+    parts = []
+    for name in LEADS_OUT:
+        if arguments.get(name):
+            value = arguments[name]
+            parts += [name_flag(name), ",".join(value) if name == "tracker" else value]
+    return parts
 
 
 def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: PastRun) -> None:
@@ -171,7 +179,4 @@ def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Pat
     for name in ("model", "dataset"):
         if is_function_name(arguments[name]):
             parts += [name_flag(name), arguments[name]]
-    for name in LEADS_OUT:
-        if arguments[name]:
-            parts += [name_flag(name), ",".join(arguments[name]) if name == "tracker" else arguments[name]]
-    return shlex.join(parts)
+    return shlex.join([*parts, *_name_ways_out(arguments)])
