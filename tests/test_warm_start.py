@@ -28,7 +28,6 @@ from tune_amp.benchmarks.warm_start import (
 )
 from tune_amp.config import InputError, TrialConfig, TrialStatus
 from tune_amp.confirmed import DEFAULT_ID
-from tune_amp.console import find_file
 from tune_amp.data import Dataset
 from tune_amp.intervals import paired_interval
 from tune_amp.past import PastTrial
@@ -638,17 +637,6 @@ def test_winners_that_are_bad_here_leave_the_search_no_worse_than_a_cold_one(
 
 
 # ---- as a user runs it ----
-
-
-def test_a_run_is_named_by_its_name_its_folder_or_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    results = Path("results")
-    (results / "old").mkdir(parents=True)
-    assert find_file("old", results) == results / "old"
-    assert find_file("results/old/best.parquet", results) == results / "old" / "best.parquet"
-    assert find_file("elsewhere", results) == Path("elsewhere")  # and is refused under the name that was given
-    Path("old").mkdir()
-    assert find_file("old", results) == Path("old")
 
 
 @pytest.mark.slow
