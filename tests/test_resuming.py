@@ -1,6 +1,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tune_amp.past import PastRun, open_past
 from tune_amp.results import list_versions
 from tune_amp.resuming import describe_changes, describe_standing, name_resume_command, remember, take_over
 from tune_amp.search_arguments import search_parser
-from tune_amp.space import load_space
+from tune_amp.space import MAX_BYTES, load_space
 
 BEGUN = ("quick", "--dataset", "digits", "--num-samples", "4", "--max-epochs", "3", "--data-dir", "somewhere")
 
@@ -203,6 +204,15 @@ def test_space_file_that_was_edited_since_is_explained(tmp_path: Path) -> None:
     source.write_text("parameters: {}\n")
     [line] = changes(begin(tmp_path / "run", space_source=str(source), versions={}))
     assert line == f"{source} has been changed since; the run goes on with the space as it was"
+
+
+def test_what_a_run_names_as_its_space_is_read_only_where_it_can_be_one(tmp_path: Path) -> None:
+    """A run may come from anybody, and a pipe that nobody writes would be read for ever."""
+    pipe, large = tmp_path / "pipe", tmp_path / "large"
+    os.mkfifo(pipe)
+    large.write_bytes(b" " * (MAX_BYTES + 1))
+    for number, source in enumerate((pipe, large, tmp_path)):
+        assert changes(begin(tmp_path / str(number), space_source=str(source), versions={})) == []
 
 
 def test_runs_own_copy_of_the_space_must_not_be_edited(tmp_path: Path) -> None:
