@@ -79,7 +79,7 @@ def test_a_killed_run_is_shown_with_what_it_had_written(tmp_path: Path) -> None:
     assert "5 trials: 4 completed, 1 interrupted" in text
     assert ranks(text) == [["1", "97.00%"], ["2", "93.00%"], ["3", "92.00%"]]
     assert "importance: not measured: needs at least 15 trials" in text
-    assert "unfinished: the search was cut off, or still goes on; --resume " in text
+    assert "unfinished: the search was cut off, or still goes on; the line that it printed, or else --resume " in text
     assert "slot time" not in text
     assert "reuse" not in text  # there is no best.parquet to train from
 

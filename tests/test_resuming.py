@@ -166,6 +166,47 @@ def test_what_leads_out_of_the_run_folder_is_named_again_changed_or_left_out(
     assert (resume(folder).address, resume(folder).storage_path) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"address": 7}, "arguments.address: must be a text or null, got 7"),
+        ({"storage_path": {"a": 1}}, "arguments.storage_path: must be a text or null, got {'a': 1}"),
+        ({"tracker": [3]}, "arguments.tracker: must be a list of names, got [3]"),
+        ({"tracker": "mlflow"}, "arguments.tracker: must be a list of names, got 'mlflow'"),
+        ({"data_dir": 5}, "arguments.data_dir: must be a text or null, got 5"),
+        ({"seed": "x"}, "arguments.seed: must be a whole number, got 'x'"),
+        ({"seed": None}, "arguments.seed: must be a whole number, got None"),
+    ],
+)
+def test_arguments_that_no_search_leaves_are_refused_in_a_line(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    folder = begin(tmp_path)
+    with open_past(folder) as past:
+        arguments = dict(past.arguments)
+    with Journal(folder / "reports.journal") as journal:
+        journal.append(made.session(5.0, arguments=arguments | changes))
+    with pytest.raises(InputError) as caught:
+        resume(folder)
+    assert str(caught.value).startswith(f"reports.journal: {expected}")
+    for name in arguments.keys() - {"dataset"}:
+        with Journal(folder / "reports.journal") as journal:
+            journal.append(made.session(6.0, arguments={key: arguments[key] for key in arguments.keys() - {name}}))
+        with pytest.raises(InputError, match=f"^reports.journal: arguments.{name}: must be "):
+            resume(folder)
+
+
+def test_what_is_told_once_is_not_taken_from_a_journal(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    with open_past(folder) as past:
+        arguments = dict(past.arguments) | {"json": True, "results_dir": "/", "unknown": 1}
+    with Journal(folder / "reports.journal") as journal:
+        journal.append(made.session(5.0, arguments=arguments))
+    found = resume(folder)
+    assert (found.json, found.results_dir) == (False, Path("results"))
+    assert not hasattr(found, "unknown")
+
+
 def test_paths_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = begin(tmp_path / "run", "--storage-path", "checkpoints")
@@ -175,6 +216,10 @@ def test_paths_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytes
         assert past.arguments["storage_path"] == str(tmp_path / "checkpoints")
         assert past.arguments["data_dir"] == str(tmp_path / "somewhere")
         assert theirs.arguments["storage_path"] == "checkpoints"  # a path of the cluster's
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    for address, expected in (("auto", "checkpoints"), ("none", "/checkpoints")):
+        given = parser().parse_args([*BEGUN, "--storage-path", "checkpoints", "--address", address])
+        assert remember(given)["storage_path"] == expected
 
 
 def changes(folder: Path) -> list[str]:

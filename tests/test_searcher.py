@@ -667,6 +667,27 @@ def test_trial_told_as_out_of_memory_of_which_the_journal_had_not_heard_goes_on(
     assert past[0].number == 2
 
 
+def test_process_killed_while_it_told_of_a_death_leaves_one_trial_that_goes_on(
+    make_search: MakeSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = make_search()
+    killed.suggest("died")  # the defaults, which were enqueued
+    killed._causes["died"] = OUT_OF_MEMORY_SIGN
+    monkeypatch.setattr(killed.study, "tell", _die)
+    with pytest.raises(KeyboardInterrupt):
+        killed.on_trial_complete("died", error=True)
+    resumed = make_search(past=[past_trial(killed, "died", 1, report(2, 0.4), None)])
+    resumed.on_trial_complete("died", report(3, 0.75, "completed"))
+    assert [(t.state, t.constraints.get("hopeless")) for t in resumed.study.trials] == [
+        (TrialState.FAIL, 1.0),
+        (TrialState.COMPLETE, 0.0),
+    ]
+
+
+def _die(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("died", [1, 2])
 def test_defaults_and_draws_that_nobody_had_heard_of_come_again(make_search: MakeSearch, died: int) -> None:
     """The process was killed between Optuna's note of a trial and ours."""

@@ -110,6 +110,18 @@ def test_what_somebody_else_calls_a_checkpoint_is_left_alone(tmp_path: Path) -> 
     assert all(path.exists() for path in theirs)
 
 
+def test_checkpoints_of_another_run_to_which_a_link_leads_are_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "ray" / "01-fp16-lr0.1" / "checkpoint_000003"
+    other.mkdir(parents=True)
+    ours = tmp_path / "run" / "ray"
+    (ours / "02-fp16-lr0.1").mkdir(parents=True)
+    (ours / "01-fp16-lr0.1").symlink_to(other.parent)
+    (ours / "x").symlink_to(tmp_path / "other" / "ray")
+    (ours / "02-fp16-lr0.1" / "checkpoint_000001").symlink_to(other)
+    prepare_storage(None, tmp_path / "run", earlier=[(None, "ray")]).remove_checkpoints()
+    assert other.exists()
+
+
 # An object store
 
 

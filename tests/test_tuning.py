@@ -40,8 +40,9 @@ def test_trial_is_named_by_number_and_settings(trial: FakeTrial, name: str) -> N
     ("status", "share"),
     [(Trial.ERROR, 0.5), (Trial.RUNNING, 0.25)],  # the second has ended: its retries are used up
 )
-def test_trial_that_needs_a_larger_share_gets_it(status: str, share: float, tmp_path: Path) -> None:
-    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{FULL}\n")
+@pytest.mark.parametrize("cause", ["FULL", "FULL_BY_CUDA"])
+def test_trial_that_needs_a_larger_share_gets_it(cause: str, status: str, share: float, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{globals()[cause]}\n")
     asked = [0.25]
     trial = types.SimpleNamespace(
         status=status,
@@ -67,6 +68,17 @@ DIED = (
 )
 LOST = "The actor died because\n the actor's node was terminated unexpectedly: health check failed"
 FULL = "Traceback\n  somewhere\ntune_amp.trainable.LargerShareNeeded: \x1b[31mno room\x1b[0m"
+FULL_BY_CUDA = """ray::AmpTrainable.train() (pid=7)
+  File "training.py", line 1, in step
+torch.AcceleratorError: CUDA error: out of memory
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+
+The above exception was the direct cause of the following exception:
+
+ray::AmpTrainable.train() (pid=7)
+  File "trainable.py", line 1, in _ask_for_larger_share
+    raise LargerShareNeeded(f"out of memory") from error
+tune_amp.trainable.LargerShareNeeded: out of memory with 0.25 GPU: AcceleratorError: CUDA error: out of memory"""
 
 
 @pytest.fixture
@@ -80,7 +92,7 @@ def die_in_turn(trial: Trial, *causes: str) -> bool:
     """Whether the trial is tried again after all of these."""
     with deaths_taken_right(refuse):
         for cause in causes:
-            trial.handle_error(TuneError(cause) if cause == FULL else RayActorError(error_msg=cause))
+            trial.handle_error(TuneError(cause) if cause in (FULL, FULL_BY_CUDA) else RayActorError(error_msg=cause))
     return bool(trial.should_recover())
 
 
@@ -89,7 +101,7 @@ def test_trial_is_tried_again_after_two_deaths_of_its_workers(trial: Trial) -> N
     assert not die_in_turn(trial, DIED)
 
 
-@pytest.mark.parametrize("blameless", [LOST, FULL])
+@pytest.mark.parametrize("blameless", [LOST, FULL, FULL_BY_CUDA])
 def test_lost_node_and_larger_share_cost_a_trial_none_of_its_retries(trial: Trial, blameless: str) -> None:
     assert die_in_turn(trial, blameless, DIED, blameless, DIED, blameless)
     assert not die_in_turn(trial, DIED)

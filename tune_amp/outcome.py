@@ -182,7 +182,8 @@ def _print_ledger(console: Console, outcome: Outcome) -> None:
     if outcome.ledger is None:
         say(
             console,
-            f"unfinished: the search was cut off, or still goes on; --resume {outcome.folder.name} goes on with it",
+            "unfinished: the search was cut off, or still goes on; the line that it printed, or else "
+            f"--resume {outcome.folder.name}, goes on with it",
             style="yellow",
         )
         return

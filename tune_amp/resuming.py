@@ -3,16 +3,17 @@
 import argparse
 import os
 import shlex
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_amp.config import InputError, is_function_name
-from tune_amp.options import HIDDEN, NONE, build_options, hide_credentials, name_flag
+from tune_amp.config import InputError, checked_type, is_function_name, shown
+from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
-from tune_amp.run_files import SPACE_FILE
-from tune_amp.session import CLIENT_PREFIX
+from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE
+from tune_amp.session import goes_by_client
 from tune_amp.space import MAX_BYTES, load_space
 
 # What all trials of a run have in common, and what its rungs were made by.
@@ -32,6 +33,15 @@ OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
 """Arguments that are not remembered."""
 
 
+_HINTS = typing.get_type_hints(SearchOptions) | {
+    "imbalance": float,
+    "space": str | None,
+    "data_dir": str | None,
+    "address": str | None,
+    "storage_path": str | None,
+}
+
+
 def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
@@ -42,7 +52,7 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _name_from_anywhere(storage_path: str | None, address: str | None) -> str | None:
     """The place of checkpoints without secrets, and not as seen from the current folder."""
-    if storage_path is None or "://" in storage_path or (address or "").startswith(CLIENT_PREFIX):  # the cluster's path
+    if storage_path is None or "://" in storage_path or goes_by_client(address):  # or it is a path of the cluster's
         return storage_path and hide_credentials(storage_path)
     return str(Path(storage_path).expanduser().resolve())
 
@@ -65,9 +75,7 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
             raise InputError(f"{name_flag(name)}: belongs to a run's beginning, not beside --resume")
     if past.provenance.warm_start is not None and not past.trials:
         raise InputError("--resume: the run was cut off before its warm start was taken over; begin it anew")
-    recorded = dict(past.arguments) | {"dataset": past.provenance.dataset}
-    if recorded.get("data_dir") is not None:
-        recorded["data_dir"] = Path(recorded["data_dir"])
+    recorded = _read_recorded(past)
     _check_way_out([name for name in LEADS_OUT if getattr(given, name) in (absent, [])], recorded)
     recorded["tracker"] = []  # those given take the place of those before
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
@@ -79,6 +87,21 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     _check_consent(given, past)
     _check_fixed(arguments, recorded, past)
     return arguments
+
+
+def _read_recorded(past: PastRun) -> dict[str, Any]:
+    """What the run was begun with: an argument each, of its type. A journal may come from anybody."""
+    recorded = {}
+    for name, hint in _HINTS.items():
+        if name not in past.arguments:
+            raise InputError(f"{JOURNAL_FILE}: arguments.{name}: must be there")
+        recorded[name] = checked_type(f"{JOURNAL_FILE}: arguments.{name}", past.arguments[name], hint)
+    trackers = past.arguments.get("tracker")
+    if not isinstance(trackers, list) or not all(isinstance(name, str) for name in trackers):
+        raise InputError(f"{JOURNAL_FILE}: arguments.tracker: must be a list of names, got {shown(trackers)}")
+    if recorded["data_dir"] is not None:
+        recorded["data_dir"] = Path(recorded["data_dir"])
+    return recorded | {"dataset": past.provenance.dataset, "tracker": trackers}
 
 
 def _check_way_out(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     text = "begin with what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
     add("--warm-start", text, metavar="RUN")
     add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
-    text = "go on with a run that was cut off: its folder, or its name in --results-dir; the rest is as it was begun"
+    text = "go on with a run that was cut off: its folder, or its name in --results-dir, as it was begun"
     add("--resume", text, metavar="RUN")
     add("--name", "name of the run (space, date and time)", metavar="RUN")
     add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")

@@ -201,11 +201,11 @@ class AmpSearch(OptunaSearch):
     def _go_on(self, past: Sequence[PastTrial], path: Path) -> None:
         """Find each past trial in the study. Trials that a killed process left running would be taken for bad ones."""
         stored = self.study.get_trials(deepcopy=False)
+        ours, known = {trial.number for trial in past}, {trial.trial_id for trial in past}
         for trial in past:
             if trial.number >= len(stored):
                 raise InputError(f"{path}: must hold trial {trial.number}, got {len(stored)}: it is of another run")
             self._find_again(trial, stored[trial.number])
-        ours, known = {trial.number for trial in past}, {trial.trial_id for trial in past}
         for told in stored:
             unheard = told.state is TrialState.RUNNING and told.number not in ours
             # Told of its end, though the journal could not be told of its beginning: the disk was full.
@@ -236,6 +236,8 @@ class AmpSearch(OptunaSearch):
             user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)
+        if told.state is TrialState.RUNNING:  # the process was killed while it told
+            self.study.tell(told.number, state=TrialState.FAIL)
         again: optuna.trial.FrozenTrial = self.study.get_trials(deepcopy=False)[-1]
         past.number = again.number
         return again
@@ -463,10 +465,11 @@ def find_cause(trial: Any) -> str:
 def find_reason(text: str) -> str:
     """The line of an error of Ray's that says what happened: the last."""
     lines = [line.strip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
-    # Reports of the memory monitor and of CUDA begin with what happened, and end in a paragraph of advice.
-    signs = (OUT_OF_MEMORY_SIGN, CUDA_SIGN)
-    reasons = [line for line in lines if any(sign in line for sign in signs)] or lines[-1:] or ["its worker died"]
-    return one_line(reasons[0])
+    # Reports of the memory monitor and of CUDA begin with what happened, and end in a paragraph of advice. CUDA's may
+    # be the cause of what a trial asks for: the last line.
+    signs = (LARGER_SHARE_SIGN, OUT_OF_MEMORY_SIGN, CUDA_SIGN)
+    reasons = [line for sign in signs for line in reversed(lines) if sign in line]
+    return one_line([*reasons, *lines[-1:], "its worker died"][0])
 
 
 def is_node_lost(cause: str) -> bool:

@@ -259,6 +259,12 @@ def _resolve(address: str) -> str:
     return joined
 
 
+def goes_by_client(address: str | None) -> bool:
+    """Whether ``--address`` leads to a cluster by Ray Client: then the search itself runs there."""
+    joined = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
+    return joined.startswith(CLIENT_PREFIX)
+
+
 def _check_answers(address: str) -> None:
     """Raise OSError at once where nobody listens: Ray would try for a quarter of an hour."""
     host, _, port = address.removeprefix(CLIENT_PREFIX).rpartition(":")

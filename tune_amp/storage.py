@@ -20,7 +20,7 @@ RAY_FOLDER = "ray"
 Part = tuple[str | None, str]
 """``RunStorage.place`` and ``name`` of a part of a search, from its beginning until it was cut off."""
 
-# Only what a trial of ours has saved is ever deleted: where a run lies on a shared disk, others lie beside it.
+# Only what is named like a trial's checkpoint is ever deleted: where a run lies on a shared disk, others lie beside it.
 _CHECKPOINT = re.compile(rf"/\d+-(?:{'|'.join(PRECISIONS)})[^/]*/checkpoint_\d+$")
 
 # For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
@@ -66,10 +66,17 @@ class RunStorage:
     def remove_checkpoints(self) -> None:
         """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
         for name in (*self.earlier, self.name):
-            trials = fs.FileSelector(f"{self.path}/{name}", allow_not_found=True, recursive=True)
-            for entry in self.filesystem.get_file_info(trials):
-                if entry.type is fs.FileType.Directory and _CHECKPOINT.search(entry.path):
-                    self.filesystem.delete_dir(entry.path)
+            for path in self._list_folders(f"{self.path}/{name}"):
+                if _CHECKPOINT.search(path):
+                    self.filesystem.delete_dir(path)
+
+    def _list_folders(self, folder: str) -> list[str]:
+        """Those of trials in Ray's ``folder``, and those in them; none to which a link leads, in a run from anybody."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            trials = [trial for trial in Path(folder).glob("*/") if not trial.is_symlink()]
+            return [str(path) for trial in trials for path in trial.glob("*/") if not path.is_symlink()]
+        below = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+        return [entry.path for entry in self.filesystem.get_file_info(below) if entry.type is fs.FileType.Directory]
 
 
 def prepare_storage(
