@@ -13,7 +13,7 @@ from tune_amp.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-LONG_PAGES = ("choosing-a-space", "own-model-and-data")
+LONG_PAGES = ("choosing-a-space", "own-model-and-data", "trackers")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json"}
 """Of TensorBoard and MLflow, in the commands that show what they were told, and of Ray's that submits a job."""

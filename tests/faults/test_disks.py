@@ -166,6 +166,7 @@ def test_checkpoint_that_found_no_room_spoils_none_of_those_that_do(
     note_fault("one checkpoint without room, then two workers killed", "goes on", count, faults=3, ranking_equal=True)
 
 
+@pytest.mark.long
 def test_search_goes_on_where_the_place_of_its_checkpoints_is_gone(
     tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:

@@ -41,7 +41,7 @@ from tune_amp.run_files import CONFIRM_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
-KILLS = int(os.environ.get("TUNE_AMP_KILLS", "2"))
+KILLS = int(os.environ.get("TUNE_AMP_KILLS", "3"))
 """How often the driver is killed."""
 SEED = int(os.environ.get("TUNE_AMP_KILL_SEED") or random.SystemRandom().randrange(10**6))
 PHASES = {"search": 3.0, "checkpoint": 0.05, "export": 0.4, "confirmation": 1.0}
@@ -125,6 +125,7 @@ def harass(
     return killed
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300 + 120 * KILLS)
 def test_driver_killed_at_random_moments(
     tmp_path: Path, undisturbed_run: Callable[[str], Path], undisturbed: Undisturbed, follow: Follow

@@ -168,6 +168,7 @@ def write_data(folder: Path, *, flaw: int = 0) -> None:
         np.savez(file, images=images[:1300], labels=labels[:1300], test_images=images[1300:], test_labels=labels[1300:])
 
 
+@pytest.mark.long
 def test_data_changed_in_the_run_do_not_harm_it_but_no_other_data_go_on(tmp_path: Path, follow: Follow) -> None:
     run = tmp_path / "results" / "run"
     prepare(tmp_path)

@@ -96,6 +96,7 @@ storage._pyarrow_fs_copy_files = copy_half
 """
 
 
+@pytest.mark.long
 def test_worker_killed_in_the_middle_of_a_checkpoint(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
     """Three deaths, one more than a trial may cost: before the file, in it, and in its copy in the run folder."""
     run = tmp_path / "results" / "run"
