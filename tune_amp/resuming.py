@@ -46,7 +46,7 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
     kept["storage_path"] = _name_from_anywhere(arguments.storage_path, arguments.address)
-    kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.expanduser().resolve())
+    kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.expanduser().absolute())
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
@@ -54,7 +54,7 @@ def _name_from_anywhere(storage_path: str | None, address: str | None) -> str | 
     """The place of checkpoints without secrets, and not as seen from the current folder."""
     if storage_path is None or "://" in storage_path or goes_by_client(address):  # or it is a path of the cluster's
         return storage_path and hide_credentials(storage_path)
-    return str(Path(storage_path).expanduser().resolve())
+    return str(Path(storage_path).expanduser().absolute())
 
 
 def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: PastRun) -> argparse.Namespace:
