@@ -32,7 +32,6 @@ LEADS_OUT = ("address", "storage_path", "tracker")
 OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
 """Arguments that are not remembered."""
 
-
 _HINTS = typing.get_type_hints(SearchOptions) | {
     "imbalance": float,
     "space": str | None,
@@ -47,7 +46,7 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
     kept["storage_path"] = _name_from_anywhere(arguments.storage_path, arguments.address)
     kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.expanduser().absolute())
-    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    return kept
 
 
 def _name_from_anywhere(storage_path: str | None, address: str | None) -> str | None:

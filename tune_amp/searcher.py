@@ -225,14 +225,17 @@ class AmpSearch(OptunaSearch):
 
     def _submit_again(self, past: PastTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
         """A trial that goes on after it was told runs once more in the study, beside what was told."""
-        constraints = [f"{CONSTRAINTS_PREFIX}{name}" for name in told.constraints]
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=told.params,
             distributions=told.distributions,
             intermediate_values=told.intermediate_values,
             # NSGA-II keeps a trial's generation there. What a trial was enqueued with is not asked for twice.
-            system_attrs={n: value for n, value in told.system_attrs.items() if n not in (FIXED_PARAMS, *constraints)},
+            system_attrs={
+                name: value
+                for name, value in told.system_attrs.items()
+                if name != FIXED_PARAMS and not name.startswith(CONSTRAINTS_PREFIX)
+            },
             user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)

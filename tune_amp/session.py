@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from tune_amp.config import InputError, describe_error
+from tune_amp.replaced import replaced
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
 QUIET_TUNE = {
@@ -206,12 +207,8 @@ def _free_port_for_agent() -> Iterator[None]:
     """Ray's agent takes port 52365, come what may: beside another Ray it would retry for 6 s, then do without HTTP."""
     from ray._private import parameter
 
-    stock = parameter.RayParams
-    parameter.RayParams = functools.partial(stock, dashboard_agent_listen_port=0)  # type: ignore[assignment, misc]
-    try:
+    with replaced(parameter, "RayParams", functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)):
         yield
-    finally:
-        parameter.RayParams = stock  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -252,7 +249,7 @@ def _resolve(address: str) -> str:
     Raises:
         InputError: it is none of these, such as ``local``, with which Ray would start one that is open to all.
     """
-    joined = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    joined = _follow_variable(address)
     host, _, port = joined.removeprefix(CLIENT_PREFIX).rpartition(":")
     if joined != "auto" and (not host or not port.isdecimal() or "://" in host):
         raise InputError(f"--address: must be auto, host:port or {CLIENT_PREFIX}host:port, got {joined}")
@@ -261,8 +258,11 @@ def _resolve(address: str) -> str:
 
 def goes_by_client(address: str | None) -> bool:
     """Whether ``--address`` leads to a cluster by Ray Client: then the search itself runs there."""
-    joined = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or ""
-    return joined.startswith(CLIENT_PREFIX)
+    return address is not None and _follow_variable(address).startswith(CLIENT_PREFIX)
+
+
+def _follow_variable(address: str) -> str:
+    return os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
 
 
 def _check_answers(address: str) -> None:

@@ -20,7 +20,8 @@ RAY_FOLDER = "ray"
 Part = tuple[str | None, str]
 """``RunStorage.place`` and ``name`` of a part of a search, from its beginning until it was cut off."""
 
-# Only what is named like a trial's checkpoint is ever deleted: where a run lies on a shared disk, others lie beside it.
+# Only what is named like a trial's checkpoint, by tuning.name_trial and by Ray, is ever deleted: where a run lies on a
+# shared disk, others lie beside it.
 _CHECKPOINT = re.compile(rf"/\d+-(?:{'|'.join(PRECISIONS)})[^/]*/checkpoint_\d+$")
 
 # For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.

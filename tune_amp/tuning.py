@@ -19,6 +19,7 @@ from tune_amp.data import Dataset
 from tune_amp.halt import StopRequest
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun
+from tune_amp.replaced import replaced
 from tune_amp.resources import TrialResources, double_share
 from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, find_cause, find_reason, is_node_lost
 from tune_amp.source import TrialSource
@@ -161,13 +162,11 @@ def callbacks_uncounted() -> Iterator[None]:
 
     To know the classes it imports MLflow and W&B, used or not, where they are installed: a second of each search.
     """
-    count = usage.tag_callbacks
-    if not usage_stats_enabled():
-        usage.tag_callbacks = lambda callbacks: False
-    try:
+    if usage_stats_enabled():
         yield
-    finally:
-        usage.tag_callbacks = count
+    else:
+        with replaced(usage, "tag_callbacks", lambda callbacks: False):
+            yield
 
 
 @contextlib.contextmanager
@@ -203,13 +202,11 @@ def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
         if self.max_failures and blameless.holds(self, find_reason(str(exc))):
             self.run_metadata.num_failures = failures
 
-    RayActorManager._actor_task_failed = take_right  # type: ignore[method-assign] # noqa: SLF001
-    Trial.handle_error = count_right  # type: ignore[method-assign]
-    try:
+    with (
+        replaced(RayActorManager, "_actor_task_failed", take_right),
+        replaced(Trial, "handle_error", count_right),
+    ):
         yield
-    finally:
-        RayActorManager._actor_task_failed = take  # type: ignore[method-assign] # noqa: SLF001
-        Trial.handle_error = count  # type: ignore[method-assign]
 
 
 class BlamelessDeaths:
