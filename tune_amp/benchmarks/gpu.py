@@ -28,12 +28,12 @@ from tune_amp.benchmarks.gpu_checks import (
     read_every_step,
     train_and_watch,
 )
-from tune_amp.benchmarks.gpu_rows import GpuRow, count_verdicts, judge, render_row
+from tune_amp.benchmarks.gpu_rows import GpuRow, count_verdicts, render_row
 from tune_amp.benchmarks.gpu_tests import run_gpu_tests
 from tune_amp.benchmarks.loop import LoopRow, measure_loop, render_loop, write_loop
 from tune_amp.benchmarks.loop_programs import EAGER, GRAPH, LONG, TUTORIAL
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, machine_line
-from tune_amp.benchmarks.markdown import render_table
+from tune_amp.benchmarks.markdown import judge, render_table
 from tune_amp.benchmarks.share_table import ShareRow, group_repeats, measure_share_table, render_shares
 from tune_amp.benchmarks.spread import summarise
 from tune_amp.benchmarks.telemetry import measure_telemetry, render_telemetry

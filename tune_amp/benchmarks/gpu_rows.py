@@ -22,11 +22,6 @@ class GpuRow:
     note: str = described("target, reason or error", default="")
 
 
-def judge(holds: bool) -> str:
-    """The verdict where there is a target."""
-    return "met" if holds else "missed"
-
-
 def render_row(row: GpuRow) -> tuple[str, ...]:
     """Its cells, as Markdown."""
     value = "" if row.value is None else f"{row.value:,.4g} {row.unit}".strip()

@@ -1,4 +1,4 @@
-"""Tables of the benchmarks as Markdown."""
+"""What the benchmarks write in Markdown: tables, and the verdict on a target."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,3 +8,8 @@ def render_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def judge(holds: bool) -> str:
+    """The verdict where there is a target."""
+    return "met" if holds else "missed"

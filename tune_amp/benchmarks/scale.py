@@ -24,7 +24,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.instant import DATASET, TRAIN_IMAGES, Sample, Sampler, load_small_space
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
-from tune_amp.benchmarks.markdown import render_table
+from tune_amp.benchmarks.markdown import judge, render_table
 from tune_amp.benchmarks.spread import render_spread
 from tune_amp.config import described
 from tune_amp.options import SearchOptions, run_folder
@@ -352,19 +352,15 @@ def _judge(searches: Mapping[tuple[int, int], Sequence[ScaleRow]]) -> list[str]:
     driver = find_median(largest, "late_driver_seconds")
     lines.append(
         f"Driver time of a trial at the end of {largest[0]:,}: {_ms(driver)}, target at most "
-        f"{_ms(MOST_DRIVER_SECONDS)}: {_verdict(driver <= MOST_DRIVER_SECONDS)}."
+        f"{_ms(MOST_DRIVER_SECONDS)}: {judge(driver <= MOST_DRIVER_SECONDS)}."
     )
     if _find_known(searches[largest], "growth_bytes"):
         growth = find_median(largest, "growth_bytes")
         lines.append(
             f"Driver memory gained a trial over {largest[0]:,}: {growth / 1000:.1f} kB, target under "
-            f"{MOST_GROWTH_BYTES / 1000:.0f} kB: {_verdict(growth < MOST_GROWTH_BYTES)}."
+            f"{MOST_GROWTH_BYTES / 1000:.0f} kB: {judge(growth < MOST_GROWTH_BYTES)}."
         )
     return lines
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "missed"
 
 
 def _ms(seconds: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.benchmarks.machine import render_versions
-from tune_amp.benchmarks.markdown import render_table
+from tune_amp.benchmarks.markdown import judge, render_table
 from tune_amp.benchmarks.spread import Spread, render_spread, summarise
 from tune_amp.config import described
 from tune_amp.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
@@ -210,13 +210,13 @@ def judge_targets(comparison: Comparison) -> list[str]:
     if first.trials == TARGET_TRIALS:
         least = GPU_RATIO if first.gpus_per_trial else CPU_RATIOS[first.precision]
         ratio = comparison.ratio.median
-        lines.append(f"- {where}: {ratio:.1f}x trial-epochs/s, target at least {least:g}x: {_verdict(ratio >= least)}")
+        lines.append(f"- {where}: {ratio:.1f}x trial-epochs/s, target at least {least:g}x: {judge(ratio >= least)}")
         efficiency = statistics.median(row.efficiency for row in comparison.ours)
         text = f"efficiency {efficiency:.0%}, target at least {LEAST_EFFICIENCY:.0%}"
-        lines.append(f"- {where}: {text}: {_verdict(efficiency >= LEAST_EFFICIENCY)}")
+        lines.append(f"- {where}: {text}: {judge(efficiency >= LEAST_EFFICIENCY)}")
     startup = statistics.median(row.startup_seconds for row in comparison.ours)
     text = f"start-up {startup:.1f} s, target under {MOST_STARTUP_SECONDS:g} s"
-    lines.append(f"- {where}: {text}: {_verdict(startup < MOST_STARTUP_SECONDS)}")
+    lines.append(f"- {where}: {text}: {judge(startup < MOST_STARTUP_SECONDS)}")
     if abs(comparison.points_apart) > MOST_POINTS_APART:
         text = f"best accuracies are {comparison.points_apart:+.2f} points apart, more than {MOST_POINTS_APART:g}"
         lines.append(f"- {where}: {text}: the programs do not train alike")
@@ -261,7 +261,3 @@ def _render_comparison(comparison: Comparison) -> list[str]:
 def _render_memory(rows: Sequence[SpeedRow]) -> str:
     known = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
     return f"{statistics.median(known) / 2**30:.1f} GiB" if known else "-"
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "missed"
