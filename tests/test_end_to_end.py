@@ -191,14 +191,20 @@ def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: sig
     assert read_states(run, "cut").count(TrialState.RUNNING) == 0
 
 
-@pytest.mark.parametrize("shown", [(), pytest.param(("--json",), marks=pytest.mark.long)])
-def test_a_search_whose_reader_is_gone_goes_on_to_its_end(shown: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shown", "begins"),
+    [
+        ((), "simple_net on digits: "),
+        pytest.param(("--json",), '{"event": "start", ', marks=pytest.mark.long),
+    ],
+)
+def test_a_search_whose_reader_is_gone_goes_on_to_its_end(shown: tuple[str, ...], begins: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--num-samples", "3", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "piped", *shown]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline()
+        assert process.stdout.readline().startswith(begins)
         process.stdout.close()
         errors = process.stderr.read()
     assert (process.returncode, errors) == (0, "")
