@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a lent GPU machine has a checkout and nothing installed
+
 from tune_amp.benchmarks import speed, speed_table
 from tune_amp.config import DATASETS, MODELS, InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +79,31 @@ def test_output_that_cannot_be_made_is_refused_before_anything_runs(refuse: Call
     taken.touch()
     line = refuse("telemetry", "--dataset", "digits", "--output", str(taken / "below"))
     assert "cannot be made" in line
+
+
+BARE_MACHINE = """
+import importlib.abc, importlib.util, pathlib, runpy, sys
+lacking = {"cmaes", "optuna", "plotly", "ray"}
+class Lacking(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in lacking:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Lacking())
+sys.path[:] = [path for path in sys.path if not pathlib.Path(path, "tune_amp", "__init__.py").exists()]
+sys.argv = [sys.argv[1], "gpu", "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    import tune_amp.benchmarks.gpu
+"""
+
+
+def test_gpu_suite_starts_where_neither_this_package_nor_ray_and_optuna_are_installed() -> None:
+    """On a lent GPU machine there is a checkout and torch, and nobody has installed anything."""
+    command = [sys.executable, "-I", "-c", BARE_MACHINE, str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "benchmark.py gpu [-h]" in done.stdout
 
 
 def test_gpu_suite_that_is_cut_off_leaves_the_parts_before(

@@ -11,9 +11,11 @@ import pytest
 from tune_amp import shares
 from tune_amp.config import TrialConfig
 from tune_amp.data import Split
+from tune_amp.resources import _measure_here
 from tune_amp.shares import (
     MeasurementError,
     ShareMeasurement,
+    _Prepared,
     choose_trials,
     count_fitting,
     find_knee,
@@ -24,7 +26,7 @@ from tune_amp.shares import (
 )
 from tune_amp.space import SearchSpace
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 MakeSpace = Callable[[str], SearchSpace]
 WriteModule = Callable[[str], str]
 
@@ -151,6 +153,21 @@ def test_configuration_that_cannot_be_trained_says_why(write_module: WriteModule
     with pytest.raises(MeasurementError, match="ValueError: no") as caught:
         measure_failing(write_module, "raise ValueError('no')")
     assert not caught.value.out_of_memory
+
+
+@pytest.mark.slow  # starts processes
+def test_gpu_that_takes_one_process_gets_one_trial(write_module: WriteModule) -> None:
+    busy = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+    model = f"{write_module(FAILING_MODEL.format(what=f'raise RuntimeError({busy!r})'))}:net"
+    shared = _measure_here(make_split(), TrialConfig(batch_size=32, model=model), 2, (1, 2), ())
+    assert shared.trials == 1
+    assert shared.reason.startswith("a GPU takes one process (compute mode EXCLUSIVE_PROCESS): ")
+
+
+def test_context_is_what_a_process_holds_beside_its_allocator() -> None:
+    """The allocator held 900 MiB at its peak and gave 400 back: the process now takes 1,100, 600 for its context."""
+    prepared = _Prepared(steps=1, reserved_bytes=900 * MIB, held_bytes=500 * MIB, left_out_bytes=47 * MIB)
+    assert prepared.count_bytes(1100 * MIB) == (900 + 600 + 47) * MIB
 
 
 @pytest.mark.slow  # starts processes

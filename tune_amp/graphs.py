@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tune_amp.config import describe_error
 
 WARM_UP_STEPS = 3  # as PyTorch's documentation has it: libraries and lazily made state are ready by then
-# A capture is expected to take 0.1 to 0.3 s and to save 0.2 to 0.4 ms a step. Estimates, to be measured on a GPU.
-LEAST_STEPS = 1000
+# A capture is expected to take 15 to 40 ms and to save 0.2 to 0.4 ms a step. Estimates, to be measured on a GPU.
+LEAST_STEPS = 100
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]
@@ -135,13 +135,12 @@ def capture_cuda_graph(step: Step) -> Step:
     The graph keeps its memory until the replay is gone.
 
     Raises:
-        CaptureError: the step cannot be captured; the device is as it was before. Only a torch older than 2.15 may keep
-            the failed capture's memory for the life of the process (https://github.com/pytorch/pytorch/pull/190348).
-            It is not released here, because a torch that does so itself must not be told twice.
+        CaptureError: the step cannot be captured; the device is as it was before. Only torch 2.13 and 2.14 keep the
+            failed capture's memory for the life of the process (https://github.com/pytorch/pytorch/pull/190348).
         torch.AcceleratorError: the device can no longer be used from this process.
     """
     generator_state = torch.cuda.get_rng_state()
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     # cuBLAS would go on using a workspace that others may free. Cleared, it takes one from the graph's own memory;
     # cleared again, that stays the graph's (torch._inductor.cudagraph_trees does the same).
     clear_workspaces()
@@ -149,11 +148,16 @@ def capture_cuda_graph(step: Step) -> Step:
         with (
             _without_collection(),
             # thread_local: other threads of the process (Ray's) may call CUDA meanwhile.
-            torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"),
         ):
             step()
     except Exception as error:  # a user's model may raise anything
         reason = describe_error(_find_cause(error))
+        device = torch.cuda.current_device()
+        release_failed_pool(
+            lambda: torch._C._cuda_endAllocateToPool(device, pool),  # noqa: SLF001 - no public names for them
+            lambda: torch._C._cuda_releasePool(device, pool),  # noqa: SLF001
+        )
         _recover(generator_state)
         raise CaptureError(reason) from None  # the exception's frames hold tensors of the graph's memory
     finally:
@@ -227,6 +231,23 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def release_failed_pool(end: Callable[[], None], release: Callable[[], None]) -> None:
+    """Release the memory pool of a failed capture, unless this torch has done so.
+
+    torch before 2.13 leaves the allocator recording: ``empty_cache`` then skips the pools of all later graphs, and
+    memory runs out too early (https://github.com/pytorch/pytorch/pull/180395). A pool must not be released twice.
+
+    Args:
+        end: stops the recording. Raises RuntimeError where torch has stopped it.
+        release: gives the pool's memory back.
+    """
+    try:
+        end()
+    except RuntimeError:
+        return
+    release()
 
 
 def _recover(generator_state: Tensor) -> None:

@@ -33,6 +33,9 @@ TRIALS_PER_GPU = 4
 # Ray counts in ten-thousandths and drops what is smaller: such a trial would silently train on the CPU.
 SMALLEST_GPU_SHARE = 1e-4
 
+DEVICE_BUSY = "busy or unavailable"
+"""In CUDA's error where a GPU in compute mode EXCLUSIVE_PROCESS has a process already (cudaErrorDevicesUnavailable)."""
+
 MEASURED_SECONDS = 1.0
 """For each number of trials: ten epochs or more of what is measured."""
 
@@ -247,6 +250,8 @@ def _measure_here(
     except MeasurementError as error:
         if error.out_of_memory:
             return SharedGpu(trials=1, reason=f"the largest does not fit a GPU alone ({error})")
+        if DEVICE_BUSY in str(error):
+            return SharedGpu(trials=1, reason=f"a GPU takes one process (compute mode EXCLUSIVE_PROCESS): {error}")
         return SharedGpu(trials=min(TRIALS_PER_GPU, counts[-1]), reason=f"not measured ({error})")
     return choose_trials(measured, torch.cuda.get_device_properties(0).total_memory if cuda else None)
 

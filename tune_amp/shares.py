@@ -200,10 +200,10 @@ def _measure_counts(
     meter = processes[1] if device_type == "cuda" and len(processes) > 1 else None
     before = meter.ask("read_memory") if meter else None
     prepared: _Prepared = first.ask("prepare", None)
-    memory, most = prepared.count_bytes(CONTEXT_BYTES), len(processes)
+    memory, most = prepared.count_bytes(None), len(processes)
     if meter and before:  # what went from the device while the first process came is that process, context and all
         free, total = meter.ask("read_memory")
-        memory = prepared.count_bytes(before[0] - free - (prepared.reserved_bytes or 0))
+        memory = prepared.count_bytes(before[0] - free)
         most = min(most, count_fitting(memory, total)) if memory else most
     ready = [first, *_prepare(processes[1:most], prepared.steps)]
     measured: list[ShareMeasurement] = []
@@ -266,14 +266,17 @@ class _Prepared:
     """Of an epoch."""
     reserved_bytes: int | None = None
     """The most that PyTorch's allocator held; None on the CPU."""
+    held_bytes: int = 0
+    """What it holds now: less, where its cache was emptied since. The rest of the process's memory is its context."""
     left_out_bytes: int = 0
     """Training images that a trial would hold as well."""
 
-    def count_bytes(self, context_bytes: int) -> int | None:
-        """Device memory of a trial whose CUDA context takes so much."""
+    def count_bytes(self, taken_bytes: int | None) -> int | None:
+        """Device memory of a trial at its peak, of whose process the device shows ``taken_bytes``; None: unknown."""
         if self.reserved_bytes is None:
             return None
-        return self.reserved_bytes + self.left_out_bytes + max(0, context_bytes)
+        context_bytes = CONTEXT_BYTES if taken_bytes is None else max(0, taken_bytes - self.held_bytes)
+        return self.reserved_bytes + self.left_out_bytes + context_bytes
 
 
 class _Process:
@@ -389,6 +392,7 @@ class _Commands:
         return _Prepared(
             steps=steps,
             reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+            held_bytes=torch.cuda.memory_reserved(self._device),
             left_out_bytes=train.images.nbytes - placed.images.nbytes,
         )
 

@@ -210,6 +210,7 @@ def check_graphs(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
             continue
         config = early_config(model, precision, optimizer)
         graphed, eager = (train_and_watch(suite.start(config, data, graph=graph)) for graph in (True, False))
+        release_memory(suite.device)
         rows += compare_training(subject, precision, graphed, eager)
     return rows, ""
 

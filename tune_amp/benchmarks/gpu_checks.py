@@ -25,6 +25,13 @@ Where every gradient got noise of the precision's rounding, 40 steps of simple_n
 fp16 and 0.03 in bf16; where no replay did anything, to 0.9.
 """
 
+MOST_PATH_DIFFERENCE = 2
+"""Skips and growths of an epoch that may differ: a gradient at the edge of overflow goes over it or not by rounding.
+
+Where every gradient got noise of 1e-4, the path differed in 2 of 24 runs of conv_net. A graph that does not update the
+scaler is 7 growths or more apart on this path.
+"""
+
 
 def early_config(model: str, precision: str, optimizer: str) -> TrialConfig:
     """In fp16 a scale that gradients of the first steps overflow or soon will, since it grows every third step.
@@ -100,9 +107,9 @@ def _judge_change(subject: str, precision: str, changes: Mapping[str, float]) ->
 
 
 def _judge_path(subject: str, told: EpochMetrics, expected: EpochMetrics) -> GpuRow:
-    """The same path of the scale, and one on which there was something to see."""
-    names = ("skipped_steps", "growths", "loss_scale_steps", "loss_scale_values")
-    same = all(getattr(told, name) == getattr(expected, name) for name in names)
+    """The same path of the scale up to rounding, and one on which there was something to see."""
+    names = ("skipped_steps", "growths")
+    same = all(abs(getattr(told, name) - getattr(expected, name)) <= MOST_PATH_DIFFERENCE for name in names)
     shown = expected.growths > 0 and expected.skipped_steps > 0
     shown &= expected.applied_steps - WARM_UP_STEPS >= LEAST_APPLIED
     note = f"{told.skipped_steps} skipped, {told.growths} growths, {len(told.loss_scale_values)} scales; eager "
