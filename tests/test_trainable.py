@@ -20,6 +20,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from tune_amp.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset
 from tune_amp.ledger import read_process_age
+from tune_amp.memory import is_out_of_memory
 from tune_amp.reuse import find_differences
 from tune_amp.trainable import (
     CHECKPOINT_FILE,
@@ -28,7 +29,6 @@ from tune_amp.trainable import (
     WorkerSetup,
     failure_report,
     is_checkpoint_due,
-    is_out_of_memory,
     metrics_of,
     show_in_process_list,
 )
@@ -559,6 +559,12 @@ def test_ended_trial_saves_nothing_and_nothing_saved_starts_from_the_beginning(
         (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("CUDA out of memory"), False),
         (OSError("can't allocate memory"), False),

@@ -19,6 +19,7 @@ import torch
 from tune_amp.config import InputError, TrialConfig, describe_error
 from tune_amp.data import Split
 from tune_amp.graphs import WARM_UP_STEPS
+from tune_amp.memory import is_out_of_memory
 from tune_amp.training import EVALUATION_BATCH, TrainingData, TrainingRun
 
 if TYPE_CHECKING:
@@ -353,7 +354,7 @@ def _serve(pipe: Connection, job: _Job) -> None:
             answer: tuple[Any, str | None, bool] = (getattr(commands, name)(*arguments), None, False)
         except Exception as error:  # a user's model may raise anything
             text = str(error) if isinstance(error, InputError) else describe_error(error)
-            answer = (None, text, isinstance(error, torch.OutOfMemoryError) or "out of memory" in text)
+            answer = (None, text, is_out_of_memory(error))
         pipe.send(answer)
 
 

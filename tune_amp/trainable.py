@@ -40,6 +40,7 @@ from tune_amp.config import (
 )
 from tune_amp.data import Dataset, Split
 from tune_amp.ledger import SlotClock, TimeKind, read_process_age
+from tune_amp.memory import is_out_of_gpu_memory, is_out_of_memory
 from tune_amp.resources import TrialResources, cap_memory
 from tune_amp.training import TrainingData, TrainingRun, release_memory
 
@@ -387,24 +388,6 @@ def name_device(device: torch.device) -> str:
 def assigned_gpu_share() -> float:
     """GPUs that Ray gave to this worker, a fraction where it shares one; 0 without Ray."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: a GPU's, Python's, or the CPU allocator's, which raises a bare RuntimeError."""
-    cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return cpu or isinstance(error, MemoryError) or is_out_of_gpu_memory(error)
-
-
-def is_out_of_gpu_memory(error: Exception) -> bool:
-    """Whether a GPU's memory ran out, or the share of it that the process may use."""
-    signs = (
-        "CUDA out of memory",
-        "CUDA error: out of memory",  # a torch.AcceleratorError, from outside PyTorch's own allocator
-        "CUBLAS_STATUS_ALLOC_FAILED",
-    )
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def metrics_of(result: Mapping[str, Any]) -> EpochMetrics | None:
