@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,16 +91,12 @@ def test_scaler_field_is_refused_outside_fp16(precision: str, name: str) -> None
         ({"lr": math.inf}, "lr: must be a finite number, got inf"),
         ({"lr": None}, "lr: must be a number, got None"),
         ({"lr": True}, "lr: must be a number, got True"),
-        ({"lr": "1e-4"}, "lr: must be a number, got '1e-4' (a text in YAML; write 0.0001)"),
-        ({"lr": "1e-5"}, "lr: must be a number, got '1e-5' (a text in YAML; write 1.0e-05)"),
-        ({"lr": "1.23456789e-5"}, "lr: must be a number, got '1.23456789e-5' (a text in YAML; write 1.23456789e-05)"),
-        ({"lr": "inf"}, "lr: must be a number, got 'inf'"),
+        ({"lr": "1e-4"}, "lr: must be a number, got '1e-4'"),
         ({"lr": "fast"}, "lr: must be a number, got 'fast'"),
         ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
         ({"batch_size": 64.0}, "batch_size: must be a whole number, got 64.0"),
         ({"batch_size": False}, "batch_size: must be a whole number, got False"),
-        ({"batch_size": "1e3"}, "batch_size: must be a whole number, got '1e3' (a text in YAML; write 1000)"),
-        ({"batch_size": "0.5"}, "batch_size: must be a whole number, got '0.5'"),
+        ({"batch_size": "1e3"}, "batch_size: must be a whole number, got '1e3'"),
         ({"batch_size": 2**63}, "batch_size: must fit in 64 bits, got 9223372036854775808"),
         ({"batch_size": 10**5000}, "batch_size: must fit in 64 bits, got <int too long to show>"),
         ({"precision": "fp8"}, "precision: must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
@@ -115,7 +110,7 @@ def test_scaler_field_is_refused_outside_fp16(precision: str, name: str) -> None
         ({"optimizer": "torch:sgd"}, "optimizer: must be one of adam, adamw, sgd, got 'torch:sgd'"),
         ({"weight_decay": -0.1}, "weight_decay: must be at least 0, got -0.1"),
         ({"grad_clip": 0}, "grad_clip: must be greater than 0, got 0.0"),
-        ({"grad_clip": "1"}, "grad_clip: must be a number or null, got '1' (a text in YAML; write 1.0)"),
+        ({"grad_clip": "1"}, "grad_clip: must be a number or null, got '1'"),
         ({"input_scaling": "none"}, "input_scaling: must be one of minmax, standard, got 'none'"),
         ({"class_weighting": "yes"}, "class_weighting: must be one of none, balanced, got 'yes'"),
         ({"class_weighting": None}, "class_weighting: must be a text, got None"),
@@ -249,23 +244,6 @@ def test_config_needs_nothing_but_the_standard_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "{'tune_amp'}\n"
-
-
-@given(number=st.floats(allow_nan=False, allow_infinity=False), style=st.sampled_from(["{!r}", "{:e}", "{:.17g}"]))
-def test_hint_for_a_number_read_as_text_is_what_yaml_reads_as_that_number(number: float, style: str) -> None:
-    text = style.format(number)
-    with pytest.raises(InputError) as caught:
-        checked_type("lr", text, float)
-    hint = yaml.safe_load(str(caught.value).split("(a text in YAML; write ")[1].removesuffix(")"))
-    assert type(hint) is float
-    assert hint == float(text)
-
-
-@given(number=st.integers(-(2**53), 2**53))
-def test_hint_for_a_whole_number_read_as_text_is_a_whole_number(number: int) -> None:
-    with pytest.raises(InputError) as caught:
-        checked_type("batch_size", str(number), int)
-    assert str(caught.value).endswith(f"(a text in YAML; write {number})")
 
 
 ANY_VALUE = st.recursive(

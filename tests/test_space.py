@@ -203,7 +203,6 @@ YAML_ERRORS = [
     ("parameters:\n  lr: !!float 1", "line 2: tags (!) are not allowed"),
     ("parameters:\n\n  1: {}", "line 3: a key must be a text, got 1"),
     ("parameters:\n  ? [a]\n  : b", "line 2: a key must be a text, got ['a']"),
-    ("parameters: {lr: {low: 2025-02-30, high: 1}}", "line 1: not a valid YAML value: '2025-02-30'"),
     ("\nlr: " + "9" * 5000, "line 2: not a valid YAML value: '999999999999...9999999999999'"),
     ("[" * 60_000, "line 1: must not be nested deeper than 10 levels"),
     ("\n" + "[" * 11 + "]" * 11, "line 2: must not be nested deeper than 10 levels"),
@@ -267,9 +266,9 @@ SHAPE_ERRORS = [
 ]
 
 VALUE_ERRORS = [
-    ("lr: {low: 1e-4, high: 0.1}", "lr.low: must be a number, got '1e-4' (a text in YAML; write 0.0001)"),
-    ("lr: {low: 1.0e-4, high: 1e-1}", "lr.high: must be a number, got '1e-1' (a text in YAML; write 0.1)"),
-    ("lr: {low: yes, high: 0.1}", "lr.low: must be a number, got True"),
+    ("lr: {low: '1e-4', high: 0.1}", "lr.low: must be a number, got '1e-4'"),
+    ("lr: {low: 2025-02-30, high: 0.1}", "lr.low: must be a number, got '2025-02-30'"),
+    ("lr: {low: true, high: 0.1}", "lr.low: must be a number, got True"),
     ("lr: {low: null, high: 0.1}", "lr.low: must be a number, got None"),
     ("lr: {low: [1], high: 0.1}", "lr.low: must be a number, got [1]"),
     ("lr: {low: .nan, high: 0.1}", "lr.low: must be a finite number, got nan"),
@@ -277,10 +276,8 @@ VALUE_ERRORS = [
     (f"lr: {{low: 0x{'f' * 5000}, high: 1}}", "lr.low: must be a finite number, got <int too long to show>"),
     ("grad_clip: {low: null, high: 0.1}", "grad_clip.low: must be a number, got None"),
     ("batch_size: {low: 64.0, high: 128}", "batch_size.low: must be a whole number, got 64.0"),
-    (
-        "batch_size: {low: '64', high: 128}",
-        "batch_size.low: must be a whole number, got '64' (a text in YAML; write 64)",
-    ),
+    ("batch_size: {low: '64', high: 128}", "batch_size.low: must be a whole number, got '64'"),
+    ("batch_size: {low: 1e2, high: 128}", "batch_size.low: must be a whole number, got 100.0"),
     ("batch_size: {low: 64, high: 2^63}", "batch_size.high: must fit in 64 bits, got 9223372036854775808"),
     ("batch_size: {low: 2^-1, high: 2}", "batch_size.low: must be a whole number, got 0.5"),
     ("lr: {low: 2**-3, high: 1}", "lr.low: must be a number, got '2**-3'"),
@@ -293,7 +290,7 @@ VALUE_ERRORS = [
     ("lr: {low: 0.1, high: 0.01}", "lr: low < high must hold, got low=0.1, high=0.01"),
     ("lr: {low: 0.1, high: 1, log: 1}", "lr.log: must be true or false, got 1"),
     ("lr: {low: 0.1, high: 1, log: null}", "lr.log: must be true or false, got None"),
-    ("lr: {low: 0.1, high: 1, power_of_two: 'yes'}", "lr.power_of_two: must be true or false, got 'yes'"),
+    ("lr: {low: 0.1, high: 1, power_of_two: yes}", "lr.power_of_two: must be true or false, got 'yes'"),
     (
         "weight_decay: {low: 0, high: 1, log: true}",
         "weight_decay.low: must be greater than 0 where log is true, got 0.0",
@@ -344,7 +341,6 @@ FIXED_ERRORS = [
     ("precision: fp8", "fixed.precision: must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
     ("precision: fp16, growth_factor: 1", "fixed.growth_factor: must be greater than 1, got 1.0"),
     ("precision: fp16, init_scale: null", "fixed.init_scale: must be a number, got None"),
-    ("weight_decay: 1e-4", "fixed.weight_decay: must be a number, got '1e-4' (a text in YAML; write 0.0001)"),
     ("batch_size: {low: 1, high: 2}", "fixed.batch_size: must be a whole number, got {'high': 2, 'low': 1}"),
     ("init_scale: 2", "fixed.init_scale: has no effect unless precision is fp16, and here it is fp32"),
 ]
@@ -437,10 +433,6 @@ FRACTION_ERRORS = [
     (
         "growth_interval: {low: 0.1, high: .inf, fraction_of_trial: true}",
         "growth_interval.high: must be a finite number, got inf",
-    ),
-    (
-        "growth_interval: {low: 1e-2, high: 1, fraction_of_trial: true}",
-        "growth_interval.low: must be a number, got '1e-2' (a text in YAML; write 0.01)",
     ),
     (
         "growth_interval: {low: 0.5, high: 0.1, fraction_of_trial: true}",

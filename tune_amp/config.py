@@ -249,7 +249,7 @@ def checked_type(name: str, value: Any, expected: Any) -> Any:
         return value
     kinds = {float: "a number", int: "a whole number", str: "a text", types.NoneType: "null"}
     rule = " or ".join(kinds[option] for option in options)
-    raise InputError(f"{name}: must be {rule}, got {shown(value)}{_number_hint(value, options)}")
+    raise InputError(f"{name}: must be {rule}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
@@ -314,21 +314,6 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int beyond the largest float
         return False
-
-
-def _number_hint(value: Any, options: tuple[Any, ...]) -> str:
-    """YAML 1.1 reads ``1e-4`` as text: say how to write it."""
-    if not isinstance(value, str):
-        return ""
-    try:
-        number = float(value)
-    except ValueError:
-        return ""
-    if not math.isfinite(number) or (float not in options and not number.is_integer()):
-        return ""  # no way of writing it would do
-    mantissa, e, exponent = repr(number if float in options else int(number)).partition("e")
-    written = f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{exponent}" if e else mantissa
-    return f" (a text in YAML; write {written})"
 
 
 def _check_range(name: str, value: Any, holds: bool, rule: str) -> None:

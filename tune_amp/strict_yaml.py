@@ -1,6 +1,7 @@
-"""Reads YAML strictly: what PyYAML lets pass in silence, or what could hurt, is an error with its line."""
+"""Reads YAML 1.2 strictly: what PyYAML lets pass in silence, or what could hurt, is an error with its line."""
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import yaml
 
@@ -10,9 +11,24 @@ from tune_amp.config import InputError, shown
 MAX_DEPTH = 10
 
 
+# YAML 1.2.2, section 10.3.2: tag, what a scalar of it looks like, and how it begins. PyYAML's own are those of YAML 1.1,
+# to which 1e-4 is a text, no is false, 010 is 8 and 1:30 is 90. Any other scalar is a text.
+CORE_SCHEMA = (
+    ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", ["t", "T", "f", "F"]),
+    ("int", "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        [*"-+.0123456789"],
+    ),
+)
+
+
 class _PlainLoader(yaml.SafeLoader):
     """YAML without anchors (a few lines of aliases can stand for gigabytes), tags or deep nesting."""
 
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -36,7 +52,7 @@ class _PlainLoader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode):
             try:
                 return self.construct_object(node)
-            except ValueError:  # a date like 2025-02-30, a number of 5,000 digits
+            except ValueError:  # a number of 5,000 digits
                 line = node.start_mark.line + 1
                 raise InputError(f"line {line}: not a valid YAML value: {shown(node.value)}") from None
         mapping: dict[str, Any] = {}
@@ -49,6 +65,16 @@ class _PlainLoader(yaml.SafeLoader):
                 raise InputError(f"line {line}: key {shown(key)} stands twice")
             mapping[key] = self.convert(value_node)
         return mapping
+
+
+    def read_int(self, node: yaml.ScalarNode) -> int:
+        """The number that CORE_SCHEMA found to be one."""
+        return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+
+
+for _kind, _form, _beginnings in CORE_SCHEMA:
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_form})\Z"), _beginnings)
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.read_int)
 
 
 def read_yaml(text: str) -> Any:
