@@ -659,7 +659,7 @@ def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_in_a_confirmation_keeps_its_runs_and_the_searchs_ranking(tmp_path: Path) -> None:
+def test_sigusr1_in_a_confirmation_keeps_its_runs_and_the_searchs_ranking(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", "--json"]
     command += ["--num-samples", "2", "--max-epochs", "2", "--confirm-seeds", "1000", "--name", "cut"]
     with subprocess.Popen(
@@ -668,13 +668,14 @@ def test_sigterm_in_a_confirmation_keeps_its_runs_and_the_searchs_ranking(tmp_pa
         assert process.stdout is not None
         told = [json.loads(process.stdout.readline()) for _ in range(5)]
         assert [event["event"] for event in told] == ["start", "trial", "trial", "confirmed_run", "confirmed_run"]
-        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGUSR1)
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     events = told + [json.loads(line) for line in rest.splitlines()]
     assert events[-1]["confirmation"]["interrupted"] is True
     assert events[-1]["best"]
+    assert errors.startswith("cut off  SIGUSR1\n")
     run = tmp_path / "results" / "cut"
     assert len(load_confirmed(run)) == sum(event["event"] == "confirmed_run" for event in events)
     assert {row.confirmation for row in load_best_rows(run)} == {None}

@@ -167,7 +167,7 @@ def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--num-samples", "100000", "--max-epochs", "2", "--name", "cut", "--json"]
@@ -185,6 +185,7 @@ def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: sig
     events = told + [json.loads(line) for line in rest.splitlines()]
     assert events[-1]["event"] == "result"
     assert events[-1]["interrupted"] is True
+    assert events[-1]["reason"] == number.name
     run = tmp_path / "results" / "cut"
     statuses = {trial.trial_id: str(trial.status) for trial in load_trials(run)}
     assert statuses == {event["trial_id"]: event["status"] for event in events[1:-1]}

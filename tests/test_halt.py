@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tune_amp import halt
-from tune_amp.halt import SIGNALS, StopRequest, stopping_on_signals, watching
+from tune_amp.halt import SIGNALS, StopRequest, interrupted_by_signals, stopping_on_signals, watching
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -116,16 +116,28 @@ def test_terminal_that_closes_may_say_so_twice() -> None:
     assert stop.reason == "SIGHUP"
 
 
-def test_end_of_the_terminal_is_not_heeded_where_nohup_asks_for_that() -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_that_whoever_started_the_process_had_it_ignore_is_ignored(number: signal.Signals) -> None:
+    """As ``nohup`` does, and a shell for what it runs in the background of a script."""
     stop = StopRequest()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with stopping_on_signals(stop), stop.heard():
-            signal.raise_signal(signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
     assert stop.reason is None
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_interrupts_what_does_not_search_and_so_does_the_next(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with interrupted_by_signals():
+        for each in (number, signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(each)
+    assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
 def test_signals_are_answered_again_where_something_else_had_begun_to() -> None:

@@ -1,3 +1,4 @@
+import signal
 import types
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from ray.air._internal import usage
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune import Callback, TuneError
+from ray.tune import tune as tune_module
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig
+from tune_amp.halt import SIGNALS, StopRequest
 from tune_amp.resources import TrialResources
 from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES
-from tune_amp.tuning import _prepare_next_attempt, callbacks_uncounted, deaths_taken_right, name_trial
+from tune_amp.tuning import _prepare_next_attempt, callbacks_uncounted, deaths_taken_right, fit, name_trial
 
 
 class FakeTrial:
@@ -54,6 +57,24 @@ def test_trial_that_needs_a_larger_share_gets_it(cause: str, status: str, share:
     _prepare_next_attempt(searcher, TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason=""), trial)
     assert asked[-1] == share
     assert noted == [trial]
+
+
+def test_tune_takes_no_signal_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep SIGUSR1 after its end, and swallow it while winners are confirmed."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    took_over: list[signal.Signals] = []
+
+    def begin_as_tune_does() -> None:
+        assert not tune_module._setup_signal_catching().is_set()
+        took_over.extend(number for number, was in zip(SIGNALS, before, strict=True) if signal.getsignal(number) != was)
+
+    tuner: Any = types.SimpleNamespace(fit=begin_as_tune_does)
+    try:
+        fit(tuner, StopRequest())
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    assert took_over == []
 
 
 # What a death costs

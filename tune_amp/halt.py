@@ -14,8 +14,8 @@ LOOK_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """How long Tune may take to end its trials where a part of Ray has died."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, what a scheduler of jobs sends, and what a terminal sends that is closed."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C, what a scheduler of jobs sends, what a terminal sends that is closed, and SLURM's warning before the end."""
 
 
 class StopRequest:
@@ -54,8 +54,8 @@ class StopRequest:
 def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     """In the ``with`` block, the first signal ends cleanly what runs, and the second at once.
 
-    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt. Where ``nohup`` asks for it, the end of the terminal
-    is none of the search.
+    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt. A signal that the process was started to ignore, as
+    ``nohup`` has it for the end of the terminal, is ignored.
     """
 
     def answer(number: int, frame: FrameType | None) -> None:
@@ -69,8 +69,7 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
         if not stop.is_heard:
             raise KeyboardInterrupt
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    heeded = [number for number in SIGNALS if number not in ignored]
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def heed() -> None:
         for number in heeded:
@@ -84,6 +83,15 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in zip(heeded, before, strict=True):
             signal.signal(number, handler)
+
+
+def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
+    """In the ``with`` block, each of ``SIGNALS`` raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    return stopping_on_signals(StopRequest(interrupt))
 
 
 def forget_closed_terminal() -> None:

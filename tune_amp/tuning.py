@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ray._common.usage.usage_lib import usage_stats_enabled
 from ray.air._internal import usage
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune import tune as tune_module
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
@@ -145,7 +147,9 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
-        with deaths_taken_right(stop.ask), callbacks_uncounted():
+        # Tune would take SIGUSR1 for itself, and keep it after its end: it would no longer end the confirmation.
+        signals = replaced(tune_module, "_setup_signal_catching", threading.Event)
+        with deaths_taken_right(stop.ask), callbacks_uncounted(), signals:
             tuner.fit()
     except Exception:
         if stop.reason is None:
