@@ -30,6 +30,7 @@ class Store:
     def __init__(self) -> None:
         self.values: dict[str, dict[tuple[tuple[str, str], ...], float]] = collections.defaultdict(dict)
         self.fresh: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
+        self.runs: set[str] = set()
         store = self
 
         class Metric:
@@ -45,7 +46,8 @@ class Store:
             def _record(self, value: float, tags: dict[str, str], before: float) -> None:
                 labels = {**self.defaults, **tags}
                 assert set(labels) == self.keys
-                assert all(isinstance(label, str) for label in labels.values())
+                assert all(label.encode("ascii") for label in labels.values())
+                store.runs.add(labels["run"])
                 del labels["run"]
                 key = tuple(sorted(labels.items()))
                 store.values[self.name][key] = before + value
@@ -132,6 +134,14 @@ def test_every_series_is_kept_while_a_trial_runs(store: Store, gauges: Gauges) -
     assert store.read("tune_amp_slots") == 2
     about = {"model": "simple_net", "dataset": "digits", "objectives": "val_accuracy", "version": "0.1.0"}
     assert store.labels("tune_amp_run_info") == [about]
+
+
+def test_names_beyond_ascii_are_spelled_as_in_a_url(store: Store, gauges: Gauges) -> None:
+    running = make_running(1)
+    tell(store, gauges, [running], [running], run="l\u00e4uf_1-2.3", model="r\u00e9seau:net", dataset="a b@c\udcff")
+    assert store.runs == {"l%C3%A4uf_1-2.3"}
+    [about] = store.labels("tune_amp_run_info")
+    assert (about["model"], about["dataset"]) == ("r%C3%A9seau:net", "a b@c%FF")
 
 
 def test_names_follow_the_conventions_and_no_label_grows_with_the_trials() -> None:

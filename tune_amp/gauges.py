@@ -12,8 +12,10 @@ and a series says which trial that is. Prometheus would keep a series for every 
 import collections
 import contextlib
 import dataclasses
+import string
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -204,9 +206,9 @@ class Gauges:
         for sample in samples:
             metric = self._metrics[sample.name]
             if hasattr(metric, "set"):
-                metric.set(sample.value, tags=sample.labels)
+                metric.set(sample.value, tags=spell_labels(sample.labels))
             elif sample.value > 0:  # what Ray takes; a counter of 0 need not exist
-                metric.inc(sample.value, tags=sample.labels)
+                metric.inc(sample.value, tags=spell_labels(sample.labels))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -356,6 +358,12 @@ def _count_confirmation(progress: ConfirmProgress | None) -> list[Sample]:
     return [Sample("tune_amp_confirm_runs", count, {"state": state}) for state, count in states.items()]
 
 
+def spell_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return labels as Ray takes them, ASCII only: ``läuf`` becomes ``l%C3%A4uf``, as in a URL."""
+    plain = string.punctuation + " "
+    return {key: urllib.parse.quote(value, safe=plain, errors="surrogateescape") for key, value in labels.items()}
+
+
 def _register(registry: Any, run: str) -> dict[str, Any]:
     """The metrics by name, each with the run as its label."""
     if registry is None:
@@ -364,6 +372,6 @@ def _register(registry: Any, run: str) -> dict[str, Any]:
     return {
         series.name: classes[series.kind](
             series.name, description=series.meaning, tag_keys=("run", *series.labels)
-        ).set_default_tags({"run": run})
+        ).set_default_tags(spell_labels({"run": run}))
         for series in ALL_SERIES
     }
