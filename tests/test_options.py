@@ -1,13 +1,14 @@
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tune_amp.config import InputError
-from tune_amp.options import SearchOptions, hide_credentials, run_folder
+from tune_amp.options import SearchOptions, hide_credentials, make_run_name, name_path, name_run, run_folder
 
 NAN, INF = math.nan, math.inf
 CHOICES = "simple_net, conv_net, vit, or module:function"
@@ -146,8 +147,8 @@ def refusal(results_dir: Path, run: str) -> str:
 
 
 def test_run_folder_is_made_with_its_parents_and_kept_when_filled(tmp_path: Path) -> None:
-    with run_folder(tmp_path / "a" / "b", "run 1") as folder:
-        assert folder == tmp_path / "a" / "b" / "run 1"
+    with run_folder(tmp_path / "a" / "b", "run-1") as folder:
+        assert folder == tmp_path / "a" / "b" / "run-1"
         assert folder.is_dir()
         (folder / "space.yaml").touch()
     assert [path.name for path in folder.iterdir()] == ["space.yaml"]
@@ -170,16 +171,75 @@ def test_filled_run_folder_is_kept_when_the_run_ends_by_an_error(tmp_path: Path)
     assert (tmp_path / "run" / "trials.parquet").exists()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/tmp", "a/", "../a", "a\0b", "a\nb"])
-def test_name_that_is_no_plain_folder_name_is_refused(tmp_path: Path, name: str) -> None:
-    assert refusal(tmp_path / "results", name) == f"--name: must be a plain folder name, got {name!r}"
+NO_FOLDER_NAMES = ["", ".", "..", ".hidden", "a/b", "/tmp", "a/", "../a", "a\0b", "a\nb"]
+TO_BE_QUOTED = ["-x", "--", "*", "a?", "a|b", "~", "~x", "a b", " ", "'a'", 'a"', "$HOME", "a;b", "a&", "a#b", "a\\b"]
+TO_BE_QUOTED += ["(a)", "a<b", "`a`", "{a,b}", "[a]", "!a", "a=b", "a\u200bb", "\udcff"]
 
 
-def test_name_of_a_search_that_was_killed_before_it_wrote_anything_is_free(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with run_folder(tmp_path, "run") as folder:
-        (folder / "reports.journal").touch()
-    assert (tmp_path / "run" / "reports.journal").exists()
+@pytest.mark.parametrize("name", NO_FOLDER_NAMES + TO_BE_QUOTED)
+def test_name_that_cannot_be_typed_back_without_quotes_is_refused(tmp_path: Path, name: str) -> None:
+    rule = "must be of letters, digits, _, . and -, and begin with neither . nor -"
+    assert refusal(tmp_path / "results", name) == f"--name: {rule}, got {name!r}"
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "_", "7", "lr-0.1_b64", "l\u00e4uf", "a\u0308", "\u8dd1", "\u0939\u093f\u0928\u094d\u0926\u0940"]
+)
+def test_name_of_letters_and_digits_of_any_script_is_taken(tmp_path: Path, name: str) -> None:
+    with run_folder(tmp_path, name) as folder:
+        assert folder == tmp_path / name
+
+
+def test_empty_folder_is_not_taken_from_a_search_that_starts_there(tmp_path: Path) -> None:
+    """For seconds there is nothing in it, and nobody can tell whether that search still lives."""
+    with run_folder(tmp_path / "results", "run") as folder:
+        reason = "is empty: a search is starting there, or was killed as it started"
+        advice = "choose another name, or remove the folder"
+        assert refusal(tmp_path / "results", "run") == f"--name: {folder} {reason}; {advice}"
+        assert folder.is_dir()
+
+
+def test_searches_that_get_the_same_name_unasked_are_numbered(tmp_path: Path) -> None:
+    with (
+        run_folder(tmp_path, "quick-20261130-120000", numbered=True) as first,
+        run_folder(tmp_path, "quick-20261130-120000", numbered=True) as second,
+    ):
+        (first / "reports.journal").touch()
+        with run_folder(tmp_path, "quick-20261130-120000", numbered=True) as third:
+            assert [folder.name for folder in (first, second, third)] == [
+                "quick-20261130-120000",
+                "quick-20261130-120000-2",
+                "quick-20261130-120000-3",
+            ]
+    assert list(tmp_path.iterdir()) == [first]
+
+
+@pytest.mark.parametrize(
+    ("space", "stem"),
+    [
+        ("mnist_amp", "mnist_amp"),
+        ("spaces/quick.yaml", "quick"),
+        ("~/my space (2).yaml", "my_space__2_"),
+        ("-.hidden.yaml", "hidden"),
+        ("/tmp/ ", "_"),
+        ("...", "search"),
+    ],
+)
+def test_run_without_a_name_has_one_that_the_rule_allows(space: str, stem: str, tmp_path: Path) -> None:
+    name = make_run_name(space)
+    assert re.fullmatch(rf"{re.escape(stem)}-\d{{8}}-\d{{6}}", name)
+    with run_folder(tmp_path, name):
+        pass
+
+
+def test_run_is_named_so_that_a_command_line_finds_it() -> None:
+    results = Path("results")
+    assert name_run(results / "demo", results) == "demo"
+    assert name_run(Path("elsewhere/demo"), results) == "elsewhere/demo"
+    for old in ("-x", "~", "two words"):  # from before there was a rule
+        assert name_run(results / old, results) == f"results/{old}"
+    assert name_path(Path("-x/best.parquet")) == "./-x/best.parquet"
+    assert name_path(Path("~/demo")) == "./~/demo"
 
 
 def test_name_of_an_existing_run_is_refused_and_its_folder_left_alone(tmp_path: Path) -> None:

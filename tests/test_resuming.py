@@ -284,7 +284,7 @@ def test_standing_counts_what_is_over_and_what_goes_on(tmp_path: Path) -> None:
     [
         ("results/demo", "simple_net", (), "python search.py --resume demo"),
         ("elsewhere/demo", "simple_net", (), "python search.py --resume elsewhere/demo"),
-        ("results/two words", "my.nets:net", (), "python search.py --resume 'two words' --model my.nets:net"),
+        ("results/two words", "my.nets:net", (), "python search.py --resume 'results/two words' --model my.nets:net"),
         (
             "results/demo",
             "simple_net",

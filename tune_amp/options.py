@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import datetime
 import importlib.util
+import itertools
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,34 +166,70 @@ def naming_flags() -> Iterator[None]:
         raise InputError(f"{name_flag(field)}:{rule}") from None
 
 
+def is_run_name(name: str) -> bool:
+    """Return whether a name can be typed without quotes: letters and digits of any script, ``_``, ``.`` and ``-``."""
+    return name[:1] not in ("", ".", "-") and f"a{re.sub('[.-]', '', name)}".isidentifier()
+
+
+def make_run_name(space: str) -> str:
+    """Return the name of a run that its user leaves unnamed: the space and the time, in seconds."""
+    stem = "".join(character if is_run_name(f"a{character}") else "_" for character in Path(space).stem).lstrip(".-")
+    return f"{stem or 'search'}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
+
+
 @contextlib.contextmanager
-def run_folder(results_dir: Path, run: str) -> Iterator[Path]:
-    """Make ``results_dir/run``, which must not exist, or be empty: two runs never share a folder.
+def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterator[Path]:
+    """Make ``results_dir/run``, which must not exist: of two searches that want it, one gets it.
 
     Left empty, it is removed again, with the parents that were made for it.
 
+    Args:
+        results_dir: made where it is not there.
+        run: name of the run.
+        numbered: whether a name that is taken gets a number (``run-2``) instead of being refused.
+
     Raises:
-        InputError: the name is no plain folder name, is taken, or the folder cannot be made.
+        InputError: the name breaks the rule of ``is_run_name``, is taken, or the folder cannot be made.
     """
-    if not run or Path(run).name != run or run.startswith(".") or not run.isprintable():
-        raise InputError(f"--name: must be a plain folder name, got {shown(run)}")
-    folder = results_dir / run
-    made = [folder, *(parent for parent in folder.parents if not parent.exists())]
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.exists():
-            raise InputError(f"--results-dir: must be a folder, got the file {results_dir}") from None
-        if not folder.is_dir() or any(folder.iterdir()):  # an empty one is left by a search killed in its start-up
-            raise InputError(f"--name: {folder} already holds a run; choose another name") from None
-    except OSError as error:
-        raise InputError(f"--results-dir: {folder} cannot be made ({error.strerror})") from error
+    if not is_run_name(run):
+        rule = "must be of letters, digits, _, . and -, and begin with neither . nor -"
+        raise InputError(f"--name: {rule}, got {shown(run)}")
+    for number in itertools.count(1):
+        folder = results_dir / (run if number == 1 else f"{run}-{number}")
+        made = [folder, *(parent for parent in folder.parents if not parent.exists())]
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not os.path.lexists(folder):
+                raise InputError(f"--results-dir: must be a folder, got the file {results_dir}") from None
+            if not numbered:
+                raise InputError(f"--name: {folder} {_describe_taken(folder)}") from None
+        except OSError as error:
+            raise InputError(f"--results-dir: {folder} cannot be made ({error.strerror})") from error
     try:
         yield folder
     finally:
         with contextlib.suppress(OSError):  # not empty: the first of them that is ends it
             for empty in made:
                 empty.rmdir()
+
+
+def _describe_taken(folder: Path) -> str:
+    if folder.is_dir() and not any(folder.iterdir()):
+        reason = "a search is starting there, or was killed as it started"
+        return f"is empty: {reason}; choose another name, or remove the folder"
+    return "already holds a run; choose another name"
+
+
+def name_run(folder: Path, default_dir: Path) -> str:
+    """Return how a command line names a run: by its name if it is in ``default_dir``, else by its path."""
+    return folder.name if folder.parent == default_dir and is_run_name(folder.name) else name_path(folder)
+
+
+def name_path(path: Path) -> str:
+    """Return how a command line names a path: it must not look like a flag, or like a home folder."""
+    return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
 
 
 def _check_flag(flag: str, value: Any, holds: bool, rule: str) -> None:

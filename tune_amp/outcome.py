@@ -18,6 +18,7 @@ from tune_amp.console import printable, say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.ledger import Ledger
 from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
+from tune_amp.options import name_path, name_run
 from tune_amp.ranking import choose_best
 from tune_amp.results import (
     BestRow,
@@ -30,6 +31,7 @@ from tune_amp.results import (
     load_trials,
 )
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
+from tune_amp.search_arguments import DEFAULT_RESULTS_DIR
 from tune_amp.space import parse_space
 
 
@@ -114,7 +116,7 @@ def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None
         model: of the search.
         dataset: of the search.
     """
-    parts = [*train, str(best)]
+    parts = [*train, name_path(best)]
     if data_dir is not None:
         parts += ["--data-dir", data_dir]
     for flag, name in (("model", model), ("dataset", dataset)):
@@ -183,7 +185,7 @@ def _print_ledger(console: Console, outcome: Outcome) -> None:
         say(
             console,
             "unfinished: the search was cut off, or still goes on; the line that it printed, or else "
-            f"--resume {outcome.folder.name}, goes on with it",
+            f"--resume {shlex.quote(name_run(outcome.folder, DEFAULT_RESULTS_DIR))}, goes on with it",
             style="yellow",
         )
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.config import InputError, checked_type, is_function_name, shown
-from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag
+from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag, name_run
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
 from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE
@@ -45,7 +45,7 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
     kept["storage_path"] = _name_from_anywhere(arguments.storage_path, arguments.address)
-    kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.expanduser().absolute())
+    kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.absolute())
     return kept
 
 
@@ -197,7 +197,7 @@ def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Pat
         arguments: from ``remember``. The user's own code is named again, as consent to run it, and so is what leads out
             of the run folder.
     """
-    parts = [*search, "--resume", folder.name if folder.parent == default_dir else str(folder)]
+    parts = [*search, "--resume", name_run(folder, default_dir)]
     for name in ("model", "dataset"):
         if is_function_name(arguments[name]):
             parts += [name_flag(name), arguments[name]]

@@ -4,7 +4,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
 import functools
 import importlib
 import os
@@ -39,7 +38,15 @@ from tune_amp.console import (
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.journal import read_journal
 from tune_amp.ledger import read_process_age
-from tune_amp.options import SearchOptions, build_options, check_trackers, hide_credentials, naming_flags, run_folder
+from tune_amp.options import (
+    SearchOptions,
+    build_options,
+    check_trackers,
+    hide_credentials,
+    make_run_name,
+    naming_flags,
+    run_folder,
+)
 from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
 from tune_amp.search_arguments import DEFAULT_RESULTS_DIR, DEFAULT_SPACE, search_parser
 from tune_amp.search_output import choose_observer, list_inert, print_end, print_json_end, print_json_start, print_start
@@ -127,9 +134,8 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
         donor = load_donor(
             find_file(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
         )
-    stem = Path(name).stem.lstrip(".")
-    run = arguments.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
-    with run_folder(arguments.results_dir, run) as folder:
+    run = make_run_name(name) if arguments.name is None else arguments.name
+    with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
         return _run(
             Task(arguments=arguments, space=space, donor=donor, command=(program, *command), begun=begun), folder
         )
@@ -352,7 +358,8 @@ def _user_modules(model: str) -> tuple[ModuleType, ...]:
         return ()
     named = importlib.import_module(model.partition(":")[0].partition(".")[0])
     folder = _find_folder(named)
-    if str(folder) in sysconfig.get_paths().values():  # installed, as it has to be on the nodes, with all the others
+    installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+    if folder in installed:  # as it has to be on the nodes, with all the others
         return (named,)
     known = [module for name, module in sys.modules.items() if "." not in name and name not in ("__main__", "tune_amp")]
     return tuple(module for module in known if module is named or _find_folder(module) == folder)
