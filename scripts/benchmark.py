@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a lent GPU machi
 
 from tune_amp.benchmarks import speed, speed_table
 from tune_amp.config import DATASETS, MODELS, InputError
-from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced
+from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced, read_path
 
 REFERENCE = Path("results/reference")
 EXIT_FAILED = 1
@@ -255,7 +255,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_output(sharing, measure_trials_side_by_side)
 
     whole = commands.add_parser("gpu", help="all that one GPU can tell, in nine minutes, without Ray and Optuna")
-    whole.add_argument("--data-dir", type=Path, metavar="DIR", help="MNIST's four files (images made up here)")
+    whole.add_argument("--data-dir", type=read_path, metavar="DIR", help="MNIST's four files (images made up here)")
     whole.add_argument("--seconds", type=float, default=500.0, metavar="X", help="for the suite (%(default)s)")
     _add_output(whole, measure_one_gpu)
 
@@ -275,7 +275,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_search(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     searching = commands.add_parser("search", help="whole searches beside the obvious program (hours)")
-    searching.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="MNIST's four files")
+    searching.add_argument("--data-dir", type=read_path, required=True, metavar="DIR", help="MNIST's four files")
     searching.add_argument("--precisions", nargs="+", choices=speed.PRECISIONS, default=speed.PRECISIONS)
     searching.add_argument("--trials", nargs="+", type=_positive, default=(16, 64), metavar="N", help="(16 and 64)")
     searching.add_argument("--repeats", type=_positive, default=3, metavar="N", help="pairs of each (%(default)s)")
@@ -295,11 +295,13 @@ def _add_replays(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     recording.add_argument("--seed", type=_natural, default=1, metavar="N", help="they are drawn with (%(default)s)")
     recording.add_argument("--max-epochs", type=_positive, default=8, metavar="N", help="of each (%(default)s)")
     recording.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (%(default)s)")
-    recording.add_argument("--output", type=Path, metavar="FILE", help=f"({REFERENCE}/curves-SPACE.parquet)")
+    recording.add_argument("--output", type=read_path, metavar="FILE", help=f"({REFERENCE}/curves-SPACE.parquet)")
     _add_data(recording)
 
     quality = commands.add_parser("search-quality", help="replay searches over recorded curves")
-    quality.add_argument("--curves", type=Path, default=REFERENCE, metavar="DIR", help="recorded ones (%(default)s)")
+    quality.add_argument(
+        "--curves", type=read_path, default=REFERENCE, metavar="DIR", help="recorded ones (%(default)s)"
+    )
     quality.add_argument("--seeds", type=_positive, default=40, metavar="N", help="searches a program (%(default)s)")
     quality.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (%(default)s)")
     _add_output(quality, measure_search_quality)
@@ -310,20 +312,22 @@ def _add_warm_start(commands: "argparse._SubParsersAction[OneLineParser]") -> No
     warm.add_argument("--seeds", type=_natural, default=8, metavar="N", help="of trained searches (%(default)s)")
     warm.add_argument("--num-samples", type=_positive, default=12, metavar="N", help="trials of each (%(default)s)")
     warm.add_argument("--max-epochs", type=_positive, default=4, metavar="N", help="of a trial (%(default)s)")
-    warm.add_argument("--curves", type=Path, default=REFERENCE, metavar="DIR", help="recorded ones (%(default)s)")
+    warm.add_argument("--curves", type=read_path, default=REFERENCE, metavar="DIR", help="recorded ones (%(default)s)")
     warm.add_argument("--replay-seeds", type=_natural, default=40, metavar="N", help="over each (%(default)s)")
     _add_data(warm)
     _add_output(warm, measure_warm_searches)
 
 
 def _add_output(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("--output", type=Path, default=REFERENCE, metavar="DIR", help="for the results (%(default)s)")
+    parser.add_argument(
+        "--output", type=read_path, default=REFERENCE, metavar="DIR", help="for the results (%(default)s)"
+    )
     parser.set_defaults(run=run)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=DATASETS, default="mnist", help="(%(default)s)")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
+    parser.add_argument("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
 
 
 def _positive(text: str) -> int:

@@ -17,6 +17,7 @@ from tune_amp.space import load_space
 from tune_amp.train_command import describe_recalls, train_command
 
 ROOT = Path(__file__).resolve().parents[1]
+NAME_RULE = "must be of letters, digits, _, . and -, and begin with neither . nor -"
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,20 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
             "no_such_module:net: importing no_such_module failed "
             "(ModuleNotFoundError: No module named 'no_such_module')",
         ),
-        ("--dataset digits --name a/b", "--name: must be a plain folder name, got 'a/b'"),
+        ("--dataset digits --name a/b", f"--name: {NAME_RULE}, got 'a/b'"),
+        ("--dataset digits --name=", f"--name: {NAME_RULE}, got ''"),
+        (
+            "--resume -x",
+            "argument --resume: expected one argument; one that begins with - is joined by =, as in --resume=-x "
+            "(see scripts/search.py --help)",
+        ),
+        ("--results-dir=", "argument --results-dir: must not be empty (see scripts/search.py --help)"),
+        (
+            "--storage-path=~nobody-has-this-name",
+            "argument --storage-path: ~nobody-has-this-name names an unknown home folder; set HOME, give the full "
+            "path, or write ./~nobody-has-this-name for that very name (see scripts/search.py --help)",
+        ),
+        ("--storage-path=", "argument --storage-path: must not be empty (see scripts/search.py --help)"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(
@@ -88,8 +102,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 
 
 def test_a_wrong_space_names_file_key_rule_and_value(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    Path("x.yaml").write_text("parameters:\n  lr: {low: 1e-4, high: 0.1, log: true}\n")
-    expected = "x.yaml: parameters.lr.low: must be a number, got '1e-4' (a text in YAML; write 0.0001)"
+    Path("x.yaml").write_text("parameters:\n  lr: {low: '1e-4', high: 0.1, log: true}\n")
+    expected = "x.yaml: parameters.lr.low: must be a number, got '1e-4'"
     assert refusal(capsys, search_command(["x.yaml"])) == expected
 
 

@@ -231,22 +231,23 @@ def test_tf32_alone_on_a_cpu_is_said_and_no_error(best: Path, capsys: pytest.Cap
     assert set(pd.read_parquet("compare-rank1/compare.parquet").precision) == {"fp32"}
 
 
-# Ctrl-C comes while the first run on a seed begins: a run makes its model after it has set torch's seed. The search's
+# A signal comes while the first run on a seed begins: a run makes its model after it has set torch's seed. The search's
 # seed is 70, of its own: another test may have left torch's at any small number.
 INTERRUPTED_MODEL = """
+import signal
 import torch
 from torch import nn
 def net(input_shape, num_classes):
     if torch.initial_seed() == {seed}:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.{name})
     return nn.Sequential(nn.Flatten(), nn.Linear(784, num_classes))
 """
 
 
-def test_ctrl_c_keeps_the_runs_that_ended(
+def test_sigusr1_keeps_the_runs_that_ended(
     best: Path, digits: Dataset, write_module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = f"{write_module(INTERRUPTED_MODEL.format(seed=72))}:net"
+    model = f"{write_module(INTERRUPTED_MODEL.format(seed=72, name='SIGUSR1'))}:net"
     write_run(digits.content_hash, model=model, seed=70)
     assert compare_command([str(best), "--model", model, "--max-epochs", "2"]) == 130
     printed = capsys.readouterr()
@@ -262,7 +263,7 @@ def test_ctrl_c_keeps_the_runs_that_ended(
 def test_ctrl_c_before_the_first_run_leaves_nothing(
     best: Path, digits: Dataset, write_module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = f"{write_module(INTERRUPTED_MODEL.format(seed=71))}:net"
+    model = f"{write_module(INTERRUPTED_MODEL.format(seed=71, name='SIGINT'))}:net"
     write_run(digits.content_hash, model=model, seed=70)
     assert compare_command([str(best), "--model", model, "--max-epochs", "2"]) == 130
     assert capsys.readouterr().err == "interrupted: nothing was measured yet\n"

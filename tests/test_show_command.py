@@ -1,18 +1,21 @@
 """``tune-amp show`` as a user types it: where it finds a run, what it prints first, and how fast it is there."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from records import PROVENANCE, make_trial
+from report_runs import write_full_run
 
 from tune_amp.config import TrialConfig
 from tune_amp.results import Provenance, rank_trials, write_best, write_trials
 from tune_amp.show_command import show_command
 
 RUN = Path("results") / "demo"
+SHOW = "import sys; from tune_amp.show_command import show_command; sys.exit(show_command(['demo']))"
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,26 @@ def test_the_first_lines_tell_what_was_searched_on_what(capsys: pytest.CaptureFi
 def test_a_run_is_found_by_its_name_its_folder_and_its_files(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_run()
     assert printed(capsys, run)[-1] == "reuse    tune-amp train results/demo/best.parquet"
+
+
+@pytest.mark.parametrize(("encoding", "interval"), [("ascii", b" +-"), ("latin-1", b" \xb1"), ("utf-8", b" \xc2\xb1")])
+def test_run_is_shown_in_whatever_encoding_the_output_has(encoding: str, interval: bytes) -> None:
+    RUN.mkdir(parents=True)
+    write_full_run(RUN)
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(interval) == 6  # validation and test, of two and of the default
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("<&- >&- 2>&-", 0), (">&- 2>&-", 2)])
+def test_closed_streams_change_no_exit_code(redirection: str, code: int) -> None:
+    if code == 0:
+        RUN.mkdir(parents=True)
+        write_full_run(RUN)
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, SHOW], check=False)
+    assert done.returncode == code
 
 
 def test_runs_elsewhere_are_found_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,11 @@ import pytest
 
 from tune_amp.strict_yaml import read_yaml
 
-NUMBERS = {
-    **{"0": 0, "-0": 0, "3": 3, "-19": -19, "+12": 12, "010": 10, "0o17": 15, "0x3A": 58, "0xff": 255},
-    **{"1e-4": 1e-4, "1E3": 1000.0, "12e03": 12000.0, "-2E+05": -2e5, "+1.5e-1": 0.15, "0.": 0.0, "-0.0": -0.0},
-    **{".5": 0.5, "-.5e1": -5.0, "1.e5": 1e5, "00.5": 0.5, ".inf": math.inf, "-.Inf": -math.inf, "+.INF": math.inf},
-}
+INTEGERS = {"0": 0, "-0": 0, "3": 3, "-19": -19, "+12": 12, "010": 10, "0o17": 15, "0x3A": 58, "0xff": 255}
+FLOATS = {"1e-4": 1e-4, "1E3": 1000.0, "12e03": 12000.0, "-2E+05": -2e5, "+1.5e-1": 0.15, "0.": 0.0, "-0.0": -0.0}
+FLOATS |= {".5": 0.5, "-.5e1": -5.0, "1.e5": 1e5, "00.5": 0.5}
+FLOATS |= {".inf": math.inf, "-.Inf": -math.inf, "+.INF": math.inf}
+
 CONSTANTS = {
     **dict.fromkeys(["null", "Null", "NULL", "~", ""], None),
     **dict.fromkeys(["true", "True", "TRUE"], True),
@@ -26,7 +26,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("scalar", "value"), [*NUMBERS.items(), *CONSTANTS.items()])
+@pytest.mark.parametrize(("scalar", "value"), [*INTEGERS.items(), *FLOATS.items(), *CONSTANTS.items()])
 def test_scalar_is_what_the_core_schema_makes_of_it(scalar: str, value: Any) -> None:
     read = read_yaml(f"- {scalar}\n")[0]
     assert (type(read), repr(read)) == (type(value), repr(value))

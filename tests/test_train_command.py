@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def test_training_prints_average_losses_and_the_accuracy_of_one_test(
     assert f"Test accuracy {100 * metrics['test_accuracy']:.2f} %" in card
     assert "rank 1 of 2" in card
     assert "torch" in card
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_training_that_a_signal_ends_leaves_nothing(
+    name: str,
+    tmp_path: Path,
+    digits: Dataset,
+    write_module: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = f"import signal\ndef net(input_shape, num_classes):\n    signal.raise_signal(signal.{name})\n"
+    model = f"{write_module(text)}:net"
+    trial = make_trial(config=TrialConfig(dataset="digits", model=model))
+    write_trials(tmp_path, [trial], PROVENANCE)
+    write_best(tmp_path, rank_trials([trial]), dataclasses.replace(PROVENANCE, data_hash=digits.content_hash))
+    flags = ["--model", model, "--output", str(tmp_path / "out")]
+    assert train_command([str(tmp_path / "best.parquet"), *flags]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rank_seed_budget_and_folder_are_what_the_flags_say(

@@ -27,8 +27,10 @@ from tune_amp.console import (
     name_beside,
     open_console,
     printable,
+    read_path,
     say,
 )
+from tune_amp.halt import interrupted_by_signals
 from tune_amp.parquet import write_atomically
 
 if TYPE_CHECKING:
@@ -52,7 +54,12 @@ _T = TypeVar("_T")
 def compare_command(arguments: Sequence[str] | None = None, program: str = "scripts/compare.py") -> int:
     """Compare the precisions on a configuration from a Parquet file. Returns the exit code."""
     command = tuple(sys.argv[1:] if arguments is None else arguments)
-    return answer_bad_input(lambda: _compare(_compare_parser(program).parse_args(command), (program, *command)))
+
+    def run() -> int:
+        with interrupted_by_signals():
+            return _compare(_compare_parser(program).parse_args(command), (program, *command))
+
+    return answer_bad_input(run)
 
 
 def _compare_parser(program: str) -> argparse.ArgumentParser:
@@ -62,7 +69,7 @@ def _compare_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("best", type=Path, metavar="BEST.parquet", help="best.parquet, or the run folder")
+    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
     add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
     add("--seeds", type=int, metavar="N", help=f"seeds for every precision ({CPU_SEEDS}; with CUDA {CUDA_SEEDS})")
     precisions = ",".join(PRECISIONS)
@@ -71,8 +78,8 @@ def _compare_parser(program: str) -> argparse.ArgumentParser:
     add("--models", metavar="A,B", help=f"map these models too: {', '.join(MODELS)} or MODULE:FUNCTION")
     add("--batch-sizes", metavar="N,N", help="map these batch sizes too")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
-    add("--output", type=Path, metavar="DIR", help="folder for the results (compare-rank... beside BEST.parquet)")
-    add("--data-dir", type=Path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
+    add("--output", type=read_path, metavar="DIR", help="folder for the results (compare-rank... beside BEST.parquet)")
+    add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
     add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
     add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
     return parser
@@ -386,7 +393,7 @@ class Comparison:
             return
         self._write()  # once more: an interruption may have come between a run and its file
         self._console.print()
-        page = (self._folder / PAGE_FILE).read_text()
+        page = (self._folder / PAGE_FILE).read_text(encoding="utf-8")
         self._console.print(printable(page), markup=False, soft_wrap=True)
         names = ", ".join(sorted(path.name for path in self._folder.iterdir()))
         self._console.print(printable(f"files    {self._folder}: {names}"), markup=False, soft_wrap=True)

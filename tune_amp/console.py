@@ -4,7 +4,9 @@ The commands import torch, Ray and Optuna inside their functions: ``--help`` and
 """
 
 import argparse
+import codecs
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,19 +30,71 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong with the arguments."""
+        if message.endswith("expected one argument"):
+            flag = message.split()[1].rstrip(":")
+            message += f"; one that begins with - is joined by =, as in {flag}=-x"
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def read_path(text: str) -> Path:
+    """Return the path that an argument names, ``~`` expanded: a shell leaves it in ``--output=~/x``."""
+    return Path(read_place(text))
+
+
+def read_place(text: str) -> str:
+    """Return an argument that may be a path or a name; see ``read_path``.
+
+    Raises:
+        ArgumentTypeError: it is empty, or nobody knows the home folder that it begins with.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    expanded = os.path.expanduser(text)  # noqa: PTH111  # as a Path, "./name" would become a name
+    if expanded.startswith("~"):
+        rule = f"names an unknown home folder; set HOME, give the full path, or write ./{text} for that very name"
+        raise argparse.ArgumentTypeError(f"{text} {rule}")
+    return expanded
 
 
 def answer_bad_input(command: Callable[[], int]) -> int:
     """Run ``command``; answer an input that it refuses with one line and exit code 2."""
+    mend_streams()
     try:
         return command()
     except InputError as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
-        return EXIT_BAD_INPUT
+        message, code = f"error: {printable(' '.join(str(error).split()))}", EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+        message, code = "interrupted", EXIT_INTERRUPTED
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(message, file=sys.stderr)  # noqa: T201
+    return code
+
+
+SPELLINGS = {"±": "+-", "…": "..."}
+"""What is printed in place of a character that the encoding of a stream does not have; of any other, ``?``."""
+
+
+def mend_streams() -> None:
+    """Make standard output and standard error take every text, closed ones (``>&-``) by dropping it."""
+    # A closed descriptor would become that of the next file opened, and receive what libraries print.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    codecs.register_error("tune_amp.spell", _spell)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # it stays open
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="tune_amp.spell")
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no text: printed as it is
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return SPELLINGS.get(character, "?"), error.start + 1
 
 
 class LastingConsole(Console):
@@ -84,7 +138,12 @@ def show_cursor() -> None:
 
 def say(console: Console, prose: str, style: str | None = None) -> None:
     """Print a sentence: wrapped between words in a terminal, on one line in a log. See :func:`printable`."""
-    console.print(printable(prose), style=style, markup=False, soft_wrap=not console.is_terminal)
+    console.print(printable(prose), style=style, markup=False, soft_wrap=not is_screen(console))
+
+
+def is_screen(console: Console) -> bool:
+    """Return whether a terminal shows it. To rich, ``FORCE_COLOR``, which asks for colour, makes a log one too."""
+    return console.is_interactive and console.file.isatty()
 
 
 def printable(text: str) -> str:

@@ -3,10 +3,9 @@
 import argparse
 import importlib.resources
 from collections.abc import Sequence
-from pathlib import Path
 
 from tune_amp.config import InputError
-from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe
+from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
 
 
 def grafana_command(arguments: Sequence[str] | None = None, program: str = "tune-amp grafana") -> int:
@@ -26,7 +25,7 @@ def _grafana_parser(program: str) -> argparse.ArgumentParser:
         description="The Grafana dashboard of a search's metrics, as JSON that Grafana imports.",
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="where to write it (standard output)")
+    parser.add_argument("file", metavar="FILE", nargs="?", type=read_path, help="where to write it (standard output)")
     return parser
 
 

@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe
+from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
 
 
 def report_command(arguments: Sequence[str] | None = None, program: str = "scripts/report.py") -> int:
@@ -18,8 +17,8 @@ def _report_parser(program: str) -> argparse.ArgumentParser:
         description="Make the report of a run from its Parquet files: one HTML file that needs no network.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it (report.html in RUN)")
+    parser.add_argument("run", type=read_path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--output", type=read_path, metavar="FILE", help="where to write it (report.html in RUN)")
     return parser
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.config import DATASETS, MODELS, OBJECTIVES, SAMPLERS, SCHEDULERS
-from tune_amp.console import OneLineParser
+from tune_amp.console import OneLineParser, read_path, read_place
 from tune_amp.options import NONE, TRACKERS, SearchOptions
 
 DEFAULT_SPACE = "mnist_amp"
@@ -28,31 +28,32 @@ def search_parser(program: str) -> argparse.ArgumentParser:
         shown = "" if settings["default"] in (None, []) else " (%(default)s)"
         parser.add_argument(name, help=text + shown, **settings)
 
-    add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", metavar="SPACE")
+    add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", type=read_place, metavar="SPACE")
     add("--dataset", f"{data}; auto is MNIST where it can be had, else scikit-learn's digits", default="auto")
-    add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=Path, metavar="DIR")
+    add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=read_path, metavar="DIR")
     text = "thin the training classes to a long tail of X:1; validation and test stay as they are"
     add("--imbalance", text, type=float, default=1.0, metavar="X")
     add("--model", f"{', '.join(MODELS)} or MODULE:FUNCTION")
-    add("--num-samples", "trials", type=int, metavar="N")
-    add("--max-epochs", "full budget of a trial", type=int, metavar="N")
+    add("--num-samples", "number of trials", type=int, metavar="N")
+    add("--max-epochs", "epochs of a trial that is not stopped early", type=int, metavar="N")
     add(
         "--grace-period",
         "epochs before the scheduler can stop a trial; a diverged one ends at once",
         type=int,
         metavar="N",
     )
-    add("--reduction-factor", "one trial in X goes on from rung to rung", type=float, metavar="X")
+    add("--reduction-factor", "one trial in X passes a rung of ASHA or HyperBand", type=float, metavar="X")
     add("--objective", f"{', '.join(OBJECTIVES)}, or several joined by commas, beginning with accuracy or loss")
     chosen = {"default": "auto", "metavar": "NAME"}  # SearchOptions puts a name in its place
     add("--sampler", f"{', '.join(SAMPLERS)} or auto: tpe, for several objectives nsga2", **chosen)
     add("--scheduler", f"{', '.join(SCHEDULERS)} or auto: asha; none for several objectives, gp and nsga2", **chosen)
-    add("--seed", "of the sampler and of every trial", type=int, metavar="N")
-    add("--gpus-per-trial", "0.25 lets four share a GPU", type=_gpu_share, default="auto", metavar="auto|X")
+    add("--seed", "seed of the sampler and of every trial", type=int, metavar="N")
+    add("--gpus-per-trial", "GPUs a trial: 0.25 lets four share one", type=_gpu_share, default="auto", metavar="auto|X")
     add("--cpus-per-trial", "CPU threads of a trial (1)", type=int, metavar="N")
-    add("--max-concurrent", "most trials at a time (as many as fit)", type=int, metavar="N")
-    add("--time-budget", "interrupt trials after so long; confirmation comes on top", type=float, metavar="SECONDS")
-    text = "end a trial as failed that takes longer: it hangs (never)"
+    add("--max-concurrent", "largest number of trials at a time (as many as fit)", type=int, metavar="N")
+    text = "time after which trials are interrupted; confirmation comes on top (no limit)"
+    add("--time-budget", text, type=float, metavar="SECONDS")
+    text = "time after which a trial is ended as failed, because it hangs (no limit)"
     add("--trial-time-limit", text, type=float, metavar="SECONDS")
     add(
         "--top-k",
@@ -60,19 +61,19 @@ def search_parser(program: str) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
     )
-    text = "begin with what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
-    add("--warm-start", text, metavar="RUN")
+    text = "start from what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
+    add("--warm-start", text, type=read_place, metavar="RUN")
     add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
-    text = "go on with a run that was cut off: its folder, or its name in --results-dir, as it was begun"
-    add("--resume", text, metavar="RUN")
-    add("--name", "name of the run (space, date and time)", metavar="RUN")
-    add("--results-dir", "where run folders are made", type=Path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
-    text = f"tell {', '.join(TRACKERS)}, or several joined by commas, or none; kept in the run folder"
+    text = "resume a run that was cut off, with the arguments that it had: its folder, or its name in --results-dir"
+    add("--resume", text, type=read_place, metavar="RUN")
+    add("--name", "name of the run: letters, digits, _, . and - (space, date and time)", metavar="RUN")
+    add("--results-dir", "where run folders are made", type=read_path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
+    text = f"report to {', '.join(TRACKERS)}, or several joined by commas, or none; their files lie in the run folder"
     add("--tracker", text, action="append", default=[], metavar="NAME")
     text = "join a Ray cluster: auto, host:port or ray://host:port; none starts a Ray here"
     add("--address", text, type=_unless_none, metavar="ADDR")
     text = "where a cluster's nodes keep checkpoints; none is the run folder"
-    add("--storage-path", text, type=_unless_none, metavar="URL")
+    add("--storage-path", text, type=_storage_place, metavar="URL")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
     shown.add_argument("--json", action="store_true", help="print JSON lines")
@@ -81,6 +82,12 @@ def search_parser(program: str) -> argparse.ArgumentParser:
 
 def _unless_none(text: str) -> str | None:
     return None if text == NONE else text
+
+
+def _storage_place(text: str) -> str | None:
+    if "://" not in text:
+        read_place(text)  # to be refused, if it must be: with ray://, the home folder is the cluster's
+    return _unless_none(text)
 
 
 def _gpu_share(text: str) -> float | None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tune_amp.config import TrialConfig
-from tune_amp.console import open_console, say
+from tune_amp.console import is_screen, open_console, say
 from tune_amp.options import SearchOptions
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def choose_observer(
         return contextlib.nullcontext(JsonLines(stdout))
     if arguments.quiet:
         return contextlib.nullcontext(Quiet())
-    return LiveTable(console) if console.is_terminal else contextlib.nullcontext(PlainLines(console))
+    return LiveTable(console) if is_screen(console) else contextlib.nullcontext(PlainLines(console))
 
 
 def print_start(

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,9 +14,12 @@ from tune_amp.console import (
     find_run,
     ignoring_closed_pipe,
     open_console,
+    read_path,
+    read_place,
     say,
 )
 from tune_amp.run_files import BEST_FILE
+from tune_amp.search_arguments import DEFAULT_RESULTS_DIR
 
 if TYPE_CHECKING:
     from tune_amp.outcome import Outcome
@@ -35,9 +37,15 @@ def _show_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of the run, a file in it, or its name below --results-dir")
+    add("run", type=read_place, metavar="RUN", help="folder of the run, a file in it, or its name below --results-dir")
     add("--top-k", type=int, metavar="N", help="how many of the best to show (as many as the search ranked)")
-    add("--results-dir", type=Path, default=Path("results"), metavar="DIR", help="where run folders are (%(default)s)")
+    add(
+        "--results-dir",
+        type=read_path,
+        default=DEFAULT_RESULTS_DIR,
+        metavar="DIR",
+        help="where run folders are (%(default)s)",
+    )
     return parser
 
 

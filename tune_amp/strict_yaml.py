@@ -1,7 +1,7 @@
 """Reads YAML 1.2 strictly: what PyYAML lets pass in silence, or what could hurt, is an error with its line."""
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -11,8 +11,8 @@ from tune_amp.config import InputError, shown
 MAX_DEPTH = 10
 
 
-# YAML 1.2.2, section 10.3.2: tag, what a scalar of it looks like, and how it begins. PyYAML's own are those of YAML 1.1,
-# to which 1e-4 is a text, no is false, 010 is 8 and 1:30 is 90. Any other scalar is a text.
+# YAML 1.2.2, section 10.3.2: tag, what a scalar of it looks like, and how it begins; any other scalar is a text.
+# PyYAML's own are those of YAML 1.1, to which 1e-4 is a text, no is false, 010 is 8 and 1:30 is 90.
 CORE_SCHEMA = (
     ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
     ("bool", "true|True|TRUE|false|False|FALSE", ["t", "T", "f", "F"]),
@@ -28,7 +28,7 @@ CORE_SCHEMA = (
 class _PlainLoader(yaml.SafeLoader):
     """YAML without anchors (a few lines of aliases can stand for gigabytes), tags or deep nesting."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # a class's own, as in yaml.resolver
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -65,7 +65,6 @@ class _PlainLoader(yaml.SafeLoader):
                 raise InputError(f"line {line}: key {shown(key)} stands twice")
             mapping[key] = self.convert(value_node)
         return mapping
-
 
     def read_int(self, node: yaml.ScalarNode) -> int:
         """The number that CORE_SCHEMA found to be one."""

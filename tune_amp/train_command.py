@@ -23,8 +23,10 @@ from tune_amp.console import (
     name_beside,
     open_console,
     printable,
+    read_path,
     say,
 )
+from tune_amp.halt import interrupted_by_signals
 from tune_amp.options import naming_flags
 
 if TYPE_CHECKING:
@@ -41,7 +43,12 @@ MOST_RECALLS = 10
 
 def train_command(arguments: Sequence[str] | None = None, program: str = "scripts/train.py") -> int:
     """Train a configuration from a Parquet file and print its test accuracy. Returns the exit code."""
-    return answer_bad_input(lambda: _train(_train_parser(program).parse_args(arguments)))
+
+    def run() -> int:
+        with interrupted_by_signals():
+            return _train(_train_parser(program).parse_args(arguments))
+
+    return answer_bad_input(run)
 
 
 def _train_parser(program: str) -> argparse.ArgumentParser:
@@ -51,12 +58,12 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("best", type=Path, metavar="BEST.parquet", help="best.parquet, or the run folder")
+    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
     add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
     add("--seed", type=int, metavar="N", help="another seed than the trial's")
     add("--max-epochs", type=int, metavar="N", help="another number of epochs than the trial's")
-    add("--output", type=Path, metavar="DIR", help="folder for what is saved (train-... beside BEST.parquet)")
-    add("--data-dir", type=Path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
+    add("--output", type=read_path, metavar="DIR", help="folder for what is saved (train-... beside BEST.parquet)")
+    add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
     add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
     add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
