@@ -92,8 +92,9 @@ def refusal(folder: Path) -> str:
 def test_run_that_was_cut_off_before_its_first_session_has_no_samples_and_no_storage(tmp_path: Path) -> None:
     with written_past(tmp_path) as past:
         assert (past.num_samples, past.storages) == (None, [])
-    with written_past(tmp_path / "later", made.session(storage={"place": "/all", "name": "run-2"})) as past:
-        assert past.storages == [("/all", "run-2")]
+    old, new = {"place": "/all", "name": "run"}, {"place": "/all", "name": "run-2", "token": "secret"}
+    with written_past(tmp_path / "later", made.session(storage=old), made.session(storage=new)) as past:
+        assert past.storages == [("/all", "run", None), ("/all", "run-2", "secret")]
 
 
 def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
@@ -130,6 +131,10 @@ def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
             "reports.journal: storage.name: must",
         ),
         (placed(None, ""), "reports.journal: storage.name: must"),
+        (
+            [made.beginning(), made.session(storage={"place": None, "name": "ray", "token": 7})],
+            "reports.journal: storage.token: must be",
+        ),
         ([made.beginning(), made.trial("a", 0), checkpoint("/etc")], "reports.journal: path: must lie in the run's"),
         ([made.beginning(), made.trial("a", 0), checkpoint("ray/../..")], "reports.journal: path: must lie in the"),
         ([made.beginning(provenance={"run": 7})], "reports.journal: "),

@@ -516,6 +516,31 @@ def test_checkpoints_are_noted_by_their_place_in_the_storage(recorder: TrialReco
     assert read_journal(tmp_path / JOURNAL_FILE)[-1]["path"] == "ray/a/checkpoint_000000"
 
 
+def test_checkpoints_may_go_once_the_journal_says_that_their_trial_is_over(
+    make_recorder: MakeRecorder, tmp_path: Path
+) -> None:
+    recorder = make_recorder()
+
+    def look(name: str) -> None:
+        seen.append((name, read_journal(tmp_path / JOURNAL_FILE)[-1]["event"]))
+
+    seen: list[tuple[str, str]] = []
+    recorder._on_end = look
+    completed, dies, cut = FakeTrial("a"), FakeTrial("b"), FakeTrial("c")
+    for trial in (completed, dies, cut):
+        start(recorder, trial)
+    report_epoch(recorder, completed, 1, "completed")
+    recorder.on_trial_recover(0, [], dies)
+    assert seen == []
+    finish(recorder, completed)
+    recorder.on_trial_error(0, [], dies)
+    finish(recorder, cut)  # as Tune ends what still runs: it may go on
+    recorder.end_unheard("c", TrialStatus.STOPPED)
+    recorder._is_broken = True
+    recorder.on_trial_error(0, [], cut)
+    assert seen == [("name-of-a", "end"), ("name-of-b", "end"), ("name-of-c", "end")]
+
+
 def test_what_cannot_be_written_does_not_count_and_neither_does_anything_after_it(
     recorder: TrialRecorder, faults: list[str], tmp_path: Path, watcher: Watcher
 ) -> None:

@@ -89,7 +89,7 @@ def test_other_files_are_sent_when_they_change_and_no_file_of_another_name_is_wr
     assert remote.read({}).whole == {}
     (there / "best.parquet").write_bytes(b"22")
     assert remote.read({}).whole == {"best.parquet": b"22"}
-    copy.take(News(now=0.0, study=None, journal=None, whole={"../evil": b"", "evil.sh": b""}, events=()))
+    copy.take(News(now=0.0, study=None, journal=None, whole={"../evil": b"", "evil.sh": b""}, events=(), lines=()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +148,7 @@ def test_trials_that_have_not_changed_are_told_by_their_ids_and_shown_whole() ->
         about = {"model": "m", "dataset": "d", "objectives": ("val_accuracy",), "num_samples": 2, "time_budget": None}
         queue.on_progress(SearchProgress(run="run", started=100.0, trials=trials, **about), None)  # type: ignore[arg-type]
         events = queue.take()
-        copy.take(News(now=time.monotonic() - 1000.0, study=None, journal=None, whole={}, events=events))
+        copy.take(News(now=time.monotonic() - 1000.0, study=None, journal=None, whole={}, events=events, lines=()))
     assert isinstance(events[0], SearchEvent)
     assert events[0].trials == ["a", second]
     assert [progress.trials for progress in shown] == [(first,), (first, second)]

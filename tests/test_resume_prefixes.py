@@ -22,13 +22,15 @@ from small_runs import untimed
 
 from tune_amp.config import RUNNING, InputError, TrialConfig, TrialStatus
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
+from tune_amp.mending import mend_run
 from tune_amp.monitoring import Quiet
 from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
+from tune_amp.results import Provenance
 from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.search import _end_unheard
-from tune_amp.searcher import AmpSearch, find_cause, mend_study
+from tune_amp.searcher import AmpSearch, find_cause
 from tune_amp.source import TrialSource
 from tune_amp.space import load_space
 from tune_amp.stopping import build_scheduler, replay
@@ -66,6 +68,11 @@ EVERY = {"tpe and asha, one slot": 1}
 """Of what is searched with by default, every cut; of the others, one in so many."""
 
 
+def describe(mode: Mode) -> Provenance:
+    about = {"run": STUDY_NAME, "space_text": SPACE, "train_images": TRAIN_IMAGES}
+    return dataclasses.replace(PROVENANCE, objective=",".join(mode.objectives), **about)
+
+
 class Training(tune.Trainable):
     """Is never run."""
 
@@ -95,11 +102,12 @@ class Loop:
         self.folder, self.disk, self.past = folder, disk, past
         space = load_space(str(folder.parent / "space.yaml"))
         if past is not None:
-            mend_study(folder)
+            lines = mend_run(folder, past)
+            assert lines == [] or not past.trials  # half of its first line tells no study from another file
             remove_unfinished(folder)
         self.recorder = TrialRecorder(
             folder,
-            dataclasses.replace(PROVENANCE, objective=",".join(mode.objectives)),
+            describe(mode),
             SearchProgress(
                 run=STUDY_NAME,
                 model="simple_net",
@@ -264,7 +272,7 @@ def begin(folder: Path, mode: Mode, disk: Disk) -> Loop:
     """A new search, to its end."""
     folder.mkdir()
     with Journal(folder / JOURNAL_FILE) as journal:
-        about = {"arguments": {}, "provenance": dataclasses.asdict(PROVENANCE)}
+        about = {"arguments": {}, "provenance": dataclasses.asdict(describe(mode))}
         journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
         loop = Loop(folder, mode, disk, journal)
         loop.run()
@@ -434,3 +442,21 @@ def test_search_cut_off_again_and_again_ends_as_if_it_had_not_been(
                 loop = go_on(folder, mode, disk)
             assert summarize(loop) == recorded.end, f"cut at {moment.sizes}, then at {moment_again.sizes}"
             check_no_needless_work(read_journal(folder / JOURNAL_FILE))
+
+
+@pytest.mark.parametrize("name", ["tpe and asha, one slot", "random side by side"])
+def test_search_whose_study_is_lost_ends_as_if_it_had_not_been(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = MODES[name]
+    recorded = Recorded(begin, tmp_path / "whole" / STUDY_NAME, mode, Disk(), monkeypatch)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    for number, moment in enumerate(recorded.list_cuts(torn=False)[5::7]):
+        folder = tmp_path / f"cut {number}" / STUDY_NAME
+        disk = recorded.cut_off(folder, moment)
+        (folder / STUDY_FILE).unlink(missing_ok=True)
+        loop = go_on(folder, mode, disk)
+        assert summarize(loop) == recorded.end, f"cut at {moment.sizes}"
+        check_no_needless_work(read_journal(folder / JOURNAL_FILE))
+        with open_past(folder) as past:
+            assert mend_run(folder, past) == []  # the journal's numbers are those of the rebuilt study

@@ -29,6 +29,8 @@ class PastTrial:
     """Its last report, as Tune's schedulers and searchers know it."""
     epoch: int = 0
     """The highest that it reported, which a trial that was tried again may not have reached again."""
+    reports: dict[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """The metrics that it reported first of each epoch, as the journal has them."""
     checkpoints: list[str] = dataclasses.field(default_factory=list)
     """Paths in the file system of the run's storage, the newest last. Most have been deleted since."""
 
@@ -75,9 +77,13 @@ class PastRun:
         return int(self.sessions[0]["num_samples"]) if self.sessions else None
 
     @property
-    def storages(self) -> list[tuple[str | None, str]]:
-        """Place and name of where each part of the search kept its checkpoints: see ``storage.RunStorage``."""
-        return [(session["storage"]["place"], session["storage"]["name"]) for session in self.sessions]
+    def storages(self) -> list[tuple[str | None, str, str | None]]:
+        """Place, name and token of where each part of the search kept its checkpoints: see ``storage.RunStorage``.
+
+        Older versions wrote no token.
+        """
+        storages = [session["storage"] for session in self.sessions]
+        return [(storage["place"], storage["name"], storage.get("token")) for storage in storages]
 
     @property
     def seconds(self) -> float:
@@ -151,6 +157,7 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
     if kind == "session":
         checked_type("num_samples", event["num_samples"], int)
         checked_type("storage.place", event["storage"]["place"], str | None)
+        checked_type("storage.token", event["storage"].get("token"), str | None)
         name = checked_type("storage.name", event["storage"]["name"], str)
         if PurePosixPath(name).name != name or name in ("", ".."):
             raise InputError(f"storage.name: must name a folder, got {shown(name)}")
@@ -163,7 +170,9 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
     elif kind == "report":
         trial = trials[event["trial_id"]]
         trial.last_result = result_of(event)
-        trial.epoch = max(trial.epoch, trial.last_result.get("epoch", 0))
+        if event["metrics"]:
+            trial.reports.setdefault(checked_type("epoch", event["metrics"]["epoch"], int), event["metrics"])
+            trial.epoch = max(trial.reports)
     elif kind == "checkpoint":
         path = PurePosixPath(checked_type("path", event["path"], str))
         if path.is_absolute() or ".." in path.parts:

@@ -87,6 +87,7 @@ class TrialRecorder(tune.Callback):
         begin: ``time.monotonic()`` from which their time counts.
         explain_death: says, in a line, why a trial's worker died.
         on_fault: is told, in a line, that something could not be written: from then on nothing more is recorded.
+        on_end: is told the name of each trial of which the journal says that it is over.
     """
 
     def __init__(
@@ -102,13 +103,14 @@ class TrialRecorder(tune.Callback):
         begin: float,
         explain_death: Callable[[Any], str],
         on_fault: Callable[[str], None],
+        on_end: Callable[[str], object] = lambda name: None,
     ) -> None:
         self.folder = folder
         self._provenance = provenance
         self._progress = progress
         self._observer = observer
         self._journal, self._storage_root = journal, storage_root
-        self._explain_death, self._on_fault = explain_death, on_fault
+        self._explain_death, self._on_fault, self._on_end = explain_death, on_fault, on_end
         self._is_broken = False
         self._lock = threading.Lock()  # where Ray has died, another thread writes what there is
         self._records: dict[str, TrialRecord] = {}  # in the order of submission
@@ -223,7 +225,8 @@ class TrialRecorder(tune.Callback):
 
     def end_unheard(self, trial_id: str, status: TrialStatus) -> None:
         """A trial had come to its end when the search was cut off, before anyone said so."""
-        self._log("end", trial_id, {"status": str(status), "error": self._find(trial_id).error})
+        if self._log("end", trial_id, {"status": str(status), "error": self._find(trial_id).error}):
+            self._on_end(self._find(trial_id).trial_name)
 
     def finish(self) -> None:
         """The search is over: what still runs was interrupted, and everything is written. Slot time ends here."""
@@ -350,6 +353,8 @@ class TrialRecorder(tune.Callback):
         trial.run_metadata.metric_n_steps.clear()
         if self._log("end", trial.trial_id, {"status": str(status), "error": error}):
             self._is_unwritten = True
+            if status is not TrialStatus.INTERRUPTED:
+                self._on_end(str(trial))
             self._tell(self._find(trial.trial_id))
 
     def _find(self, trial_id: str) -> TrialRecord:

@@ -5,6 +5,7 @@ the whole search runs there, in an actor with a folder of its own. What its file
 into the run folder here, which a search goes on from whatever became of the cluster.
 """
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -12,7 +13,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ class Order:
     arguments: Mapping[str, Any]
     past: Mapping[str, bytes]
     """Files of the run that goes on, by name; empty for a new one."""
+    owner: str
+    """The run folder here, from ``storage.identify_folder``: that of the actor is another each time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,8 @@ class News:
     journal: Growth | None
     whole: Mapping[str, bytes]
     events: Sequence[SearchEvent | ConfirmEvent]
+    lines: Sequence[str]
+    """What was announced."""
 
 
 # ---- on the cluster ----
@@ -122,6 +127,7 @@ class RemoteSearch:
         self._folder.mkdir()
         self._stop = StopRequest(functools.partial(os._exit, 1))
         self._heard = EventQueue()
+        self._lines: collections.deque[str] = collections.deque()
         self._seen: dict[str, tuple[int, int, int]] = {}
         self._thread: int | None = None
 
@@ -146,6 +152,8 @@ class RemoteSearch:
                     past=past,
                     arguments=order.arguments,
                     stop=self._stop,
+                    owner=order.owner,
+                    announce=self._lines.append,
                 )
         except (InputError, OSError, KeyboardInterrupt) as error:
             return error
@@ -170,7 +178,9 @@ class RemoteSearch:
         # In this order: the study that is read after it holds all trials that the journal tells of.
         journal = self._read_growth(JOURNAL_FILE, known.get(JOURNAL_FILE, 0))
         study = self._read_growth(STUDY_FILE, known.get(STUDY_FILE, 0))
-        return News(now=time.monotonic(), study=study, journal=journal, whole=self._read_changed(), events=events)
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        whole = self._read_changed()
+        return News(now=time.monotonic(), study=study, journal=journal, whole=whole, events=events, lines=lines)
 
     def close(self) -> None:
         """Remove the folder."""
@@ -265,6 +275,7 @@ def run_search_remotely(
     warm_start: "WarmStart | None" = None,
     past: PastRun | None = None,
     arguments: Mapping[str, Any] | None = None,
+    announce: Callable[[str], object] = lambda line: None,
 ) -> "SearchResult":
     """``search.run_search`` on the cluster to which this process is a client, with the run folder here.
 
@@ -273,6 +284,8 @@ def run_search_remotely(
         OSError: as ``run_search``; or the connection or the search is lost. What came here until then is in ``folder``.
         KeyboardInterrupt: ``stop`` was asked before anything was trained.
     """
+    from tune_amp.storage import identify_folder
+
     order = Order(
         space=space,
         dataset=dataset,
@@ -283,9 +296,10 @@ def run_search_remotely(
         resources=resources,
         warm_start=warm_start,
         arguments=arguments or {},
-        past={} if past is None else _read_past(folder, past),
+        past={} if past is None else _read_past(folder, past, announce),
+        owner=identify_folder(folder),
     )
-    with LocalCopy(folder, observer, past) as copy, stop.heard(), _naming_what_is_lost():
+    with LocalCopy(folder, observer, past, announce) as copy, stop.heard(), _naming_what_is_lost():
         # Ours is the server of the clients, on a node that stays.
         actor: Any = (
             ray.remote(RemoteSearch)
@@ -313,11 +327,12 @@ def _follow(actor: Any, answer: Any, copy: "LocalCopy", stop: StopRequest) -> "S
     return outcome
 
 
-def _read_past(folder: Path, past: PastRun) -> dict[str, bytes]:
+def _read_past(folder: Path, past: PastRun, announce: Callable[[str], object]) -> dict[str, bytes]:
     """The files that a search goes on from. One that had no trials begins its study anew."""
-    from tune_amp.searcher import mend_study
+    from tune_amp.mending import mend_run
 
-    mend_study(folder)
+    for line in mend_run(folder, past):
+        announce(line)
     remove_unfinished(folder)
     names = (JOURNAL_FILE, STUDY_FILE, CONFIRM_FILE) if past.trials else (JOURNAL_FILE,)
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
@@ -344,20 +359,26 @@ class LocalCopy:
         folder: the run folder.
         observer: is told of everything that happens.
         past: the run that goes on.
+        announce: is told what the search announces.
     """
 
-    def __init__(self, folder: Path, observer: "SearchObserver", past: PastRun | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        observer: "SearchObserver",
+        past: PastRun | None = None,
+        announce: Callable[[str], object] = lambda line: None,
+    ) -> None:
         self._folder = folder
-        self._observer = Untroubled(observer)
+        self._observer, self._announce = Untroubled(observer), announce
         self._trials: dict[str, TrialRecord] = {}
         self._lock = contextlib.ExitStack()
         self._is_locked = past is not None
         self.sizes: dict[str, int] = {}
         """How much is here of the files that grow, in bytes."""
-        if past is not None and past.trials:
-            self.sizes = {name: (folder / name).stat().st_size for name in (STUDY_FILE, JOURNAL_FILE)}
-        elif past is not None:
-            self.sizes = {JOURNAL_FILE: (folder / JOURNAL_FILE).stat().st_size}
+        if past is not None:  # a study that was set aside comes anew, and so does one without trials
+            grown = [folder / name for name in ((STUDY_FILE, JOURNAL_FILE) if past.trials else (JOURNAL_FILE,))]
+            self.sizes = {path.name: path.stat().st_size for path in grown if path.exists()}
 
     def __enter__(self) -> "LocalCopy":
         return self
@@ -382,6 +403,8 @@ class LocalCopy:
         for name in REWRITTEN_FILES:  # no other: a cluster does not choose what is written here
             if name in news.whole:
                 write_atomically(self._folder / name, functools.partial(_write, news.whole[name]))
+        for line in news.lines:
+            self._announce(line)
         for event in news.events:
             self._tell(event, time.monotonic() - news.now)
 

@@ -1,11 +1,12 @@
 """Puts the parts together: one call searches a space on a data set and leaves a run folder behind."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from tune_amp.halt import StopRequest, watching
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.journal import JOURNAL_VERSION, Journal
 from tune_amp.ledger import Ledger
+from tune_amp.mending import mend_run
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, PastTrial
@@ -31,7 +33,7 @@ from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, SPACE_FILE
-from tune_amp.searcher import AmpSearch, find_cause, mend_study
+from tune_amp.searcher import AmpSearch, find_cause
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import TrialKey, replay
@@ -92,6 +94,8 @@ def run_search(
     arguments: Mapping[str, Any] | None = None,
     stop: StopRequest | None = None,
     trackers: Sequence[tune.Callback] = (),
+    owner: str | None = None,
+    announce: Callable[[str], object] = lambda line: None,
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
@@ -116,6 +120,8 @@ def run_search(
         arguments: the command line by ``argparse``'s names, for whoever goes on with this run.
         stop: asks the search to end; None: a KeyboardInterrupt does.
         trackers: from ``trackers.build_trackers``.
+        owner: of the checkpoints at ``storage_path``, from ``storage.identify_folder``; None: ``folder``.
+        announce: is told, in a line, what of the run was not as the search had left it.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
@@ -127,16 +133,18 @@ def run_search(
     stop, vitals = stop or StopRequest(), Vitals()
     begin = time.monotonic() if started is None else started
     time_left = find_time_left(options, past)
-    storage = _open_storage(storage_path, folder, resources, past)
+    storage = _open_storage(storage_path, folder, resources, past, owner)
     with contextlib.ExitStack() as stack:
         if past is not None:
             provenance, journal = past.provenance, past.journal
-            mend_study(folder)
+            for line in mend_run(folder, past):
+                announce(line)
             remove_unfinished(folder)
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
             journal = stack.enter_context(begin_run(folder, space, provenance, arguments or {}))
         gauges = Gauges(observer, slots=resources.max_concurrent)
+        remover = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))  # Tune does not wait for a slow disk
         limit = TimeLimit(options.trial_time_limit, find_cause=find_cause)
         recorder = TrialRecorder(
             folder,
@@ -149,18 +157,23 @@ def run_search(
             begin=begin,
             explain_death=limit.explain_death,
             on_fault=stop.ask,
+            on_end=functools.partial(remover.submit, storage.remove_checkpoints),
         )
+        if past is not None:
+            recorder.replay(past.events)  # and refuses what no search writes, before anyone else is told of it
         build = functools.partial(_build_searcher, space, dataset, options, folder, provenance, warm_start, past, stop)
         # Whatever ends the block, no trial stays running in the study.
         with stop.heard(), contextlib.closing(build()) as searcher:
             scheduler = schedule(options, searcher, resources)
             if past is not None:
-                recorder.replay(past.events)
                 replay(scheduler, past.events)
+            for other in storage.list_foreign():
+                announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")
+            storage.claim()
             recorder.open_session(
                 num_samples=options.num_samples,
                 slots=resources.max_concurrent,
-                storage={"place": storage.place, "name": storage.name},
+                storage={"place": storage.place, "name": storage.name, "token": storage.token},
                 command=list(command),
                 arguments=dict(arguments or {}),
             )
@@ -191,8 +204,7 @@ def run_search(
                         fit(tuner, stop)
         result = _conclude(recorder, space, dataset, options, provenance, stop)
         if not is_unfinished(result.trials, options):
-            with contextlib.suppress(OSError):  # what is left there is in nobody's way
-                storage.remove_checkpoints()
+            remover.submit(storage.remove_checkpoints)
         if result.interrupted or not options.confirm_seeds:
             return result
         with gauges, watching(stop, vitals.find_dead, stop.leave):
@@ -200,14 +212,13 @@ def run_search(
 
 
 def _open_storage(
-    storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None
+    storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None, owner: str | None
 ) -> RunStorage:
     """Where checkpoints go, found to be one place for all nodes."""
-    nodes = len(list_nodes())
-    storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=past.storages if past else None)
+    nodes, earlier = len(list_nodes()), past.storages if past else None
+    storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=earlier, owner=owner)
     if nodes > 1:
-        with storage.removed_if_refused():
-            check_from_nodes(storage, resources)
+        check_from_nodes(storage, resources)
     return storage
 
 

@@ -250,6 +250,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 past=past,
                 arguments=remember(arguments),
                 stop=stop,
+                announce=lambda line: say(console, f"note       {line}", style="yellow"),
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # now: Ray takes another second to end

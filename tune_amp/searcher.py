@@ -24,20 +24,21 @@ from ray.tune.search.optuna import OptunaSearch
 from tune_amp.config import (
     HOPELESS_STATUSES,
     RUNNING,
+    EpochMetrics,
     InputError,
     TrialConfig,
     TrialStatus,
     describe_error,
     one_line,
 )
-from tune_amp.journal import cut_torn_line
 from tune_amp.past import PastTrial
-from tune_amp.run_files import STUDY_FILE
+from tune_amp.results import build_from
+from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.samplers import build_sampler, reseed
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
 from tune_amp.trainable import LargerShareNeeded
-from tune_amp.warm_start import OldTrial, WarmStart
+from tune_amp.warm_start import OldTrial, WarmStart, find_suggestion
 
 STATUS_ATTRIBUTE = "status"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"
@@ -53,6 +54,9 @@ all trials."""
 
 # A hopeless trial's values for GP where no trial has completed yet: worse than chance, but on the scale of real values.
 UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "peak_memory_bytes": 0.0}
+
+# Of a study that is rebuilt: those of a warm start, and those that were submitted again.
+MOST_LOST_TRIALS = 10_000
 
 # The first words of ray.exceptions.OutOfMemoryError, behind the number of workers that the memory monitor killed.
 OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"
@@ -87,7 +91,8 @@ class AmpSearch(OptunaSearch):
     one but the sampler sees them.
 
     A search that goes on finds its study where it left it: trials that are over stay what they are, those that were cut
-    off run on, and what the sampler draws is what it would have drawn.
+    off run on, and what the sampler draws is what it would have drawn. A study that is gone is rebuilt from the past
+    trials; what CMA-ES and NSGA-II keep in it, and what a warm start put there, is not.
 
     Args:
         space: what is searched.
@@ -100,11 +105,11 @@ class AmpSearch(OptunaSearch):
         sampler: one of ``SAMPLERS``.
         num_samples: trials of the whole search as it was begun.
         warm_start: what is taken over from an earlier run, if anything is.
-        past: the trials that were submitted before the search was cut off.
+        past: the trials that were submitted before the search was cut off; their study has been through ``mend_run``.
         on_fault: is told, in a line, that the study could not be written; None: the OSError is raised.
 
     Raises:
-        InputError: the sampler does not apply, or the study in the folder is not that of the past trials.
+        InputError: the sampler does not apply, or a past trial has settings that the space cannot give.
     """
 
     def __init__(
@@ -145,7 +150,9 @@ class AmpSearch(OptunaSearch):
             study_name=study_name,
         )
         if past:
-            self._go_on(past, path)
+            if not self.study.get_trials(deepcopy=False):
+                self._rebuild(past, space, train_images)
+            self._go_on(past)
         else:
             defaults = space.find_defaults(train_images=train_images, max_epochs=shared["max_epochs"])
             self.study.enqueue_trial(defaults)
@@ -198,13 +205,39 @@ class AmpSearch(OptunaSearch):
         for trial_id in self._ot_trials.keys() - self._completed_trials:
             self.on_trial_complete(trial_id)
 
-    def _go_on(self, past: Sequence[PastTrial], path: Path) -> None:
+    def _rebuild(self, past: Sequence[PastTrial], space: SearchSpace, train_images: int) -> None:
+        """Add each past trial under its number, as it ran, to a study that was lost.
+
+        What stood under other numbers was no trial of this run, or was taken back.
+        """
+        by_number = {trial.number: trial for trial in past}
+        last = max(by_number)
+        if last > MOST_LOST_TRIALS + 10 * len(past):  # each takes a write
+            raise InputError(f"{JOURNAL_FILE}: number: must be near the {len(past)} trials, got {last}")
+        for number in range(last + 1):
+            self.study.add_trial(self._recreate(by_number.get(number), space, train_images))
+
+    def _recreate(self, past: PastTrial | None, space: SearchSpace, train_images: int) -> optuna.trial.FrozenTrial:
+        if past is None:
+            return optuna.trial.create_trial(state=TrialState.FAIL)
+        sizes = {"train_images": train_images, "max_epochs": past.config.max_epochs}
+        suggestion = find_suggestion(past.config, space, train_images, **sizes)
+        epochs = [build_from(EpochMetrics, told) for told in past.reports.values()]
+        reports = {epoch.epoch: getattr(epoch, self._objectives[0]) for epoch in epochs}
+        if past.last_result is not None and past.last_result["done"]:  # its end says whether that epoch counts
+            reports.pop(past.last_result.get("epoch"), None)
+        return optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=suggestion.params,
+            distributions=suggestion.distributions,
+            intermediate_values=self._select_reports(reports),
+        )
+
+    def _go_on(self, past: Sequence[PastTrial]) -> None:
         """Find each past trial in the study. Trials that a killed process left running would be taken for bad ones."""
         stored = self.study.get_trials(deepcopy=False)
         ours, known = {trial.number for trial in past}, {trial.trial_id for trial in past}
         for trial in past:
-            if trial.number >= len(stored):
-                raise InputError(f"{path}: must hold trial {trial.number}, got {len(stored)}: it is of another run")
             self._find_again(trial, stored[trial.number])
         for told in stored:
             unheard = told.state is TrialState.RUNNING and told.number not in ours
@@ -418,16 +451,6 @@ class WholeLines(JournalFileBackend):
 def open_storage(path: Path) -> optuna.storages.JournalStorage:
     """The journal at ``path``, made where there is none."""
     return optuna.storages.JournalStorage(WholeLines(str(path), NoLock()))
-
-
-def mend_study(folder: Path) -> None:
-    """Make a study writable again whose process was killed: the line that it was writing is in the way.
-
-    Call it only where no other process can have the study open.
-    """
-    path = folder / STUDY_FILE
-    if path.exists():
-        cut_torn_line(path)
 
 
 def suggest_config(

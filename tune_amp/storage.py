@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -17,12 +18,14 @@ from tune_amp.options import hide_credentials
 from tune_amp.resources import TrialResources, count_slots
 
 RAY_FOLDER = "ray"
-Part = tuple[str | None, str]
-"""``RunStorage.place`` and ``name`` of a part of a search, from its beginning until it was cut off."""
+OWNER_FILE = ".tune_amp_owner"
+"""A file in the folder of Ray's experiment: proves to the run folder that made it, and to no other, that it did."""
+Part = tuple[str | None, str, str | None]
+"""``RunStorage.place``, ``name`` and ``token`` of a part of a search, from its beginning until it was cut off."""
 
-# Only what is named like a trial's checkpoint, by tuning.name_trial and by Ray, is ever deleted: where a run lies on a
-# shared disk, others lie beside it.
-_CHECKPOINT = re.compile(rf"/\d+-(?:{'|'.join(PRECISIONS)})[^/]*/checkpoint_\d+$")
+# Only what is named like a trial's checkpoint, by tuning.name_trial and by Ray, is ever deleted.
+_TRIAL = re.compile(rf"\d+-(?:{'|'.join(PRECISIONS)})[^/]*")
+_CHECKPOINT = re.compile(rf"{_TRIAL.pattern}/checkpoint_\d+")
 
 # For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
 NODE_SECONDS = 60.0
@@ -40,8 +43,12 @@ class RunStorage:
     """The one that was tried: Ray is given the same."""
     place: str | None = None
     """``path`` as it was asked for, without secrets; None for the run folder, wherever it lies."""
-    earlier: tuple[str, ...] = ()
-    """Names of what the search had here before it was cut off."""
+    owner: str = ""
+    """The run folder, from ``identify_folder``; empty where the experiment lies in it."""
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+    """A secret of the run's journal."""
+    earlier: tuple[tuple[str, str | None], ...] = ()
+    """Names and tokens of the folders that the search had below ``path`` before it was cut off."""
 
     @property
     def folder(self) -> str:
@@ -54,34 +61,87 @@ class RunStorage:
         found = self.filesystem.get_file_info(self.folder).type
         return bool(found is not fs.FileType.NotFound)
 
-    @contextlib.contextmanager
-    def removed_if_refused(self) -> Iterator[None]:
-        """Where the place is refused in the ``with`` block, nothing of it is left that would be taken for a run."""
-        try:
-            yield
-        except InputError:
-            with contextlib.suppress(OSError):
-                self.filesystem.delete_dir(self.folder)
-            raise
+    def claim(self) -> None:
+        """Make the folder, and write the proof that it is ours.
 
-    def remove_checkpoints(self) -> None:
-        """Delete the trials' checkpoints: they serve trials whose worker died, and add up to gigabytes."""
-        for name in (*self.earlier, self.name):
-            for path in self._list_folders(f"{self.path}/{name}"):
-                if _CHECKPOINT.search(path):
+        Raises:
+            InputError: another search has made it meanwhile.
+            OSError: it cannot be made.
+        """
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            try:
+                Path(self.folder).mkdir(parents=True)
+            except FileExistsError:
+                raise InputError(f"--storage-path: {self.folder} was made by another search meanwhile") from None
+        else:
+            self.filesystem.create_dir(self.folder, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.folder}/{OWNER_FILE}") as file:
+            file.write(self._build_proof(self.token))
+
+    def remove_checkpoints(self, trial: str | None = None) -> None:
+        """Delete checkpoints: they serve trials whose worker died, and add up to gigabytes.
+
+        Nothing is deleted from a folder without the proof that this run folder made it: a journal may come from
+        anybody, and a copy of a run names the folders of the original. What cannot be deleted stays.
+
+        Args:
+            trial: the name of the trial whose checkpoints they are; None: of all.
+        """
+        if trial is not None and not _TRIAL.fullmatch(trial):
+            return
+        for name, token in (*self.earlier, (self.name, self.token)):
+            with contextlib.suppress(OSError):
+                if self._is_own(name, token):
+                    self._remove_below(f"{self.path}/{name}", trial)
+
+    def list_foreign(self) -> list[str]:
+        """Folders of earlier parts that are there without the proof that this run folder made them."""
+        return [
+            f"{self.path}/{name}"
+            for name, token in self.earlier
+            if dataclasses.replace(self, name=name).is_taken and not self._is_own(name, token)
+        ]
+
+    def _build_proof(self, token: str) -> bytes:
+        return hashlib.sha256(f"{token} {self.owner}".encode()).hexdigest().encode()
+
+    def _is_own(self, name: str, token: str | None) -> bool:
+        path = f"{self.path}/{name}/{OWNER_FILE}"
+        if token is None or self.filesystem.get_file_info(path).type is not fs.FileType.File:
+            return False
+        expected = self._build_proof(token)
+        with self.filesystem.open_input_stream(path) as file:
+            return bool(file.read(len(expected) + 1) == expected)
+
+    def _remove_below(self, folder: str, trial: str | None) -> None:
+        for path in self._list_folders(folder, trial):
+            if _CHECKPOINT.fullmatch(path.removeprefix(f"{folder}/")):
+                with contextlib.suppress(FileNotFoundError):  # Ray has replaced it
                     self.filesystem.delete_dir(path)
 
-    def _list_folders(self, folder: str) -> list[str]:
-        """Those of trials in Ray's ``folder``, and those in them; none to which a link leads, in a run from anybody."""
+    def _list_folders(self, folder: str, trial: str | None) -> list[str]:
+        """Those in the folders of trials; none to which a link leads, in a run from anybody."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
-            trials = [trial for trial in Path(folder).glob("*/") if not trial.is_symlink()]
-            return [str(path) for trial in trials for path in trial.glob("*/") if not path.is_symlink()]
-        below = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+            trials = Path(folder).glob("*/") if trial is None else [Path(folder) / trial]
+            folders = [path for found in trials if not found.is_symlink() for path in found.glob("*/")]
+            return [str(path) for path in folders if not path.is_symlink()]
+        base = folder if trial is None else f"{folder}/{trial}"
+        below = fs.FileSelector(base, allow_not_found=True, recursive=True)
         return [entry.path for entry in self.filesystem.get_file_info(below) if entry.type is fs.FileType.Directory]
 
 
+def identify_folder(folder: Path) -> str:
+    """Text that is the same for a run folder as long as it stays where it is, and another for each copy of it."""
+    return f"{folder.resolve()} {folder.stat().st_ino}"
+
+
 def prepare_storage(
-    storage_path: str | None, run_folder: Path, *, nodes: int = 1, earlier: Sequence[Part] | None = None
+    storage_path: str | None,
+    run_folder: Path,
+    *,
+    nodes: int = 1,
+    earlier: Sequence[Part] | None = None,
+    owner: str | None = None,
 ) -> RunStorage:
     """Find the place, and try that it can be written. Each time that a search goes on it has a new one.
 
@@ -92,6 +152,7 @@ def prepare_storage(
         run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
         nodes: of the Ray cluster.
         earlier: what the search had before, where it goes on; None where it begins.
+        owner: of what it writes at ``storage_path``, from ``identify_folder``; None: ``run_folder``.
 
     Raises:
         InputError: the place cannot be written, holds a run of this name, or must be given and was not.
@@ -106,7 +167,11 @@ def prepare_storage(
         place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
         filesystem, root = fs.FileSystem.from_uri(place)
         storage = RunStorage(
-            path=root.rstrip("/"), name=run_folder.name, filesystem=filesystem, place=hide_credentials(place)
+            path=root.rstrip("/"),
+            name=run_folder.name,
+            filesystem=filesystem,
+            place=hide_credentials(place),
+            owner=owner or identify_folder(run_folder),
         )
         filesystem.create_dir(storage.path, recursive=True)
         _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
@@ -127,7 +192,7 @@ def _go_on_beside(storage: RunStorage, earlier: Sequence[Part] | None) -> RunSto
     """
     if earlier is None:
         return storage
-    own = tuple(name for place, name in earlier if place == storage.place)
+    own = tuple((name, token) for place, name, token in earlier if place == storage.place)
     for number in itertools.count(1):
         name = storage.name if number == 1 else f"{storage.name}-{number}"
         chosen = dataclasses.replace(storage, name=name, earlier=own)
@@ -150,23 +215,31 @@ def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
     for node in ray.nodes():
         if node["Alive"] and count_slots(node["Resources"], resources.cpus, resources.gpus):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            path = f"{storage.folder}/.{mark}-{node['NodeID']}"
+            path = f"{storage.path}/.{storage.name}-{mark}-{node['NodeID']}"
             answer = probe.options(scheduling_strategy=there).remote(storage.filesystem, path)
             nodes[answer] = (node["NodeManagerAddress"], path)
-    answered, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
-    for answer in answered:
-        address, path = nodes[answer]
-        try:
-            error = ray.get(answer)
-        except ray.exceptions.RayError:  # the node left
-            continue
-        if error is not None:
-            raise InputError(f"--storage-path: {storage.path} cannot be written on node {address} ({error})")
-        if storage.filesystem.get_file_info(path).type is fs.FileType.NotFound:
-            raise InputError(
-                f"--storage-path: {storage.path} must be the same place on all nodes; {address} has its own"
-            )
-        storage.filesystem.delete_file(path)
+    answered, late = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
+    for answer in late:
+        ray.cancel(answer)
+    try:
+        for answer in answered:
+            _check_answer(storage, answer, *nodes[answer])
+    finally:
+        for _, path in nodes.values():
+            with contextlib.suppress(OSError):
+                storage.filesystem.delete_file(path)
+
+
+def _check_answer(storage: RunStorage, answer: "ray.ObjectRef[str | None]", address: str, path: str) -> None:
+    """Raise InputError where a node could not write the empty file at ``path``, or it is not seen from here."""
+    try:
+        error = ray.get(answer)
+    except ray.exceptions.RayError:  # the node left
+        return
+    if error is not None:
+        raise InputError(f"--storage-path: {storage.path} cannot be written on node {address} ({error})")
+    if storage.filesystem.get_file_info(path).type is fs.FileType.NotFound:
+        raise InputError(f"--storage-path: {storage.path} must be the same place on all nodes; {address} has its own")
 
 
 def _write(filesystem: fs.FileSystem, path: str) -> str | None:
