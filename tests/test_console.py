@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from tune_amp.compare_command import _compare_parser
+from tune_amp.config import InputError
 from tune_amp.console import (
     LastingConsole,
-    find_file,
+    find_run,
+    find_run_folder,
     is_screen,
     mend_streams,
     open_console,
@@ -63,12 +65,38 @@ def test_terminal_gets_its_cursor_back_and_a_file_does_not(tmp_path: Path, monke
 def test_a_run_is_named_by_its_name_its_folder_or_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     results = Path("results")
-    (results / "old").mkdir(parents=True)
-    assert find_file("old", results) == results / "old"
-    assert find_file("results/old/best.parquet", results) == results / "old" / "best.parquet"
-    assert find_file("elsewhere", results) == Path("elsewhere")  # and is refused under the name that was given
-    Path("old").mkdir()
-    assert find_file("old", results) == Path("old")
+    for run in (results / "old", results / "new", Path("new")):
+        run.mkdir(parents=True)
+        (run / "best.parquet").touch()
+    assert find_run("old", results) == find_run("results/old", results) == results / "old"
+    for named in ("results/old/best.parquet", "old/best.parquet"):
+        assert find_run(named, results) == results / "old" / "best.parquet"
+        assert find_run_folder(named, results, "RUN") == results / "old"
+    assert find_run("new", results) == Path("new")  # a path, as it stands there
+    assert find_run("elsewhere", results) == Path("elsewhere")  # and is refused under the name that was given
+    with pytest.raises(InputError) as caught:
+        find_run_folder("elsewhere", results, "RUN")
+    assert str(caught.value) == "RUN: must be the folder of a run, or its name in results, got elsewhere"
+    with pytest.raises(InputError):
+        find_run_folder("x" * 300, results, "RUN")
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "project"])
+def test_what_is_no_run_does_not_hide_the_run_of_its_name(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "file":
+        Path("demo").write_text("notes")
+    else:
+        Path("demo").mkdir()
+    if kind == "project":
+        Path("demo/space.yaml").write_text("parameters: {}")
+    results = Path("results")
+    assert find_run("demo", results) == Path("demo")
+    (results / "demo").mkdir(parents=True)
+    (results / "demo" / "reports.journal").touch()
+    assert find_run("demo", results) == find_run_folder("demo", results, "RUN") == results / "demo"
 
 
 def test_path_in_the_home_folder_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

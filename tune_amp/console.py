@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 from rich.console import Console
 
 from tune_amp.config import InputError, TrialConfig, is_function_name
+from tune_amp.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -211,24 +212,35 @@ def check_same_data(dataset: "Dataset", data_hash: str) -> None:
         )
 
 
-def find_run(run: str, results_dir: Path, flag: str) -> Path:
-    """The folder of a run, given as such, by a file in it, or by its name in ``results_dir``.
+def find_run(run: str, results_dir: Path) -> Path:
+    """What ``run`` names as a path, or by its name in ``results_dir``: a run's folder before a file or another folder.
+
+    Where there is nothing of this name, the path is returned for what reads it to refuse.
+    """
+    places = (Path(run), results_dir / run)
+    with contextlib.suppress(OSError):  # a name that is too long for a file
+        for is_meant in (_is_run, Path.is_file, Path.is_dir):
+            for place in places:
+                if is_meant(place):
+                    return place
+    return Path(run)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (JOURNAL_FILE, TRIALS_FILE, BEST_FILE))
+
+
+def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:
+    """The folder of what ``find_run`` finds.
 
     Raises:
         InputError: there is none; the message names ``flag``.
     """
-    for place in (Path(run), results_dir / run):
-        if place.is_dir():
-            return place
-        if place.is_file():
-            return place.parent
+    place = find_run(run, results_dir)
+    with contextlib.suppress(OSError):
+        if place.exists():
+            return place.parent if place.is_file() else place
     raise InputError(f"{flag}: must be the folder of a run, or its name in {results_dir}, got {run}")
-
-
-def find_file(run: str, results_dir: Path) -> Path:
-    """What ``run`` names: a file, or the folder of a run, which may be given by its name in ``results_dir``."""
-    named = results_dir / run
-    return named if named.is_dir() and not Path(run).exists() else Path(run)
 
 
 def choose_device(name: str) -> "torch.device":

@@ -27,8 +27,8 @@ from tune_amp.console import (
     EXIT_NO_RESULT,
     answer_bad_input,
     check_same_data,
-    find_file,
     find_run,
+    find_run_folder,
     ignoring_closed_pipe,
     load_announced,
     open_console,
@@ -106,7 +106,7 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     from tune_amp.resuming import describe_changes, take_over
     from tune_amp.space import parse_space
 
-    folder = find_run(arguments.resume, arguments.results_dir, "--resume")
+    folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
     with open_past(folder) as past:
         arguments = take_over(parser, command, past)
         arguments.tracker = check_trackers(arguments.tracker)
@@ -132,7 +132,7 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     donor = None
     if arguments.warm_start is not None:
         donor = load_donor(
-            find_file(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
+            find_run(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
         )
     run = make_run_name(name) if arguments.name is None else arguments.name
     with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:

@@ -11,7 +11,7 @@ from tune_amp.console import (
     EXIT_DONE,
     OneLineParser,
     answer_bad_input,
-    find_run,
+    find_run_folder,
     ignoring_closed_pipe,
     open_console,
     read_path,
@@ -54,7 +54,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     if arguments.top_k is not None and arguments.top_k < 1:
         raise InputError(f"--top-k: must be at least 1, got {arguments.top_k}")
-    outcome = load_outcome(find_run(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
+    outcome = load_outcome(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
     console = open_console()
     with ignoring_closed_pipe():
         _print_start(console, outcome)
