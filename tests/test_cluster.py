@@ -70,19 +70,21 @@ def test_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the
     store, _ = fs.FileSystem.from_uri(f"s3://key:very-secret@bucket/{query}&allow_bucket_creation=true")
     store.create_dir("bucket")
 
-    def list_checkpoints() -> list[str]:
+    def list_checkpointed() -> set[Path]:
+        """Folders of the trials of which a checkpoint is there."""
         found = store.get_file_info(fs.FileSelector("bucket/runs/run", recursive=True, allow_not_found=True))
-        return [entry.path for entry in found if entry.base_name == "trial.pt"]
+        return {Path(entry.path).parents[1] for entry in found if entry.base_name == "trial.pt"}
 
     try:
         url = f"s3://key:very-secret@bucket/runs{query}"
         with searching(cluster, tmp_path / "s", "--num-samples", 2, "--storage-path", url) as search:
-            search.wait_until(lambda: len({Path(path).parents[1] for path in list_checkpoints()}) == 2)
+            search.wait_until(lambda: len(list_checkpointed()) == 2)
             os.kill(search.attempts[0]["pid"], signal.SIGKILL)
+            search.wait_until(lambda: len(list_checkpointed()) == 1)  # the other trial has ended, and needs none
             result = search.finish()
         left = store.get_file_info(fs.FileSelector("bucket/runs/run", recursive=True))
         assert "experiment_state" in " ".join(entry.path for entry in left)  # Ray did write there
-        assert list_checkpoints() == []
+        assert list_checkpointed() == set()
     finally:
         server.stop()
     cluster.remove_node(other)
@@ -105,6 +107,7 @@ def test_place_that_is_another_one_on_each_node_is_refused(cluster: SimulatedClu
         "error: --storage-path: /proc/self/cwd/checkpoints must be the same place on all nodes; 127.0.0.1 has its own\n"
     )
     assert not (tmp_path / "s" / "results").exists()
+    assert list((tmp_path / "s" / "checkpoints").iterdir()) == []
 
 
 SHARED_DATA = """

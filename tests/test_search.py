@@ -23,6 +23,7 @@ from tune_amp.gauges import SearchObserver
 from tune_amp.journal import read_journal
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
+from tune_amp.past import open_past
 from tune_amp.planning import list_shared, plan_resources
 from tune_amp.recorder import SearchProgress
 from tune_amp.resources import TrialResources
@@ -33,7 +34,7 @@ from tune_amp.search import SearchResult, run_search, was_interrupted
 from tune_amp.searcher import AmpSearch
 from tune_amp.session import RaySession, ray_session
 from tune_amp.space import load_space, parse_space
-from tune_amp.storage import RAY_FOLDER
+from tune_amp.storage import RAY_FOLDER, prepare_storage
 
 SPACE = """
 parameters:
@@ -453,9 +454,10 @@ def test_observer_that_fails_costs_no_trial_anything(search: Search) -> None:
     assert [events.count(kind) for kind in ("start", "end", "lost")] == [2, 2, 0]
 
 
-def test_resume_that_fails_before_its_trials_run_leaves_none_running_in_the_study(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def resume_until(
+    stage: str, digits: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes = b"", **arguments: Any
 ) -> None:
+    """Go on with a run whose only trial was cut off, without Ray, until ``stage`` of ``tune_amp.search`` fails."""
     space = parse_space("x", "parameters:\n  lr: {low: 1.0e-3, high: 1.0e-2, log: true}\n")
     options = make_options(num_samples=4, max_epochs=2, confirm_seeds=0)
     sizes: dict[str, Any] = {
@@ -464,22 +466,49 @@ def test_resume_that_fails_before_its_trials_run_leaves_none_running_in_the_stud
         "seed": 0,
         "num_samples": 4,
     }
-    searcher = AmpSearch(space, list_shared(digits, options), folder=tmp_path, study_name=tmp_path.name, **sizes)
+    searcher = AmpSearch(space, list_shared(digits, options), folder=folder, study_name=folder.name, **sizes)
     begun = [past_runs.trial("aaaaaaaa", 0) | {"config": searcher.suggest("aaaaaaaa")}, past_runs.start("aaaaaaaa")]
     searcher.close()
+    with (folder / STUDY_FILE).open("ab") as study:
+        study.write(damage)
     monkeypatch.setattr("tune_amp.search.list_nodes", lambda: [{"CPU": 2.0}])
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise InputError("line 7: no")
 
-    monkeypatch.setattr("tune_amp.search.replay", fail)
+    monkeypatch.setattr(f"tune_amp.search.{stage}", fail)
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason="")
-    with past_runs.written_past(tmp_path, past_runs.session(), *begun) as written:
-        past = dataclasses.replace(written, provenance=dataclasses.replace(written.provenance, run=tmp_path.name))
+    with past_runs.written_past(folder, past_runs.session(), *begun) as written:
+        past = dataclasses.replace(written, provenance=dataclasses.replace(written.provenance, run=folder.name))
         with pytest.raises(InputError, match="line 7"):
-            run_search(space, digits, options, folder=tmp_path, observer=Quiet(), past=past, resources=resources)
+            run_search(
+                space, digits, options, folder=folder, observer=Quiet(), past=past, resources=resources, **arguments
+            )
+
+
+def test_resume_that_fails_before_its_trials_run_leaves_none_running_in_the_study(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume_until("replay", digits, tmp_path, monkeypatch)
     assert {trial.state for trial in load_study(tmp_path).trials} == {TrialState.FAIL}
     assert len(load_study(tmp_path).trials) == 2  # as interrupted, twice
+    assert not (tmp_path / "ray").exists()
+
+
+def test_resume_says_what_it_makes_anew_and_which_checkpoints_will_stay(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray").mkdir()  # made by a version that left no proof
+    lines: list[str] = []
+    resume_until("TrialSource", digits, tmp_path, monkeypatch, damage=b"\xff\n\n", announce=lines.append)
+    study, checkpoints = lines
+    assert study.startswith(f"{tmp_path}/study.journal: cannot be read (UnicodeDecodeError: ")
+    assert checkpoints.startswith(f"{tmp_path}/ray was not made by this run folder")
+    assert [trial.state for trial in load_study(tmp_path).trials] == [TrialState.FAIL]
+    with open_past(tmp_path) as past:
+        assert past.storages[1][:2] == (None, "ray-2")
+        storage = prepare_storage(None, tmp_path, earlier=past.storages)
+    assert storage.list_foreign() == [f"{tmp_path}/ray"]
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def _find_trial_fault(
     if past.number >= len(stored):
         return f"has no trial {past.number}"
     trial = stored[past.number]
-    if trial.user_attrs.get("trial_id", past.trial_id) != past.trial_id:
+    other = trial.user_attrs.get("trial_id", past.trial_id) != past.trial_id
+    if other or trial.state is optuna.trial.TrialState.WAITING:
         return f"has another trial {past.number}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna's of a value that the space does not have
