@@ -19,7 +19,7 @@ from tune_amp.searcher import open_storage
 LRS = (0.01, 0.02, 0.03)
 
 
-def write_study(path: Path, *, name: str = PROVENANCE.run, direction: str = "maximize", **ids: Any) -> None:
+def write_study(path: Path, *, name: str = PROVENANCE.run, direction: Any = "maximize", **ids: str) -> None:
     study = optuna.create_study(study_name=name, direction=direction, storage=open_storage(path))
     for number, lr in enumerate(LRS):
         study.enqueue_trial({"lr": lr})

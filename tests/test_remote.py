@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import past_runs as made
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from optuna import load_study
@@ -22,7 +23,7 @@ from tune_amp.config import InputError, TrialStatus
 from tune_amp.confirm import ConfirmProgress
 from tune_amp.journal import Journal, read_journal
 from tune_amp.recorder import SearchProgress
-from tune_amp.remote import EventQueue, Growth, LocalCopy, News, RemoteSearch, SearchEvent
+from tune_amp.remote import EventQueue, Growth, LocalCopy, News, RemoteSearch, SearchEvent, _read_past
 from tune_amp.results import TrialRecord, load_trials
 from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.searcher import open_storage
@@ -91,6 +92,26 @@ def test_other_files_are_sent_when_they_change_and_no_file_of_another_name_is_wr
     assert remote.read({}).whole == {"best.parquet": b"22"}
     copy.take(News(now=0.0, study=None, journal=None, whole={"../evil": b"", "evil.sh": b""}, events=(), lines=()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_study_that_was_set_aside_here_comes_anew_and_what_is_announced_there_is_said_here(
+    remote: RemoteSearch, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    with made.written_past(tmp_path, made.session(), made.trial("a", 0)) as past:
+        (tmp_path / STUDY_FILE).write_bytes(b"\xff\n")
+        files = _read_past(tmp_path, past, lines.append)
+        assert files == {JOURNAL_FILE: (tmp_path / JOURNAL_FILE).read_bytes()}
+        assert len(lines) == 1
+        (remote._folder / JOURNAL_FILE).write_bytes(files[JOURNAL_FILE])
+        (remote._folder / STUDY_FILE).write_bytes(b"rebuilt\n")
+        remote._lines += ["said there", "and there"]
+        with LocalCopy(tmp_path, Silent(), past, lines.append) as copy:
+            copy.take(remote.read(copy.sizes))
+            copy.take(remote.read(copy.sizes))
+    assert (tmp_path / STUDY_FILE).read_bytes() == b"rebuilt\n"
+    assert (tmp_path / f"{STUDY_FILE}.damaged").read_bytes() == b"\xff\n"
+    assert lines[1:] == ["said there", "and there"]
 
 
 def test_journal_here_belongs_to_the_search_that_goes_on_there(remote: RemoteSearch, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ EVERY = {"tpe and asha, one slot": 1}
 
 
 def describe(mode: Mode) -> Provenance:
-    about = {"run": STUDY_NAME, "space_text": SPACE, "train_images": TRAIN_IMAGES}
+    about: dict[str, Any] = {"run": STUDY_NAME, "space_text": SPACE, "train_images": TRAIN_IMAGES}
     return dataclasses.replace(PROVENANCE, objective=",".join(mode.objectives), **about)
 
 

@@ -198,6 +198,12 @@ def test_search_that_was_cut_off_before_it_told_of_its_place_goes_on_beside_it(t
         prepare_storage(str(tmp_path), RUN)
 
 
+def test_results_folder_whose_name_no_encoding_knows_proves_as_any_other(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9") / "run"
+    begin(tmp_path / "place", folder).remove_checkpoints()
+    assert list_checkpoints(tmp_path / "place") == []
+
+
 def test_two_searches_of_one_name_that_begin_at_once_are_never_mixed(tmp_path: Path) -> None:
     runs = [tmp_path / name / "run" for name in ("a", "b")]
     for run in runs:

@@ -171,8 +171,9 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
         trial = trials[event["trial_id"]]
         trial.last_result = result_of(event)
         if event["metrics"]:
-            trial.reports.setdefault(checked_type("epoch", event["metrics"]["epoch"], int), event["metrics"])
-            trial.epoch = max(trial.reports)
+            epoch = checked_type("epoch", event["metrics"]["epoch"], int)
+            trial.epoch = max(trial.epoch, epoch)
+            trial.reports.setdefault(epoch, event["metrics"])
     elif kind == "checkpoint":
         path = PurePosixPath(checked_type("path", event["path"], str))
         if path.is_absolute() or ".." in path.parts:

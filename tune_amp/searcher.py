@@ -225,7 +225,7 @@ class AmpSearch(OptunaSearch):
         epochs = [build_from(EpochMetrics, told) for told in past.reports.values()]
         reports = {epoch.epoch: getattr(epoch, self._objectives[0]) for epoch in epochs}
         if past.last_result is not None and past.last_result["done"]:  # its end says whether that epoch counts
-            reports.pop(past.last_result.get("epoch"), None)
+            reports.pop(past.last_result.get("epoch", 0), None)
         return optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=suggestion.params,

@@ -103,7 +103,7 @@ class RunStorage:
         ]
 
     def _build_proof(self, token: str) -> bytes:
-        return hashlib.sha256(f"{token} {self.owner}".encode()).hexdigest().encode()
+        return hashlib.sha256(f"{token} {self.owner}".encode(errors="surrogateescape")).hexdigest().encode()
 
     def _is_own(self, name: str, token: str | None) -> bool:
         path = f"{self.path}/{name}/{OWNER_FILE}"
