@@ -56,6 +56,7 @@ LAYERS = (
     "stopping",
     "samplers",
     "searcher",
+    "mending",
     "source",
     "time_limit",
     "storage",
