@@ -24,6 +24,7 @@ TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 )
 """What can be told of a search, and the modules that it takes. The extra to install has the tracker's name."""
+DEFAULT_RESULTS_DIR = Path("results")
 NONE = "none"
 """Takes back what a run that goes on was begun with."""
 HIDDEN = "***"

@@ -18,7 +18,7 @@ from tune_amp.console import printable, say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.ledger import Ledger
 from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
-from tune_amp.options import name_path, name_run
+from tune_amp.options import DEFAULT_RESULTS_DIR, name_path, name_run
 from tune_amp.ranking import choose_best
 from tune_amp.results import (
     BestRow,
@@ -31,7 +31,6 @@ from tune_amp.results import (
     load_trials,
 )
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
-from tune_amp.search_arguments import DEFAULT_RESULTS_DIR
 from tune_amp.space import parse_space
 
 

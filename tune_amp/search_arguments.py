@@ -1,15 +1,13 @@
 """The arguments of ``tune-amp search``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from tune_amp.config import DATASETS, MODELS, OBJECTIVES, SAMPLERS, SCHEDULERS
 from tune_amp.console import OneLineParser, read_path, read_place
-from tune_amp.options import NONE, TRACKERS, SearchOptions
+from tune_amp.options import DEFAULT_RESULTS_DIR, NONE, TRACKERS, SearchOptions
 
 DEFAULT_SPACE = "mnist_amp"
-DEFAULT_RESULTS_DIR = Path("results")
 
 
 def search_parser(program: str) -> argparse.ArgumentParser:

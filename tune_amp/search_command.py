@@ -39,6 +39,7 @@ from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.journal import read_journal
 from tune_amp.ledger import read_process_age
 from tune_amp.options import (
+    DEFAULT_RESULTS_DIR,
     SearchOptions,
     build_options,
     check_trackers,
@@ -48,7 +49,7 @@ from tune_amp.options import (
     run_folder,
 )
 from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
-from tune_amp.search_arguments import DEFAULT_RESULTS_DIR, DEFAULT_SPACE, search_parser
+from tune_amp.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.search_output import choose_observer, list_inert, print_end, print_json_end, print_json_start, print_start
 
 if TYPE_CHECKING:

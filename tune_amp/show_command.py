@@ -18,8 +18,8 @@ from tune_amp.console import (
     read_place,
     say,
 )
+from tune_amp.options import DEFAULT_RESULTS_DIR
 from tune_amp.run_files import BEST_FILE
-from tune_amp.search_arguments import DEFAULT_RESULTS_DIR
 
 if TYPE_CHECKING:
     from tune_amp.outcome import Outcome
