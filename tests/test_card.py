@@ -18,7 +18,7 @@ from tune_amp.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.data import Dataset
 from tune_amp.intervals import wilson_interval
 from tune_amp.results import BestRow
-from tune_amp.reuse import FinalResult, FinalTraining, output_folder
+from tune_amp.reuse import FinalResult, FinalTraining
 
 CONFIG = TrialConfig(lr=0.01, batch_size=8, max_epochs=2)
 
@@ -83,10 +83,9 @@ def test_the_snippet_loads_the_weights_and_classifies_as_tested(
     name = f"{write_module(TIED_MODEL)}:net" if model == "tied" else model
     training, result = train(dataclasses.replace(CONFIG, model=name, input_scaling=input_scaling))
     card = describe_card(result, make_source(make_row(1)))
-    with output_folder(tmp_path / "out") as folder:
-        training.save(folder, result, {}, card)
-    monkeypatch.chdir(tmp_path / "out")
-    [snippet] = re.findall(r"^```python\n(.*?)^```", (folder / "card.md").read_text(), re.MULTILINE | re.DOTALL)
+    training.save(tmp_path, result, {}, card)
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(r"^```python\n(.*?)^```", (tmp_path / "card.md").read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     torch.manual_seed(99)
     exec(snippet, names)

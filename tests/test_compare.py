@@ -19,7 +19,6 @@ from tune_amp.compare import (
     ComparisonPlan,
     choose_arms,
     compare_runs,
-    comparison_folder,
     cpu_threads,
     fit_epochs,
     fresh_seeds,
@@ -296,16 +295,6 @@ def test_files_hold_the_rows_and_where_they_come_from(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "compare_map.parquet")
     assert table[["model", "batch_size", "precision", "peak_memory_bytes"]].values.tolist() == [["vit", 64, "bf16", 7]]
     assert table["turn_rates"][0].tolist() == [3.0]
-
-
-def test_folder_must_be_new_and_goes_again_where_nothing_was_written(tmp_path: Path) -> None:
-    with comparison_folder(tmp_path / "a" / "b") as folder:
-        (folder / "kept").touch()
-    with pytest.raises(InputError, match="already exists; choose another folder"), comparison_folder(folder):
-        pass
-    with comparison_folder(tmp_path / "c") as folder:
-        pass
-    assert not folder.exists()
 
 
 # ---- on a GPU ----

@@ -69,7 +69,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
     ("--batch-sizes 64,4096", "--batch-sizes: must be at most the 1,413 training images of digits, got 4096"),
     ("--rank 2", "best.parquet: rank: must be one of 1..1, got 2"),
     ("--model mine:net", "--model: must be simple_net, which best.parquet was searched with, got mine:net"),
-    ("--output .", "--output: . already exists; choose another folder"),
+    ("--output .", "--output: . already exists and is no empty folder; choose another"),
     ("--output best.parquet/x", "--output: best.parquet/x cannot be made (Not a directory)"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_one_line_and_exit_code_2(

@@ -74,8 +74,9 @@ def test_panels_have_their_own_number_and_place() -> None:
 def test_it_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grafana"]) == 0
     assert capsys.readouterr().out == read_dashboard()
-    assert main(["grafana", str(tmp_path / "dashboard.json")]) == 0
-    assert (tmp_path / "dashboard.json").read_text() == read_dashboard()
+    for _ in range(2):
+        assert main(["grafana", str(tmp_path / "dashboard.json")]) == 0
+        assert (tmp_path / "dashboard.json").read_text() == read_dashboard()
     assert capsys.readouterr().out == ""
 
 
@@ -85,6 +86,18 @@ def test_a_file_that_cannot_be_written_is_refused_on_one_line(
     missing = tmp_path / "missing" / "dashboard.json"
     assert main(["grafana", str(missing)]) == 2
     assert capsys.readouterr().err == f"error: FILE: {missing} cannot be written: No such file or directory\n"
+
+
+@pytest.mark.parametrize("content", ["mine", read_dashboard().replace("10s", "1m")])
+def test_another_file_and_a_dashboard_that_was_edited_are_left_alone(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "dashboard.json"
+    path.write_text(content)
+    assert main(["grafana", str(path)]) == 2
+    expected = f"error: FILE: {path} already exists and is another file: remove it, or name another\n"
+    assert capsys.readouterr().err == expected
+    assert path.read_text() == content
 
 
 def test_the_wheel_holds_it(tmp_path: Path) -> None:

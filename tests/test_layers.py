@@ -12,6 +12,7 @@ PACKAGE = Path(tune_amp.__file__).parent
 LAYERS = (
     "run_files",
     "config",
+    "files",
     "options",
     "halt",
     "ledger",
@@ -99,6 +100,7 @@ LAYERS = (
 THIRD_PARTY = {
     "run_files": set(),
     "config": set(),
+    "files": set(),
     "options": set(),
     "ledger": set(),
     "confirmed": set(),

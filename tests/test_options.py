@@ -191,11 +191,9 @@ def test_name_of_letters_and_digits_of_any_script_is_taken(tmp_path: Path, name:
 
 
 def test_empty_folder_is_not_taken_from_a_search_that_starts_there(tmp_path: Path) -> None:
-    """For seconds there is nothing in it, and nobody can tell whether that search still lives."""
+    """For seconds there is nothing in it. One that was killed then is taken: see ``tests/test_files.py``."""
     with run_folder(tmp_path / "results", "run") as folder:
-        reason = "is empty: a search is starting there, or was killed as it started"
-        advice = "choose another name, or remove the folder"
-        assert refusal(tmp_path / "results", "run") == f"--name: {folder} {reason}; {advice}"
+        assert refusal(tmp_path / "results", "run") == f"--name: {folder} is another search's; choose another name"
         assert folder.is_dir()
 
 
@@ -266,7 +264,7 @@ def test_file_in_place_of_the_results_folder_or_above_it_is_refused(tmp_path: Pa
 def test_link_to_nowhere_in_place_of_the_results_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results").symlink_to(tmp_path / "nowhere")
     message = refusal(tmp_path / "results", "run")
-    assert message == f"--results-dir: must be a folder, got the file {tmp_path / 'results'}"
+    assert message == f"--results-dir: {tmp_path / 'results' / 'run'} cannot be made (No such file or directory)"
 
 
 def test_name_that_the_file_system_refuses_is_one_line(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tune_amp.journal import Journal, read_journal
 from tune_amp.recorder import SearchProgress
 from tune_amp.remote import EventQueue, Growth, LocalCopy, News, RemoteSearch, SearchEvent, _read_past
 from tune_amp.results import TrialRecord, load_trials
-from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.run_files import JOURNAL_FILE, RUN_FILES, STUDY_FILE
 from tune_amp.searcher import open_storage
 from tune_amp.session import QUIET_TUNE
 
@@ -112,6 +112,14 @@ def test_study_that_was_set_aside_here_comes_anew_and_what_is_announced_there_is
     assert (tmp_path / STUDY_FILE).read_bytes() == b"rebuilt\n"
     assert (tmp_path / f"{STUDY_FILE}.damaged").read_bytes() == b"\xff\n"
     assert lines[1:] == ["said there", "and there"]
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_file_that_was_put_into_the_folder_of_a_new_run_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone"):
+        LocalCopy(tmp_path, Silent())
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_journal_here_belongs_to_the_search_that_goes_on_there(remote: RemoteSearch, tmp_path: Path) -> None:

@@ -63,6 +63,30 @@ def test_the_command_writes_the_report_and_says_where(tmp_path: Path, capsys: py
     assert (tmp_path / "other.html").read_bytes() == (tmp_path / "report.html").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["report.html", "reports.journal", "folder", "link.html"])
+def test_only_an_earlier_report_is_replaced(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_amp.report_page.get_plotlyjs", lambda: "")  # 5 MB that tell nothing here
+    write_run(tmp_path)
+    assert report_command([str(tmp_path), "--output", str(tmp_path / "earlier.html")]) == 0
+    before = (tmp_path / "earlier.html").read_bytes()
+    assert report_command([str(tmp_path), "--output", str(tmp_path / "earlier.html")]) == 0
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "link.html":
+        path.symlink_to("earlier.html")
+    else:
+        path.write_text("mine")
+    capsys.readouterr()
+    assert report_command([str(tmp_path), "--output", str(path)]) == 2
+    expected = f"error: {path}: already exists and is no report of tune_amp: remove it, or name another --output\n"
+    assert capsys.readouterr().err == expected
+    assert path.is_dir() or path.is_symlink() or path.read_text() == "mine"
+    assert (tmp_path / "earlier.html").read_bytes() == before
+
+
 def test_a_folder_without_trials_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path)
     (tmp_path / "trials.parquet").unlink()

@@ -24,7 +24,6 @@ from tune_amp.config import RUNNING, InputError, TrialConfig, TrialStatus
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.mending import mend_run
 from tune_amp.monitoring import Quiet
-from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import Provenance
@@ -104,7 +103,6 @@ class Loop:
         if past is not None:
             lines = mend_run(folder, past)
             assert lines == [] or not past.trials  # half of its first line tells no study from another file
-            remove_unfinished(folder)
         self.recorder = TrialRecorder(
             folder,
             describe(mode),

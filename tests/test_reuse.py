@@ -29,7 +29,6 @@ from tune_amp.reuse import (
     FinalTraining,
     find_differences,
     join_splits,
-    output_folder,
     replay_trial,
 )
 from tune_amp.training import TrainingData, TrainingRun
@@ -158,11 +157,10 @@ def test_saved_weights_give_the_same_test_result_in_a_fresh_model(
 ) -> None:
     name = f"{write_module(TIED_MODEL)}:net" if model == "tied" else model
     final, result = train_finally(make_config(model=name, precision="bf16", max_epochs=1), dataset)
-    with output_folder(tmp_path / "out") as folder:
-        final.save(folder, result, {}, "")
+    final.save(tmp_path, result, {}, "")
     torch.manual_seed(77)
     fresh = build_model(name, dataset.input_shape, dataset.num_classes)
-    stored = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
     missing, unexpected = fresh.load_state_dict(stored, strict=model != "tied")
     assert len(missing) == (model == "tied")  # one name of two for the same weights
@@ -273,73 +271,3 @@ def test_nan_equals_nan_and_nothing_else() -> None:
 def test_smallest_difference_is_told() -> None:
     near = dataclasses.replace(RECORDED, train_loss=math.nextafter(1.0, 2.0), val_accuracy=0.25)
     assert find_differences(RECORDED, near) == ["train_loss", "val_accuracy"]
-
-
-# The folder for a training's files
-
-
-def test_output_folder_is_made_with_its_parents_and_only_once(tmp_path: Path) -> None:
-    folder = tmp_path / "not" / "there"
-    with output_folder(folder) as made:
-        assert made == folder
-        assert folder.is_dir()
-        with (
-            pytest.raises(InputError, match=f"^--output: {folder} already exists; choose another folder$"),
-            output_folder(folder),
-        ):
-            pytest.fail("a second training took the folder of the first")
-
-
-def test_output_folder_of_a_training_that_ended_early_is_free_again(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-
-    def train_until_interrupted() -> None:
-        with output_folder(folder):
-            for name in (WEIGHTS_FILE, CARD_FILE):
-                (folder / name).write_text("written before the metrics, which were not")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_until_interrupted()
-    assert not folder.exists()
-    with output_folder(folder):
-        (folder / METRICS_FILE).write_text("{}")
-    assert (folder / METRICS_FILE).read_text() == "{}"
-
-
-def test_output_folder_that_exists_without_a_training_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with output_folder(tmp_path):
-        pass
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("file_name", [METRICS_FILE, WEIGHTS_FILE, CARD_FILE])
-def test_output_folder_with_another_trainings_files_is_refused_and_left_as_it_is(
-    tmp_path: Path, file_name: str
-) -> None:
-    (tmp_path / file_name).write_text("precious")
-    with pytest.raises(InputError, match="already exists; choose another folder"), output_folder(tmp_path):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == [file_name]
-    assert (tmp_path / file_name).read_text() == "precious"
-
-
-def test_output_in_the_place_of_or_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="already exists"), output_folder(tmp_path / "file"):
-        pass
-    rule = r"^--output: [^\n]+ cannot be written \(Not a directory\)$"
-    with pytest.raises(InputError, match=rule), output_folder(tmp_path / "file" / "out"):
-        pass
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_output_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as which tests may run, can write everywhere
-    rule = r"^--output: [^\n]+ cannot be written \(Permission denied\)$"
-    with pytest.raises(InputError, match=rule), output_folder(tmp_path / "out"):
-        pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from records import make_trial
+from records import PROVENANCE, make_trial
 
 from tune_amp.config import InputError, TrialStatus
 from tune_amp.confirm import ConfirmProgress
@@ -29,8 +29,8 @@ from tune_amp.recorder import SearchProgress
 from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
-from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE, STUDY_FILE
-from tune_amp.search import SearchResult, run_search, was_interrupted
+from tune_amp.run_files import JOURNAL_FILE, RUN_FILES, SPACE_FILE, STUDY_FILE
+from tune_amp.search import SearchResult, begin_run, run_search, was_interrupted
 from tune_amp.searcher import AmpSearch
 from tune_amp.session import RaySession, ray_session
 from tune_amp.space import load_space, parse_space
@@ -550,6 +550,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(search: Search,
 
 
 # Without Ray
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_file_that_was_put_into_the_folder_of_a_new_run_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone"):
+        begin_run(tmp_path, load_space("quick"), PROVENANCE, {})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
 
 
 def make_options(**changes: Any) -> SearchOptions:

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -30,7 +31,14 @@ from tune_amp.results import TrialRecord, load_trials
 from tune_amp.search import SearchResult, run_search
 from tune_amp.session import ray_session
 from tune_amp.space import load_space
-from tune_amp.trackers import Tracker, build_trackers, describe_tracker, find_mlflow_store, select_values
+from tune_amp.trackers import (
+    Tracker,
+    build_trackers,
+    describe_tracker,
+    find_mlflow_store,
+    find_wandb_service,
+    select_values,
+)
 from tune_amp.trainable import failure_report, progress_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -435,33 +443,46 @@ def test_a_tracker_that_raises_is_switched_off_and_says_so_once(
 
 
 SWITCHED_OFF = """
-import subprocess, sys, time
+import contextlib, subprocess, sys, time
 from pathlib import Path
 from tune_amp.trackers import Tracker
 
 def fail():
     raise OSError("no answer")
 
-warnings = []
-with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "wandb-core"]) as service:
-    tracker = Tracker(sys.argv[1], fail, Path(), warn=warnings.append)
-    tracker.setup()
-    while not warnings:
+def start(program, *arguments):
+    command = [program, "-c", "read line", *arguments]
+    return stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE))
+
+service, warnings = Path(sys.argv[1]), []
+with contextlib.ExitStack() as stack:
+    before = start(service)
+    trackers = [Tracker("wandb", fail, Path(), warn=warnings.append, service=service)]
+    after, other = start(service), start("/bin/sh", str(service))
+    trackers.append(Tracker("mlflow", fail, Path(), warn=warnings.append))
+    for tracker in trackers:
+        tracker.setup()
+    print(after.wait(60))
+    while len(warnings) < 2:
         time.sleep(0.01)
-    try:
-        print(service.wait(3))
-    except subprocess.TimeoutExpired:
-        print("lives")
-    service.kill()
+    time.sleep(0.2)
+    print(before.poll(), other.poll())
 """
 
 
-@pytest.mark.parametrize(("name", "ends"), [("wandb", str(-signal.SIGKILL)), ("mlflow", "lives")])
-def test_service_of_wandb_that_is_switched_off_does_not_outlive_the_search(name: str, ends: str) -> None:
+def test_service_of_a_tracker_that_is_switched_off_is_ended_and_no_other_child(tmp_path: Path) -> None:
     """It would try to reach its server for minutes, and Python would wait for it in the end."""
-    command = [sys.executable, "-c", SWITCHED_OFF, name]
+    service = tmp_path / "wandb-core"
+    shutil.copy("/bin/sh", service)
+    command = [sys.executable, "-c", SWITCHED_OFF, str(service)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == ends
+    assert done.stdout == f"{-signal.SIGKILL}\nNone None\n"
+
+
+def test_service_of_wandb_is_where_the_package_has_it() -> None:
+    service = find_wandb_service()
+    assert service is not None
+    assert os.access(service, os.X_OK)
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(

@@ -447,23 +447,3 @@ def write_map(folder: Path, cells: Sequence[MapCell], origin: ComparisonOrigin) 
 def _write(path: Path, kind: str, rows: Sequence[ComparedRun] | Sequence[MapCell], origin: ComparisonOrigin) -> None:
     table = build_table(kind, SCHEMAS[kind], [vars(row).copy() for row in rows], dataclasses.asdict(origin))
     write_parquet(table, path)
-
-
-@contextlib.contextmanager
-def comparison_folder(folder: Path) -> Iterator[Path]:
-    """Make ``folder``, which must not exist. Left empty, it is removed again.
-
-    Raises:
-        InputError: it is there, or cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise InputError(f"--output: {folder} already exists; choose another folder") from None
-    except OSError as error:
-        raise InputError(f"--output: {folder} cannot be made ({error.strerror})") from error
-    try:
-        yield folder
-    finally:
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()

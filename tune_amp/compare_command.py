@@ -30,8 +30,8 @@ from tune_amp.console import (
     read_path,
     say,
 )
+from tune_amp.files import check_free, claimed_folder, write_atomically
 from tune_amp.halt import interrupted_by_signals
-from tune_amp.parquet import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -164,10 +164,10 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     device = choose_device(arguments.device)
     _check_fit(wishes, record.config, dataset)
     console = open_console()
-    from tune_amp.compare import comparison_folder, cpu_threads
+    from tune_amp.compare import cpu_threads
 
     # As many threads as the trial had: with one for each core, a busy machine lets them wait for each other.
-    with cpu_threads(record.num_threads), comparison_folder(arguments.output or _default_output(arguments)) as folder:
+    with cpu_threads(record.num_threads), claimed_folder(arguments.output or _default_output(arguments)) as folder:
         origin = _describe_origin(arguments, command, wishes, record, provenance, dataset, device)
         return Comparison(wishes, record.config, dataset, device, origin, folder, console).make()
 
@@ -276,6 +276,7 @@ class Comparison:
         self._console = console
         self._runs: list[ComparedRun] = []
         self._cells: list[MapCell] = []
+        self._is_written = False
 
     def make(self) -> int:
         """Measure, write and print. Returns the exit code."""
@@ -375,8 +376,11 @@ class Comparison:
             say(self._console, describe_cells(cells))
 
     def _write(self) -> None:
-        from tune_amp.compare import write_map, write_runs
+        from tune_amp.compare import COMPARE_FILE, MAP_FILE, write_map, write_runs
 
+        if not self._is_written:
+            check_free(self._folder, COMPARE_FILE, MAP_FILE, PAGE_FILE)
+            self._is_written = True
         write_runs(self._folder, self._runs, self._origin)
         if self._cells:
             write_map(self._folder, self._cells, self._origin)

@@ -3,9 +3,11 @@
 import argparse
 import importlib.resources
 from collections.abc import Sequence
+from pathlib import Path
 
 from tune_amp.config import InputError
 from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
+from tune_amp.files import write_atomically
 
 
 def grafana_command(arguments: Sequence[str] | None = None, program: str = "tune-amp grafana") -> int:
@@ -36,7 +38,15 @@ def _grafana(arguments: argparse.Namespace) -> int:
             print(text, end="")  # noqa: T201
         return EXIT_DONE
     try:
-        arguments.file.write_text(text, encoding="utf-8")
+        _write_dashboard(arguments.file, text.encode())
+    except FileExistsError:
+        raise InputError(f"FILE: {arguments.file} already exists and is another file: remove it, or name another") from None
     except OSError as error:
         raise InputError(f"FILE: {arguments.file} cannot be written: {error.strerror}") from error
     return EXIT_DONE
+
+
+def _write_dashboard(path: Path, content: bytes) -> None:
+    """Write it, unless it is there already; a dashboard that somebody has edited is not ours any more."""
+    if not (path.is_file() and path.read_bytes() == content):
+        write_atomically(path, lambda file: file.write(content), replace=False)

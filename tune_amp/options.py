@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import importlib.util
 import itertools
-import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, SAMPLERS, SCHEDULERS, InputError, TrialConfig, shown
+from tune_amp.files import claim_folder
 
 MOST_OBJECTIVES = 3
 """With more, most trials are best in some way, and nothing is found."""
@@ -180,9 +180,7 @@ def make_run_name(space: str) -> str:
 
 @contextlib.contextmanager
 def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterator[Path]:
-    """Make ``results_dir/run``, which must not exist: of two searches that want it, one gets it.
-
-    Left empty, it is removed again, with the parents that were made for it.
+    """Make ``results_dir/run``, which must not exist or be empty: of two searches that want it, one gets it.
 
     Args:
         results_dir: made where it is not there.
@@ -195,32 +193,19 @@ def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterat
     if not is_run_name(run):
         rule = "must be of letters, digits, _, . and -, and begin with neither . nor -"
         raise InputError(f"--name: {rule}, got {shown(run)}")
-    for number in itertools.count(1):
-        folder = results_dir / (run if number == 1 else f"{run}-{number}")
-        made = [folder, *(parent for parent in folder.parents if not parent.exists())]
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not os.path.lexists(folder):
-                raise InputError(f"--results-dir: must be a folder, got the file {results_dir}") from None
-            if not numbered:
-                raise InputError(f"--name: {folder} {_describe_taken(folder)}") from None
-        except OSError as error:
-            raise InputError(f"--results-dir: {folder} cannot be made ({error.strerror})") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in itertools.count(1):
+            folder = results_dir / (run if number == 1 else f"{run}-{number}")
+            try:
+                claim_folder(folder, stack)
+                break
+            except (FileExistsError, BlockingIOError) as error:
+                if not numbered:
+                    told = "already holds a run" if isinstance(error, FileExistsError) else "is another search's"
+                    raise InputError(f"--name: {folder} {told}; choose another name") from None
+            except OSError as error:
+                raise InputError(f"--results-dir: {folder} cannot be made ({error.strerror})") from error
         yield folder
-    finally:
-        with contextlib.suppress(OSError):  # not empty: the first of them that is ends it
-            for empty in made:
-                empty.rmdir()
-
-
-def _describe_taken(folder: Path) -> str:
-    if folder.is_dir() and not any(folder.iterdir()):
-        reason = "a search is starting there, or was killed as it started"
-        return f"is empty: {reason}; choose another name, or remove the folder"
-    return "already holds a run; choose another name"
 
 
 def name_run(folder: Path, default_dir: Path) -> str:

@@ -7,19 +7,18 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import types
 import typing
-import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.config import InputError, TrialStatus, shown
+from tune_amp.files import write_atomically
 from tune_amp.parquet_pages import check_footer, check_pages, check_texts, list_pages
 
 SCHEMA_VERSION = 3
@@ -113,41 +112,8 @@ def checksum(values: Any) -> int:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Writes ``table`` to ``path`` whole or not at all; see :func:`write_atomically`."""
+    """Writes ``table`` to ``path`` whole or not at all; see :func:`files.write_atomically`."""
     write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Lets ``write`` fill ``path`` whole or not at all: temporary name, fsync, rename, fsync of the folder.
-
-    Raises:
-        OSError: nothing was written; what was at ``path`` is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed in :func:`write_atomically` left in ``folder``."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- read ----

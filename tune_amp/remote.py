@@ -21,14 +21,14 @@ import grpc  # type: ignore[import-untyped]
 import ray
 
 from tune_amp.config import InputError
+from tune_amp.files import check_free, write_atomically
 from tune_amp.halt import StopRequest
 from tune_amp.journal import Journal
 from tune_amp.options import SearchOptions
-from tune_amp.parquet import remove_unfinished, write_atomically
 from tune_amp.past import PastRun, open_past
 from tune_amp.resources import beside_this_process
 from tune_amp.results import TrialRecord
-from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, REWRITTEN_FILES, STUDY_FILE
+from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, REWRITTEN_FILES, RUN_FILES, STUDY_FILE
 from tune_amp.session import QUIET_TUNE, private_home
 from tune_amp.untroubled import Untroubled
 
@@ -333,7 +333,6 @@ def _read_past(folder: Path, past: PastRun, announce: Callable[[str], object]) -
 
     for line in mend_run(folder, past):
         announce(line)
-    remove_unfinished(folder)
     names = (JOURNAL_FILE, STUDY_FILE, CONFIRM_FILE) if past.trials else (JOURNAL_FILE,)
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
@@ -376,7 +375,9 @@ class LocalCopy:
         self._is_locked = past is not None
         self.sizes: dict[str, int] = {}
         """How much is here of the files that grow, in bytes."""
-        if past is not None:  # a study that was set aside comes anew, and so does one without trials
+        if past is None:
+            check_free(folder, *RUN_FILES)
+        else:  # a study that was set aside comes anew, and so does one without trials
             grown = [folder / name for name in ((STUDY_FILE, JOURNAL_FILE) if past.trials else (JOURNAL_FILE,))]
             self.sizes = {path.name: path.stat().st_size for path in grown if path.exists()}
 

@@ -3,11 +3,12 @@
 plotly.js, 4.8 MB of JavaScript, is in the file: the report of years ago still opens. Nothing here imports torch or Ray.
 """
 
+import os
 from pathlib import Path
 
 from tune_amp import __version__
 from tune_amp.config import InputError
-from tune_amp.parquet import write_atomically
+from tune_amp.files import write_atomically
 from tune_amp.report_findings import (
     write_confirmed,
     write_importance,
@@ -15,7 +16,7 @@ from tune_amp.report_findings import (
     write_origin,
     write_parameters,
 )
-from tune_amp.report_page import Html, build_page, tag
+from tune_amp.report_page import Html, build_page, is_page, tag
 from tune_amp.report_run import Run, load_run
 from tune_amp.report_sections import write_curves, write_epochs, write_history, write_scales
 from tune_amp.report_summary import name_subject, say_moment, write_summary
@@ -27,18 +28,21 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
     Args:
         folder: a run's folder; only ``trials.parquet`` must be in it.
-        output: the file to write, ``report.html`` in ``folder`` if None. One that was there is replaced.
+        output: the file to write, ``report.html`` in ``folder`` if None. An earlier report is replaced, nothing else.
 
     Returns:
         The file written.
 
     Raises:
-        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version; the file cannot be written.
+        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version; the file cannot be written,
+            or is there and is no report.
     """
     run = load_run(Path(folder))
     path = run.folder / REPORT_FILE if output is None else Path(output)
     page = build_report(run).encode("utf-8", errors="replace")  # file names may hold surrogates
     try:
+        if os.path.lexists(path) and not is_page(path):
+            raise InputError(f"{path}: already exists and is no report of tune_amp: remove it, or name another --output")
         write_atomically(path, lambda file: file.write(page))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -15,6 +15,9 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from tune_amp.report_style import PALETTE
 
+MARK = '<meta name="generator" content="tune_amp report">'
+"""In the head of each report: only a file that has it is replaced by another report."""
+
 
 class Html(str):
     """A text that is HTML already, and is not escaped again."""
@@ -149,6 +152,14 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value]
 
 
+def is_page(path: Path) -> bool:
+    """Whether ``path`` is a file that ``build_page`` made, and no link."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1_000)
+
+
 def build_page(title: str, content: Iterable[object]) -> str:
     """The whole file: styles, the library, the content, the script that draws.
 
@@ -170,6 +181,7 @@ def build_page(title: str, content: Iterable[object]) -> str:
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
+            MARK,
             f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_model
 from tune_amp.batches import place_split
 from tune_amp.config import EpochMetrics, InputError, TrialConfig, one_line
 from tune_amp.data import Dataset, Split, make_long_tail, thin_classes
-from tune_amp.parquet import write_atomically
+from tune_amp.files import write_atomically
 from tune_amp.training import TrainingData, TrainingRun
 
 WEIGHTS_FILE = "model.safetensors"
@@ -114,20 +115,35 @@ class FinalTraining:
         )
 
     def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> None:
-        """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card."""
-        temporary = folder / f".{WEIGHTS_FILE}.tmp"
-        try:
-            save_model(self._run.model, str(temporary))
-            temporary.replace(folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:  # a full disk, most likely
-            raise InputError(f"--output: {folder / WEIGHTS_FILE} cannot be written ({one_line(str(error))})") from error
-        write_atomically(folder / CARD_FILE, lambda file: file.write(card.encode()))
+        """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card.
+
+        Raises:
+            InputError: a file cannot be written, or is there already; what was in ``folder`` is as it was.
+        """
         test_loss, *test_recalls = (
             value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)
         )  # JSON knows no NaN
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
-        text = json.dumps(written, indent=2, allow_nan=False) + "\n"
-        write_atomically(folder / METRICS_FILE, lambda file: file.write(text.encode()))
+        metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
+        with contextlib.ExitStack() as undo:
+            writers = {WEIGHTS_FILE: self._write_weights, CARD_FILE: _writer(card), METRICS_FILE: _writer(metrics)}
+            for path, write in ((folder / name, write) for name, write in writers.items()):
+                try:
+                    write_atomically(path, write, replace=False)
+                except (OSError, SafetensorError) as error:  # a full disk, most likely
+                    raise InputError(f"--output: {path} cannot be written ({one_line(str(error))})") from error
+                undo.callback(path.unlink, missing_ok=True)
+            undo.pop_all()
+
+    def _write_weights(self, file: BinaryIO) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # safetensors wants a path, and writes beside it
+            path = Path(folder, WEIGHTS_FILE)
+            save_model(self._run.model, str(path))
+            file.write(path.read_bytes())
+
+
+def _writer(text: str) -> Callable[[BinaryIO], object]:
+    return lambda file: file.write(text.encode())
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
@@ -153,36 +169,6 @@ def join_splits(first: Split, second: Split) -> Split:
     return Split(
         images=np.concatenate([first.images, second.images]), labels=np.concatenate([first.labels, second.labels])
     )
-
-
-@contextlib.contextmanager
-def output_folder(folder: Path) -> Iterator[Path]:
-    """Make ``folder`` for a training's files, and keep it ours meanwhile. Without metrics in the end, it is free again.
-
-    Raises:
-        InputError: it cannot be made, or already holds a training's files.
-    """
-    try:
-        _claim_folder(folder)
-    except FileExistsError:
-        raise InputError(f"--output: {folder} already exists; choose another folder") from None
-    except OSError as error:
-        raise InputError(f"--output: {folder} cannot be written ({error.strerror})") from error
-    try:
-        yield folder
-    finally:
-        if (folder / METRICS_FILE).stat().st_size == 0:
-            for name in (METRICS_FILE, CARD_FILE, WEIGHTS_FILE, f".{WEIGHTS_FILE}.tmp"):
-                (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it held other files before
-                folder.rmdir()
-
-
-def _claim_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / WEIGHTS_FILE).exists() or (folder / CARD_FILE).exists():
-        raise FileExistsError
-    (folder / METRICS_FILE).touch(exist_ok=False)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -17,6 +17,7 @@ from tune_amp.config import InputError, TrialStatus
 from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done
 from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset
+from tune_amp.files import check_free, write_atomically
 from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.halt import StopRequest, watching
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
@@ -24,7 +25,6 @@ from tune_amp.journal import JOURNAL_VERSION, Journal
 from tune_amp.ledger import Ledger
 from tune_amp.mending import mend_run
 from tune_amp.options import SearchOptions
-from tune_amp.parquet import remove_unfinished
 from tune_amp.past import PastRun, PastTrial
 from tune_amp.planning import describe_run, find_time_left, list_shared, plan_resources
 from tune_amp.preflight import check_fit, check_objectives
@@ -32,7 +32,7 @@ from tune_amp.ranking import choose_best
 from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
-from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, SPACE_FILE
+from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE
 from tune_amp.searcher import AmpSearch, find_cause
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
@@ -139,7 +139,6 @@ def run_search(
             provenance, journal = past.provenance, past.journal
             for line in mend_run(folder, past):
                 announce(line)
-            remove_unfinished(folder)
         else:
             provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
             journal = stack.enter_context(begin_run(folder, space, provenance, arguments or {}))
@@ -250,10 +249,9 @@ def _build_searcher(
 
 def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
     """Write down how a run begins, before anything of it happens."""
-    if (folder / JOURNAL_FILE).exists():
-        raise InputError(f"--name: {folder} already holds a run; choose another name")
+    check_free(folder, *RUN_FILES)
     journal = Journal(folder / JOURNAL_FILE)
-    (folder / SPACE_FILE).write_text(space.text, encoding="utf-8")
+    write_atomically(folder / SPACE_FILE, lambda file: file.write(space.text.encode()), replace=False)
     about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(journal)

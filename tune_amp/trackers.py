@@ -7,6 +7,7 @@ nor holds it up. Nothing leaves this machine unless ``MLFLOW_TRACKING_URI`` or `
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import queue
@@ -81,6 +82,8 @@ class Tracker(tune.Callback):
         folder: below it a trial gets its own, by its name.
         past: of trials that go on after the search was cut off, the last epoch that they reported.
         warn: is told, in one line, when the tracker is switched off because it failed.
+        service: the program that Tune's callback starts beside this process. When the tracker is switched off, children
+            that run it are ended, but for those that ran before the tracker was made.
     """
 
     def __init__(
@@ -91,8 +94,11 @@ class Tracker(tune.Callback):
         *,
         past: Mapping[str, int] = types.MappingProxyType({}),
         warn: Callable[[str], None] | None = None,
+        service: Path | None = None,
     ) -> None:
         self.name = name
+        self._service = service
+        self._services_before = find_children(service)
         self._build = build
         self._folder = folder
         self._warn = warn or _print_warning
@@ -200,18 +206,30 @@ class Tracker(tune.Callback):
     def _give_up(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
-            if self.name == "wandb":
-                _kill_children("wandb-core")  # which would try to reach its server for minutes after the search's end
+            for service in find_children(self._service) - self._services_before:
+                # It would try to reach its server for minutes after the search's end.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(service, signal.SIGKILL)
             self._warn(f"tracker {self.name} is switched off ({reason}); the search goes on")
 
 
-def _kill_children(name: str) -> None:
-    """End this process's children of that name, where the system lists them."""
+def find_children(program: Path | None) -> set[int]:
+    """Return the process ids of this process's children that run the file ``program``, where the system lists them."""
+    if program is None:
+        return set()
+    found = set()
     for listed in Path("/proc/self/task").glob("*/children"):
         for pid in listed.read_text().split():
             with contextlib.suppress(OSError):
-                if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
+                if Path(f"/proc/{pid}/exe").samefile(program):
+                    found.add(int(pid))
+    return found
+
+
+def find_wandb_service() -> Path | None:
+    """Return the program that W&B starts beside a process, without importing W&B."""
+    package = importlib.util.find_spec("wandb")
+    return Path(package.origin).parent / "bin" / "wandb-core" if package and package.origin else None
 
 
 def build_trackers(
@@ -232,8 +250,17 @@ def build_trackers(
     """
     builders = {"tensorboard": _build_tensorboard, "mlflow": _build_mlflow, "wandb": _build_wandb}
     folder = folder.resolve()
+    services = {"wandb": find_wandb_service()}
     return [
-        Tracker(name, functools.partial(builders[name], folder), folder / name, past=past, warn=warn) for name in names
+        Tracker(
+            name,
+            functools.partial(builders[name], folder),
+            folder / name,
+            past=past,
+            warn=warn,
+            service=services.get(name),
+        )
+        for name in names
     ]
 
 

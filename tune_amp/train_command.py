@@ -26,6 +26,7 @@ from tune_amp.console import (
     read_path,
     say,
 )
+from tune_amp.files import claimed_folder
 from tune_amp.halt import interrupted_by_signals
 from tune_amp.options import naming_flags
 
@@ -92,14 +93,14 @@ def _train_final(
 
     from tune_amp.card import CardSource, describe_card
     from tune_amp.results import list_versions
-    from tune_amp.reuse import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining, output_folder
+    from tune_amp.reuse import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
 
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
     device = choose_device(arguments.device)
     console = open_console()
-    with output_folder(arguments.output or _default_output(arguments, config)) as output:
+    with claimed_folder(arguments.output or _default_output(arguments, config)) as output:
         try:
             training = FinalTraining(config, dataset, device)
             _print_training(console, arguments, config, device)

@@ -55,24 +55,29 @@ def killed(killed_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_half_written_checkpoint_is_not_used(killed: Path, undisturbed: Undisturbed, follow: Follow) -> None:
-    """Nor are halves of a Parquet file and of a journal's line in the way, which a killed process left behind."""
+    """Nor are halves of a journal's line in the way, nor files of the user's, which stay."""
     run = killed / "results" / "run"
     before = count_events(run, "report")
     newest = max(run.glob("ray*/*/checkpoint_*"))
     content = (newest / "trial.pt").read_bytes()
     (newest / "trial.pt").write_bytes(content[: len(content) // 2])
-    (run / ".trials.parquet.0123456789abcdef.tmp").write_bytes(b"PAR1 half of it")
+    notes, cache = run / ".trials.parquet.notes.tmp", run / ".cache.tmp"
+    notes.write_text("mine")
+    cache.mkdir()
     with (run / JOURNAL_FILE).open("ab") as journal, (run / STUDY_FILE).open("ab") as study:
         journal.write(b'0123abcd {"event":"report","at":1')
         study.write(b'{"op_code": 8, "worker_id"')
     search = follow(resume(killed))
     assert search.wait() == 0, search.stderr
     assert read_end(run) == undisturbed("alone")
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    cache.rmdir()
     count = check_run(run, fallen_back=1)
     assert search.find_left() == []
     returns = measure_returns(run)
     note_fault(
-        "driver killed, and what it wrote last half written: checkpoint, Parquet, both journals",
+        "driver killed, and what it wrote last half written: checkpoint, both journals",
         "goes on with --resume, from an older one or the beginning",
         count,
         ended=0.0,
