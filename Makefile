@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and make, nothing else: every target prepares .venv first.
 PYTHON ?= python3
-VENV := .venv
+# Ours is an environment that holds `ready`, from its first moment on. One of another program (`uv run`) is left alone.
+VENV := $(shell if [ -L .venv ] || { [ -e .venv ] && ! [ -e .venv/ready ]; }; then echo .venv-make; else echo .venv; fi)
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
@@ -11,7 +12,9 @@ install: $(READY)
 # Exact versions with hashes from requirements.lock, on every machine the same.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv --clear $(VENV)
+	@[ $(VENV) = .venv ] || echo "note: .venv was not made by this Makefile and is left as it is; using $(VENV)" >&2
+	@[ -e $@ ] || { mkdir $(VENV) && touch -d 2000-01-01 $@; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
@@ -42,4 +45,5 @@ lock:
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	[ ! -e $(READY) ] || rm -rf $(VENV)
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
