@@ -22,6 +22,7 @@ from tune_amp.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.models import build_model
 from tune_amp.reuse import (
     CARD_FILE,
+    EPOCH_FIELDS,
     MEASURED_FIELDS,
     METRICS_FILE,
     WEIGHTS_FILE,
@@ -254,6 +255,15 @@ def test_difference_in_any_field_but_a_measured_one_is_told(field: "dataclasses.
     assert (field.name in MEASURED_FIELDS) is measured
     assert find_differences(RECORDED, changed) == ([] if measured else [field.name])
     assert find_differences(changed, RECORDED) == ([] if measured else [field.name])
+
+
+def test_fields_that_cannot_be_compared_are_left_out() -> None:
+    assert EPOCH_FIELDS == ("loss_scale_steps", "loss_scale_values", "val_recalls")
+    last = dataclasses.replace(RECORDED, loss_scale_steps=(), loss_scale_values=(), val_recalls=())
+    again = dataclasses.replace(RECORDED, loss_scale_steps=(1,), loss_scale_values=(2.0,), val_recalls=(0.5,))
+    assert find_differences(last, again) == list(EPOCH_FIELDS)
+    assert find_differences(last, again, EPOCH_FIELDS) == []
+    assert find_differences(last, dataclasses.replace(again, train_loss=3.0), EPOCH_FIELDS) == ["train_loss"]
 
 
 def test_nan_equals_nan_and_nothing_else() -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from records import PROVENANCE, make_trial
 from safetensors.torch import load_file
 
 from tune_amp.config import TrialConfig
 from tune_amp.data import Dataset
 from tune_amp.results import rank_trials, write_best, write_trials
+from tune_amp.reuse import replay_trial
 from tune_amp.train_command import train_command
 
 
@@ -87,3 +89,24 @@ def test_rank_seed_budget_and_folder_are_what_the_flags_say(
     assert train_command([str(best), *again]) == 0
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
     assert not first["1.weight"].equal(second["1.weight"])  # another seed, other weights
+
+
+def test_replay_without_the_epochs_beside_compares_the_last_and_says_what_it_cannot(
+    tmp_path: Path, digits: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrialConfig(dataset="digits", max_epochs=2, precision="fp16", batch_size=256)
+    epochs = tuple(replay_trial(config, digits, torch.device("cpu")))
+    trial = make_trial(config=config, epochs=epochs, device="cpu", num_threads=torch.get_num_threads())
+    provenance = dataclasses.replace(PROVENANCE, dataset="digits", data_hash=digits.content_hash)
+    write_best(tmp_path, rank_trials([trial]), provenance)
+    assert train_command([str(tmp_path), "--replay"]) == 0
+    note, first, last = capsys.readouterr().out.splitlines()
+    assert note == (
+        f"note: {tmp_path / 'epochs.parquet'} is missing: only the last epoch is compared, "
+        "without loss_scale_steps, loss_scale_values, val_recalls"
+    )
+    assert re.fullmatch(r"epoch 1/2  .*val accuracy [\d.]+%", first)
+    assert re.fullmatch(r"epoch 2/2  .*val accuracy [\d.]+%  equal to the record, bit for bit", last)
+    write_trials(tmp_path, [trial], provenance)
+    assert train_command([str(tmp_path), "--replay"]) == 0
+    assert capsys.readouterr().out.count("equal to the record, bit for bit") == 2

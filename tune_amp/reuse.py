@@ -152,9 +152,14 @@ def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) ->
     return TrainingRun(config, TrainingData(train, dataset.validation, dataset.num_classes, device)).epochs()
 
 
-def find_differences(recorded: EpochMetrics, again: EpochMetrics) -> list[str]:
+EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics) if field.metadata["epoch_only"])
+"""Those that only ``epochs.parquet`` has."""
+
+
+def find_differences(recorded: EpochMetrics, again: EpochMetrics, left_out: Sequence[str] = ()) -> list[str]:
     """The fields in which a replayed epoch differs from the recorded one, clocks and memory left out."""
-    names = [field.name for field in dataclasses.fields(EpochMetrics) if field.name not in MEASURED_FIELDS]
+    passed = (*MEASURED_FIELDS, *left_out)
+    names = [field.name for field in dataclasses.fields(EpochMetrics) if field.name not in passed]
     return [name for name in names if not _equal(getattr(recorded, name), getattr(again, name))]
 
 

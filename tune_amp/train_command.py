@@ -29,6 +29,7 @@ from tune_amp.console import (
 from tune_amp.files import claimed_folder
 from tune_amp.halt import interrupted_by_signals
 from tune_amp.options import naming_flags
+from tune_amp.run_files import EPOCHS_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +143,8 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
     """Train as the trial did and compare every epoch with the record."""
     import torch
 
-    from tune_amp.reuse import find_differences, replay_trial
+    from tune_amp.parquet import locate
+    from tune_amp.reuse import EPOCH_FIELDS, find_differences, replay_trial
 
     for flag in ("seed", "max_epochs", "output"):
         if getattr(arguments, flag) is not None:
@@ -152,13 +154,17 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
     torch.set_num_threads(record.num_threads)  # sums are split among threads: another number, other last bits
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
+    beside = locate(arguments.best, "best").with_name(EPOCHS_FILE)
+    left_out = () if beside.exists() else EPOCH_FIELDS
+    if left_out:
+        say(console, f"note: {beside} is missing: only the last epoch is compared, without {', '.join(left_out)}")
     equal = True
     recorded_on = "cpu" if record.device == "cpu" else "cuda"
     device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
     for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
         line = f"{_describe_epoch(metrics, record.config.max_epochs)}  val accuracy {metrics.val_accuracy:.2%}"
         if metrics.epoch in recorded:
-            differences = find_differences(recorded[metrics.epoch], metrics)
+            differences = find_differences(recorded[metrics.epoch], metrics, left_out)
             equal = equal and not differences
             line += f"  differs in {', '.join(differences)}" if differences else "  equal to the record, bit for bit"
         console.print(line, markup=False, soft_wrap=True)
