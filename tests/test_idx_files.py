@@ -366,6 +366,18 @@ def test_second_process_that_finished_first_wins(
     assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
 
 
+def test_download_leaves_what_somebody_else_put_in_its_place(
+    tmp_path: Path, mnist_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "notes.txt").write_text("mine")
+    with serve(read_from(mnist_dir)) as address:
+        offer(monkeypatch, address)
+        assert "download failed" in refusal("mnist", tmp_path)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {raw / "notes.txt": "mine"}
+
+
 def test_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idx_files, "DOWNLOAD_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
