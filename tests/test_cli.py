@@ -12,7 +12,8 @@ from records import PROVENANCE, make_trial
 from tune_amp.cli import main
 from tune_amp.config import InputError, TrialConfig
 from tune_amp.results import rank_trials, write_best, write_trials
-from tune_amp.search_command import Task, _load_checked, _user_modules, search_command
+from tune_amp.search_arguments import search_parser
+from tune_amp.search_command import Task, _load_checked, _say_cut_off, _user_modules, search_command
 from tune_amp.space import load_space
 from tune_amp.train_command import describe_recalls, train_command
 
@@ -243,3 +244,25 @@ def test_installed_model_is_sent_alone() -> None:
 
 def test_built_in_model_needs_nothing() -> None:
     assert _user_modules("simple_net") == ()
+
+
+@pytest.mark.parametrize("left", [None, "trials.parquet"])
+def test_run_folder_that_was_removed_under_a_search_is_one_line(
+    left: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray and the last files of the search may have made a part of it again."""
+    folder = tmp_path / "run"
+    arguments = search_parser("search").parse_args([])
+    task = Task(arguments=arguments, space=load_space("quick"), command=("search",), begun=0.0)
+    if left is not None:
+        folder.mkdir()
+        (folder / left).touch()
+    assert _say_cut_off("no such file", task, folder) == 1
+    expected = (
+        f"error: {folder} was removed or moved while the search ran, and cannot be resumed there (no such file)\n"
+    )
+    assert capsys.readouterr().err == expected
+    folder.mkdir(exist_ok=True)
+    (folder / "reports.journal").write_text("begun")
+    assert _say_cut_off("no such file", task, folder) == 130
+    assert capsys.readouterr().err.startswith("cut off  no such file\nresume   ")

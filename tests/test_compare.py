@@ -31,7 +31,7 @@ from tune_amp.compare import (
     write_runs,
 )
 from tune_amp.compared import ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.config import PRECISIONS, SCALER_DEFAULTS, EpochMetrics, InputError, TrialConfig, TrialStatus
+from tune_amp.config import PRECISIONS, SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
 from tune_amp.data import Dataset
 from tune_amp.parquet import read_origin, read_rows
 from tune_amp.training import TrainingData

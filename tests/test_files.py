@@ -121,7 +121,7 @@ def test_folder_with_files_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_folder_that_another_has_is_refused_while_it_is_empty_too(tmp_path: Path) -> None:
-    rule = "is being written by another process; choose another folder$"
+    rule = "is being written by another process; choose another$"
     with (
         claimed_folder(tmp_path / "out") as folder,
         pytest.raises(InputError, match=rule),

@@ -18,7 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from tune_amp.compared import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.config import SCALER_DEFAULTS, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error
+from tune_amp.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, describe_error
 from tune_amp.data import Dataset, Split
 from tune_amp.graphs import WARM_UP_STEPS
 from tune_amp.parquet import build_columns, build_table, write_parquet

@@ -40,7 +40,9 @@ def _grafana(arguments: argparse.Namespace) -> int:
     try:
         _write_dashboard(arguments.file, text.encode())
     except FileExistsError:
-        raise InputError(f"FILE: {arguments.file} already exists and is another file: remove it, or name another") from None
+        raise InputError(
+            f"FILE: {arguments.file} already exists and is another file: remove it, or name another"
+        ) from None
     except OSError as error:
         raise InputError(f"FILE: {arguments.file} cannot be written: {error.strerror}") from error
     return EXIT_DONE

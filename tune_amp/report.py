@@ -42,7 +42,9 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     page = build_report(run).encode("utf-8", errors="replace")  # file names may hold surrogates
     try:
         if os.path.lexists(path) and not is_page(path):
-            raise InputError(f"{path}: already exists and is no report of tune_amp: remove it, or name another --output")
+            raise InputError(
+                f"{path}: already exists and is no report of tune_amp: remove it, or name another --output"
+            )
         write_atomically(path, lambda file: file.write(page))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -13,7 +13,7 @@ from typing import Any, cast
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from tune_amp.config import InputError, TrialStatus
+from tune_amp.config import TrialStatus
 from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done
 from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset

@@ -169,7 +169,9 @@ def _run(task: Task, folder: Path) -> int:
         return _say_cut_off("SIGTERM", task, folder)
     except Exception as error:  # a fault of ours or of Ray's: its traceback follows, but the run is not lost
         if not isinstance(error, InputError):
-            _say_cut_off(describe_error(error), task, folder)
+            code = _say_cut_off(describe_error(error), task, folder)
+            if _is_gone(folder):
+                return code
         raise
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
@@ -182,12 +184,22 @@ def _run(task: Task, folder: Path) -> int:
 
 
 def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
-    """Say what ended a run before its time, and how to go on with it."""
+    """Say what ended a run before its time, and how to go on with it. Return the exit code."""
+    if _is_gone(folder):
+        text = f"error: {folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(text, file=sys.stderr)  # noqa: T201
+        return EXIT_NO_RESULT
     with contextlib.suppress(OSError):  # nobody reads it
         print(f"cut off  {reason}", file=sys.stderr)  # noqa: T201
         if _can_go_on(task, folder):
             print(f"resume   {_resume_command(task, folder)}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED
+
+
+def _is_gone(folder: Path) -> bool:
+    """Return whether a run folder was removed or moved away. Ray and we may have made parts of it again."""
+    return not folder.exists() or (any(folder.iterdir()) and not (folder / JOURNAL_FILE).exists())
 
 
 def _can_go_on(task: Task, folder: Path) -> bool:
