@@ -197,7 +197,7 @@ def test_both_programs_are_told_where_to_train(share: float, tmp_path: Path) -> 
 def test_slots_are_as_many_as_cores_and_shares_allow(
     cores: int, gpus: int, share: float, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "count_cores", lambda: cores)
+    monkeypatch.setattr(speed, "count_cpus", lambda: cores)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert plan_slots(share) == slots

@@ -7,7 +7,6 @@ the machine does in the course of time falls on all precisions. The test set is 
 import contextlib
 import dataclasses
 import itertools
-import os
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 
 from tune_amp.compared import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
 from tune_amp.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, describe_error
+from tune_amp.cpus import count_cpus
 from tune_amp.data import Dataset, Split
 from tune_amp.graphs import WARM_UP_STEPS
 from tune_amp.parquet import build_columns, build_table, write_parquet
@@ -94,9 +94,9 @@ def in_precision(config: TrialConfig, precision: str) -> TrialConfig:
 
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Within, the CPU computes with ``count`` threads, or as many as there are cores for."""
+    """Within, the CPU computes with ``count`` threads, or as many as there are CPUs for."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(count, os.cpu_count() or count))
+    torch.set_num_threads(min(count, count_cpus()))
     try:
         yield
     finally:

@@ -135,7 +135,10 @@ def _fill(file: IO[bytes] | gzip.GzipFile, buffer: memoryview) -> int:
 
 def _choose_folder(data_dir: Path | None) -> Path:
     if data_dir is None:
-        return Path(os.environ.get("TUNE_AMP_DATA") or "~/.cache/tune_amp").expanduser()
+        try:
+            return Path(os.environ.get("TUNE_AMP_DATA") or "~/.cache/tune_amp").expanduser()
+        except RuntimeError as error:
+            raise InputError(f"--data-dir: must be given where no HOME is set ({error})") from None
     if not os.path.isdir(data_dir.expanduser()):  # noqa: PTH112  # Path.is_dir raises where a parent is closed to us
         raise InputError(f"--data-dir: must be an existing folder, got {data_dir}")
     return data_dir.expanduser()

@@ -26,10 +26,11 @@ from tune_amp.halt import StopRequest
 from tune_amp.journal import Journal
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun, open_past
+from tune_amp.private_home import private_home
 from tune_amp.resources import beside_this_process
 from tune_amp.results import TrialRecord
 from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, REWRITTEN_FILES, RUN_FILES, STUDY_FILE
-from tune_amp.session import QUIET_TUNE, private_home
+from tune_amp.session import QUIET_TUNE
 from tune_amp.untroubled import Untroubled
 
 if TYPE_CHECKING:  # these bring Tune, which reads the environment

@@ -144,6 +144,8 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
 
 def _run(task: Task, folder: Path) -> int:
     """Search, print what was found, and how to go on where something ended it."""
+    from tune_amp.session import StartError
+
     arguments, stdout = task.arguments, sys.stdout
 
     def leave() -> None:
@@ -159,6 +161,9 @@ def _run(task: Task, folder: Path) -> int:
     try:
         with pure, stopping_on_signals(stop):
             result = _search_with_ray(task, folder, stop, stdout)
+    except StartError as error:  # nothing was begun that could go on: the same command may be given again
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_NO_RESULT
     except OSError as error:  # a full disk, most often
         return _say_cut_off(describe_error(error), task, folder)
     except KeyboardInterrupt:
@@ -222,7 +227,12 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     find_dataset = _call(load, in_background=not theirs)
     modules = _user_modules(arguments.model)
     with ray_session(
-        arguments.address, run=folder.name, modules=modules, num_gpus=_count_usable_gpus(), preload=WORKER_MODULES
+        arguments.address,
+        run=folder.name,
+        modules=modules,
+        num_gpus=_count_usable_gpus(),
+        preload=WORKER_MODULES,
+        announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
         stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
         if session.exposure:

@@ -5,25 +5,28 @@ Knows nothing of trials. Ray is imported inside the functions, because parts of 
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import functools
 import json
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tune_amp.config import InputError, describe_error
+from tune_amp.cpus import count_cpus
+from tune_amp.private_home import HOME_PREFIX, private_home
 from tune_amp.replaced import replaced
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
@@ -43,10 +46,21 @@ QUIET_TUNE = {
 
 CLIENT_PREFIX = "ray://"
 CLIENT_ATTEMPTS = 3
-HOME_PREFIX = "tune_amp_"
-ALIVE_FILE = "alive"
-ABANDONED_SECONDS = 60.0
-"""A younger folder may be one whose owner has not locked it yet."""
+
+START_SECONDS = 300
+"""How long the node of a Ray of our own may take to start. Ray's own limit is a constant of 30 s."""
+SLOW_START_SECONDS = 30.0
+"""After which the user is informed that it takes long."""
+ROOM_BYTES = 8 * 2**20
+"""Free space that a Ray of our own needs in the temporary folder: its logs and dashboards take 1 MiB as it starts."""
+PATH_BYTES = 103 if sys.platform == "darwin" else 107
+"""Longest path of a Unix socket."""
+MOST_PLACES_BYTES = PATH_BYTES - len(f"/{HOME_PREFIX}12345678/ray/12345678/sockets/dash_MetricsHead")
+"""Longest path of a temporary folder below which Ray's longest socket has room."""
+
+
+class StartError(OSError):
+    """A Ray of our own does not start."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +98,7 @@ def ray_session(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     preload: Sequence[str] = (),
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Iterator[RaySession]:
     """Ray for the length of a ``with`` block: the one already started in this process, a cluster's, or a private one.
 
@@ -93,20 +108,22 @@ def ray_session(
         address: ``auto``, ``host:port`` or ``ray://host:port`` to join a cluster; None for a private Ray.
         run: name shown in the dashboard's list of jobs.
         modules: packages that the workers of a joined cluster need and may not have.
-        num_cpus: what a private Ray is to offer instead of what it finds; so ``num_gpus``.
-        num_gpus: see ``num_cpus``.
+        num_cpus: what a private Ray offers; None for the CPUs that this process may use.
+        num_gpus: what a private Ray offers; None for what it finds.
         preload: modules that the workers of a private Ray import as they start, while Ray itself is still starting.
+        announce: receives a line where a private Ray starts otherwise than the user may expect.
 
     Raises:
-        InputError: ``address`` cannot be joined.
-        OSError: a private Ray does not start.
+        InputError: ``address`` cannot be joined, or Ray would find no home folder.
+        StartError: a private Ray does not start.
     """
+    _check_home()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(QUIET_TUNE))
         if "ray" in sys.modules and _ray_is_initialized():
             yield _describe_session(token_path=None)
         elif address is None:
-            token_path = stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload))
+            token_path = stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload, announce))
             yield _describe_session(token_path)
         else:
             stack.enter_context(_joined_ray(address, run, modules))
@@ -114,38 +131,34 @@ def ray_session(
 
 
 @contextlib.contextmanager
-def private_home() -> Iterator[Path]:
-    """A folder that no other user can read, for the length of a ``with`` block.
-
-    If this process is killed, the next of this user on this machine removes it.
-    """
-    # Unix sockets below this folder must stay under 107 characters, so it is short; mkdtemp makes it 0700.
-    places = Path(_short_temporary_folder())
-    _remove_abandoned(places)
-    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=places))
-    with (home / ALIVE_FILE).open("w") as alive:
-        fcntl.flock(alive, fcntl.LOCK_EX)
-        try:
-            yield home
-        finally:
-            _remove(home)
-
-
-@contextlib.contextmanager
-def _private_ray(run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str]) -> Iterator[Path]:
+def _private_ray(
+    run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str], announce: Callable[[str], None]
+) -> Iterator[Path]:
     """Start Ray for us alone; yields the token's path."""
     with contextlib.ExitStack() as stack:
-        home = stack.enter_context(private_home())
-        token_path = home / "token"
-        token_path.touch(mode=0o600)
-        token_path.write_text(secrets.token_hex(32))
-        stack.enter_context(_secured_ray(home, token_path, run, num_cpus, num_gpus, preload))
+        places = None
+        try:
+            places = _choose_places(announce)
+            home = stack.enter_context(private_home(places))
+            token_path = home / "token"
+            token_path.touch(mode=0o600)
+            token_path.write_text(secrets.token_hex(32))
+            _check_room(home)
+        except OSError as error:
+            raise _start_error(error, places) from error
+        stack.enter_context(_secured_ray(home, token_path, run, num_cpus, num_gpus, preload, announce))
         yield token_path
 
 
 @contextlib.contextmanager
 def _secured_ray(
-    home: Path, token_path: Path, run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str]
+    home: Path,
+    token_path: Path,
+    run: str,
+    num_cpus: int | None,
+    num_gpus: int | None,
+    preload: Sequence[str],
+    announce: Callable[[str], None],
 ) -> Iterator[None]:
     secured: dict[str, str | None] = {
         # On Linux this makes the node's own address the loopback one: GCS, raylet and workers listen nowhere else.
@@ -156,6 +169,8 @@ def _secured_ray(
         "RAY_preload_python_modules": ",".join(preload) or None,
         # Ray would start as many workers as there are CPUs, and Tune's actors then others, all importing at once.
         "RAY_prestart_worker_first_driver": "0",
+        "RAY_gcs_server_port_wait_time_s": str(START_SECONDS),
+        "PYTHONPATH": _extend_python_path(),
         # Ray would tell its makers of every run that is longer than a minute.
         "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
     }
@@ -164,50 +179,138 @@ def _secured_ray(
 
         try:
             try:
-                # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
-                with _free_port_for_agent():
-                    _init_ray("local", run, num_cpus=num_cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
-            except Exception as error:  # it gives itself half a minute, which is too little on a busy machine
-                raise OSError(f"Ray did not start: {describe_error(error)}") from error
+                with _adapted_start(home), _patient_start(announce):
+                    cpus = count_cpus() if num_cpus is None else num_cpus
+                    # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
+                    _init_ray("local", run, num_cpus=cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
+            except Exception as error:
+                try:
+                    _check_room(home)
+                except OSError as full:
+                    raise _start_error(full, home.parent) from error
+                raise _start_error(error, home.parent) from error
             yield
         finally:
             ray.shutdown()
             _print_ray_logs(True)
 
 
-def _remove(home: Path) -> None:
-    """Remove it: Ray's last processes may still write there as they end."""
-    for _ in range(10):
-        shutil.rmtree(home, ignore_errors=True)
-        if not home.exists():
-            return
-        time.sleep(0.1)
+def _choose_places(announce: Callable[[str], None]) -> Path:
+    """The user's temporary folder, or /tmp where the paths of Ray's sockets would be too long there."""
+    places, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
+    if wanted and os.path.abspath(wanted) != places:  # noqa: PTH100 - as tempfile does it
+        announce(f"Ray's files go to {places}: TMPDIR ({wanted}) is full, or no folder that you may write to")
+    length = len(os.fsencode(places))
+    if length > MOST_PLACES_BYTES:
+        announce(
+            f"Ray's files go to /tmp: the path of the temporary folder {places} is too long for Ray's sockets "
+            f"({length} bytes, at most {MOST_PLACES_BYTES}); a shorter TMPDIR moves them"
+        )
+        places = "/tmp"  # noqa: S108 - a private folder is made in it
+    return Path(places)
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _check_room(home: Path) -> None:
+    """Raise OSError where Ray's files have no room: it would write pages of log, and fail after half a minute."""
+    probe = home / "room"
+    try:
+        probe.write_bytes(bytes(ROOM_BYTES))  # a quota of the user's is met by writing only
+    finally:
+        probe.unlink(missing_ok=True)
 
 
-def _remove_abandoned(places: Path) -> None:
-    """Remove what killed processes of this user left of their Ray. One that lives holds a lock in its folder."""
-    for home in places.glob(f"{HOME_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or removed by another process as we look
-            old = time.time() - home.stat().st_mtime > ABANDONED_SECONDS and home.stat().st_uid == os.getuid()
-            if not old or home.is_symlink():
-                continue
-            # Not there where a process was killed while it removed its home.
-            with open(home / ALIVE_FILE, "a", opener=_open_private) as alive:
-                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(home, ignore_errors=True)
+def _start_error(error: Exception, places: Path | None) -> StartError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed = f"{ROOM_BYTES // 2**20} MiB"
+        return StartError(
+            f"Ray did not start: the temporary folder {places} is full; free {needed} there, or set TMPDIR to another"
+        )
+    return StartError(f"Ray did not start: {describe_error(error)}")
+
+
+def _check_home() -> None:
+    """Raise InputError where nobody knows the user's home folder: Ray Tune asks for it on import."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise InputError(
+            f"HOME: must name a folder: it is not set, and the user id {os.getuid()} has no home folder"
+        ) from None
+
+
+def _extend_python_path() -> str | None:
+    """``PYTHONPATH``, from which workers can import this package where it is not installed."""
+    before, folder = os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1])
+    if folder in (*sysconfig.get_paths().values(), *(before or "").split(os.pathsep)):
+        return before
+    return f"{before}{os.pathsep}{folder}" if before else folder
 
 
 @contextlib.contextmanager
-def _free_port_for_agent() -> Iterator[None]:
-    """Ray's agent takes port 52365, come what may: beside another Ray it would retry for 6 s, then do without HTTP."""
-    from ray._private import parameter
+def _adapted_start(home: Path) -> Iterator[None]:
+    """Change what Ray has no setting for in how it starts its processes."""
+    from ray._private import parameter, ray_constants, services
 
-    with replaced(parameter, "RayParams", functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)):
+    start = services.start_ray_process
+
+    def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
+        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
+            # Its servers are started by "python -c", which looks for modules in the current folder first, and the
+            # folder of their socket stays behind: it has to be below ours, where its path is short too.
+            options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
+        return start(command, process_type, *arguments, **options)
+
+    params = functools.partial(
+        parameter.RayParams,
+        dashboard_agent_listen_port=0,  # else 52365: beside another Ray it retries for 6 s, then does without HTTP
+        session_name=home.name.removeprefix(HOME_PREFIX),  # a third as long as Ray's: sockets are below it
+    )
+    with replaced(parameter, "RayParams", params), replaced(services, "start_ray_process", start_process):
         yield
+
+
+@contextlib.contextmanager
+def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
+    """Let Ray's node take its time to start on a busy machine, and end at once where it has died."""
+    from ray._private import node, ray_constants, services
+
+    start = node.Node.start_ray_processes
+
+    def start_and_wait(self: Any) -> None:
+        try:
+            start(self)
+            deadline = time.monotonic() + START_SECONDS
+            while time.monotonic() < deadline and not _is_registered(self):
+                time.sleep(0.1)
+        except BaseException:
+            self.kill_all_processes(check_alive=False)  # nobody else knows them yet
+            raise
+
+    def _is_registered(starting: Any) -> bool:
+        for kind, process in starting.dead_processes():
+            if kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
+                raise RuntimeError(f"its {kind} ended with exit code {process.returncode}")
+        try:
+            services.get_node(starting.gcs_address, starting.node_id)
+        except RuntimeError:
+            return False
+        return True
+
+    def inform() -> None:
+        load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
+        announce(
+            f"Ray has not started within {SLOW_START_SECONDS:.0f} s: the machine is busy ({load}); "
+            f"waiting up to {START_SECONDS} s"
+        )
+
+    timer = threading.Timer(SLOW_START_SECONDS, inform)
+    timer.daemon = True
+    timer.start()
+    try:
+        with replaced(node.Node, "start_ray_processes", start_and_wait):
+            yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -288,7 +391,15 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
         logging.getLogger("ray.util.client.logsclient").disabled = True  # it prints what the server logs
         _init_client(address, **options)
         return
-    job = JobConfig(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
+
+    class Job(JobConfig):  # type: ignore[misc]
+        """Without the folders that Ray would let workers search before all others: the script's and the current one."""
+
+        def _serialize(self) -> Any:
+            self._py_driver_sys_path.clear()
+            return super()._serialize()
+
+    job = Job(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
@@ -425,12 +536,6 @@ def _read_environment_again() -> None:
 
 def _default_token() -> Path:
     return Path.home() / ".ray" / "auth_token"
-
-
-def _short_temporary_folder() -> str:
-    """The user's temporary folder where its path is short enough for sockets, /tmp elsewhere."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= len("/var/folders") else "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tune_amp.cpus import count_cpus
+
 if TYPE_CHECKING:
     import torch  # takes seconds to import, and only a GPU is asked through it
 
@@ -25,7 +27,7 @@ def describe_machine(device: "torch.device | None" = None) -> dict[str, str]:
     about = {
         "processor": read_processor(),
         "instructions": ", ".join(read_matrix_flags()) or "none of " + ", ".join(MATRIX_FLAGS),
-        "cores": str(count_cores()),
+        "cores": str(count_cpus()),
         "memory": f"{count_memory_bytes() / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -67,11 +69,6 @@ def read_matrix_flags(cpu_info: Path = CPU_INFO) -> tuple[str, ...]:
     """Those of ``MATRIX_FLAGS`` that the processor has."""
     flags = set(_read_field(cpu_info, "flags").split())
     return tuple(flag for flag in MATRIX_FLAGS if flag in flags)
-
-
-def count_cores() -> int:
-    """Cores that this process may use, which a container may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_memory_bytes() -> int:

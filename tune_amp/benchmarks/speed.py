@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.benchmarks.command_cost import CommandCost, read_tail, run_measured
-from tune_amp.benchmarks.machine import count_cores, describe_machine, describe_versions
+from tune_amp.benchmarks.machine import describe_machine, describe_versions
 from tune_amp.benchmarks.speed_table import (
     OBVIOUS,
     OURS,
@@ -31,6 +31,7 @@ from tune_amp.benchmarks.speed_table import (
     write_speed,
 )
 from tune_amp.config import InputError
+from tune_amp.cpus import count_cpus
 from tune_amp.idx_files import locate_files
 from tune_amp.results import TrialRecord, load_trials
 from tune_amp.run_files import SPACE_FILE
@@ -137,7 +138,7 @@ def plan_slots(gpus_per_trial: float) -> int:
         InputError: trials shall have a share of a GPU, and there is none.
     """
     if gpus_per_trial == 0:
-        return count_cores()
+        return count_cpus()
     import torch
 
     from tune_amp.resources import count_gpus, count_slots
@@ -146,7 +147,7 @@ def plan_slots(gpus_per_trial: float) -> int:
     if not (0 < gpus_per_trial <= 1 and gpus):
         rule = f"must be between 0 and 1, and 0 without a GPU; torch sees {gpus}"
         raise InputError(f"--gpus-per-trial: {rule}, got {gpus_per_trial:g}")
-    return count_slots({"CPU": count_cores(), "GPU": gpus}, 1, gpus_per_trial)
+    return count_slots({"CPU": count_cpus(), "GPU": gpus}, 1, gpus_per_trial)
 
 
 def describe_here() -> dict[str, str]:

@@ -1,0 +1,121 @@
+"""A private folder of this process in a temporary folder, and the removal of those that killed processes left there.
+
+Users name folders as they like, so a name proves nothing: a folder is removed only if it holds the text that its owner
+wrote into it as it made it, and if the lock that the owner holds on that text is free.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+HOME_PREFIX = "tune_amp_home_"
+OWNER_FILE = "owner"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+@contextlib.contextmanager
+def private_home(places: Path | None = None) -> Iterator[Path]:
+    """Make a folder that no other user can enter, for the length of a ``with`` block.
+
+    If this process is killed, the next one of this user on this machine that makes a home in ``places`` removes it.
+
+    Args:
+        places: where it is made; None for the user's temporary folder.
+    """
+    places = places or Path(tempfile.gettempdir())
+    _remove_abandoned(places)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=places))  # 0700 whatever the umask
+    proof = _describe_home(home)
+    folder = os.open(home, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not on NFS; elsewhere systemd-tmpfiles spares a folder that is locked
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        with open(home / OWNER_FILE, "x", opener=_open_private) as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            owner.write(proof)  # after the lock: whoever reads the text finds a lock that tells whether we live
+            owner.flush()
+            yield home
+    finally:
+        for _ in range(10):  # Ray's last processes may still write there as they end
+            _remove(home, proof)
+            if not home.exists():
+                break
+            time.sleep(0.1)
+        os.close(folder)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _describe_home(home: Path) -> str:
+    """The text that an owner writes into its home. A copy of the folder, or another machine, would need another."""
+    status = home.lstat()
+    return (
+        "tune_amp made this folder, and removes it after the process that did so has ended\n"
+        f"{home.resolve()}\n{status.st_dev}:{status.st_ino}\n{_read_boot_id()}\n"
+    )
+
+
+def _read_boot_id() -> str:
+    """What tells this machine, since it started, from all others: only here is a free lock a sign of death."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _remove_abandoned(places: Path) -> None:
+    """Remove the homes in ``places`` whose owners, processes of this user on this machine, were killed."""
+    for home in places.glob(f"{HOME_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or removed by another process meanwhile
+            path = home / OWNER_FILE
+            if not _is_ours(home, stat.S_IFDIR) or not _is_ours(path, stat.S_IFREG):
+                continue
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "rb") as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                proof = _describe_home(home)
+                if owner.read(len(os.fsencode(proof)) + 1) == os.fsencode(proof):
+                    _remove(home, proof)
+
+
+def _is_ours(path: Path, kind: int) -> bool:
+    status = path.lstat()
+    return stat.S_IFMT(status.st_mode) == kind and status.st_uid == os.getuid()
+
+
+def _remove(home: Path, proof: str) -> None:
+    """Remove as much as possible of the home to which ``proof`` belongs, the owner's file last.
+
+    A removal that is cut short leaves the proof for the next. No link is followed; a home below which something is
+    mounted stays, or what is mounted would be emptied.
+    """
+    with contextlib.suppress(OSError):
+        if _describe_home(home) != proof or _is_mounted_below(home):
+            return
+        for entry in list(home.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != OWNER_FILE:
+                entry.unlink()
+        if [*home.iterdir()] in ([], [home / OWNER_FILE]):
+            (home / OWNER_FILE).unlink(missing_ok=True)
+            home.rmdir()
+
+
+def _is_mounted_below(home: Path) -> bool:
+    try:
+        mounts = [line.split()[4] for line in _MOUNTS.read_bytes().splitlines()]
+    except OSError:  # not Linux
+        return False
+    # The table writes a blank as \040.
+    below = os.fsencode(home.resolve()).replace(b"\\", rb"\134").replace(b" ", rb"\040") + b"/"
+    return any(mount.startswith(below) for mount in mounts)
