@@ -1,25 +1,38 @@
-import fcntl
+import contextlib
+import errno
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import tune_amp
 from tune_amp.config import InputError
-from tune_amp.session import ALIVE_FILE, HOME_PREFIX, _find_source, _remove_abandoned, ray_session
+from tune_amp.session import (
+    MOST_PLACES_BYTES,
+    StartError,
+    _check_room,
+    _choose_places,
+    _find_source,
+    _patient_start,
+    _start_error,
+    ray_session,
+)
 
 pytestmark = pytest.mark.slow
 
 # Runs in a process of its own: what Ray reads of the environment, and when, is part of what is tested.
 SCRIPT = """
-import json, os, stat, sys, time, urllib.error, urllib.request
+import json, os, stat, sys, tempfile, time, urllib.error, urllib.request
 from pathlib import Path
 
 if sys.argv[1] == "ray first":
@@ -66,8 +79,8 @@ def ask(url, token):
 
 
 def watch(run):
-    environment = dict(os.environ)
-    with ray_session(run=run, num_cpus=1, num_gpus=2) as session:
+    environment, announced = dict(os.environ), []
+    with ray_session(run=run, num_cpus=1, num_gpus=2, announce=announced.append) as session:
         import ray
 
         token = session.token_path.read_text()
@@ -88,6 +101,10 @@ def watch(run):
             "joined": joined,
             "alive_after_joining": ray.is_initialized() and ray.get(ray.remote(lambda: 42).remote()),
             "variables": {name: os.environ.get(name) for name in VARIABLES},
+            "places": [str(session.token_path.parents[1]), ray.get(ray.remote(tempfile.gettempdir).remote())],
+            "listens_to_dashboard": list(session.token_path.parent.glob("pymp-*/listener-*")) != [],
+            "worker_path": ray.get(ray.remote(lambda: sys.path).remote()),
+            "announced": announced,
         }
     return seen | {
         "folder_left": session.token_path.parent.exists(),
@@ -124,24 +141,43 @@ def sessions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Two private sessions, one after the other in one process, as seen from inside and outside."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    folder = tmp_path_factory.mktemp("session")
-    script = folder / "script.py"
+    folder, script = tmp_path_factory.mktemp("session"), tmp_path_factory.mktemp("script") / "script.py"
     script.write_text(SCRIPT)
-    # What must not lead astray: another cluster's address and token, and a home folder to be left alone.
-    foreign = {"RAY_ADDRESS": "192.0.2.99:6379", "RAY_AUTH_TOKEN": "foreign", "HOME": str(folder)}
-    done = subprocess.run(
-        [sys.executable, str(script), request.param],
-        env=os.environ | foreign,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert list(folder.iterdir()) == [script]  # no ~/.ray/auth_token, no ~/ray_results
-    seen: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    modules = [folder / f"{name}.py" for name in ("IPython", "multiprocessing", "psutil", "starlette")]
+    for module in modules:
+        module.write_text(f"open({str(folder / 'imported')!r}, 'a').write({module.name!r})")
+    # What must not lead astray: another cluster's address and token, modules in the current folder, and a home folder
+    # to be left alone. Ray's sockets have just enough room in the temporary folder.
+    with temporary_folder(MOST_PLACES_BYTES) as temporary:
+        foreign = {"RAY_ADDRESS": "192.0.2.99:6379", "RAY_AUTH_TOKEN": "foreign", "HOME": str(folder)}
+        done = subprocess.run(
+            [sys.executable, str(script), request.param],
+            env=os.environ | foreign | {"TMPDIR": str(temporary)},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        assert [session.pop("places") for session in seen] == [[str(temporary)] * 2] * 2
+        assert list(temporary.iterdir()) == []
+    assert sorted(folder.iterdir()) == modules  # no ~/.ray/auth_token, no ~/ray_results, nothing imported
+    assert all(str(folder) not in session["worker_path"] for session in seen)
     return seen
+
+
+@contextlib.contextmanager
+def temporary_folder(length: int) -> Iterator[Path]:
+    """An empty folder whose path has that many bytes."""
+    base = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        folder = base / ("x" * (length - len(f"{base}/")))
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(base)
 
 
 def test_private_ray_listens_on_loopback_only(sessions: list[dict[str, Any]]) -> None:
@@ -188,6 +224,8 @@ def test_session_leaves_nothing_behind(sessions: list[dict[str, Any]]) -> None:
         assert session["variables"] == quiet | {"RAY_AUTH_TOKEN": None}
         assert session["environment_restored"]
         assert not session["folder_left"]
+        assert session["listens_to_dashboard"]  # in the folder that is gone now
+        assert session["announced"] == []
         assert not session["initialized_after"]
         assert session["processes_left"] == []
 
@@ -269,9 +307,127 @@ def test_ray_that_does_not_start_is_one_line_and_leaves_no_folder(monkeypatch: p
 
     homes: list[Path] = []
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(OSError, match=r"^Ray did not start: Exception: The current node timed out during startup\.$"):
+    with pytest.raises(
+        StartError, match=r"^Ray did not start: Exception: The current node timed out during startup\.$"
+    ):
         ray_session().__enter__()
     assert [home.exists() for home in homes] == [False]
+
+
+def test_ray_that_filled_the_temporary_folder_as_it_started_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def fail(address: str, _temp_dir: str, **options: Any) -> None:
+        (Path(_temp_dir).parent / "room").symlink_to("/dev/full")
+        raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(StartError, match=f"^Ray did not start: the temporary folder {tempfile.gettempdir()} is full; "):
+        ray_session().__enter__()
+
+
+def test_full_temporary_folder_is_named_with_the_setting_that_moves_it(tmp_path: Path) -> None:
+    _check_room(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "room").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        _check_room(tmp_path)
+    assert str(_start_error(caught.value, tmp_path)) == (
+        f"Ray did not start: the temporary folder {tmp_path} is full; free 8 MiB there, or set TMPDIR to another"
+    )
+    over_quota = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert f"the temporary folder {tmp_path} is full" in str(_start_error(over_quota, tmp_path))
+    assert "is full" not in str(_start_error(PermissionError(errno.EACCES, "Permission denied"), tmp_path))
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_temporary_folder_is_the_users_where_sockets_allow_it(excess: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    with temporary_folder(MOST_PLACES_BYTES + excess) as folder:
+        monkeypatch.setenv("TMPDIR", str(folder))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        assert _choose_places(lines.append) == (Path("/tmp") if excess else folder)
+    assert lines == excess * [
+        f"Ray's files go to /tmp: the path of the temporary folder {folder} is too long for Ray's sockets "
+        f"({MOST_PLACES_BYTES + 1} bytes, at most {MOST_PLACES_BYTES}); a shorter TMPDIR moves them"
+    ]
+
+
+def test_temporary_folder_that_is_none_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    places = _choose_places(lines.append)
+    missing = f"TMPDIR ({tmp_path / 'missing'}) is full, or no folder that you may write to"
+    assert lines[0] == f"Ray's files go to {places}: {missing}"
+
+
+def test_session_without_a_home_folder_is_refused_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def fail(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", fail)
+    with pytest.raises(InputError, match=r"^HOME: must name a folder"):
+        ray_session().__enter__()
+
+
+class StartingNode:
+    """Stands in for Ray's node: ``registers`` says at which question it is found, ``dead`` what has ended."""
+
+    gcs_address, node_id = "127.0.0.1:1", "node"
+
+    def __init__(self, registers: int, dead: tuple[str, ...] = ()) -> None:
+        self.left, self.dead, self.killed = registers, dead, False
+
+    def start_ray_processes(self) -> None:
+        pass
+
+    def dead_processes(self) -> list[tuple[str, SimpleNamespace]]:
+        return [(kind, SimpleNamespace(returncode=1)) for kind in self.dead]
+
+    def kill_all_processes(self, check_alive: bool) -> None:
+        self.killed = True
+
+    def get_node(self, gcs_address: str, node_id: str) -> None:
+        self.left -= 1
+        if self.left > 0:
+            raise RuntimeError("not found")
+
+
+def start_patiently(node: StartingNode, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from ray._private import node as rays
+    from ray._private import services
+
+    lines: list[str] = []
+    monkeypatch.setattr(rays, "Node", StartingNode)
+    monkeypatch.setattr(services, "get_node", node.get_node)
+    monkeypatch.setattr("tune_amp.session.SLOW_START_SECONDS", 0.05)
+    with _patient_start(lines.append):
+        node.start_ray_processes()
+    return lines
+
+
+def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another part that has died, such as a monitor, is no reason to give up."""
+    node = StartingNode(registers=4, dead=("monitor",))
+    [line] = start_patiently(node, monkeypatch)
+    assert node.left == 0
+    assert not node.killed
+    assert line.startswith("Ray has not started within 0 s: the machine is busy (load ")
+    assert line.endswith("CPUs); waiting up to 300 s")
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_node_that_dies_as_it_starts_is_not_waited_for(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = StartingNode(registers=4, dead=(part,))
+    with pytest.raises(RuntimeError, match=f"^its {part} ended with exit code 1$"):
+        start_patiently(node, monkeypatch)
+    assert node.killed
 
 
 def test_source_of_a_users_code_is_its_folder_or_file(
@@ -298,23 +454,3 @@ print("RAY_preload_python_modules" in os.environ)
 def test_workers_import_what_they_are_told_as_they_start_and_go_on_without_what_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", PRELOADING], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["True", "False"]
-
-
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Without its lock's file, where a process was killed while it removed its own."""
-    homes = {name: tmp_path / f"{HOME_PREFIX}{name}" for name in ("killed", "half removed", "living", "young")}
-    for name, home in homes.items():
-        home.mkdir()
-        (home / "token").touch()
-        if name != "half removed":
-            (home / ALIVE_FILE).touch()
-        if name != "young":
-            os.utime(home, (time.time() - 7200,) * 2)
-    other = tmp_path / "other"
-    other.mkdir()
-    os.utime(other, (0, 0))
-    with (homes["living"] / ALIVE_FILE).open("w") as alive:
-        fcntl.flock(alive, fcntl.LOCK_EX)
-        _remove_abandoned(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([homes["living"], homes["young"], other])
-    assert (homes["living"] / "token").exists()
