@@ -123,6 +123,20 @@ def test_a_tail_that_is_too_long_for_the_data_names_the_flag() -> None:
     assert str(caught.value) == f"--imbalance: {rule}, got 1 of class 9 at 100:1"
 
 
+def test_ray_that_does_not_start_was_not_interrupted_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError("its node was not ready")
+
+    monkeypatch.setattr(ray, "init", fail)
+    assert search_command(["quick", "--dataset", "digits"]) == 1
+    assert capsys.readouterr() == ("", "error: Ray did not start: TimeoutError: its node was not ready\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_run_is_never_mixed_with_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     kept = tmp_path / "results" / "demo" / "best.parquet"
     kept.parent.mkdir(parents=True)

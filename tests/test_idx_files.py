@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import os
+import pwd
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -400,3 +401,12 @@ def test_folder_that_cannot_be_written_to_is_a_refusal(cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file in the place of the folder")
     assert "NotADirectoryError" in refusal("mnist", None)
+
+
+def test_without_a_home_folder_the_refusal_names_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", fail)
+    assert refusal("mnist", None).startswith("--data-dir: must be given where no HOME is set (")

@@ -418,8 +418,16 @@ def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(monkeypa
     [line] = start_patiently(node, monkeypatch)
     assert node.left == 0
     assert not node.killed
-    assert line.startswith("Ray has not started within 0 s: the machine is busy (load ")
+    assert line.startswith("Ray has not started within 0 s (the machine's load is ")
     assert line.endswith("CPUs); waiting up to 300 s")
+
+
+def test_node_that_never_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = StartingNode(registers=10**9)
+    monkeypatch.setattr("tune_amp.session.START_SECONDS", 0)
+    with pytest.raises(TimeoutError, match="its node was not ready after 0 s"):
+        start_patiently(node, monkeypatch)
+    assert node.killed
 
 
 @pytest.mark.parametrize("part", ["raylet", "gcs_server"])

@@ -272,36 +272,21 @@ def _adapted_start(home: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
     """Let Ray's node take its time to start on a busy machine, and end at once where it has died."""
-    from ray._private import node, ray_constants, services
+    from ray._private import node
 
     start = node.Node.start_ray_processes
 
     def start_and_wait(self: Any) -> None:
         try:
             start(self)
-            deadline = time.monotonic() + START_SECONDS
-            while time.monotonic() < deadline and not _is_registered(self):
-                time.sleep(0.1)
+            _wait_for_node(self)
         except BaseException:
             self.kill_all_processes(check_alive=False)  # nobody else knows them yet
             raise
 
-    def _is_registered(starting: Any) -> bool:
-        for kind, process in starting.dead_processes():
-            if kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
-                raise RuntimeError(f"its {kind} ended with exit code {process.returncode}")
-        try:
-            services.get_node(starting.gcs_address, starting.node_id)
-        except RuntimeError:
-            return False
-        return True
-
     def inform() -> None:
-        load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
-        announce(
-            f"Ray has not started within {SLOW_START_SECONDS:.0f} s: the machine is busy ({load}); "
-            f"waiting up to {START_SECONDS} s"
-        )
+        load = f"the machine's load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
+        announce(f"Ray has not started within {SLOW_START_SECONDS:.0f} s ({load}); waiting up to {START_SECONDS} s")
 
     timer = threading.Timer(SLOW_START_SECONDS, inform)
     timer.daemon = True
@@ -311,6 +296,27 @@ def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
             yield
     finally:
         timer.cancel()
+
+
+def _wait_for_node(node: Any) -> None:
+    """Wait until Ray's node is registered.
+
+    Raises:
+        RuntimeError: a part of it that it cannot do without has ended.
+        TimeoutError: it takes too long.
+    """
+    from ray._private import ray_constants, services
+
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        for kind, process in node.dead_processes():
+            if kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
+                raise RuntimeError(f"its {kind} ended with exit code {process.returncode}")
+        with contextlib.suppress(RuntimeError):  # not found, or no answer yet
+            services.get_node(node.gcs_address, node.node_id)
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"its node was not ready after {START_SECONDS} s; try again when the machine is less busy")
 
 
 @contextlib.contextmanager
