@@ -38,7 +38,7 @@ def private_home(places: Path | None = None) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # not on NFS; elsewhere systemd-tmpfiles spares a folder that is locked
             fcntl.flock(folder, fcntl.LOCK_EX)
-        with open(home / OWNER_FILE, "x", opener=_open_private) as owner:
+        with open(home / OWNER_FILE, "xb", opener=_open_private) as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
             owner.write(proof)  # after the lock: whoever reads the text finds a lock that tells whether we live
             owner.flush()
@@ -56,13 +56,11 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _describe_home(home: Path) -> str:
+def _describe_home(home: Path) -> bytes:
     """The text that an owner writes into its home. A copy of the folder, or another machine, would need another."""
     status = home.lstat()
-    return (
-        "tune_amp made this folder, and removes it after the process that did so has ended\n"
-        f"{home.resolve()}\n{status.st_dev}:{status.st_ino}\n{_read_boot_id()}\n"
-    )
+    purpose = "tune_amp made this folder, and removes it after the process that did so has ended"
+    return os.fsencode(f"{purpose}\n{home.resolve()}\n{status.st_dev}:{status.st_ino}\n{_read_boot_id()}\n")
 
 
 def _read_boot_id() -> str:
@@ -83,7 +81,7 @@ def _remove_abandoned(places: Path) -> None:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "rb") as owner:
                 fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 proof = _describe_home(home)
-                if owner.read(len(os.fsencode(proof)) + 1) == os.fsencode(proof):
+                if owner.read(len(proof) + 1) == proof:
                     _remove(home, proof)
 
 
@@ -92,7 +90,7 @@ def _is_ours(path: Path, kind: int) -> bool:
     return stat.S_IFMT(status.st_mode) == kind and status.st_uid == os.getuid()
 
 
-def _remove(home: Path, proof: str) -> None:
+def _remove(home: Path, proof: bytes) -> None:
     """Remove as much as possible of the home to which ``proof`` belongs, the owner's file last.
 
     A removal that is cut short leaves the proof for the next. No link is followed; a home below which something is

@@ -169,7 +169,6 @@ def _secured_ray(
         "RAY_preload_python_modules": ",".join(preload) or None,
         # Ray would start as many workers as there are CPUs, and Tune's actors then others, all importing at once.
         "RAY_prestart_worker_first_driver": "0",
-        "RAY_gcs_server_port_wait_time_s": str(START_SECONDS),
         "PYTHONPATH": _extend_python_path(),
         # Ray would tell its makers of every run that is longer than a minute.
         "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
@@ -274,7 +273,7 @@ def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
     """Let Ray's node take its time to start on a busy machine, and end at once where it has died."""
     from ray._private import node
 
-    start = node.Node.start_ray_processes
+    start: Any = node.Node.start_ray_processes
 
     def start_and_wait(self: Any) -> None:
         try:
@@ -398,7 +397,7 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
         _init_client(address, **options)
         return
 
-    class Job(JobConfig):  # type: ignore[misc]
+    class Job(JobConfig):
         """Without the folders that Ray would let workers search before all others: the script's and the current one."""
 
         def _serialize(self) -> Any:
