@@ -189,7 +189,7 @@ class Search:
         lines = {pid: line for pid, line in _list_command_lines() if pid != self.pid}
         for pid, line in lines.items():
             if self._is_ours(pid, line):
-                self._homes.update(re.findall(r"(/\S*tune_amp_[^/\s]+)/ray", line))
+                self._homes.update(re.findall(r"(/\S*tune-amp-home-[^/\s]+)/ray", line))
         found = [pid for pid, line in lines.items() if name in line and self._is_ours(pid, line)]
         self._seen |= {pid: lines[pid] for pid in found}
         return found

@@ -236,7 +236,7 @@ def prometheus(running: Running, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = re.sub(r"/tmp/tune_amp_\w+/ray", str(running.folder), command).replace(":9090", f":{port}")
+    command = re.sub(r"/tmp/tune-amp-home-\w+/ray", str(running.folder), command).replace(":9090", f":{port}")
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(shlex.split(command), cwd=tmp_path, stdout=log, stderr=log)
         try:

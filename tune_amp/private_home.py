@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-HOME_PREFIX = "tune_amp_home_"
+HOME_PREFIX = "tune-amp-home-"
 OWNER_FILE = "owner"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MOUNTS = Path("/proc/self/mountinfo")
