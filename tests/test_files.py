@@ -24,7 +24,7 @@ def list_all(folder: Path) -> list[Path]:
 def flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As the file system can: with files that have no name yet, or without."""
     if request.param == "named":
-        monkeypatch.setattr(files.os, "O_TMPFILE", os.O_DIRECTORY | os.O_CREAT)  # refused, as O_TMPFILE is by NFS
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_CREAT)  # refused, as O_TMPFILE is by NFS
     return str(request.param)
 
 

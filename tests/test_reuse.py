@@ -272,7 +272,7 @@ def test_nan_equals_nan_and_nothing_else() -> None:
     assert find_differences(diverged, RECORDED) == ["train_loss"]
     assert find_differences(diverged, dataclasses.replace(RECORDED, train_loss=math.inf)) == ["train_loss"]
     absent = [dataclasses.replace(RECORDED, val_recalls=(0.5, float("nan"))) for _ in range(2)]
-    assert find_differences(*absent) == []
+    assert find_differences(absent[0], absent[1]) == []
     assert find_differences(absent[0], dataclasses.replace(RECORDED, val_recalls=(0.5,))) == ["val_recalls"]
     missing = dataclasses.replace(RECORDED, val_loss=None)
     assert find_differences(dataclasses.replace(RECORDED, val_loss=math.nan), missing) == ["val_loss"]

@@ -164,10 +164,9 @@ def _run(task: Task, folder: Path) -> int:
     except StartError as error:  # nothing was begun that could go on: the same command may be given again
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
-    except OSError as error:  # a full disk, most often
-        return _say_cut_off(describe_error(error), task, folder)
-    except KeyboardInterrupt:
-        return _say_cut_off(stop.reason or "interrupted", task, folder)
+    except (OSError, KeyboardInterrupt) as error:  # a full disk, most often, or Ctrl-C
+        reason = describe_error(error) if isinstance(error, OSError) else stop.reason or "interrupted"
+        return _say_cut_off(reason, task, folder)
     except SystemExit as error:
         if error.code != signal.SIGTERM:  # Ray's own answer to SIGTERM while it starts
             raise
