@@ -543,7 +543,7 @@ def test_whatever_the_session_writes_lies_where_others_cannot_enter(search: Targ
     inside = {str(path) for path in search.folder.resolve().rglob("*")}
     assert any(path.endswith("/sockets/raylet") for path in inside)
     sockets = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if line.count("/")]
-    own = [path for path in sockets if "/session_" in path and str(home) in path]
+    own = [path for path in sockets if "/sockets/" in path and str(home) in path]
     assert own
     assert all(Path(path).resolve().is_relative_to(home.resolve()) for path in own)
 
