@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tune_amp import files
 from tune_amp.config import InputError
 from tune_amp.files import claimed_folder, write_atomically
 

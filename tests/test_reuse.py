@@ -197,6 +197,16 @@ def test_saved_metrics_are_valid_json_with_configuration_and_source(
     assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, METRICS_FILE, WEIGHTS_FILE]
 
 
+def test_saving_leaves_a_file_that_was_put_there_meanwhile_and_nothing_of_its_own(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    final, result = train_finally(make_config(), dataset)
+    (tmp_path / METRICS_FILE).write_text("mine")
+    with pytest.raises(InputError, match=f"--output: .*{METRICS_FILE} cannot be written"):
+        final.save(tmp_path, result, {}, "# a card\n")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {METRICS_FILE: "mine"}
+
+
 def test_test_loss_that_is_no_number_is_null_in_json(dataset: Dataset, tmp_path: Path) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
     final.save(tmp_path, dataclasses.replace(result, test_loss=math.inf, test_recalls=(0.5, math.nan)), {}, "")
