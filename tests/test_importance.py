@@ -243,6 +243,7 @@ def test_a_tenth_of_the_trials_may_have_stopped_before_and_counts_as_worst(
 
 HOPELESS: list[dict[str, Any]] = [
     {"status": TrialStatus.OUT_OF_MEMORY, "epochs": ()},
+    {"status": TrialStatus.FAILED, "config_fault": True, "epochs": ()},
     {"status": TrialStatus.DIVERGED, "epochs": ()},
     {"status": TrialStatus.DIVERGED, "epochs": (make_epoch(1, val_loss=NAN),)},
     {"status": TrialStatus.DIVERGED, "epochs": (make_epoch(1, val_loss=-99.0, state=TrainingState.COLLAPSED),)},

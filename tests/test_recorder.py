@@ -280,6 +280,17 @@ def test_failure_keeps_the_epochs_before_it_and_its_reason(recorder: TrialRecord
     assert record.epochs == (make_epoch(1),)
 
 
+def test_failure_by_the_settings_fault_is_recorded_as_that(recorder: TrialRecorder, tmp_path: Path) -> None:
+    for name, fault in (("a", True), ("b", False)):
+        trial = FakeTrial(name)
+        start(recorder, trial)
+        report(recorder, trial, failure_report(RuntimeError("no kernel")), config_fault=fault)
+        finish(recorder, trial)
+    assert [trial.config_fault for trial in recorder.trials] == [True, False]
+    recorder.write()
+    assert load_trials(tmp_path) == recorder.trials
+
+
 def test_death_of_a_worker_is_a_failure_with_its_reason_on_one_line(recorder: TrialRecorder, tmp_path: Path) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)

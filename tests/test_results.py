@@ -193,7 +193,7 @@ def test_each_file_carries_the_provenance(run: Path, name: str) -> None:
     assert load_provenance(run / name) == PROVENANCE
     text = pq.read_metadata(run / name).metadata[b"tune_amp"]
     about = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    assert about["schema_version"] == 3
+    assert about["schema_version"] == 4
     assert about["kind"] == name.removesuffix(".parquet")
     assert about["provenance"]["space_text"] == PROVENANCE.space_text
 
@@ -281,7 +281,7 @@ def test_trials_start_with_these_columns_types_and_units() -> None:
 
 
 def test_trials_end_with_the_columns_of_the_record() -> None:
-    last = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[-14:]]
+    last = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[-15:]]
     assert last == [
         ("state", "string", True, None),
         ("underflow_share", "double", True, None),
@@ -289,6 +289,7 @@ def test_trials_end_with_the_columns_of_the_record() -> None:
         ("loop", "string", True, None),
         ("trial_name", "string", False, None),
         ("error", "string", True, None),
+        ("config_fault", "bool", False, None),
         ("inert", "list<element: string not null>", False, None),
         ("started", "timestamp[us, tz=UTC]", True, None),
         ("wall_seconds", "double", False, "s"),
@@ -525,22 +526,29 @@ def test_another_kind_than_expected_is_refused(run: Path) -> None:
     assert message_of(load_trials, path) == f"{path}: kind: must be trials, got 'best'"
 
 
-@pytest.mark.parametrize("version", [1, 4, "3", None])
+@pytest.mark.parametrize("version", [1, 5, "3", None])
 def test_another_schema_version_is_named(run: Path, version: object) -> None:
     path = run / "best.parquet"
     change_file(path, lambda table: table.drop_columns(["lr"]), schema_version=version)
     for read in (load_best, load_provenance):
-        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 3"
+        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 4"
         assert message_of(read, path) == message
 
 
 def test_columns_that_an_older_file_lacks_are_null_or_their_default(run: Path) -> None:
     """``setup_seconds`` and ``confirm_failures`` have defaults, ``worker`` and ``val_loss_mean`` can be null."""
     path = run / "best.parquet"
-    lacking = ["setup_seconds", "worker", "grad_clip", "weight_decay", *(c.name for c in build_columns(Confirmation))]
+    lacking = [
+        "setup_seconds",
+        "config_fault",
+        "worker",
+        "grad_clip",
+        "weight_decay",
+        *(c.name for c in build_columns(Confirmation)),
+    ]
     change_file(path, lambda table: table.drop_columns(lacking), schema_version=2)
     filled = [{name: row[name] for name in lacking} for row in read_rows(path, "best", SCHEMAS["best"])]
-    defaults = {"setup_seconds": 0.0, "weight_decay": 0.0, "confirm_failures": []}
+    defaults = {"setup_seconds": 0.0, "config_fault": False, "weight_decay": 0.0, "confirm_failures": []}
     assert filled == [dict.fromkeys(lacking) | defaults] * 2
     assert [(row.trial.worker, row.confirmation) for row in load_best_rows(path)] == [(None, None)] * 2
     assert load_best(path).weight_decay == 0.0

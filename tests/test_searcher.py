@@ -209,6 +209,23 @@ def test_settings_that_our_own_checks_refuse_are_told_infeasible(make_search: Ma
     assert (other.state, other.constraints) == (TrialState.FAIL, {})
 
 
+def test_precision_that_fails_by_its_own_fault_is_suggested_less_than_by_chance(make_search: MakeSearch) -> None:
+    """A third of 75 by chance. Where a failure counted for nothing, it was 44 of these."""
+    suggested = []
+    for seed in range(3):
+        search = make_search("precision", seed=seed, name=f"seed-{seed}")
+        suggested += [suggest_where_fp16_fails(search, str(number)) for number in range(40)][15:]
+    assert suggested.count("fp16") <= 18
+
+
+def suggest_where_fp16_fails(search: AmpSearch, trial_id: str) -> str:
+    config = search.suggest(trial_id)
+    runs = config["precision"] != "fp16"
+    end = report(3, 0.5 + config["lr"], "completed") if runs else failure("failed", config_fault=True)
+    search.on_trial_complete(trial_id, end)
+    return str(config["precision"])
+
+
 def test_trial_stopped_for_its_loss_is_not_told_its_accuracy(make_search: MakeSearch) -> None:
     search = make_search()
     finish(search, "a", 0.5, end=stop(2, 0.6) | {"val_loss": NAN})

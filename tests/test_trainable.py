@@ -391,6 +391,40 @@ def test_trial_that_fails_in_two_ways_tells_both(
 
 
 @pytest.mark.parametrize(
+    ("errors", "fault"),
+    [
+        (
+            [RuntimeError("no kernel for Half at 0x7f3a, 64"), RuntimeError("no kernel for Half at 0x91, 7")],
+            True,
+        ),
+        ([RuntimeError("no kernel for Half"), RuntimeError("no kernel for Float")], False),
+        ([RuntimeError("no kernel"), ValueError("no kernel")], False),
+        ([OSError("no space left"), OSError("no space left")], False),  # the disk's fault
+    ],
+)
+def test_same_error_in_the_same_epoch_twice_is_the_settings_fault(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch, errors: list[Exception], fault: bool
+) -> None:
+    class Failing(TrainingRun):
+        def train_epoch(self) -> EpochMetrics:
+            if self.epoch == 1:
+                raise errors.pop(0)
+            return super().train_epoch()
+
+    monkeypatch.setattr("tune_amp.trainable.TrainingRun", Failing)
+    reports = train(make_trainable(max_epochs=3))
+    assert [report["status"] for report in reports] == ["running", "running", "failed"]
+    assert reports[-1]["config_fault"] is fault
+    assert errors == []
+
+
+def test_same_error_in_another_epoch_is_chance(make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at_first(monkeypatch, 2, RuntimeError("the driver has hiccups"))
+    last = train(make_trainable(max_epochs=3))[-1]
+    assert (last["status"], last["config_fault"]) == ("failed", False)
+
+
+@pytest.mark.parametrize(
     ("error", "fault"),
     [(InputError("batch_size: too large"), True), (torch.OutOfMemoryError("CUDA out of memory"), False)],
 )

@@ -38,6 +38,7 @@ SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
 SMALLEST_SCALE = 2.0**-126
 LARGEST_SCALE = 2.0**127
 
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.IGNORECASE)
 _FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -307,6 +308,11 @@ def one_line(text: str, limit: int = 300) -> str:
 def describe_error(error: BaseException) -> str:
     """An exception's type and text on one line: some libraries write paragraphs."""
     return one_line(f"{type(error).__name__}: {error}")
+
+
+def generalize_error(text: str) -> str:
+    """The text of an error without numbers and addresses: errors that differ in nothing else are the same error."""
+    return _NUMBER.sub("#", text)
 
 
 def _is_finite(value: float) -> bool:

@@ -95,7 +95,8 @@ def measure_importance(
     larger.
 
     Trials that ended hopeless before the epoch count as worse than all others, as do those that the scheduler stopped
-    before it. Failed trials do not count, nor do those interrupted before the epoch.
+    before it. Trials that failed through no fault of their settings do not count, nor do those interrupted before the
+    epoch.
 
     Args:
         space: what was searched.
@@ -141,12 +142,12 @@ def _find_common_epoch(trials: Sequence[TrialRecord]) -> int | None:
 
 def _find_loss(trial: TrialRecord, objective: str, epoch: int) -> float:
     """The trial's value at ``epoch``, lower is better; infinity: worse than any, NaN: it does not count."""
-    if trial.status is TrialStatus.FAILED:
+    if trial.status is TrialStatus.FAILED and not trial.config_fault:
         return math.nan
     report = next((report for report in trial.epochs if report.epoch == epoch), None)
     if report is None:
         # A scheduler stops only trials that stand badly.
-        is_worst = trial.status in (*HOPELESS_STATUSES, TrialStatus.STOPPED)
+        is_worst = trial.config_fault or trial.status in (*HOPELESS_STATUSES, TrialStatus.STOPPED)
         return math.inf if is_worst else math.nan
     value = getattr(report, objective)
     if value is None:

@@ -21,7 +21,7 @@ from tune_amp.config import InputError, TrialStatus, shown
 from tune_amp.files import write_atomically
 from tune_amp.parquet_pages import check_footer, check_pages, check_texts, list_pages
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 OLDEST_VERSION = 2
 """Files of this schema version are still read: the columns that they lack have a default, or can be null."""
 

@@ -329,6 +329,7 @@ class TrialRecorder(tune.Callback):
             event["at"],
             epochs=epochs,
             error=event["error"],
+            config_fault=event["config_fault"],
             device=event["device"],
             num_threads=event["num_threads"],
             setup_seconds=event["setup_seconds"],

@@ -65,6 +65,9 @@ class TrialRecord:
     epochs: tuple[EpochMetrics, ...]
     trial_name: str = described("Ray Tune's name of the trial")
     error: str | None = described("one line: why the trial diverged or failed", default=None)
+    config_fault: bool = described(
+        "whether a failure is the settings' fault: refused by a check, or the same error twice", default=False
+    )
     inert: tuple[str, ...] = described("settings that cannot act in this trial, even at its full budget", default=())
     started: datetime.datetime | None = described("when the trial started, UTC", default=None)  # noqa: RUF009 (a field)
     wall_seconds: float = described("time from the trial's start to its end", unit="s")

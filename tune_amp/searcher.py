@@ -82,9 +82,10 @@ class AmpSearch(OptunaSearch):
 
     - completed: its values, at the full budget;
     - stopped: pruned, with the epoch it reached and its values on the way;
-    - diverged, out of memory or refused by our own checks: complete with the worst value and an infeasible constraint,
-      which TPE ranks below every other trial (a pruned one's rank would depend on how long it ran);
-    - failed or interrupted: failed, which the sampler does not count, since the settings are not to blame.
+    - diverged, out of memory, or failed by the settings' fault (refused by our own checks, or the same error twice):
+      complete with the worst value and an infeasible constraint, which TPE ranks below every other trial (a pruned
+      one's rank would depend on how long it ran);
+    - failed otherwise, or interrupted: failed, which the sampler does not count, since the settings are not to blame.
 
     The first trial has the settings that everybody starts from, or the nearest that the space has: no search should end
     worse than they do. Those of a warm start come next, and its old trials stand in the study from the beginning; no

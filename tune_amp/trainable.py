@@ -36,6 +36,7 @@ from tune_amp.config import (
     TrialConfig,
     TrialStatus,
     describe_error,
+    generalize_error,
     one_line,
 )
 from tune_amp.data import Dataset, Split
@@ -85,6 +86,10 @@ class WorkerSetup:
     """Of these places."""
     gpu_share: float = 0.0
     """The share of a GPU with which a trial begins; 0 on the CPU. One that runs out of memory gets a larger one."""
+
+
+Failure = tuple[int, str]
+"""Epochs that a trial had trained when an exception ended its attempt, and that exception in a line."""
 
 
 class LargerShareNeeded(RuntimeError):  # noqa: N818 - a request, not a fault
@@ -161,7 +166,7 @@ class AmpTrainable(tune.Trainable):
         if self._run is not None:  # the scheduler stopped it, and no step of its own was the last
             self._release()
         self._settings = dict(new_config)
-        self._first_failure: str | None = None
+        self._first_failure: Failure | None = None
         self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         return True
 
@@ -181,8 +186,8 @@ class AmpTrainable(tune.Trainable):
                 raise
             self._ask_for_larger_share(error)
             report = failure_report(error)
-            if self._first_failure is not None and self._first_failure != report["error"]:
-                report["error"] = one_line(f"{report['error']}; before that, {self._first_failure}")
+            if self._first_failure is not None:
+                report |= judge_second_failure(self._first_failure, self._locate_failure(error), error)
         if report["done"]:
             self._release()
         if 0 < self._first_share < self._share:
@@ -229,9 +234,12 @@ class AmpTrainable(tune.Trainable):
             final = isinstance(error, InputError | torch.AcceleratorError) or is_out_of_memory(error)
             if final or self._first_failure is not None:
                 raise
-            self._first_failure = describe_error(error)
+            self._first_failure = self._locate_failure(error)
         self._release()
         return self._train_epoch()
+
+    def _locate_failure(self, error: Exception) -> Failure:
+        return 0 if self._run is None else self._run.epoch, describe_error(error)
 
     def _train_epoch(self) -> dict[str, Any]:
         run = self._run or self._go_on() or self._start_run()
@@ -338,13 +346,24 @@ def progress_report(metrics: EpochMetrics, status: str, error: str | None = None
 def failure_report(error: Exception) -> dict[str, Any]:
     """What a trial tells Tune when an exception ended it. Tune insists on the objective, so it gets NaN.
 
-    ``config_fault`` says that our own check refused the settings, which would fail again wherever they are tried.
+    ``config_fault`` says that the settings are to blame. Of a first failure only our own check knows that.
     """
     status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(error) else TrialStatus.FAILED
     refused = isinstance(error, InputError) and error.__cause__ is None  # not where a module of the user's failed
     text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
     ending = {"status": str(status), "error": text, "config_fault": refused, "done": True}
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
+
+
+def judge_second_failure(first: Failure, second: Failure, error: Exception) -> dict[str, Any]:
+    """What the second failure of a trial changes in its report.
+
+    A trial repeats bit by bit, so that the same error in the same epoch is the settings' fault, not chance. An OSError
+    is the machine's, however often it comes: a disk stays full.
+    """
+    is_same = first[0] == second[0] and generalize_error(first[1]) == generalize_error(second[1])
+    text = second[1] if first[1] == second[1] else one_line(f"{second[1]}; before that, {first[1]}")
+    return {"error": text, "config_fault": is_same and not isinstance(error, OSError)}
 
 
 def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any) -> WorkerSetup:

@@ -325,7 +325,7 @@ def _cut_version(version: str) -> list[str]:
 def _choose_old_trials(
     donor: Donor, space: SearchSpace, sizes: Mapping[str, int], objectives: Sequence[str]
 ) -> list[OldTrial]:
-    """Those whose outcome can be told to a study. Failed ones say nothing of their settings."""
+    """Those whose outcome can be told to a study. What failed on another machine may run here."""
     chosen = []
     for record in donor.trials:
         if not _has_outcome(record, objectives):
