@@ -141,28 +141,40 @@ def test_json_lines_tell_every_trial_and_the_result(tmp_path: Path) -> None:
     assert events[-1]["confirmation"]["gain"]["low"] < events[-1]["confirmation"]["gain"]["high"]
 
 
-def test_a_search_in_which_nothing_succeeds_exits_1_and_says_why(tmp_path: Path) -> None:
+def test_a_search_whose_first_trials_fail_alike_stops_with_exit_code_1_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(
-        "import torch\n"
+        "import os, torch\n"
         "class Broken(torch.nn.Module):\n"
         "    def __init__(self, pixels, classes):\n"
         "        super().__init__()\n"
         "        self.layer = torch.nn.Linear(pixels, classes)\n"
         "    def forward(self, images):\n"
-        "        if self.training:\n"
-        "            raise ValueError('no good\\nat all')\n"
+        "        if self.training and 'RAY_JOB_ID' in os.environ:\n"  # a worker's, not the driver's look at the model
+        "            raise ValueError(f'no good\\nat all: {len(images)}')\n"
         "        return self.layer(images.flatten(1))\n"
         "def net(input_shape, num_classes):\n"
         "    return Broken(torch.Size(input_shape).numel(), num_classes)\n"
     )
-    arguments = ("quick", "--dataset", "digits", "--model", "broken:net", "--num-samples", 2, "--name", "x")
-    done = run_script("search", *arguments, folder=tmp_path)
+    arguments = ("quick", "--dataset", "digits", "--model", "broken:net", "--num-samples", 50, "--name", "x")
+    done = run_script("search", *arguments, "--max-failures", 2, "--json", folder=tmp_path)
     assert done.returncode == 1
     assert "no trial produced a result" in done.stderr
-    assert "2 failed: ValueError: no good at all" in done.stderr
+    assert "failed: ValueError: no good at all: 256" in done.stderr
     assert "Traceback" not in done.stderr
+    reason = (
+        r"the first 2 trials all failed with the same error: ValueError: no good at all: \d+; fix its cause and resume"
+    )
+    assert re.search(
+        rf"^cut off  {reason}, or resume with a larger --max-failures\nresume   .*--resume x", done.stderr, re.M
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert re.match(reason, result["reason"])
+    assert "--resume x" in result["resume"]
     run = tmp_path / "results" / "x"
-    assert [trial.status for trial in load_trials(run)] == [TrialStatus.FAILED] * 2
+    trials = load_trials(run)
+    assert [trial.status for trial in trials[:2]] == [TrialStatus.FAILED] * 2
+    assert {trial.status for trial in trials[2:]} <= {TrialStatus.FAILED, TrialStatus.INTERRUPTED}
+    assert len(trials) <= 4  # two side by side
     assert not (run / "best.parquet").exists()
 
 

@@ -86,6 +86,7 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ({"time_budget": 0.0}, "--time-budget: must be greater than 0, got 0.0"),
         ({"time_budget": -5.0}, "--time-budget: must be greater than 0, got -5.0"),
         ({"time_budget": NAN}, "--time-budget: must be greater than 0, got nan"),
+        ({"max_failures": 0}, "--max-failures: must be at least 1, got 0"),
         ({"top_k": 0}, "--top-k: must be at least 1, got 0"),
         ({"confirm_seeds": 1}, "--confirm-seeds: must be 0, or at least 2: one seed has no interval, got 1"),
         ({"confirm_seeds": -1}, "--confirm-seeds: must be 0, or at least 2: one seed has no interval, got -1"),

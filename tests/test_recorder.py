@@ -4,7 +4,7 @@ import datetime
 import math
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self.seen: list[tuple[SearchProgress, TrialRecord | None]] = []
+        self.looks: list[Sequence[TrialRecord]] = []
 
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         self.seen.append((progress, ended))
@@ -117,6 +118,7 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
                 begin=clock.now,
                 explain_death=find_cause,
                 on_fault=faults.append,
+                on_failure=watcher.looks.append,
             )
 
         yield make
@@ -348,6 +350,18 @@ def test_observer_is_told_of_every_start_report_and_end(recorder: TrialRecorder,
     assert [len(progress.trials) for progress, _ in watcher.seen] == [1, 2, 2, 2]
     last = watcher.seen[-1][0]
     assert (last.run, last.num_samples, last.trials[0].status) == ("run", 4, TrialStatus.COMPLETED)
+
+
+def test_each_failure_is_followed_by_a_look_at_all_trials(recorder: TrialRecorder, watcher: Watcher) -> None:
+    _, full, failed = trials = [FakeTrial(name) for name in ("runs", "full", "fails")]
+    for trial in trials:
+        start(recorder, trial)
+    for trial, error in ((full, MemoryError()), (failed, ValueError("no"))):
+        assert watcher.looks == []
+        report(recorder, trial, failure_report(error))
+        finish(recorder, trial)
+    [look] = watcher.looks
+    assert [str(trial.status) for trial in look] == ["interrupted", "out_of_memory", "failed"]
 
 
 def test_progress_once_shown_does_not_change(recorder: TrialRecorder, watcher: Watcher) -> None:

@@ -58,12 +58,15 @@ def test_how_much_and_where_may_change(tmp_path: Path) -> None:
         "1",
         "--time-budget",
         "60",
+        "--max-failures",
+        "9",
         "--data-dir",
         "elsewhere",
         "--json",
     )
     arguments = resume(begin(tmp_path, "--quiet"), *changes)
     assert (arguments.num_samples, arguments.max_concurrent, arguments.time_budget) == (9, 1, 60.0)
+    assert arguments.max_failures == 9
     assert (arguments.data_dir, arguments.json, arguments.quiet) == (Path("elsewhere"), True, False)
     assert arguments.max_epochs == 3
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import signal
@@ -13,13 +14,14 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from records import PROVENANCE, make_trial
+from records import PROVENANCE, make_epoch, make_trial
 
 from tune_amp.config import InputError, TrialStatus
 from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
 from tune_amp.gauges import SearchObserver
+from tune_amp.halt import StopRequest
 from tune_amp.journal import read_journal
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
@@ -30,7 +32,7 @@ from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_ledger, load_provenance, load_trials
 from tune_amp.reuse import find_differences, replay_trial
 from tune_amp.run_files import JOURNAL_FILE, RUN_FILES, SPACE_FILE, STUDY_FILE
-from tune_amp.search import SearchResult, begin_run, run_search, was_interrupted
+from tune_amp.search import SearchResult, begin_run, find_failing, run_search, stop_if_failing, was_interrupted
 from tune_amp.searcher import AmpSearch
 from tune_amp.session import RaySession, ray_session
 from tune_amp.space import load_space, parse_space
@@ -562,6 +564,48 @@ def test_file_that_was_put_into_the_folder_of_a_new_run_is_left_alone(name: str,
 
 def make_options(**changes: Any) -> SearchOptions:
     return SearchOptions(**{"num_samples": 2, **changes})
+
+
+def fail(error: str = "E: shape [64, 10]", **changes: Any) -> TrialRecord:
+    return make_trial(f"{next(NUMBERS)}", **{"status": TrialStatus.FAILED, "epochs": (), "error": error, **changes})
+
+
+NUMBERS = itertools.count()
+RUNNING: dict[str, Any] = {"status": TrialStatus.INTERRUPTED, "error": None}
+FULL: dict[str, Any] = {"status": TrialStatus.OUT_OF_MEMORY, "error": "MemoryError: none left"}
+REASON = (
+    "the first 3 trials all failed with the same error: E: shape [64, 10]; "
+    "fix its cause and resume, or resume with a larger --max-failures"
+)
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [
+        ([fail(), fail("E: shape [128, 10]"), fail()], REASON),
+        ([fail(), fail(**FULL), fail(), fail(), fail(**RUNNING)], REASON),
+        ([fail(), fail()], None),
+        ([fail(), fail(**RUNNING), fail(), fail(), fail()], None),  # it may do better
+        ([fail(), fail("E: no kernel"), fail(), fail()], None),
+        ([fail(**FULL), fail(**FULL), fail(**FULL)], None),
+        ([fail(), fail(), fail(), fail(**RUNNING, epochs=(make_epoch(),))], None),
+        ([fail(), fail(), fail(epochs=(make_epoch(),))], None),
+        ([], None),
+    ],
+)
+def test_search_is_failing_where_its_first_trials_failed_alike_and_none_has_reported(
+    trials: list[TrialRecord], expected: str | None
+) -> None:
+    assert find_failing(trials, 3) == expected
+
+
+def test_search_that_fails_is_stopped_unless_its_last_trial_has_begun() -> None:
+    stop, trials = StopRequest(), [fail(), fail()]
+    stop_if_failing(make_options(num_samples=2, max_failures=2), stop, trials)
+    stop_if_failing(make_options(num_samples=3, max_failures=3), stop, trials)
+    assert stop.reason is None
+    stop_if_failing(make_options(num_samples=3, max_failures=2), stop, trials)
+    assert (stop.reason or "").startswith("the first 2 trials all failed with the same error: E: shape [64, 10]; ")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ class SearchOptions:
     """Seconds after which trials are interrupted, or None."""
     trial_time_limit: float | None = None
     """Seconds that a trial may take before it is ended as failed, or None for any time."""
+    max_failures: int = 5
+    """Trials that fail with the same error, before any has reported an epoch, until the search stops."""
     top_k: int = 3
     """Configurations written to ``best.parquet``."""
     confirm_seeds: int = 3
@@ -91,7 +93,8 @@ class SearchOptions:
         _check_flag("--time-budget", self.time_budget, positive, "must be greater than 0")
         positive = self.trial_time_limit is None or self.trial_time_limit > 0
         _check_flag("--trial-time-limit", self.trial_time_limit, positive, "must be greater than 0")
-        _check_flag("--top-k", self.top_k, self.top_k >= 1, "must be at least 1")
+        for flag, count in (("--max-failures", self.max_failures), ("--top-k", self.top_k)):
+            _check_flag(flag, count, count >= 1, "must be at least 1")
         rule = "must be 0, or at least 2: one seed has no interval"
         _check_flag("--confirm-seeds", self.confirm_seeds, self.confirm_seeds == 0 or self.confirm_seeds >= 2, rule)
 

@@ -88,6 +88,7 @@ class TrialRecorder(tune.Callback):
         explain_death: says, in a line, why a trial's worker died.
         on_fault: is told, in a line, that something could not be written: from then on nothing more is recorded.
         on_end: is told the name of each trial of which the journal says that it is over.
+        on_failure: is called with all trials where one has failed.
     """
 
     def __init__(
@@ -104,13 +105,15 @@ class TrialRecorder(tune.Callback):
         explain_death: Callable[[Any], str],
         on_fault: Callable[[str], None],
         on_end: Callable[[str], object] = lambda name: None,
+        on_failure: Callable[[Sequence[TrialRecord]], object] = lambda trials: None,
     ) -> None:
         self.folder = folder
         self._provenance = provenance
         self._progress = progress
         self._observer = observer
         self._journal, self._storage_root = journal, storage_root
-        self._explain_death, self._on_fault, self._on_end = explain_death, on_fault, on_end
+        self._explain_death, self._on_fault = explain_death, on_fault
+        self._on_end, self._on_failure = on_end, on_failure
         self._is_broken = False
         self._lock = threading.Lock()  # where Ray has died, another thread writes what there is
         self._records: dict[str, TrialRecord] = {}  # in the order of submission
@@ -357,6 +360,8 @@ class TrialRecorder(tune.Callback):
             if status is not TrialStatus.INTERRUPTED:
                 self._on_end(str(trial))
             self._tell(self._find(trial.trial_id))
+            if status is TrialStatus.FAILED:
+                self._on_failure(self.trials)
 
     def _find(self, trial_id: str) -> TrialRecord:
         return self._records[trial_id]

@@ -13,7 +13,7 @@ from typing import Any, cast
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from tune_amp.config import TrialStatus
+from tune_amp.config import TrialStatus, generalize_error
 from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done
 from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset
@@ -60,6 +60,8 @@ class SearchResult:
     """Whether something ended the search before its trials did: a signal, a full disk, the end of Ray."""
     reason: str | None = None
     """What that was."""
+    failing: bool = False
+    """Whether the reason is that the first trials all failed with the same error."""
     ledger: Ledger
     """What the slots spent their time on, until the last trial was over."""
     wrap_up_seconds: float
@@ -157,6 +159,7 @@ def run_search(
             explain_death=limit.explain_death,
             on_fault=stop.ask,
             on_end=functools.partial(remover.submit, storage.remove_checkpoints),
+            on_failure=functools.partial(stop_if_failing, options, stop),
         )
         if past is not None:
             recorder.replay(past.events)  # and refuses what no search writes, before anyone else is told of it
@@ -283,6 +286,32 @@ def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch,
     trial.status = trial.unheard_end
 
 
+def stop_if_failing(options: SearchOptions, stop: StopRequest, trials: Sequence[TrialRecord]) -> None:
+    """Stop a search that fails, as long as there are trials that it can spare."""
+    reason = find_failing(trials, options.max_failures)
+    if reason is not None and len(trials) < options.num_samples:
+        stop.ask(reason)
+
+
+def find_failing(trials: Sequence[TrialRecord], most: int) -> str | None:
+    """Why a search should stop whose first trials all failed with the same error; None where it should not.
+
+    One that is still running may yet do better. Running out of memory is one setting's fault or another's.
+
+    Args:
+        trials: in order of submission.
+        most: so many of them.
+    """
+    if any(trial.epochs for trial in trials):
+        return None
+    first = [trial for trial in trials if trial.status is not TrialStatus.OUT_OF_MEMORY][:most]
+    errors = {generalize_error(trial.error or "") for trial in first}
+    if len(first) < most or len(errors) > 1 or any(trial.status is not TrialStatus.FAILED for trial in first):
+        return None
+    what = f"the first {most} trials all failed with the same error: {first[0].error}"
+    return f"{what}; fix its cause and resume, or resume with a larger --max-failures"
+
+
 def _conclude(
     recorder: TrialRecorder,
     space: SearchSpace,
@@ -311,6 +340,7 @@ def _conclude(
         provenance=provenance,
         interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, ledger.wall_seconds),
         reason=stop.reason,
+        failing=stop.reason is not None and stop.reason == find_failing(recorder.trials, options.max_failures),
         ledger=ledger,
         wrap_up_seconds=time.monotonic() - begun,
     )

@@ -53,6 +53,8 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     add("--time-budget", text, type=float, metavar="SECONDS")
     text = "time after which a trial is ended as failed, because it hangs (no limit)"
     add("--trial-time-limit", text, type=float, metavar="SECONDS")
+    text = "stop the search where its first N trials all fail with the same error"
+    add("--max-failures", text, type=int, metavar="N")
     add(
         "--top-k",
         "configurations in best.parquet; for several objectives it holds the Pareto set",

@@ -183,7 +183,8 @@ def _run(task: Task, folder: Path) -> int:
         if arguments.json:
             print_json_end(stdout, result, _resume_command(task, folder))
     if result.is_cut_off:
-        return _say_cut_off(result.reason or stop.reason or "interrupted", task, folder)
+        code = _say_cut_off(result.reason or stop.reason or "interrupted", task, folder)
+        return EXIT_NO_RESULT if result.failing else code
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
 

@@ -120,7 +120,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
         provenance=result.provenance,
         importance=result.importance,
         ledger=result.ledger,
-        interrupted=result.interrupted,
+        interrupted=result.interrupted and not result.failing,
         wrap_up_seconds=result.wrap_up_seconds,
         confirm_seconds=confirmation.seconds if confirmation else None,
     )
