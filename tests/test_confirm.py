@@ -33,6 +33,7 @@ from tune_amp.confirm_slots import Attempt, _train_in_worker, train_and_test, tr
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.data import Dataset, make_long_tail
 from tune_amp.intervals import least_significant_difference, mean_interval
+from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.ranking import measure_gain, rank_confirmed
@@ -48,7 +49,7 @@ from tune_amp.results import (
 from tune_amp.search import run_search
 from tune_amp.session import ray_session
 from tune_amp.space import SearchSpace, load_space
-from tune_amp.trainable import NODE_RETRIES, WorkerSetup
+from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES, WorkerSetup
 from tune_amp.training import TrainingData
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -431,6 +432,14 @@ def test_a_lost_node_costs_an_attempt_nothing_until_it_is_one_of_many() -> None:
         tried.append(last.try_again(lost, died=True))
     assert len(tried) == 1 + NODE_RETRIES + 1 + 1  # the first, those that cost nothing, the last, none
     assert tried[NODE_RETRIES] == attempt(deaths=1, losses=NODE_RETRIES)
+
+
+def test_memory_held_by_others_costs_an_attempt_nothing_until_it_stays_held() -> None:
+    held = make_run("a", status=TrialStatus.FAILED, error=f"the node's {MEMORY_HELD_SIGN}: 3.00 of 4.00 GiB")
+    tried: list[Attempt | None] = [attempt()]
+    while (last := tried[-1]) is not None:
+        tried.append(last.try_again(held, died=True))
+    assert len(tried) == 1 + MEMORY_RETRIES + WORKER_RETRIES + 1  # the last of them is None
 
 
 def test_an_exception_costs_one_more_attempt_and_the_last_word_names_both() -> None:

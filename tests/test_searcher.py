@@ -321,6 +321,18 @@ def test_node_that_left_or_died_is_told_from_a_worker_that_did(die: Callable[...
     assert not is_node_lost(find_cause(DeadTrial("a", None)))
 
 
+def test_trial_whose_nodes_memory_others_hold_is_told_failed(
+    make_search: MakeSearch, die: Callable[..., DeadTrial]
+) -> None:
+    worker = "Selected to kill: (pid=5, actual memory used=0.40GB, worker ID=9fac)\n"  # of the 0.98 GiB
+    search = make_search()
+    search.suggest("a")
+    search.note_worker_death(die(KILLED, OUT_OF_MEMORY + worker))
+    search.on_trial_complete("a", error=True)
+    assert (stored(search, "a").state, stored(search, "a").constraints) == (TrialState.FAIL, {})
+    assert stored(search, "a").user_attrs["status"] == "failed"
+
+
 def test_trial_that_asked_for_a_larger_share_and_has_no_attempt_left_ran_out_of_memory() -> None:
     cause = f"ray::AmpTrainable.train() tune_amp.trainable.{LargerShareNeeded.__name__}: CUDA out of memory"
     assert find_status(None, error=True, cause=cause) is TrialStatus.OUT_OF_MEMORY
@@ -350,20 +362,24 @@ def test_cause_is_one_line_of_the_last_attempt(die: Callable[..., DeadTrial]) ->
 
 @pytest.mark.slow
 def test_ray_still_words_a_kill_by_its_memory_monitor_as_we_read_it(tmp_path: Path) -> None:
-    """In a process of its own: any memory in use is too much for this Ray, whose settings are read on start."""
+    """In a process of its own: any memory in use is too much for this Ray, whose settings are read on start.
+
+    The worker holds a small part of it.
+    """
     script = tmp_path / "kill.py"
     script.write_text(KILL_SCRIPT)
     limits = {"RAY_memory_usage_threshold": "0.0001", "RAY_memory_monitor_refresh_ms": "100"}
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=120, check=False)
-    assert "FOUND out_of_memory" in done.stdout, done.stdout + done.stderr
+    assert "FOUND True failed the node's memory is held by other programs: " in done.stdout, done.stdout + done.stderr
 
 
 KILL_SCRIPT = """
 import sys, time
 import ray
 from ray import tune
-from tune_amp.searcher import find_cause, find_status
+from pathlib import Path
+from tune_amp.searcher import OUT_OF_MEMORY_SIGN, find_cause, find_status
 
 class Waiting(tune.Trainable):
     def step(self):
@@ -371,7 +387,8 @@ class Waiting(tune.Trainable):
 
 class Watch(tune.Callback):
     def on_trial_error(self, iteration, trials, trial, **info):
-        print("FOUND", find_status(None, error=True, cause=find_cause(trial)), find_cause(trial))
+        is_known = OUT_OF_MEMORY_SIGN in Path(trial.error_file).read_text()
+        print("FOUND", is_known, find_status(None, error=True, cause=find_cause(trial)), find_cause(trial))
 
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 tune.Tuner(Waiting, run_config=tune.RunConfig(storage_path=sys.argv[1], callbacks=[Watch()], verbose=0)).fit()

@@ -23,7 +23,7 @@ from ray.tune.schedulers import (
 )
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, SCHEDULERS
-from tune_amp.stopping import WORST_VALUES, build_scheduler, count_brackets, objective_mode, replay
+from tune_amp.stopping import WORST_VALUES, DivergenceAware, build_scheduler, count_brackets, objective_mode, replay
 
 NAN, INF = math.nan, math.inf
 SETTINGS: dict[str, Any] = {"grace_period": 1, "reduction_factor": 2}
@@ -286,6 +286,47 @@ def test_death_of_a_worker_is_passed_on_with_its_trial(name: str) -> None:
     scheduler.on_trial_error(None, trial)
     scheduler.on_trial_error(None, trial)
     assert dead == [trial, trial]
+
+
+class Controller:
+    """Of Tune's, what a scheduler may use to choose a trial."""
+
+    def __init__(self, *statuses: str) -> None:
+        self.trials: list[Any] = [Trial(f"{number}") for number in range(len(statuses))]
+        for trial, status in zip(self.trials, statuses, strict=True):
+            trial.status = status
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    get_live_trials = get_trials
+
+    def _set_trial_status(self, trial: Any, status: str) -> None:
+        trial.status = status
+
+
+def test_trial_that_has_to_wait_is_paused_until_its_time_has_come_and_holds_up_no_other() -> None:
+    now = [100.0]
+    scheduler = DivergenceAware(objective="val_loss", on_worker_death=lambda trial: 10.0, clock=lambda: now[0])
+    controller = Controller("ERROR", "PENDING", "ERROR")  # the last has failed for good
+    died, other, _ = controller.trials
+    scheduler.on_trial_error(controller, died)
+    died.status = "PENDING"  # Tune queues it again
+    assert scheduler.choose_trial_to_run(controller) is other
+    assert died.status == "PAUSED"
+    other.status = "TERMINATED"
+    now[0] = 109.9
+    assert scheduler.choose_trial_to_run(controller) is None
+    now[0] = 110.0
+    assert scheduler.choose_trial_to_run(controller) is died
+
+
+def test_trial_that_need_not_wait_is_chosen_at_once() -> None:
+    scheduler, controller = make_ours(), Controller("ERROR")
+    scheduler.on_trial_error(controller, controller.trials[0])
+    controller.trials[0].status = "PENDING"
+    assert scheduler.choose_trial_to_run(controller) is controller.trials[0]
+    assert controller.trials[0].status == "PENDING"
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig
 from tune_amp.halt import SIGNALS, StopRequest
+from tune_amp.memory_holders import MEMORY_RETRIES, MEMORY_WAIT_SECONDS
 from tune_amp.resources import TrialResources
 from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES
 from tune_amp.tuning import _prepare_next_attempt, callbacks_uncounted, deaths_taken_right, fit, name_trial
@@ -22,6 +23,10 @@ class FakeTrial:
     def __init__(self, tag: str, **config: Any) -> None:
         self.experiment_tag = tag
         self.config = vars(TrialConfig(**config))
+        self.trial_id = self.status = self.error_file = ""
+
+    def __str__(self) -> str:
+        return f"trial {self.experiment_tag}"
 
 
 @pytest.mark.parametrize(
@@ -48,13 +53,14 @@ def test_trial_that_needs_a_larger_share_gets_it(cause: str, status: str, share:
     (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{globals()[cause]}\n")
     asked = [0.25]
     trial = types.SimpleNamespace(
+        trial_id="a",
         status=status,
         error_file=str(tmp_path / "error.txt"),
         update_resources=lambda request: asked.append(request.bundles[0]["GPU"]),
     )
     noted: list[Any] = []
     searcher: Any = types.SimpleNamespace(note_worker_death=noted.append)
-    _prepare_next_attempt(searcher, TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason=""), trial)
+    assert _prepare_next_attempt(searcher, SHARED_GPU, set(), trial) == 0.0
     assert asked[-1] == share
     assert noted == [trial]
 
@@ -77,6 +83,27 @@ def test_tune_takes_no_signal_for_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     assert took_over == []
 
 
+SHARED_GPU = TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason="")
+
+
+def test_trial_whose_nodes_memory_others_hold_waits_and_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{CROWDED}\n")
+    trial = FakeTrial("1")
+    trial.trial_id, trial.status, trial.error_file = "a", Trial.ERROR, str(tmp_path / "error.txt")
+    searcher: Any = types.SimpleNamespace(note_worker_death=lambda trial: None)
+    announced: set[str] = set()
+    waits = [_prepare_next_attempt(searcher, SHARED_GPU, announced, trial) for _ in range(2)]
+    assert waits == [MEMORY_WAIT_SECONDS] * 2
+    told = (
+        "the node's memory is held by other programs: 19.50 of 20.00 GiB; the largest is process 77 (solve, 19.00 GiB)"
+    )
+    assert capsys.readouterr().err == f"waiting  trial 1: {told}\n"
+    trial.status = Trial.RUNNING  # its retries are used up
+    assert _prepare_next_attempt(searcher, SHARED_GPU, announced, trial) == 0.0
+
+
 # What a death costs
 
 
@@ -88,6 +115,13 @@ DIED = (
     "The actor died unexpectedly before finishing this task.\n The actor is dead because its worker process has died."
 )
 LOST = "The actor died because\n the actor's node was terminated unexpectedly: health check failed"
+CROWDED = """1 worker(s) were killed due to the node running low on memory. Memory on the node was 20.00GB used
+OOM kill reason: Memory usage 21474836480B exceeded threshold of 20401094656B (95.0% of 21474836480B limit)
+Selected to kill: (Task: job ID=01000000, pid=5, actual memory used=0.50GB, worker ID=9fac)
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+77\t19.00\tsolve
+5\t0.50\tray::AmpTrainable
+"""
 FULL = "Traceback\n  somewhere\ntune_amp.trainable.LargerShareNeeded: \x1b[31mno room\x1b[0m"
 FULL_BY_CUDA = """ray::AmpTrainable.train() (pid=7)
   File "training.py", line 1, in step
@@ -136,6 +170,11 @@ def test_trial_that_the_time_limit_ended_is_not_tried_again_if_its_node_goes_too
 def test_node_that_is_lost_again_and_again_without_an_epoch_costs_retries(trial: Trial) -> None:
     assert die_in_turn(trial, *[LOST] * (NODE_RETRIES + WORKER_RETRIES))
     assert not die_in_turn(trial, *[LOST] * (NODE_RETRIES + 1))
+
+
+def test_memory_held_by_others_costs_no_retries_until_it_stays_held(trial: Trial) -> None:
+    assert die_in_turn(trial, *[CROWDED] * (MEMORY_RETRIES + WORKER_RETRIES))
+    assert not die_in_turn(trial, *[CROWDED] * (MEMORY_RETRIES + 1))
 
 
 def test_nodes_may_be_lost_as_often_as_epochs_come_in_between(trial: Trial) -> None:

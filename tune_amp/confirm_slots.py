@@ -18,10 +18,9 @@ from tune_amp.confirm import ConfirmJob
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset, Split
 from tune_amp.resources import SlotCounter, TrialResources, beside_this_process, double_share
-from tune_amp.searcher import find_reason, find_status, is_node_lost
+from tune_amp.searcher import count_free_retries, find_reason, find_status
 from tune_amp.time_limit import describe_limit
 from tune_amp.trainable import (
-    NODE_RETRIES,
     WORKER_RETRIES,
     WorkerSetup,
     build_worker_setup,
@@ -44,7 +43,7 @@ class Attempt:
     deaths: int = 0
     """Workers that died of it."""
     losses: int = 0
-    """Nodes that were lost under it."""
+    """Nodes that were lost under it, or full of other programs."""
     earlier: ConfirmedRun | None = None
     """How it ended before, where it is tried again for another reason than a worker's death."""
     token: str = ""
@@ -71,9 +70,10 @@ class Attempt:
         """The next attempt, or None where ``run`` is final: a configuration gets the chances that a trial had.
 
         A worker that dies costs up to two more attempts, any other exception one, since it may not be the settings'
-        fault. Out of memory is, unless there is a larger share of the GPU to be had. A lost node never is.
+        fault. Out of memory is, unless there is a larger share of the GPU to be had. A lost node never is, nor one
+        whose memory others hold.
         """
-        if died and self.losses < NODE_RETRIES and is_node_lost(run.error or ""):
+        if died and self.losses < count_free_retries(run.error or ""):
             return dataclasses.replace(self, losses=self.losses + 1)
         if died:
             return dataclasses.replace(self, deaths=self.deaths + 1) if self.deaths < WORKER_RETRIES else None

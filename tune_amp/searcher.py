@@ -31,13 +31,14 @@ from tune_amp.config import (
     describe_error,
     one_line,
 )
+from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES, find_node_holders
 from tune_amp.past import PastTrial
 from tune_amp.results import build_from
 from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.samplers import build_sampler, reseed
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import WORST_VALUES, is_hopeless, objective_mode
-from tune_amp.trainable import LargerShareNeeded
+from tune_amp.trainable import NODE_RETRIES, LargerShareNeeded
 from tune_amp.warm_start import OldTrial, WarmStart, find_suggestion
 
 STATUS_ATTRIBUTE = "status"
@@ -490,13 +491,23 @@ def find_cause(trial: Any) -> str:
 
 
 def find_reason(text: str) -> str:
-    """The line of an error of Ray's that says what happened: the last."""
+    """The line of an error of Ray's that says what happened: the last, or who holds the memory that ran out."""
+    holders = find_node_holders(text)
+    if holders is not None:
+        return one_line(holders)
     lines = [line.strip() for line in _ANSI.sub("", text).splitlines() if line.strip()]
     # Reports of the memory monitor and of CUDA begin with what happened, and end in a paragraph of advice. CUDA's may
     # be the cause of what a trial asks for: the last line.
     signs = (LARGER_SHARE_SIGN, OUT_OF_MEMORY_SIGN, CUDA_SIGN)
     reasons = [line for sign in signs for line in reversed(lines) if sign in line]
     return one_line([*reasons, *lines[-1:], "its worker died"][0])
+
+
+def count_free_retries(cause: str) -> int:
+    """How often in a row a trial is tried again at no cost whose worker died of what is no fault of the trial's."""
+    if MEMORY_HELD_SIGN in cause:
+        return MEMORY_RETRIES
+    return NODE_RETRIES if is_node_lost(cause) else 0
 
 
 def is_node_lost(cause: str) -> bool:

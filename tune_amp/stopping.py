@@ -3,14 +3,19 @@
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from tune_amp.config import MORE_IS_BETTER, RANKING_OBJECTIVES, RUNNING, SCHEDULERS, TrialStatus
 from tune_amp.past import result_of
+
+LOOK_SECONDS = 0.1
+"""How long Tune may sleep where all of its trials wait."""
 
 # Finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is infinite.
 WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "peak_memory_bytes": 1e15}
@@ -35,14 +40,25 @@ class DivergenceAware(FIFOScheduler):
 
     Args:
         objective: ``val_accuracy`` or ``val_loss``.
-        on_worker_death: is called with the trial whose worker died, also where that trial will be tried again.
+        on_worker_death: is called with the trial whose worker died, also where that trial will be tried again; may say
+            how many seconds the trial waits before that.
+        clock: tells seconds.
         rule: what Ray's class takes.
     """
 
-    def __init__(self, *, objective: str, on_worker_death: Callable[[Any], None], **rule: Any) -> None:
+    def __init__(
+        self,
+        *,
+        objective: str,
+        on_worker_death: Callable[[Any], float | None],
+        clock: Callable[[], float] = time.monotonic,
+        **rule: Any,
+    ) -> None:
         super().__init__(**rule)  # type: ignore[no-untyped-call]
         self._objective = objective
         self._on_worker_death = on_worker_death
+        self._clock = clock
+        self._waiting: dict[str, float] = {}
         self._seen_epochs: dict[str, int] = {}
         self._to_stop: set[str] = set()
 
@@ -77,9 +93,25 @@ class DivergenceAware(FIFOScheduler):
             super().on_trial_complete(tune_controller, trial, self._ranked(result))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass on that the trial's worker died."""
-        self._on_worker_death(trial)
+        """Pass on that the trial's worker died, and let the trial wait where it has to."""
+        seconds = self._on_worker_death(trial)
+        if seconds:
+            self._waiting[trial.trial_id] = self._clock() + seconds
         super().on_trial_error(tune_controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The next trial, none that waits. Tune starts pending ones by itself, so that those that wait are paused."""
+        now = self._clock()
+        self._waiting = {trial_id: until for trial_id, until in self._waiting.items() if until > now}
+        if self._waiting:
+            live = tune_controller.get_live_trials()
+            for trial in live:
+                if trial.trial_id in self._waiting and trial.status == Trial.PENDING:
+                    tune_controller._set_trial_status(trial, Trial.PAUSED)  # noqa: SLF001 - Ray's own schedulers do
+            if not any(trial.status in (Trial.PENDING, Trial.RUNNING) for trial in live):
+                time.sleep(LOOK_SECONDS)  # Tune waits for events of workers: without one, its loop spins
+        chosen = super().choose_trial_to_run(tune_controller)
+        return None if chosen is not None and chosen.trial_id in self._waiting else chosen
 
     def _ranked(self, result: dict[str, Any]) -> dict[str, Any]:
         return {**result, self._objective: WORST_VALUES[self._objective]} if is_hopeless(result) else result
@@ -155,7 +187,7 @@ def build_scheduler(
     max_epochs: int,
     grace_period: int,
     reduction_factor: float,
-    on_worker_death: Callable[[Any], None],
+    on_worker_death: Callable[[Any], float | None],
 ) -> DivergenceAware:
     """The scheduler of a search.
 
@@ -169,7 +201,8 @@ def build_scheduler(
         max_epochs: a trial's full budget.
         grace_period: epochs that every trial gets.
         reduction_factor: one trial in so many goes on from rung to rung, of ASHA and HyperBand.
-        on_worker_death: is called with a trial whose worker died, also where it will be tried again.
+        on_worker_death: is called with a trial whose worker died, also where it will be tried again; may say how
+            many seconds the trial waits before that.
     """
     assert name in SCHEDULERS
     assert objective in RANKING_OBJECTIVES

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +42,7 @@ from tune_amp.config import (
 from tune_amp.data import Dataset, Split
 from tune_amp.ledger import SlotClock, TimeKind, read_process_age
 from tune_amp.memory import is_out_of_gpu_memory, is_out_of_memory
+from tune_amp.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
 from tune_amp.resources import TrialResources, cap_memory
 from tune_amp.training import TrainingData, TrainingRun, release_memory
 
@@ -94,6 +95,10 @@ Failure = tuple[int, str]
 
 class LargerShareNeeded(RuntimeError):  # noqa: N818 - a request, not a fault
     """A trial ran out of its share of a GPU's memory. Ends the worker, for Tune to try again with a larger share."""
+
+
+class MemoryHeldError(OSError):
+    """A GPU's memory ran out while other programs held a trial's part of it. No fault of its settings."""
 
 
 class AmpTrainable(tune.Trainable):
@@ -235,16 +240,19 @@ class AmpTrainable(tune.Trainable):
             if final or self._first_failure is not None:
                 raise
             self._first_failure = self._locate_failure(error)
+            wait = MEMORY_WAIT_SECONDS if isinstance(error, MemoryHeldError) else 0.0
         self._release()
+        time.sleep(wait)
         return self._train_epoch()
 
     def _locate_failure(self, error: Exception) -> Failure:
         return 0 if self._run is None else self._run.epoch, describe_error(error)
 
     def _train_epoch(self) -> dict[str, Any]:
-        run = self._run or self._go_on() or self._start_run()
-        show_in_process_list(f"{self.trial_name} epoch {run.epoch + 1}/{self._max_epochs}")
-        metrics = self._count_epoch(run)
+        with naming_memory_holders(self._data.device, self._share):
+            run = self._run or self._go_on() or self._start_run()
+            show_in_process_list(f"{self.trial_name} epoch {run.epoch + 1}/{self._max_epochs}")
+            metrics = self._count_epoch(run)
         if run.hopeless is not None:
             return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
         finished = metrics.epoch >= self._max_epochs
@@ -407,6 +415,26 @@ def name_device(device: torch.device) -> str:
 def assigned_gpu_share() -> float:
     """GPUs that Ray gave to this worker, a fraction where it shares one; 0 without Ray."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
+
+
+@contextlib.contextmanager
+def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
+    """In the ``with`` block, a GPU that is out of memory because of other programs raises MemoryHeldError.
+
+    Args:
+        device: of the trial.
+        share: of a GPU, which the trial was given.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device.type != "cuda" or not is_out_of_gpu_memory(error):
+            raise
+        free, total = torch.cuda.mem_get_info(device)
+        holders = find_gpu_holders(free=free, own=torch.cuda.memory_reserved(device), total=total, share=share)
+        if holders is None:
+            raise
+        raise MemoryHeldError(holders) from error
 
 
 def metrics_of(result: Mapping[str, Any]) -> EpochMetrics | None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,15 +20,16 @@ from ray.tune.experiment import Trial
 from tune_amp.config import TrialConfig, describe_error, format_scale
 from tune_amp.data import Dataset
 from tune_amp.halt import StopRequest
+from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun
 from tune_amp.replaced import replaced
 from tune_amp.resources import TrialResources, double_share
-from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, find_cause, find_reason, is_node_lost
+from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, count_free_retries, find_cause, find_reason
 from tune_amp.source import TrialSource
 from tune_amp.stopping import DivergenceAware, build_scheduler
 from tune_amp.storage import RunStorage
-from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES, AmpTrainable, build_worker_setup
+from tune_amp.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 
 
 def bind_trainable(
@@ -64,19 +66,31 @@ def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResour
         max_epochs=options.max_epochs,
         grace_period=options.grace_period,
         reduction_factor=options.reduction_factor,
-        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources),
+        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources, set()),
     )
 
 
-def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, trial: Any) -> None:
+def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, announced: set[str], trial: Any) -> float:
     """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
 
-    A trial that ran out of its share of a GPU gets twice the share. One whose retries are used up has ended, and
-    nothing is changed.
+    A trial that ran out of its share of a GPU gets twice the share. One whose node's memory others hold waits, and
+    that is said once. One whose retries are used up has ended, and nothing is changed.
+
+    Returns:
+        Seconds until the trial may be tried again.
     """
     searcher.note_worker_death(trial)
-    if trial.status == Trial.ERROR and LARGER_SHARE_SIGN in find_cause(trial):
+    cause = find_cause(trial)
+    if trial.status != Trial.ERROR:
+        return 0.0
+    if LARGER_SHARE_SIGN in cause:
         trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
+    if MEMORY_HELD_SIGN not in cause:
+        return 0.0
+    if trial.trial_id not in announced:
+        announced.add(trial.trial_id)
+        print(f"waiting  {trial}: {cause}", file=sys.stderr)  # noqa: T201
+    return MEMORY_WAIT_SECONDS
 
 
 def build_tuner(
@@ -216,8 +230,9 @@ def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
 class BlamelessDeaths:
     """Which deaths of workers cost a trial none of its ``WORKER_RETRIES``.
 
-    Those of a trial that needs a larger share of a GPU, and of one whose node is lost: unless it loses its nodes more
-    than ``NODE_RETRIES`` times without one more epoch, as behind a network that keeps breaking.
+    Those of a trial that needs a larger share of a GPU, and of one whose node is lost or full of other programs: unless
+    that happens more often than ``count_free_retries`` says without one more epoch, as behind a network that keeps
+    breaking.
     """
 
     def __init__(self) -> None:
@@ -225,13 +240,14 @@ class BlamelessDeaths:
 
     def holds(self, trial: Any, cause: str) -> bool:
         """Whether this death, of which the trial has just died, is one of them."""
-        if not is_node_lost(cause):
+        most = count_free_retries(cause)
+        if most == 0:
             return LARGER_SHARE_SIGN in cause
         epoch = (trial.run_metadata.last_result or {}).get("epoch", 0)
         furthest, times = self._lost.get(trial.trial_id, (epoch, 0))
         times = 1 if epoch > furthest else times + 1
         self._lost[trial.trial_id] = (max(epoch, furthest), times)
-        return times <= NODE_RETRIES
+        return times <= most
 
 
 def _spare_pending_trial(task: Any) -> None:

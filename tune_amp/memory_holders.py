@@ -1,0 +1,64 @@
+"""Who holds the memory that ran out: the trials, or other programs of a node that others use too.
+
+What other programs hold is no fault of a trial's settings: the trial waits, tries again, and fails in the end.
+"""
+
+import os
+import re
+from pathlib import Path
+
+MEMORY_HELD_SIGN = "memory is held by other programs"
+"""Stands in the reason of a death or a failure that is theirs."""
+MEMORY_RETRIES = 5
+"""How often a trial is tried again then, at no cost, without one more epoch."""
+MEMORY_WAIT_SECONDS = 10.0
+"""Before each of these."""
+
+# Of ray.exceptions.OutOfMemoryError, as Ray 2.60 words it. Its GB are GiB.
+_USED = re.compile(r"Memory usage (\d+)B exceeded threshold")
+_WORKER = re.compile(r"pid=(\d+), actual memory used=([\d.]+)GB, worker ID=")
+_USER = re.compile(r"^(\d+)\t([\d.]+)\t(.+)$", re.MULTILINE)
+
+
+def find_node_holders(text: str) -> str | None:
+    """Who holds a node's memory, in a line, where Ray's workers hold less than half of what is used; else None.
+
+    The process that runs the search is not named as the largest: its user knows that one.
+
+    Args:
+        text: of Ray's error for a worker that its memory monitor killed.
+    """
+    used, workers = _USED.search(text), {pid: float(size) for pid, size in _WORKER.findall(text)}
+    if used is None or not workers:
+        return None
+    total = int(used[1]) / 2**30
+    others = total - sum(workers.values())
+    if others <= total / 2:
+        return None
+    users = [user for user in _USER.findall(text) if user[0] not in workers and int(user[0]) != os.getpid()]
+    most = f"; the largest is process {users[0][0]} ({_name_program(users[0][2])}, {users[0][1]} GiB)" if users else ""
+    return f"the node's {MEMORY_HELD_SIGN}: {others:.2f} of {total:.2f} GiB{most}"
+
+
+def _name_program(command: str) -> str:
+    """Program and script of a command line. What follows may be secret."""
+    words = command.split()
+    if words[1:2] == ["-m"]:
+        return " ".join((Path(words[0]).name, *words[1:3]))
+    return " ".join(Path(word).name for word in words[:2] if not word.startswith("-"))
+
+
+def find_gpu_holders(*, free: int, own: int, total: int, share: float) -> str | None:
+    """Who holds a GPU's memory, in a line, where a trial can have less than half of its share; else None.
+
+    Args:
+        free: bytes that no process holds.
+        own: bytes that the trial's process holds.
+        total: bytes of the GPU.
+        share: of the GPU, which the trial was given.
+    """
+    due = share * total
+    if free + own >= due / 2:
+        return None
+    held = f"they leave {(free + own) / 2**30:.2f} of the {due / 2**30:.2f} GiB that the trial was given"
+    return f"the GPU's {MEMORY_HELD_SIGN}: {held}; nvidia-smi lists them"
