@@ -312,7 +312,7 @@ def test_trial_that_has_to_wait_is_paused_until_its_time_has_come_and_holds_up_n
     died, other, _ = controller.trials
     scheduler.on_trial_error(controller, died)
     died.status = "PENDING"  # Tune queues it again
-    assert scheduler.choose_trial_to_run(controller) is other
+    assert scheduler.choose_trial_to_run(controller) == other
     assert died.status == "PAUSED"
     other.status = "TERMINATED"
     now[0] = 109.9
