@@ -403,6 +403,7 @@ def test_trial_that_fails_in_two_ways_tells_both(
         ([RuntimeError("no kernel for Half"), RuntimeError("no kernel for Float")], False),
         ([RuntimeError("no kernel"), ValueError("no kernel")], False),
         ([OSError("no space left"), OSError("no space left")], False),  # the disk's fault
+        ([OSError("no space left"), InputError("lr: too large")], True),  # a check of ours knows at once
     ],
 )
 def test_same_error_in_the_same_epoch_twice_is_the_settings_fault(

@@ -192,7 +192,10 @@ class AmpTrainable(tune.Trainable):
             self._ask_for_larger_share(error)
             report = failure_report(error)
             if self._first_failure is not None:
-                report |= judge_second_failure(self._first_failure, self._locate_failure(error), error)
+                second = self._count_epochs(), report["error"]
+                report["config_fault"] |= is_settings_fault(self._first_failure, second, error)
+                if self._first_failure[1] != report["error"]:
+                    report["error"] = one_line(f"{report['error']}; before that, {self._first_failure[1]}")
         if report["done"]:
             self._release()
         if 0 < self._first_share < self._share:
@@ -239,14 +242,14 @@ class AmpTrainable(tune.Trainable):
             final = isinstance(error, InputError | torch.AcceleratorError) or is_out_of_memory(error)
             if final or self._first_failure is not None:
                 raise
-            self._first_failure = self._locate_failure(error)
+            self._first_failure = self._count_epochs(), describe_error(error)
             wait = MEMORY_WAIT_SECONDS if isinstance(error, MemoryHeldError) else 0.0
         self._release()
         time.sleep(wait)
         return self._train_epoch()
 
-    def _locate_failure(self, error: Exception) -> Failure:
-        return 0 if self._run is None else self._run.epoch, describe_error(error)
+    def _count_epochs(self) -> int:
+        return 0 if self._run is None else self._run.epoch
 
     def _train_epoch(self) -> dict[str, Any]:
         with naming_memory_holders(self._data.device, self._share):
@@ -363,15 +366,14 @@ def failure_report(error: Exception) -> dict[str, Any]:
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
 
 
-def judge_second_failure(first: Failure, second: Failure, error: Exception) -> dict[str, Any]:
-    """What the second failure of a trial changes in its report.
+def is_settings_fault(first: Failure, second: Failure, error: Exception) -> bool:
+    """Whether a trial failed twice, the second time by ``error``, because of its settings, not by chance.
 
-    A trial repeats bit by bit, so that the same error in the same epoch is the settings' fault, not chance. An OSError
-    is the machine's, however often it comes: a disk stays full.
+    A trial repeats bit by bit: its settings' fault is the same error in the same epoch. An OSError is the machine's
+    fault, however often it comes: a disk stays full.
     """
     is_same = first[0] == second[0] and generalize_error(first[1]) == generalize_error(second[1])
-    text = second[1] if first[1] == second[1] else one_line(f"{second[1]}; before that, {first[1]}")
-    return {"error": text, "config_fault": is_same and not isinstance(error, OSError)}
+    return is_same and not isinstance(error, OSError)
 
 
 def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any) -> WorkerSetup:
