@@ -734,7 +734,7 @@ def test_too_many_rows_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seed", "7", "seed: must be a whole number, got '7' (a text in YAML; write 7)"),
+        ("seed", "7", "seed: must be a whole number, got '7'"),
         ("run", None, "run: must be there, got null"),
         ("command", "search.py", "command: must hold texts, got 'search.py'"),
         ("command", [1], "command: must hold texts, got (1,)"),
