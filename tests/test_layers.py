@@ -11,6 +11,7 @@ PACKAGE = Path(tune_amp.__file__).parent
 
 LAYERS = (
     "run_files",
+    "replaced",
     "config",
     "files",
     "options",
@@ -26,6 +27,7 @@ LAYERS = (
     "parameters",
     "space",
     "inert",
+    "own_code",
     "idx_files",
     "data",
     "console",
@@ -51,7 +53,6 @@ LAYERS = (
     "card",
     "cpus",
     "compare",
-    "replaced",
     "private_home",
     "session",
     "vitals",
@@ -152,6 +153,7 @@ THIRD_PARTY = {
     "memory": {"torch"},
     "training": {"numpy", "torch"},
     "models": {"torch"},
+    "own_code": {"numpy", "torch"},
     "compare": {"pyarrow", "torch"},
     "trackers": {"mlflow", "ray", "tensorboardX", "wandb"},
     "shares": {"numpy", "torch"},

@@ -1,13 +1,20 @@
-from collections.abc import Callable
+"""What cannot be trained is refused before a search starts, in one line; what can is left as it was."""
+
+import contextlib
+import io
+import itertools
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from tune_amp.config import InputError
+from tune_amp.config import MODELS, OPTIMIZERS, PRECISIONS, InputError
 from tune_amp.data import Dataset, Split
 from tune_amp.options import SearchOptions
-from tune_amp.preflight import check_fit
+from tune_amp.preflight import check_fit, check_training
 from tune_amp.space import SearchSpace, load_space
 
 
@@ -21,9 +28,11 @@ def load(tmp_path: Path) -> Callable[[str], SearchSpace]:
     return write_and_load
 
 
-def make_dataset(train_images: int, name: str = "digits") -> Dataset:
-    split = Split(images=np.zeros((train_images, 1, 28, 28), np.uint8), labels=np.zeros(train_images, np.int64))
-    return Dataset(name=name, num_classes=10, train=split, validation=split, test=split, content_hash="")
+def make_dataset(train_images: int, name: str = "digits", shape: tuple[int, int, int] = (1, 28, 28)) -> Dataset:
+    images = np.zeros((train_images, *shape), np.uint8)
+    images[-1] = 200
+    split = Split(images=images, labels=np.arange(train_images) % 5)
+    return Dataset(name=name, num_classes=5, train=split, validation=split, test=split, content_hash="")
 
 
 LR = "  lr: {low: 1.0e-4, high: 0.1}\n"
@@ -68,13 +77,179 @@ def test_model_that_cannot_be_imported_is_refused(load: Callable[[str], SearchSp
     assert str(caught.value) == f"no_such_module:net: importing no_such_module failed ({reason})"
 
 
-def test_model_that_does_not_fit_the_data_is_refused(
-    load: Callable[[str], SearchSpace], write_module: Callable[[str], str]
-) -> None:
-    module = write_module("import torch\ndef net(shape, classes): return torch.nn.Linear(3, classes)\n")
+# The model, trained for one step
+
+WriteModule = Callable[[str], str]
+
+LINEAR = """
+import sys
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.layer = torch.nn.Linear(16, classes)
+    def forward(self, images):
+        logits = self.layer(images.flatten(1))
+        {line}
+        return logits
+"""
+
+
+def write_net(write_module: WriteModule, line: str) -> str:
+    """A user's model of 16 pixels that does ``line`` in its forward pass, when it has logits."""
+    return write_module(LINEAR.format(line=line)) + ":Net"
+
+
+def check(model: str, precisions: Sequence[str] = ("fp32",), optimizers: Sequence[str] = ("adam",)) -> dict[str, str]:
+    data = make_dataset(20, shape=(1, 4, 4))
+    return check_training(model, data, precisions=precisions, optimizers=optimizers, device=torch.device("cpu"))
+
+
+def refusal(model: str, **tried: Sequence[str]) -> str:
     with pytest.raises(InputError) as caught:
-        check_fit(load(f"parameters:\n{LR}"), make_dataset(99), SearchOptions(model=f"{module}:net"))
-    assert str(caught.value).startswith(
-        f"model: {module}:net must accept images of shape [batch, 1, 28, 28], got RuntimeError: "
+        check(model, **tried)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_built_in_model_can_be_trained_in_every_way(model: str) -> None:
+    assert check(model, PRECISIONS, OPTIMIZERS) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def net(input_shape): pass", "TypeError"),
+        ("def net(*_):\n    raise RuntimeError('two\\nlines')", "RuntimeError: two lines (in fp32)"),
+        ("from torch import nn\ndef net(*_):\n    return nn.Linear(784, 10)", "RuntimeError: "),
+        ("import sys\ndef net(*_):\n    sys.exit(3)", "RuntimeError: the code called sys.exit(3) (in fp32)"),
+    ],
+)
+def test_model_that_cannot_be_built_or_run_is_refused(text: str, expected: str, write_module: WriteModule) -> None:
+    name = f"{write_module(text)}:net"
+    assert refusal(name).startswith(f"model: {name} must train on images of shape [batch, 1, 4, 4], got {expected}")
+
+
+def test_image_too_small_for_a_model_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^model: conv_net must train on images of shape \[batch, 1, 3, 3\], got "):
+        check_training(
+            "conv_net",
+            make_dataset(20, shape=(1, 3, 3)),
+            precisions=("fp32",),
+            optimizers=("adam",),
+            device=torch.device("cpu"),
+        )
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        ("logits[:, 1:]", "torch.float32 [2, 4]"),
+        ("logits[..., None]", "torch.float32 [2, 5, 1]"),
+        ("logits[:1]", "torch.float32 [1, 5]"),
+        ("logits.argmax(dim=1)", "torch.int64 [2]"),
+        ("(logits, logits)", "tuple"),
+        ("None", "NoneType"),
+    ],
+)
+def test_other_output_in_either_mode_is_refused(mode: str, output: str, got: str, write_module: WriteModule) -> None:
+    name = write_net(write_module, f"if self.training == {mode == 'training'}: return {output}")
+    rule = "must return float logits of shape [2, 5] for 2 images"
+    assert refusal(name) == f"model: {name} {rule}, got {got} in {mode} mode"
+
+
+def test_logits_of_half_precision_are_accepted(write_module: WriteModule) -> None:
+    assert check(write_net(write_module, "return logits.half()")) == {}
+
+
+def test_precision_that_alone_fails_is_told_with_its_reason(write_module: WriteModule) -> None:
+    name = write_net(write_module, "assert logits.dtype is not torch.float16, 'no kernel'")
+    assert check(name, ("fp16", "fp32", "bf16")) == {"fp16": "AssertionError: no kernel"}
+    assert refusal(name, precisions=("fp16",)).endswith("got AssertionError: no kernel (in fp16)")
+
+
+@pytest.mark.parametrize("line", ["logits = logits.detach()", "logits.register_hook(lambda _: 1 / 0)"])
+def test_backward_pass_that_fails_is_refused(line: str, write_module: WriteModule) -> None:
+    name = write_net(write_module, f"if self.training: {line}")
+    assert "images of shape [batch, 1, 4, 4], got " in refusal(name, precisions=("fp32", "bf16", "fp16"))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_that_cannot_take_the_gradients_is_refused(optimizer: str, write_module: WriteModule) -> None:
+    lines = [
+        "import torch",
+        "class Net(torch.nn.Module):",
+        "    def __init__(self, shape, classes):",
+        "        super().__init__()",
+        "        self.table = torch.nn.Embedding(256, classes, sparse=True)",
+        "    def forward(self, images):",
+        "        return self.table(images.flatten(1).mul(255).long()).mean(dim=1)",
+    ]
+    message = refusal(write_module("\n".join(lines)) + ":Net", optimizers=(optimizer,))
+    assert "sparse" in message
+
+
+def test_search_that_may_use_gpus_is_refused_only_where_fp32_fails_too(
+    load: Callable[[str], SearchSpace], write_module: WriteModule
+) -> None:
+    """Only this machine's CPU is asked: an LSTM runs in fp16 on a GPU, and not here."""
+    space, data = (
+        load(f"parameters:\n{LR}fixed: {{precision: fp16, batch_size: 4}}\n"),
+        make_dataset(20, shape=(1, 4, 4)),
     )
-    assert "\n" not in str(caught.value)
+    only_half = write_net(write_module, "assert logits.dtype is not torch.float16, 'no kernel'")
+    with pytest.raises(InputError, match=r"got AssertionError: no kernel \(in fp16\)$"):
+        check_fit(space, data, SearchOptions(model=only_half))
+    assert check_fit(space, data, SearchOptions(model=only_half), may_use_gpus=True) == {
+        "fp16": "AssertionError: no kernel"
+    }
+    never = write_net(write_module, "assert False")
+    with pytest.raises(InputError, match=r"got AssertionError: "):
+        check_fit(space, data, SearchOptions(model=never), may_use_gpus=True)
+
+
+def test_every_precision_and_optimizer_of_the_space_is_tried(
+    load: Callable[[str], SearchSpace], write_module: WriteModule
+) -> None:
+    space = load("parameters:\n  precision: {choices: [fp16, bf16]}\n  optimizer: {choices: [sgd, adamw]}\n")
+    assert (space.precisions, space.optimizers) == (("fp16", "bf16"), ("sgd", "adamw"))
+    name = write_net(write_module, "print(logits.dtype, file=sys.stderr) if self.training else None")
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        check_fit(space, make_dataset(64, shape=(1, 4, 4)), SearchOptions(model=name))
+    tried = [dtype for dtype, _ in itertools.groupby(text.getvalue().split())]
+    assert tried[:2] == ["torch.float16", "torch.float32"]  # the probe's pass of the fp16 step
+    assert "torch.bfloat16" in tried
+
+
+def test_check_is_silent_and_changes_nothing(
+    write_module: WriteModule, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    lines = (
+        "print('seen'); import random, warnings; random.random(); warnings.warn('old'); torch.set_grad_enabled(True)"
+    )
+    name = write_net(write_module, f"torch.rand(1); {lines}")
+    before = torch.get_rng_state(), random.getstate()
+    with torch.no_grad():
+        assert check(name) == {}
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert capsys.readouterr() == ("", "")
+    assert list(recwarn) == []
+
+
+def test_images_without_any_contrast_are_refused() -> None:
+    blank = make_dataset(20)
+    blank.train.images[:] = 7
+    with pytest.raises(InputError, match=r"pixels of the training images must differ, all are 7$"):
+        check_training("simple_net", blank, precisions=("fp32",), optimizers=("adam",), device=torch.device("cpu"))
+
+
+def test_long_error_of_a_users_model_is_shortened(write_module: WriteModule) -> None:
+    message = refusal(write_module("def net(*_):\n    raise RuntimeError('long ' * 1000)") + ":net")
+    assert len(message) < 500
+    assert message.endswith(" ... (in fp32)")

@@ -162,7 +162,7 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     given = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
     dataset = make_long_tail(given, record.config.imbalance)
     device = choose_device(arguments.device)
-    _check_fit(wishes, record.config, dataset)
+    _check_fit(wishes, record.config, dataset, device)
     console = open_console()
     from tune_amp.compare import cpu_threads
 
@@ -172,15 +172,22 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
         return Comparison(wishes, record.config, dataset, device, origin, folder, console).make()
 
 
-def _check_fit(wishes: Wishes, config: TrialConfig, dataset: "Dataset") -> None:
-    from tune_amp.models import check_model
+def _check_fit(wishes: Wishes, config: TrialConfig, dataset: "Dataset", device: "torch.device") -> None:
+    from tune_amp.compare import choose_arms
+    from tune_amp.preflight import check_training
 
     for size in wishes.batch_sizes:
         if size > len(dataset.train):
             rule = f"must be at most the {len(dataset.train):,} training images of {dataset.name}"
             raise InputError(f"--batch-sizes: {rule}, got {size}")
     for model in (config.model, *wishes.models):
-        check_model(model, dataset.input_shape, dataset.num_classes)
+        check_training(
+            model,
+            dataset,
+            precisions=tuple(choose_arms(config, wishes.precisions, device)),
+            optimizers=(config.optimizer,),
+            device=device,
+        )
 
 
 def _default_output(arguments: argparse.Namespace) -> Path:

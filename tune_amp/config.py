@@ -1,20 +1,26 @@
 """The words every other file uses: what a trial depends on, what it reports, and how it can end.
 
-Imports nothing but the standard library, so that a Parquet file can be read without torch, Ray or Optuna.
+Needs nothing but the standard library, so that a Parquet file can be read without torch, Ray or Optuna.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import importlib
+import importlib.machinery
 import math
 import re
 import reprlib
 import sys
+import sysconfig
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tune_amp.replaced import replaced
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MODELS = ("simple_net", "conv_net", "vit")
@@ -39,6 +45,7 @@ SMALLEST_SCALE = 2.0**-126
 LARGEST_SCALE = 2.0**127
 
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.IGNORECASE)
+_SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[1] / "scripts")
 _FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -278,22 +285,60 @@ def load_function(name: str) -> Callable[..., Any]:
     """The function that a user names as ``package.module:function``; modules in the current folder count too.
 
     Raises:
-        InputError: the module cannot be imported, or holds no such function.
+        InputError: the module cannot be imported, holds no such function, or hides one in the current folder.
     """
     if not is_function_name(name):
         raise InputError(f"{shown(name)}: must have the form module:function")
     folder = str(Path.cwd())
+    # Python puts the folder of a script first: there, a user's train.py would find ours.
+    sys.path[:] = [entry for entry in sys.path if entry != _SCRIPTS_FOLDER]
     if folder not in sys.path:
         sys.path.append(folder)  # last: a file of the user's must not shadow an installed module that others import
     module_name, function_name = name.split(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name, None)
+        with _no_command_line(module_name):
+            function = getattr(importlib.import_module(module_name), function_name, None)
     except (Exception, SystemExit) as error:  # a user's module may raise anything, a script without a guard exits
         raise InputError(f"{name}: importing {module_name} failed ({describe_error(error)})") from error
+    _check_not_hidden(name, folder)
     if not callable(function):
         got = "no such name" if function is None else f"a value of type {type(function).__name__}"
         raise InputError(f"{name}: {module_name} must hold a function {function_name}, got {got}")
     return function  # type: ignore[no-any-return]  # callable() tells no signature
+
+
+@contextlib.contextmanager
+def _no_command_line(module_name: str) -> Iterator[None]:
+    """In the ``with`` block, the command line is not ours: a module that is imported may not take its settings there.
+
+    What parses it and ignores what it does not know (``parse_known_args``) gets its defaults, in every process.
+    """
+
+    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        guard = "put that below if __name__ == '__main__'"
+        raise SystemExit(f"{module_name} parses the command line when imported: {guard}")
+
+    with (
+        replaced(sys, "argv", [module_name, "--imported-by-tune-amp"]),
+        replaced(argparse.ArgumentParser, "error", refuse),  # it would print a page of usage
+    ):
+        yield
+
+
+def _check_not_hidden(name: str, folder: str) -> None:
+    """Refuse a module of the standard library, or an installed one, where a file in ``folder`` has its name.
+
+    The file cannot be had instead: all that imports the other one by that name would get it too.
+    """
+    top = name.partition(":")[0].partition(".")[0]
+    own = importlib.machinery.PathFinder.find_spec(top, [folder])
+    if own is None or own.origin is None:
+        return
+    imported = getattr(sys.modules[top], "__file__", None) or "built into Python"
+    installed = {sysconfig.get_path(scheme) for scheme in ("stdlib", "platstdlib", "purelib", "platlib")}
+    hidden = imported == "built into Python" or any(Path(imported).is_relative_to(place) for place in installed)
+    if hidden and imported != own.origin:
+        raise InputError(f"{name}: {top} is {imported}, not {own.origin}; rename your own")
 
 
 def one_line(text: str, limit: int = 300) -> str:

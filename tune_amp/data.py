@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tune_amp.config import DATASETS, InputError, describe_error, is_function_name, load_function, shown
+from tune_amp.config import DATASETS, InputError, describe_error, is_function_name, shown
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, TORCHVISION_CLASSES, DownloadError, locate_files, read_idx
+from tune_amp.own_code import exits_as_errors, import_function, unchanged_process
 
 # The split belongs to the data set, not to a trial: its seed never varies, so that every trial sees the same images.
 SPLIT_SEED = 20_251
@@ -185,10 +186,13 @@ def _enlarge_digits(images: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
 
 
 def _load_from_function(name: str) -> Dataset:
-    function = load_function(name)
     try:
-        result = function()
-    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        function = import_function(name)
+        with exits_as_errors(), unchanged_process():
+            result = function()
+    except InputError:
+        raise
+    except Exception as error:  # a user's function may raise anything
         raise InputError(f"{name}: the call failed ({describe_error(error)})") from error
     parts = ("train_images", "train_labels", "test_images", "test_labels")
     if not isinstance(result, tuple | list) or len(result) != len(parts):
@@ -208,8 +212,9 @@ def _check_split(images: Any, labels: Any, images_place: str, labels_place: str)
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise InputError(f"{images_place}: must be [n, h, w] or [n, c, h, w] without a zero, got {images.shape}")
     images = images[:, None] if images.ndim == 3 else images
-    if images.shape[3] <= 4 < images.shape[1]:
-        raise InputError(f"{images_place}: channels must come before height and width, got {images.shape}")
+    if _has_channels_last(images.shape):
+        rule = "channels must come before height and width (transpose(0, 3, 1, 2) puts them there)"
+        raise InputError(f"{images_place}: {rule}, got {images.shape}")
     labels = _as_array(labels, labels_place)
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         got = f"{labels.dtype} {labels.shape}"
@@ -217,6 +222,16 @@ def _check_split(images: Any, labels: Any, images_place: str, labels_place: str)
     if labels.min() < 0 or labels.max() >= np.iinfo(np.int64).max:
         raise InputError(f"{labels_place}: must count from 0, got {labels.min()} to {labels.max()}")
     return Split(images=np.ascontiguousarray(images), labels=np.ascontiguousarray(labels, dtype=np.int64))
+
+
+def _has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether [n, a, b, c] is next to certainly [n, height, width, channels]: colours, or a grey square.
+
+    Series of sensors are [n, 64, 128, 1], features of a table [n, 64, 1, 1].
+    """
+    _, rows, columns, channels = shape
+    is_image = min(rows, columns) > 4
+    return is_image and (channels in (3, 4) or (channels == 1 and rows == columns))
 
 
 def _as_array(value: Any, place: str) -> npt.NDArray[Any]:

@@ -4,13 +4,16 @@ A model is made by a function of ``(input_shape, num_classes)`` and maps float32
 logits ``[batch, num_classes]``.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from tune_amp.config import InputError, describe_error, load_function
+from tune_amp.config import InputError
+from tune_amp.own_code import exits_as_errors, import_function
 
 InputShape = tuple[int, int, int]
 ModelFunction = Callable[[InputShape, int], nn.Module]
@@ -84,37 +87,50 @@ BUILT_IN: dict[str, ModelFunction] = {"simple_net": simple_net, "conv_net": conv
 def build_model(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
     """The model ``name``, float32 on the CPU, with weights drawn from torch's global generator.
 
+    Lazy layers get their shapes from one pass in evaluation mode over two blank images.
+
     Raises:
-        InputError: the name is a user's function that cannot be imported, or that returns no ``nn.Module``.
+        InputError: the name is a user's function that cannot be imported, that returns no ``nn.Module``, or one that
+            AMP cannot train.
     """
     if name in BUILT_IN:
         return BUILT_IN[name](input_shape, num_classes)
-    model = load_function(name)(input_shape, num_classes)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: {name} must return a torch.nn.Module, got {type(model).__name__}")
+    function = import_function(name)
+    with exits_as_errors(), torch.enable_grad():
+        model = function(input_shape, num_classes)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model: {name} must return a torch.nn.Module, got {type(model).__name__}")
+        if _find_lazy(model) is not None:
+            _run_dry(model, input_shape)
+    _check_parameters(name, model)
     return model
 
 
-def check_model(name: str, input_shape: InputShape, num_classes: int) -> None:
-    """Build ``name`` and show it two blank images, so that a wrong model is refused before a search starts.
+def _find_lazy(model: nn.Module) -> str | None:
+    """The name of a parameter or buffer that has no shape yet."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return next((name for name, tensor in tensors if is_lazy(tensor)), None)
 
-    Raises:
-        InputError: it cannot be built or run, or its output is not ``[2, num_classes]`` floats.
-    """
-    generator_state = torch.get_rng_state()
-    try:
-        model = build_model(name, input_shape, num_classes)
-        with torch.inference_mode():
-            logits = model.eval()(torch.zeros(2, *input_shape))
-    except InputError:
-        raise
-    except Exception as error:  # a user's model may raise anything
-        shape = ", ".join(map(str, input_shape))
-        raise InputError(
-            f"model: {name} must accept images of shape [batch, {shape}], got {describe_error(error)}"
-        ) from error
-    finally:
-        torch.set_rng_state(generator_state)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, num_classes) or not logits.is_floating_point():
-        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"model: {name} must return float logits of shape [2, {num_classes}] for 2 images, got {got}")
+
+def _run_dry(model: nn.Module, input_shape: InputShape) -> None:
+    was_training = model.training
+    with torch.no_grad():  # in inference mode, the new weights could not be trained
+        model.eval()(torch.zeros(2, *input_shape))
+    model.train(was_training)
+
+
+def _check_parameters(name: str, model: nn.Module) -> None:
+    """Refuse weights that are not AMP's fp32 master weights, and a model without any that can learn."""
+    lazy = _find_lazy(model)
+    if lazy is not None:
+        raise InputError(f"model: {name} must use every lazy layer in its forward pass, got {lazy} without a shape")
+    for place, parameter in model.named_parameters():
+        if parameter.dtype is not torch.float32:
+            advice = "; a constant belongs into a buffer"
+            if parameter.is_complex():
+                advice = " (torch.view_as_real stores a complex weight as pairs)"
+            rule = "must have float32 parameters, which autocast casts as it needs them"
+            raise InputError(f"model: {name} {rule}, got {place} of {parameter.dtype}{advice}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        count = sum(1 for _ in model.parameters())
+        raise InputError(f"model: {name} must have a parameter that requires a gradient, got none among {count}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
@@ -98,6 +99,7 @@ def run_search(
     trackers: Sequence[tune.Callback] = (),
     owner: str | None = None,
     announce: Callable[[str], object] = lambda line: None,
+    checked: bool = False,
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
@@ -124,12 +126,14 @@ def run_search(
         trackers: from ``trackers.build_trackers``.
         owner: of the checkpoints at ``storage_path``, from ``storage.identify_folder``; None: ``folder``.
         announce: is told, in a line, what of the run was not as the search had left it.
+        checked: whether ``preflight.check_fit`` has found that space, data and model fit together.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
         OSError: a file cannot be written, the disk is full for example; what was reported is in the journal.
     """
-    check_fit(space, dataset, options)
+    if not checked:
+        check_fit(space, dataset, options, may_use_gpus=bool(ray.cluster_resources().get("GPU")))
     resources = resources or plan_resources(options, space, dataset)
     check_objectives(options, resources)
     stop, vitals = stop or StopRequest(), Vitals()

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -50,7 +50,15 @@ from tune_amp.options import (
 )
 from tune_amp.run_files import JOURNAL_FILE, REPORT_FILE
 from tune_amp.search_arguments import DEFAULT_SPACE, search_parser
-from tune_amp.search_output import choose_observer, list_inert, print_end, print_json_end, print_json_start, print_start
+from tune_amp.search_output import (
+    choose_observer,
+    describe_unfit,
+    list_inert,
+    print_end,
+    print_json_end,
+    print_json_start,
+    print_start,
+)
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
@@ -224,7 +232,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
     # A user's own code is run in the main thread, where it may expect to be.
     load = functools.partial(_load_checked, task)
-    find_dataset = _call(load, in_background=not theirs)
+    find_checked = _call(load, in_background=not theirs)
     modules = _user_modules(arguments.model)
     with ray_session(
         arguments.address,
@@ -239,7 +247,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
             say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
         if session.by_client and arguments.tracker:
             raise InputError("--tracker: must not be given with ray://, where the search runs on another machine")
-        dataset = find_dataset()
+        dataset, unfit = find_checked()
         from tune_amp.planning import adapt_donor, plan_resources
         from tune_amp.remote import run_search_remotely
         from tune_amp.resuming import remember
@@ -251,14 +259,14 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         )
         warm_start = None if task.donor is None else adapt_donor(task.donor, space, dataset, options)
         with ignoring_closed_pipe():
-            _announce(task, folder, console, stdout, dataset, session, resources, warm_start)
+            _announce(task, folder, console, stdout, dataset, unfit, session, resources, warm_start)
         with choose_observer(arguments, console, stdout) as observer:
-            search: Callable[..., SearchResult] = run_search
+            search: Callable[..., SearchResult] = functools.partial(run_search, checked=True)
             if session.by_client:
                 search = run_search_remotely
             elif arguments.tracker:
                 trackers = build_trackers(arguments.tracker, folder, past=past.reported if past else {})
-                search = functools.partial(run_search, trackers=trackers)
+                search = functools.partial(search, trackers=trackers)
             result = search(
                 space,
                 dataset,
@@ -287,6 +295,7 @@ def _announce(
     console: Console,
     stdout: IO[str],
     dataset: "Dataset",
+    unfit: Mapping[str, str],
     session: "RaySession",
     resources: "TrialResources",
     warm_start: "WarmStart | None",
@@ -297,6 +306,8 @@ def _announce(
 
     arguments, space, options, past = task.arguments, task.space, task.options, task.past
     print_start(console, space, dataset, options, session, resources)
+    for precision, reason in unfit.items():
+        say(console, f"note       {describe_unfit(options.model, precision, reason, resources)}", style="yellow")
     for line in [] if warm_start is None else warm_start.describe():
         say(console, f"warm       {line}")
     if past is not None:
@@ -307,7 +318,7 @@ def _announce(
         say(console, f"tracker    {describe_tracker(name, folder)}")
     if arguments.json:
         warm = None if warm_start is None else warm_start.describe_as_json()
-        print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), warm)
+        print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), unfit, warm)
 
 
 def _write_report(folder: Path) -> None:
@@ -320,8 +331,10 @@ def _write_report(folder: Path) -> None:
         print(f"{REPORT_FILE} was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
-def _load_checked(task: Task) -> "Dataset":
-    """The data set, found to fit; and what the search will import, so that it need not wait for that."""
+def _load_checked(task: Task) -> "tuple[Dataset, dict[str, str]]":
+    """The data set, found to fit, and ``check_fit``'s answer; what the search will import is imported meanwhile."""
+    import torch
+
     from tune_amp.data import make_long_tail
     from tune_amp.preflight import check_fit
 
@@ -330,9 +343,10 @@ def _load_checked(task: Task) -> "Dataset":
         dataset = make_long_tail(dataset, task.arguments.imbalance)
     if task.past is not None:
         check_same_data(dataset, task.past.provenance.data_hash)
-    check_fit(task.space, dataset, task.options)
+    elsewhere = task.arguments.address is not None or torch.cuda.is_available()
+    unfit = check_fit(task.space, dataset, task.options, may_use_gpus=elsewhere and task.options.gpus_per_trial != 0)
     importlib.import_module("tune_amp.search")
-    return dataset
+    return dataset, unfit
 
 
 def _call(function: Callable[[], _T], *, in_background: bool) -> Callable[[], _T]:

@@ -80,6 +80,13 @@ def print_start(
             _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
 
 
+def describe_unfit(model: str, precision: str, reason: str, resources: "TrialResources") -> str:
+    """What it means that ``model`` does not run in ``precision`` on this machine's CPU."""
+    if resources.gpus:
+        return f"{precision}: {model} does not run on this machine's CPU ({reason}); trials run on GPUs"
+    return f"{precision}: {model} does not run here ({reason}): such trials are recorded as infeasible"
+
+
 def list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions) -> list[str]:
     """Settings that would be searched for nothing."""
     from tune_amp.inert import describe_inert, estimate_inert
@@ -136,6 +143,7 @@ def print_json_start(
     dataset: "Dataset",
     session: "RaySession",
     inert: Sequence[str],
+    unfit: Mapping[str, str],
     warm: Mapping[str, Any] | None,
 ) -> None:
     """The first line for a program: where the run is, and what it begins with."""
@@ -143,7 +151,7 @@ def print_json_start(
 
     token = None if session.token_path is None else str(session.token_path)
     where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
-    found = {"authenticated": session.authenticated, "inert": inert, "warm_start": warm}
+    found = {"authenticated": session.authenticated, "inert": inert, "unfit": unfit, "warm_start": warm}
     start = {"run": folder.name, "dataset": dataset.name, **where, **found}
     JsonLines(stdout).write("start", start)
 

@@ -75,10 +75,19 @@ class SearchSpace:
     @property
     def precisions(self) -> tuple[str, ...]:
         """Those that trials can have: searched, fixed, or else TrialConfig's default."""
+        return self._list_choices("precision")
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """As ``precisions``."""
+        return self._list_choices("optimizer")
+
+    def _list_choices(self, name: str) -> tuple[str, ...]:
+        default = self.fixed.get(name, getattr(TrialConfig, name))
         for parameter in self.parameters:
-            if parameter.name == "precision":
-                return parameter.choices
-        return (self.fixed.get("precision", TrialConfig.precision),)
+            if parameter.name == name:
+                return tuple(dict.fromkeys((*parameter.choices, *([default] if parameter.when else []))))
+        return (default,)
 
     def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """TrialConfig field -> value: fixed and active searched ones; the rest keep TrialConfig's defaults."""

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, format_scale, list_settings, one_line
+from tune_amp.config import (
+    InputError,
+    TrialConfig,
+    describe_error,
+    format_scale,
+    is_function_name,
+    list_settings,
+    one_line,
+)
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_NO_RESULT,
@@ -100,6 +108,7 @@ def _train_final(
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
     device = choose_device(arguments.device)
+    _check_own_model(config, dataset, device)
     console = open_console()
     with claimed_folder(arguments.output or _default_output(arguments, config)) as output:
         try:
@@ -114,6 +123,11 @@ def _train_final(
         except torch.OutOfMemoryError as error:
             print(f"out of memory, nothing saved: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
+        except Exception as error:
+            if isinstance(error, InputError) or not is_function_name(config.model):
+                raise
+            print(f"{config.model} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
         versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
         card = describe_card(result, CardSource(**source, versions=versions))
         training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
@@ -122,6 +136,15 @@ def _train_final(
     saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"
     console.print(printable(f"saved   {output}: {saved}"), markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def _check_own_model(config: TrialConfig, dataset: "Dataset", device: "torch.device") -> None:
+    """Refuse, before anything is written, a model that was changed since the search, or does not run here."""
+    from tune_amp.preflight import check_training
+
+    if is_function_name(config.model):
+        precisions, optimizers = (config.precision,), (config.optimizer,)
+        check_training(config.model, dataset, precisions=precisions, optimizers=optimizers, device=device)
 
 
 def _print_training(
@@ -161,6 +184,7 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
     equal = True
     recorded_on = "cpu" if record.device == "cpu" else "cuda"
     device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
+    _check_own_model(record.config, dataset, device)
     for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
         line = f"{_describe_epoch(metrics, record.config.max_epochs)}  val accuracy {metrics.val_accuracy:.2%}"
         if metrics.epoch in recorded:

@@ -31,6 +31,7 @@ from tune_amp.curricula import count_drawn_images
 from tune_amp.data import Split
 from tune_amp.graphs import Capture, StepLoop, capturable, capture_cuda_graph, clear_workspaces, explain_eager
 from tune_amp.models import InputShape, build_model
+from tune_amp.own_code import exits_as_errors
 from tune_amp.states import EpochEvidence, Verdict, judge_epoch
 
 EVALUATION_BATCH = 2048
@@ -192,6 +193,8 @@ class TrainingRun:
         while self._epoch < self._config.max_epochs and self.hopeless is None:
             yield self.train_epoch()
 
+    @exits_as_errors()
+    @torch.enable_grad()  # a user's module may have turned gradients off for its own use
     def train_epoch(self) -> EpochMetrics:
         """Train one epoch and validate.
 
@@ -464,6 +467,7 @@ class Evaluation:
     """That share within each class; NaN for a class of which the split has no image."""
 
 
+@exits_as_errors()
 def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> Evaluation:
     """Loss, accuracy and recalls, in strict fp32 whatever the model was trained in.
 
@@ -503,6 +507,8 @@ def _count_by_class(labels: Tensor, correct: Tensor, num_classes: int) -> tuple[
     return none.index_add(0, labels, answers), none.index_add(0, labels, torch.ones_like(answers))
 
 
+@exits_as_errors()
+@torch.enable_grad()
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
     """Seconds that an epoch will take, from forward and backward pass on ``ESTIMATE_IMAGES`` images after a first time.
 
