@@ -26,7 +26,7 @@ def load_arrays(monkeypatch: pytest.MonkeyPatch) -> LoadArrays:
     """A data set of the given arrays, as if a user's function had returned them."""
 
     def load(arrays: Arrays) -> Dataset:
-        monkeypatch.setattr(data, "load_function", lambda _: lambda: arrays)
+        monkeypatch.setattr(data, "import_function", lambda _: lambda: arrays)
         return load_dataset("user_module:load")
 
     return load
@@ -200,6 +200,8 @@ def test_function_that_cannot_be_imported_is_refused(
     ("body", "expected"),
     [
         ("raise KeyError('x')", "the call failed (KeyError: 'x')"),
+        ("raise SystemExit(3)", "the call failed (RuntimeError: the code called sys.exit(3))"),
+        ("raise KeyboardInterrupt", "the call failed (RuntimeError: the code raised KeyboardInterrupt)"),
         ("return 1", "must return (train_images, train_labels, test_images, test_labels), got int"),
         ("return x, y, x", "got 3 values"),
         ("return x.tolist(), y, x, y", "train_images: must be a numpy array or a torch tensor, got list"),
@@ -207,7 +209,6 @@ def test_function_that_cannot_be_imported_is_refused(
         ("return x, y, torch.zeros(3, dtype=torch.bfloat16), y", "test_images: must be a tensor that numpy can hold"),
         ("return x[0], y, x, y", "train_images: must be [n, h, w] or [n, c, h, w] without a zero, got (4, 5)"),
         ("return x, y, x[:0], y[:0]", "test_images: must be [n, h, w] or [n, c, h, w] without a zero, got (0, 4, 5)"),
-        ("return np.zeros((6, 8, 8, 3), 'u1'), y[:6], x, y", "channels must come before height and width"),
         ("return x, y.astype(float), x, y", "train_labels: must be integers"),
         ("return x, y > 0, x, y", "train_labels: must be integers"),
         ("return x, y[:, None], x, y", "train_labels: must be integers, one for each of 36 images, got int64 (36, 1)"),
@@ -229,6 +230,36 @@ def test_function_that_breaks_its_contract_is_refused(
     message = refusal(name)
     assert message.startswith(f"{name}: ")
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "refused"),
+    [
+        ((28, 28, 1), True),
+        ((8, 8, 3), True),
+        ((48, 64, 3), True),
+        ((128, 64, 4), True),
+        ((64, 128, 1), False),  # 64 sensors, 128 samples
+        ((64, 1, 1), False),  # features of a table
+        ((12, 4, 4), False),
+        ((64, 1, 3), False),
+        ((3, 8, 8), False),
+        ((1, 28, 28), False),
+        ((28, 28, 2), False),
+    ],
+)
+def test_only_what_is_nearly_surely_channels_last_is_refused(
+    load_arrays: LoadArrays, shape: tuple[int, int, int], refused: bool
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
+    labels = (np.arange(20) % 2).astype(np.uint8)
+    arrays = [images, labels, images, labels]
+    if not refused:
+        assert load_arrays(arrays).input_shape == shape
+        return
+    rule = r"channels must come before height and width \(transpose\(0, 3, 1, 2\) puts them there\), got "
+    with pytest.raises(InputError, match=rf"^user_module:load: train_images: {rule}"):
+        load_arrays(arrays)
 
 
 # A long tail

@@ -120,14 +120,8 @@ def test_lazy_layers_get_their_shapes_and_the_weights_of_the_seed(write_module: 
         states.append(model.state_dict())
     first, again, other = states
     assert model.training
-    assert [tuple(parameter.shape) for parameter in model.parameters()] == [
-        (6, 2, 3, 3),
-        (6,),
-        (6,),
-        (6,),
-        (3, 72),
-        (3,),
-    ]
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    assert shapes == [(6, 2, 3, 3), (6,), (6,), (6,), (3, 72), (3,)]
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
     assert (first["1.running_mean"].tolist(), int(first["1.num_batches_tracked"])) == ([0.0] * 6, 0)
     assert all(torch.equal(first[key], again[key]) for key in first)

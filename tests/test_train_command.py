@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,11 @@ from tune_amp.train_command import train_command
 @pytest.fixture
 def best(tmp_path: Path, digits: Dataset) -> Path:
     """The best file of a search on digits, whose second configuration differs from the first."""
-    configs = [TrialConfig(dataset="digits", max_epochs=3, lr=lr, batch_size=256) for lr in (3e-3, 1e-3)]
+    return write_searched(tmp_path, digits)
+
+
+def write_searched(tmp_path: Path, digits: Dataset, **settings: Any) -> Path:
+    configs = [TrialConfig(dataset="digits", max_epochs=3, lr=lr, batch_size=256, **settings) for lr in (3e-3, 1e-3)]
     trials = [make_trial(f"trial{place}", config=config) for place, config in enumerate(configs, start=1)]
     provenance = dataclasses.replace(PROVENANCE, dataset="digits", data_hash=digits.content_hash)
     write_trials(tmp_path, trials, provenance)
@@ -110,3 +115,48 @@ def test_replay_without_the_epochs_beside_compares_the_last_and_says_what_it_can
     write_trials(tmp_path, [trial], provenance)
     assert train_command([str(tmp_path), "--replay"]) == 0
     assert capsys.readouterr().out.count("equal to the record, bit for bit") == 2
+
+
+OWN_MODEL = """
+import sys
+from torch import nn
+class Net(nn.Linear):
+    def __init__(self, shape, classes):
+        super().__init__(784, classes)
+    def forward(self, images):
+        {line}
+        return super().forward(images.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("assert len(images) == 2, 'two'", 1, "{model} failed, nothing saved: AssertionError: two"),
+        (
+            "len(images) == 2 or sys.exit(0)",
+            1,
+            "{model} failed, nothing saved: RuntimeError: the code called sys.exit(0)",
+        ),
+        (
+            "raise KeyboardInterrupt",
+            2,
+            "error: model: {model} must train on images of shape [batch, 1, 28, 28], "
+            "got RuntimeError: the code raised KeyboardInterrupt (in fp32)",
+        ),
+    ],
+)
+def test_own_model_that_fails_leaves_one_line_and_no_files(
+    tmp_path: Path,
+    digits: Dataset,
+    write_module: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    code: int,
+    message: str,
+) -> None:
+    model = f"{write_module(OWN_MODEL.format(line=line))}:Net"
+    best = write_searched(tmp_path, digits, model=model)
+    assert train_command([str(best), "--model", model, "--output", "out"]) == code
+    assert capsys.readouterr().err == message.format(model=model) + "\n"
+    assert not (tmp_path / "out").exists()

@@ -303,6 +303,8 @@ def test_state_of_an_ended_trial_is_released(make_trainable: MakeTrainable) -> N
     [
         ("raise ValueError('first line\\nsecond line')", "ValueError: first line second line"),
         ("raise RuntimeError('x' * 1000)", "RuntimeError: " + "x" * 282 + " ..."),
+        ("import sys; sys.exit(3)", "RuntimeError: the code called sys.exit(3)"),
+        ("raise KeyboardInterrupt", "RuntimeError: the code raised KeyboardInterrupt"),
         ("return None", "model: {model} must return a torch.nn.Module, got NoneType"),
     ],
 )

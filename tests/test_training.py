@@ -106,6 +106,40 @@ def test_every_optimizer_is_fused_and_has_the_settings_of_the_trial(optimizer: s
     assert group.get("momentum", 0.9) == 0.9
 
 
+LEAVING_MODEL = """
+import sys
+from torch import nn
+class Net(nn.Linear):
+    def __init__(self, shape, classes):
+        super().__init__(16, classes)
+    def forward(self, images):
+        if self.training == {in_training}:
+            {leave}
+        return super().forward(images.flatten(1))
+"""
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "raise KeyboardInterrupt"])
+def test_model_that_exits_fails_its_epoch_and_not_the_process(
+    leave: str, in_training: bool, small_data: TrainingData, write_module: WriteModule
+) -> None:
+    name = write_module(LEAVING_MODEL.format(leave=leave, in_training=in_training))
+    run = TrainingRun(make_config(model=f"{name}:Net"), small_data)
+    with pytest.raises(RuntimeError, match=r"^the code (called sys\.exit\(0\)|raised KeyboardInterrupt)$"):
+        run.train_epoch()
+    if not in_training:
+        with pytest.raises(RuntimeError):
+            run.evaluate(small_data.train)
+
+
+def test_gradients_that_the_process_has_turned_off_are_on_in_training(small_data: TrainingData) -> None:
+    expected = train(make_config(precision="fp16"), small_data)
+    with torch.no_grad():
+        assert train(make_config(precision="fp16"), small_data) == expected
+    assert expected[0].underflow_share is not None  # the probe needs them too
+
+
 # Repeating
 
 

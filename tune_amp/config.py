@@ -338,7 +338,7 @@ def _check_not_hidden(name: str, folder: str) -> None:
     installed = {sysconfig.get_path(scheme) for scheme in ("stdlib", "platstdlib", "purelib", "platlib")}
     hidden = imported == "built into Python" or any(Path(imported).is_relative_to(place) for place in installed)
     if hidden and imported != own.origin:
-        raise InputError(f"{name}: {top} is {imported}, not {own.origin}; rename your own")
+        raise InputError(f"{name}: {top} is {imported}, not {own.origin}; rename your own file")
 
 
 def one_line(text: str, limit: int = 300) -> str:

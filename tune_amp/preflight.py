@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tune_amp.config import InputError, TrialConfig, describe_error, is_function_name
+from tune_amp.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
 from tune_amp.data import Dataset, Split
 from tune_amp.options import SearchOptions
 from tune_amp.own_code import unchanged_process
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # these bring Ray and Optuna, which training a winner does wi
     from tune_amp.resources import TrialResources
     from tune_amp.space import SearchSpace
 
-CHECK_SECONDS = 30.0
+CHECK_SECONDS = 10.0
 """After so long, precisions and optimizers that are left go unchecked: their first trials will show."""
 
 STEP: Mapping[str, Any] = types.MappingProxyType({"batch_size": 2, "max_epochs": 1})
@@ -79,25 +79,28 @@ def check_training(
         InputError: it is impossible in all of them, or the outputs are no logits.
     """
     two = _pick_two(dataset.train)
+    shape = ", ".join(map(str, dataset.input_shape))
+    rule = f"model: {model} must train on images of shape [batch, {shape}]"
+    fit: list[str] = []
     unfit: dict[str, str] = {}
-    started = time.monotonic()
+    deadline = time.monotonic() + CHECK_SECONDS
     with _silence(model), unchanged_process():
         data = TrainingData(two, two, dataset.num_classes, device)
-        for precision in precisions:
-            reason = _try_step(TrialConfig(model=model, precision=precision, optimizer=optimizers[0], **STEP), data)
-            if reason is not None:
-                unfit[precision] = reason
-            if time.monotonic() - started > CHECK_SECONDS:
-                return unfit
-        shape = ", ".join(map(str, dataset.input_shape))
-        rule = f"model: {model} must train on images of shape [batch, {shape}]"
-        fit = [precision for precision in precisions if precision not in unfit]
-        if not fit:
-            raise InputError(f"{rule}, got {unfit[precisions[0]]} (in {precisions[0]})")
+        for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: a CPU may take long for it
+            if time.monotonic() < deadline:
+                reason = _try_step(TrialConfig(model=model, precision=precision, optimizer=optimizers[0], **STEP), data)
+                if reason is None:
+                    fit.append(precision)
+                else:
+                    unfit[precision] = reason
+        if len(unfit) == len(precisions):
+            precision, reason = next(iter(unfit.items()))
+            raise InputError(f"{rule}, got {reason} (in {precision})")
         for optimizer in optimizers[1:]:
-            reason = _try_step(TrialConfig(model=model, precision=fit[0], optimizer=optimizer, **STEP), data)
-            if reason is not None:
-                raise InputError(f"{rule} with {optimizer}, got {reason}")
+            if fit and time.monotonic() < deadline:
+                reason = _try_step(TrialConfig(model=model, precision=fit[0], optimizer=optimizer, **STEP), data)
+                if reason is not None:
+                    raise InputError(f"{rule} with {optimizer}, got {reason}")
     if device.type == "cuda":
         release_memory(device)
     return unfit
@@ -113,19 +116,9 @@ def _pick_two(train: Split) -> Split:
 
 def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
     """Why an epoch of one step fails; None where it does not, or where only the device is at fault."""
-
-    def check_logits(model: nn.Module, images: tuple[Tensor], logits: Any) -> None:
-        expected = (len(images[0]), data.num_classes)
-        if isinstance(logits, Tensor) and tuple(logits.shape) == expected and logits.is_floating_point():
-            return
-        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        mode = "training" if model.training else "evaluation"
-        rule = f"must return float logits of shape {list(expected)} for {expected[0]} images"
-        raise InputError(f"model: {config.model} {rule}, got {got} in {mode} mode")
-
     try:
-        run = TrainingRun(config, data, allow_graph=False)
-        run.model.register_forward_hook(check_logits)
+        run = TrainingRun(config, data, allow_graph=False, probed=False)
+        run.model = _CheckedModel(run.model, config.model, data.num_classes)
         run.train_epoch()
     except InputError:
         raise
@@ -134,6 +127,30 @@ def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
     except Exception as error:  # a user's model may raise anything
         return describe_error(error)
     return None
+
+
+class _CheckedModel(nn.Module):
+    """``model``, of which every output must be logits. A hook would do the same, but for scripted models.
+
+    Raises:
+        InputError: an output is something else.
+    """
+
+    def __init__(self, model: nn.Module, name: str, num_classes: int) -> None:
+        super().__init__()
+        self._model = model
+        self._name = name
+        self._num_classes = num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self._model(images)
+        expected = (len(images), self._num_classes)
+        if isinstance(logits, Tensor) and tuple(logits.shape) == expected and logits.is_floating_point():
+            return logits
+        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        mode = "training" if self.training else "evaluation"
+        rule = f"must return float logits of shape {list(expected)} for {expected[0]} images"
+        raise InputError(f"model: {self._name} {rule}, got {got} in {mode} mode")
 
 
 @contextlib.contextmanager

@@ -151,10 +151,17 @@ class TrainingRun:
         data: resident training data; validation metrics are None where it holds no validation split.
         allow_graph: whether steps may be captured as a CUDA graph where that pays. ``EpochMetrics.loop`` tells.
         capture: how a step is captured; None: as a CUDA graph on a GPU, and not at all on the CPU.
+        probed: whether gradients are probed after an epoch.
     """
 
     def __init__(
-        self, config: TrialConfig, data: TrainingData, *, allow_graph: bool = True, capture: Capture | None = None
+        self,
+        config: TrialConfig,
+        data: TrainingData,
+        *,
+        allow_graph: bool = True,
+        capture: Capture | None = None,
+        probed: bool = True,
     ) -> None:
         torch.manual_seed(config.seed)
         self._config = config
@@ -174,7 +181,7 @@ class TrainingRun:
         # Chosen with the first epoch of a run, and anew where it continues from a checkpoint.
         self._loop: StepLoop | None = None
         self._why_eager: str | None = None
-        self._can_be_probed = True
+        self._can_be_probed = probed
         # Until a weight has moved: on the host, so that no memory of the device is charged for it.
         self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
         self._epoch = 0
