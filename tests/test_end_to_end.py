@@ -149,7 +149,7 @@ def test_a_search_whose_first_trials_fail_alike_stops_with_exit_code_1_and_says_
         "        super().__init__()\n"
         "        self.layer = torch.nn.Linear(pixels, classes)\n"
         "    def forward(self, images):\n"
-        "        if self.training and 'RAY_JOB_ID' in os.environ:\n"  # a worker's, not the driver's look at the model
+        "        if len(images) > 2:\n"  # not in the check before the search
         "            raise ValueError(f'no good\\nat all: {len(images)}')\n"
         "        return self.layer(images.flatten(1))\n"
         "def net(input_shape, num_classes):\n"

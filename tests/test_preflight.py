@@ -250,6 +250,13 @@ def test_check_is_silent_and_changes_nothing(
     assert list(recwarn) == []
 
 
+def test_what_a_module_prints_when_imported_is_seen(
+    write_module: WriteModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(write_module("print('hello')" + LINEAR.format(line="print('again')")) + ":Net") == {}
+    assert capsys.readouterr() == ("hello\n", "")
+
+
 def test_images_without_any_contrast_are_refused() -> None:
     blank = make_dataset(20)
     blank.train.images[:] = 7

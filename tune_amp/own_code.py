@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from tune_amp.config import load_function
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What may end a command by an exception, whatever it is running at that moment."""
+from tune_amp.halt import SIGNALS
 
 
 def import_function(name: str) -> Callable[..., Any]:

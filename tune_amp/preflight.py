@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tune_amp.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
 from tune_amp.data import Dataset, Split
 from tune_amp.options import SearchOptions
-from tune_amp.own_code import unchanged_process
+from tune_amp.own_code import import_function, unchanged_process
 from tune_amp.training import TrainingData, TrainingRun, release_memory
 
 if TYPE_CHECKING:  # these bring Ray and Optuna, which training a winner does without
@@ -70,7 +70,7 @@ def check_training(
 ) -> dict[str, str]:
     """Train ``model`` for one step on two images in each precision, and with each optimizer, and validate on them.
 
-    It is what a trial does, by the same code. Nothing is printed, and no generator or setting is changed.
+    It is what a trial does, by the same code. The model prints nothing, and no generator or setting is changed.
 
     Returns:
         For each precision in which that is impossible, why.
@@ -78,6 +78,8 @@ def check_training(
     Raises:
         InputError: it is impossible in all of them, or the outputs are no logits.
     """
+    if is_function_name(model):
+        import_function(model)  # now: what a module prints when imported is for the user
     two = _pick_two(dataset.train)
     shape = ", ".join(map(str, dataset.input_shape))
     rule = f"model: {model} must train on images of shape [batch, {shape}]"
