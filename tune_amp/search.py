@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import ray
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
@@ -132,9 +131,9 @@ def run_search(
         InputError: space, data, model and options do not fit together; nothing has been trained.
         OSError: a file cannot be written, the disk is full for example; what was reported is in the journal.
     """
-    if not checked:
-        check_fit(space, dataset, options, may_use_gpus=bool(ray.cluster_resources().get("GPU")))
     resources = resources or plan_resources(options, space, dataset)
+    if not checked:
+        check_fit(space, dataset, options, may_use_gpus=resources.gpus > 0)
     check_objectives(options, resources)
     stop, vitals = stop or StopRequest(), Vitals()
     begin = time.monotonic() if started is None else started
