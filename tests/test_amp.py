@@ -192,7 +192,13 @@ def test_telemetry_and_weights_equal_those_of_a_loop_that_looks_after_every_step
             trained.step(batch, poison)
             reference.step(batch, poison)
         loss, telemetry = trained.amp.read_epoch(), trained.amp.telemetry
-        assert loss == np.mean(reference.losses[before:])
+        counted = [
+            loss
+            for loss, skipped in zip(reference.losses[before:], reference.skipped[before:], strict=True)
+            if math.isfinite(loss) or not skipped
+        ]
+        # NaN where a scale that went down to nothing made the weights NaN.
+        assert loss == pytest.approx(np.mean(counted) if counted else math.nan, rel=0, abs=0, nan_ok=True)
         told = dataclasses.asdict(telemetry)
         assert {name: told[name] for name in reference.telemetry()} == reference.telemetry()
         assert expand(telemetry, before + 1, len(reference.losses)) == reference.used_scales[before:]
@@ -209,6 +215,23 @@ def test_an_epoch_without_steps_changes_nothing_and_has_no_loss() -> None:
     before = trained.amp.telemetry
     assert math.isnan(trained.amp.read_epoch())
     assert trained.amp.telemetry == dataclasses.replace(before, loss_scale_steps=(), loss_scale_values=())
+
+
+def test_mean_loss_leaves_out_skipped_steps_whose_own_loss_is_not_finite() -> None:
+    config = make_config()
+    trained, reference, unscaled = Trained(config), Reference(config, CPU), Trained(TrialConfig(precision="fp32"))
+    first, second, third = make_batches(3)
+    loud = torch.full_like(first[0], math.inf), first[1]
+    for batch, poison in ((first, "fine"), (loud, "fine"), (second, "inf"), (third, "fine")):
+        trained.step(batch, poison)
+        reference.step(batch, poison)
+        unscaled.step(batch)
+    assert reference.skipped == [False, True, True, False]
+    assert [math.isfinite(loss) for loss in reference.losses] == [True, False, True, True]
+    assert trained.amp.read_epoch() == np.mean([loss for loss in reference.losses if math.isfinite(loss)])
+    trained.step(loud)
+    assert math.isnan(trained.amp.read_epoch())
+    assert math.isnan(unscaled.amp.read_epoch())  # it applied the step
 
 
 # summarise_steps against counting by hand
@@ -786,6 +809,7 @@ def test_underflow_share_is_that_of_the_elements_that_fp32_has_and_fp16_has_not(
     probe = step.probe(
         [weight],
         lambda _: nn.functional.linear(inputs, weight).float().sum(),
+        torch.arange(1),
         batch_size=1,
         steps_left=5,
         all_skipped=False,
@@ -804,7 +828,8 @@ def test_probe_tries_the_extremes_that_the_scale_can_reach() -> None:
         step = AmpStep(make_config(init_scale=scale, **settings), CPU, max_steps=1)
         return step.probe(
             [weight],
-            lambda images: nn.functional.linear(inputs, weight).float().sum() * (min(images, 64) / 64),
+            lambda images: nn.functional.linear(inputs, weight).float().sum() * (len(images) / 64),
+            torch.arange(64),
             batch_size=64,
             steps_left=11,
             all_skipped=scale > 1,
@@ -828,6 +853,7 @@ def test_probe_tells_dead_weights(precision: str) -> None:
         return step.probe(
             list(model.parameters()),
             lambda _: nn.functional.cross_entropy(model(inputs), labels),
+            torch.arange(2),
             batch_size=2,
             steps_left=1,
             all_skipped=False,
@@ -852,20 +878,45 @@ def test_verdicts_are_asked_of_more_images_than_the_share() -> None:
     weight = torch.ones(1, 1, requires_grad=True)
     asked: list[int] = []
 
-    def compute_loss(images: int) -> torch.Tensor:
-        asked.append(images)
-        return weight.sum() * (0.0 if images <= 32 else 1.0)
+    def reaches(image: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def compute_loss(images: torch.Tensor) -> torch.Tensor:
+            asked.append(len(images))
+            return weight.sum() * (images == image).sum() * 2.0**-8
+
+        return compute_loss
 
     step = AmpStep(TrialConfig(precision="fp32"), CPU, max_steps=1)
-    assert not step.probe([weight], compute_loss, batch_size=64, steps_left=1, all_skipped=False).is_dead
-    assert asked == [32, 2048]
+    images = torch.arange(5000)
+    assert not step.probe([weight], reaches(999), images, batch_size=300, steps_left=1, all_skipped=False).is_dead
+    assert asked == [32, 300, 300, 300, 300]  # never more than a batch at once
+    asked.clear()
+    assert step.probe([weight], reaches(2048), images, batch_size=300, steps_left=1, all_skipped=False).is_dead
+    assert asked == [32, *[300] * 6, 2048 - 6 * 300]
     asked.clear()
 
-    def summed(images: int) -> torch.Tensor:
-        asked.append(images)
-        return nn.functional.linear(torch.full((1, 1), images / 16), weight).float().sum()
+    # Twenty growths on, a single image has a gradient in fp16: 2^-20. Those of all others are below 2^-40.
+    step = AmpStep(make_config(init_scale=2.0**-40, growth_interval=1), CPU, max_steps=1)
+
+    def vanishes(image: int) -> bool | None:
+        def compute_loss(images: torch.Tensor) -> torch.Tensor:
+            asked.append(len(images))
+            strength = torch.where(images == image, 1.0, 2.0**-30).sum().reshape(1, 1)
+            return nn.functional.linear(strength, weight).float().sum()
+
+        return step.probe(
+            [weight], compute_loss, images, batch_size=8, steps_left=21, all_skipped=False
+        ).vanishes_at_highest
+
+    assert vanishes(2047) is False
+    assert max(asked) == 8
+    assert vanishes(2048) is True
+    asked.clear()
+
+    def summed(images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        return nn.functional.linear(torch.full((1, 1), len(images) / 16), weight).float().sum()
 
     step = AmpStep(make_config(init_scale=2.0**14), CPU, max_steps=1)
-    assert step.probe([weight], summed, batch_size=512, steps_left=1, all_skipped=True).overflows_at_lowest
+    assert step.probe([weight], summed, images, batch_size=512, steps_left=1, all_skipped=True).overflows_at_lowest
     assert asked == [32, 32, 512]
-    assert not step.probe([weight], summed, batch_size=64, steps_left=1, all_skipped=True).overflows_at_lowest
+    assert not step.probe([weight], summed, images, batch_size=64, steps_left=1, all_skipped=True).overflows_at_lowest

@@ -38,17 +38,23 @@ from tune_amp.training import TrainingData
 
 CPU = torch.device("cpu")
 # Notes the weights it is made with, and the pixels of every batch that it is trained on.
+# Its weights are NumPy's; a batch is noted with the numbers that Python and NumPy draw for it.
 WATCHED_MODEL = """
+import random
+import numpy as np
+import torch
 from torch import nn
 SEEN = []
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(16, 3)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.from_numpy(np.random.normal(0, 0.1, (3, 16))))
         SEEN.append(("weights", self.layer.weight.sum().item()))
     def forward(self, images):
         if len(images) == 40:
-            SEEN.append(("batch", images.double().sum().item()))
+            SEEN.append(("batch", images.double().sum().item() + random.random() + np.random.random()))
         return self.layer(images.flatten(1))
 def net(input_shape, num_classes):
     return Net()
@@ -150,7 +156,7 @@ def test_warm_up_needs_no_class_in_its_few_images(dataset: Dataset, monkeypatch:
 # ---- the runs ----
 
 
-def test_all_precisions_start_from_the_same_weights_and_see_the_same_batches(
+def test_all_precisions_start_from_the_same_weights_and_see_the_same_batches_and_random_numbers(
     dataset: Dataset, write_module: Callable[[str], str]
 ) -> None:
     name = write_module(WATCHED_MODEL)

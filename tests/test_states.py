@@ -28,6 +28,7 @@ def make_evidence(**changes: Any) -> EpochEvidence:
         "weights_finite": True,
         "weights_moved": True,
         "val_loss": 0.3,
+        "nan_buffer": None,
         "has_learned": True,
         "is_dead": False,
         "epoch_steps": 50,
@@ -58,6 +59,11 @@ ALL_SKIPPED = {"epoch_skipped": 50, "skipped_steps": 50, "applied_steps": 0, **U
         ({"weights_finite": False, **FP32}, DIVERGED, "weights are not finite"),
         ({"val_loss": NAN}, DIVERGED, "val_loss is nan"),
         ({"val_loss": INF, **FP32}, DIVERGED, "val_loss is inf"),
+        (
+            {"val_loss": NAN, "nan_buffer": "norm.running_var"},
+            DIVERGED,
+            "val_loss is nan: weights are finite, but buffer norm.running_var is not",
+        ),
         ({"val_loss": None}, STEADY, None),  # trained without validation
         # dead networks
         ({"is_dead": True, **UNLEARNED}, COLLAPSED, "no weight gets a gradient"),

@@ -29,6 +29,7 @@ from tune_amp.batches import batch_indices, scale_images
 from tune_amp.benchmarks.replay import SameDraws
 from tune_amp.config import OBJECTIVES, TrialConfig, TrialStatus
 from tune_amp.data import Dataset
+from tune_amp.evaluation import evaluate
 from tune_amp.models import build_model
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
@@ -39,7 +40,7 @@ from tune_amp.searcher import AmpSearch
 from tune_amp.session import RaySession, ray_session
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import build_scheduler
-from tune_amp.training import TrainingData, TrainingRun, evaluate
+from tune_amp.training import TrainingData, TrainingRun
 
 NAN, INF = math.nan, math.inf
 MAX_EPOCHS = 8
@@ -564,7 +565,7 @@ def train_as_documented(config: TrialConfig, data: TrainingData) -> tuple[list[f
             scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
-        accuracies.append(evaluate(model, data.validation, scaling).accuracy)
+        accuracies.append(evaluate(model, data.validation, scaling, batch_size=config.batch_size).accuracy)
     return accuracies, scales
 
 

@@ -20,29 +20,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_amp import batches, training
 from tune_amp.amp import GradientProbe, fp32_arithmetic
-from tune_amp.batches import InputScaling, batch_indices, place_split, scale_images
+from tune_amp.batches import batch_indices, place_split, scale_images
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
 from tune_amp.data import Dataset, Split
+from tune_amp.generators import read_generators, seed_generators
 from tune_amp.models import build_model
 from tune_amp.training import (
     MemoryMeter,
     TrainingData,
     TrainingRun,
     build_optimizer,
-    evaluate,
     release_memory,
 )
 
 CPU = torch.device("cpu")
 WriteModule = Callable[[str], str]
 
-DROPOUT_MODEL = """
+# Initial weights from NumPy; in training, numbers of torch, of Python and of NumPy.
+RANDOM_MODEL = """
 import math
+import random
+import numpy as np
+import torch
 from torch import nn
-def net(input_shape, num_classes):
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(math.prod(input_shape), 12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, num_classes)
-    )
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 12), nn.ReLU(), nn.Dropout(0.5))
+        self.block, self.head = nn.Linear(12, 12), nn.Linear(12, num_classes)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy(np.random.normal(0, 0.2, self.head.weight.shape)))
+    def forward(self, images):
+        hidden = self.stem(images)
+        if not self.training or random.random() < 0.5:
+            hidden = hidden + self.block(hidden)
+        return self.head(hidden) + (np.random.normal() if self.training else 0)
 """
 
 
@@ -184,7 +196,7 @@ CHECKPOINTED = [
 def test_restored_run_continues_bit_for_bit(
     settings: dict[str, Any], after: int, small_data: TrainingData, write_module: WriteModule
 ) -> None:
-    model = f"{write_module(DROPOUT_MODEL)}:net"
+    model = f"{write_module(RANDOM_MODEL)}:Net"
     config = make_config(**{"model": model, "max_epochs": 4, "seed": 3, **settings})
     whole = TrainingRun(config, small_data)
     expected = list(map(untimed, itertools.islice(whole.epochs(), after)))
@@ -195,8 +207,7 @@ def test_restored_run_continues_bit_for_bit(
         assert expected[after - 1].skipped_steps < expected[-1].skipped_steps
         assert expected[after - 1].growths < expected[-1].growths
 
-    torch.manual_seed(1234)
-    torch.rand(17)
+    seed_generators(1234)
     stored.seek(0)
     restored = TrainingRun(config, TrainingData(make_split(), make_split(21, seed=1), 3, CPU))
     restored.load_state_dict(torch.load(stored, weights_only=True))
@@ -206,12 +217,29 @@ def test_restored_run_continues_bit_for_bit(
     assert equal_bits(weights_of(restored), weights_of(whole))
 
 
-def test_dropout_of_a_run_is_its_seeds(small_data: TrainingData, write_module: WriteModule) -> None:
-    config = make_config(model=f"{write_module(DROPOUT_MODEL)}:net")
+def test_random_numbers_of_a_run_are_its_seeds(small_data: TrainingData, write_module: WriteModule) -> None:
+    config = make_config(model=f"{write_module(RANDOM_MODEL)}:Net")
     first, second = TrainingRun(config, small_data), TrainingRun(config, small_data)
     images = torch.rand(4, 1, 4, 4)
+    assert equal_bits(weights_of(first), weights_of(second))
     assert not torch.equal(first.model(images), second.model(images))  # dropout is there, and drawn anew
-    assert train(config, small_data) == train(config, small_data)
+    alone = train(config, small_data)
+    assert train(config, small_data) == alone
+    other = TrainingRun(dataclasses.replace(config, seed=1), small_data)
+    taking_turns = [(untimed(run.train_epoch()), other.train_epoch())[0] for run in [first] * 3]
+    assert taking_turns == alone
+
+
+def test_random_numbers_of_the_process_are_not_disturbed(small_data: TrainingData, write_module: WriteModule) -> None:
+    before = read_generators(CPU)
+    run = TrainingRun(make_config(model=f"{write_module(RANDOM_MODEL)}:Net"), small_data)
+    run.train_epoch()
+    assert small_data.validation is not None
+    run.evaluate(small_data.validation)
+    after, own = read_generators(CPU), run.state_dict()["generators"]
+    assert torch.equal(before.pop("torch"), after.pop("torch"))
+    assert before == after
+    assert all(own[name] != before[name] for name in ("python", "numpy"))  # the run did draw
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -383,46 +411,6 @@ def test_evaluation_is_strict_fp32_whatever_the_run_is_trained_in(small_data: Tr
     assert after == before
     found = run.evaluate(place_split(make_split(21, seed=1), CPU))
     assert (found.loss, found.accuracy, found.recalls) == (metrics.val_loss, metrics.val_accuracy, metrics.val_recalls)
-
-
-@pytest.mark.parametrize("training_mode", [False, True])
-def test_evaluation_puts_the_model_back_into_its_mode(training_mode: bool) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).train(training_mode)
-    modes: list[bool] = []
-    model.register_forward_hook(lambda module, *_: modes.append(module.training))
-    split = place_split(make_split(), CPU)
-    scaling = InputScaling(shift=0.0, factor=1 / 255)
-    assert evaluate(model, split, scaling) == evaluate(model, split, scaling)
-    assert modes == [False, False]
-    assert model.training is training_mode
-
-
-@pytest.mark.parametrize("batch", [1, 7, 59, 60, 61])
-def test_evaluation_is_a_mean_over_images_however_they_are_batched(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    split = make_split()
-    split.labels[40:] = 2  # the last batch is not like the others
-    scaling = InputScaling(shift=60.0, factor=0.01)
-    logits = model.double()((torch.from_numpy(split.images).double() - 60) * 0.01).detach().numpy()
-    log_likelihoods = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    expected = -log_likelihoods[np.arange(60), split.labels].mean()
-    monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
-    found = evaluate(model.float(), place_split(split, CPU), scaling)
-    assert found.loss == pytest.approx(expected, rel=1e-6)
-    correct = logits.argmax(axis=1) == split.labels
-    assert found.accuracy == correct.mean()
-    assert found.recalls == tuple(correct[split.labels == label].mean() for label in range(3))
-    assert len(set(found.recalls)) == 3
-
-
-def test_recall_of_a_class_without_an_image_is_no_number() -> None:
-    split = make_split(20, classes=2)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    first, second, missing = evaluate(model, place_split(split, CPU), InputScaling(shift=0.0, factor=0.01)).recalls
-    assert first >= 0
-    assert second >= 0
-    assert math.isnan(missing)
 
 
 def test_without_a_validation_split_there_are_no_validation_metrics() -> None:
@@ -648,6 +636,19 @@ def test_dead_network_ends(precision: str, small_data: TrainingData) -> None:
     assert run.hopeless == "no weight gets a gradient, in fp32 either, and the model is no better than guessing"
 
 
+def test_no_forward_pass_takes_more_large_images_than_a_training_step_does() -> None:
+    """Nor does the second look of the probe, which takes all of them, when a verdict depends on it."""
+    data = TrainingData(make_split(24, side=240), make_split(10, side=240), 3, CPU)
+    run = TrainingRun(make_config(batch_size=4, max_epochs=2), data)
+    with torch.no_grad():
+        run.model[1].bias.fill_(-1e4)  # type: ignore[index]
+    passes: list[tuple[bool, int]] = []
+    run.model.register_forward_hook(lambda model, inputs, _: passes.append((model.training, len(inputs[0]))))
+    assert run.train_epoch().state == "collapsed"
+    steps, validation, probe = [(True, 4)] * 6, [(False, 4), (False, 4), (False, 2)], [(True, 4)] * (1 + 6)
+    assert passes == [*steps, *validation, *probe]
+
+
 @pytest.mark.parametrize(
     "settings", [{"lr": 10.0}, {"lr": 1.0, "init_scale": 1.0}, {"lr": 1.0, "optimizer": "sgd", "init_scale": 2.0**-12}]
 )
@@ -725,10 +726,64 @@ def test_forward_passes_that_overflow_now_and_then_are_no_divergence(write_modul
     run = TrainingRun(make_config(model=model, precision="fp16", growth_interval=1, max_epochs=6), data)
     epochs = list(run.epochs())
     assert len(epochs) == 6
-    assert not math.isfinite(epochs[0].train_loss)
+    assert all(math.isfinite(metrics.train_loss) for metrics in epochs)
     assert 0 < epochs[-1].skipped_steps < epochs[-1].steps
     assert run.hopeless is None
     assert (epochs[-1].val_loss or math.inf) < (epochs[0].val_loss or 0)
+
+
+# The brightest image overflows fp16 before running statistics: a batch norm's, and those of a module that replaces its
+# buffer by another tensor at every step.
+NORM_MODEL = """
+import math
+import torch
+from torch import nn
+class Loud(nn.Linear):
+    def forward(self, images):
+        return super().forward(images.flatten(1) * 2e5)
+class Centre(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+    def forward(self, hidden):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * hidden.detach().float().mean(dim=0)
+        return hidden - self.mean
+def net(input_shape, num_classes):
+    return nn.Sequential(Loud(math.prod(input_shape), 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))
+def replacing(input_shape, num_classes):
+    return nn.Sequential(Loud(math.prod(input_shape), 8), Centre(), nn.ReLU(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.fixture
+def one_loud_image() -> TrainingData:
+    split = make_split(240)
+    split.images[:] //= 32
+    split.images[7] = 255
+    validation = make_split(21, seed=1)
+    validation.images[:] //= 32
+    return TrainingData(split, validation, 3, CPU)
+
+
+def test_skipped_step_leaves_running_statistics_finite(one_loud_image: TrainingData, write_module: WriteModule) -> None:
+    """PyTorch keeps those of a step whose forward pass overflowed: validation would be NaN ever after."""
+    module = write_module(NORM_MODEL)
+    run = TrainingRun(make_config(model=f"{module}:net", precision="fp16", init_scale=1.0), one_loud_image)
+    first = run.train_epoch()
+    assert (first.skipped_steps, first.steps, run.hopeless) == (1, 30, None)
+    assert math.isfinite(first.train_loss)
+    assert math.isfinite(first.val_loss or math.nan)
+    with CountReads() as counter:
+        run._train(run._draw_batches())
+    assert counter.reads == 0
+
+
+def test_running_statistics_that_are_lost_are_named(one_loud_image: TrainingData, write_module: WriteModule) -> None:
+    module = write_module(NORM_MODEL)
+    run = TrainingRun(make_config(model=f"{module}:replacing", precision="fp16", init_scale=1.0), one_loud_image)
+    run.train_epoch()
+    assert run.hopeless == "val_loss is nan: weights are finite, but buffer 1.mean is not"
 
 
 DENORMAL_MODEL = """
@@ -818,9 +873,11 @@ sys.exit("torch._dynamo" in sys.modules)
 # The probe
 
 
-# Everything that a careless probe would disturb: dropout, running statistics, a recurrent and a frozen layer.
+# Everything that a careless probe would disturb: random numbers, running statistics, a recurrent and a frozen layer.
 PROBED_MODEL = """
 import math
+import random
+import numpy as np
 from torch import nn
 from torch.nn import functional
 class Net(nn.Module):
@@ -834,7 +891,7 @@ class Net(nn.Module):
     def forward(self, images):
         rows = images.flatten(1, 2)
         states, _ = self.recurrent(self.norm(rows.transpose(1, 2)).transpose(1, 2))
-        return self.out(functional.dropout(self.frozen(states[:, -1]), 0.5, training=True))
+        return self.out(functional.dropout(self.frozen(states[:, -1]), random.random(), np.random.random() < 0.9))
 def net(input_shape, num_classes):
     return Net(input_shape, num_classes)
 """
@@ -856,9 +913,10 @@ def test_underflow_is_measured_without_a_trace_in_training(
         assert len(list(run.epochs())) == 3
         assert all(module.training for module in run.model.modules())
         weights.append(weights_of(run))
-        generators.append(run.state_dict()["cpu_generator"])
+        generators.append(run.state_dict()["generators"])
     assert equal_bits(*weights)
-    assert torch.equal(*generators)
+    assert torch.equal(*(states["torch"] for states in generators))
+    assert len({(states["python"], str(states["numpy"])) for states in generators}) == 1
 
 
 def test_underflow_share_falls_as_the_scale_rises_and_is_null_outside_fp16(digits_data: TrainingData) -> None:
@@ -961,7 +1019,7 @@ def test_steps_of_an_epoch_on_a_gpu_never_wait_for_it(precision: str, model: str
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_run_on_a_gpu_continues_from_its_checkpoint(cuda_data: TrainingData, write_module: WriteModule) -> None:
-    config = make_config(precision="fp16", model=f"{write_module(DROPOUT_MODEL)}:net", init_scale=2.0**30)
+    config = make_config(precision="fp16", model=f"{write_module(RANDOM_MODEL)}:Net", init_scale=2.0**30)
     whole = TrainingRun(config, cuda_data)
     whole.train_epoch()
     stored = io.BytesIO()

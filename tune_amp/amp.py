@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,8 @@ class AmpStep:
         """Bring the telemetry up to date, the one host synchronisation of an epoch.
 
         Returns:
-            The mean loss of the steps since the last call, NaN where there was none.
+            The mean loss of the steps since the last call, without those that were skipped because their own loss was
+            not finite. NaN where none is left.
         """
         logged = self._count_logged()
         losses, scales, overflows = self._log[:, :logged].cpu().numpy()
@@ -179,12 +180,14 @@ class AmpStep:
         self._logged = 0
         if self._position is not None:
             self._position.zero_()
-        return float(losses.mean(dtype=np.float64)) if losses.size else math.nan
+        counted = losses[np.isfinite(losses) | (overflows == 0)]
+        return float(counted.mean(dtype=np.float64)) if counted.size else math.nan
 
     def probe(
         self,
         parameters: Sequence[Tensor],
-        compute_loss: Callable[[int], Tensor],
+        compute_loss: Callable[[Tensor], Tensor],
+        images: Tensor,
         *,
         batch_size: int,
         steps_left: int,
@@ -193,18 +196,20 @@ class AmpStep:
         """Compare the gradients of this precision with those of fp32. No weight, gradient or scale changes.
 
         A few images tell how much underflows. Before a verdict that would end a trial, more are asked: whether weights
-        are dead, whether all vanishes, and whether the sum over a whole batch overflows.
+        are dead, whether all vanishes, and whether the sum over a whole batch overflows. Never more than a batch at
+        once, or the probe would need more memory than training.
 
         Args:
             parameters: the fp32 weights.
-            compute_loss: forward pass and loss of so many images, each weighted as in a training step.
+            compute_loss: forward pass and loss of some images, each weighted as in a training step.
+            images: whatever ``compute_loss`` knows them by, [n].
             batch_size: images of a training step.
             steps_left: of the trial's budget.
             all_skipped: whether every step of the last epoch was skipped.
         """
-        few = min(batch_size, PROBE_IMAGES)
+        few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
         exact = _compute_gradients(compute_loss(few), parameters)
-        is_dead = _is_dead(exact) and _is_dead(_compute_gradients(compute_loss(SECOND_LOOK_IMAGES), parameters))
+        is_dead = _is_dead(exact) and all(_is_dead(_compute_gradients(compute_loss(some), parameters)) for some in more)
         probe = GradientProbe(is_dead=is_dead)
         if not self._scaler.is_enabled():
             return probe
@@ -212,9 +217,9 @@ class AmpStep:
         if not (math.isfinite(outlook.scale) and outlook.scale > 0):
             return dataclasses.replace(probe, outlook=outlook)
 
-        def scaled(scale: float, images: int) -> list[Tensor]:
+        def scaled(scale: float, some: Tensor) -> list[Tensor]:
             with self.autocast():
-                loss = compute_loss(images)
+                loss = compute_loss(some)
             return _compute_gradients(loss * scale, parameters)
 
         share = _measure_underflow(exact, scaled(outlook.scale, few))
@@ -224,13 +229,11 @@ class AmpStep:
             probe,
             underflow_share=share,
             outlook=outlook,
-            overflows_at_lowest=not all_finite(scaled(lowest, batch_size)) if all_skipped else None,
-            vanishes_at_highest=self._vanishes(scaled, outlook.highest, few) if share == 1 else None,
+            overflows_at_lowest=not all_finite(scaled(lowest, images[:batch_size])) if all_skipped else None,
+            vanishes_at_highest=(
+                not any(_any_nonzero(scaled(outlook.highest, some)) for some in (few, *more)) if share == 1 else None
+            ),
         )
-
-    @staticmethod
-    def _vanishes(scaled: Callable[[float, int], list[Tensor]], scale: float, few: int) -> bool:
-        return not any(_any_nonzero(scaled(scale, images)) for images in (few, SECOND_LOOK_IMAGES))
 
     def _look_ahead(self, steps_left: int) -> ScaleOutlook:
         state, config = self._scaler.state_dict(), self._config
@@ -451,6 +454,11 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     By their sums, in a third of the time of testing each element: finite ones could overflow only beyond 10^30.
     """
     return math.isfinite(torch.stack([tensor.detach().sum() for tensor in tensors]).sum())
+
+
+def find_nan(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor with a NaN in it; None where there is none. Infinity may be meant, as in a mask."""
+    return next((name for name, tensor in named if tensor.isnan().any()), None)
 
 
 def _any_nonzero(tensors: Sequence[Tensor]) -> bool:

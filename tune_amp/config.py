@@ -200,7 +200,11 @@ class EpochMetrics:
     """
 
     epoch: int = described("epochs trained", unit="epochs")
-    train_loss: float = described("mean training loss of this epoch's steps (cross entropy)", unit="nats")
+    train_loss: float = described(
+        "mean training loss of this epoch's steps (cross entropy), without skipped steps whose loss was not finite; "
+        "not a number where none is left",
+        unit="nats",
+    )
     val_loss: float | None = described("mean validation loss, in fp32", unit="nats")
     val_accuracy: float | None = described("share of validation images classified correctly, in fp32")
     steps: int = described("training steps taken, skipped ones included", unit="steps")

@@ -1,7 +1,6 @@
 """Runs a user's own code: what it does to the whole process is undone, and an exit of its is an error of its."""
 
 import contextlib
-import random
 import signal
 import threading
 import warnings
@@ -9,10 +8,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
 from tune_amp.config import load_function
+from tune_amp.generators import keep_generators
 from tune_amp.halt import SIGNALS
 
 
@@ -72,14 +71,11 @@ def _noting_signals(signals: list[int]) -> Iterator[None]:
 @contextlib.contextmanager
 def unchanged_process() -> Iterator[None]:
     """After the ``with`` block, generators, and torch's gradient mode and defaults are as they were."""
-    generators = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - the user's
     gradients, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
-        yield
+        with keep_generators(torch.device("cpu")):
+            yield
     finally:
-        torch.set_rng_state(generators[0])
-        np.random.set_state(generators[1])  # noqa: NPY002
-        random.setstate(generators[2])
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:

@@ -18,9 +18,10 @@ import torch
 
 from tune_amp.config import InputError, TrialConfig, describe_error
 from tune_amp.data import Split
+from tune_amp.evaluation import EVALUATION_BATCH
 from tune_amp.graphs import WARM_UP_STEPS
 from tune_amp.memory import is_out_of_memory
-from tune_amp.training import EVALUATION_BATCH, TrainingData, TrainingRun
+from tune_amp.training import TrainingData, TrainingRun
 
 if TYPE_CHECKING:
     from tune_amp.space import SearchSpace  # which needs Optuna; measuring does not

@@ -41,6 +41,9 @@ class EpochEvidence:
     weights_moved: bool
     """Whether any weight is no more what it was before the first step."""
     val_loss: float | None
+    nan_buffer: str | None
+    """Name of a buffer that holds NaN, such as a batch norm's running variance; looked for where ``val_loss`` is not
+    finite."""
     has_learned: bool
     """Whether the model, as it is now, is better than guessing: by its loss or by its accuracy."""
     is_dead: bool
@@ -122,7 +125,8 @@ def _find_divergence(evidence: EpochEvidence) -> str | None:
     if not evidence.weights_finite:
         return "weights are not finite"
     if evidence.val_loss is not None and not math.isfinite(evidence.val_loss):
-        return f"val_loss is {evidence.val_loss}"
+        cause = f": weights are finite, but buffer {evidence.nan_buffer} is not" if evidence.nan_buffer else ""
+        return f"val_loss is {evidence.val_loss}{cause}"
     return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tune_amp.amp import AmpStep, GradientProbe, all_finite, flushing_denormals, fp32_arithmetic
+from tune_amp.amp import AmpStep, GradientProbe, all_finite, find_nan, flushing_denormals, fp32_arithmetic
 from tune_amp.batches import (
     DeviceSplit,
     InputScaling,
@@ -26,15 +26,17 @@ from tune_amp.batches import (
     place_split,
     scale_images,
 )
+from tune_amp.buffers import FiniteBuffers
 from tune_amp.config import EpochMetrics, TrialConfig
 from tune_amp.curricula import count_drawn_images
 from tune_amp.data import Split
+from tune_amp.evaluation import Evaluation, evaluate
+from tune_amp.generators import Generators, keep_generators, seed_generators
 from tune_amp.graphs import Capture, StepLoop, capturable, capture_cuda_graph, clear_workspaces, explain_eager
 from tune_amp.models import InputShape, build_model
 from tune_amp.own_code import exits_as_errors
 from tune_amp.states import EpochEvidence, Verdict, judge_epoch
 
-EVALUATION_BATCH = 2048
 ESTIMATE_IMAGES = 32
 ESTIMATE_SCALING = InputScaling(shift=0.0, factor=1 / 255)
 SGD_MOMENTUM = 0.9
@@ -146,8 +148,8 @@ class TrainingRun:
     """One configuration in training: everything that changes from epoch to epoch, checkpointed as a whole.
 
     Args:
-        config: what to train. Its seed sets torch's global generator (initial weights, a model's own dropout) and the
-            generator of the data order.
+        config: what to train. Its seed sets the generator of the data order and, while the model is made, trained or
+            evaluated, the global ones of torch, NumPy and Python; then those are put back.
         data: resident training data; validation metrics are None where it holds no validation split.
         allow_graph: whether steps may be captured as a CUDA graph where that pays. ``EpochMetrics.loop`` tells.
         capture: how a step is captured; None: as a CUDA graph on a GPU, and not at all on the CPU.
@@ -163,19 +165,22 @@ class TrainingRun:
         capture: Capture | None = None,
         probed: bool = True,
     ) -> None:
-        torch.manual_seed(config.seed)
         self._config = config
         self._data = data
         self._order = torch.Generator().manual_seed(config.seed)
+        self._generators = Generators(config.seed, data.device)
         self._scaling = data.input_scaling(config.input_scaling)
         self._class_weights = data.class_weights(config.class_weighting)
         # Sorted now, where it counts as placing the data, not in the first epoch's training time.
         self._easy_to_hard = None if config.curriculum == "none" else data.easy_to_hard
         self._memory = MemoryMeter(data.device)
-        self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
+        with self._generators.in_use():
+            self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
         self._optimizer = build_optimizer(config, self.model)
         self._max_steps = len(data.train.labels) // config.batch_size
         self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
+        # With any other precision, whatever overflows takes the weights with it.
+        self._buffers = FiniteBuffers(self.model.buffers() if config.precision == "fp16" else ())
         self._allow_graph = allow_graph
         self._capture = capture_cuda_graph if capture is None and data.device.type == "cuda" else capture
         # Chosen with the first epoch of a run, and anew where it continues from a checkpoint.
@@ -208,10 +213,14 @@ class TrainingRun:
         Raises:
             InputError: ``batch_size`` exceeds the training images, so that no step can be made.
         """
+        with self._generators.in_use():
+            return self._train_epoch()
+
+    def _train_epoch(self) -> EpochMetrics:
         before = self._amp.telemetry
         started = time.perf_counter()
         batches = self._draw_batches()  # on the clock: other programs' loaders draw theirs within the loop
-        with self._memory.measure():  # not validation: 2,048 images in fp32 can take more than a training batch
+        with self._memory.measure():  # not validation, which is in fp32 whatever the precision
             train_loss = self._train(batches)
             train_seconds = time.perf_counter() - started
         self._train_seconds += train_seconds
@@ -246,15 +255,13 @@ class TrainingRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
-        device = self._data.device
         return {
             "epoch": self._epoch,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "amp": self._amp.state_dict(),
             "order": self._order.get_state(),
-            "cpu_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "generators": self._generators.state,
             "seconds": [self._train_seconds, self._val_seconds, self._probe_seconds, self._data_seconds],
             "peak_memory_bytes": self._memory.peak_bytes,
         }
@@ -271,16 +278,18 @@ class TrainingRun:
             group.update(own)
         self._amp.load_state_dict(state["amp"])
         self._order.set_state(state["order"])
-        torch.set_rng_state(state["cpu_generator"])
-        if state["cuda_generator"] is not None and self._data.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_generator"], self._data.device)
+        self._generators.state = state["generators"]
         self._train_seconds, self._val_seconds, self._probe_seconds, data_seconds = state["seconds"]
         self._data_seconds += data_seconds
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
-    def evaluate(self, split: DeviceSplit) -> "Evaluation":
+    def evaluate(self, split: DeviceSplit) -> Evaluation:
         """How the model does on ``split``, in strict fp32."""
-        return evaluate(self.model, split, self._scaling)
+        with self._generators.in_use():
+            return self._evaluate(split)
+
+    def _evaluate(self, split: DeviceSplit) -> Evaluation:
+        return evaluate(self.model, split, self._scaling, batch_size=self._config.batch_size)
 
     def _train(self, batches: Tensor) -> float:
         """Train on ``batches``, int64 [steps, batch_size]. Returns the mean loss of the steps."""
@@ -320,9 +329,10 @@ class TrainingRun:
             raise
 
     def _step(self, indices: Tensor) -> None:
-        with self._amp.autocast():
-            loss = self._compute_loss(indices)
-        self._amp.step(self._optimizer, loss)
+        with self._buffers.kept_finite():  # until after the backward pass, which must find them as they were
+            with self._amp.autocast():
+                loss = self._compute_loss(indices)
+            self._amp.step(self._optimizer, loss)
 
     def _compute_loss(self, indices: Tensor) -> Tensor:
         images = scale_images(self._data.train.images.index_select(0, indices), self._scaling)
@@ -342,11 +352,11 @@ class TrainingRun:
         assert self._easy_to_hard is not None
         return self._easy_to_hard[batches]
 
-    def _validate(self) -> "Evaluation | None":
+    def _validate(self) -> Evaluation | None:
         if self._data.validation is None:
             return None
         started = time.perf_counter()
-        evaluation = self.evaluate(self._data.validation)
+        evaluation = self._evaluate(self._data.validation)
         self._val_seconds += time.perf_counter() - started
         return evaluation
 
@@ -360,12 +370,13 @@ class TrainingRun:
         """
         if not self._can_be_probed or (has_learned and self._config.precision != "fp16"):
             return GradientProbe()
-        images, batch_size = batches.flatten(), batches.shape[1]
+        batch_size = batches.shape[1]
         try:
             with self._undisturbed(), fp32_arithmetic(self._config.precision):
                 return self._amp.probe(
                     [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-                    lambda count: self._probe_loss(images[:count], batch_size),
+                    lambda images: self._probe_loss(images, batch_size),
+                    batches.flatten(),
                     batch_size=batch_size,
                     steps_left=(self._config.max_epochs - self._epoch) * (len(self._data.train.labels) // batch_size),
                     all_skipped=all_skipped,
@@ -378,16 +389,15 @@ class TrainingRun:
 
     def _probe_loss(self, images: Tensor, batch_size: int) -> Tensor:
         """Loss of ``images`` (indices, int64) as they weigh in a batch; the same dropout every time."""
-        torch.manual_seed(self._config.seed)
+        seed_generators(self._config.seed)
         return self._compute_loss(images) * (len(images) / batch_size)
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Forward passes within leave random numbers and running statistics as they were."""
-        device = self._data.device
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with keep_generators(self._data.device):
                 yield
         finally:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -403,6 +413,7 @@ class TrainingRun:
     def _judge(
         self, probe: GradientProbe, val_loss: float | None, *, has_learned: bool, steps: int, skipped: int
     ) -> Verdict:
+        is_lost = val_loss is not None and not math.isfinite(val_loss)
         return judge_epoch(
             EpochEvidence(
                 weights_finite=all_finite(list(self.model.parameters())),
@@ -410,6 +421,7 @@ class TrainingRun:
                 # Weight decay moves weights that get no gradient, and may bring some back.
                 **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
                 val_loss=val_loss,
+                nan_buffer=find_nan(self.model.named_buffers()) if is_lost else None,
                 has_learned=has_learned,
                 epoch_steps=steps,
                 epoch_skipped=skipped,
@@ -462,58 +474,6 @@ def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How a model does on a split."""
-
-    loss: float
-    """Mean cross entropy, in nats."""
-    accuracy: float
-    """Share of the images classified correctly, 0 to 1."""
-    recalls: tuple[float, ...]
-    """That share within each class; NaN for a class of which the split has no image."""
-
-
-@exits_as_errors()
-def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling) -> Evaluation:
-    """Loss, accuracy and recalls, in strict fp32 whatever the model was trained in.
-
-    Args:
-        model: float32 weights, on the split's device.
-        split: uint8 images [n, channels, height, width], int64 labels [n].
-        scaling: as fitted to the training split.
-    """
-    was_training = model.training
-    model.eval()
-    # float64: a sum of many small losses in float32 would depend on the batch size in the fourth digit.
-    loss = torch.zeros(1, dtype=torch.float64, device=split.images.device)
-    answers: list[Tensor] = []
-    with torch.inference_mode(), fp32_arithmetic("fp32"):
-        for images, labels in zip(
-            split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
-        ):
-            logits = model(scale_images(images, scaling))
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-            answers.append(logits.argmax(dim=1) == labels)
-        hits, counts = _count_by_class(split.labels, torch.cat(answers), num_classes=logits.shape[1])
-        total_loss, *tallies = torch.cat([loss, hits, counts]).tolist()  # the one wait for the device
-    model.train(was_training)
-    by_class = list(zip(tallies[: len(hits)], tallies[len(hits) :], strict=True))
-    return Evaluation(
-        loss=total_loss / len(split.labels),
-        accuracy=sum(hit for hit, _ in by_class) / len(split.labels),
-        recalls=tuple(hit / count if count else math.nan for hit, count in by_class),
-    )
-
-
-def _count_by_class(labels: Tensor, correct: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Images of each class that ``correct`` holds for, and all of them: float64 [num_classes], exact."""
-    # Not bincount, which waits for the device to learn how long its result will be.
-    none = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
-    answers = correct.to(torch.float64)
-    return none.index_add(0, labels, answers), none.index_add(0, labels, torch.ones_like(answers))
-
-
 @exits_as_errors()
 @torch.enable_grad()
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
@@ -523,7 +483,6 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
     makes no optimizer, because that imports PyTorch's compiler, which takes longer than all else here.
     """
     few = place_split(Split(images=train.images[:ESTIMATE_IMAGES], labels=train.labels[:ESTIMATE_IMAGES]), device)
-    model = build_model(config.model, train.images.shape[1:], num_classes).to(device)
     amp = AmpStep(config, device, max_steps=1)
 
     def run_once() -> float:
@@ -534,8 +493,10 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
             loss.backward()
         return time.perf_counter() - started
 
-    run_once()
-    return run_once() / len(few.labels) * len(train)
+    with keep_generators(device):
+        model = build_model(config.model, train.images.shape[1:], num_classes).to(device)
+        run_once()
+        return run_once() / len(few.labels) * len(train)
 
 
 def release_memory(device: torch.device) -> None:

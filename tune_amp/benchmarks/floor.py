@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tune_amp.amp import AUTOCAST_DTYPES, fp32_arithmetic
 from tune_amp.config import TrialConfig
 from tune_amp.data import Split
+from tune_amp.generators import keep_generators
 from tune_amp.graphs import Step
 from tune_amp.models import InputShape, build_model
 from tune_amp.training import TrainingData, TrainingRun
@@ -207,11 +208,8 @@ def measure_step_floor(
 
 def count_work(config: TrialConfig, input_shape: InputShape, num_classes: int) -> StepWork:
     """FLOPs and least bytes of one step, counted on tensors without content: nothing is computed."""
-    state = torch.get_rng_state()
-    try:
+    with keep_generators(torch.device("cpu")):
         model = build_model(config.model, input_shape, num_classes).to("meta")
-    finally:
-        torch.set_rng_state(state)
     images = torch.empty(config.batch_size, *input_shape, device="meta")
     labels = torch.empty(config.batch_size, dtype=torch.int64, device="meta")
     products = _ProductRecorder()

@@ -1,0 +1,76 @@
+"""Random numbers of a run: torch's, NumPy's and Python's global generators, seeded and stored together.
+
+Models draw from any of them, for initial weights, dropout or dropped layers. A generator that a model makes for itself
+is not seen here: it must be seeded by the model, and it starts anew where a run continues from a checkpoint.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Generators:
+    """The generators of one run, apart from those of its process and of the other runs in it.
+
+    Args:
+        seed: of all generators.
+        device: where the run trains. The generator of a GPU is included.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        with keep_generators(device):
+            seed_generators(seed)
+            self.state: Mapping[str, Any] = read_generators(device)
+            """State while they are not in use: plain values and tensors (``weights_only=True`` loads it)."""
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within, the global generators continue this run's sequences. Not to be nested."""
+        with keep_generators(self._device):
+            write_generators(self.state, self._device)
+            try:
+                yield
+            finally:
+                self.state = read_generators(self._device)
+
+
+@contextlib.contextmanager
+def keep_generators(device: torch.device) -> Iterator[None]:
+    """Put the global generators, afterwards, into the state that they have now."""
+    state = read_generators(device)
+    try:
+        yield
+    finally:
+        write_generators(state, device)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators. NumPy's takes no more than 32 bits of ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that models draw from
+    torch.manual_seed(seed)
+
+
+def read_generators(device: torch.device) -> dict[str, Any]:
+    """State of the global generators, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def write_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Continue from ``read_generators``. A GPU's generator stays as it is where the state was read on a CPU."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
