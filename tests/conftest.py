@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
     from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
     from tune_amp.space import SearchSpace
+
+
+@pytest.fixture(autouse=True)
+def no_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test names is not consented to in the next: the record belongs to the process."""
+    monkeypatch.setattr("tune_amp.config._consented", set())
 
 
 @pytest.fixture(scope="session")
@@ -121,12 +128,15 @@ def enter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture
 def write_module(tmp_path: Path, enter_folder: None) -> Callable[[str], str]:
-    """Write a module into the current folder and return its name."""
+    """Write a module into the current folder, consent to run it, and return its name."""
+    from tune_amp.config import consent_to
+
     numbers = itertools.count()
 
     def write(text: str) -> str:
         name = f"user_module_{next(numbers)}"
         (tmp_path / f"{name}.py").write_text(text)
+        consent_to(*(f"{name}:{word}" for word in ("net", "load", *re.findall(r"\w+", text))))
         return name
 
     return write

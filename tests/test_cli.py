@@ -10,7 +10,7 @@ import pytest
 from records import PROVENANCE, make_trial
 
 from tune_amp.cli import main
-from tune_amp.config import InputError, TrialConfig
+from tune_amp.config import InputError, TrialConfig, consent_to
 from tune_amp.results import rank_trials, write_best, write_trials
 from tune_amp.search_arguments import search_parser
 from tune_amp.search_command import Task, _load_checked, _say_cut_off, _user_modules, search_command
@@ -248,11 +248,13 @@ def test_modules_beside_a_users_model_are_sent_along_and_nothing_else(
     (tmp_path / "my_layers.py").write_text("import my_parts")
     (tmp_path / "my_model.py").write_text("import json, numpy, my_layers\ndef net(input_shape, num_classes): ...")
     (tmp_path / "not_imported.py").write_text("")
+    consent_to("my_model:net")
     sent = {module.__name__ for module in _user_modules("my_model:net")}
     assert sent == {"my_model", "my_layers", "my_parts"}
 
 
 def test_installed_model_is_sent_alone() -> None:
+    consent_to("torchvision.models:resnet18")
     assert [module.__name__ for module in _user_modules("torchvision.models:resnet18")] == ["torchvision"]
 
 

@@ -27,6 +27,7 @@ from tune_amp.config import (
     TrialConfig,
     TrialStatus,
     checked_type,
+    consent_to,
     describe_error,
     is_function_name,
     load_function,
@@ -283,6 +284,7 @@ def test_function_in_a_package_is_found_and_installed_modules_are_not_shadowed(
 ) -> None:
     (tmp_path / "user_package").mkdir()
     (tmp_path / "user_package" / "inner.py").write_text("def make():\n    return 7\n")
+    consent_to("user_package.inner:make")
     assert load_function("user_package.inner:make")() == 7
     assert sys.path[-1] == str(tmp_path)
     load_function("user_package.inner:make")
@@ -351,8 +353,21 @@ def test_module_that_parses_what_it_knows_gets_its_defaults_and_not_our_flags(
     assert sys.argv == ["search", "--hidden", "9"]
 
 
+def test_function_that_the_user_did_not_name_is_not_imported(
+    write_module: Callable[[str], str], tmp_path: Path
+) -> None:
+    module = write_module("import pathlib\npathlib.Path('imported').touch()\ndef net(): ...\n")
+    message = f"{module}:main: code that only a file names is not run; .*, call tune_amp.config.consent_to"
+    with pytest.raises(InputError, match=message):
+        load_function(f"{module}:main")  # another function of a module of which one is named
+    assert not (tmp_path / "imported").exists()
+    load_function(f"{module}:net")
+    assert (tmp_path / "imported").exists()
+
+
 @pytest.mark.parametrize("name", ["no_such_module_here:load", "user_module.py", "a:b:c", ":load", "a:"])
 def test_name_without_a_module_and_a_function_is_refused(name: str) -> None:
+    consent_to(name)
     with pytest.raises(InputError, match=name):
         load_function(name)
 

@@ -4,6 +4,7 @@ A checksum is no signature. What follows holds for any run that is shown, report
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -14,11 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import past_runs
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from records import PROVENANCE
 from report_runs import write_full_run
 
 from tune_amp.compare_command import compare_command
@@ -207,6 +210,71 @@ def test_no_command_imports_a_module_that_only_a_file_names(
         assert code == (0 if name in ("report", "show") else 2)
     assert not (tmp_path / "ran").exists()
     assert "evil" not in sys.modules
+
+
+def write_journal_naming(folder: Path, place: str, column: str, name: str) -> None:
+    """The journal of a run of the built-in ``quick`` in which ``name`` stands in one place: arguments, or a trial."""
+    from tune_amp.resuming import remember
+    from tune_amp.search_arguments import search_parser
+    from tune_amp.space import load_space
+
+    arguments = remember(search_parser("").parse_args(["quick", "--max-epochs", "3", "--dataset", "digits"]))
+    space, shared = load_space("quick"), {"model": "simple_net", "dataset": "digits", "max_epochs": 3, "seed": 0}
+    origin: dict[str, Any] = {"dataset": "digits", "space_source": space.source, "space_text": space.text}
+    if place == "trial":
+        shared[column] = name
+    elif column == "model":
+        arguments["model"] = name
+    else:
+        origin["dataset"] = name
+    provenance = dataclasses.asdict(dataclasses.replace(PROVENANCE, **origin))
+    begun = past_runs.beginning(arguments=arguments, provenance=provenance)
+    past_runs.write_journal(folder, [begun, past_runs.session(arguments=arguments), past_runs.trial("a", 0, **shared)])
+
+
+@pytest.mark.parametrize("column", ["model", "dataset"])
+@pytest.mark.parametrize("place", ["arguments", "trial"])
+def test_resuming_a_run_imports_no_module_that_only_its_journal_names(
+    place: str, column: str, evil: str, tmp_path: Path
+) -> None:
+    write_journal_naming(tmp_path / "run", place, column, f"{evil}:net")
+    code, printed = run_quietly(search_command, "--resume", tmp_path / "run")
+    rule = {"arguments": "names your own code; to run it, add", "trial": "as in the whole run, got 'evil:net'"}
+    assert (code, printed.count("\n")) == (2, 1)
+    assert f"{column}: " in printed
+    assert rule[place] in printed
+    assert not (tmp_path / "ran").exists()
+
+
+def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_file_names(
+    evil: str, valid: Path, digits: "Dataset", tmp_path: Path
+) -> None:
+    """In Python too, and in a worker: whatever a file's settings lead to, the model is built in one place."""
+    import torch
+
+    from tune_amp.confirm import ConfirmJob
+    from tune_amp.confirm_slots import _train_in_worker
+    from tune_amp.data import load_dataset
+    from tune_amp.resources import TrialResources
+    from tune_amp.results import load_best, load_trials
+    from tune_amp.reuse import FinalTraining, replay_trial
+    from tune_amp.trainable import build_worker_setup
+
+    run = rewrite(valid, tmp_path / "run", replace({"model": f"{evil}:net", "dataset": f"{evil}:load"}))
+    cpu, config = torch.device("cpu"), load_best(run)
+    assert load_trials(run)[0].config.model == config.model == "evil:net"
+    doors: list[Callable[[], object]] = [
+        lambda: FinalTraining(config, digits, cpu),
+        lambda: list(replay_trial(config, digits, cpu)),
+        lambda: load_dataset(config.dataset),
+    ]
+    for door in doors:
+        with pytest.raises(InputError, match="code that only a file names is not run"):
+            door()
+    setup = build_worker_setup(digits, TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason=""))
+    confirmed = _train_in_worker((setup, digits.test), ConfirmJob(trial_ids=("a",), config=config))
+    assert "evil:net: code that only a file names is not run" in (confirmed.error or "")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tune_amp.config import MODELS, OPTIMIZERS, PRECISIONS, InputError
+from tune_amp.config import MODELS, OPTIMIZERS, PRECISIONS, InputError, consent_to
 from tune_amp.data import Dataset, Split
 from tune_amp.options import SearchOptions
 from tune_amp.preflight import check_fit, check_training
@@ -70,6 +70,7 @@ def test_data_set_smaller_than_the_default_batch_is_refused_where_none_is_given(
 
 
 def test_model_that_cannot_be_imported_is_refused(load: Callable[[str], SearchSpace]) -> None:
+    consent_to("no_such_module:net")
     with pytest.raises(InputError) as caught:
         check_fit(load(f"parameters:\n{LR}"), make_dataset(99), SearchOptions(model="no_such_module:net"))
     reason = "ModuleNotFoundError: No module named 'no_such_module'"

@@ -2,7 +2,9 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import past_runs as made
@@ -11,7 +13,7 @@ from records import PROVENANCE
 
 from tune_amp.config import InputError
 from tune_amp.journal import Journal
-from tune_amp.options import check_trackers
+from tune_amp.options import build_options, check_trackers
 from tune_amp.past import PastRun, open_past
 from tune_amp.results import list_versions
 from tune_amp.resuming import describe_changes, describe_standing, name_resume_command, remember, take_over
@@ -25,15 +27,19 @@ def parser() -> argparse.ArgumentParser:
     return search_parser("scripts/search.py")
 
 
-def begin(folder: Path, *command: str, **about: Any) -> Path:
-    """Leave the journal of a run that this command line began."""
+def begin(folder: Path, *command: str, trial: Mapping[str, Any] = MappingProxyType({}), **about: Any) -> Path:
+    """Leave the journal of a run that this command line began, its last trial with the settings ``trial``."""
     arguments = parser().parse_args([*BEGUN, *command])
     space = load_space("quick")
     origin = {"dataset": "digits", "space_source": space.source, "space_text": space.text, **about}
     provenance = dataclasses.replace(PROVENANCE, **origin)
     first = made.beginning(arguments=remember(arguments), provenance=dataclasses.asdict(provenance))
     session = made.session(arguments=first["arguments"])
-    made.write_journal(folder, [json.loads(json.dumps(first)), session, made.trial("a", 0), made.trial("b", 1)])
+    options = build_options(vars(arguments))
+    shared = {name: getattr(options, name) for name in ("model", "max_epochs", "seed")}
+    shared |= {"dataset": provenance.dataset, "imbalance": arguments.imbalance}
+    trials = [made.trial("a", 0, **shared), made.trial("b", 1, **shared | trial)]
+    made.write_journal(folder, [json.loads(json.dumps(first)), session, *trials])
     return folder
 
 
@@ -128,6 +134,33 @@ def test_another_space_is_refused(tmp_path: Path) -> None:
 def test_data_set_is_the_one_that_was_found_then(tmp_path: Path) -> None:
     """``auto`` may find another one today."""
     assert resume(begin(tmp_path, "--dataset", "auto")).dataset == "digits"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"model": "evil:net"}, "model: must be simple_net, as in the whole run, got 'evil:net'"),
+        ({"dataset": "evil:load"}, "dataset: must be digits, as in the whole run, got 'evil:load'"),
+        ({"max_epochs": 10**18}, "max_epochs: must be 3, as in the whole run, got 1000000000000000000"),
+        ({"seed": 7}, "seed: must be 0, as in the whole run, got 7"),
+        ({"imbalance": 2.0}, "imbalance: must be 1.0, as in the whole run, got 2.0"),
+    ],
+)
+def test_trial_with_other_settings_than_its_run_is_refused(tmp_path: Path, settings: dict[str, Any], rule: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resume(begin(tmp_path, trial=settings))
+    assert str(caught.value) == f"reports.journal: trial 'b': {rule}"
+
+
+def test_pickle_of_a_study_is_loaded_only_where_the_command_line_names_the_sampler(tmp_path: Path) -> None:
+    folder = begin(tmp_path, "--sampler", "cmaes")
+    with pytest.raises(InputError) as caught:
+        resume(folder)
+    assert str(caught.value) == (
+        "--resume: sampler: cmaes keeps a pickle in the study, and loading a pickle can run code; "
+        "to load it, add --sampler cmaes"
+    )
+    assert resume(folder, "--sampler", "cmaes").sampler == "cmaes"
 
 
 @pytest.mark.parametrize("name", ["model", "dataset"])

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
+from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus, consent_to
 from tune_amp.journal import cut_torn_line
 from tune_amp.past import PastTrial
 from tune_amp.run_files import STUDY_FILE
@@ -643,6 +644,37 @@ def test_search_that_goes_on_suggests_what_it_would_have_suggested(
     assert states.count(TrialState.RUNNING) == 0
     assert states.count(TrialState.FAIL) == interrupted
     assert stored_states(resumed, "14") == ["FAIL", "COMPLETE"][1 - interrupted :]
+
+
+class MakesFolder:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_that_a_study_holds_is_loaded_only_where_the_user_named_the_sampler(
+    make_search: MakeSearch, two_ranges: SearchSpace, tmp_path: Path
+) -> None:
+    """What decides is the sampler that would load it, whatever the journal names."""
+    killed = make_search(two_ranges, sampler="cmaes")
+    killed.suggest("0")
+    study, attribute = killed.study, f"{killed.study.sampler._attr_key_optimizer}:0"  # type: ignore[attr-defined]
+    pickled = pickle.dumps(MakesFolder(tmp_path / "unpickled")).hex()
+    study._storage.set_trial_system_attr(study.trials[0]._trial_id, attribute, pickled)
+    end = report(3, 0.5, "completed")
+    killed.on_trial_complete("0", end)
+    past = [past_trial(killed, "0", 1, end, "completed")]
+    with pytest.raises(InputError, match=r"study\.journal: sampler: cmaes keeps a pickle .*, add --sampler cmaes"):
+        make_search(two_ranges, sampler="cmaes", past=past)
+    make_search(two_ranges, sampler="tpe", past=past).suggest("1")
+    assert not (tmp_path / "unpickled").exists()
+    consent_to("cmaes")
+    make_search(two_ranges, sampler="cmaes", past=past).suggest("2")
+    assert (tmp_path / "unpickled").exists()
 
 
 def stored_states(search: AmpSearch, trial_id: str) -> list[str]:

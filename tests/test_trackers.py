@@ -23,7 +23,7 @@ from records import INF, NAN, make_epoch
 
 from tune_amp import trackers as trackers_module
 from tune_amp.cli import main
-from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.config import EpochMetrics, InputError, TrialConfig, consent_to
 from tune_amp.data import Dataset
 from tune_amp.monitoring import Quiet
 from tune_amp.options import TRACKERS, SearchOptions, check_trackers
@@ -111,6 +111,7 @@ def tracked(one_ray: None, digits: Dataset, tmp_path_factory: pytest.TempPathFac
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder.parent)
+        consent_to("mortal_module:net")
         trackers = build_trackers(list(TRACKERS), folder, warn=warnings.append)
         search(folder, digits, trackers, num_samples=4, model="mortal_module:net")
     assert (folder.parent / "died").exists()

@@ -17,7 +17,7 @@ import torch
 from ray.tune import Checkpoint
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.config import EpochMetrics, InputError, TrialConfig, list_consented
 from tune_amp.data import Dataset
 from tune_amp.ledger import read_process_age
 from tune_amp.memory import is_out_of_memory
@@ -325,7 +325,7 @@ def test_model_that_cannot_be_built_is_a_failed_trial_with_one_line(
         ({"lr": -1.0}, "lr: must be greater than 0, got -1.0"),
         ({"no_such_field": 1}, "no_such_field"),
         ({"batch_size": 10_000}, "batch_size: must not exceed the 1413 images trained on in an epoch, got 10000"),
-        ({"model": "no_such_module:net"}, "No module named 'no_such_module'"),
+        ({"model": "evil:net"}, "evil:net: code that only a file names is not run"),
     ],
 )
 def test_configuration_that_cannot_train_is_a_failed_trial(
@@ -544,7 +544,7 @@ def test_trial_abandoned_half_way_leaves_nothing_to_the_next(make_trainable: Mak
     assert_same(train(trainable), train(make_trainable()))
 
 
-def test_worker_finds_functions_where_the_driver_does(
+def test_worker_finds_functions_where_the_driver_does_and_runs_those_that_the_user_named(
     make_trainable: MakeTrainable, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [entry for entry in sys.path if entry]
@@ -552,9 +552,15 @@ def test_worker_finds_functions_where_the_driver_does(
     trainable = make_trainable()
     folders = (before[0], str(tmp_path / "far"), str(tmp_path / "away"))
     worker_setup = WorkerSetup(
-        train=digits.train, validation=digits.validation, num_classes=10, num_threads=1, search_path=folders
+        train=digits.train,
+        validation=digits.validation,
+        num_classes=10,
+        num_threads=1,
+        search_path=folders,
+        consented=("far:net",),
     )
     trainable.setup(settings(), worker_setup)
+    assert "far:net" in list_consented()
     assert sys.path == [*before, *folders[1:]]  # last, so that nothing of the worker's own is shadowed
 
 

@@ -14,14 +14,13 @@ from rich.console import Console
 
 from tune_amp.compare_page import CPU_MEANING, describe_settings, render_comparison
 from tune_amp.compared import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.config import MODELS, PRECISIONS, SCALER_DEFAULTS, InputError, TrialConfig, TrialStatus, shown
+from tune_amp.config import MODELS, PRECISIONS, SCALER_DEFAULTS, InputError, TrialConfig, TrialStatus, consent_to, shown
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EXIT_NO_RESULT,
     OneLineParser,
     answer_bad_input,
-    check_consent,
     choose_device,
     load_searched_data,
     name_beside,
@@ -29,6 +28,7 @@ from tune_amp.console import (
     printable,
     read_path,
     say,
+    take_consent,
 )
 from tune_amp.files import check_free, claimed_folder, write_atomically
 from tune_amp.halt import interrupted_by_signals
@@ -158,7 +158,8 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     from tune_amp.results import load_best_record, load_provenance
 
     record, provenance = load_best_record(arguments.best, arguments.rank), load_provenance(arguments.best)
-    check_consent(arguments, record.config)
+    take_consent(arguments, record.config)
+    consent_to(*wishes.models)
     given = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
     dataset = make_long_tail(given, record.config.imbalance)
     device = choose_device(arguments.device)

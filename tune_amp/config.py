@@ -33,6 +33,8 @@ RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
 OBJECTIVES = (*RANKING_OBJECTIVES, "train_seconds", "peak_memory_bytes")
 MORE_IS_BETTER = ("val_accuracy",)
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
+PICKLING_SAMPLERS = ("cmaes",)
+"""Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
 # torch.amp.GradScaler's own defaults: what fp16 gets where nothing else is said.
@@ -46,6 +48,7 @@ LARGEST_SCALE = 2.0**127
 
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.IGNORECASE)
 _SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[1] / "scripts")
+_consented: set[str] = set()
 _FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -285,14 +288,51 @@ def is_function_name(name: str) -> bool:
     return _FUNCTION_NAME.fullmatch(name) is not None
 
 
+def consent_to(*names: str | None) -> None:
+    """Record what the user named, on a command line or in Python: code that only a file names is never loaded.
+
+    The record belongs to the process: whoever starts a worker sends it ``list_consented()``.
+    """
+    _consented.update(name for name in names if name is not None)
+
+
+def list_consented() -> tuple[str, ...]:
+    """Everything that the user named so far."""
+    return tuple(sorted(_consented))
+
+
+def check_consent(place: str, **named: str) -> None:
+    """Refuse code that only a file names: files may come from anybody.
+
+    Args:
+        place: where the names stand, for the message.
+        named: flag, without its dashes, and its value in the file.
+
+    Raises:
+        InputError: a value is code, and the user has not named it.
+    """
+    for flag, name in named.items():
+        if name in _consented:
+            continue
+        if is_function_name(name):
+            raise InputError(f"{place}: {flag}: names your own code; to run it, add --{flag} {name}")
+        if name in PICKLING_SAMPLERS:
+            reason = "keeps a pickle in the study, and loading a pickle can run code; to load it"
+            raise InputError(f"{place}: {flag}: {name} {reason}, add --{flag} {name}")
+
+
 def load_function(name: str) -> Callable[..., Any]:
     """The function that a user names as ``package.module:function``; modules in the current folder count too.
 
     Raises:
-        InputError: the module cannot be imported, holds no such function, or hides one in the current folder.
+        InputError: the user has not consented to it, or the module cannot be imported, holds no such function, or hides
+            one in the current folder.
     """
     if not is_function_name(name):
         raise InputError(f"{shown(name)}: must have the form module:function")
+    if name not in _consented:
+        way = f"in Python, call tune_amp.config.consent_to({name!r}) first"
+        raise InputError(f"{name}: code that only a file names is not run; name it on the command line, or, {way}")
     folder = str(Path.cwd())
     # Python puts the folder of a script first: there, a user's train.py would find ours.
     sys.path[:] = [entry for entry in sys.path if entry != _SCRIPTS_FOLDER]

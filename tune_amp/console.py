@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, is_function_name
+from tune_amp.config import InputError, TrialConfig, check_consent, consent_to
 from tune_amp.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ def load_announced(name: str, data_dir: Path | None) -> "Dataset":
     return dataset
 
 
-def check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
-    """A file may come from anybody: code that it names runs only where the command line names it too.
+def take_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
+    """Take the flags as consent to the code that they name, and refuse a file that names other code.
 
     Args:
         arguments: ``best``, the file; ``model`` and ``dataset``, the flags.
@@ -188,8 +188,8 @@ def check_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
         given = getattr(arguments, flag)
         if given is not None and given != named:
             raise InputError(f"--{flag}: must be {named}, which {arguments.best} was searched with, got {given}")
-        if is_function_name(named) and given is None:
-            raise InputError(f"{arguments.best}: {flag}: names your own code; to run it, add --{flag} {named}")
+    consent_to(arguments.model, arguments.dataset)
+    check_consent(str(arguments.best), model=config.model, dataset=config.dataset)
 
 
 def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dataset":

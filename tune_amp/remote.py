@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import grpc  # type: ignore[import-untyped]
 import ray
 
-from tune_amp.config import InputError
+from tune_amp.config import InputError, consent_to, list_consented
 from tune_amp.files import check_free, write_atomically
 from tune_amp.halt import StopRequest
 from tune_amp.journal import Journal
@@ -61,6 +61,8 @@ class Order:
     resources: "TrialResources | None"
     warm_start: "WarmStart | None"
     arguments: Mapping[str, Any]
+    consented: Sequence[str]
+    """What the user named: see ``config.consent_to``."""
     past: Mapping[str, bytes]
     """Files of the run that goes on, by name; empty for a new one."""
     owner: str
@@ -137,6 +139,7 @@ class RemoteSearch:
         from tune_amp.search import run_search
 
         self._thread = threading.get_ident()
+        consent_to(*order.consented)
         try:
             with self._open_past(order.past) as past:
                 return run_search(
@@ -297,6 +300,7 @@ def run_search_remotely(
         resources=resources,
         warm_start=warm_start,
         arguments=arguments or {},
+        consented=list_consented(),
         past={} if past is None else _read_past(folder, past, announce),
         owner=identify_folder(folder),
     )

@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_amp.config import InputError, TrialConfig, one_line
+from tune_amp.config import InputError, TrialConfig, consent_to, list_consented, one_line
 from tune_amp.data import Split
 from tune_amp.shares import (
     CONTEXT_BYTES,
@@ -224,7 +224,7 @@ def measure_with_ray(
     announce("measuring how many trials share a GPU best (half a minute; --gpus-per-trial X chooses without)")
     # The worker ends with its only task, and with it a CUDA context that would keep memory.
     task = ray.remote(num_gpus=1, num_cpus=counts[-1], max_calls=1, max_retries=0)(_measure_here)
-    result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path))
+    result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path), list_consented())
     fallback = min(TRIALS_PER_GPU, most)
     try:
         shared: SharedGpu = ray.get(result, timeout=WAIT_SECONDS)
@@ -238,10 +238,16 @@ def measure_with_ray(
 
 
 def _measure_here(
-    train: Split, config: TrialConfig, num_classes: int, counts: Sequence[int], search_path: Sequence[str]
+    train: Split,
+    config: TrialConfig,
+    num_classes: int,
+    counts: Sequence[int],
+    search_path: Sequence[str],
+    consented: Sequence[str],
 ) -> SharedGpu:
     """Measure in a worker to which Ray gave a GPU; on the CPU where torch cannot use it, as trials will."""
     sys.path.extend(folder for folder in search_path if folder not in sys.path)
+    consent_to(*consented)
     cuda = torch.cuda.is_available()
     try:
         measured = measure_shares(

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_amp.config import InputError, checked_type, is_function_name, shown
+from tune_amp.config import (
+    PICKLING_SAMPLERS,
+    InputError,
+    check_consent,
+    checked_type,
+    consent_to,
+    is_function_name,
+    shown,
+)
 from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag, name_run
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
@@ -83,8 +91,11 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
             f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
         )
     _check_space(given.space, past)
-    _check_consent(given, past)
+    consent_to(given.model, given.dataset, given.sampler)
+    sampler = build_options(recorded).sampler
+    check_consent("--resume", model=recorded["model"], dataset=recorded["dataset"], sampler=sampler)
     _check_fixed(arguments, recorded, past)
+    _check_trials(arguments, past)
     return arguments
 
 
@@ -137,12 +148,15 @@ def _check_space(given: str | None, past: PastRun) -> None:
         raise InputError(f"SPACE: must stay {source} as it was in a run that goes on, got {given}, which differs")
 
 
-def _check_consent(given: argparse.Namespace, past: PastRun) -> None:
-    """A run may come from anybody: code that it names runs only where the command line names it too."""
-    for name in ("model", "dataset"):
-        named = past.provenance.dataset if name == "dataset" else past.arguments[name]
-        if is_function_name(named) and getattr(given, name) != named:
-            raise InputError(f"--resume: {name}: names your own code; to run it, add --{name} {named}")
+def _check_trials(arguments: argparse.Namespace, past: PastRun) -> None:
+    """Refuse a journal whose trials have other settings than the run in what all trials have in common."""
+    shared = {name: getattr(arguments, name) for name in ("model", "dataset", "imbalance", "max_epochs", "seed")}
+    for trial in past.trials:
+        for name, expected in shared.items():
+            value = getattr(trial.config, name)
+            if value != expected:
+                place = f"{JOURNAL_FILE}: trial {shown(trial.trial_id)}"
+                raise InputError(f"{place}: {name}: must be {expected}, as in the whole run, got {shown(value)}")
 
 
 def describe_changes(past: PastRun, folder: Path) -> list[str]:
@@ -198,7 +212,7 @@ def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Pat
             of the run folder.
     """
     parts = [*search, "--resume", name_run(folder, default_dir)]
-    for name in ("model", "dataset"):
-        if is_function_name(arguments[name]):
+    for name in ("model", "dataset", "sampler"):
+        if is_function_name(arguments[name]) or arguments[name] in PICKLING_SAMPLERS:
             parts += [name_flag(name), arguments[name]]
     return shlex.join([*parts, *_name_ways_out(arguments)])

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, describe_error, is_function_name
+from tune_amp.config import InputError, TrialConfig, consent_to, describe_error, is_function_name, load_function
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -131,6 +131,7 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     from tune_amp.warm_start import load_donor
 
     options = build_options(vars(arguments))
+    consent_to(arguments.model, arguments.dataset, arguments.sampler)
     with naming_flags():
         TrialConfig(imbalance=arguments.imbalance)
     arguments.tracker = check_trackers(arguments.tracker)
@@ -394,7 +395,8 @@ def _user_modules(model: str) -> tuple[ModuleType, ...]:
     """
     if not is_function_name(model):
         return ()
-    named = importlib.import_module(model.partition(":")[0].partition(".")[0])
+    load_function(model)
+    named = sys.modules[model.partition(":")[0].partition(".")[0]]
     folder = _find_folder(named)
     installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
     if folder in installed:  # as it has to be on the nodes, with all the others

@@ -28,6 +28,7 @@ from tune_amp.config import (
     InputError,
     TrialConfig,
     TrialStatus,
+    check_consent,
     describe_error,
     one_line,
 )
@@ -152,6 +153,7 @@ class AmpSearch(OptunaSearch):
             study_name=study_name,
         )
         if past:
+            check_consent(str(path), sampler=sampler)
             if not self.study.get_trials(deepcopy=False):
                 self._rebuild(past, space, train_images)
             self._go_on(past)

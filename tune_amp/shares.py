@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tune_amp.config import InputError, TrialConfig, describe_error
+from tune_amp.config import InputError, TrialConfig, consent_to, describe_error, list_consented
 from tune_amp.data import Split
 from tune_amp.evaluation import EVALUATION_BATCH
 from tune_amp.graphs import WARM_UP_STEPS
@@ -190,6 +190,7 @@ def measure_shares(
             device_type=device_type,
             seconds=seconds,
             search_path=tuple(sys.path),
+            consented=list_consented(),
         )
         with _start_processes(job, max(counts), deadline) as processes:
             return _measure_counts(processes, sorted(counts), device_type, repeats)
@@ -258,6 +259,7 @@ class _Job:
     device_type: str
     seconds: float
     search_path: tuple[str, ...]
+    consented: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,6 +346,7 @@ def _serve(pipe: Connection, job: _Job) -> None:
     """Answer commands until the pipe ends: (value, None, False), or (None, why not, whether for want of memory)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     sys.path.extend(folder for folder in job.search_path if folder not in sys.path)
+    consent_to(*job.consented)
     torch.set_num_threads(1)
     commands = _Commands(job)
     while True:

@@ -25,7 +25,6 @@ from tune_amp.console import (
     EXIT_NO_RESULT,
     OneLineParser,
     answer_bad_input,
-    check_consent,
     choose_device,
     load_searched_data,
     name_beside,
@@ -33,6 +32,7 @@ from tune_amp.console import (
     printable,
     read_path,
     say,
+    take_consent,
 )
 from tune_amp.files import claimed_folder
 from tune_amp.halt import interrupted_by_signals
@@ -86,7 +86,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     record = load_best_record(arguments.best, arguments.rank)
     best = load_best_rows(arguments.best)  # now: a confirmation that is under way will rank it anew
-    check_consent(arguments, record.config)
+    take_consent(arguments, record.config)
     provenance = load_provenance(arguments.best)
     dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
     if arguments.replay:

@@ -35,8 +35,10 @@ from tune_amp.config import (
     InputError,
     TrialConfig,
     TrialStatus,
+    consent_to,
     describe_error,
     generalize_error,
+    list_consented,
     one_line,
 )
 from tune_amp.data import Dataset, Split
@@ -81,6 +83,8 @@ class WorkerSetup:
     """CPU threads of a trial. Sums are split among threads, so that a bit-identical replay needs the same number."""
     search_path: tuple[str, ...]
     """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
+    consented: tuple[str, ...] = ()
+    """The user's own functions that may be imported: see ``config.consent_to``."""
     checkpoints: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     """Of trials that were cut off before, by id: where their checkpoints may be, the newest first."""
     filesystem: fs.FileSystem = dataclasses.field(default_factory=fs.LocalFileSystem)
@@ -385,6 +389,7 @@ def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any)
         num_classes=dataset.num_classes,
         num_threads=resources.cpus,
         search_path=tuple(sys.path),
+        consented=list_consented(),
         gpu_share=resources.gpus,
     )
 
@@ -392,6 +397,7 @@ def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any)
 def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
     """Make this process find a user's modules and keep to its share of the machine; the device that it computes on."""
     sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
+    consent_to(*worker_setup.consented)
     torch.set_num_threads(worker_setup.num_threads)
     # Ray hands out the GPUs that it was told of, whether or not torch can use them.
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")

@@ -65,12 +65,13 @@ import sleepy
 from tune_amp.session import ray_session
 
 with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
-    from tune_amp.config import TrialConfig
+    from tune_amp.config import TrialConfig, consent_to
     from tune_amp.confirm import ConfirmJob
     from tune_amp.confirm_slots import train_on_slots
     from tune_amp.data import load_dataset
     from tune_amp.resources import TrialResources
 
+    consent_to("sleepy:net")
     config = TrialConfig(dataset="digits", model="sleepy:net", max_epochs=20)
     job = ConfirmJob(trial_ids=("a",), config=config)
     resources = TrialResources(cpus=2, gpus=0.0, max_concurrent=1, reason="")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tune_amp.benchmarks.instant import DATASET, Sample, Sampler, load_small_space, read_peak_memory
-from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, consent_to
 from tune_amp.ledger import read_process_age
 from tune_amp.options import SearchOptions
 from tune_amp.run_files import JOURNAL_FILE
@@ -86,6 +86,7 @@ class Plan:
 def search(plan: Plan, folder: Path) -> None:
     """Begin the search in ``folder``, or go on with it where it has begun."""
     begun = time.monotonic() - read_process_age()
+    consent_to(plan.model, plan.sampler)
     times: dict[str, list[float]] = collections.defaultdict(list)
     run = folder / RUN
     with contextlib.ExitStack() as stack, (folder / SAMPLES_FILE).open("a", encoding="utf-8") as samples:
@@ -229,6 +230,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     from tune_amp.stopping import build_scheduler
     from tune_amp.storage import RAY_FOLDER
 
+    consent_to(plan.model, plan.sampler)
     run, options = folder / RUN, dataclasses.replace(plan, trials=plan.trials + cut_off).options
     space, dataset = _load_inputs(folder)
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=CUT_OFF, reason="")
