@@ -9,6 +9,7 @@ import pytest
 
 from tune_amp.config import InputError
 from tune_amp.options import SearchOptions, hide_credentials, make_run_name, name_path, name_run, run_folder
+from tune_amp.search_arguments import search_parser
 
 NAN, INF = math.nan, math.inf
 CHOICES = "simple_net, conv_net, vit, or module:function"
@@ -298,9 +299,31 @@ def test_results_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> Non
             "abfs://box@account.dfs.core.windows.net/a?sv=2024-11-04&sig=x%2Fy%3D",
             "abfs://***@account.dfs.core.windows.net/a?sv=2024-11-04&sig=***",
         ),
+        (
+            "s3://bucket/a?credential=x&pwd=x&auth=x&pass=x&user=u",
+            "s3://bucket/a?credential=***&pwd=***&auth=***&pass=***&user=u",
+        ),
+        (
+            "https://host/a?Authorization=Basic%20x&passphrase=x#access_token=x",
+            "https://host/a?Authorization=***&passphrase=***",
+        ),
+        ("abfs://box/a?blob_storage_authority=.blob.local", "abfs://box/a?blob_storage_authority=.blob.local"),
+        ("host/a;jwt=x", "host/a;jwt=***"),
+        (
+            "AWS_SECRET_ACCESS_KEY=x%/+ AWS_REGION=eu MYSQL_PWD=y",
+            "AWS_SECRET_ACCESS_KEY=*** AWS_REGION=eu MYSQL_PWD=***",
+        ),
+        ("user:secret@head:10001", "***@head:10001"),
+        ("--address=user:secret@head:10001", "--address=***@head:10001"),
         ("broken:net", "broken:net"),
         ("me@example.org", "me@example.org"),
     ],
 )
 def test_record_of_a_command_holds_no_credentials(text: str, shown: str) -> None:
     assert hide_credentials(text) == shown
+
+
+def test_no_flag_of_a_search_looks_like_a_secret() -> None:
+    flags = [flag for action in search_parser("")._actions for flag in action.option_strings]
+    assert len(flags) > 20
+    assert [flag for flag in flags if hide_credentials(f"{flag}=x") != f"{flag}=x"] == []

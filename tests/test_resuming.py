@@ -351,6 +351,11 @@ def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path
         resume(folder, "--storage-path", "s3://***@bucket/runs?endpoint_override=host:1")
     assert str(caught.value).startswith("--storage-path: must be given with its secrets, which are not kept: s3://***@")
     assert resume(folder, "--storage-path", url).storage_path == url
+    folder = begin(tmp_path / "joined", "--address", "ray://user:secret@head:10001")
+    assert b"secret" not in (folder / "reports.journal").read_bytes()
+    with pytest.raises(InputError) as caught:
+        resume(folder, "--address", "ray://***@head:10001")
+    assert str(caught.value).startswith("--address: must be given with its secrets, which are not kept: ray://***@")
 
 
 def test_what_is_remembered_is_plain(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from tune_amp.console import (
 )
 from tune_amp.files import check_free, claimed_folder, write_atomically
 from tune_amp.halt import interrupted_by_signals
+from tune_amp.options import hide_credentials
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,7 @@ def _describe_origin(
         run=provenance.run,
         rank=arguments.rank,
         trial_id=record.trial_id,
-        command=command,
+        command=tuple(map(hide_credentials, command)),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=dataclasses.asdict(record.config),
         scaler={name: getattr(arms["fp16"], name) for name in SCALER_DEFAULTS} if "fp16" in arms else {},

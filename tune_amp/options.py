@@ -30,8 +30,12 @@ NONE = "none"
 HIDDEN = "***"
 """Stands where a secret stood."""
 
-_USER = re.compile(r"://[^?\s]*@")
-_SECRET = re.compile(r"(?<=[?&])([^=&\s]*(?:key|password|sas|secret|sig|token)[^=&\s]*)=[^&\s]*", re.IGNORECASE)
+# A user with a password, behind a scheme or without one. Azure's `blob_storage_authority` is no secret.
+_USER = re.compile(r"(://)[^?\s]*@|(?<![^\s='\"])[^\s/@:=]+:[^\s/@]+@")
+_SECRET = re.compile(
+    r"(?<![\w.%-])([\w.%-]*(?:auth(?!or(?!iz))|cookie|cred|jwt|key|pass|pwd|sas|secret|sig|token)[\w.%-]*)=[^&\s]*",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,5 +231,5 @@ def _check_flag(flag: str, value: Any, holds: bool, rule: str) -> None:
 
 
 def hide_credentials(text: str) -> str:
-    """``text`` without the user, the password and the keys of a URL in it: for messages, and for the record."""
-    return _SECRET.sub(rf"\1={HIDDEN}", _USER.sub(f"://{HIDDEN}@", text))
+    """``text`` without users, passwords and keys, of URLs and of assignments: for messages, and for the record."""
+    return _SECRET.sub(rf"\1={HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))

@@ -52,6 +52,7 @@ _HINTS = typing.get_type_hints(SearchOptions) | {
 def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
+    kept["address"] = arguments.address and hide_credentials(arguments.address)
     kept["storage_path"] = _name_from_anywhere(arguments.storage_path, arguments.address)
     kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.absolute())
     return kept
@@ -86,10 +87,10 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     _check_way_out([name for name in LEADS_OUT if getattr(given, name) in (absent, [])], recorded)
     recorded["tracker"] = []  # those given take the place of those before
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
-    if HIDDEN in (arguments.storage_path or ""):
-        raise InputError(
-            f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
-        )
+    for name in ("address", "storage_path"):
+        value = getattr(arguments, name) or ""
+        if HIDDEN in value:
+            raise InputError(f"{name_flag(name)}: must be given with its secrets, which are not kept: {value}")
     _check_space(given.space, past)
     consent_to(given.model, given.dataset, given.sampler)
     sampler = build_options(recorded).sampler

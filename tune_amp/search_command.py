@@ -205,7 +205,7 @@ def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
             print(text, file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
     with contextlib.suppress(OSError):  # nobody reads it
-        print(f"cut off  {reason}", file=sys.stderr)  # noqa: T201
+        print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
         if _can_go_on(task, folder):
             print(f"resume   {_resume_command(task, folder)}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED

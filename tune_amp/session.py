@@ -26,6 +26,7 @@ from typing import Any
 
 from tune_amp.config import InputError, describe_error
 from tune_amp.cpus import count_cpus
+from tune_amp.options import hide_credentials
 from tune_amp.private_home import HOME_PREFIX, private_home
 from tune_amp.replaced import replaced
 
@@ -337,10 +338,10 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             _check_answers(address)
             _init_ray(address, run, runtime_env=runtime_env)
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = hide_credentials(describe_error(error))
             raise InputError(
-                f"--address: {address} cannot be joined ({reason}); a cluster that asks for a token needs "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; host:port is joined from a node of the "
+                f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that asks for a token "
+                "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; host:port is joined from a node of the "
                 "cluster, ray://host:port from anywhere"
             ) from error
         try:
@@ -359,7 +360,9 @@ def _resolve(address: str) -> str:
     joined = _follow_variable(address)
     host, _, port = joined.removeprefix(CLIENT_PREFIX).rpartition(":")
     if joined != "auto" and (not host or not port.isdecimal() or "://" in host):
-        raise InputError(f"--address: must be auto, host:port or {CLIENT_PREFIX}host:port, got {joined}")
+        raise InputError(
+            f"--address: must be auto, host:port or {CLIENT_PREFIX}host:port, got {hide_credentials(joined)}"
+        )
     return joined
 
 

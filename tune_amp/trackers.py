@@ -201,7 +201,7 @@ class Tracker(tune.Callback):
                 event(callback)
                 self._handled += 1
         except (Exception, SystemExit) as error:  # whatever it is, the search goes on
-            self._give_up(describe_error(error))
+            self._give_up(hide_credentials(describe_error(error)))
 
     def _give_up(self, reason: str) -> None:
         if not self._failed:
