@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from records import PROVENANCE, make_scored
 from small_runs import TIED_MODEL, make_split
 
 from tune_amp.card import CardSource, describe_card
-from tune_amp.config import TrialConfig
+from tune_amp.config import TrialConfig, code_span
 from tune_amp.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.data import Dataset
 from tune_amp.intervals import wilson_interval
@@ -96,6 +98,48 @@ def test_the_snippet_loads_the_weights_and_classifies_as_tested(
     assert ("must be importable" in card) is (model == "tied")
 
 
+HOSTILE = "\x1b[2J\n\n# Owned ``` `<script>alert(1)</script>\n```python\nimport os\n```\n| [x](http://evil) ``"
+
+
+def test_texts_of_a_file_stand_in_the_card_as_text_and_nothing_else(result: FinalResult) -> None:
+    """Whatever a file holds, the card has the headings, the code, the elements and the links of an innocent one."""
+    plain = make_row(1, confirmation=Confirmation(confirm_seeds=(1, 2), confirm_failures=("seed 1: failed",)))
+    trial = dataclasses.replace(plain.trial, trial_id=HOSTILE, trial_name=HOSTILE)
+    failed = Confirmation(confirm_seeds=(1, 2), confirm_failures=(HOSTILE, HOSTILE))
+    innocent = describe_card(result, make_source(plain))
+    hostile = describe_card(result, make_source(BestRow(rank=1, trial=trial, confirmation=failed), run=HOSTILE))
+    assert hostile.count("Owned") == 5
+    assert all(character.isprintable() or character == "\n" for character in hostile)
+    acting = {"heading_open", "fence", "html_block", "html_inline", "link_open", "list_item_open", "table_open"}
+    innocent_tokens, hostile_tokens = (
+        [(token.type, token.content) for token in list_tokens(card) if token.type in acting]
+        for card in (innocent, hostile)
+    )
+    assert len(innocent_tokens) > 20
+    assert hostile_tokens == innocent_tokens
+
+
+def list_tokens(card: str) -> list[Token]:
+    """What CommonMark, with GitHub's tables and links, makes of a page: blocks, and what stands in them."""
+    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(card)
+    return [token for block in blocks for token in (block, *(block.children or ()))]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain | text", "`plain | text`"),
+        ("a `b` c", "``a `b` c``"),
+        ("```", "```` ``` ````"),
+        ("`", "`` ` ``"),
+        ("", "`  `"),
+        ("two\n# lines\x1b", "`two # lines\ufffd`"),
+    ],
+)
+def test_code_span_holds_any_text(text: str, expected: str) -> None:
+    assert code_span(text) == expected
+
+
 def test_accuracy_comes_with_its_interval_over_images_and_that_the_test_set_was_read_once(result: FinalResult) -> None:
     card = describe_card(result, make_source(make_row(1)))
     low, high = wilson_interval(result.test_accuracy, 45)
@@ -152,7 +196,7 @@ def test_settings_that_failed_on_a_fresh_seed_get_no_mean_of_the_others(result: 
     failed = Confirmation(confirm_seeds=(11, 12), confirm_failures=("seed 12: diverged",))
     card = describe_card(result, make_source(make_row(1, confirmation=failed)))
     assert lines_of(card, "How good")[2:] == [
-        "Of 2 runs of these settings on fresh seeds not all completed: seed 12: diverged."
+        "Of 2 runs of these settings on fresh seeds not all completed: `seed 12: diverged`."
     ]
     assert "cannot be told" in told(result, make_row(1, confirmation=failed))
 

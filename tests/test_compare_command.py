@@ -220,6 +220,8 @@ def test_the_page_can_be_made_again_from_the_file(best: Path) -> None:
     assert origin["config"]["growth_interval"] == 5
     rows = [ComparedRun(**row | {"status": TrialStatus(row["status"])}) for row in table.to_pylist()]
     assert render_comparison(ComparisonOrigin(**origin), rows) == Path("out/compare.md").read_text()
+    hostile = render_comparison(ComparisonOrigin(**origin | {"run": "x\n\n## Owned <script>\x1b[2J"}), rows)
+    assert hostile.splitlines()[0] == "# Precisions compared: rank 1 of `x ## Owned <script>\ufffd[2J`"
 
 
 def test_tf32_alone_on_a_cpu_is_said_and_no_error(best: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ from tune_amp.train_command import train_command
 if TYPE_CHECKING:
     from tune_amp.data import Dataset
 
-ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold]x[/red]\r\x00<script>window.hacked=1</script>"
+ESCAPE = "\nforged\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold]x[/red]\r\x00<script>window.hacked=1</script>"
 KINDS = ("trials", "epochs", "best", "confirm", "importance")
 
 
@@ -99,6 +99,7 @@ def test_nothing_that_a_terminal_acts_on_is_printed_of_a_run(
     assert code == 0
     assert "owned" in printed  # the text itself is shown
     assert [character for character in printed if not character.isprintable() and character != "\n"] == []
+    assert [line for line in printed.splitlines() if line.startswith("forged")] == []
 
 
 def test_nothing_that_a_terminal_acts_on_is_printed_of_a_refusal(valid: Path, tmp_path: Path) -> None:

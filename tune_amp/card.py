@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tune_amp.config import TrialConfig, is_function_name, list_settings
+from tune_amp.config import TrialConfig, code_span, is_function_name, list_settings
 from tune_amp.intervals import wilson_interval
 from tune_amp.ranking import count_ties
 from tune_amp.results import BestRow, Provenance
@@ -47,7 +47,7 @@ def describe_card(result: "FinalResult", source: CardSource) -> str:
     """The card, as Markdown."""
     config = result.config
     head = (
-        f"# {config.model} trained on {config.dataset}\n\n"
+        f"# {code_span(config.model)} trained on {code_span(config.dataset)}\n\n"
         f"Classifies images of shape {_shape(result)} into {result.num_classes} classes. Trained in {config.precision} "
         f"by tune_amp {source.versions['tune_amp']}, with settings that a search found; the weights are fp32."
     )
@@ -80,7 +80,7 @@ def _describe_confirmation(result: "FinalResult", source: CardSource, confirmati
     count = len(confirmation.confirm_seeds)
     mean, low, high = (getattr(confirmation, f"test_accuracy_{part}") for part in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
-        failures = "; ".join(confirmation.confirm_failures) or "no reason is recorded"
+        failures = "; ".join(map(code_span, confirmation.confirm_failures)) or "no reason is recorded"
         return [f"Of {count} runs of these settings on fresh seeds not all completed: {failures}."]
     lines = [
         f"The search trained these settings again on {count} fresh seeds, without the validation images: mean test "
@@ -100,7 +100,8 @@ def _describe_confirmation(result: "FinalResult", source: CardSource, confirmati
 def _describe_model(result: "FinalResult") -> str:
     return _listed(
         [
-            f"Model: `{result.config.model}`, {result.num_parameters:,} parameters, float32 in `model.safetensors`.",
+            f"Model: {code_span(result.config.model)}, {result.num_parameters:,} parameters, "
+            "float32 in `model.safetensors`.",
             f"Input: uint8 images {_shape(result)}, given to the model as "
             f"`(pixel - {result.input_shift!r}) * {result.input_factor!r}` in float32.",
             f"Output: logits [batch, {result.num_classes}].",
@@ -113,7 +114,8 @@ def _describe_training(result: "FinalResult", source: CardSource) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     tail = "" if config.imbalance == 1 else f", thinned to a long tail of {config.imbalance:g}:1 (the test set is not)"
     lines = [
-        f"Data: `{config.dataset}`, {result.train_images:,} images: training and validation images together{tail}.",
+        f"Data: {code_span(config.dataset)}, {result.train_images:,} images: training and validation images "
+        f"together{tail}.",
         f"SHA-256 of the data: `{result.data_hash}`.",
         f"Seed {config.seed}, {config.max_epochs} epochs, {last.steps:,} steps, of which {last.skipped_steps:,} were "
         f"skipped; average loss of the last epoch {last.train_loss:.4f}.",
@@ -131,8 +133,8 @@ def _describe_origin(config: TrialConfig, source: CardSource) -> str:
         if value != getattr(config, name)
     ]
     lines = [
-        f"Run `{about.run}`, rank {source.rank} of {len(source.ranked)}.",
-        f"Trial `{trial.trial_id}`: {trial.trial_name}.",
+        f"Run {code_span(about.run)}, rank {source.rank} of {len(source.ranked)}.",
+        f"Trial {code_span(trial.trial_id)}: {code_span(trial.trial_name)}.",
         f"Searched for {about.objective} on {about.validation_images:,} validation images.",
         _describe_tie(source),
     ]
@@ -180,18 +182,20 @@ def _name_ties(ranks: Sequence[int | None]) -> str:
 def _describe_use(result: "FinalResult") -> str:
     """A snippet that runs as it is, in the folder of the weights."""
     model = result.config.model
-    needed = ""
+    needed = imported = consent = ""
     if is_function_name(model):
-        module = model.partition(":")[0]
-        needed = f"`{module}` must be importable: in the current folder, or below one that `PYTHONPATH` names.\n\n"
+        module = code_span(model.partition(":")[0])
+        needed = f"{module} must be importable: in the current folder, or below one that `PYTHONPATH` names.\n\n"
+        imported = "from tune_amp.config import consent_to\n"
+        consent = f'consent_to("{model}")  # your own code, which this runs\n'
     return f"""{needed}In this folder:
 
 ```python
 import torch
 from safetensors.torch import load_model
-from tune_amp.models import build_model
+{imported}from tune_amp.models import build_model
 
-model = build_model("{model}", {result.input_shape!r}, {result.num_classes})
+{consent}model = build_model("{model}", {result.input_shape!r}, {result.num_classes})
 load_model(model, "model.safetensors")
 model.eval()
 
@@ -206,8 +210,8 @@ def classify(images):
 def _describe_limits(result: "FinalResult") -> str:
     return _listed(
         [
-            f"Tested on the {result.test_images:,} test images of {result.config.dataset}, and on nothing else: not on "
-            "images from another source, nor on any that belong to none of its classes.",
+            f"Tested on the {result.test_images:,} test images of {code_span(result.config.dataset)}, and on nothing "
+            "else: not on images from another source, nor on any that belong to none of its classes.",
             f"Tested in fp32 on {result.device}: not in lower precision, not quantized, not exported.",
             "One seed. The interval above is over images: another seed moves the accuracy as well.",
             "Whether its probabilities are calibrated was not measured.",
@@ -229,4 +233,6 @@ def _percent(share: float) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, str):
+        return code_span(value) if is_function_name(value) else value
     return f"{value:g}" if isinstance(value, float) else str(value)

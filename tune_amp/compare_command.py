@@ -407,7 +407,8 @@ class Comparison:
         self._write()  # once more: an interruption may have come between a run and its file
         self._console.print()
         page = (self._folder / PAGE_FILE).read_text(encoding="utf-8")
-        self._console.print(printable(page), markup=False, soft_wrap=True)
+        for line in page.splitlines():
+            self._console.print(printable(line), markup=False, soft_wrap=True)
         names = ", ".join(sorted(path.name for path in self._folder.iterdir()))
         self._console.print(printable(f"files    {self._folder}: {names}"), markup=False, soft_wrap=True)
 

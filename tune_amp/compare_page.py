@@ -19,7 +19,7 @@ from tune_amp.compared import (
     memory_ratio,
     summarise_arm,
 )
-from tune_amp.config import TrialConfig, TrialStatus, list_settings
+from tune_amp.config import TrialConfig, TrialStatus, code_span, list_settings
 from tune_amp.intervals import Equivalence
 
 CPU_MEANING = (
@@ -47,7 +47,7 @@ def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cel
     """The whole page, Markdown."""
     arms = [summarise_arm(runs, precision) for precision in _list_measured(origin, runs)]
     parts = [
-        f"# Precisions compared: rank {origin.rank} of {origin.run}",
+        f"# Precisions compared: rank {origin.rank} of {code_span(origin.run)}",
         _describe_origin(origin, runs),
         "## Speed and memory",
         _render_speed(arms),
@@ -219,7 +219,7 @@ def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, MapCell]]:
 def _map_cells(cell: MapCell, baseline: MapCell) -> tuple[str, ...]:
     head = (cell.model, str(cell.batch_size), cell.precision)
     if cell.reason:
-        return (*head, "", "", "", cell.reason.replace("|", "/"))
+        return (*head, "", "", "", code_span(cell.reason.replace("|", "/")))
     rate = f"{statistics.median(cell.turn_rates):,.0f}"
     ratio = map_ratio(cell, baseline)
     if cell is baseline or ratio is None:

@@ -394,6 +394,14 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
+def code_span(text: str) -> str:
+    """``text`` of a file as Markdown shows it: on one line, as inline code, in which neither Markdown nor HTML acts."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if not line or "`" in (line[0], line[-1]) else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
 def describe_error(error: BaseException) -> str:
     """An exception's type and text on one line: some libraries write paragraphs."""
     return one_line(f"{type(error).__name__}: {error}")

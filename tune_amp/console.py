@@ -148,8 +148,8 @@ def is_screen(console: Console) -> bool:
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal would act on: a file may come from anybody, and so may its texts."""
-    return "".join(character for character in text if character.isprintable() or character == "\n")
+    """``text`` on one line, without what a terminal would act on: a file may come from anybody, with its texts."""
+    return "".join(character for character in text.replace("\n", " ") if character.isprintable())
 
 
 def name_beside(best: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from tune_amp.console import printable
 from tune_amp.report_style import PALETTE
 
 MARK = '<meta name="generator" content="tune_amp report">'
@@ -73,8 +74,8 @@ def definitions(pairs: Iterable[tuple[str, object]]) -> Html:
 
 
 def command(words: Iterable[str]) -> Html:
-    """A command line, broken between its words."""
-    spans = [tag("span", shlex.quote(word)) for word in words]
+    """A command line, broken between its words, without characters that hide or reverse a part of it."""
+    spans = [tag("span", printable(shlex.quote(word))) for word in words]
     return tag("pre", Html(" ".join(spans)), class_="command", tabindex=0)
 
 

@@ -32,6 +32,7 @@ from tune_amp.console import (
     ignoring_closed_pipe,
     load_announced,
     open_console,
+    printable,
     say,
     show_cursor,
 )
@@ -207,7 +208,7 @@ def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
     with contextlib.suppress(OSError):  # nobody reads it
         print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
         if _can_go_on(task, folder):
-            print(f"resume   {_resume_command(task, folder)}", file=sys.stderr)  # noqa: T201
+            print(f"resume   {printable(_resume_command(task, folder))}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED
 
 

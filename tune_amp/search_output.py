@@ -55,9 +55,9 @@ def print_start(
         return  # nor is a step timed for nothing
     sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
     reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
-    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"
+    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"  # names, checked as such
     console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
-    console.print(f"space      {escape(space.source)}: {', '.join(p.name for p in space.parameters)}", soft_wrap=True)
+    say(console, f"space      {space.source}: {', '.join(p.name for p in space.parameters)}")
     for line in list_inert(space, dataset, options):
         say(console, f"inert      {line}", style="yellow")
     console.print(f"resources  {resources.reason}", soft_wrap=True)

@@ -341,8 +341,8 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             reason = hide_credentials(describe_error(error))
             raise InputError(
                 f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that asks for a token "
-                "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; host:port is joined from a node of the "
-                "cluster, ray://host:port from anywhere"
+                "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; host:port is joined from a node "
+                "of the cluster, ray://host:port from anywhere"
             ) from error
         try:
             yield
