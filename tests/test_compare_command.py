@@ -61,6 +61,8 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
     ("--precisions fp16,fp16", "--precisions: must name none twice, got 'fp16,fp16'"),
     ("--precisions fp16,", "--precisions: must be names joined by commas, got 'fp16,'"),
     ("--seeds 1", "--seeds: must be at least 2 (one run tells nothing of noise), got 1"),
+    ("--seeds 1000000000000000000", "--seeds: must be at most 1,000, got 1000000000000000000"),
+    (f"--max-epochs {2**63}", "--max-epochs: must fit in 64 bits, got 9223372036854775808"),
     ("--seeds few", "argument --seeds: invalid int value: 'few' (see scripts/compare.py --help)"),
     ("--max-epochs 1", "--max-epochs: must be at least 2 (the first epoch is not timed), got 1"),
     ("--models resnet", "--models: must be one of simple_net, conv_net, vit, or module:function, got 'resnet'"),

@@ -316,4 +316,6 @@ def test_a_class_that_would_keep_one_image_is_refused(digits: Dataset) -> None:
         make_long_tail(digits, 100.0)
     rule = "each class of digits must keep at least 2 training images"
     assert str(caught.value) == f"imbalance: {rule}, got 1 of class 9 at 100:1"
+    with pytest.raises(InputError, match="got 0 of class 1 at 1e\\+308:1"):
+        make_long_tail(digits, 1e308)  # without a warning of NumPy's
     assert min(count_classes(make_long_tail(digits, 60.0).train)) == 2

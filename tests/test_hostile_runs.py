@@ -169,6 +169,35 @@ def test_any_values_are_shown_and_reported_or_refused_in_one_line(
             assert len(printed.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("val_accuracy", 1e300),
+        ("wall_seconds", 1e300),
+        ("train_seconds", -1e300),
+        ("test_accuracy_high", 1e300),
+        ("optimism", 1e300),
+        ("importance", 1e300),
+        ("provenance.seed", 10**300),
+        ("lr", 1e300),
+        ("train_loss", 1e300),
+        ("loss_scale", 1e300),
+        ("loss_scale_values", [1e300, 1e-300]),
+        ("epoch", 2**62),
+        ("steps", 2**62),
+    ],
+)
+def test_no_number_of_a_file_fills_a_line(column: str, value: Any, valid: Path, tmp_path: Path) -> None:
+    change = replace({column: value})
+    run = rewrite(valid, tmp_path / "run", lambda kind, name, old: old if old is None else change(kind, name, old))
+    for command in (show_command, report_command):
+        code, printed = run_quietly(command, run)
+        assert code in (0, 2)
+        page = (run / "report.html").read_text() if code == 0 and command is report_command else ""
+        page = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)  # the library's
+        assert re.findall(r"\d[\d,]{25,}", printed + page) == []
+
+
 # ---- code ----
 
 

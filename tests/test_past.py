@@ -111,6 +111,7 @@ def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
         ([made.beginning(), {"event": "party", "at": 1.0}], "reports.journal: event: must be one that this tune_amp"),
         ([made.beginning(), made.trial("a", 0), made.end("a", "fine")], "reports.journal: must be the journal of a"),
         ([made.beginning(), made.session(5.0), made.trial("a", 0)], "reports.journal: at: must not go back, got 1.0"),
+        ([made.beginning(), made.session(10**300)], "reports.journal: at: must be at most 1e+12 seconds, got 1000000"),
         ([made.beginning(), made.session(math.nan)], "reports.journal: at: must not go back, got nan"),
         ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "reports.journal: lr: must be"),
         ([made.beginning(), made.trial("a", 0) | {"config": 7}], "reports.journal: must be the journal of a run"),

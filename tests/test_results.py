@@ -74,7 +74,8 @@ def run(tmp_path: Path) -> Path:
 
 # ---- round trip ----
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
+seconds = st.floats(-1e12, 1e12)  # larger ones are refused: they would fill a line
+shares = st.floats(-100, 100) | st.just(float("nan"))
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 any_float = st.floats()  # NaN and infinities included: a diverged trial reports them
 counts = st.integers(0, 2**63 - 1)
@@ -120,7 +121,8 @@ def metrics(epoch: int) -> st.SearchStrategy[EpochMetrics]:
         tuple[float, ...]: st.lists(any_float, max_size=3).map(tuple),
     }
     values = {field.name: strategies[field.type] for field in dataclasses.fields(EpochMetrics)}
-    values |= dict.fromkeys(values.keys() & CLOCKS, finite)
+    values |= dict.fromkeys(values.keys() & CLOCKS, seconds)
+    values |= dict.fromkeys(("val_accuracy", "underflow_share"), st.none() | shares)
     return st.builds(EpochMetrics, **values | {"epoch": st.just(epoch)})
 
 
@@ -136,7 +138,7 @@ def records(draw: st.DrawFn, trial_id: str) -> TrialRecord:
         error=draw(st.none() | texts),
         inert=tuple(draw(st.lists(texts, max_size=3))),
         started=draw(st.none() | starts),
-        wall_seconds=draw(finite),
+        wall_seconds=draw(seconds),
         device=draw(texts),
         num_threads=draw(counts),
     )

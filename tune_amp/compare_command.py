@@ -32,7 +32,7 @@ from tune_amp.console import (
 )
 from tune_amp.files import check_free, claimed_folder, write_atomically
 from tune_amp.halt import interrupted_by_signals
-from tune_amp.options import hide_credentials
+from tune_amp.options import MOST_SEEDS, hide_credentials
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,10 @@ def read_wishes(arguments: argparse.Namespace) -> Wishes:
     ):
         if value is not None and value < least:
             raise InputError(f"{flag}: must be at least {least} ({why}), got {value}")
+    if arguments.seeds is not None and arguments.seeds > MOST_SEEDS:
+        raise InputError(f"--seeds: must be at most {MOST_SEEDS:,}, got {shown(arguments.seeds)}")
+    if arguments.max_epochs is not None:
+        _checked("--max-epochs", "max_epochs", arguments.max_epochs)
     return Wishes(
         precisions=precisions,
         seeds=arguments.seeds,

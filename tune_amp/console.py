@@ -6,6 +6,7 @@ The commands import torch, Ray and Optuna inside their functions: ``--help`` and
 import argparse
 import codecs
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -15,7 +16,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, check_consent, consent_to
+from tune_amp.config import InputError, TrialConfig, check_consent, consent_to, describe_error, one_line
 from tune_amp.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from tune_amp.data import Dataset
 
+MOST_CHARACTERS = 2_000
+"""Of the line that refuses an input, which may name paths."""
 EXIT_DONE, EXIT_NO_RESULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -34,7 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
         if message.endswith("expected one argument"):
             flag = message.split()[1].rstrip(":")
             message += f"; one that begins with - is joined by =, as in {flag}=-x"
-        raise InputError(f"{message} (see {self.prog} --help)")
+        raise InputError(f"{one_line(message)} (see {self.prog} --help)")
 
 
 def read_path(text: str) -> Path:
@@ -63,7 +66,11 @@ def answer_bad_input(command: Callable[[], int]) -> int:
     try:
         return command()
     except InputError as error:
-        message, code = f"error: {printable(' '.join(str(error).split()))}", EXIT_BAD_INPUT
+        message, code = f"error: {one_line(str(error), limit=MOST_CHARACTERS)}", EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # whatever was to be read or written, its path came from the user
+            raise
+        message, code = f"error: {describe_error(error)}", EXIT_BAD_INPUT
     except KeyboardInterrupt:
         message, code = "interrupted", EXIT_INTERRUPTED
     with contextlib.suppress(OSError):  # nobody reads it

@@ -116,7 +116,8 @@ def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
         return split
     counts = np.bincount(split.labels, minlength=num_classes)
     shares = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
-    sizes = np.rint((counts / shares).min() * shares).astype(np.int64)
+    with np.errstate(over="ignore"):  # an extreme imbalance: the first class, whose share is 1, sets the minimum
+        sizes = np.rint((counts / shares).min() * shares).astype(np.int64)
     # RandomState's stream is frozen; default_rng's may change with NumPy, and with it the data of a recorded run.
     generator = np.random.RandomState(SPLIT_SEED)
     kept = [

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tune_amp.config import (
     HOPELESS_STATES,
     HOPELESS_STATUSES,
+    LARGEST_SHARE,
     MORE_IS_BETTER,
     OBJECTIVES,
     InputError,
@@ -310,6 +311,8 @@ def load_importance(path: str | Path) -> ImportanceResult:
     for name in SCHEMA.names:
         if any(row[name] is None for row in rows):
             raise InputError(f"{path}: {name}: must be there, got null")
+        if any(isinstance(row[name], float) and abs(row[name]) > LARGEST_SHARE for row in rows):
+            raise InputError(f"{path}: {name}: must be at most {LARGEST_SHARE:g}")
     about = {column: rows[0][column] for column in ("objective", "epoch", "trials", "method")}
     names = [field.name for field in dataclasses.fields(ParameterImportance)]
     return ImportanceResult(

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from tune_amp.config import InputError, TrialStatus, checked_type, shown
+from tune_amp.config import MOST_SECONDS, InputError, TrialStatus, checked_type, shown
 
 
 class TimeKind(StrEnum):
@@ -90,8 +90,8 @@ class Ledger:
             raise InputError(f"seconds: must be of {', '.join(TimeKind)}, got {shown(unknown[0])}")
         numbers = {"wall_seconds": self.wall_seconds, "step_seconds": self.step_seconds, **self.seconds}
         for name, value in numbers.items():
-            if checked_type(name, value, float) < 0:
-                raise InputError(f"{name}: must not be negative, got {shown(value)}")
+            if not 0 <= checked_type(name, value, float) <= MOST_SECONDS:
+                raise InputError(f"{name}: must be between 0 and {MOST_SECONDS:g} seconds, got {shown(value)}")
         object.__setattr__(self, "seconds", {str(kind): float(value) for kind, value in self.seconds.items()})
 
     @property

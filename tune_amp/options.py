@@ -7,15 +7,28 @@ import importlib.util
 import itertools
 import re
 import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, SAMPLERS, SCHEDULERS, InputError, TrialConfig, shown
+from tune_amp.config import (
+    OBJECTIVES,
+    RANKING_OBJECTIVES,
+    SAMPLERS,
+    SCHEDULERS,
+    InputError,
+    TrialConfig,
+    checked_type,
+    shown,
+)
 from tune_amp.files import claim_folder
 
 MOST_OBJECTIVES = 3
 """With more, most trials are best in some way, and nothing is found."""
+
+MOST_SEEDS = 1_000
+"""Fresh seeds of a confirmation or a comparison."""
 
 COMPLETED_ONLY = ("gp", "nsga2")
 """Samplers of Optuna's that learn nothing from a trial that was stopped early."""
@@ -101,6 +114,11 @@ class SearchOptions:
             _check_flag(flag, count, count >= 1, "must be at least 1")
         rule = "must be 0, or at least 2: one seed has no interval"
         _check_flag("--confirm-seeds", self.confirm_seeds, self.confirm_seeds == 0 or self.confirm_seeds >= 2, rule)
+        rule = f"must be at most {MOST_SEEDS:,}: each trains --top-k configurations"
+        _check_flag("--confirm-seeds", self.confirm_seeds, self.confirm_seeds <= MOST_SEEDS, rule)
+        with naming_flags():
+            for name, hint in _OPTION_TYPES.items():
+                checked_type(name, getattr(self, name), hint)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -135,6 +153,9 @@ class SearchOptions:
         _check_flag(f"--{field}", name, name in ("auto", *known), f"must be auto or one of {', '.join(known)}")
         if name == "auto":
             object.__setattr__(self, field, fitting)
+
+
+_OPTION_TYPES = typing.get_type_hints(SearchOptions)
 
 
 def build_options(arguments: Mapping[str, Any]) -> SearchOptions:

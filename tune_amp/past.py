@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tune_amp.config import OBJECTIVES, RUNNING, InputError, TrialConfig, TrialStatus, checked_type, shown
+from tune_amp.config import MOST_SECONDS, OBJECTIVES, RUNNING, InputError, TrialConfig, TrialStatus, checked_type, shown
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results import Provenance, build_from
 from tune_amp.run_files import JOURNAL_FILE
@@ -139,6 +139,8 @@ def _build_past(events: Sequence[Mapping[str, Any]], journal: Journal) -> PastRu
     for event in rest:
         if not at <= event["at"] < math.inf:
             raise InputError(f"at: must not go back, got {shown(event['at'])} after {at}")
+        if event["at"] > MOST_SECONDS:
+            raise InputError(f"at: must be at most {MOST_SECONDS:g} seconds, got {shown(event['at'])}")
         at = event["at"]
         _take(event, trials)
     sessions = [event for event in rest if event["event"] == "session"]

@@ -6,6 +6,7 @@ powers of two, nor one for accuracies, where 97 % and 99 % are further apart tha
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -122,7 +123,8 @@ def power_axis(title: str, values: Iterable[float | None], show: Callable[[float
     step = 1
     while high - low > 10 * step:
         step *= 2  # exponents that are themselves round: 0, 8, 16
-    exponents = range(math.ceil(low / step) * step, math.floor(high) + 1, step)
+    lowest, highest = max(low, sys.float_info.min_exp), min(high, sys.float_info.max_exp - 1)
+    exponents = range(math.ceil(lowest / step) * step, math.floor(highest) + 1, step)
     ticks = tuple((float(exponent), show(2.0**exponent)) for exponent in exponents)
     return Axis(title=title, place=place, show=show, ticks=ticks, low=low, high=high)
 
@@ -171,7 +173,7 @@ def raise_to_power(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def _count(value: float) -> str:

@@ -4,6 +4,7 @@ Drawn by plotly itself: the plots of ``optuna.visualization`` do not tell how a 
 """
 
 import collections
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from tune_amp.report_style import SYMBOLS, build_figure, colour_of, list_statuse
 from tune_amp.results import BestRow, TrialRecord
 
 HEIGHT = 420
+MOST_BARS = 200
+"""Of a figure of epochs: with more of them, a bar stands for several."""
 
 # Colour and opacity of each kind of slot time: what training was for in blue, waste as its status, the rest in grey.
 KIND_COLOURS: Mapping[TimeKind, tuple[str, float]] = types.MappingProxyType(
@@ -156,23 +159,24 @@ def _tell_values(trial: TrialRecord, told: Sequence[tuple[str, Axis]]) -> Iterat
 def draw_epochs(run: Run) -> go.Figure:
     """How many trials reached each epoch, and what became of them there."""
     last = [trial.last.epoch for trial in run.trials if trial.last]
-    epochs = list(range(1, max(last) + 1))
-    reached = [sum(epoch >= number for epoch in last) for number in epochs]
+    each = math.ceil(max(last) / MOST_BARS)  # epochs that a bar stands for, named by the last of them
+    epochs = range(each, max(last) + each, each)
     bars = []
     for status in list_statuses([trial for trial in run.trials if trial.last]):
-        ended = collections.Counter(trial.last.epoch for trial in run.trials if trial.last and trial.status is status)
+        own = [trial.last.epoch for trial in run.trials if trial.last and trial.status is status]
+        ended = collections.Counter(math.ceil(epoch / each) * each for epoch in own)
         name = say_status(status)
         bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
-    went_on = [count - last.count(number) for number, count in zip(epochs, reached, strict=True)]
+    went_on = [sum(epoch > number for epoch in last) for number in epochs]
     bars.append(_draw_bars(epochs, went_on, "went on", colour_of("pale")))
-    x = {"title": {"text": "epoch"}, "dtick": count_step(len(epochs)), "range": [0.4, len(epochs) + 0.6]}
-    y = {"title": {"text": "trials"}, "rangemode": "tozero", "dtick": count_step(max(reached))}
+    x = {"title": {"text": "epoch"}, "dtick": count_step(epochs[-1]), "range": [0.4, epochs[-1] + 0.6 * each]}
+    y = {"title": {"text": "trials"}, "rangemode": "tozero", "dtick": count_step(len(last))}
     return build_figure(bars, height=320, x=x, y=y, barmode="stack", bargap=0.25)
 
 
 def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: str) -> go.Bar:
     return go.Bar(
-        x=epochs,
+        x=list(epochs),
         y=counts,
         name=name,
         marker={"color": colour},

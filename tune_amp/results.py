@@ -22,6 +22,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp import __version__
 from tune_amp.config import (
+    LARGEST_SHARE,
+    MOST_SECONDS,
     OBJECTIVES,
     SAMPLERS,
     SCHEDULERS,
@@ -436,6 +438,8 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
             raise InputError(f"{name}: must be there, got null")
         if name in _TIMES and isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be none, a clock cannot
+        if isinstance(value, float) and abs(value) > _LIMITS.get(name, math.inf):
+            raise InputError(f"{name}: must be at most {_LIMITS[name]:g}, got {value:g}")
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return source(**arguments)
 
@@ -452,6 +456,13 @@ _TIMES = {
     for source in (EpochMetrics, TrialRecord, ConfirmedRun)
     for field in dataclasses.fields(source)
     if field.metadata.get("unit") in ("s", "1/s")
+}
+
+_LIMITS = dict.fromkeys((*_TIMES, "optimism"), MOST_SECONDS) | {
+    field.name: LARGEST_SHARE
+    for source in (EpochMetrics, Confirmation, ConfirmedRun)
+    for field in dataclasses.fields(source)
+    if "accuracy" in field.name or field.name == "underflow_share"
 }
 
 # Listed once: resolving the annotations costs more than building a row.
