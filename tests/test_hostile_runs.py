@@ -184,6 +184,7 @@ def test_any_values_are_shown_and_reported_or_refused_in_one_line(
         ("loss_scale", 1e300),
         ("loss_scale_values", [1e300, 1e-300]),
         ("epoch", 2**62),
+        ("epoch", 0),
         ("steps", 2**62),
     ],
 )

@@ -28,6 +28,7 @@ from tune_amp.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.intervals import least_significant_difference
 from tune_amp.report import CONTENTS, build_content, write_report
 from tune_amp.report_command import report_command
+from tune_amp.report_figures import draw_epochs
 from tune_amp.report_run import load_run
 from tune_amp.report_sections import describe_savings
 from tune_amp.report_summary import list_reuse
@@ -249,6 +250,22 @@ def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
         "memory, 4 epochs of trials that failed, 1 epoch of trials that were interrupted. At their own pace, those "
         "that were stopped would have taken 8.8 s more of slot time."
     )
+
+
+def test_a_bar_of_the_epochs_stands_for_several_where_there_are_many(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path))
+    lengths = {1: TrialStatus.STOPPED, 5: TrialStatus.STOPPED, 6: TrialStatus.DIVERGED, 1000: TrialStatus.COMPLETED}
+    trials = [
+        make_trial(str(length), status=status, epochs=(make_epoch(length),)) for length, status in lengths.items()
+    ]
+    bars = {
+        bar.name: dict(zip(bar.x, bar.y, strict=True))
+        for bar in draw_epochs(dataclasses.replace(run, trials=trials)).data
+    }
+    assert {len(bar) for bar in bars.values()} == {200}
+    assert (bars["stopped here"][5], bars["went on"][5]) == (2, 2)
+    assert (bars["diverged here"][10], bars["went on"][10]) == (1, 1)
+    assert (bars["completed here"][1000], bars["went on"][1000]) == (1, 0)
 
 
 def test_the_ledger_is_told_with_its_shares(tmp_path: Path) -> None:

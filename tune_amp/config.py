@@ -33,13 +33,14 @@ RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
 OBJECTIVES = (*RANKING_OBJECTIVES, "train_seconds", "peak_memory_bytes")
 MORE_IS_BETTER = ("val_accuracy",)
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
+SCHEDULERS = ("asha", "hyperband", "median", "none")
+PICKLING_SAMPLERS = ("cmaes",)
+"""Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
+
 MOST_SECONDS = 1e12
 """That a file can hold: far more than a search takes, and a number that fills no line."""
 LARGEST_SHARE = 100.0
 """That a file can hold: an accuracy is 1 at most, but the interval of a mean over two seeds goes beyond."""
-PICKLING_SAMPLERS = ("cmaes",)
-"""Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
-SCHEDULERS = ("asha", "hyperband", "median", "none")
 
 # torch.amp.GradScaler's own defaults: what fp16 gets where nothing else is said.
 SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(

@@ -4,7 +4,6 @@ Drawn by plotly itself: the plots of ``optuna.visualization`` do not tell how a 
 """
 
 import collections
-import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -159,12 +158,13 @@ def _tell_values(trial: TrialRecord, told: Sequence[tuple[str, Axis]]) -> Iterat
 def draw_epochs(run: Run) -> go.Figure:
     """How many trials reached each epoch, and what became of them there."""
     last = [trial.last.epoch for trial in run.trials if trial.last]
-    each = math.ceil(max(last) / MOST_BARS)  # epochs that a bar stands for, named by the last of them
-    epochs = range(each, max(last) + each, each)
+    most = max(1, *last)
+    each = -(-most // MOST_BARS)  # epochs that a bar stands for, named by the last of them
+    epochs = range(each, most + each, each)
     bars = []
     for status in list_statuses([trial for trial in run.trials if trial.last]):
         own = [trial.last.epoch for trial in run.trials if trial.last and trial.status is status]
-        ended = collections.Counter(math.ceil(epoch / each) * each for epoch in own)
+        ended = collections.Counter(-(-epoch // each) * each for epoch in own)
         name = say_status(status)
         bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
     went_on = [sum(epoch > number for epoch in last) for number in epochs]
