@@ -255,9 +255,9 @@ def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
 def test_a_bar_of_the_epochs_stands_for_several_where_there_are_many(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path))
     lengths = {1: TrialStatus.STOPPED, 5: TrialStatus.STOPPED, 6: TrialStatus.DIVERGED, 1000: TrialStatus.COMPLETED}
-    trials = [
+    trials = tuple(
         make_trial(str(length), status=status, epochs=(make_epoch(length),)) for length, status in lengths.items()
-    ]
+    )
     bars = {
         bar.name: dict(zip(bar.x, bar.y, strict=True))
         for bar in draw_epochs(dataclasses.replace(run, trials=trials)).data

@@ -2,9 +2,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import past_runs as made
@@ -27,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     return search_parser("scripts/search.py")
 
 
-def begin(folder: Path, *command: str, trial: Mapping[str, Any] = MappingProxyType({}), **about: Any) -> Path:
+def begin(folder: Path, *command: str, trial: dict[str, Any] | None = None, **about: Any) -> Path:
     """Leave the journal of a run that this command line began, its last trial with the settings ``trial``."""
     arguments = parser().parse_args([*BEGUN, *command])
     space = load_space("quick")
@@ -38,7 +36,7 @@ def begin(folder: Path, *command: str, trial: Mapping[str, Any] = MappingProxyTy
     options = build_options(vars(arguments))
     shared = {name: getattr(options, name) for name in ("model", "max_epochs", "seed")}
     shared |= {"dataset": provenance.dataset, "imbalance": arguments.imbalance}
-    trials = [made.trial("a", 0, **shared), made.trial("b", 1, **shared | trial)]
+    trials = [made.trial("a", 0, **shared), made.trial("b", 1, **shared | (trial or {}))]
     made.write_journal(folder, [json.loads(json.dumps(first)), session, *trials])
     return folder
 
@@ -165,7 +163,7 @@ def test_pickle_of_a_study_is_loaded_only_where_the_command_line_names_the_sampl
 
 @pytest.mark.parametrize("name", ["model", "dataset"])
 def test_a_users_own_code_runs_only_where_the_command_line_names_it(tmp_path: Path, name: str) -> None:
-    about = {"dataset": "their:data"} if name == "dataset" else {}
+    about: dict[str, Any] = {"dataset": "their:data"} if name == "dataset" else {}
     folder = begin(tmp_path, f"--{name}", "their:data", **about)
     for command in ([], [f"--{name}", "other:data"]):
         with pytest.raises(InputError) as caught:

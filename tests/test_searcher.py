@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers import CmaEsSampler
 from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -662,7 +663,9 @@ def test_pickle_that_a_study_holds_is_loaded_only_where_the_user_named_the_sampl
     """What decides is the sampler that would load it, whatever the journal names."""
     killed = make_search(two_ranges, sampler="cmaes")
     killed.suggest("0")
-    study, attribute = killed.study, f"{killed.study.sampler._attr_key_optimizer}:0"  # type: ignore[attr-defined]
+    study, sampler = killed.study, killed.study.sampler
+    assert isinstance(sampler, CmaEsSampler)
+    attribute = f"{sampler._attr_key_optimizer}:0"
     pickled = pickle.dumps(MakesFolder(tmp_path / "unpickled")).hex()
     study._storage.set_trial_system_attr(study.trials[0]._trial_id, attribute, pickled)
     end = report(3, 0.5, "completed")

@@ -159,7 +159,7 @@ def test_configuration_that_cannot_be_trained_says_why(write_module: WriteModule
 def test_gpu_that_takes_one_process_gets_one_trial(write_module: WriteModule) -> None:
     busy = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
     model = f"{write_module(FAILING_MODEL.format(what=f'raise RuntimeError({busy!r})'))}:net"
-    shared = _measure_here(make_split(), TrialConfig(batch_size=32, model=model), 2, (1, 2), ())
+    shared = _measure_here(make_split(), TrialConfig(batch_size=32, model=model), 2, (1, 2), (), ())
     assert shared.trials == 1
     assert shared.reason.startswith("a GPU takes one process (compute mode EXCLUSIVE_PROCESS): ")
 

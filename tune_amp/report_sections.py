@@ -160,7 +160,7 @@ def _estimate_rest(trial: TrialRecord) -> float:
     last = trial.last
     if last is None:
         return 0.0
-    return (last.train_seconds + last.val_seconds) / last.epoch * (trial.config.max_epochs - last.epoch)
+    return (last.train_seconds + last.val_seconds) / max(1, last.epoch) * (trial.config.max_epochs - last.epoch)
 
 
 def write_scales(run: Run) -> Html:
