@@ -26,7 +26,7 @@ def word_kill(used: float, workers: dict[int, float], users: str) -> str:
     )
 
 
-OURS = f"{os.getpid()}\t9.00\tpython search.py\n13812\t4.48\tray::AmpTrainable 01-fp16 epoch 1/3\n"
+OURS = "DRIVER\t9.00\tpython search.py\n13812\t4.48\tray::AmpTrainable 01-fp16 epoch 1/3\n"
 THEIRS = "77\t3\t/usr/bin/python /home/she/train.py --token s3cret\n"
 
 
@@ -49,7 +49,7 @@ THEIRS = "77\t3\t/usr/bin/python /home/she/train.py --token s3cret\n"
 def test_others_hold_a_nodes_memory_where_trials_hold_less_than_half(
     used: float, workers: dict[int, float], users: str, expected: str | None
 ) -> None:
-    found = find_node_holders(word_kill(used, workers, users))
+    found = find_node_holders(word_kill(used, workers, users.replace("DRIVER", str(os.getpid()))))
     assert found == (expected and f"the node's memory is held by other programs: {expected}")
 
 
