@@ -295,6 +295,7 @@ def test_file_of_the_standard_library_or_installed_that_hides_the_users_own_is_n
     write_module: Callable[[str], str], tmp_path: Path
 ) -> None:
     """It is never imported instead: pdb, for one, imports ``code``."""
+    consent_to("code:net", "yaml:net", "time:sleep", "json:dumps")
     for module in (code, yaml):
         own = tmp_path / f"{module.__name__}.py"
         own.write_text("def net(): ...\n")
@@ -314,6 +315,7 @@ def test_users_file_named_like_a_script_of_ours_is_found(
     """``python scripts/search.py`` puts the folder of the scripts first."""
     scripts = str(Path(config.__file__).parents[1] / "scripts")
     monkeypatch.setattr(sys, "path", [scripts, *sys.path])
+    consent_to("train:net")
     (tmp_path / "train.py").write_text("import report\ndef net(): return report.__file__\n")
     (tmp_path / "report.py").write_text("")
     assert load_function("train:net")() == str(tmp_path / "report.py")

@@ -11,7 +11,7 @@ def count_cpus(cgroup: Path = _CGROUP) -> int:
     """CPUs that this process may use, at least one.
 
     Fewer than the machine has where the process is pinned to some (``taskset``, SLURM), or where a container has a
-    quota. One and a half CPUs are one: Ray counts neither the pinned ones nor half a CPU, and joblib would count two.
+    quota. One and a half CPUs are one. Ray itself ignores the pinning.
 
     Args:
         cgroup: where the system shows the control group of a container, of version 1 or 2.

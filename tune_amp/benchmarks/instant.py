@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tune_amp.config import consent_to
 from tune_amp.results import TrialRecord
 from tune_amp.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
     from tune_amp.confirm import ConfirmProgress
     from tune_amp.confirmed import ConfirmedRun
+    from tune_amp.data import Dataset
     from tune_amp.recorder import SearchProgress
 
-DATASET = "tune_amp.benchmarks.instant:make_images"
 TRAIN_IMAGES = 300
 
 # The four parameters of the default space, with batches that fit a few hundred images.
@@ -103,6 +104,15 @@ def make_images() -> tuple[npt.NDArray[Any], ...]:
         return images, labels
 
     return (*make(TRAIN_IMAGES), *make(40))
+
+
+def load_images() -> "Dataset":
+    """``make_images`` as a data set, here and in the workers of a search."""
+    from tune_amp.data import load_dataset
+
+    name = f"{__name__}:{make_images.__name__}"
+    consent_to(name)
+    return load_dataset(name)
 
 
 def load_small_space(folder: Path) -> SearchSpace:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune_amp.benchmarks.instant import DATASET, Sample, Sampler, load_small_space, read_peak_memory
+from tune_amp.benchmarks.instant import Sample, Sampler, load_images, load_small_space, read_peak_memory
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, consent_to
 from tune_amp.ledger import read_process_age
 from tune_amp.options import SearchOptions
@@ -166,9 +166,7 @@ def _timing_one(owner: Any, attribute: str, seconds: list[float]) -> Iterator[No
 
 
 def _load_inputs(folder: Path) -> "tuple[SearchSpace, Dataset]":
-    from tune_amp.data import load_dataset
-
-    return load_small_space(folder), load_dataset(DATASET)
+    return load_small_space(folder), load_images()
 
 
 def sleepy_net(input_shape: tuple[int, int, int], num_classes: int) -> "nn.Module":

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from tune_amp.benchmarks.instant import DATASET, TRAIN_IMAGES, Sample, Sampler, load_small_space
+from tune_amp.benchmarks.instant import TRAIN_IMAGES, Sample, Sampler, load_images, load_small_space
 from tune_amp.benchmarks.machine import describe_machine, describe_versions, render_versions
 from tune_amp.benchmarks.markdown import judge, render_table
 from tune_amp.benchmarks.spread import render_spread
@@ -192,14 +192,13 @@ def _rise(samples: Sequence[Sample], name: str) -> float:
 
 def search_small(trials: int, epochs: int) -> dict[str, Any]:
     """Run the search. Returns its samples, slots and the journal's size, as JSON can hold them."""
-    from tune_amp.data import load_dataset
     from tune_amp.session import ray_session
 
     samples: list[Sample] = []
     options = SearchOptions(num_samples=trials, max_epochs=epochs, grace_period=epochs, confirm_seeds=0)
     with tempfile.TemporaryDirectory() as results, run_folder(Path(results), "scale") as folder:
         space = load_small_space(Path(results))
-        dataset = load_dataset(DATASET)
+        dataset = load_images()
         with ray_session(num_gpus=0):
             from tune_amp.planning import plan_resources
             from tune_amp.search import run_search
