@@ -140,6 +140,7 @@ def test_recording_leaves_curves_of_every_configuration_at_their_full_budget(
 
 
 @pytest.mark.slow  # starts processes
+@pytest.mark.long
 def test_search_quality_prints_what_it_writes(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,7 @@ with ray_session(sys.argv[1], run="data"):
 """
 
 
+@pytest.mark.long
 def test_data_are_placed_once_a_node_however_many_trials_run_there(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=3)  # and one on the first node
     done = subprocess.run(
@@ -197,6 +198,7 @@ def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path:
     assert (results / "run" / "report.html").exists()
 
 
+@pytest.mark.long
 def test_a_submitted_job_searches_the_cluster_that_it_runs_on(cluster: SimulatedCluster, tmp_path: Path) -> None:
     other = cluster.add_node(num_cpus=1)
     write_model(tmp_path / "code")

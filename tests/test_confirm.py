@@ -652,6 +652,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
     limit = 4.0
     jobs = [make_job(seed=seed, dataset="digits") for seed in (1000, 1001)]

@@ -132,6 +132,7 @@ def test_the_job_bears_the_name_of_the_run(running: Running) -> None:
     assert job["metadata"]["job_name"] == running.start["run"] == "watched"
 
 
+@pytest.mark.long
 def test_workers_bear_a_readable_name_and_their_trials_move_on(running: Running) -> None:
     def titles() -> set[str]:
         actors = running.ask("/logical/actors")["data"]["actors"].values()
@@ -180,6 +181,7 @@ def test_the_list_of_actors_shows_the_workers_by_their_class(page: "Page", runni
     page.get_by_role("cell", name="AmpTrainable", exact=True).first.wait_for()
 
 
+@pytest.mark.long
 def test_the_list_of_nodes_shows_trials_and_epochs_that_move_on_by_themselves(page: "Page", running: Running) -> None:
     def titles() -> set[str]:
         return set(re.findall(TITLE, page.locator("body").inner_text()))

@@ -208,9 +208,10 @@ def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: sig
     ("shown", "begins"),
     [
         ((), "simple_net on digits: "),
-        pytest.param(("--json",), '{"event": "start", ', marks=pytest.mark.long),
+        (("--json",), '{"event": "start", '),
     ],
 )
+@pytest.mark.long
 def test_a_search_whose_reader_is_gone_goes_on_to_its_end(shown: tuple[str, ...], begins: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
     command += ["--num-samples", "3", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "piped", *shown]
@@ -226,7 +227,8 @@ def test_a_search_whose_reader_is_gone_goes_on_to_its_end(shown: tuple[str, ...]
     assert load_best(run).dataset == "digits"
 
 
-@pytest.mark.parametrize("shown", [(), pytest.param(("--json",), marks=pytest.mark.long)])
+@pytest.mark.parametrize("shown", [(), ("--json",)])
+@pytest.mark.long
 def test_a_search_whose_log_finds_no_room_goes_on_to_its_end(shown: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", *shown]
     command += ["--num-samples", "2", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "mute"]

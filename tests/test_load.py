@@ -199,6 +199,7 @@ def test_search_that_is_killed_halfway_keeps_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # starts Ray
+@pytest.mark.long
 def test_fabricated_run_is_resumed_and_loses_nothing(tmp_path: Path) -> None:
     row = measure_plan(Plan(part="resume", trials=200, epochs=3, slots=2), tmp_path)
     assert (row.sessions, row.trials, row.lost, row.doubled, row.unended) == (2, 200 + CUT_OFF, 0, 0, 0)

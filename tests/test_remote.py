@@ -319,6 +319,7 @@ def test_client_killed_halfway_loses_nothing_that_reached_it(client: Client, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_ctrl_c_ends_the_search_on_the_cluster_cleanly(client: Client, tmp_path: Path) -> None:
     run = tmp_path / "results" / "run"
     with client.searching(tmp_path, *begin(6)) as process:
@@ -353,6 +354,7 @@ def test_death_of_the_search_on_the_cluster_is_a_cut_off_that_goes_on(client: Cl
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_bad_input_that_is_found_on_the_cluster_is_answered_as_here(client: Client, tmp_path: Path) -> None:
     taken = tmp_path / "storage" / "run"
     taken.mkdir(parents=True)

@@ -137,6 +137,7 @@ def test_images_can_be_told_apart() -> None:
 
 
 @pytest.mark.slow  # starts Ray
+@pytest.mark.long
 def test_search_of_a_few_trials_is_measured_from_its_own_process() -> None:
     row = measure_search(6, 1)
     assert (row.trials, row.epochs) == (6, 1)

@@ -130,6 +130,7 @@ trainable.AmpTrainable.reset_config = die_once
 """
 
 
+@pytest.mark.long
 def test_worker_killed_between_two_trials_costs_the_next_one_nothing(
     tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
