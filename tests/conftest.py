@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test names is not consented to in the next: the record belongs to the process."""
-    monkeypatch.setattr("tune_amp.config._consented", set())
+    from tune_amp import config
+
+    monkeypatch.setattr("tune_amp.config._consent", config._Consent())
 
 
 @pytest.fixture(scope="session")

@@ -367,6 +367,23 @@ def test_function_that_the_user_did_not_name_is_not_imported(
     assert (tmp_path / "imported").exists()
 
 
+def test_program_that_names_its_own_code_needs_no_consent_unless_a_file_named_it_too(
+    write_module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = write_module("def net(): ...\ndef data(): ...\n")
+    monkeypatch.setattr("tune_amp.config._consent", config._Consent())  # a program that has not asked for consent
+    config.distrust(f"{module}:data")
+    config.distrust("mnist")  # no code
+    load_function(f"{module}:net")
+    assert config.list_consented() == (f"{module}:net",)  # so that workers may load it
+    with pytest.raises(InputError, match="code that only a file names is not run"):
+        load_function(f"{module}:data")
+    consent_to(f"{module}:data")
+    load_function(f"{module}:data")
+    with pytest.raises(InputError, match="code that only a file names is not run"):
+        load_function(f"{module}:other")  # from now on, nothing else
+
+
 @pytest.mark.parametrize("name", ["no_such_module_here:load", "user_module.py", "a:b:c", ":load", "a:"])
 def test_name_without_a_module_and_a_function_is_refused(name: str) -> None:
     consent_to(name)

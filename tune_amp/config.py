@@ -53,7 +53,21 @@ LARGEST_SCALE = 2.0**127
 
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.IGNORECASE)
 _SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[1] / "scripts")
-_consented: set[str] = set()
+
+
+class _Consent:
+    """Which code this process may load."""
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+        """What the user named."""
+        self.is_asked_for = False
+        """Whether nothing else may be loaded: in our commands and workers. A program names its own code as it calls."""
+        self.of_files: set[str] = set()
+        """What files named, which a program may not load either."""
+
+
+_consent = _Consent()
 _FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -296,14 +310,22 @@ def is_function_name(name: str) -> bool:
 def consent_to(*names: str | None) -> None:
     """Record what the user named, on a command line or in Python: code that only a file names is never loaded.
 
-    The record belongs to the process: whoever starts a worker sends it ``list_consented()``.
+    The record belongs to the process, and from the first call on nothing else is loaded in it. Whoever starts a worker
+    sends it ``list_consented()``.
     """
-    _consented.update(name for name in names if name is not None)
+    _consent.is_asked_for = True
+    _consent.given.update(name for name in names if name is not None)
+
+
+def distrust(name: str) -> None:
+    """Record that a file named ``name``: where it is code, it takes the user's consent to load it."""
+    if is_function_name(name):
+        _consent.of_files.add(name)
 
 
 def list_consented() -> tuple[str, ...]:
     """Everything that the user named so far."""
-    return tuple(sorted(_consented))
+    return tuple(sorted(_consent.given))
 
 
 def check_consent(place: str, **named: str) -> None:
@@ -317,7 +339,7 @@ def check_consent(place: str, **named: str) -> None:
         InputError: a value is code, and the user has not named it.
     """
     for flag, name in named.items():
-        if name in _consented:
+        if name in _consent.given:
             continue
         if is_function_name(name):
             raise InputError(f"{place}: {flag}: names your own code; to run it, add --{flag} {name}")
@@ -335,9 +357,10 @@ def load_function(name: str) -> Callable[..., Any]:
     """
     if not is_function_name(name):
         raise InputError(f"{shown(name)}: must have the form module:function")
-    if name not in _consented:
+    if name not in _consent.given and (_consent.is_asked_for or name in _consent.of_files):
         way = f"in Python, call tune_amp.config.consent_to({name!r}) first"
         raise InputError(f"{name}: code that only a file names is not run; name it on the command line, or, {way}")
+    _consent.given.add(name)
     folder = str(Path.cwd())
     # Python puts the folder of a script first: there, a user's train.py would find ours.
     sys.path[:] = [entry for entry in sys.path if entry != _SCRIPTS_FOLDER]

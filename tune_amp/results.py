@@ -33,6 +33,7 @@ from tune_amp.config import (
     TrialStatus,
     checked_type,
     described,
+    distrust,
     shown,
 )
 from tune_amp.confirmed import Confirmation, ConfirmedRun
@@ -440,6 +441,8 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
             raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be none, a clock cannot
         if isinstance(value, float) and abs(value) > _LIMITS.get(name, math.inf):
             raise InputError(f"{name}: must be at most {_LIMITS[name]:g}, got {value:g}")
+        if isinstance(value, str):
+            distrust(value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return source(**arguments)
 
