@@ -109,7 +109,8 @@ def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(tmp_path: P
     assert len(metrics["test_recalls"]) == 10
     assert thinned < metrics["train_images"] < thinned + 128  # the validation images have a long tail here, too
     again = run_script("train", best, "--output", "out", folder=tmp_path)
-    assert (again.returncode, again.stderr) == (2, "error: --output: out already exists; choose another folder\n")
+    refusal = "error: --output: out already exists and is no empty folder; choose another\n"
+    assert (again.returncode, again.stderr) == (2, refusal)
 
 
 def test_json_lines_tell_every_trial_and_the_result(tmp_path: Path) -> None:
