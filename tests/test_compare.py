@@ -30,8 +30,9 @@ from tune_amp.compare import (
     write_map,
     write_runs,
 )
+from tune_amp.compare_command import Comparison
 from tune_amp.compared import ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.config import PRECISIONS, SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.config import PRECISIONS, SCALER_DEFAULTS, EpochMetrics, InputError, TrialConfig, TrialStatus
 from tune_amp.data import Dataset
 from tune_amp.parquet import read_origin, read_rows
 from tune_amp.training import TrainingData
@@ -301,6 +302,21 @@ def test_files_hold_the_rows_and_where_they_come_from(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "compare_map.parquet")
     assert table[["model", "batch_size", "precision", "peak_memory_bytes"]].values.tolist() == [["vit", 64, "bf16", 7]]
     assert table["turn_rates"][0].tolist() == [3.0]
+
+
+@pytest.mark.parametrize("name", ["compare.parquet", "compare_map.parquet", "compare.md"])
+def test_file_that_was_put_there_before_the_first_was_written_is_left_alone(name: str, tmp_path: Path) -> None:
+    unused: Any = None
+    comparison = Comparison(unused, unused, unused, unused, ORIGIN, tmp_path, unused)
+    comparison._runs.append(ComparedRun(precision="fp32", seed=2, place=1, status=TrialStatus.DIVERGED, error="x"))
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone"):
+        comparison._write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        comparison._write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.md", "compare.parquet"]
 
 
 # ---- on a GPU ----
