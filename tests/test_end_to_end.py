@@ -259,6 +259,7 @@ def test_standard_output_of_json_holds_nothing_else(tmp_path: Path) -> None:
     assert done.returncode == 1
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert [event["event"] for event in events] == ["start", "trial", "result"]
+    assert events[0]["unfit"] == {}
     assert "hello from the user" in done.stderr
     assert events[1]["status"] == "failed"
     assert events[1]["error"]

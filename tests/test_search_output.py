@@ -1,32 +1,18 @@
-import argparse
-import contextlib
-import io
-import os
-import pty
+"""What a search says as it begins."""
 
 import pytest
-from rich.console import Console
 
-from tune_amp.monitoring import JsonLines, LiveTable, PlainLines, Quiet
-from tune_amp.search_output import choose_observer
-
-
-def choose(console: Console, *, json: bool = False, quiet: bool = False) -> type:
-    arguments = argparse.Namespace(json=json, quiet=quiet)
-    chosen = choose_observer(arguments, console, io.StringIO())
-    return type(chosen.enter_result if isinstance(chosen, contextlib.nullcontext) else chosen)
+from tune_amp.resources import TrialResources
+from tune_amp.search_output import describe_unfit
 
 
-@pytest.mark.parametrize("colour", ["FORCE_COLOR", "TTY_COMPATIBLE", "none is asked for"])
-def test_a_log_gets_a_line_a_trial_and_only_a_terminal_a_live_table(
-    colour: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv(colour, "1")
-    assert choose(Console(file=io.StringIO())) is PlainLines
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as terminal:
-        assert choose(Console(file=terminal)) is LiveTable
-        assert choose(Console(file=terminal), json=True) is JsonLines
-        assert choose(Console(file=terminal), quiet=True) is Quiet
-    os.close(ours)
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (0.0, "fp16: mine:Net does not run here (E: no kernel): such trials are recorded as infeasible"),
+        (0.5, "fp16: mine:Net does not run on this machine's CPU (E: no kernel); trials run on GPUs"),
+    ],
+)
+def test_precision_that_does_not_run_on_this_cpu_concerns_trials_on_cpus_only(gpus: float, expected: str) -> None:
+    resources = TrialResources(cpus=1, gpus=gpus, max_concurrent=1, reason="")
+    assert describe_unfit("mine:Net", "fp16", "E: no kernel", resources) == expected
