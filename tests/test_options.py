@@ -207,6 +207,16 @@ def test_empty_folder_is_not_taken_from_a_search_that_starts_there(tmp_path: Pat
         assert folder.is_dir()
 
 
+def test_run_goes_below_the_home_folder_and_never_into_a_folder_named_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with run_folder(Path("~/runs"), "a") as folder:
+        assert folder == tmp_path / "home" / "runs" / "a"
+    assert not (tmp_path / "~").exists()
+
+
 def test_searches_that_get_the_same_name_unasked_are_numbered(tmp_path: Path) -> None:
     with (
         run_folder(tmp_path, "quick-20261130-120000", numbered=True) as first,

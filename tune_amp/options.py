@@ -211,7 +211,7 @@ def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterat
     """Make ``results_dir/run``, which must not exist or be empty: of two searches that want it, one gets it.
 
     Args:
-        results_dir: made where it is not there.
+        results_dir: made where it is not there; ``~`` is the home folder.
         run: name of the run.
         numbered: whether a name that is taken gets a number (``run-2``) instead of being refused.
 
@@ -223,7 +223,7 @@ def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterat
         raise InputError(f"--name: {rule}, got {shown(run)}")
     with contextlib.ExitStack() as stack:
         for number in itertools.count(1):
-            folder = results_dir / (run if number == 1 else f"{run}-{number}")
+            folder = results_dir.expanduser() / (run if number == 1 else f"{run}-{number}")
             try:
                 claim_folder(folder, stack)
                 break
