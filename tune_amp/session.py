@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -48,6 +49,8 @@ QUIET_TUNE = {
 CLIENT_PREFIX = "ray://"
 CLIENT_ATTEMPTS = 3
 
+REAP_SECONDS = 10.0
+"""For a process of Ray's that was killed: more only where a system call cannot be interrupted."""
 START_SECONDS = 300
 """How long the node of a Ray of our own may take to start. Ray's own limit is a constant of 30 s."""
 SLOW_START_SECONDS = 30.0
@@ -191,8 +194,23 @@ def _secured_ray(
                 raise _start_error(error, home.parent) from error
             yield
         finally:
-            ray.shutdown()
+            node: Any = ray._private.worker._global_node  # noqa: SLF001 - None where Ray did not start
+            with reaping(
+                [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
+            ):
+                ray.shutdown()
             _print_ray_logs(True)
+
+
+@contextlib.contextmanager
+def reaping(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """In the ``with`` block, Ray ends ``processes``; then wait for them, which Ray itself does for a second only."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=REAP_SECONDS)
 
 
 def _choose_places(announce: Callable[[str], None]) -> Path:
