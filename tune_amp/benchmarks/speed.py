@@ -159,7 +159,8 @@ def describe_here() -> dict[str, str]:
 
 def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]:
     """Both commands, one after the other."""
-    with tempfile.TemporaryDirectory(dir=_short_folder()) as name:
+    # Ray's last processes may still write there after the program has ended.
+    with tempfile.TemporaryDirectory(dir=_short_folder(), ignore_cleanup_errors=True) as name:
         folder = Path(name)
         cost = run_measured(list_our_command(pairing, folder), folder / "ours.log")
         trained = load_trials(folder / "results" / OURS)
