@@ -8,13 +8,11 @@ from typing import Any
 from records import INF, NAN, PROVENANCE, make_epoch, make_trial
 
 from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirmed import DEFAULT_ID, Confirmation, ConfirmedRun
+from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, ParameterImportance, write_importance
-from tune_amp.intervals import mean_interval
 from tune_amp.ledger import Ledger
-from tune_amp.ranking import choose_best
+from tune_amp.ranking import choose_best, rank_confirmed
 from tune_amp.results import (
-    BestRow,
     Provenance,
     TrialRecord,
     rank_trials,
@@ -33,7 +31,7 @@ parameters:
 """
 
 SEEDS = (101, 102, 103)
-TEST_ACCURACIES = {1: (0.971, 0.973, 0.975), 2: (0.970, 0.973, 0.974), None: (0.965, 0.969, 0.970)}
+TEST_ACCURACIES = {1: (0.971, 0.973, 0.975), 2: (0.970, 0.973, 0.974), DEFAULT_ID: (0.965, 0.969, 0.970)}
 
 LEDGER = Ledger(
     slots=2,
@@ -114,41 +112,25 @@ def write_full_run(folder: Path, trials: Sequence[TrialRecord] | None = None, **
     default = make_trial(
         DEFAULT_ID, trial_name=DEFAULT_ID, epochs=(), config=TrialConfig(precision="fp16", max_epochs=4)
     )
-    rows = [
-        make_confirmed(1, best[0]),
-        make_confirmed(2, best[1], tied=True),
-        make_confirmed(None, default, tied=False),
-    ]
+    runs = [*make_runs(best[0], 1), *make_runs(best[1], 2), *make_runs(default, DEFAULT_ID)]
+    rows = rank_confirmed(best, default, runs, provenance.objectives)
     write_best(folder, rows, provenance)
-    write_confirmed(folder, [run for row in rows for run in make_runs(row)], provenance)
+    write_confirmed(folder, runs, provenance)
     write_importance(folder, make_importance(), provenance)
     return folder
 
 
-def make_confirmed(rank: int | None, trial: TrialRecord, *, tied: bool = True) -> BestRow:
-    test = mean_interval(TEST_ACCURACIES[rank])
-    validation = mean_interval([accuracy - 0.002 for accuracy in TEST_ACCURACIES[rank]])
-    own = trial.last.val_accuracy if trial.last else None
-    confirmation = Confirmation(
-        confirm_seeds=SEEDS,
-        tied_with_best=tied,
-        optimism=None if own is None else own - validation.mean,
-        **{f"test_accuracy_{name}": getattr(test, name) for name in ("mean", "std", "low", "high")},
-        **{f"val_accuracy_{name}": getattr(validation, name) for name in ("mean", "std", "low", "high")},
-    )
-    return BestRow(rank=rank, trial=trial, confirmation=confirmation)
-
-
-def make_runs(row: BestRow) -> list[ConfirmedRun]:
+def make_runs(trial: TrialRecord, place: int | str) -> list[ConfirmedRun]:
     return [
         ConfirmedRun(
-            trial_id=row.trial.trial_id,
+            trial_id=trial.trial_id,
             seed=seed,
             status=TrialStatus.COMPLETED,
+            val_loss=0.1,
             val_accuracy=accuracy - 0.002,
             test_accuracy=accuracy,
         )
-        for seed, accuracy in zip(SEEDS, TEST_ACCURACIES[row.rank], strict=True)
+        for seed, accuracy in zip(SEEDS, TEST_ACCURACIES[place], strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from records import PROVENANCE, make_scored
+from records import PROVENANCE, make_scored, make_trial
 from small_runs import TIED_MODEL, make_split
 
 from tune_amp.card import CardSource, describe_card
@@ -218,6 +218,26 @@ def test_ties_of_the_search_are_told_where_nothing_was_confirmed(result: FinalRe
     assert "Whether others are as good was not tested." in told(result, *rows, objective="val_loss")
 
 
+def test_the_verdict_of_the_search_is_told_whichever_rank_was_trained(result: FinalResult) -> None:
+    verdict = "number 1 is better than the defaults: +0.50 points"
+    rows = [make_row(1, confirmation=make_confirmation(verdict=verdict)), make_row(2, confirmation=make_confirmation())]
+    for rank in (1, 2):
+        line = "Verdict of the search: rank 1 is better than the defaults: +0.50 points."
+        assert line in told(result, *rows, rank=rank)
+
+
+def test_a_default_that_no_other_beats_is_not_said_to_have_been_found(result: FinalResult) -> None:
+    trial = make_trial(DEFAULT_ID, config=CONFIG, epochs=())
+    rows = [
+        BestRow(rank=1, trial=trial, confirmation=make_confirmation()),
+        make_row(2, confirmation=make_confirmation()),
+    ]
+    card = describe_card(result, make_source(*rows))
+    assert "with the default settings, which none was shown to beat; the weights are fp32" in card
+    assert "The tutorial's default configuration, which was no trial of the search." in card
+    assert "default settings reached" not in card  # beside themselves
+
+
 def test_ties_of_the_confirmation_are_told_where_there_is_one(result: FinalResult) -> None:
     tied, apart = make_confirmation(), make_confirmation(tied_with_best=False)
     rows = [
@@ -226,16 +246,14 @@ def test_ties_of_the_confirmation_are_told_where_there_is_one(result: FinalResul
         make_row(3, 0.91, confirmation=tied),
         make_row(None, confirmation=tied),
     ]
-    assert "Tied with rank 3 (Tukey" in told(result, *rows)
-    assert "Worse than rank 1 in val_accuracy (Tukey" in told(result, *rows, rank=2)
-    assert "Tied with rank 1 in val_accuracy (Tukey" in told(result, *rows, rank=3)
-    several = "val_accuracy,train_seconds"  # rank 2 may well have the better accuracy
-    assert "Told apart from rank 1 in val_accuracy (Tukey" in told(result, *rows, rank=2, objective=several)
-    assert "No other ranked configuration is tied with it (Tukey" in told(result, *rows[:2])
+    assert "Tied with rank 3 (one-sided paired t" in told(result, *rows)
+    assert "Shown to be worse than another in val_accuracy (one-sided paired t" in told(result, *rows, rank=2)
+    assert "Tied with rank 1 (one-sided paired t" in told(result, *rows, rank=3)
+    assert "No other ranked configuration is tied with it (one-sided" in told(result, *rows[:2])
     assert "rank 1 of 3" in told(result, *rows)
     broken = make_row(2, 0.99, confirmation=make_confirmation(tied_with_best=None))
     text = told(result, rows[0], broken, rows[2])
-    assert "Tied with rank 3 (Tukey" in text
+    assert "Tied with rank 3 (one-sided" in text
     assert "Runs did not complete of rank 2: not compared." in text
     assert "Compared with no other ranked configuration. Runs did not complete of rank 2" in told(
         result, rows[0], broken

@@ -1,6 +1,7 @@
 """Winners are trained again on fresh seeds, ranked by validation alone, and nothing that happens to a run is lost."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -32,11 +33,11 @@ from tune_amp.confirm import (
 from tune_amp.confirm_slots import Attempt, _train_in_worker, train_and_test, train_on_slots
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.data import Dataset, make_long_tail
-from tune_amp.intervals import least_significant_difference, mean_interval
+from tune_amp.intervals import mean_interval
 from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
-from tune_amp.ranking import measure_gain, rank_confirmed
+from tune_amp.ranking import rank_confirmed
 from tune_amp.resources import TrialResources
 from tune_amp.results import (
     BestRow,
@@ -93,19 +94,26 @@ def column(rows: Sequence[BestRow], name: str) -> dict[str, Any]:
 # Ranked again
 
 
-def test_means_over_the_seeds_rank_and_the_default_stands_beside_them() -> None:
+def test_a_default_that_is_best_is_rank_1() -> None:
     ranked = make_ranked(0.99, 0.98, 0.97)
     runs = [
         *make_runs("a", [0.90, 0.91, 0.92]),
         *make_runs("b", [0.94, 0.95, 0.96]),
         *make_runs("c", [0.92, 0.93, 0.94]),
-        *make_runs(DEFAULT_ID, [0.97, 0.98, 0.99]),  # better than all, and yet no rank
+        *make_runs(DEFAULT_ID, [0.97, 0.98, 0.99]),
     ]
     rows = rank_confirmed(ranked, DEFAULT, runs, ["val_accuracy"])
-    assert ids(rows) == "b1 c2 a3 default"
+    assert ids(rows) == "default1 b2 c3 a4"
+    first = rows[0].confirmation
+    assert first is not None
+    assert first.verdict is not None
+    assert first.verdict.startswith("no gain over the defaults: keep them; number 2 is worse: -3.00 points")
+    assert first.verdict_kind == "worse"
+    assert first.gain == pytest.approx(-0.03)
     found = mean_interval([0.94, 0.95, 0.96])
-    best = rows[0].confirmation
+    best = rows[1].confirmation
     assert best is not None
+    assert {best.verdict, best.verdict_kind, best.gain} == {None}
     assert (best.val_accuracy_mean, best.val_accuracy_std) == (found.mean, found.std)
     assert (best.val_accuracy_low, best.val_accuracy_high) == (found.low, found.high)
     assert best.confirm_seeds == SEEDS
@@ -176,43 +184,50 @@ def test_where_everything_fails_the_order_of_the_search_stays() -> None:
     assert column(rows, "tied_with_best") == {"a": None, "b": None}
 
 
-def test_ties_are_those_that_the_least_significant_difference_does_not_tell_from_rank_1() -> None:
-    scores = {"a": [0.950, 0.952, 0.954], "b": [0.949, 0.952, 0.953], "c": [0.900, 0.903, 0.904]}
-    defaults = [0.952, 0.951, 0.955]
-    runs = [run for name, values in scores.items() for run in make_runs(name, values)]
-    runs += make_runs(DEFAULT_ID, defaults)
-    rows = rank_confirmed(make_ranked(0.96, 0.95, 0.94), DEFAULT, runs, ["val_accuracy"])
-    assert column(rows, "tied_with_best") == {"a": True, "b": True, "c": False, "default": True}
-    gain = measure_gain(rows, runs, "val_accuracy")
-    assert gain is not None
-    least = least_significant_difference([*scores.values(), defaults])
-    difference = sum(scores["a"]) / 3 - sum(defaults) / 3
-    assert (gain.difference, gain.low, gain.high) == pytest.approx((difference, difference - least, difference + least))
-    assert not gain.is_told_apart
+def test_a_default_that_no_other_is_shown_to_beat_is_rank_1_though_its_mean_is_not_the_best() -> None:
+    runs = [*make_runs("a", [0.950, 0.940, 0.954]), *make_runs("b", [0.90, 0.91, 0.90])]
+    runs += make_runs(DEFAULT_ID, [0.949, 0.942, 0.950])
+    rows = rank_confirmed(make_ranked(0.96, 0.95), DEFAULT, runs, ["val_accuracy"])
+    assert ids(rows) == "default1 a2 b3"
+    assert column(rows, "tied_with_best") == {DEFAULT_ID: True, "a": True, "b": False}
+    first = rows[0].confirmation
+    assert first is not None
+    assert first.verdict_kind == "indistinguishable"
 
 
-def test_a_default_that_is_clearly_better_than_the_winner_is_no_tie() -> None:
-    runs = [*make_runs("a", [0.90, 0.91, 0.92]), *make_runs(DEFAULT_ID, [0.980, 0.991, 0.999])]
-    rows = rank_confirmed(make_ranked(0.99), DEFAULT, runs, ["val_accuracy"])
-    assert column(rows, "tied_with_best") == {"a": True, "default": False}
-    gain = measure_gain(rows, runs, "val_accuracy")
-    assert gain is not None
-    assert gain.high < 0
-    assert gain.is_told_apart
+def test_a_challenger_that_is_shown_to_be_better_is_rank_1_and_the_default_has_its_place_by_its_mean() -> None:
+    runs = [*make_runs("a", [0.950, 0.952, 0.954]), *make_runs("b", [0.90, 0.91, 0.90])]
+    runs += make_runs(DEFAULT_ID, [0.939, 0.942, 0.944])
+    rows = rank_confirmed(make_ranked(0.95, 0.96), DEFAULT, runs, ["val_accuracy"])
+    assert ids(rows) == "a1 default2 b3"
+    first = rows[0].confirmation
+    assert first is not None
+    assert first.verdict_kind == "better"
+    assert first.gain == pytest.approx(0.01033, abs=1e-5)
 
 
-def test_copies_of_a_configuration_count_once_among_those_that_are_compared() -> None:
-    """Counted twice, their perfect agreement would shrink the difference that tells others apart."""
-    a, b = make_ranked(0.99, 0.98)
-    copy = make_scored("copy", 0.97, config=dataclasses.replace(a.config, seed=77))
-    scores = {"a": [0.95, 0.96, 0.97], "b": [0.953, 0.949, 0.966], "copy": [0.95, 0.96, 0.97]}
-    runs = [run for name, values in scores.items() for run in make_runs(name, values)]
-    default = dataclasses.replace(DEFAULT, config=TrialConfig(lr=0.5))
-    runs += make_runs(DEFAULT_ID, [0.94, 0.97, 0.96])
-    gain = measure_gain(rank_confirmed([a, b, copy], default, runs, ["val_accuracy"]), runs, "val_accuracy")
-    assert gain is not None
-    distinct = least_significant_difference([scores["a"], scores["b"], [0.94, 0.97, 0.96]])
-    assert gain.high - gain.difference == pytest.approx(distinct)
+def test_a_copy_of_the_default_shares_its_place_and_ties() -> None:
+    copy = make_scored("copy", 0.9, config=TrialConfig(seed=5))
+    runs = [*make_runs("a", [0.90, 0.91, 0.90]), *make_runs("copy", SCORES), *make_runs(DEFAULT_ID, SCORES)]
+    rows = rank_confirmed([*make_ranked(0.99), copy], DEFAULT, runs, ["val_accuracy"])
+    assert ids(rows) == "default1 copy2 a3"
+    assert column(rows, "tied_with_best") == {DEFAULT_ID: True, "copy": True, "a": False}
+
+
+SCORES = [0.950, 0.952, 0.954]
+
+
+def test_of_several_objectives_the_order_of_the_search_stays_and_the_default_has_no_rank() -> None:
+    ranked = make_ranked(0.99, 0.98, 0.97)
+    runs = [run for name, value in {"a": 0.90, "b": 0.95, "c": 0.92}.items() for run in make_runs(name, [value] * 3)]
+    runs += make_runs(DEFAULT_ID, [0.5] * 3)
+    rows = rank_confirmed(ranked, DEFAULT, runs, ["val_accuracy", "train_seconds"])
+    assert ids(rows) == "a1 b2 c3 default"
+    first = rows[0].confirmation
+    assert first is not None
+    assert first.verdict is not None
+    assert first.verdict.startswith("number 2 is better than the defaults: +45.00 points")
+    assert rank_confirmed(ranked, None, runs, ["val_accuracy"])[0].trial.trial_id == "b"
 
 
 def test_runs_without_any_spread_and_a_single_configuration_are_judged() -> None:
@@ -266,17 +281,31 @@ def test_default_that_a_search_on_a_long_tail_found_itself_is_trained_once(
     options = SearchOptions(max_epochs=2, confirm_seeds=2)
     space = make_space(SPACE + "  precision: {choices: [bf16, fp16]}")
     found = TrialConfig(precision="fp16", dataset="digits", max_epochs=2, imbalance=5.0)
-    plan = plan_confirmation([make_trial("a", config=found)], space, tailed, options)
-    assert [job.trial_ids for job in plan.jobs] == [("a", "default")] * 2
+    plan = plan_confirmation([make_trial("a", config=found)], space, tailed, options, 10.0)
+    assert [job.trial_ids for job in plan.first_jobs] == [("a", "default")] * 2
 
 
-def make_plan(*trials: TrialRecord, default: TrialConfig | None = None, top_k: int = 3) -> ConfirmPlan:
-    return ConfirmPlan(ranked=trials, top_k=top_k, default=default, left_out=None, seeds=SEEDS)
+def make_plan(
+    *trials: TrialRecord,
+    default: TrialConfig | None = None,
+    top_k: int = 3,
+    seeds: tuple[int, ...] = SEEDS,
+    budget: float = 60.0,
+) -> ConfirmPlan:
+    return ConfirmPlan(
+        ranked=trials,
+        top_k=top_k,
+        default=default,
+        left_out=None,
+        seeds=seeds,
+        objective="val_accuracy",
+        budget_seconds=budget,
+    )
 
 
 def test_every_configuration_is_trained_on_the_same_seeds_one_seed_after_the_other() -> None:
     trials = make_ranked(0.99, 0.98, 0.97)
-    jobs = make_plan(*trials, default=TrialConfig(), top_k=2).jobs
+    jobs = make_plan(*trials, default=TrialConfig(), top_k=2).first_jobs
     assert [(job.trial_ids, job.config.seed) for job in jobs] == [
         ((name,), seed) for seed in SEEDS for name in ("a", "b", DEFAULT_ID)
     ]
@@ -288,7 +317,7 @@ def test_configurations_that_differ_in_the_seed_alone_share_their_runs() -> None
         make_scored(name, 0.9, config=TrialConfig(lr=0.5, seed=seed)) for name, seed in (("a", 0), ("b", 7))
     )
     default = make_scored("c", 0.9, config=TrialConfig(seed=3))
-    jobs = make_plan(first, second, default, default=TrialConfig()).jobs
+    jobs = make_plan(first, second, default, default=TrialConfig()).first_jobs
     assert [job.trial_ids for job in jobs] == [("a", "b"), ("c", DEFAULT_ID)] * 3
     assert [job.config.seed for job in jobs] == [seed for seed in SEEDS for _ in range(2)]
 
@@ -307,11 +336,11 @@ def test_a_default_whose_batch_exceeds_the_data_is_left_out_with_a_reason(
 ) -> None:
     few = dataclasses.replace(digits, train=make_split(63))
     space, options = make_space(SPACE + "fixed: {batch_size: 32}"), SearchOptions(confirm_seeds=2)
-    plan = plan_confirmation(make_ranked(0.9), space, few, options)
+    plan = plan_confirmation(make_ranked(0.9), space, few, options, 10.0)
     assert plan.default is None
     assert plan.left_out == "the default configuration is left out: its batch of 64 exceeds the 63 training images"
-    assert [job.trial_ids for job in plan.jobs] == [("a",)] * 2
-    assert plan_confirmation(make_ranked(0.9), space, digits, options).left_out is None
+    assert [job.trial_ids for job in plan.first_jobs] == [("a",)] * 2
+    assert plan_confirmation(make_ranked(0.9), space, digits, options, 10.0).left_out is None
 
 
 # One run
@@ -490,11 +519,11 @@ def train_here(jobs: Sequence[ConfirmJob], stop_after: int = 99) -> Generator[tu
         yield job, make_run(job.trial_ids[0], job.config.seed, val_accuracy=score)
 
 
-def follow(folder: Path, plan: ConfirmPlan, observer: Any = None, **stop: int) -> ConfirmResult:
+def follow(folder: Path, plan: ConfirmPlan, observer: Any = None, stop_after: int = 99) -> ConfirmResult:
     write_best(folder, rank_trials(plan.ranked), PROVENANCE)
     return confirm(
         plan,
-        train_here(plan.jobs, **stop),
+        functools.partial(train_here, stop_after=stop_after),
         folder=folder,
         provenance=PROVENANCE,
         num_threads=2,
@@ -510,7 +539,7 @@ def test_every_run_is_on_disk_before_it_is_told_and_best_is_rewritten_at_the_end
     assert [ended.trial_id for _, ended, _, _ in watcher.told[1:4] if ended] == ["a", "b", DEFAULT_ID]
     written = [(row.rank, row.trial.trial_id, row.confirmation) for row in load_best_rows(tmp_path)]
     assert written == [(row.rank, row.trial.trial_id, row.confirmation) for row in result.rows]
-    assert ids(result.rows) == "b1 a2 default"
+    assert ids(result.rows) == "b1 a2 default3"
     assert load_confirmed(tmp_path) == list(result.runs)
     assert [(run.trial_id, run.seed) for run in result.runs] == [(t, s) for t in ("a", "b", DEFAULT_ID) for s in SEEDS]
     assert not result.interrupted
@@ -523,10 +552,11 @@ def test_shared_runs_stand_under_each_id(tmp_path: Path) -> None:
     result = follow(tmp_path, plan)
     assert result.progress.total == result.progress.done == 3
     assert [run.trial_id for run in load_confirmed(tmp_path)] == ["a"] * 3 + [DEFAULT_ID] * 3
-    searched, default = (row.confirmation for row in load_best_rows(tmp_path))
+    default, searched = (row.confirmation for row in load_best_rows(tmp_path))
     assert searched is not None
-    assert default == dataclasses.replace(searched, optimism=None)
-    assert measure_gain(result.rows, result.runs, "val_accuracy") is None
+    assert default is not None
+    assert searched == dataclasses.replace(default, optimism=searched.optimism, verdict=None, verdict_kind=None)
+    assert default.verdict == "no gain over the defaults: keep them; the search found the default configuration itself"
 
 
 @pytest.mark.parametrize("after", [0, 4])
@@ -555,9 +585,7 @@ def test_ctrl_c_while_a_run_is_told_stops_those_that_go_on_and_keeps_it(tmp_path
 
     plan = make_plan(*make_ranked(0.99, 0.98))
     write_best(tmp_path, rank_trials(plan.ranked), PROVENANCE)
-    result = confirm(
-        plan, train(plan.jobs), folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Impatient()
-    )
+    result = confirm(plan, train, folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Impatient())
     assert result.interrupted
     assert stopped == [True]
     assert len(load_confirmed(tmp_path)) == 2
@@ -567,15 +595,77 @@ def test_a_default_that_fails_says_so_in_its_row(tmp_path: Path) -> None:
     plan = make_plan(*make_ranked(0.99), default=TrialConfig())
     write_best(tmp_path, rank_trials(plan.ranked), PROVENANCE)
 
-    def train() -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
-        for job, run in train_here(plan.jobs):
+    def train(jobs: Sequence[ConfirmJob]) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
+        for job, run in train_here(jobs):
             fails = job.trial_ids == (DEFAULT_ID,) and run.seed == 1001
             yield job, dataclasses.replace(run, status=TrialStatus.FAILED, error="E: no") if fails else run
 
-    result = confirm(plan, train(), folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Quiet())
+    result = confirm(plan, train, folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Quiet())
     [_, row] = result.rows
-    assert (row.rank, row.trial.status, row.trial.error) == (None, TrialStatus.FAILED, "E: no")
-    assert measure_gain(result.rows, result.runs, "val_accuracy") is None
+    assert (row.rank, row.trial.status, row.trial.error) == (2, TrialStatus.FAILED, "E: no")
+    first = result.rows[0].confirmation
+    assert first is not None
+    assert first.verdict == "number 1 is better than the defaults: the defaults did not complete on 1 of 3 seeds"
+
+
+TEN = tuple(range(1000, 1010))
+
+
+def test_further_seeds_go_to_the_default_and_the_best_other_if_it_leads(tmp_path: Path) -> None:
+    plan = make_plan(*make_ranked(0.99, 0.98), default=TrialConfig(), seeds=TEN)
+    watcher = Watcher(tmp_path)
+    result = follow(tmp_path, plan, watcher)
+    trained = {name: [run.seed for run in result.runs if run.trial_id == name] for name in ("a", "b", DEFAULT_ID)}
+    assert trained == {"a": [*SEEDS], "b": [*TEN], DEFAULT_ID: [*TEN]}
+    assert (result.progress.total, result.progress.done) == (23, 23)
+    assert [done for done, ended, _, _ in watcher.told if ended is None] == [0, 9]
+    assert ids(result.rows) == "b1 a2 default3"
+    first = result.rows[0].confirmation
+    assert first is not None
+    assert first.confirm_seeds == TEN
+
+
+def test_a_default_that_leads_gets_no_further_seeds(tmp_path: Path) -> None:
+    slow = [make_scored("a", 0.99, config=TrialConfig(lr=1e-4))]  # `train_here`: the larger, the better
+    result = follow(tmp_path, make_plan(*slow, default=TrialConfig(), seeds=TEN))
+    assert {run.seed for run in result.runs} == {*SEEDS}
+    assert ids(result.rows) == "default1 a2"
+
+
+@pytest.mark.parametrize(("budget", "further"), [(0.0, 0), (1.9, 0), (2.0, 1), (7.0, 3), (1e9, 7)])
+def test_further_seeds_keep_to_their_budget(budget: float, further: int) -> None:
+    plan = make_plan(*make_ranked(0.99, 0.98), default=TrialConfig(), seeds=TEN, budget=budget)
+    runs = [dataclasses.replace(run, train_seconds=1.0) for _, run in train_here(plan.first_jobs)]
+    jobs = plan.list_further_jobs(runs)
+    assert [(job.trial_ids, job.config.seed) for job in jobs] == [
+        ((name,), seed) for seed in TEN[3 : 3 + further] for name in ("b", DEFAULT_ID)
+    ]
+
+
+@pytest.mark.parametrize("after", [0, 5, 9, 12])
+def test_a_confirmation_that_was_cut_off_at_either_stage_makes_only_what_is_left(tmp_path: Path, after: int) -> None:
+    plan = make_plan(*make_ranked(0.99, 0.98), default=TrialConfig(), seeds=TEN)
+    write_best(tmp_path, rank_trials(plan.ranked), PROVENANCE)
+    whole = [run for _, run in train_here(plan.first_jobs)]
+    whole += [run for _, run in train_here(plan.list_further_jobs(whole))]
+    made: list[tuple[str, int]] = []
+
+    def train(jobs: Sequence[ConfirmJob]) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
+        made.extend((job.trial_ids[0], job.config.seed) for job in jobs)
+        yield from train_here(jobs)
+
+    result = confirm(
+        plan,
+        train,
+        done=[*whole[:after], make_run("z", 1000)],
+        folder=tmp_path,
+        provenance=PROVENANCE,
+        num_threads=1,
+        observer=Quiet(),
+    )
+    assert made == [(run.trial_id, run.seed) for run in whole[after:]]
+    assert {(run.trial_id, run.seed) for run in result.runs} == {(run.trial_id, run.seed) for run in whole}
+    assert (result.progress.total, result.progress.done) == (23, 23)
 
 
 # With Ray
@@ -626,10 +716,11 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     assert confirmation.progress.total == 4  # two configurations, though four trials and the default have them
     rows = load_best_rows(tmp_path / "run")
     assert rows == list(confirmation.rows)
-    assert [row.trial for row in rows[:-1]] == list(result.ranked)
-    assert [row.rank for row in rows] == [1, 2, 3, 4, None]
+    assert [row.trial for row in rows] == list(result.ranked)
+    assert [row.rank for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[0].trial.trial_id == DEFAULT_ID
     sizes = [row.trial.config.batch_size for row in rows]
-    assert sizes == [64] * sizes[:-1].count(64) + [110] * sizes.count(110) + [64]
+    assert sizes == [64] * sizes.count(64) + [110] * sizes.count(110)
     assert 110 in sizes
     for row in rows:
         assert row.confirmation is not None
@@ -643,7 +734,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     # What the slots trained is what is trained here, to the last bit.
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
-    job = ConfirmJob(trial_ids=(DEFAULT_ID,), config=dataclasses.replace(rows[-1].trial.config, seed=1000))
+    job = ConfirmJob(trial_ids=(DEFAULT_ID,), config=dataclasses.replace(rows[0].trial.config, seed=1000))
     here = train_and_test(job, TrainingData(digits.train, digits.validation, 10, CPU), digits.test)
     torch.set_num_threads(threads)
     torch.set_rng_state(state)

@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from records import PROVENANCE, make_scored, make_trial
 from rich.console import Console
 
 from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirm_table import describe_confirmed, describe_gain, print_confirmed, render_confirmed
+from tune_amp.confirm_table import describe_confirmed, print_confirmed, render_confirmed
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.ranking import rank_confirmed
 from tune_amp.results import (
     BestRow,
     Provenance,
     load_best_rows,
-    load_confirmed,
     load_provenance,
     write_best,
-    write_confirmed,
 )
 
 SEEDS = (1000, 1001, 1002)
@@ -44,7 +41,7 @@ def make_rows(
     extra: Sequence[ConfirmedRun] = (),
     objective: str = "val_accuracy",
     **config: Any,
-) -> tuple[list[BestRow], list[ConfirmedRun]]:
+) -> list[BestRow]:
     """Confirmed configurations by their accuracies on the three seeds; ``extra`` takes the place of a trial's runs."""
     runs = [run for name, values in scores.items() for run in make_runs(name, values)]
     runs = [run for run in runs if run.trial_id not in {other.trial_id for other in extra}] + list(extra)
@@ -54,12 +51,12 @@ def make_rows(
         make_scored(name, 0.97, config=TrialConfig(**{"lr": number / 1000, **settings}))
         for number, name in enumerate(scores, start=2)
     ]
-    return rank_confirmed(ranked, DEFAULT if default else None, runs, objective.split(",")), runs
+    return rank_confirmed(ranked, DEFAULT if default else None, runs, objective.split(","))
 
 
-def show(rows: Sequence[BestRow], provenance: Provenance = PROVENANCE, runs: Sequence[ConfirmedRun] = ()) -> str:
+def show(rows: Sequence[BestRow], provenance: Provenance = PROVENANCE) -> str:
     console = Console(width=80, file=io.StringIO(), record=True)
-    print_confirmed(console, rows, provenance, runs)
+    print_confirmed(console, rows, provenance)
     return console.export_text()
 
 
@@ -74,29 +71,50 @@ FAR = [0.900, 0.903, 0.904]
 
 def test_table_shows_every_number_within_80_columns() -> None:
     widest: dict[str, Any] = {"lr": 1.234e-4, "batch_size": 1024, "init_scale": 2.0**-24, "growth_interval": 123456}
-    rows, runs = make_rows({"a": SPREAD, "b": [0.5, 0.9, 0.1]}, CLOSE, **widest)
-    text = show(rows, runs=runs)
+    rows = make_rows({"a": SPREAD, "b": [0.5, 0.9, 0.1]}, CLOSE, **widest)
+    text = show(rows)
     assert "…" not in text
     table = text.splitlines()[: len(rows) + 1]
     assert all(len(line.rstrip()) <= 80 for line in table)
-    assert ["1", "1.23e-04", "1024", "fp16", "2^-24", "123456", "96.20", "±0.50", "95.00", "±0.00", "+0.80"] in words(
+    assert ["2", "1.23e-04", "1024", "fp16", "2^-24", "123456", "96.20", "±0.50", "95.00", "±0.00", "+0.80"] in words(
         text
     )
     assert "default" in text
 
 
-def test_ties_and_the_default_are_marked() -> None:
-    rows, runs = make_rows({"a": SPREAD, "b": CLOSE, "c": FAR}, [0.959, 0.963, 0.961])
-    lines = words(show(rows, runs=runs))
-    assert [(line[0], line[-1]) for line in lines[2:5]] == [("2", "yes"), ("3", "no"), ("default", "yes")]
-    sentences = list(describe_confirmed(rows, PROVENANCE, runs))
-    assert "Number 1 cannot be told from 2 and the default configuration (Tukey's honestly" in sentences[1]
+def test_the_default_has_its_place_and_what_may_be_the_best_is_named() -> None:
+    rows = make_rows({"a": SPREAD, "b": CLOSE, "c": FAR}, [0.959, 0.963, 0.961])
+    lines = words(show(rows))
+    assert [line[:2] for line in lines[1:5]] == [
+        ["1", "default"],
+        ["2", "3.00e-03"],
+        ["3", "2.00e-03"],
+        ["4", "4.00e-03"],
+    ]
+    sentences = list(describe_confirmed(rows, PROVENANCE))
     assert sentences[0].startswith("Means over 3 fresh seeds")
+    assert sentences[1].startswith(
+        "Any of 1 default, 2 and 3 may be the best: none is shown to be worse than another ("
+    )
+    assert sentences[2] == "Shown to be worse than another: 4."
 
 
-def test_a_number_1_that_is_told_from_all_says_so() -> None:
-    rows, runs = make_rows({"a": SPREAD, "c": FAR}, FAR)
-    assert "Number 1 is told from all others" in " ".join(describe_confirmed(rows, PROVENANCE, runs))
+def test_a_number_1_that_is_better_than_all_says_so() -> None:
+    rows = make_rows({"a": SPREAD, "c": FAR}, FAR)
+    sentences = list(describe_confirmed(rows, PROVENANCE))
+    assert sentences[1].startswith("Shown to be worse than another: 2 and 3 default (paired t tests")
+    assert sentences[-1].startswith(
+        "verdict  number 1 is better than the defaults: +5.97 points of validation accuracy"
+    )
+
+
+def test_configurations_on_different_numbers_of_seeds_are_shown_as_such() -> None:
+    rows = make_rows({"a": SPREAD, "b": CLOSE}, FAR, [*make_runs("a", SPREAD), *more_runs("a", SPREAD)])
+    assert next(iter(describe_confirmed(rows, PROVENANCE))).startswith("Means over 3 to 6 fresh seeds")
+
+
+def more_runs(name: str, accuracies: Sequence[float]) -> list[ConfirmedRun]:
+    return [dataclasses.replace(run, seed=run.seed + 3) for run in make_runs(name, accuracies)]
 
 
 def make_broken(name: str) -> list[ConfirmedRun]:
@@ -109,98 +127,50 @@ def make_broken(name: str) -> list[ConfirmedRun]:
     ]
 
 
-def test_a_number_1_is_told_from_those_only_that_could_be_compared() -> None:
-    rows, runs = make_rows({"a": SPREAD, "b": CLOSE}, FAR, make_broken("b"))
-    told = " ".join(describe_confirmed(rows, PROVENANCE, runs))
-    assert "Number 1 is told from the other that completed on every seed" in told
-
-
 def test_what_failed_is_named_with_its_reason() -> None:
     broken = make_broken("a")
-    rows, runs = make_rows({"a": SPREAD, "b": CLOSE}, CLOSE, broken)
-    text = show(rows, runs=runs)
+    rows = make_rows({"a": SPREAD, "b": CLOSE}, CLOSE, broken)
+    text = show(rows)
     assert "1 of 3 failed" in text
-    assert "Number 2 has no mean: seed 1001: diverged: weights are not finite." in " ".join(text.split())
+    assert "Number 3 has no mean: seed 1001: diverged: weights are not finite." in " ".join(text.split())
 
 
 def test_a_search_that_stopped_a_trial_early_says_what_its_optimism_compares() -> None:
-    rows, runs = make_rows({"a": SPREAD}, CLOSE, max_epochs=2)
-    assert any("ended early" in sentence for sentence in describe_confirmed(rows, PROVENANCE, runs))
-    rows, runs = make_rows({"a": SPREAD}, CLOSE)
-    assert not any("ended early" in sentence for sentence in describe_confirmed(rows, PROVENANCE, runs))
+    rows = make_rows({"a": SPREAD}, CLOSE, max_epochs=2)
+    assert any("ended early" in sentence for sentence in describe_confirmed(rows, PROVENANCE))
+    rows = make_rows({"a": SPREAD}, CLOSE)
+    assert not any("ended early" in sentence for sentence in describe_confirmed(rows, PROVENANCE))
 
 
 def test_rows_that_were_not_confirmed_are_left_out() -> None:
-    rows, _ = make_rows({"a": SPREAD, "b": CLOSE}, objective="val_accuracy,train_seconds")
+    rows = make_rows({"a": SPREAD, "b": CLOSE}, objective="val_accuracy,train_seconds")
     rows.append(BestRow(rank=3, trial=make_scored("c", 0.9)))
     pareto = dataclasses.replace(PROVENANCE, objective="val_accuracy,train_seconds")
     assert render_confirmed(rows, pareto).row_count == 2
     assert "ranks are the search's" in next(iter(describe_confirmed(rows, pareto)))
 
 
-# The gain
-
-
-def gain_of(a: Sequence[float], default: Sequence[float], with_runs: bool = True, **changes: Any) -> str:
-    rows, runs = make_rows({"a": a}, default, **changes)
-    return describe_gain(rows, PROVENANCE, runs if with_runs else ())
-
-
-@pytest.mark.parametrize(("winner", "default", "expected"), [
-    (SPREAD, FAR, "+5.97 points of validation accuracy (95 % interval +5.82 to +6.11): better than the defaults"),
-    (FAR, SPREAD, "-5.97 points of validation accuracy (95 % interval -6.11 to -5.82): worse than the defaults"),
-    (SPREAD, CLOSE, "-0.03 points of validation accuracy (95 % interval -0.55 to +0.48): not told from the defaults"),
-])  # fmt: skip
-def test_gain_is_number_1_minus_the_defaults_with_its_interval_and_verdict(
-    winner: Sequence[float], default: Sequence[float], expected: str
-) -> None:
-    """Of two configurations Tukey's interval is that of the paired t test, from which the figures are."""
-    assert gain_of(winner, default) == f"gain     number 1 minus the defaults: {expected}"
-
-
-def test_gain_without_the_runs_keeps_its_verdict_and_leaves_the_interval_out() -> None:
-    text = gain_of(SPREAD, FAR, with_runs=False)
-    assert text == "gain     number 1 minus the defaults: +5.97 points of validation accuracy: better than the defaults"
-    assert gain_of(SPREAD, CLOSE, with_runs=False).endswith("validation accuracy: not told from the defaults")
-
-
-def test_a_lower_loss_is_better() -> None:
+def test_the_table_of_a_loss_is_in_nats() -> None:
     runs = [*make_runs("a", SPREAD), *make_runs(DEFAULT_ID, SPREAD)]
     losses = {"a": [0.10, 0.11, 0.12], DEFAULT_ID: [0.201, 0.212, 0.219]}
     runs = [dataclasses.replace(run, val_loss=losses[run.trial_id][run.seed - 1000]) for run in runs]
     ranked = [make_scored("a", 0.97, 0.09, config=TrialConfig(lr=0.1))]
-    rows = rank_confirmed(ranked, DEFAULT, runs, ["val_loss"])
     by_loss = dataclasses.replace(PROVENANCE, objective="val_loss")
-    text = describe_gain(rows, by_loss, runs)
-    assert text.startswith("gain     number 1 minus the defaults: -0.1007 nats of validation loss (95 % interval -0.10")
-    assert text.endswith("better than the defaults")
-    assert "0.1100 ±0.0248" in show(rows, by_loss, runs)
-    assert "-0.0200" in show(rows, by_loss, runs)
-
-
-def test_a_winner_that_is_the_default_gained_nothing() -> None:
-    assert (
-        gain_of(SPREAD, SPREAD, lr=1e-3, seed=5, max_epochs=5) == "gain     none: number 1 is the default configuration"
-    )
-
-
-def test_without_a_default_or_its_mean_there_is_no_number() -> None:
-    rows, runs = make_rows({"a": SPREAD, "b": CLOSE})
-    assert describe_gain(rows, PROVENANCE, runs) == ""
-    broken = [dataclasses.replace(run, status=TrialStatus.FAILED) for run in make_runs(DEFAULT_ID, SPREAD)]
-    rows = rank_confirmed([make_scored("a", 0.9)], DEFAULT, [*make_runs("a", SPREAD), *broken], ["val_accuracy"])
-    assert describe_gain(rows, PROVENANCE) == "gain     no number: the defaults did not complete on every seed"
+    text = show(rank_confirmed(ranked, DEFAULT, runs, ["val_loss"]), by_loss)
+    assert "0.1100 ±0.0248" in text
+    assert "-0.0200" in text
+    assert "better than the defaults: -0.1007 nats" in " ".join(text.split())
 
 
 # From the files alone
 
 
 def test_what_is_shown_from_the_files_is_what_was_shown_and_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
-    rows, runs = make_rows({"a": SPREAD, "b": CLOSE}, FAR)
+    rows = make_rows({"a": SPREAD, "b": CLOSE}, FAR)
     write_best(tmp_path, rows, PROVENANCE)
-    write_confirmed(tmp_path, runs, PROVENANCE)
-    again = show(load_best_rows(tmp_path), load_provenance(tmp_path), load_confirmed(tmp_path))
-    assert again == show(rows, PROVENANCE, runs)
+    again = show(load_best_rows(tmp_path), load_provenance(tmp_path))
+    assert again == show(rows, PROVENANCE)
+    assert "verdict  number 1 is better than the defaults" in again
     code = "import sys, tune_amp.confirm_table; print(sorted({'torch', 'ray', 'optuna'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -9,8 +9,8 @@ import pytest
 from records import make_scored
 
 from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirmed import ConfirmedRun
-from tune_amp.ranking import measure_gain, rank_confirmed
+from tune_amp.confirmed import Confirmation, ConfirmedRun
+from tune_amp.ranking import rank_confirmed
 from tune_amp.results import BestRow, TrialRecord
 
 SEEDS = 3
@@ -32,7 +32,18 @@ class Simulated:
 
     @property
     def confirmed(self) -> list[str]:
-        return [row.trial.trial_id for row in self.rows if row.rank is not None]
+        """In the order of the confirmation, the default left out."""
+        return [row.trial.trial_id for row in self.rows if row.trial.trial_id != "default"]
+
+    @property
+    def default(self) -> Confirmation:
+        [row] = [row for row in self.rows if row.trial.trial_id == "default"]
+        assert row.confirmation is not None
+        return row.confirmation
+
+    @property
+    def ids(self) -> set[str]:
+        return {row.trial.trial_id for row in self.rows}
 
     @property
     def truly_best(self) -> str:
@@ -83,32 +94,34 @@ def test_intervals_of_the_means_cover_the_truth_as_often_as_they_say() -> None:
     """Of one given configuration: that of the winner is chosen for its mean, which is what ties are for."""
     covered = []
     for simulated in simulate_many(2_000, 0.001):
-        default = simulated.rows[-1].confirmation
-        assert default is not None
+        default = simulated.default
         assert default.val_accuracy_low is not None
         assert default.val_accuracy_high is not None
         covered.append(default.val_accuracy_low <= simulated.truth["default"] <= default.val_accuracy_high)
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
-def count_ties(simulated: Simulated) -> list[bool | None]:
-    return [row.confirmation.tied_with_best for row in simulated.rows if row.rank != 1 and row.confirmation]
+def test_the_truly_best_is_almost_never_shown_to_be_worse_than_another() -> None:
+    """However unlike the spreads are: no more than 5 of 100 searches lose it."""
+    kept = []
+    for simulated in simulate_many(500, 0.0005):
+        best = max(simulated.truth, key=lambda name: simulated.truth[name] if name in simulated.ids else 0.0)
+        [row] = [row for row in simulated.rows if row.trial.trial_id == best]
+        assert row.confirmation is not None
+        kept.append(row.confirmation.tied_with_best is True)
+    assert np.mean(kept) >= 0.94
 
 
-def test_configurations_that_are_alike_are_called_ties() -> None:
-    """All of them, in 95 of 100 searches, whichever came out first."""
-    wholly_tied = [all(count_ties(simulated)) for simulated in simulate_many(500, 0.0)]
-    assert np.mean(wholly_tied) >= 0.92
-
-
-def test_a_default_that_is_far_behind_is_told_apart_and_the_gain_covers_the_truth() -> None:
-    told, covered = [], []
+def test_a_default_that_is_far_behind_loses_to_a_winner_whose_gain_covers_the_truth() -> None:
+    better, covered = [], []
     for simulated in simulate_many(500, 0.0, gap=0.02):
-        gain = measure_gain(simulated.rows, simulated.runs, "val_accuracy")
-        assert gain is not None
-        told.append(gain.is_told_apart and simulated.rows[-1].confirmation.tied_with_best is False)  # type: ignore[union-attr]
-        covered.append(gain.low <= simulated.truth[simulated.rows[0].trial.trial_id] - 0.95 <= gain.high)
-    assert np.mean(told) == 1.0
+        first = simulated.rows[0].confirmation
+        assert first is not None
+        better.append(first.verdict_kind == "better")
+        assert first.gain_low is not None
+        assert first.gain_high is not None
+        covered.append(first.gain_low <= simulated.truth[simulated.confirmed[0]] - 0.95 <= first.gain_high)
+    assert np.mean(better) >= 0.95
     assert np.mean(covered) >= 0.93  # though the winner was chosen by the same runs
 
 
@@ -123,7 +136,7 @@ def test_the_confirmed_winner_is_truly_best_more_often_than_the_searchs_own(true
 def measure_choice(true_spread: float, count: int = 1_000) -> dict[str, float]:
     """Shares of searches in which the first is truly the best of those confirmed, and what the first promised."""
     simulations = list(simulate_many(count, true_spread))
-    winners = [(s, s.rows[0]) for s in simulations]
+    winners = [(s, next(row for row in s.rows if row.trial.trial_id == s.confirmed[0])) for s in simulations]
     return {
         "confirmed first is truly best": statistics.fmean(w.trial.trial_id == s.truly_best for s, w in winners),
         "search's first is truly best": statistics.fmean(s.searched.trial_id == s.truly_best for s in simulations),

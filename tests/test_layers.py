@@ -21,6 +21,7 @@ LAYERS = (
     "ledger",
     "confirmed",
     "intervals",
+    "gain",
     "curricula",
     "compared",
     "compare_page",

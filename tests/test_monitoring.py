@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 
 from tune_amp import monitoring
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
-from tune_amp.confirm import ConfirmProgress, ConfirmResult
+from tune_amp.confirm import ConfirmJob, ConfirmProgress, ConfirmResult
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, ParameterImportance
 from tune_amp.ledger import Ledger
@@ -402,10 +402,15 @@ CONFIRMED = (
 )
 
 
+JOBS = [
+    ConfirmJob(trial_ids=(name,), config=TrialConfig(seed=seed)) for seed in (1000, 1001) for name in ("a", DEFAULT_ID)
+]
+
+
 def make_confirmation(*runs: ConfirmedRun) -> ConfirmProgress:
     names = {"a": f"{NAME}[/]", DEFAULT_ID: DEFAULT_ID}
     return ConfirmProgress(
-        run="quick-1", seeds=(1000, 1001), names=names, total=4, done=len(runs), runs=runs, started=time.monotonic()
+        run="quick-1", jobs=JOBS, names=names, total=4, done=len(runs), runs=runs, started=time.monotonic()
     )
 
 
@@ -455,11 +460,14 @@ def test_json_lines_tell_each_run_and_the_result_what_was_confirmed() -> None:
         left_out=None,
         seconds=1.5,
     )
-    found = describe_confirmation_as_json(result, "val_accuracy")
+    found = describe_confirmation_as_json(result)
     observer.write("result", found)  # JSON can hold it
-    assert [(row["rank"], row["trial_id"]) for row in found["confirmed"]] == [(1, "a"), (None, DEFAULT_ID)]
+    assert [(row["rank"], row["trial_id"]) for row in found["confirmed"]] == [(1, "a"), (2, DEFAULT_ID)]
     assert found["confirmed"][0]["val_accuracy_mean"] == pytest.approx(0.975)
-    assert found["gain"]["difference"] == pytest.approx(0.065)
+    verdict = found["verdict"]
+    assert (verdict["recommended"], verdict["verdict_kind"]) == ("a", "better")
+    assert verdict["gain"] == pytest.approx(0.065)
+    assert verdict["verdict"].startswith("number 1 is better than the defaults: +6.50 points")
     assert (found["seconds"], found["interrupted"]) == (1.5, False)
 
 

@@ -155,7 +155,7 @@ def test_trials_journaled_while_the_files_are_read_are_in_the_study_that_is_sent
 
 def test_what_only_goes_on_is_told_once_and_each_end_always() -> None:
     queue = EventQueue()
-    progress: Any = ConfirmProgress(run="run", seeds=(1,), names={}, total=4, started=0.0)
+    progress: Any = ConfirmProgress(run="run", names={}, total=4, started=0.0)
     ends: list[Any] = ["first", "second"]
     for ended in (None, None, ends[0], None, ends[1], None, None):
         queue.on_confirmation(progress, ended)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tune_amp.config import TrialConfig, code_span, is_function_name, list_settings
+from tune_amp.confirmed import DEFAULT_ID
 from tune_amp.intervals import wilson_interval
 from tune_amp.ranking import count_ties
 from tune_amp.results import BestRow, Provenance
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tune_amp.reuse import FinalResult  # brings torch
 
 _NOISE = "2 standard errors of the validation images, one seed each"
-_TUKEY = "Tukey's honestly significant difference over the confirmed configurations, the seeds as blocks, 95 %"
+_PAIRED = "one-sided paired t tests over the confirmed configurations, corrected for their number, 95 %"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,26 @@ class CardSource:
         return next(row for row in self.best if row.rank == self.rank)
 
     @property
+    def is_default(self) -> bool:
+        """Whether these are the tutorial's settings."""
+        return self.row.trial.trial_id == DEFAULT_ID
+
+    @property
     def ranked(self) -> list[BestRow]:
-        """Without the row that the others are compared with."""
+        """The rows that have a rank: the default has none beside several objectives."""
         return [row for row in self.best if row.rank is not None]
 
 
 def describe_card(result: "FinalResult", source: CardSource) -> str:
     """The card, as Markdown."""
     config = result.config
+    found = (
+        "the default settings, which none was shown to beat" if source.is_default else "settings that a search found"
+    )
     head = (
         f"# {code_span(config.model)} trained on {code_span(config.dataset)}\n\n"
         f"Classifies images of shape {_shape(result)} into {result.num_classes} classes. Trained in {config.precision} "
-        f"by tune_amp {source.versions['tune_amp']}, with settings that a search found; the weights are fp32."
+        f"by tune_amp {source.versions['tune_amp']}, with {found}; the weights are fp32."
     )
     sections = {
         "How good": _describe_accuracy(result, source),
@@ -90,10 +99,13 @@ def _describe_confirmation(result: "FinalResult", source: CardSource, confirmati
     budget = source.row.trial.config.max_epochs
     if budget != result.config.max_epochs:
         lines.append(f"Those runs took {budget} epochs, this one {result.config.max_epochs}: not the same training.")
-    default = next((row.confirmation for row in source.best if row.rank is None), None)
-    if default is not None and default.test_accuracy_mean is not None:
+    default = next((row.confirmation for row in source.best if row.trial.trial_id == DEFAULT_ID), None)
+    if not source.is_default and default is not None and default.test_accuracy_mean is not None:
         reached = _percent(default.test_accuracy_mean)
-        lines.append(f"The tutorial's default settings reached a mean of {reached} on the same seeds.")
+        seeds = (
+            f"{len(default.confirm_seeds)} of these seeds" if len(default.confirm_seeds) < count else "the same seeds"
+        )
+        lines.append(f"The tutorial's default settings reached a mean of {reached} on {seeds}.")
     return lines
 
 
@@ -134,8 +146,11 @@ def _describe_origin(config: TrialConfig, source: CardSource) -> str:
     ]
     lines = [
         f"Run {code_span(about.run)}, rank {source.rank} of {len(source.ranked)}.",
-        f"Trial {code_span(trial.trial_id)}: {code_span(trial.trial_name)}.",
+        "The tutorial's default configuration, which was no trial of the search."
+        if source.is_default
+        else f"Trial {code_span(trial.trial_id)}: {code_span(trial.trial_name)}.",
         f"Searched for {about.objective} on {about.validation_images:,} validation images.",
+        *_describe_verdict(source),
         _describe_tie(source),
     ]
     if changed:
@@ -143,23 +158,26 @@ def _describe_origin(config: TrialConfig, source: CardSource) -> str:
     return _listed(lines)
 
 
+def _describe_verdict(source: CardSource) -> list[str]:
+    verdicts = [row.confirmation.verdict for row in source.best if row.confirmation and row.confirmation.verdict]
+    return [f"Verdict of the search: {verdict.replace('number ', 'rank ')}." for verdict in verdicts]
+
+
 def _describe_tie(source: CardSource) -> str:
     confirmation = source.row.confirmation
     if confirmation is None:
         return f"Not confirmed on fresh seeds. {_describe_search_tie(source)}"
     if confirmation.tied_with_best is None:
-        return "Whether others are as good cannot be told: not all runs of its confirmation completed."
-    if source.rank > 1:
-        several = len(source.provenance.objectives) > 1  # ranks are those of the search, in all objectives
-        verdict = "Tied with" if confirmation.tied_with_best else "Told apart from" if several else "Worse than"
-        return f"{verdict} rank 1 in {source.provenance.objectives[0]} ({_TUKEY})."
-    others = [row for row in source.ranked if row.rank != 1 and row.confirmation]
-    tied = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best]
+        return "Whether it may be the best cannot be told: not all runs of its confirmation completed."
+    others = [row for row in source.ranked if row.rank != source.rank and row.confirmation]
     unknown = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best is None]
     left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""
     if len(unknown) == len(others):
         return f"Compared with no other ranked configuration.{left_out}"
-    return f"{_name_ties(tied)} ({_TUKEY}).{left_out}"
+    if not confirmation.tied_with_best:
+        return f"Shown to be worse than another in {source.provenance.objectives[0]} ({_PAIRED}).{left_out}"
+    tied = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best]
+    return f"{_name_ties(tied)} ({_PAIRED}).{left_out}"
 
 
 def _describe_search_tie(source: CardSource) -> str:

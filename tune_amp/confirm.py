@@ -1,26 +1,31 @@
 """Trains the best of a search again on fresh seeds, and the tutorial's default configuration beside them.
 
 The best of many on one seed is best partly by luck; how much, the search cannot tell. So the configurations are frozen,
-and trained at full budget on seeds that had no part in choosing them. Validation alone ranks them again; of a run that
-is over, the test set is read, once, and decides nothing.
+and trained at full budget on seeds that had no part in choosing them: all on the first few, then, if the best of them
+leads the default, these two on the others (see ``gain``). Validation alone ranks them again; of a run that is over, the
+test set is read, once, and decides nothing.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.data import Dataset
+from tune_amp.gain import FIRST_SEEDS, choose_challenger, may_gain, without_seed
 from tune_amp.inert import find_inert
 from tune_amp.options import SearchOptions
-from tune_amp.ranking import rank_confirmed, without_seed
+from tune_amp.ranking import rank_confirmed
 from tune_amp.results import BestRow, Provenance, TrialRecord, write_best, write_confirmed
 from tune_amp.space import SearchSpace
+
+SHORT_SECONDS = 60.0
+"""Further seeds may take this long after however short a search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,29 +50,57 @@ class ConfirmPlan:
     left_out: str | None
     """Why there is none."""
     seeds: tuple[int, ...]
+    """All that may be used, in order."""
+    objective: str
+    """That the challenger is chosen by."""
+    budget_seconds: float
+    """Of training: the seeds after the first ones may take as long."""
 
     @property
     def names(self) -> dict[str, str]:
         """Trial id -> what to call it."""
-        named = {trial.trial_id: trial.trial_name for trial in self._confirmed}
-        return named | ({DEFAULT_ID: DEFAULT_ID} if self.default else {})
+        names = {trial.trial_id: trial.trial_name for trial in self.ranked}
+        return {trial_id: names.get(trial_id, trial_id) for trial_id in self.configs}
 
     @property
-    def jobs(self) -> list[ConfirmJob]:
-        """All on one seed before any on the next: an interrupted confirmation leaves whole comparisons."""
+    def configs(self) -> dict[str, TrialConfig]:
+        """Trial id -> what is trained, best first by the search, the default last."""
+        found = {trial.trial_id: trial.config for trial in self.ranked[: self.top_k]}
+        return found | ({DEFAULT_ID: self.default} if self.default else {})
+
+    @property
+    def first_jobs(self) -> list[ConfirmJob]:
+        """Every configuration on the first seeds."""
+        return self._list_jobs(self.configs, self.seeds[:FIRST_SEEDS])
+
+    def list_further_jobs(self, runs: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
+        """Challenger and default on further seeds, as many as the budget allows; none if no gain can come of them.
+
+        Args:
+            runs: those of ``first_jobs``.
+        """
+        challenger = choose_challenger(self.configs, runs, self.objective)
+        if challenger is None or not may_gain(self.configs, runs, self.objective):
+            return []
+        pair = (challenger, DEFAULT_ID)
+        seconds = sum(run.train_seconds for run in runs if run.trial_id in pair) / FIRST_SEEDS
+        further = self.seeds[FIRST_SEEDS:]
+        return self._list_jobs(pair, further[: int(self.budget_seconds / seconds)] if seconds else further)
+
+    def _list_jobs(self, trial_ids: Collection[str], seeds: Sequence[int]) -> list[ConfirmJob]:
+        """All on one seed before any on the next: an interrupted confirmation leaves whole comparisons.
+
+        Those that differ in nothing share their runs.
+        """
         owners: dict[TrialConfig, tuple[str, ...]] = {}
-        configs = {trial.trial_id: trial.config for trial in self._confirmed}
-        for trial_id, config in (configs | ({DEFAULT_ID: self.default} if self.default else {})).items():
+        for trial_id, config in self.configs.items():
             owners[without_seed(config)] = (*owners.get(without_seed(config), ()), trial_id)
         return [
-            ConfirmJob(trial_ids=trial_ids, config=dataclasses.replace(config, seed=seed))
-            for seed in self.seeds
-            for config, trial_ids in owners.items()
+            ConfirmJob(trial_ids=of_config, config=dataclasses.replace(config, seed=seed))
+            for seed in seeds
+            for config, of_config in owners.items()
+            if {*of_config} & {*trial_ids}
         ]
-
-    @property
-    def _confirmed(self) -> Sequence[TrialRecord]:
-        return self.ranked[: self.top_k]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,11 +109,12 @@ class ConfirmProgress:
 
     run: str
     """Name of the search's run."""
-    seeds: tuple[int, ...]
     names: Mapping[str, str]
     """Trial id -> what to call it, best first."""
-    total: int
-    """Trainings that will be made; configurations that are alike share theirs."""
+    jobs: Sequence[ConfirmJob] = ()
+    """Those under way: all configurations on the first seeds, then two of them on further ones."""
+    total: int = 0
+    """Trainings that will be made as far as is known; configurations that are alike share theirs."""
     done: int = 0
     runs: Sequence[ConfirmedRun] = ()
     """Those that have ended."""
@@ -116,9 +150,21 @@ class ConfirmResult:
 
 
 def plan_confirmation(
-    ranked: Sequence[TrialRecord], space: SearchSpace, dataset: Dataset, options: SearchOptions
+    ranked: Sequence[TrialRecord],
+    space: SearchSpace,
+    dataset: Dataset,
+    options: SearchOptions,
+    search_seconds: float,
 ) -> ConfirmPlan:
-    """The best ``top_k`` and the default configuration, on the same fresh seeds."""
+    """Plan to train the best ``top_k`` and the default configuration on the same fresh seeds.
+
+    Args:
+        ranked: the search's ranking.
+        space: of the search.
+        dataset: of the search.
+        options: of the search.
+        search_seconds: that its trials took, one after the other: further seeds take no longer, or a minute.
+    """
     default = build_default(space, dataset, options)
     left_out = None
     if default.batch_size > len(dataset.train):
@@ -130,6 +176,8 @@ def plan_confirmation(
         default=None if left_out else default,
         left_out=left_out,
         seeds=choose_seeds(options.seed, options.confirm_seeds),
+        objective=options.objectives[0],
+        budget_seconds=max(SHORT_SECONDS, search_seconds),
     )
 
 
@@ -156,21 +204,21 @@ def choose_seeds(seed: int, count: int) -> tuple[int, ...]:
     return tuple(itertools.islice((fresh for fresh in itertools.count(first) if fresh != seed), count))
 
 
-def select_done(plan: ConfirmPlan, runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
-    """Those of an earlier confirmation that was cut off which this plan asks for too."""
-    asked = {(trial_id, job.config.seed) for job in plan.jobs for trial_id in job.trial_ids}
-    return [run for run in runs if (run.trial_id, run.seed) in asked]
-
-
-def list_left(plan: ConfirmPlan, done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
-    """The jobs of a plan of which some run is not done yet."""
+def list_left(jobs: Sequence[ConfirmJob], done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
+    """Return those of ``jobs`` of which some run is not done yet."""
     known = {(run.trial_id, run.seed) for run in done}
-    return [job for job in plan.jobs if {(name, job.config.seed) for name in job.trial_ids} - known]
+    return [job for job in jobs if {(name, job.config.seed) for name in job.trial_ids} - known]
+
+
+def _select_done(jobs: Sequence[ConfirmJob], runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
+    """Return those of an earlier confirmation that was cut off which ``jobs`` ask for too."""
+    asked = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
+    return [run for run in runs if (run.trial_id, run.seed) in asked]
 
 
 def confirm(
     plan: ConfirmPlan,
-    finished: Generator[tuple[ConfirmJob, ConfirmedRun]],
+    train: Callable[[Sequence[ConfirmJob]], Generator[tuple[ConfirmJob, ConfirmedRun]]],
     *,
     done: Sequence[ConfirmedRun] = (),
     folder: Path,
@@ -178,58 +226,51 @@ def confirm(
     num_threads: int,
     observer: ConfirmObserver,
 ) -> ConfirmResult:
-    """Follow the runs of a plan, then rank its configurations again and rewrite ``best.parquet``.
+    """Make the runs of a plan, then rank its configurations again and rewrite ``best.parquet``.
 
     ``confirm.parquet`` is rewritten after each run. At Ctrl-C, what has finished stays there, and ``best.parquet`` is
     left as the search wrote it.
 
     Args:
         plan: from ``plan_confirmation``.
-        finished: trains the jobs that are left, from ``train_on_slots``; gives each as it ends, and stops what runs
-            when closed.
-        done: runs of this plan from before it was cut off.
+        train: trains jobs, as ``train_on_slots`` does; yields each with its run as it ends, and stops what runs when
+            closed.
+        done: runs from before the confirmation was cut off; those that the plan asks for are not made again.
         folder: of the run.
         provenance: goes into the files.
         num_threads: CPU threads of a run.
         observer: is told of everything that happens.
     """
     begun = time.monotonic()
-    total, left = len(plan.jobs), len(list_left(plan, done))
-    progress = ConfirmProgress(
-        run=folder.name,
-        seeds=plan.seeds,
-        names=plan.names,
-        total=total,
-        done=total - left,
-        runs=_put_in_order(done, plan),
-        started=begun,
-    )
+    runs: list[ConfirmedRun] = []
+    progress = ConfirmProgress(run=folder.name, names=plan.names, started=begun)
     rows: Sequence[BestRow] = ()
     try:
-        observer.on_confirmation(progress, None)
-        with contextlib.closing(finished):
-            for job, run in finished:
-                copies = [dataclasses.replace(run, trial_id=trial_id) for trial_id in job.trial_ids]
-                known = {(run.trial_id, run.seed): run for run in (*progress.runs, *copies)}
-                runs = _put_in_order(list(known.values()), plan)
-                progress = dataclasses.replace(progress, runs=runs, done=progress.done + 1)
-                write_confirmed(folder, runs, provenance)
-                observer.on_confirmation(progress, copies[0])
+        for list_jobs in (lambda _: plan.first_jobs, plan.list_further_jobs):
+            jobs = list_jobs(runs)
+            runs = _put_in_order([*runs, *_select_done(jobs, done)], plan)
+            left = list_left(jobs, runs)
+            total, ended = progress.total + len(jobs), progress.done + len(jobs) - len(left)
+            progress = dataclasses.replace(progress, jobs=jobs, runs=runs, total=total, done=ended)
+            if jobs:
+                observer.on_confirmation(progress, None)
+            with contextlib.closing(train(left)) as finished:
+                for job, run in finished:
+                    copies = [dataclasses.replace(run, trial_id=trial_id) for trial_id in job.trial_ids]
+                    known = {(run.trial_id, run.seed): run for run in (*runs, *copies)}
+                    runs = _put_in_order(list(known.values()), plan)
+                    progress = dataclasses.replace(progress, runs=runs, done=progress.done + 1)
+                    write_confirmed(folder, runs, provenance)
+                    observer.on_confirmation(progress, copies[0])
     except KeyboardInterrupt:
-        if progress.runs:  # the last may not have been written
-            write_confirmed(folder, progress.runs, provenance)
-    if progress.done == total:
-        default = (
-            None if plan.default is None else _record_default(plan.default, progress.runs, provenance, num_threads)
-        )
-        rows = rank_confirmed(plan.ranked, default, progress.runs, provenance.objectives)
+        if runs:  # the last may not have been written
+            write_confirmed(folder, runs, provenance)
+    else:
+        default = None if plan.default is None else _record_default(plan.default, runs, provenance, num_threads)
+        rows = rank_confirmed(plan.ranked, default, runs, provenance.objectives)
         write_best(folder, rows, provenance)
     return ConfirmResult(
-        rows=rows,
-        runs=progress.runs,
-        progress=progress,
-        left_out=plan.left_out,
-        seconds=time.monotonic() - begun,
+        rows=rows, runs=runs, progress=progress, left_out=plan.left_out, seconds=time.monotonic() - begun
     )
 
 

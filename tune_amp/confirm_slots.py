@@ -98,6 +98,8 @@ def train_on_slots(
     One that takes longer than ``time_limit`` seconds, from its beginning, is ended as failed. Closing the generator
     cancels what runs.
     """
+    if not jobs:
+        return
     sent = ray.put((build_worker_setup(dataset, resources), dataset.test))
     waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
     count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)

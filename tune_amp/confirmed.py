@@ -51,10 +51,22 @@ class Confirmation:
     test_accuracy_low: float | None = described("lower end of its 95 % interval (Student's t)", default=None)
     test_accuracy_high: float | None = described("upper end of its 95 % interval", default=None)
     tied_with_best: bool | None = described(
-        "whether it cannot be told from rank 1 (Tukey's honestly significant difference over all confirmed "
-        "configurations, the seeds as blocks, 95 %); null where a run did not complete",
+        "whether it may be the truly best: no other confirmed configuration is shown to be better (one-sided paired t "
+        "tests on the seeds of both, Bonferroni's correction, 95 %); null where a run did not complete",
         default=None,
     )
     optimism: float | None = described(
         "the search's own value of the first objective minus the confirmed mean; null for the default", default=None
     )
+    verdict: str | None = described("of rank 1 only: whether searching gained anything, a sentence", default=None)
+    verdict_kind: str | None = described(
+        "better, indistinguishable, worse or unknown: the best other configuration, beside the default", default=None
+    )
+    gain: float | None = described(
+        "the best configuration but the default, minus the default: mean paired difference of the first objective",
+        default=None,
+    )
+    gain_low: float | None = described(
+        "lower end of its 95 % interval (paired t, corrected for the choice of the best)", default=None
+    )
+    gain_high: float | None = described("upper end of its 95 % interval", default=None)

@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 CONFIDENCE = 0.95
+EQUIVALENCE_CONFIDENCE = 0.90
+"""Of the interval that two one-sided tests at 5 % look at."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def judge_equivalence(values: Sequence[float], others: Sequence[float], margin: 
     mean difference lies within the margin. Values that are not shown to be equivalent need not differ: the runs may be
     too few to tell, which ``smallest_effect`` shows.
     """
-    inner = paired_interval(values, others, 0.90)
+    inner = paired_interval(values, others, EQUIVALENCE_CONFIDENCE)
     difference = paired_interval(values, others)
     return Equivalence(
         difference=difference,
@@ -111,40 +113,27 @@ def smallest_effect(std: float, n: int, power: float = 0.8, confidence: float = 
     return noncentrality * std / math.sqrt(n)
 
 
-def least_significant_difference(scores: Sequence[Sequence[float]], confidence: float = CONFIDENCE) -> float:
-    """How far apart the means of two configurations must be to be told apart, whichever two are looked at.
+def list_possible_best(scores: Mapping[str, Mapping[int, float]], confidence: float = CONFIDENCE) -> set[str]:
+    """Return the names of those that may be the truly best: that no other is shown to be better than.
 
-    Tukey's honestly significant difference in a randomised complete block design, the seed as block (Tukey 1953, "The
-    problem of multiple comparisons"; Hsu 1996, "Multiple comparisons", sections 5 and 7). It holds for all pairs at
-    once, so that it stays true for the pair of the best and any other, though the best was chosen by the same runs.
-    Differences between configurations are assumed to spread alike.
+    Subset selection (Gupta 1965, doi:10.1080/00401706.1965.10490251) with paired one-sided t tests on the seeds that
+    two have in common, and Bonferroni's correction for all others: each pair has its own spread, and nothing is
+    assumed of those of the rest. The truly best is among the names with ``confidence``.
 
     Args:
-        scores: a row a configuration, at least two; a column a seed, at least two.
-        confidence: with which no two configurations that are alike are told apart.
+        scores: name -> seed -> value; more is better. Two with less than two seeds in common are not compared.
+        confidence: with which the truly best is not left out.
     """
-    rows, columns = len(scores), len(scores[0])
-    assert rows >= 2
-    assert columns >= 2
-    row_means = [statistics.fmean(row) for row in scores]
-    column_means = [statistics.fmean(column) for column in zip(*scores, strict=True)]
-    grand_mean = statistics.fmean(row_means)
-    residuals = (
-        (score - row_mean - column_mean + grand_mean) ** 2
-        for row, row_mean in zip(scores, row_means, strict=True)
-        for score, column_mean in zip(row, column_means, strict=True)
-    )
-    freedom = (rows - 1) * (columns - 1)
-    spread = math.sqrt(math.fsum(residuals) / freedom)
-    return _range_quantile(confidence, rows, freedom) * spread / math.sqrt(columns)
+    level = 2 * (1 - confidence) / max(1, len(scores) - 1)  # of a two-sided interval, of which one side is looked at
 
+    def is_beaten(name: str, other: str) -> bool:
+        seeds = sorted({*scores[name]} & {*scores[other]})
+        if len(seeds) < 2:
+            return False
+        pair = [scores[other][seed] for seed in seeds], [scores[name][seed] for seed in seeds]
+        return paired_interval(*pair, 1 - level).low > 0
 
-@functools.cache
-def _range_quantile(probability: float, groups: int, freedom: int) -> float:
-    """Of the studentized range: SciPy integrates for a tenth of a second."""
-    from scipy import stats
-
-    return float(stats.studentized_range.ppf(probability, groups, freedom))
+    return {name for name in scores if not any(is_beaten(name, other) for other in scores if other != name)}
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from tune_amp.console import printable
 from tune_amp.halt import forget_closed_terminal
 from tune_amp.importance import ImportanceResult
 from tune_amp.ledger import Ledger, TimeKind
-from tune_amp.ranking import choose_best, count_ties, measure_gain
+from tune_amp.ranking import choose_best, count_ties
 from tune_amp.results import Provenance, TrialRecord
 
 if TYPE_CHECKING:  # both bring Ray, which a finished run is shown without
@@ -158,7 +158,8 @@ def render_confirmation(progress: "ConfirmProgress") -> RenderableType:
         accuracies = [run.val_accuracy for run in runs if run.val_accuracy is not None]
         mean = _number(statistics.fmean(accuracies), ".2%") if accuracies else ""
         failed = Text("" if len(accuracies) == len(runs) else f"{len(runs) - len(accuracies)} failed", "red")
-        table.add_row(Text(name), f"{len(runs)}/{len(progress.seeds)}", mean, failed)
+        planned = {run.seed for run in runs} | {job.config.seed for job in progress.jobs if trial_id in job.trial_ids}
+        table.add_row(Text(name), f"{len(runs)}/{len(planned)}", mean, failed)
     return Group(headline, table)
 
 
@@ -273,9 +274,10 @@ def describe_trial(trial: TrialRecord) -> str:
 
 
 def describe_plan(progress: "ConfirmProgress") -> str:
-    """What will be confirmed, and on which seeds."""
-    seeds = ", ".join(map(str, progress.seeds))
-    return f"{len(progress.names)} configurations on seeds {seeds}: {progress.total} runs"
+    """What is trained next, and on which seeds."""
+    seeds = ", ".join(map(str, dict.fromkeys(job.config.seed for job in progress.jobs)))
+    distinct = {job.trial_ids for job in progress.jobs}
+    return f"{len(distinct)} configurations on seeds {seeds}: {len(progress.jobs)} runs"
 
 
 def describe_run(progress: "ConfirmProgress", run: ConfirmedRun) -> str:
@@ -308,16 +310,19 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
     return {**identity, "error": trial.error, "config": config, "metrics": last}
 
 
-def describe_confirmation_as_json(result: "ConfirmResult", objective: str) -> dict[str, Any]:
-    """A confirmation as JSON shows it: what it found of each configuration, best first, and of searching."""
+def describe_confirmation_as_json(result: "ConfirmResult") -> dict[str, Any]:
+    """A confirmation as JSON shows it: what it found of each configuration, best first; the first has the verdict."""
     confirmed = [
         {"rank": row.rank, "trial_id": row.trial.trial_id, **vars(row.confirmation)}
         for row in result.rows
         if row.confirmation is not None
     ]
-    gain = measure_gain(result.rows, result.runs, objective)
-    found = {"confirmed": confirmed, "gain": None if gain is None else dataclasses.asdict(gain)}
-    return {**found, "left_out": result.left_out, "seconds": result.seconds, "interrupted": result.interrupted}
+    verdict = None
+    if confirmed:
+        names = ("verdict", "verdict_kind", "gain", "gain_low", "gain_high")
+        verdict = {"recommended": confirmed[0]["trial_id"], **{name: confirmed[0][name] for name in names}}
+    found = {"confirmed": confirmed, "verdict": verdict, "left_out": result.left_out}
+    return {**found, "seconds": result.seconds, "interrupted": result.interrupted}
 
 
 def _render_running(progress: "SearchProgress") -> Table:

@@ -92,8 +92,8 @@ class SearchOptions:
     """Trials that fail with the same error, before any has reported an epoch, until the search stops."""
     top_k: int = 3
     """Configurations written to ``best.parquet``."""
-    confirm_seeds: int = 3
-    """Fresh seeds on which the best are trained again; 0: they are not."""
+    confirm_seeds: int = 10
+    """Most fresh seeds on which the best are trained again; 0: they are not."""
 
     def __post_init__(self) -> None:
         with naming_flags():

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tune_amp.config import is_function_name
 from tune_amp.confirm_table import print_confirmed
-from tune_amp.confirmed import ConfirmedRun
+from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.console import printable, say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.ledger import Ledger
@@ -82,7 +82,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
     best = load_best_rows(folder) if (folder / BEST_FILE).exists() else []
     wanted = top_k is not None
     if top_k is None:
-        top_k = sum(row.rank is not None for row in best) or 3
+        top_k = sum(row.trial.trial_id != DEFAULT_ID for row in best) or 3
     return Outcome(
         folder=folder,
         trials=trials,
@@ -145,7 +145,7 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
         _print_ranking(console, outcome)
         console.print()
     if outcome.is_confirmed:
-        print_confirmed(console, outcome.best, outcome.provenance, outcome.confirmed_runs)
+        print_confirmed(console, outcome.best, outcome.provenance)
         console.print()
     elif outcome.confirmed_runs or outcome.confirm_seconds is not None:
         kept = f"{len(outcome.confirmed_runs)} runs are kept; the ranking is the search's own"

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from tune_amp.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus, shown
-from tune_amp.confirmed import DEFAULT_ID, Confirmation, ConfirmedRun
-from tune_amp.intervals import least_significant_difference, mean_interval
+from tune_amp.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialStatus, shown
+from tune_amp.confirmed import Confirmation, ConfirmedRun
+from tune_amp.gain import Verdict, describe_verdict, judge_gain, score_runs, without_seed
+from tune_amp.intervals import list_possible_best, mean_interval
 from tune_amp.results import BestRow, TrialRecord
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
@@ -105,89 +106,51 @@ def _last_accuracy(trial: TrialRecord) -> float:
 # ---- confirmed ----
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gain:
-    """Number 1 minus the tutorial's default configuration: means over the seeds of the first objective, on validation.
-
-    The interval is ``least_significant_difference`` to either side: it holds for all pairs of confirmed configurations
-    at once, and so for that of the winner, which the same runs chose.
-    """
-
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def is_told_apart(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
-def without_seed(config: TrialConfig) -> TrialConfig:
-    """The configuration itself: the same for two trials that differ in nothing but the seed."""
-    return dataclasses.replace(config, seed=0)
-
-
 def rank_confirmed(
-    ranked: Sequence[TrialRecord], default: TrialRecord | None, runs: Sequence[ConfirmedRun], objectives: Sequence[str]
+    ranked: Sequence[TrialRecord],
+    default: TrialRecord | None,
+    runs: Sequence[ConfirmedRun],
+    objectives: Sequence[str],
 ) -> list[BestRow]:
-    """``ranked`` as its runs on fresh seeds put it, then ``default``, which gets no rank.
+    """Rank ``ranked`` and ``default`` as their runs on fresh seeds do.
 
-    - One objective: by its mean over the seeds on validation; of accuracy and loss, the other one breaks ties. Where a
-      run did not complete there is no mean, and the configuration comes after those with one: the mean of the runs that
-      survived would reward a configuration that diverges on every other seed. What is still tied keeps its order.
-    - Several objectives: the order of the search stays, for no other objective was measured again.
+    - One objective: what ``gain.judge_gain`` recommends comes first, the others by their means over the seeds on
+      validation; of accuracy and loss, the other one breaks ties. Where a run did not complete there is no mean, and
+      the configuration comes after those with one. What is still tied keeps its order, the default last.
+    - Several objectives: the order of the search stays, for no other objective was measured again, and the default
+      gets no rank.
 
-    Test metrics are reported and decide nothing. Ties are told by ``intervals.least_significant_difference``, over all
-    confirmed configurations.
+    Test metrics are reported and decide nothing. Ties are told by ``intervals.list_possible_best``.
 
     Args:
         ranked: the search's own ranking, best first; those without runs are not confirmed.
         default: the tutorial's configuration, where it was trained too.
-        runs: of each configuration one on each seed, the same seeds for all.
+        runs: of each configuration one on each of its seeds.
         objectives: what was searched for.
     """
-    own = {trial.trial_id: _runs_of(trial, runs) for trial in (*ranked, *([default] if default else []))}
-    means = {trial_id: _measure_means(of_trial) for trial_id, of_trial in own.items() if of_trial}
-    if len(objectives) == 1:
-        ranked = sorted(ranked, key=lambda trial: _mean_scores(means.get(trial.trial_id), objectives[0]))
-    least = _find_least_difference([*ranked, *([default] if default else [])], runs, objectives[0])
-    best = means.get(ranked[0].trial_id)
-    rows = [(rank, trial) for rank, trial in enumerate(ranked, start=1)] + ([(None, default)] if default else [])
-    return [
-        BestRow(
-            rank=rank, trial=trial, confirmation=_judge(trial, means.get(trial.trial_id), best, least, objectives[0])
-        )
-        for rank, trial in rows
-    ]
-
-
-def measure_gain(rows: Sequence[BestRow], runs: Sequence[ConfirmedRun], objective: str) -> Gain | None:
-    """What searching gained, by the first objective; None where there is no pair of complete configurations."""
-    winner, default = find_pair(rows)
-    least = _find_least_difference([row.trial for row in rows], runs, objective)
-    if winner is None or default is None or least is None:
-        return None
-    means = [getattr(row.confirmation, f"{objective}_mean") for row in (winner, default)]
-    if None in means or without_seed(winner.trial.config) == without_seed(default.trial.config):
-        return None
-    difference = means[0] - means[1]
-    return Gain(difference=difference, low=difference - least, high=difference + least)
-
-
-def find_pair(rows: Iterable[BestRow]) -> tuple[BestRow | None, BestRow | None]:
-    """The row of rank 1 and that of the default configuration."""
-    rows = list(rows)
-    winner = next((row for row in rows if row.rank == 1), None)
-    return winner, next((row for row in rows if row.trial.trial_id == DEFAULT_ID), None)
+    objective, several = objectives[0], len(objectives) > 1
+    trials = [*ranked, *([default] if default else [])]
+    trained = {run.trial_id for run in runs}
+    configs = {trial.trial_id: trial.config for trial in trials if trial.trial_id in trained}
+    verdict = judge_gain(configs, runs, objective)
+    means = {trial.trial_id: _measure_means(own) for trial in trials if (own := _runs_of(trial, runs))}
+    if not several:
+        trials.sort(key=lambda trial: _mean_scores(means.get(trial.trial_id), objective))
+        trials.sort(key=lambda trial: trial.trial_id != verdict.recommended)
+    ranks = {trial.trial_id: None if several and trial is default else rank for rank, trial in enumerate(trials, 1)}
+    possible = _list_possible_best(trials, runs, objective)
+    text = describe_verdict(verdict, objective, ranks, several=several)
+    rows = []
+    for trial in trials:
+        found = _compare(trial, means.get(trial.trial_id), possible, objective)
+        if found and trial is trials[0]:
+            found = _add_verdict(found, verdict, text)
+        rows.append(BestRow(rank=ranks[trial.trial_id], trial=trial, confirmation=found))
+    return rows
 
 
 def _runs_of(trial: TrialRecord, runs: Iterable[ConfirmedRun]) -> list[ConfirmedRun]:
     return sorted((run for run in runs if run.trial_id == trial.trial_id), key=lambda run: run.seed)
-
-
-def _is_complete(runs: Sequence[ConfirmedRun]) -> bool:
-    return len(runs) > 0 and all(run.status is TrialStatus.COMPLETED for run in runs)
 
 
 def _measure_means(runs: Sequence[ConfirmedRun]) -> Confirmation:
@@ -216,28 +179,32 @@ def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[flo
     return tuple(-mean if name in MORE_IS_BETTER else mean for name, mean in zip(keys, known, strict=True))
 
 
-def _find_least_difference(trials: Iterable[TrialRecord], runs: Sequence[ConfirmedRun], objective: str) -> float | None:
-    """By how much means must differ to be told apart; None where fewer than two configurations are complete."""
-    of_trials = ((trial, _runs_of(trial, runs)) for trial in trials)
-    # A configuration counts once, or its copies would pass for agreement between configurations.
-    scores = {
-        without_seed(t.config): [getattr(run, objective) for run in own] for t, own in of_trials if _is_complete(own)
-    }
-    return least_significant_difference(list(scores.values())) if len(scores) >= 2 else None
+def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedRun], objective: str) -> set[str]:
+    """Trial ids of the configurations that may be the truly best."""
+    sign = 1 if objective in MORE_IS_BETTER else -1
+    of_trials = {trial.trial_id: score_runs(trial.trial_id, runs, objective) for trial in trials}
+    scores = {name: {seed: sign * value for seed, value in of.items()} for name, of in of_trials.items() if of}
+    # A configuration counts once: its copies share its runs, and would pass for rivals.
+    first_of = {without_seed(trial.config): trial.trial_id for trial in reversed(trials)}
+    possible = list_possible_best({name: scores[name] for name in first_of.values() if name in scores})
+    return {trial.trial_id for trial in trials if first_of[without_seed(trial.config)] in possible}
 
 
-def _judge(
-    trial: TrialRecord, means: Confirmation | None, best: Confirmation | None, least: float | None, objective: str
+def _compare(
+    trial: TrialRecord, means: Confirmation | None, possible: Collection[str], objective: str
 ) -> Confirmation | None:
-    """``means`` with what only a comparison tells: whether it is tied, and how optimistic the search's number was."""
+    """``means`` with what only a comparison tells: whether it may be the best, and how optimistic the search was."""
     mean: float | None = getattr(means, f"{objective}_mean", None)
     if means is None or mean is None:
         return means
-    best_mean: float | None = getattr(best, f"{objective}_mean", None)
     searched: float | None = getattr(trial.last, objective, None)
-    return dataclasses.replace(
-        means,
-        # Without a second configuration the only mean is that of rank 1 itself.
-        tied_with_best=None if best_mean is None else abs(mean - best_mean) <= (least or 0.0),
-        optimism=None if searched is None else searched - mean,
-    )
+    optimism = None if searched is None else searched - mean
+    return dataclasses.replace(means, tied_with_best=trial.trial_id in possible, optimism=optimism)
+
+
+def _add_verdict(found: Confirmation, verdict: Verdict, text: str) -> Confirmation:
+    found = dataclasses.replace(found, verdict=text, verdict_kind=str(verdict.kind))
+    gain = verdict.gain
+    if gain is None:
+        return found
+    return dataclasses.replace(found, gain=gain.difference, gain_low=gain.low, gain_high=gain.high)

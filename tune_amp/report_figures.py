@@ -11,6 +11,7 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.config import MORE_IS_BETTER, TrialStatus
+from tune_amp.confirmed import DEFAULT_ID
 from tune_amp.ledger import Ledger, TimeKind
 from tune_amp.report_axes import Axis, count_step, linear_axis, objective_axis, show_percent
 from tune_amp.report_run import Run, find_value, list_rankable
@@ -223,7 +224,7 @@ def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> g
 
 def draw_confirmed(run: Run) -> go.Figure:
     """Mean and interval of every confirmed configuration, its single runs, and what the search had said."""
-    rows = [row for row in (*run.ranked, *([run.default] if run.default else [])) if row.confirmation]
+    rows = [row for row in run.listed if row.confirmation]
     names = [name_row(row) for row in rows]
     places = {name: float(-index) for index, name in enumerate(names)}
     traces = []
@@ -240,8 +241,9 @@ def draw_confirmed(run: Run) -> go.Figure:
 
 
 def name_row(row: BestRow) -> str:
-    """``rank 1``, or ``default``."""
-    return "default" if row.rank is None else f"rank {row.rank}"
+    """``rank 1``, ``rank 1, default`` or ``default``."""
+    names = [f"rank {row.rank}"] * (row.rank is not None) + [DEFAULT_ID] * (row.trial.trial_id == DEFAULT_ID)
+    return ", ".join(names)
 
 
 def _draw_intervals(
@@ -299,7 +301,7 @@ def _draw_runs(
 
 
 def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) -> go.Scatter:
-    found = [(name_row(row), find_value(row.trial, "val_accuracy")) for row in rows if row.rank is not None]
+    found = [(name_row(row), find_value(row.trial, "val_accuracy")) for row in rows]
     drawn = [(name, value) for name, value in found if value is not None]
     return go.Scatter(
         x=[value for _, value in drawn],

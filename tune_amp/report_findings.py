@@ -104,8 +104,8 @@ def write_confirmed(run: Run) -> Html:
         "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
         "which each run read once, grey on the validation images. Small circles are the single runs. The diamond is "
         f"what the search had said of the same configuration{_explain_optimism(run)}. "
-        "Overlapping intervals are not what makes a tie: all runs share their seeds, and the table says which are "
-        "tied on the validation images. The default is the tutorial's configuration."
+        "Overlapping intervals are not what makes a tie: all runs share their seeds, and the table says which may be "
+        "the best on the validation images. The default is the tutorial's configuration."
     )
     label = "accuracy of every confirmed configuration with its 95% interval"
     plot = figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
@@ -146,15 +146,14 @@ def _list_ranked(run: Run) -> Html:
 
 def _list_confirmed(run: Run) -> Html:
     names = [parameter.name for parameter in run.parameters]
-    found = ("test accuracy", "validation accuracy", "in the search", "optimism", "seeds", "against rank 1")
+    found = ("test accuracy", "validation accuracy", "in the search", "optimism", "seeds", "may be the best")
     columns = ("", *found, *names)
-    rows = [*run.ranked, *([run.default] if run.default else [])]
-    return table(columns, [_tell_confirmed(run, row) for row in rows], winner=0)
+    return table(columns, [_tell_confirmed(run, row) for row in run.listed], winner=0)
 
 
 def _tell_confirmed(run: Run, row: BestRow) -> Sequence[str]:
     found = row.confirmation
-    own = find_value(row.trial, "val_accuracy") if row.rank is not None else None
+    own = find_value(row.trial, "val_accuracy")
     in_search = "" if own is None else show_percent(own)
     settings = _list_settings(run, row)
     if found is None:
@@ -166,7 +165,7 @@ def _tell_confirmed(run: Run, row: BestRow) -> Sequence[str]:
         in_search,
         _tell_optimism(run, found.optimism),
         str(len(found.confirm_seeds)),
-        "" if row is run.winner else {None: "not known", True: "tied", False: "told apart"}[found.tied_with_best],
+        {None: "not known", True: "yes", False: "no"}[found.tied_with_best],
         *settings,
     )
 

@@ -61,7 +61,7 @@ def _draw_slice(run: Run, parameter: Parameter, y: Axis) -> go.Figure:
         group = [trial for trial in run.trials if trial.status is status and settings[trial.trial_id] is not None]
         xs = x.place_all(settings[trial.trial_id] for trial in group)
         traces.append(draw_trials(run, group, xs, y, name=say_status(status)))
-    if run.winner:
+    if run.winner and run.winner.trial.last:  # the default configuration was no trial
         trial = run.winner.trial
         ring = {"symbol": "circle-open", "size": 16, "color": colour_of("ink"), "line": {"width": 2}}
         traces.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_amp.config import InputError, TrialConfig
-from tune_amp.confirmed import ConfirmedRun
+from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, load_importance
 from tune_amp.ledger import Ledger
 from tune_amp.parameters import Parameter
@@ -60,7 +60,7 @@ class Run:
 
     @functools.cached_property
     def ranked(self) -> tuple[BestRow, ...]:
-        """The rows that have a rank, the best first."""
+        """The rows that have a rank, the best first; the default too, where it competed."""
         ranked = [(row.rank, row) for row in self.rows if row.rank is not None]
         return tuple(row for _, row in sorted(ranked, key=lambda pair: pair[0]))
 
@@ -72,7 +72,12 @@ class Run:
     @property
     def default(self) -> BestRow | None:
         """The tutorial's configuration, where it was confirmed beside the winners."""
-        return next((row for row in self.rows if row.rank is None), None)
+        return next((row for row in self.rows if row.trial.trial_id == DEFAULT_ID), None)
+
+    @property
+    def listed(self) -> tuple[BestRow, ...]:
+        """The ranked rows, and the default where it has no rank."""
+        return self.ranked if self.default is None or self.default.rank else (*self.ranked, self.default)
 
     @property
     def is_confirmed(self) -> bool:

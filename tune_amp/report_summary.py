@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tune_amp.config import FIELD_TYPES, format_scale, is_function_name
-from tune_amp.confirm_table import describe_gain
-from tune_amp.confirmed import Confirmation
+from tune_amp.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.monitoring import describe_ties
-from tune_amp.ranking import without_seed
 from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
 from tune_amp.report_page import Html, command, definitions, join, tag
@@ -170,6 +168,9 @@ _WARNING = (
 
 
 def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Html]:
+    verdict = _tell_verdict(run, found)
+    if verdict:
+        yield tag("li", verdict)
     for failure in found.confirm_failures:
         yield tag("li", f"A run on a fresh seed did not complete: {failure}", class_="warning")
     if found.val_accuracy_mean is not None:
@@ -179,9 +180,6 @@ def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Html]:
             f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}",
         )
     yield _tell_ties(run)
-    gain = _tell_gain(run)
-    if gain:
-        yield tag("li", gain)
 
 
 def _tell_optimism(run: Run, found: Confirmation) -> str:
@@ -194,46 +192,37 @@ def _tell_optimism(run: Run, found: Confirmation) -> str:
 
 
 def _tell_ties(run: Run) -> Html:
-    others = [row for row in _list_others(run) if row.confirmation]
-    judged = [row for row in others if row.confirmation and row.confirmation.tied_with_best is not None]
-    tied = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
-    if not others:
+    confirmed = [row for row in run.listed if row.confirmation]
+    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
+    possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    method = "(paired t tests, corrected for their number, 95%)"
+    if len(confirmed) == 1:
         return tag("li", "It was confirmed alone: there is nothing to compare it with.")
-    if not judged:
+    if len(judged) < 2:
+        return tag("li", "Which may be the best is not known: not all runs completed.", class_="warning")
+    if len(possible) == 1:
+        which = "" if judged == confirmed else " whose runs all completed"
         return tag(
-            "li", "Whether it can be told from the others is not known: not all runs completed.", class_="warning"
+            "li", f"{possible[0].capitalize()} is better than every other confirmed configuration{which} {method}."
         )
-    if not tied:
-        which = "" if judged == others else " whose runs all completed"
-        return tag("li", f"It can be told from every other confirmed configuration{which} (Tukey's test, 95%).")
-    text = f"A tie: {_enumerate(tied)} cannot be told from it on these seeds (Tukey's test, 95%)."
+    text = f"A tie: any of {_enumerate(possible)} may be the best {method}."
     return tag("li", text, class_="warning")
 
 
-def _list_others(run: Run) -> Iterator[BestRow]:
-    """The rows below rank 1; not the default where rank 1 is that same configuration."""
-    yield from run.ranked[1:]
-    if run.winner and run.default:
-        default, winner = run.default.trial.config, run.winner.trial.config
-        if without_seed(default) != without_seed(winner):
-            yield run.default
-
-
 def _name(row: BestRow) -> str:
-    return "the tutorial's default" if row.rank is None else f"rank {row.rank}"
+    default = "the tutorial's default" if row.trial.trial_id == DEFAULT_ID else ""
+    return f"rank {row.rank}{f' ({default})' if default else ''}" if row.rank else default
 
 
 def _enumerate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _tell_gain(run: Run) -> str:
-    """What searching was worth, beside the configuration that everybody starts from, as the terminal said it."""
-    told = describe_gain(run.rows, run.provenance, run.confirmed).removeprefix("gain").strip()
-    if not told or run.default is None:
-        return ""
-    settings = describe_settings(run, run.default.trial)
-    return f"Gain over the tutorial's default ({settings}): {told.replace('number 1', 'rank 1')}."
+def _tell_verdict(run: Run, found: Confirmation) -> str:
+    """Whether searching gained anything over the configuration that everybody starts from, as the terminal said it."""
+    verdict = (found.verdict or "").replace("number ", "rank ")
+    settings = f" The defaults: {describe_settings(run, run.default.trial)}." if run.default else ""
+    return f"Verdict: {verdict}.{settings}" if verdict else ""
 
 
 def tell_interval(low: float | None, high: float | None) -> str:

@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.config import TrialStatus, generalize_error
-from tune_amp.confirm import ConfirmResult, confirm, list_left, plan_confirmation, select_done
+from tune_amp.confirm import ConfirmResult, confirm, plan_confirmation
 from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset
 from tune_amp.files import check_free, write_atomically
@@ -359,13 +359,11 @@ def _confirm(
 ) -> SearchResult:
     if not result.ranked:
         return result
-    plan = plan_confirmation(result.ranked, space, dataset, options)
-    done = select_done(plan, load_confirmed(result.folder)) if (result.folder / CONFIRM_FILE).exists() else ()
-    left = list_left(plan, done)
+    spent = sum(trial.wall_seconds for trial in result.trials)
     confirmation = confirm(
-        plan,
-        train_on_slots(left, dataset, resources, time_limit=options.trial_time_limit or math.inf),
-        done=done,
+        plan_confirmation(result.ranked, space, dataset, options, spent),
+        lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),
+        done=load_confirmed(result.folder) if (result.folder / CONFIRM_FILE).exists() else (),
         folder=result.folder,
         provenance=result.provenance,
         num_threads=resources.cpus,

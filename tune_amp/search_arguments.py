@@ -10,6 +10,12 @@ from tune_amp.options import DEFAULT_RESULTS_DIR, NONE, TRACKERS, SearchOptions
 DEFAULT_SPACE = "mnist_amp"
 
 
+CONFIRM_HELP = (
+    "most fresh seeds to confirm the best on: the top k and the defaults are trained on 3; then the best of them and "
+    "the defaults on the others, if these can show a gain; 0: none"
+)
+
+
 def search_parser(program: str) -> argparse.ArgumentParser:
     """Parses them; ``program`` is named in the help."""
     parser = OneLineParser(
@@ -63,7 +69,7 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     )
     text = "start from what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
     add("--warm-start", text, type=read_place, metavar="RUN")
-    add("--confirm-seeds", "fresh seeds on which the top k are trained again; 0: none", type=int, metavar="N")
+    add("--confirm-seeds", CONFIRM_HELP, type=int, metavar="N")
     text = "resume a run that was cut off, with the arguments that it had: its folder, or its name in --results-dir"
     add("--resume", text, type=read_place, metavar="RUN")
     add("--name", "name of the run: letters, digits, _, . and - (space, date and time)", metavar="RUN")

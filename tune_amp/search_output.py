@@ -176,7 +176,5 @@ def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None
         "reason": result.reason,
         "resume": resume if result.is_cut_off else None,
     }
-    found["confirmation"] = result.confirmation and describe_confirmation_as_json(
-        result.confirmation, result.provenance.objectives[0]
-    )
+    found["confirmation"] = result.confirmation and describe_confirmation_as_json(result.confirmation)
     JsonLines(stdout).write("result", {**found, "ledger": describe_ledger_as_json(result.ledger)})

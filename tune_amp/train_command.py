@@ -174,6 +174,8 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
             raise InputError(
                 f"--{flag.replace('_', '-')}: has no meaning with --replay, which repeats the trial as it was"
             )
+    if not record.epochs:
+        raise InputError(f"--replay: rank {arguments.rank} is the default configuration, which was no trial to repeat")
     torch.set_num_threads(record.num_threads)  # sums are split among threads: another number, other last bits
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}

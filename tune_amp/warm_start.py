@@ -23,6 +23,7 @@ from tune_amp.config import (
     is_function_name,
     shown,
 )
+from tune_amp.confirmed import DEFAULT_ID
 from tune_amp.parameters import Parameter
 from tune_amp.parquet import locate, read_kind
 from tune_amp.ranking import choose_best
@@ -134,8 +135,8 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
 
 
 def _load_winners(path: Path) -> list[TrialRecord]:
-    ranked = [(row.rank, row.trial) for row in load_best_rows(path) if row.rank is not None]
-    return [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
+    rows = [row for row in load_best_rows(path) if row.trial.trial_id != DEFAULT_ID]  # the defaults are tried anyway
+    return [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)]
 
 
 def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
