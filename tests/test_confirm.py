@@ -37,6 +37,7 @@ from tune_amp.intervals import mean_interval
 from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
+from tune_amp.planning import list_shared
 from tune_amp.ranking import rank_confirmed
 from tune_amp.resources import TrialResources
 from tune_amp.results import (
@@ -264,10 +265,10 @@ SPACE = "parameters:\n  lr: {low: 1.0e-4, high: 1.0e-2, log: true}\n"
     ("  precision: {choices: [bf16, fp32]}", "fp32"),
 ])  # fmt: skip
 def test_default_is_the_tutorials_in_fp16_where_the_space_has_it(
-    make_space: Callable[[str], SearchSpace], digits: Dataset, fixed: str, precision: str
+    make_space: Callable[[str], SearchSpace], fixed: str, precision: str
 ) -> None:
-    options = SearchOptions(model="conv_net", max_epochs=7, seed=4)
-    default = build_default(make_space(SPACE + fixed), digits, options)
+    precisions = make_space(SPACE + fixed).precisions
+    default = build_default(precisions, model="conv_net", dataset="digits", max_epochs=7, seed=4)
     assert (default.lr, default.batch_size, default.precision) == (1e-3, 64, precision)
     assert (default.model, default.dataset, default.max_epochs) == ("conv_net", "digits", 7)
     if precision == "fp16":
@@ -278,11 +279,34 @@ def test_default_that_a_search_on_a_long_tail_found_itself_is_trained_once(
     make_space: Callable[[str], SearchSpace], digits: Dataset
 ) -> None:
     tailed = make_long_tail(digits, 5.0)
-    options = SearchOptions(max_epochs=2, confirm_seeds=2)
     space = make_space(SPACE + "  precision: {choices: [bf16, fp16]}")
+    default = build_default(space.precisions, **list_shared(tailed, SearchOptions(max_epochs=2)))
     found = TrialConfig(precision="fp16", dataset="digits", max_epochs=2, imbalance=5.0)
-    plan = plan_confirmation([make_trial("a", config=found)], space, tailed, options, 10.0)
+    plan = plan_for([make_trial("a", config=found)], default, seeds=2)
     assert [job.trial_ids for job in plan.first_jobs] == [("a", "default")] * 2
+
+
+def plan_for(
+    ranked: Sequence[TrialRecord], default: TrialConfig, *, train_images: int = 1_000, seeds: int = 3
+) -> ConfirmPlan:
+    return plan_confirmation(
+        ranked,
+        default,
+        train_images=train_images,
+        top_k=3,
+        seeds=seeds,
+        objective="val_accuracy",
+        search_seconds=100.0,
+    )
+
+
+def test_further_seeds_take_no_longer_than_the_search_or_a_minute() -> None:
+    plan = plan_for(make_ranked(0.9), TrialConfig())
+    assert plan.budget_seconds == 100.0
+    short = plan_confirmation(
+        [], TrialConfig(), train_images=99, top_k=1, seeds=3, objective="val_accuracy", search_seconds=1.0
+    )
+    assert short.budget_seconds == 60.0
 
 
 def make_plan(
@@ -331,16 +355,12 @@ def test_seeds_are_fresh(seed: int) -> None:
         TrialConfig(seed=fresh)
 
 
-def test_a_default_whose_batch_exceeds_the_data_is_left_out_with_a_reason(
-    digits: Dataset, make_space: Callable[[str], SearchSpace]
-) -> None:
-    few = dataclasses.replace(digits, train=make_split(63))
-    space, options = make_space(SPACE + "fixed: {batch_size: 32}"), SearchOptions(confirm_seeds=2)
-    plan = plan_confirmation(make_ranked(0.9), space, few, options, 10.0)
+def test_a_default_whose_batch_exceeds_the_data_is_left_out_with_a_reason() -> None:
+    plan = plan_for(make_ranked(0.9), TrialConfig(), train_images=63, seeds=2)
     assert plan.default is None
     assert plan.left_out == "the default configuration is left out: its batch of 64 exceeds the 63 training images"
     assert [job.trial_ids for job in plan.first_jobs] == [("a",)] * 2
-    assert plan_confirmation(make_ranked(0.9), space, digits, options, 10.0).left_out is None
+    assert plan_for(make_ranked(0.9), TrialConfig(), train_images=64).left_out is None
 
 
 # One run

@@ -12,8 +12,9 @@ from records import PROVENANCE, make_scored, make_trial
 from rich.console import Console
 
 from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirm_table import describe_confirmed, print_confirmed, render_confirmed
+from tune_amp.confirm_table import describe_confirmed, render_confirmed
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.outcome import print_confirmed
 from tune_amp.ranking import rank_confirmed
 from tune_amp.results import (
     BestRow,

@@ -27,7 +27,6 @@ from tune_amp.monitoring import (
     describe_confirmation_as_json,
     describe_counts,
     describe_ledger_as_json,
-    describe_ties,
     describe_time,
     describe_trial,
     render_confirmation,
@@ -36,7 +35,7 @@ from tune_amp.monitoring import (
     render_progress,
     render_ranking,
 )
-from tune_amp.ranking import rank_confirmed
+from tune_amp.ranking import describe_ties, rank_confirmed
 from tune_amp.recorder import SearchProgress
 from tune_amp.results import TrialRecord
 

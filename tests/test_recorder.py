@@ -14,12 +14,12 @@ from records import PROVENANCE, make_epoch
 
 from tune_amp import recorder as recorder_module
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.failures import find_cause, find_status
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.past import open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import TrialRecord, load_ledger, load_trials
 from tune_amp.run_files import JOURNAL_FILE
-from tune_amp.searcher import find_cause, find_status
 from tune_amp.trainable import failure_report, progress_report
 
 CONFIG = TrialConfig(precision="fp16", lr=0.01, batch_size=256)

@@ -21,6 +21,7 @@ from records import PROVENANCE, make_epoch
 from small_runs import untimed
 
 from tune_amp.config import RUNNING, InputError, TrialConfig, TrialStatus
+from tune_amp.failures import find_cause
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.mending import mend_run
 from tune_amp.monitoring import Quiet
@@ -29,7 +30,7 @@ from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import Provenance
 from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.search import _end_unheard
-from tune_amp.searcher import AmpSearch, find_cause
+from tune_amp.searcher import AmpSearch
 from tune_amp.source import TrialSource
 from tune_amp.space import load_space
 from tune_amp.stopping import build_scheduler, replay

@@ -18,18 +18,11 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus, consent_to
+from tune_amp.failures import OUT_OF_MEMORY_SIGN, find_cause, find_reason, find_status, is_node_lost
 from tune_amp.journal import cut_torn_line
 from tune_amp.past import PastTrial
 from tune_amp.run_files import STUDY_FILE
-from tune_amp.searcher import (
-    OUT_OF_MEMORY_SIGN,
-    UNKNOWN_VALUES,
-    AmpSearch,
-    find_cause,
-    find_reason,
-    find_status,
-    is_node_lost,
-)
+from tune_amp.searcher import UNKNOWN_VALUES, AmpSearch
 from tune_amp.space import SearchSpace, load_space
 from tune_amp.stopping import WORST_VALUES
 from tune_amp.trainable import LargerShareNeeded
@@ -381,7 +374,7 @@ import sys, time
 import ray
 from ray import tune
 from pathlib import Path
-from tune_amp.searcher import OUT_OF_MEMORY_SIGN, find_cause, find_status
+from tune_amp.failures import OUT_OF_MEMORY_SIGN, find_cause, find_status
 
 class Waiting(tune.Trainable):
     def step(self):

@@ -12,17 +12,14 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.data import Dataset
 from tune_amp.gain import FIRST_SEEDS, choose_challenger, may_gain, without_seed
 from tune_amp.inert import find_inert
-from tune_amp.options import SearchOptions
 from tune_amp.ranking import rank_confirmed
 from tune_amp.results import BestRow, Provenance, TrialRecord, write_best, write_confirmed
-from tune_amp.space import SearchSpace
 
 SHORT_SECONDS = 60.0
 """Further seeds may take this long after however short a search."""
@@ -151,51 +148,49 @@ class ConfirmResult:
 
 def plan_confirmation(
     ranked: Sequence[TrialRecord],
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
+    default: TrialConfig,
+    *,
+    train_images: int,
+    top_k: int,
+    seeds: int,
+    objective: str,
     search_seconds: float,
 ) -> ConfirmPlan:
     """Plan to train the best ``top_k`` and the default configuration on the same fresh seeds.
 
     Args:
         ranked: the search's ranking.
-        space: of the search.
-        dataset: of the search.
-        options: of the search.
-        search_seconds: that its trials took, one after the other: further seeds take no longer, or a minute.
+        default: from ``build_default``, with the seed of the search.
+        train_images: images of the training split.
+        top_k: configurations to be confirmed.
+        seeds: most seeds.
+        objective: the first of the search.
+        search_seconds: what its trials took, one after the other: further seeds take no longer, or a minute.
     """
-    default = build_default(space, dataset, options)
     left_out = None
-    if default.batch_size > len(dataset.train):
-        images = f"{len(dataset.train):,} training images"
+    if default.batch_size > train_images:
+        images = f"{train_images:,} training images"
         left_out = f"the default configuration is left out: its batch of {default.batch_size} exceeds the {images}"
     return ConfirmPlan(
         ranked=ranked,
-        top_k=options.top_k,
+        top_k=top_k,
         default=None if left_out else default,
         left_out=left_out,
-        seeds=choose_seeds(options.seed, options.confirm_seeds),
-        objective=options.objectives[0],
+        seeds=choose_seeds(default.seed, seeds),
+        objective=objective,
         budget_seconds=max(SHORT_SECONDS, search_seconds),
     )
 
 
-def build_default(space: SearchSpace, dataset: Dataset, options: SearchOptions) -> TrialConfig:
+def build_default(precisions: Sequence[str], **shared: Any) -> TrialConfig:
     """PyTorch's AMP tutorial: lr 1e-3, batch 64, and GradScaler's own defaults where the space has fp16.
 
-    Elsewhere the precision is the space's own: TrialConfig's default if that is among several.
+    Args:
+        precisions: those of the space. Without fp16, the default is TrialConfig's own if that is among several.
+        shared: the ``TrialConfig`` fields that all trials of the search have in common.
     """
-    known = space.precisions
-    own = TrialConfig.precision if TrialConfig.precision in known else known[0]
-    return TrialConfig(
-        precision="fp16" if "fp16" in known else own,
-        model=options.model,
-        dataset=dataset.name,
-        imbalance=dataset.imbalance,
-        max_epochs=options.max_epochs,
-        seed=options.seed,
-    )
+    own = TrialConfig.precision if TrialConfig.precision in precisions else precisions[0]
+    return TrialConfig(precision="fp16" if "fp16" in precisions else own, **shared)
 
 
 def choose_seeds(seed: int, count: int) -> tuple[int, ...]:

@@ -17,9 +17,8 @@ from tune_amp.config import TrialStatus, one_line
 from tune_amp.confirm import ConfirmJob
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset, Split
+from tune_amp.failures import count_free_retries, describe_limit, find_reason, find_status
 from tune_amp.resources import SlotCounter, TrialResources, beside_this_process, double_share
-from tune_amp.searcher import count_free_retries, find_reason, find_status
-from tune_amp.time_limit import describe_limit
 from tune_amp.trainable import (
     WORKER_RETRIES,
     WorkerSetup,

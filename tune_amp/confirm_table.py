@@ -5,27 +5,12 @@ Needs what a run's Parquet files hold and nothing else, so that a run can be sho
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from tune_amp.config import TrialConfig, format_scale
 from tune_amp.confirmed import DEFAULT_ID, Confirmation
-from tune_amp.console import say
 from tune_amp.gain import show_difference
 from tune_amp.results import BestRow, Provenance
-
-
-def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Provenance) -> None:
-    """Print the table of the confirmed configurations and the sentences below it, the verdict last.
-
-    Args:
-        console: where to.
-        rows: of ``best.parquet``, those without confirmation included.
-        provenance: of the run.
-    """
-    console.print(render_confirmed(rows, provenance))
-    for sentence in describe_confirmed(rows, provenance):
-        say(console, sentence)
 
 
 def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:

@@ -22,8 +22,8 @@ from tune_amp.console import printable
 from tune_amp.halt import forget_closed_terminal
 from tune_amp.importance import ImportanceResult
 from tune_amp.ledger import Ledger, TimeKind
-from tune_amp.ranking import choose_best, count_ties
-from tune_amp.results import Provenance, TrialRecord
+from tune_amp.ranking import choose_best
+from tune_amp.results import TrialRecord
 
 if TYPE_CHECKING:  # both bring Ray, which a finished run is shown without
     from tune_amp.confirm import ConfirmProgress, ConfirmResult
@@ -233,31 +233,6 @@ def render_ledger(ledger: Ledger, wrap_up_seconds: float | None) -> str:
 def describe_ledger_as_json(ledger: Ledger) -> dict[str, Any]:
     """A ledger as JSON shows it: its fields, and the two shares that sum it up."""
     return {**dataclasses.asdict(ledger), "useful": ledger.useful, "efficiency": ledger.efficiency}
-
-
-def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
-    """What a ranking by accuracy, or a Pareto set, can and cannot tell; empty where nothing is known of that."""
-    if provenance.objectives != ("val_accuracy",) and ranked[0].status is not TrialStatus.COMPLETED:
-        return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
-    if len(provenance.objectives) > 1:
-        names = " and ".join(provenance.objectives)
-        return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
-    if provenance.objective == "val_loss":
-        return ""
-    text = _describe_accuracy_ties(ranked, provenance.validation_images)
-    if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
-        text += " Those with fewer epochs ended early, and count with the accuracy they had."
-    return text
-
-
-def _describe_accuracy_ties(ranked: Sequence[TrialRecord], validation_images: int) -> str:
-    ties = count_ties(ranked, validation_images)
-    images = f"{validation_images:,} validation images"
-    if len(ranked) == 1:
-        return f"One seed on {images}: other seeds will differ by some tenths of a point."
-    if ties == 1:
-        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
-    return f"Numbers 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
 
 
 def describe_trial(trial: TrialRecord) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 
 from tune_amp.config import is_function_name
-from tune_amp.confirm_table import print_confirmed
+from tune_amp.confirm_table import describe_confirmed, render_confirmed
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.console import printable, say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.ledger import Ledger
-from tune_amp.monitoring import describe_counts, describe_ties, render_importance, render_ledger, render_ranking
+from tune_amp.monitoring import describe_counts, render_importance, render_ledger, render_ranking
 from tune_amp.options import DEFAULT_RESULTS_DIR, name_path, name_run
-from tune_amp.ranking import choose_best
+from tune_amp.ranking import choose_best, describe_ties
 from tune_amp.results import (
     BestRow,
     Provenance,
@@ -162,6 +162,19 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
     say(console, f"files    {outcome.folder}: {', '.join(files)}")
     if (outcome.folder / BEST_FILE).exists():
         console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
+
+
+def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Provenance) -> None:
+    """Print the table of the confirmed configurations and the sentences below it, the verdict last.
+
+    Args:
+        console: where to.
+        rows: of ``best.parquet``, those without confirmation included.
+        provenance: of the run.
+    """
+    console.print(render_confirmed(rows, provenance))
+    for sentence in describe_confirmed(rows, provenance):
+        say(console, sentence)
 
 
 def _print_ranking(console: Console, outcome: Outcome) -> None:

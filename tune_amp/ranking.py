@@ -9,7 +9,7 @@ from tune_amp.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, Inpu
 from tune_amp.confirmed import Confirmation, ConfirmedRun
 from tune_amp.gain import Verdict, describe_verdict, judge_gain, score_runs, without_seed
 from tune_amp.intervals import list_possible_best, mean_interval
-from tune_amp.results import BestRow, TrialRecord
+from tune_amp.results import BestRow, Provenance, TrialRecord
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
 # The first of these groups that has a trial is ranked.
@@ -95,6 +95,31 @@ def count_ties(ranked: Sequence[TrialRecord], validation_images: int) -> int:
         if abs(accuracies[0] - accuracy) > 2 * math.hypot(errors[0], error):
             return place
     return len(ranked)
+
+
+def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
+    """What a ranking by accuracy, or a Pareto set, can and cannot tell; empty where nothing is known of that."""
+    if provenance.objectives != ("val_accuracy",) and ranked[0].status is not TrialStatus.COMPLETED:
+        return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
+    if len(provenance.objectives) > 1:
+        names = " and ".join(provenance.objectives)
+        return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
+    if provenance.objective == "val_loss":
+        return ""
+    text = _describe_accuracy_ties(ranked, provenance.validation_images)
+    if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
+        text += " Those with fewer epochs ended early, and count with the accuracy they had."
+    return text
+
+
+def _describe_accuracy_ties(ranked: Sequence[TrialRecord], validation_images: int) -> str:
+    ties = count_ties(ranked, validation_images)
+    images = f"{validation_images:,} validation images"
+    if len(ranked) == 1:
+        return f"One seed on {images}: other seeds will differ by some tenths of a point."
+    if ties == 1:
+        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
+    return f"Numbers 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
 
 
 def _last_accuracy(trial: TrialRecord) -> float:

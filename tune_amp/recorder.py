@@ -17,12 +17,12 @@ from ray import tune
 from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 
 from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error
+from tune_amp.failures import find_status
 from tune_amp.inert import find_inert
 from tune_amp.journal import Journal
 from tune_amp.ledger import Ledger, SlotTimes, TimeKind, TrialTime, build_ledger
 from tune_amp.results import Provenance, TrialRecord, build_from, write_trials
 from tune_amp.run_files import JOURNAL_FILE
-from tune_amp.searcher import find_status
 from tune_amp.trainable import metrics_of
 
 # Files are rewritten as reports come in, so that a killed search loses seconds, but not for every one of thousands.

@@ -7,7 +7,7 @@ from typing import Any
 
 from tune_amp.config import FIELD_TYPES, format_scale, is_function_name
 from tune_amp.confirmed import DEFAULT_ID, Confirmation
-from tune_amp.monitoring import describe_ties
+from tune_amp.ranking import describe_ties
 from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
 from tune_amp.report_page import Html, command, definitions, join, tag

@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.config import TrialStatus, generalize_error
-from tune_amp.confirm import ConfirmResult, confirm, plan_confirmation
+from tune_amp.confirm import ConfirmResult, build_default, confirm, plan_confirmation
 from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset
 from tune_amp.files import check_free, write_atomically
@@ -33,7 +33,7 @@ from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE
-from tune_amp.searcher import AmpSearch, find_cause
+from tune_amp.searcher import AmpSearch
 from tune_amp.source import TrialSource
 from tune_amp.space import SearchSpace
 from tune_amp.stopping import TrialKey, replay
@@ -149,7 +149,7 @@ def run_search(
             journal = stack.enter_context(begin_run(folder, space, provenance, arguments or {}))
         gauges = Gauges(observer, slots=resources.max_concurrent)
         remover = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))  # Tune does not wait for a slow disk
-        limit = TimeLimit(options.trial_time_limit, find_cause=find_cause)
+        limit = TimeLimit(options.trial_time_limit)
         recorder = TrialRecorder(
             folder,
             provenance,
@@ -359,9 +359,17 @@ def _confirm(
 ) -> SearchResult:
     if not result.ranked:
         return result
-    spent = sum(trial.wall_seconds for trial in result.trials)
+    plan = plan_confirmation(
+        result.ranked,
+        build_default(space.precisions, **list_shared(dataset, options)),
+        train_images=len(dataset.train),
+        top_k=options.top_k,
+        seeds=options.confirm_seeds,
+        objective=options.objectives[0],
+        search_seconds=sum(trial.wall_seconds for trial in result.trials),
+    )
     confirmation = confirm(
-        plan_confirmation(result.ranked, space, dataset, options, spent),
+        plan,
         lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),
         done=load_confirmed(result.folder) if (result.folder / CONFIRM_FILE).exists() else (),
         folder=result.folder,

@@ -7,12 +7,9 @@ from typing import Any
 import ray
 from ray import tune
 
+from tune_amp.failures import describe_limit, find_cause
+
 LOOK_SECONDS = 0.5
-
-
-def describe_limit(seconds: float) -> str:
-    """Why a trial was ended that took longer."""
-    return f"it took longer than --trial-time-limit ({seconds:g} s) and was ended"
 
 
 class TimeLimit(tune.Callback):
@@ -32,7 +29,7 @@ class TimeLimit(tune.Callback):
         self,
         seconds: float | None,
         *,
-        find_cause: Callable[[Any], str],
+        find_cause: Callable[[Any], str] = find_cause,
         kill: Callable[[Any], object] = ray.kill,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -19,13 +19,14 @@ from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig, describe_error, format_scale
 from tune_amp.data import Dataset
+from tune_amp.failures import LARGER_SHARE_SIGN, count_free_retries, find_cause, find_reason
 from tune_amp.halt import StopRequest
 from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun
 from tune_amp.replaced import replaced
 from tune_amp.resources import TrialResources, double_share
-from tune_amp.searcher import LARGER_SHARE_SIGN, AmpSearch, count_free_retries, find_cause, find_reason
+from tune_amp.searcher import AmpSearch
 from tune_amp.source import TrialSource
 from tune_amp.stopping import DivergenceAware, build_scheduler
 from tune_amp.storage import RunStorage

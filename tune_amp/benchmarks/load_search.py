@@ -219,12 +219,13 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
         folder: for its run folder, which is there.
         cut_off: trials that run when it is killed, and come on top when it goes on; 0: it ends in peace.
     """
+    from tune_amp.failures import find_cause
     from tune_amp.planning import describe_run as describe
     from tune_amp.planning import list_shared
     from tune_amp.recorder import SearchProgress, TrialRecorder
     from tune_amp.resources import TrialResources
     from tune_amp.search import begin_run
-    from tune_amp.searcher import AmpSearch, find_cause
+    from tune_amp.searcher import AmpSearch
     from tune_amp.stopping import build_scheduler
     from tune_amp.storage import RAY_FOLDER
 

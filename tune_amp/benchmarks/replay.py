@@ -28,10 +28,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tune_amp.benchmarks.curves import Curves
 from tune_amp.config import HOPELESS_STATES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
+from tune_amp.failures import find_status
 from tune_amp.parameters import Parameter
 from tune_amp.results import TrialRecord
 from tune_amp.samplers import reseed
-from tune_amp.searcher import AmpSearch, find_status
+from tune_amp.searcher import AmpSearch
 from tune_amp.space import FLAGS, SearchSpace, parse_space
 from tune_amp.stopping import build_scheduler, objective_mode
 from tune_amp.trainable import progress_report
