@@ -148,7 +148,7 @@ THIRD_PARTY = {
     "report_scales": {"plotly"},
     "report_figures": {"plotly"},
     "report_parameters": {"plotly"},
-    "report_page": {"plotly"},
+    "report_page": {"jinja2", "plotly"},
     "report_summary": set(),
     "report_sections": set(),
     "report_findings": set(),

@@ -4,23 +4,33 @@ plotly.js, 4.8 MB of JavaScript, is in the file: the report of years ago still o
 """
 
 import os
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tune_amp import __version__
 from tune_amp.config import InputError
 from tune_amp.files import write_atomically
-from tune_amp.report_findings import (
-    write_confirmed,
-    write_importance,
-    write_ledger,
-    write_origin,
-    write_parameters,
-)
-from tune_amp.report_page import Html, build_page, is_page, tag
+from tune_amp.report_findings import find_origin, write_confirmed, write_importance, write_ledger, write_parameters
+from tune_amp.report_page import Section, is_page, render_page
 from tune_amp.report_run import Run, load_run
 from tune_amp.report_sections import write_curves, write_epochs, write_history, write_scales
 from tune_amp.report_summary import name_subject, say_moment, write_summary
 from tune_amp.run_files import REPORT_FILE
+
+SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.MappingProxyType(
+    {
+        "history": ("history", "How the search went", write_history),
+        "epochs": ("early stopping", "What early stopping saved", write_epochs),
+        "scales": ("loss scales", "The loss scale of every trial", write_scales),
+        "curves": ("validation", "Validation by epoch", write_curves),
+        "importance": ("importance", "Which settings mattered", write_importance),
+        "parameters": ("settings", "Settings and what they led to", write_parameters),
+        "best": ("fresh seeds", "The best, and what fresh seeds say of them", write_confirmed),
+        "time": ("slot time", "What the slots' time went into", write_ledger),
+    }
+)
+"""Anchor -> name in the contents, heading, and what writes it."""
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -53,45 +63,11 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def build_report(run: Run) -> str:
     """The report as HTML."""
-    return build_page(f"{name_subject(run)}: {run.provenance.run}", build_content(run))
-
-
-def build_content(run: Run) -> list[Html]:
-    """What a reader sees: the first screen and the sections."""
-    head = tag(
-        "header",
-        tag("h1", name_subject(run)),
-        tag("p", f"tune_amp, run {run.provenance.run}, started {say_moment(run.provenance.created)}", class_="run"),
-        write_summary(run),
-        _write_contents(),
+    return render_page(
+        subject=name_subject(run),
+        run=run.provenance.run,
+        started=say_moment(run.provenance.created),
+        summary=write_summary(run),
+        sections={anchor: (link, title, write(run)) for anchor, (link, title, write) in SECTIONS.items()},
+        origin=find_origin(run, __version__),
     )
-    return [
-        head,
-        write_history(run),
-        write_epochs(run),
-        write_scales(run),
-        write_curves(run),
-        write_importance(run),
-        write_parameters(run),
-        write_confirmed(run),
-        write_ledger(run),
-        write_origin(run, __version__),
-    ]
-
-
-CONTENTS = {
-    "history": "history",
-    "epochs": "early stopping",
-    "scales": "loss scales",
-    "curves": "validation",
-    "importance": "importance",
-    "parameters": "settings",
-    "best": "fresh seeds",
-    "time": "slot time",
-    "origin": "origin",
-}
-
-
-def _write_contents() -> Html:
-    links = (tag("li", tag("a", name, href=f"#{anchor}")) for anchor, name in CONTENTS.items())
-    return tag("nav", tag("ul", *links), aria_label="sections")

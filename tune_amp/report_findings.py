@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 from tune_amp.importance import FEWEST_TRIALS, describe_importance
+from tune_amp.ledger import TimeKind
 from tune_amp.report_axes import objective_title, show_percent
 from tune_amp.report_figures import KIND_COLOURS, LEAST_SHARE, draw_confirmed, draw_ledger, name_row
-from tune_amp.report_page import Html, command, definitions, figure, join, section, table, tag
+from tune_amp.report_page import Figure, Origin, Section, Swatch, Table, quote_words
 from tune_amp.report_parameters import draw_importance, draw_parallel, draw_slices
 from tune_amp.report_run import MISSING, Run, find_value
-from tune_amp.report_sections import say, tell_epochs, tell_last, tell_trouble, write_key
+from tune_amp.report_sections import tell_epochs, tell_last, tell_trouble, write_key
 from tune_amp.report_style import count_of
 from tune_amp.report_summary import say_moment, say_seconds, say_setting, tell_interval
 from tune_amp.results import BestRow
@@ -17,12 +18,11 @@ from tune_amp.run_files import CONFIRM_FILE, IMPORTANCE_FILE, TRIALS_FILE
 # ---- the parameters ----
 
 
-def write_importance(run: Run) -> Html:
+def write_importance(run: Run) -> Section:
     """Which parameters mattered."""
-    title = "Which settings mattered"
     result = run.importance
     if result is None:
-        return section("importance", title, say(_tell_why_no_importance(run)))
+        return Section([_tell_why_no_importance(run)])
     line = describe_importance(result).removeprefix("importance ")
     text = f"Importance for {result.objective} {line.rstrip(':')}."
     caption = (
@@ -31,9 +31,7 @@ def write_importance(run: Run) -> Html:
         f"beyond its mark cannot be told from noise, and is pale. {result.method}."
     )
     label = "importance of each searched setting beside what permuted values reach"
-    return section(
-        "importance", title, say(text), figure(caption, {"importance-plot": (label, draw_importance(result))})
-    )
+    return Section([text], [Figure(caption, {"importance-plot": (label, draw_importance(result))})])
 
 
 def _tell_why_no_importance(run: Run) -> str:
@@ -50,11 +48,10 @@ def _tell_why_no_importance(run: Run) -> str:
     )
 
 
-def write_parameters(run: Run) -> Html:
+def write_parameters(run: Run) -> Section:
     """Slices and parallel coordinates."""
-    title = "Settings and what they led to"
     if all(find_value(trial, run.objective) is None for trial in run.trials):
-        return section("parameters", title, say("No trial has a value to show against its settings."))
+        return Section(["No trial has a value to show against its settings."])
     slices = {
         f"slice-{name}": (f"{run.objective} of every trial against {name}", plot)
         for name, plot in draw_slices(run).items()
@@ -71,35 +68,29 @@ def write_parameters(run: Run) -> Html:
         "passed by."
     )
     paths = {"parallel-plot": ("every trial as a line through its settings to its result", draw_parallel(run))}
-    return section(
-        "parameters",
-        title,
-        figure(about_slices, slices, layout="slices"),
-        tag("h3", "All together"),
-        figure(
-            about_paths,
-            paths,
-            key=write_key(run, [trial for trial in run.trials if find_value(trial, run.objective) is not None]),
-        ),
-    )
+    key = write_key(run, [trial for trial in run.trials if find_value(trial, run.objective) is not None])
+    figures = [
+        Figure(about_slices, slices, layout="slices"),
+        Figure(about_paths, paths, key=key, heading="All together"),
+    ]
+    return Section(figures=figures)
 
 
 # ---- fresh seeds ----
 
 
-def write_confirmed(run: Run) -> Html:
+def write_confirmed(run: Run) -> Section:
     """What fresh seeds say of the best."""
-    title = "The best, and what fresh seeds say of them"
     if not run.rows:
-        return section("best", title, say("No trial produced a result that could be ranked."))
+        return Section(["No trial produced a result that could be ranked."])
     if not any(row.confirmation for row in run.rows):
         text = (
             "The best trials were not trained again on fresh seeds. Their order comes from one seed and "
             f"{run.provenance.validation_images:,} validation images: differences of some tenths of a point are noise."
         )
-        return section("best", title, say(text), _list_ranked(run))
+        return Section([text], tables=[_list_ranked(run)])
     trouble = run.troubles.get(CONFIRM_FILE)
-    notes = [say(f"Single runs are not shown: confirm.parquet {tell_trouble(trouble)}.")] if trouble else []
+    notes = [f"Single runs are not shown: confirm.parquet {tell_trouble(trouble)}."] if trouble else []
     caption = (
         "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
         "which each run read once, grey on the validation images. Small circles are the single runs. The diamond is "
@@ -108,8 +99,8 @@ def write_confirmed(run: Run) -> Html:
         "the best on the validation images. The default is the tutorial's configuration."
     )
     label = "accuracy of every confirmed configuration with its 95% interval"
-    plot = figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
-    return section("best", title, *notes, plot, _list_confirmed(run), *_tell_early(run), *_list_failures(run))
+    plot = Figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
+    return Section(notes, [plot], [_list_confirmed(run), *_list_failures(run)])
 
 
 def _explain_optimism(run: Run) -> str:
@@ -118,10 +109,11 @@ def _explain_optimism(run: Run) -> str:
     return ": its distance from the grey dot is the search's optimism"
 
 
-def _tell_early(run: Run) -> Iterator[Html]:
+def _tell_early(run: Run) -> str:
     confirmed = [row.trial for row in run.rows if row.confirmation]
     if any(trial.last and trial.last.epoch < trial.config.max_epochs for trial in confirmed):
-        yield say("Optimism of those that ended early in the search compares with the epoch they had reached.")
+        return "Optimism of those that ended early in the search compares with the epoch they had reached."
+    return ""
 
 
 def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
@@ -129,7 +121,7 @@ def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
         yield say_setting(parameter.name, getattr(row.trial.config, parameter.name))
 
 
-def _list_ranked(run: Run) -> Html:
+def _list_ranked(run: Run) -> Table:
     columns = ("", "trial", *(parameter.name for parameter in run.parameters), "epochs", "val. accuracy", "val. loss")
     rows = [
         (
@@ -141,14 +133,14 @@ def _list_ranked(run: Run) -> Html:
         )
         for row in run.ranked
     ]
-    return table(columns, rows, winner=0)
+    return Table(columns, rows, winner=0)
 
 
-def _list_confirmed(run: Run) -> Html:
+def _list_confirmed(run: Run) -> Table:
     names = [parameter.name for parameter in run.parameters]
     found = ("test accuracy", "validation accuracy", "in the search", "optimism", "seeds", "may be the best")
     columns = ("", *found, *names)
-    return table(columns, [_tell_confirmed(run, row) for row in run.listed], winner=0)
+    return Table(columns, [_tell_confirmed(run, row) for row in run.listed], winner=0, note=_tell_early(run))
 
 
 def _tell_confirmed(run: Run, row: BestRow) -> Sequence[str]:
@@ -180,13 +172,12 @@ def _tell_optimism(run: Run, optimism: float | None) -> str:
     return f"{optimism:+.4f} nats" if run.objective == "val_loss" else f"{100 * optimism:+.2f} points"
 
 
-def _list_failures(run: Run) -> Iterator[Html]:
+def _list_failures(run: Run) -> Iterator[Table]:
     failures = [
         (name_row(row), text) for row in run.rows if row.confirmation for text in row.confirmation.confirm_failures
     ]
     if failures:
-        yield tag("h3", "Runs that did not complete")
-        yield table(("", "why"), failures, long="why")
+        yield Table(("", "why"), failures, long="why", heading="Runs that did not complete")
 
 
 # ---- time, origin ----
@@ -200,14 +191,13 @@ def list_words(given: Sequence[str]) -> list[str]:
     return [*(["python"] if first[0].endswith(".py") else []), *first, *given[1:]]
 
 
-def write_ledger(run: Run) -> Html:
+def write_ledger(run: Run) -> Section:
     """What the slots spent their time on."""
-    title = "What the slots' time went into"
     ledger = run.ledger
     if ledger is None or not ledger.shares:
         trouble = run.troubles.get(TRIALS_FILE)
         reason = f"the ledger cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
-        return section("time", title, say(f"Not known: {reason}."))
+        return Section([f"Not known: {reason}."])
     text = (
         f"{count_of(ledger.slots, 'slot')} of {say_seconds(ledger.wall_seconds)} each: "
         f"{ledger.useful:.1%} went into training steps of trials that completed, {ledger.efficiency:.1%} into training "
@@ -217,22 +207,15 @@ def write_ledger(run: Run) -> Html:
         "The whole bar is the time of all slots, places in which a trial runs. The table names its parts from the left."
     )
     rows = [
-        (join([_swatch(kind), kind]), say_seconds(ledger.seconds[kind]), f"{share:.1%}")
+        (Swatch(kind, *KIND_COLOURS[TimeKind(kind)]), say_seconds(ledger.seconds[kind]), f"{share:.1%}")
         for kind, share in ledger.shares.items()
         if share >= LEAST_SHARE
     ]
-    plot = figure(caption, {"time-plot": (text, draw_ledger(ledger))})
-    return section(
-        "time", title, say(text), plot, tag("div", table(("spent on", "time", "share"), rows), class_="narrow")
-    )
+    plot = Figure(caption, {"time-plot": (text, draw_ledger(ledger))})
+    return Section([text], [plot], [Table(("spent on", "time", "share"), rows, narrow=True)])
 
 
-def _swatch(kind: str) -> Html:
-    colour, opacity = next(style for of, style in KIND_COLOURS.items() if of == kind)
-    return tag("i", class_="swatch", style=f"background: var(--{colour}); opacity: {opacity}")
-
-
-def write_origin(run: Run, version: str) -> Html:
+def find_origin(run: Run, version: str) -> Origin:
     """Where all of this comes from."""
     origin = run.provenance
     pairs = [
@@ -247,12 +230,4 @@ def write_origin(run: Run, version: str) -> Html:
     unused = [f"{name}: {trouble}" for name, trouble in run.troubles.items() if trouble != MISSING]
     if unused:
         pairs.append(("not used", "; ".join(unused)))
-    return section(
-        "origin",
-        "Where this comes from",
-        definitions(pairs),
-        tag("h3", "Command"),
-        command(list_words(origin.command)),
-        tag("h3", f"Search space: {origin.space_source}"),
-        tag("pre", origin.space_text, tabindex=0),
-    )
+    return Origin(pairs, quote_words(list_words(origin.command)), origin.space_source, origin.space_text)

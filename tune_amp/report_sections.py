@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from tune_amp.config import EpochMetrics, TrialStatus
 from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import draw_curves, draw_epochs, draw_history, draw_pareto
-from tune_amp.report_page import Html, figure, line_key, section, table, tag
+from tune_amp.report_page import Figure, LineKey, Section, Table
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_scales import Trajectory, draw_scales, trace_scales
 from tune_amp.report_style import count_of, list_statuses, say_status
@@ -29,20 +29,15 @@ _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
 # ---- shared ----
 
 
-def say(text: str) -> Html:
-    """A sentence or more as a paragraph."""
-    return tag("p", text)
-
-
 def tell_trouble(trouble: str) -> str:
     """Why a file is not used, after its name."""
     return trouble if trouble == MISSING else f"cannot be read ({trouble})"
 
 
-def write_key(run: Run, trials: Sequence[TrialRecord], *, marks: str | None = None) -> Html:
+def write_key(run: Run, trials: Sequence[TrialRecord], *, marks: str | None = None) -> LineKey:
     """The key of a figure in which each of ``trials`` is a line."""
     groups = [(str(status), say_status(status)) for status in list_statuses(trials)]
-    return line_key(groups, winner=any(map(run.is_winner, trials)), marks=marks)
+    return LineKey(groups, winner=any(map(run.is_winner, trials)), marks=marks)
 
 
 def tell_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
@@ -62,25 +57,25 @@ def tell_epochs(trial: TrialRecord) -> str:
 # ---- the trials ----
 
 
-def write_history(run: Run) -> Html:
+def write_history(run: Run) -> Section:
     """How the search went, trial by trial."""
     if not run.trials:
-        return section("history", "How the search went", say("No trial was started."))
+        return Section(["No trial was started."])
     caption = (
         "Every mark is a trial at its last epoch: symbol and colour say how it ended, the line is the best value so "
         "far. Trials that ended early are shown with the value that they had. " + _explain_axis(run.objective)
     )
     label = f"{run.objective} of {count_of(len(run.trials), 'trial')} in the order of their start"
-    parts: list[Html] = []
+    figures = []
     for other in run.provenance.objectives[1:]:
         text = (
             f"{run.objective} against {other}. The ringed trials are the Pareto set: no other trial is at least as "
             "good in all objectives and better in one."
         )
         if any(find_value(trial, other) is not None for trial in run.trials):
-            parts.append(figure(text, {f"pareto-{other}": (text, draw_pareto(run, other))}))
-    parts.append(figure(caption, {"history-plot": (label, draw_history(run))}))
-    return section("history", "How the search went", *parts, _list_trials(run))
+            figures.append(Figure(text, {f"pareto-{other}": (text, draw_pareto(run, other))}))
+    figures.append(Figure(caption, {"history-plot": (label, draw_history(run))}))
+    return Section(figures=figures, tables=[_list_trials(run)])
 
 
 def _explain_axis(objective: str) -> str:
@@ -92,7 +87,7 @@ def _explain_axis(objective: str) -> str:
     return "The axis is logarithmic."
 
 
-def _list_trials(run: Run) -> Html:
+def _list_trials(run: Run) -> Table:
     columns = ["trial", "status", "epochs", "val. accuracy", "val. loss", "skipped steps", "training"]
     rows = [
         [trial.trial_name, say_status(trial.status), tell_epochs(trial), *tell_last(trial.last)] for trial in run.trials
@@ -100,24 +95,20 @@ def _list_trials(run: Run) -> Html:
     if any(trial.error for trial in run.trials):
         columns.append("error")
         rows = [[*row, trial.error or ""] for row, trial in zip(rows, run.trials, strict=True)]
-    return tag(
-        "details", tag("summary", f"{count_of(len(rows), 'trial')} as a table"), table(columns, rows, long="error")
-    )
+    return Table(columns, rows, long="error", summary=f"{count_of(len(rows), 'trial')} as a table")
 
 
-def write_epochs(run: Run) -> Html:
+def write_epochs(run: Run) -> Section:
     """How many trials got how far."""
-    title = "What early stopping saved"
     if not any(trial.last for trial in run.trials):
-        return section("epochs", title, say("No trial came to the end of an epoch."))
+        return Section(["No trial came to the end of an epoch."])
     silent = sum(trial.last is None for trial in run.trials)
     caption = (
         "A bar for every epoch, as high as the number of trials that trained it. The faint part went on; the others "
         f"ended there: at the end of their budget (completed), {_explain_stops(run)}"
         + (f" {silent} ended before the first report and are in no bar." if silent else "")
     )
-    plot = draw_epochs(run)
-    return section("epochs", title, say(describe_savings(run)), figure(caption, {"epochs-plot": (caption, plot)}))
+    return Section([describe_savings(run)], [Figure(caption, {"epochs-plot": (caption, draw_epochs(run))})])
 
 
 def _explain_stops(run: Run) -> str:
@@ -163,12 +154,11 @@ def _estimate_rest(trial: TrialRecord) -> float:
     return (last.train_seconds + last.val_seconds) / max(1, last.epoch) * (trial.config.max_epochs - last.epoch)
 
 
-def write_scales(run: Run) -> Html:
+def write_scales(run: Run) -> Section:
     """The loss scale of every trial."""
-    title = "The loss scale of every trial"
     trajectories = trace_scales(run)
     if not trajectories:
-        return section("scales", title, say(_tell_why_no_scale(run)))
+        return Section([_tell_why_no_scale(run)])
     overflows = sum(len(trajectory.overflows) for trajectory in trajectories)
     first, whole = draw_scales(run, trajectories)
     plots = {
@@ -177,8 +167,7 @@ def write_scales(run: Run) -> Html:
     }
     trials = [trajectory.trial for trajectory in trajectories]
     key = write_key(run, trials, marks="overflow: step skipped" if overflows else None)
-    text = say(_tell_overflows(trajectories, overflows))
-    return section("scales", title, text, figure(_ABOUT_SCALES, plots, layout="panels", key=key))
+    return Section([_tell_overflows(trajectories, overflows)], [Figure(_ABOUT_SCALES, plots, layout="panels", key=key)])
 
 
 _ABOUT_SCALES = (
@@ -208,25 +197,16 @@ def _tell_why_no_scale(run: Run) -> str:
     return "No trial in fp16 came to the end of an epoch, so that no loss scale is known."
 
 
-def write_curves(run: Run) -> Html:
+def write_curves(run: Run) -> Section:
     """Validation by epoch."""
-    title = "Validation by epoch"
     plot = draw_curves(run)
     if plot is None:
-        return section("curves", title, say("No trial was validated."))
+        return Section(["No trial was validated."])
     trouble = run.troubles.get(EPOCHS_FILE)
-    notes = [say(f"Only last epochs are shown: epochs.parquet {tell_trouble(trouble)}.")] if trouble else []
+    notes = [f"Only last epochs are shown: epochs.parquet {tell_trouble(trouble)}."] if trouble else []
     caption = (
         "Each line is a trial, validated in fp32 after every epoch; the thick one is rank 1. Where a line ends, so "
         "did its trial. " + _explain_axis("val_loss" if run.objective == "val_loss" else "val_accuracy")
     )
-    return section(
-        "curves",
-        title,
-        *notes,
-        figure(
-            caption,
-            {"curves-plot": ("validation by epoch of every trial", plot)},
-            key=write_key(run, [trial for trial in run.trials if trial.epochs]),
-        ),
-    )
+    key = write_key(run, [trial for trial in run.trials if trial.epochs])
+    return Section(notes, [Figure(caption, {"curves-plot": ("validation by epoch of every trial", plot)}, key=key)])

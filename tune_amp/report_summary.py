@@ -2,7 +2,7 @@
 
 import collections
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tune_amp.config import FIELD_TYPES, format_scale, is_function_name
@@ -10,7 +10,7 @@ from tune_amp.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.ranking import describe_ties
 from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
-from tune_amp.report_page import Html, command, definitions, join, tag
+from tune_amp.report_page import Finding, Summary, Swatch, quote_words
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_style import count_of, list_statuses
 from tune_amp.results import BestRow, TrialRecord
@@ -23,16 +23,26 @@ def name_subject(run: Run) -> str:
     return f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
 
 
-def write_summary(run: Run) -> Html:
+def write_summary(run: Run) -> Summary:
     """Both halves of the first screen."""
-    searched = tag("div", tag("h2", "What was searched"), definitions(_list_searched(run)))
-    return tag("div", searched, tag("div", tag("h2", "What came out"), *_tell_result(run)), class_="summary")
+    searched, statuses = list(_list_searched(run)), list(map(_tell_count, _count_statuses(run.trials)))
+    if run.winner is None:
+        reasons = [Finding(reason, is_warning=True) for reason in _list_reasons(run.trials)]
+        return Summary(searched, statuses, "No trial produced a result.", findings=reasons)
+    return Summary(
+        searched,
+        statuses,
+        *_tell_merit(run, run.winner),
+        settings=describe_settings(run, run.winner.trial),
+        findings=list(_list_findings(run, run.winner)),
+        **_tell_reuse(run),
+    )
 
 
 # ---- what was searched ----
 
 
-def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
+def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
     origin = run.provenance
     names = ", ".join(parameter.name for parameter in run.parameters)
     yield "space", f"{origin.space_source}: {names}"
@@ -42,8 +52,7 @@ def _list_searched(run: Run) -> Iterator[tuple[str, object]]:
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
     epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
-    counts = tag("span", *map(_tell_count, _count_statuses(run.trials)), class_="statuses")
-    yield "trials", join([f"{len(run.trials)}{epochs}", counts])
+    yield "trials", f"{len(run.trials)}{epochs}"
     yield "device", "; ".join(_list_devices(run.trials)) or origin.device
     yield "seeds", _tell_seeds(run)
     if run.ledger:
@@ -62,10 +71,9 @@ def _count_statuses(trials: Sequence[TrialRecord]) -> list[tuple[str, int]]:
     return [(str(status), counts[status]) for status in list_statuses(trials)]
 
 
-def _tell_count(counted: tuple[str, int]) -> Html:
+def _tell_count(counted: tuple[str, int]) -> Swatch:
     status, count = counted
-    swatch = tag("i", class_="swatch", style=f"background: var(--{status})")
-    return tag("span", swatch, f"{count} {status.replace('_', ' ')}")
+    return Swatch(f"{count} {status.replace('_', ' ')}", status)
 
 
 def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
@@ -100,41 +108,24 @@ def say_seconds(seconds: float) -> str:
 # ---- what came out ----
 
 
-def _tell_result(run: Run) -> Iterator[Html]:
-    winner = run.winner
-    if winner is None:
-        yield tag("p", "No trial produced a result.", class_="figure-of-merit")
-        yield tag(
-            "ul", *(tag("li", reason, class_="warning") for reason in _list_reasons(run.trials)), class_="findings"
-        )
-        return
-    yield _tell_merit(run, winner)
-    yield definitions([("settings", describe_settings(run, winner.trial))])
-    yield tag("ul", *_list_findings(run, winner), class_="findings")
-    yield _tell_reuse(run)
-
-
 def _list_reasons(trials: Sequence[TrialRecord]) -> list[str]:
     """The commonest reasons first."""
     reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
     return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
 
 
-def _tell_merit(run: Run, winner: BestRow) -> Html:
+def _tell_merit(run: Run, winner: BestRow) -> tuple[str, str]:
+    """The figure of merit, and what it is."""
     found = winner.confirmation
     if found and found.test_accuracy_mean is not None:
         interval = tell_interval(found.test_accuracy_low, found.test_accuracy_high)
         seeds = f"mean of {len(found.confirm_seeds)} fresh seeds, 95% interval {interval}"
-        return _merit(show_percent(found.test_accuracy_mean), f"test accuracy of rank 1: {seeds}")
+        return show_percent(found.test_accuracy_mean), f"test accuracy of rank 1: {seeds}"
     axis = build_objective_axis(run, run.objective)
     value = find_value(winner.trial, run.objective)
     told = "no value" if value is None else axis.show(value)
     which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
-    return _merit(told, f"{axis.title} {which}, from the search's one seed")
-
-
-def _merit(number: str, of_what: str) -> Html:
-    return tag("p", number, tag("small", of_what), class_="figure-of-merit")
+    return told, f"{axis.title} {which}, from the search's one seed"
 
 
 def describe_settings(run: Run, trial: TrialRecord) -> str:
@@ -153,10 +144,10 @@ def say_setting(name: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _list_findings(run: Run, winner: BestRow) -> Iterator[Html]:
+def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
     if not winner.confirmation:
         text = describe_ties([row.trial for row in run.ranked], run.provenance)
-        yield tag("li", f"{text} {_WARNING}".strip(), class_="warning")
+        yield Finding(f"{text} {_WARNING}".strip(), is_warning=True)
         return
     yield from _tell_confirmation(run, winner.confirmation)
 
@@ -167,16 +158,15 @@ _WARNING = (
 )
 
 
-def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Html]:
+def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Finding]:
     verdict = _tell_verdict(run, found)
     if verdict:
-        yield tag("li", verdict)
+        yield Finding(verdict)
     for failure in found.confirm_failures:
-        yield tag("li", f"A run on a fresh seed did not complete: {failure}", class_="warning")
+        yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
     if found.val_accuracy_mean is not None:
         interval = tell_interval(found.val_accuracy_low, found.val_accuracy_high)
-        yield tag(
-            "li",
+        yield Finding(
             f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}",
         )
     yield _tell_ties(run)
@@ -191,22 +181,22 @@ def _tell_optimism(run: Run, found: Confirmation) -> str:
     return f"Optimism: the search's own number was {100 * abs(found.optimism):.2f} points {side} that mean."
 
 
-def _tell_ties(run: Run) -> Html:
+def _tell_ties(run: Run) -> Finding:
     confirmed = [row for row in run.listed if row.confirmation]
     judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
     possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
     method = "(paired t tests, corrected for their number, 95%)"
     if len(confirmed) == 1:
-        return tag("li", "It was confirmed alone: there is nothing to compare it with.")
+        return Finding("It was confirmed alone: there is nothing to compare it with.")
     if len(judged) < 2:
-        return tag("li", "Which may be the best is not known: not all runs completed.", class_="warning")
+        return Finding("Which may be the best is not known: not all runs completed.", is_warning=True)
     if len(possible) == 1:
         which = "" if judged == confirmed else " whose runs all completed"
-        return tag(
-            "li", f"{possible[0].capitalize()} is better than every other confirmed configuration{which} {method}."
+        return Finding(
+            f"{possible[0].capitalize()} is better than every other confirmed configuration{which} {method}."
         )
     text = f"A tie: any of {_enumerate(possible)} may be the best {method}."
-    return tag("li", text, class_="warning")
+    return Finding(text, is_warning=True)
 
 
 def _name(row: BestRow) -> str:
@@ -233,12 +223,13 @@ def tell_interval(low: float | None, high: float | None) -> str:
 # ---- reuse ----
 
 
-def _tell_reuse(run: Run) -> Html:
+def _tell_reuse(run: Run) -> Mapping[str, Any]:
+    """The command that trains the winner, or why there is none."""
     trouble = run.troubles.get(BEST_FILE)
     if trouble:
         reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
-        return tag("p", f"Ranked by this report: {reason}, so that no command trains the winner.", class_="muted")
-    return join([tag("h3", "Train it again"), command(list_reuse(run))])
+        return {"unranked": f"Ranked by this report: {reason}, so that no command trains the winner."}
+    return {"reuse": quote_words(list_reuse(run))}
 
 
 def list_reuse(run: Run) -> list[str]:
