@@ -160,7 +160,7 @@ def test_help_and_errors_answer_without_importing_the_heavy_libraries() -> None:
         "import sys; from tune_amp.search_command import search_command\n"
         "try: search_command(['--help'])\nexcept SystemExit: pass\n"
         "search_command(['--num-samples', 'x'])\n"
-        "print(sorted({'torch', 'ray', 'optuna', 'pyarrow'} & set(sys.modules)))"
+        "print(sorted({'torch', 'ray', 'optuna', 'pyarrow', 'jinja2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")

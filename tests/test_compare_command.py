@@ -112,7 +112,7 @@ def test_flags_are_answered_without_importing_the_heavy_libraries() -> None:
         "import sys; from tune_amp.compare_command import compare_command\n"
         "try: compare_command(['--help'])\nexcept SystemExit: pass\n"
         "compare_command(['x', '--seeds', '1'])\n"
-        "print(sorted({'torch', 'ray', 'optuna', 'scipy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'ray', 'optuna', 'scipy', 'jinja2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: scripts/compare.py")

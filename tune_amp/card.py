@@ -7,14 +7,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tune_amp.config import TrialConfig, code_span, is_function_name, list_settings
+from tune_amp.config import code_span, is_function_name, list_settings
 from tune_amp.confirmed import DEFAULT_ID
 from tune_amp.intervals import wilson_interval
+from tune_amp.markdown import render_markdown
 from tune_amp.ranking import count_ties
 from tune_amp.results import BestRow, Provenance
 
 if TYPE_CHECKING:
-    from tune_amp.confirmed import Confirmation
     from tune_amp.reuse import FinalResult  # brings torch
 
 _NOISE = "2 standard errors of the validation images, one seed each"
@@ -50,42 +50,32 @@ class CardSource:
 
 
 def describe_card(result: "FinalResult", source: CardSource) -> str:
-    """The card, as Markdown."""
-    config = result.config
-    found = (
-        "the default settings, which none was shown to beat" if source.is_default else "settings that a search found"
-    )
-    head = (
-        f"# {code_span(config.model)} trained on {code_span(config.dataset)}\n\n"
-        f"Classifies images of shape {_shape(result)} into {result.num_classes} classes. Trained in {config.precision} "
-        f"by tune_amp {source.versions['tune_amp']}, with {found}; the weights are fp32."
-    )
-    sections = {
-        "How good": _describe_accuracy(result, source),
-        "What it is": _describe_model(result),
-        "What it was trained on": _describe_training(result, source),
-        "Where the settings come from": _describe_origin(config, source),
-        "How to use it": _describe_use(result),
-        "Limits": _describe_limits(result),
-    }
-    return "\n\n".join([head, *(f"## {title}\n\n{text}" for title, text in sections.items())]) + "\n"
-
-
-def _describe_accuracy(result: "FinalResult", source: CardSource) -> str:
+    """The card, as Markdown: ``templates/card.md``, in which texts of files stand as inline code."""
+    config, now, found = result.config, vars(result.config), source.row.trial.config
     low, high = wilson_interval(result.test_accuracy, result.test_images)
-    lines = [
-        f"Test accuracy {_percent(result.test_accuracy)}, 95 % interval {_percent(low)} to {_percent(high)} "
-        f"(Wilson's, over images), on {result.test_images:,} images, in fp32.",
-        "The test set was read once, after the last epoch. Nothing was chosen by it in this training.",
-    ]
-    confirmation = source.row.confirmation
-    if confirmation is not None:
-        lines += _describe_confirmation(result, source, confirmation)
-    return _listed(lines)
+    return render_markdown(
+        "card.md",
+        result=result,
+        source=source,
+        config=config,
+        shape=f"[{', '.join(map(str, ['batch', *result.input_shape]))}]",
+        accuracy=_percent(result.test_accuracy),
+        interval=f"{_percent(low)} to {_percent(high)}",
+        last=result.epochs[-1],
+        settings=list_settings(config),
+        changed={name: (value, now[name]) for name, value in vars(found).items() if value != now[name]},
+        confirmation=_describe_confirmation(result, source),
+        verdicts=_list_verdicts(source),
+        tie=_describe_tie(source),
+        own_code=config.model.partition(":")[0] if is_function_name(config.model) else "",
+    )
 
 
-def _describe_confirmation(result: "FinalResult", source: CardSource, confirmation: "Confirmation") -> list[str]:
+def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[str]:
     """What the search's confirmation found for these settings: with other weights, on other seeds."""
+    confirmation = source.row.confirmation
+    if confirmation is None:
+        return []
     count = len(confirmation.confirm_seeds)
     mean, low, high = (getattr(confirmation, f"test_accuracy_{part}") for part in ("mean", "low", "high"))
     if mean is None or low is None or high is None:
@@ -109,58 +99,9 @@ def _describe_confirmation(result: "FinalResult", source: CardSource, confirmati
     return lines
 
 
-def _describe_model(result: "FinalResult") -> str:
-    return _listed(
-        [
-            f"Model: {code_span(result.config.model)}, {result.num_parameters:,} parameters, "
-            "float32 in `model.safetensors`.",
-            f"Input: uint8 images {_shape(result)}, given to the model as "
-            f"`(pixel - {result.input_shift!r}) * {result.input_factor!r}` in float32.",
-            f"Output: logits [batch, {result.num_classes}].",
-        ]
-    )
-
-
-def _describe_training(result: "FinalResult", source: CardSource) -> str:
-    config, last = result.config, result.epochs[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
-    tail = "" if config.imbalance == 1 else f", thinned to a long tail of {config.imbalance:g}:1 (the test set is not)"
-    lines = [
-        f"Data: {code_span(config.dataset)}, {result.train_images:,} images: training and validation images "
-        f"together{tail}.",
-        f"SHA-256 of the data: `{result.data_hash}`.",
-        f"Seed {config.seed}, {config.max_epochs} epochs, {last.steps:,} steps, of which {last.skipped_steps:,} were "
-        f"skipped; average loss of the last epoch {last.train_loss:.4f}.",
-        f"Precision {config.precision}, on {result.device}; {versions}.",
-        f"Settings: {', '.join(f'{name} {_value(value)}' for name, value in list_settings(config).items())}.",
-    ]
-    return _listed(lines)
-
-
-def _describe_origin(config: TrialConfig, source: CardSource) -> str:
-    trial, about = source.row.trial, source.provenance
-    changed = [
-        f"{name} {_value(getattr(config, name))} instead of {_value(value)}"
-        for name, value in vars(trial.config).items()
-        if value != getattr(config, name)
-    ]
-    lines = [
-        f"Run {code_span(about.run)}, rank {source.rank} of {len(source.ranked)}.",
-        "The tutorial's default configuration, which was no trial of the search."
-        if source.is_default
-        else f"Trial {code_span(trial.trial_id)}: {code_span(trial.trial_name)}.",
-        f"Searched for {about.objective} on {about.validation_images:,} validation images.",
-        *_describe_verdict(source),
-        _describe_tie(source),
-    ]
-    if changed:
-        lines.append(f"Changed for this training: {', '.join(changed)}.")
-    return _listed(lines)
-
-
-def _describe_verdict(source: CardSource) -> list[str]:
+def _list_verdicts(source: CardSource) -> list[str]:
     verdicts = [row.confirmation.verdict for row in source.best if row.confirmation and row.confirmation.verdict]
-    return [f"Verdict of the search: {verdict.replace('number ', 'rank ')}." for verdict in verdicts]
+    return [verdict.replace("number ", "rank ") for verdict in verdicts]
 
 
 def _describe_tie(source: CardSource) -> str:
@@ -197,60 +138,5 @@ def _name_ties(ranks: Sequence[int | None]) -> str:
     return f"Tied with rank {', '.join(map(str, ranks))}"
 
 
-def _describe_use(result: "FinalResult") -> str:
-    """A snippet that runs as it is, in the folder of the weights."""
-    model = result.config.model
-    needed = imported = consent = ""
-    if is_function_name(model):
-        module = code_span(model.partition(":")[0])
-        needed = f"{module} must be importable: in the current folder, or below one that `PYTHONPATH` names.\n\n"
-        imported = "from tune_amp.config import consent_to\n"
-        consent = f'consent_to("{model}")  # your own code, which this runs\n'
-    return f"""{needed}In this folder:
-
-```python
-import torch
-from safetensors.torch import load_model
-{imported}from tune_amp.models import build_model
-
-{consent}model = build_model("{model}", {result.input_shape!r}, {result.num_classes})
-load_model(model, "model.safetensors")
-model.eval()
-
-
-def classify(images):
-    \"\"\"uint8 images [batch, {", ".join(map(str, result.input_shape))}] -> the class of each.\"\"\"
-    with torch.inference_mode():
-        return model((images - {result.input_shift!r}) * {result.input_factor!r}).argmax(dim=1)
-```"""
-
-
-def _describe_limits(result: "FinalResult") -> str:
-    return _listed(
-        [
-            f"Tested on the {result.test_images:,} test images of {code_span(result.config.dataset)}, and on nothing "
-            "else: not on images from another source, nor on any that belong to none of its classes.",
-            f"Tested in fp32 on {result.device}: not in lower precision, not quantized, not exported.",
-            "One seed. The interval above is over images: another seed moves the accuracy as well.",
-            "Whether its probabilities are calibrated was not measured.",
-            "To train several times and keep what tests best is to choose by the test set: its accuracy then flatters.",
-        ]
-    )
-
-
-def _listed(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _shape(result: "FinalResult") -> str:
-    return "[" + ", ".join(["batch", *map(str, result.input_shape)]) + "]"
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, str):
-        return code_span(value) if is_function_name(value) else value
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -21,47 +21,32 @@ from tune_amp.compared import (
 )
 from tune_amp.config import TrialConfig, TrialStatus, code_span, list_settings
 from tune_amp.intervals import Equivalence
+from tune_amp.markdown import render_markdown
 
 CPU_MEANING = (
     "On a CPU the arithmetic of bf16 and fp16 and the loss scaling are real, so that the accuracies count; the speed "
     "is this CPU's and says nothing about a GPU, and memory is not measured."
 )
-SPEED_NOTE = (
-    "Medians over the seeds of each run's median epoch, the first left out. Ratios are paired by seed: geometric mean "
-    "with its 95 % interval."
-)
-ACCURACY_NOTE = (
-    "Validation accuracy after the last epoch: mean over the seeds with its 95 % interval; differences are paired by "
-    f"seed, in points. Within {MARGIN_POINTS} points: by two one-sided tests at 5 %. Could have seen: the smallest "
-    "true difference that these runs would have told from 0 with a probability of 80 %. Intervals are about further "
-    "seeds, not about other images."
-)
-MAP_NOTE = (
-    "Medians of turns of a moment each, in which the precisions of a cell take turns; ratios are paired by turn "
-    "(smallest to largest), and a precision is faster or slower where all turns agree. No accuracy: the learning rate "
-    "was chosen for one model and batch size."
-)
 
 
 def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell] = ()) -> str:
-    """The whole page, Markdown."""
+    """The whole page, Markdown: ``templates/compare.md``."""
     arms = [summarise_arm(runs, precision) for precision in _list_measured(origin, runs)]
-    parts = [
-        f"# Precisions compared: rank {origin.rank} of {code_span(origin.run)}",
-        _describe_origin(origin, runs),
-        "## Speed and memory",
-        _render_speed(arms),
-        f"{SPEED_NOTE} {_describe_data_bytes(origin)}",
-        "## Accuracy",
-        _render_accuracy(arms),
-        ACCURACY_NOTE,
-        _render_seeds(origin, arms, runs),
-        "## The tutorial's claims",
-        _render_claims(origin, runs),
-    ]
-    if cells:
-        parts += ["## Where AMP is faster and smaller", _sum_up_map(cells), _render_map(cells), MAP_NOTE]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_markdown(
+        "compare.md",
+        origin=origin,
+        settings=describe_settings(origin),
+        runs=runs,
+        cpu_meaning=CPU_MEANING,
+        speed=_render_speed(arms),
+        data_bytes=_megabytes(origin.data_bytes),
+        accuracy=_render_accuracy(arms),
+        margin=MARGIN_POINTS,
+        by_seed=_render_seeds(origin, arms, runs),
+        verdicts=judge_claims(runs, origin.place),
+        map_places=_sum_up_map(cells),
+        map=_render_map(cells) if cells else "",
+    )
 
 
 def describe_settings(origin: ComparisonOrigin) -> str:
@@ -101,29 +86,6 @@ def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Se
 def _list_measured(origin: ComparisonOrigin, runs: Sequence[ComparedRun]) -> list[str]:
     measured = {run.precision for run in runs}
     return [precision for precision in origin.precisions if precision in measured]
-
-
-def _describe_origin(origin: ComparisonOrigin, runs: Sequence[ComparedRun]) -> str:
-    planned = len(origin.precisions) * len(origin.seeds)
-    seeds = ", ".join(map(str, origin.seeds))
-    lines = [
-        f"{describe_settings(origin)}.",
-        f"{len(runs)} of {planned} runs of {origin.epochs} epochs, one at a time, on seeds {seeds}: in every precision "
-        "the same initial weights and order of data; the order of the runs is shuffled within a seed.",
-        f"{origin.train_images:,} training and {origin.validation_images:,} validation images; the test set is unread.",
-        f"The settings were found with {origin.config['precision']}: another precision might do better with its own.",
-        f"Device: {origin.place}; {', '.join(f'{name} {version}' for name, version in origin.versions.items())}.",
-        *(f"{precision} is left out: {reason}." for precision, reason in origin.left_out.items()),
-        *(f"{notice}." for notice in origin.notices),
-        *([CPU_MEANING] if origin.device == "cpu" else []),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _describe_data_bytes(origin: ComparisonOrigin) -> str:
-    if origin.device == "cpu":
-        return "Memory is measured with CUDA only."
-    return f"Peak memory is that of training; the resident data set, {_megabytes(origin.data_bytes)}, comes on top."
 
 
 def _render_speed(arms: Sequence[ArmSummary]) -> str:
@@ -194,13 +156,6 @@ def _show_run(run: ComparedRun | None) -> str:
     return f"{100 * run.val_accuracy:.2f}"
 
 
-def _render_claims(origin: ComparisonOrigin, runs: Sequence[ComparedRun]) -> str:
-    return "\n".join(
-        f'- {verdict.precision}, "{verdict.claim}": **{verdict.answer}**: {verdict.evidence}.'
-        for verdict in judge_claims(runs, origin.place)
-    )
-
-
 # ---- the map ----
 
 
@@ -229,14 +184,13 @@ def _map_cells(cell: MapCell, baseline: MapCell) -> tuple[str, ...]:
     return (*head, rate, compared, "" if memory is None else f"{memory:.2f}", ratio.word)
 
 
-def _sum_up_map(cells: Sequence[MapCell]) -> str:
-    """Of each precision a line: where it is faster and smaller than fp32, and where not."""
+def _sum_up_map(cells: Sequence[MapCell]) -> dict[str, str]:
+    """Of each precision where it is faster and smaller than fp32, and where not."""
     pairs = [pair for pair in _pair_cells(cells) if pair[0].precision != BASELINE]
     precisions = dict.fromkeys(cell.precision for cell, _ in pairs)
-    return "\n".join(
-        f"- {precision}: {_list_places([pair for pair in pairs if pair[0].precision == precision])}."
-        for precision in precisions
-    )
+    return {
+        precision: _list_places([pair for pair in pairs if pair[0].precision == precision]) for precision in precisions
+    }
 
 
 def _list_places(pairs: Sequence[tuple[MapCell, MapCell]]) -> str:

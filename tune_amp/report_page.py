@@ -66,7 +66,7 @@ class Figure(NamedTuple):
     caption: str
     plots: Mapping[str, tuple[str, go.Figure]]
     """Id that no other has -> what the plot shows, for those who cannot see it, and the plot."""
-    layout: str | None = None
+    layout: str = ""
     """CSS class of the grid of several plots."""
     key: LineKey | None = None
     heading: str = ""

@@ -2,7 +2,7 @@
 
 import collections
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tune_amp.config import FIELD_TYPES, format_scale, is_function_name
@@ -12,7 +12,7 @@ from tune_amp.report_axes import show_percent
 from tune_amp.report_figures import build_objective_axis
 from tune_amp.report_page import Finding, Summary, Swatch, quote_words
 from tune_amp.report_run import MISSING, Run, find_value
-from tune_amp.report_style import count_of, list_statuses
+from tune_amp.report_style import count_of, list_statuses, say_status
 from tune_amp.results import BestRow, TrialRecord
 from tune_amp.run_files import BEST_FILE
 
@@ -25,7 +25,7 @@ def name_subject(run: Run) -> str:
 
 def write_summary(run: Run) -> Summary:
     """Both halves of the first screen."""
-    searched, statuses = list(_list_searched(run)), list(map(_tell_count, _count_statuses(run.trials)))
+    searched, statuses = list(_list_searched(run)), _count_statuses(run.trials)
     if run.winner is None:
         reasons = [Finding(reason, is_warning=True) for reason in _list_reasons(run.trials)]
         return Summary(searched, statuses, "No trial produced a result.", findings=reasons)
@@ -35,7 +35,8 @@ def write_summary(run: Run) -> Summary:
         *_tell_merit(run, run.winner),
         settings=describe_settings(run, run.winner.trial),
         findings=list(_list_findings(run, run.winner)),
-        **_tell_reuse(run),
+        reuse=[] if BEST_FILE in run.troubles else quote_words(list_reuse(run)),
+        unranked=_tell_unranked(run),
     )
 
 
@@ -66,14 +67,9 @@ def _tell_tail(trials: Sequence[TrialRecord]) -> str:
     return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
 
 
-def _count_statuses(trials: Sequence[TrialRecord]) -> list[tuple[str, int]]:
+def _count_statuses(trials: Sequence[TrialRecord]) -> list[Swatch]:
     counts = collections.Counter(trial.status for trial in trials)
-    return [(str(status), counts[status]) for status in list_statuses(trials)]
-
-
-def _tell_count(counted: tuple[str, int]) -> Swatch:
-    status, count = counted
-    return Swatch(f"{count} {status.replace('_', ' ')}", status)
+    return [Swatch(f"{counts[status]} {say_status(status)}", status) for status in list_statuses(trials)]
 
 
 def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
@@ -167,7 +163,7 @@ def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Finding]:
     if found.val_accuracy_mean is not None:
         interval = tell_interval(found.val_accuracy_low, found.val_accuracy_high)
         yield Finding(
-            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}",
+            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}"
         )
     yield _tell_ties(run)
 
@@ -223,13 +219,13 @@ def tell_interval(low: float | None, high: float | None) -> str:
 # ---- reuse ----
 
 
-def _tell_reuse(run: Run) -> Mapping[str, Any]:
-    """The command that trains the winner, or why there is none."""
+def _tell_unranked(run: Run) -> str:
+    """Why no command trains the winner."""
     trouble = run.troubles.get(BEST_FILE)
-    if trouble:
-        reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
-        return {"unranked": f"Ranked by this report: {reason}, so that no command trains the winner."}
-    return {"reuse": quote_words(list_reuse(run))}
+    if not trouble:
+        return ""
+    reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
+    return f"Ranked by this report: {reason}, so that no command trains the winner."
 
 
 def list_reuse(run: Run) -> list[str]:
