@@ -103,12 +103,14 @@ HOSTILE = "\x1b[2J\n\n# Owned ``` `<script>alert(1)</script>\n```python\nimport 
 
 def test_texts_of_a_file_stand_in_the_card_as_text_and_nothing_else(result: FinalResult) -> None:
     """Whatever a file holds, the card has the headings, the code, the elements and the links of an innocent one."""
-    plain = make_row(1, confirmation=Confirmation(confirm_seeds=(1, 2), confirm_failures=("seed 1: failed",)))
+    plain = make_row(
+        1, confirmation=Confirmation(confirm_seeds=(1, 2), confirm_failures=("seed 1: failed",), verdict="no")
+    )
     trial = dataclasses.replace(plain.trial, trial_id=HOSTILE, trial_name=HOSTILE)
-    failed = Confirmation(confirm_seeds=(1, 2), confirm_failures=(HOSTILE, HOSTILE))
+    failed = Confirmation(confirm_seeds=(1, 2), confirm_failures=(HOSTILE, HOSTILE), verdict=HOSTILE)
     innocent = describe_card(result, make_source(plain))
     hostile = describe_card(result, make_source(BestRow(rank=1, trial=trial, confirmation=failed), run=HOSTILE))
-    assert hostile.count("Owned") == 5
+    assert hostile.count("Owned") == 6
     assert all(character.isprintable() or character == "\n" for character in hostile)
     acting = {"heading_open", "fence", "html_block", "html_inline", "link_open", "list_item_open", "table_open"}
     innocent_tokens, hostile_tokens = (
@@ -222,7 +224,7 @@ def test_the_verdict_of_the_search_is_told_whichever_rank_was_trained(result: Fi
     verdict = "number 1 is better than the defaults: +0.50 points"
     rows = [make_row(1, confirmation=make_confirmation(verdict=verdict)), make_row(2, confirmation=make_confirmation())]
     for rank in (1, 2):
-        line = "Verdict of the search: rank 1 is better than the defaults: +0.50 points."
+        line = "Verdict of the search: `rank 1 is better than the defaults: +0.50 points`."
         assert line in told(result, *rows, rank=rank)
 
 
