@@ -19,7 +19,7 @@ import past_runs as made
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from records import PROVENANCE, make_trial
-from report_runs import LEDGER
+from report_runs import SLOT_TIME
 
 from tune_amp.config import InputError
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
@@ -29,8 +29,8 @@ from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.results import (
     load_best,
     load_best_rows,
-    load_ledger,
     load_provenance,
+    load_slot_time,
     load_trials,
     rank_trials,
     write_best,
@@ -91,7 +91,7 @@ def read_parquet(data: bytes, folder: Path) -> None:
 
 KINDS = ("trials", "epochs", "best")
 READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
-    "trials": (load_trials, load_provenance, load_ledger),
+    "trials": (load_trials, load_provenance, load_slot_time),
     "epochs": (load_trials,),
     "best": (load_best, load_best_rows),
 }
@@ -186,7 +186,7 @@ def make_valid_run() -> dict[str, bytes]:
     trials = [make_trial("00000001"), make_trial("00000002")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_trials(folder, trials, PROVENANCE, LEDGER)
+        write_trials(folder, trials, PROVENANCE, SLOT_TIME)
         write_best(folder, rank_trials(trials), PROVENANCE)
         return {kind: (folder / f"{kind}.parquet").read_bytes() for kind in KINDS}
 

@@ -36,7 +36,7 @@ def start(trial_id: str, at: float = 1.0) -> dict[str, Any]:
 
 def report(trial_id: str, epoch: int, at: float = 2.0, **changes: Any) -> dict[str, Any]:
     about: dict[str, Any] = {"status": "running", "error": None, "done": False, "config_fault": False, "device": "cpu"}
-    about |= {"num_threads": 1, "setup_seconds": 0.1, "checkpoint_seconds": 0.0, "spent": {"training": 1.0}}
+    about |= {"num_threads": 1, "setup_seconds": 0.1, "checkpoint_seconds": 0.0}
     metrics = vars(make_epoch(epoch, **changes.pop("metrics", {})))
     return {"event": "report", "at": at, "trial_id": trial_id, "metrics": metrics, **about, **changes}
 

@@ -10,10 +10,10 @@ from records import INF, NAN, PROVENANCE, make_epoch, make_trial
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, ParameterImportance, write_importance
-from tune_amp.ledger import Ledger
 from tune_amp.ranking import choose_best, rank_confirmed
 from tune_amp.results import (
     Provenance,
+    SlotTime,
     TrialRecord,
     rank_trials,
     write_best,
@@ -33,12 +33,7 @@ parameters:
 SEEDS = (101, 102, 103)
 TEST_ACCURACIES = {1: (0.971, 0.973, 0.975), 2: (0.970, 0.973, 0.974), DEFAULT_ID: (0.965, 0.969, 0.970)}
 
-LEDGER = Ledger(
-    slots=2,
-    wall_seconds=100.0,
-    seconds={"training": 120.0, "validation": 2.0, "stopped": 40.0, "start-up": 30.0, "idle": 8.0},
-    step_seconds=155.0,
-)
+SLOT_TIME = SlotTime(slots=2, wall_seconds=100.0)
 
 BF16 = (4, 6)
 
@@ -89,7 +84,7 @@ def make_outcomes() -> list[TrialRecord]:
 
 
 def write_run(folder: Path, trials: Sequence[TrialRecord] | None = None, **origin: Any) -> Path:
-    """What a search leaves that was not confirmed, without importance and ledger."""
+    """What a search leaves that was not confirmed, without importance and slot time."""
     trials = make_outcomes() if trials is None else trials
     provenance = make_provenance(**origin)
     write_trials(folder, trials, provenance)
@@ -107,7 +102,7 @@ def write_full_run(folder: Path, trials: Sequence[TrialRecord] | None = None, **
     """What a confirmed search leaves: every file of a run, each with all that it can hold."""
     trials = make_outcomes() if trials is None else trials
     provenance = make_provenance(**origin)
-    write_trials(folder, trials, provenance, LEDGER)
+    write_trials(folder, trials, provenance, SLOT_TIME)
     best = choose_best(trials, ("val_accuracy",), 2)
     default = make_trial(
         DEFAULT_ID, trial_name=DEFAULT_ID, epochs=(), config=TrialConfig(precision="fp16", max_epochs=4)

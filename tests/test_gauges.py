@@ -12,7 +12,7 @@ import pytest
 from records import make_epoch, make_trial
 
 from tune_amp import gauges as gauges_module
-from tune_amp.config import TrialConfig, TrialStatus
+from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
 from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.gauges import ALL_SERIES, Gauges, find_new_epochs
@@ -129,7 +129,7 @@ def test_every_series_is_kept_while_a_trial_runs(store: Store, gauges: Gauges) -
     tell(store, gauges, [running := make_running(1)], [running])
     ended = make_ended(1, make_epoch(1))
     second = make_running(2, make_epoch(1, skipped_steps=3))
-    tell(store, gauges, [ended, second], [second], ended, slot_seconds={"training": 2.0})
+    tell(store, gauges, [ended, second], [second], ended)
     assert set(store.values) == {series.name for series in ALL_SERIES}
     assert store.read("tune_amp_slots") == 2
     about = {"model": "simple_net", "dataset": "digits", "objectives": "val_accuracy", "version": "0.1.0"}
@@ -282,10 +282,14 @@ def test_what_an_earlier_run_left_counts_as_trials_and_best_but_not_as_epochs_of
 
 
 def test_slot_time_is_told_as_what_was_added(store: Store, gauges: Gauges) -> None:
-    for training in (2.0, 2.0, 5.5):
-        tell(store, gauges, [], slot_seconds={"training": training, "idle": 0.0})
-    assert store.read("tune_amp_slot_seconds_total", kind="training") == 5.5
-    assert store.labels("tune_amp_slot_seconds_total") == [{"kind": "training"}]
+    epochs: list[EpochMetrics] = []
+    tell(store, gauges, [running := make_running(1)], [running])
+    for epoch, training in enumerate((2.0, 5.5), start=1):
+        epochs.append(make_epoch(epoch, train_seconds=training, val_seconds=0.25 * epoch, probe_seconds=0.125))
+        for _ in range(2):
+            tell(store, gauges, [running := make_running(1, *epochs)], [running])
+    told = {kind: store.read("tune_amp_slot_seconds_total", kind=kind) for kind in ("training", "validation", "probe")}
+    assert told == {"training": 5.5, "validation": 0.5, "probe": 0.125}
 
 
 class Watcher:

@@ -54,7 +54,7 @@ def rewrite(source: Path, target: Path, change: Callable[[str, str, Any], Any]) 
         origin = {name: change(kind, f"provenance.{name}", value) for name, value in about["provenance"].items()}
         schema = table.schema.remove_metadata()
         with contextlib.suppress(pa.ArrowException, OverflowError):  # what Arrow cannot hold nobody can hand over
-            write_parquet(build_table(kind, schema, rows, origin, about.get("ledger")), target / f"{kind}.parquet")
+            write_parquet(build_table(kind, schema, rows, origin, about.get("slot_time")), target / f"{kind}.parquet")
     return target
 
 

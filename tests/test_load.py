@@ -135,8 +135,6 @@ def make_row(**changes: Any) -> LoadRow:
         "wall_seconds": 300.0,
         "driver_seconds": 100.0,
         "work_share": 0.1,
-        "idle_share": 0.6,
-        "start_share": 0.3,
         "memory_trials": (500, 1_000),
         "memory_bytes": (800 * 2**20, 900 * 2**20),
         "peak_memory_bytes": 1_000 * 2**20,
@@ -164,7 +162,7 @@ def test_table_shows_each_search_with_the_load_that_it_ran_under() -> None:
     slots = make_row(part="slots", slots=64, trials=256, at_a_time=64, read_seconds=None, work_share=0.8)
     text = render_load(make_result(make_row(), slots))
     kept = [line for line in text.splitlines() if line.startswith("| ")]
-    assert "2 of 2 | 2,000 | 0 | 0 | 0 | 300 s | 10% | 60% | 800 MiB at 500, 900 MiB at 1,000; most 1000 MiB" in text
+    assert "2 of 2 | 2,000 | 0 | 0 | 0 | 300 s | 10% | 800 MiB at 500, 900 MiB at 1,000; most 1000 MiB" in text
     assert "| 64 slots, 256 trials | 2 | 64 of 64 |" in text
     assert kept[1].endswith("| 12 |")
     assert text.count("| 2,000 trials, killed halfway |") == 3

@@ -17,7 +17,6 @@ from tune_amp.config import TrialConfig, TrialStatus, format_scale
 from tune_amp.confirm import ConfirmJob, ConfirmProgress, ConfirmResult
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, ParameterImportance
-from tune_amp.ledger import Ledger
 from tune_amp.monitoring import (
     JsonLines,
     LiveTable,
@@ -26,12 +25,10 @@ from tune_amp.monitoring import (
     describe_as_json,
     describe_confirmation_as_json,
     describe_counts,
-    describe_ledger_as_json,
     describe_time,
     describe_trial,
     render_confirmation,
     render_importance,
-    render_ledger,
     render_progress,
     render_ranking,
 )
@@ -312,22 +309,6 @@ def test_importance_is_shown_beside_what_permuted_values_reach() -> None:
     shown = words(show(render_importance(result)))
     assert ["lr", "0.90", "0.20", "0.003"] in shown
     assert ["batch_size", "0.10", "0.30", "0.500", "cannot", "be", "told", "from", "noise"] in shown
-
-
-def test_ledger_shows_training_first_and_then_the_most_first() -> None:
-    seconds = {"idle": 20.0, "training": 50.0, "start-up": 29.96, "probe": 0.04}
-    ledger = Ledger(slots=2, wall_seconds=50.0, seconds=seconds, step_seconds=60.0)
-    told = "slot time  2 slots x 50.0 s: training 50.0 %, start-up 30.0 %, idle 20.0 %; then 1.2 s to wrap up"
-    assert render_ledger(ledger, 1.23) == told
-    single = Ledger(slots=1, wall_seconds=0.0, seconds={}, step_seconds=0.0)
-    assert render_ledger(single, 0.0) == "slot time  1 slot x 0.0 s: none; then 0.0 s to wrap up"
-
-
-def test_ledger_as_json_holds_its_fields_and_the_shares_that_sum_it_up() -> None:
-    ledger = Ledger(slots=2, wall_seconds=50.0, seconds={"training": 50.0, "idle": 50.0}, step_seconds=60.0)
-    told = describe_ledger_as_json(ledger)
-    assert (told["slots"], told["useful"], told["efficiency"]) == (2, 0.5, 0.6)
-    assert json.loads(json.dumps(told))["seconds"] == {"training": 50.0, "idle": 50.0}
 
 
 def test_counts_list_each_status_that_occurs() -> None:

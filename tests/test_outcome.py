@@ -11,11 +11,10 @@ from rich.console import Console
 from tune_amp.config import InputError, TrialConfig, TrialStatus
 from tune_amp.confirmed import Confirmation
 from tune_amp.importance import ImportanceResult, ParameterImportance, write_importance
-from tune_amp.ledger import Ledger
 from tune_amp.outcome import load_outcome, name_reuse_command, print_outcome
-from tune_amp.results import BestRow, TrialRecord, rank_trials, write_best, write_trials
+from tune_amp.results import BestRow, SlotTime, TrialRecord, rank_trials, write_best, write_trials
 
-LEDGER = Ledger(slots=2, wall_seconds=50.0, seconds={"training": 78.1, "idle": 21.9}, step_seconds=78.1)
+SLOT_TIME = SlotTime(slots=2, wall_seconds=50.0)
 
 
 def make_trials(count: int = 4) -> list[TrialRecord]:
@@ -24,9 +23,9 @@ def make_trials(count: int = 4) -> list[TrialRecord]:
 
 
 def write_run(
-    folder: Path, trials: Sequence[TrialRecord], best: Sequence[BestRow] = (), ledger: Ledger | None = LEDGER
+    folder: Path, trials: Sequence[TrialRecord], best: Sequence[BestRow] = (), slot_time: SlotTime | None = SLOT_TIME
 ) -> Path:
-    write_trials(folder, trials, PROVENANCE, ledger)
+    write_trials(folder, trials, PROVENANCE, slot_time)
     if best:
         write_best(folder, best, PROVENANCE)
     return folder
@@ -59,7 +58,7 @@ def test_a_finished_run_is_shown_with_all_that_its_files_hold(tmp_path: Path) ->
     assert "Numbers 1 to 2 cannot be told apart on 5,000 validation images" in text
     assert "importance at epoch 2 (20 trials), and what permuted values reach in 5 %:" in lines
     assert ["lr", "1.00", "0.30", "0.010"] in [line.split() for line in lines]
-    assert lines[-3] == "slot time  2 slots x 50.0 s: training 78.1 %, idle 21.9 %"
+    assert lines[-3] == "slot time  2 slots x 50.0 s: useful training 6.0%, validation and probes 1.0%, rest 93.0%"
     assert lines[-2] == f"files    {tmp_path}: best.parquet, trials.parquet, epochs.parquet, importance.parquet"
     assert lines[-1] == "reuse    the line that trains"
 
@@ -74,7 +73,7 @@ def test_more_or_fewer_of_the_best_are_shown_where_asked_for(tmp_path: Path) -> 
 
 def test_a_killed_run_is_shown_with_what_it_had_written(tmp_path: Path) -> None:
     running = make_scored("x", 0.97, status=TrialStatus.INTERRUPTED)
-    text, errors = shown(write_run(tmp_path, [*make_trials(4), running], ledger=None))
+    text, errors = shown(write_run(tmp_path, [*make_trials(4), running], slot_time=None))
     assert errors == ""
     assert "5 trials: 4 completed, 1 interrupted" in text
     assert ranks(text) == [["1", "97.00%"], ["2", "93.00%"], ["3", "92.00%"]]
@@ -90,7 +89,7 @@ def test_importance_that_a_killed_search_did_not_measure_is_measured(tmp_path: P
         make_scored(f"{place}", 0.6 + 0.01 * place, config=TrialConfig(precision="fp16", lr=value))
         for place, value in enumerate(lr)
     ]
-    text, _ = shown(write_run(tmp_path, trials, ledger=None))
+    text, _ = shown(write_run(tmp_path, trials, slot_time=None))
     assert "importance at epoch 1 (24 trials)" in text
 
 

@@ -13,12 +13,12 @@ from past_runs import STORAGE
 from records import PROVENANCE, make_epoch
 
 from tune_amp import recorder as recorder_module
-from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.failures import find_cause, find_status
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.past import open_past
 from tune_amp.recorder import SearchProgress, TrialRecorder
-from tune_amp.results import TrialRecord, load_ledger, load_trials
+from tune_amp.results import SlotTime, TrialRecord, load_slot_time, load_trials
 from tune_amp.run_files import JOURNAL_FILE
 from tune_amp.trainable import failure_report, progress_report
 
@@ -28,7 +28,6 @@ WORKER = {
     "num_threads": 3,
     "setup_seconds": 0.25,
     "checkpoint_seconds": 0.5,
-    "spent": {},
 }
 
 
@@ -198,7 +197,7 @@ def test_tune_is_left_with_what_it_needs_of_a_report(recorder: TrialRecorder) ->
         "epoch": 1,
         "done": True,
     }
-    assert {"config", "spent", "steps", "loss_scale_values"} & left.keys() == set()
+    assert {"config", "steps", "loss_scale_values"} & left.keys() == set()
     assert sum(isinstance(value, int | float) for value in left.values()) <= 8
     finish(recorder, trial)
     assert (trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) == ({}, {})
@@ -464,54 +463,47 @@ def test_reports_are_written_while_trials_run(
     assert (written.status, written.epochs) == (TrialStatus.INTERRUPTED, (make_epoch(1),))
 
 
-# The ledger
+# Slot time
 
 
-def test_ledger_is_known_when_the_search_is_over_and_written_with_it(recorder: TrialRecorder, tmp_path: Path) -> None:
-    trial = FakeTrial("a")
-    start(recorder, trial)
-    spent = {"training": 0.2, "validation": 0.1}
-    report(
-        recorder, trial, progress_report(make_epoch(1, train_seconds=0.2, val_seconds=0.1), "completed"), spent=spent
-    )
-    finish(recorder, trial)
-    before = recorder.ledger
-    assert before is None
-    recorder.write()
-    assert load_ledger(tmp_path) is None
-    recorder.finish()
-    ledger = recorder.ledger
-    assert ledger is not None
-    assert load_ledger(tmp_path) == ledger
-    assert (ledger.slots, ledger.seconds["training"], ledger.seconds["validation"]) == (2, 0.2, 0.1)
-
-
-def test_time_of_a_trial_cut_off_at_the_end_counts_as_interrupted(recorder: TrialRecorder, clock: Clock) -> None:
+def test_slot_time_is_known_when_the_search_is_over_and_written_with_it(
+    recorder: TrialRecorder, clock: Clock, tmp_path: Path
+) -> None:
     start(recorder, FakeTrial("a"))
     clock.now += 3
+    assert recorder.slot_time is None
+    recorder.write()
+    assert load_slot_time(tmp_path) is None
     recorder.finish()
-    assert recorder.ledger is not None
-    assert recorder.ledger.seconds["interrupted"] == 3
+    assert recorder.slot_time == load_slot_time(tmp_path) == SlotTime(slots=2, wall_seconds=3.0)
 
 
-def test_time_of_a_worker_that_died_counts_as_failed_though_the_trial_completes(
-    recorder: TrialRecorder, clock: Clock
-) -> None:
-    trial = FakeTrial("a")
+def test_slots_of_nodes_that_joined_count(recorder: TrialRecorder) -> None:
+    """Three trials run at a time. The one whose worker dies frees its slot; those that follow find a free one."""
+    first, second, third, fourth, fifth = (FakeTrial(name) for name in "abcde")
+    for trial in (first, second, third):
+        start(recorder, trial)
+    recorder.on_trial_recover(0, [], first)
+    start(recorder, fourth)
+    finish(recorder, second)
+    start(recorder, fifth)
+    recorder.finish()
+    assert recorder.slot_time is not None
+    assert recorder.slot_time.slots == 3
+
+
+def test_workers_are_numbered_as_they_come(recorder: TrialRecorder) -> None:
+    trial, other = FakeTrial("a"), FakeTrial("b")
     start(recorder, trial)
-    clock.now += 3
     recorder.on_trial_recover(0, [], trial)
-    trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
+    other.temporary_state.ray_actor = trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
     start(recorder, trial)
-    spent = {"training": 0.2}
-    clock.now += 0.5
-    report(recorder, trial, progress_report(make_epoch(1, train_seconds=0.2), "completed"), spent=spent)
+    assert only(recorder).worker is None  # it has not reported
+    report_epoch(recorder, trial, 1, "completed")
     finish(recorder, trial)
-    recorder.finish()
-    assert only(recorder).worker == 2
-    assert recorder.ledger is not None
-    assert recorder.ledger.seconds["failed"] == 3
-    assert recorder.ledger.seconds["training"] == 0.2
+    start(recorder, other)
+    report_epoch(recorder, other, 1)
+    assert [record.worker for record in recorder.trials] == [2, 2]
 
 
 # The journal
@@ -636,7 +628,7 @@ def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_betwee
     clock.now += 7
     start(before, trial)
     clock.now += 3
-    report_spent(before, trial, make_epoch(1, train_seconds=3.0), {"start-up": 5.0, "training": 3.0})
+    report_epoch(before, trial, 1)
 
     clock.now += 1000
     after = make_recorder()
@@ -647,19 +639,13 @@ def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_betwee
     start(after, trial)
     assert watcher.seen[-1][0].started == 2010.0 - 10.0
     clock.now += 4
-    report_spent(after, trial, make_epoch(2, train_seconds=7.0), {"start-up": 20.0, "training": 4.0})
+    report_epoch(after, trial, 2, "completed")
     finish(after, trial)
     after.finish()
     assert [epoch.epoch for epoch in only(after).epochs] == [1, 2]
     assert only(after).wall_seconds == 3 + 4
     assert only(after).worker == 2
-    ledger = after.ledger
-    assert ledger is not None
-    assert ledger.wall_seconds == 10 + 24
-    assert ledger.seconds["training"] == 7
-    # The worker's slot and the empty one start up twice: 7 + 20 s each.
-    assert ledger.seconds["start-up"] == pytest.approx(2 * 27, abs=2.1)
-    assert sum(ledger.seconds.values()) == pytest.approx(ledger.slot_seconds)
+    assert after.slot_time == SlotTime(slots=2, wall_seconds=10 + 24)
 
 
 def test_a_search_that_was_cut_off_twice_is_told_as_one(
@@ -677,20 +663,12 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
         clock.now += 5
         start(recorder, trial)
         clock.now += 1
-        report_spent(recorder, trial, make_epoch(epoch, train_seconds=float(epoch)), {"training": 1.0}, last=3)
+        report_epoch(recorder, trial, epoch, "completed" if epoch == 3 else "running")
     finish(recorder, trial)
     recorder.finish()
     assert [epoch.epoch for epoch in load_trials(tmp_path)[0].epochs] == [1, 2, 3]
     assert only(recorder).wall_seconds == 3
-    assert recorder.ledger is not None
-    assert recorder.ledger.wall_seconds == 18
-    assert recorder.ledger.seconds["start-up"] == pytest.approx(2 * 15)
-
-
-def report_spent(
-    recorder: TrialRecorder, trial: FakeTrial, metrics: EpochMetrics, spent: dict[str, float], last: int = 2
-) -> None:
-    report(recorder, trial, progress_report(metrics, "completed" if metrics.epoch == last else "running"), spent=spent)
+    assert recorder.slot_time == SlotTime(slots=2, wall_seconds=18)
 
 
 BEGINNING = {

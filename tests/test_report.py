@@ -27,12 +27,13 @@ from tune_amp.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.ranking import rank_confirmed
 from tune_amp.report import SECTIONS, build_report, write_report
 from tune_amp.report_command import report_command
-from tune_amp.report_figures import draw_epochs
+from tune_amp.report_figures import draw_epochs, draw_utilisation
 from tune_amp.report_run import Run, load_run
 from tune_amp.report_sections import describe_savings
 from tune_amp.report_summary import list_reuse
 from tune_amp.results import BestRow, TrialRecord, write_best, write_confirmed
 from tune_amp.search_command import _write_report
+from tune_amp.utilisation import describe_utilisation, find_shares, utilisation
 
 NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
@@ -268,10 +269,18 @@ def test_a_bar_of_the_epochs_stands_for_several_where_there_are_many(tmp_path: P
     assert (bars["completed here"][1000], bars["went on"][1000]) == (1, 0)
 
 
-def test_the_ledger_is_told_with_its_shares(tmp_path: Path) -> None:
-    text = section_of(write_full_run(tmp_path), "time")
-    assert "2 slots of 1 min 40 s each: 60.0% went into training steps of trials that completed, 77.5% into" in text
-    assert "stopped 40.0 s 20.0%" in text
+def test_use_of_the_slots_is_told_and_drawn(tmp_path: Path) -> None:
+    run = load_run(write_full_run(tmp_path))
+    assert run.slot_time is not None
+    line = describe_utilisation(run.trials, run.slot_time)
+    shares = find_shares(utilisation(run.trials, run.slot_time))
+    rows = " ".join(f"{use} {share:.1%}" for use, share in shares.items())
+    told = section_of(tmp_path, "time")
+    assert f"{line}. The whole bar is" in told
+    assert f"used for share {rows}" in told
+    assert len(shares) == 5
+    bars = draw_utilisation(shares).data
+    assert {bar.name: bar.x[0] for bar in bars} == {use: 100 * share for use, share in shares.items()}
 
 
 def test_importance_is_told_with_what_noise_reaches(tmp_path: Path) -> None:

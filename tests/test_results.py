@@ -40,12 +40,14 @@ from tune_amp.parquet import build_columns, read_rows, write_parquet
 from tune_amp.results import (
     SCHEMAS,
     BestRow,
+    SlotTime,
     TrialRecord,
     load_best,
     load_best_record,
     load_best_rows,
     load_confirmed,
     load_provenance,
+    load_slot_time,
     load_trials,
     rank_trials,
     write_best,
@@ -554,6 +556,28 @@ def test_columns_that_an_older_file_lacks_are_null_or_their_default(run: Path) -
     assert filled == [dict.fromkeys(lacking) | defaults] * 2
     assert [(row.trial.worker, row.confirmation) for row in load_best_rows(path)] == [(None, None)] * 2
     assert load_best(path).weight_decay == 0.0
+
+
+def test_slot_time_is_read_from_the_ledger_of_an_older_file(run: Path) -> None:
+    ledger = {"slots": 2, "wall_seconds": 9.5, "seconds": {"training": 12.0, "idle": 7.0}, "step_seconds": 14.0}
+    about = {"ledger": ledger, "ledger_checksum": parquet.checksum(ledger)}
+    change_file(run / "trials.parquet", lambda table: table, **about)
+    assert load_slot_time(run) == SlotTime(slots=2, wall_seconds=9.5)
+    assert len(load_trials(run)) == len(TRIALS)
+
+
+@pytest.mark.parametrize(
+    ("slots", "wall_seconds", "message"),
+    [
+        (0, 1.0, "slots: must be at least 1, got 0"),
+        (1.5, 1.0, "slots: must be a whole number, got 1.5"),
+        (1, -1.0, r"wall_seconds: must be between 0 and 1e\+12, got -1.0"),
+        (1, float("nan"), "wall_seconds: must be a finite number, got nan"),
+    ],
+)
+def test_slot_time_that_cannot_be_is_refused(slots: Any, wall_seconds: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SlotTime(slots=slots, wall_seconds=wall_seconds)
 
 
 def test_a_column_that_an_older_file_lacks_and_that_has_no_default_is_named(run: Path) -> None:

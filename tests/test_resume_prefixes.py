@@ -211,7 +211,7 @@ class Loop:
         else:
             told = progress_report(metrics, TrialStatus.COMPLETED if epoch == MAX_EPOCHS else RUNNING)
         about = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.0, "checkpoint_seconds": 0.0}
-        return told | about | {"spent": {"training": 0.0}, "training_iteration": epoch, "time_total_s": 0.0}
+        return told | about | {"training_iteration": epoch, "time_total_s": 0.0}
 
     def report(self, trial: Trial, result: dict[str, Any]) -> None:
         result["trial_id"] = trial.trial_id

@@ -89,7 +89,7 @@ ALL_SERIES = (
         name="tune_amp_slot_seconds_total",
         kind="counter",
         labels=("kind",),
-        meaning="slot time by what workers did, as they reported it; work counts as such however its trial ends",
+        meaning="slot time in training, validation and probes, as trials reported it, however they ended",
     ),
     Series(
         name="tune_amp_slot_trial",
@@ -122,6 +122,10 @@ ALL_SERIES = (
         meaning="runs of the confirmation that have ended or are left; 0 before it begins",
     ),
 )
+
+
+SECONDS = {"training": "train_seconds", "validation": "val_seconds", "probe": "probe_seconds"}
+"""Kinds of slot time that are counted -> their columns."""
 
 
 class SearchObserver(Observer, ConfirmObserver, Protocol):
@@ -227,7 +231,6 @@ class Tally:
         self._seen: dict[str, tuple[EpochMetrics, ...]] = {}
         self._best: dict[str, TrialRecord] = {}
         self._slots: dict[str, int] = {}
-        self._slot_seconds: Mapping[str, float] = {}
 
     def begin(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """What an earlier run of the same search left: its best values count, its epochs were counted then."""
@@ -260,7 +263,6 @@ class Tally:
             *_count_trials(progress),
             *self._find_best(progress.objectives, ended),
             *self._count_epochs([*ended, *running]),
-            *self._count_slot_seconds(progress.slot_seconds),
             *(sample for trial in running for sample in _describe_slot(trial, str(self._slots[trial.trial_id]))),
             *_count_confirmation(confirmation),
         ]
@@ -278,21 +280,20 @@ class Tally:
             self._best[objective] = best[0]
 
     def _count_epochs(self, trials: Sequence[TrialRecord]) -> list[Sample]:
-        epochs = steps = skipped = 0
+        epochs = 0
+        sums = dict.fromkeys(("steps", "skipped_steps", *SECONDS.values()), 0.0)
         for trial in trials:
             after = tuple(trial.epochs)
             for before, new in find_new_epochs(self._seen.get(trial.trial_id, ()), after):
                 epochs += 1
-                steps += new.steps - (before.steps if before else 0)
-                skipped += new.skipped_steps - (before.skipped_steps if before else 0)
+                for name in sums:
+                    sums[name] += getattr(new, name) - (getattr(before, name) if before else 0)
             self._seen[trial.trial_id] = after
-        counted = {"epochs": epochs, "steps": steps, "skipped_steps": skipped}
-        return [Sample(f"tune_amp_{name}_total", value) for name, value in counted.items()]
-
-    def _count_slot_seconds(self, now: Mapping[str, float]) -> list[Sample]:
-        added = {kind: seconds - self._slot_seconds.get(kind, 0.0) for kind, seconds in now.items()}
-        self._slot_seconds = now
-        return [Sample("tune_amp_slot_seconds_total", value, {"kind": kind}) for kind, value in added.items()]
+        return [
+            Sample("tune_amp_epochs_total", epochs),
+            *(Sample(f"tune_amp_{name}_total", sums[name]) for name in ("steps", "skipped_steps")),
+            *(Sample("tune_amp_slot_seconds_total", sums[name], {"kind": kind}) for kind, name in SECONDS.items()),
+        ]
 
     def _assign_slots(self, running: Sequence[TrialRecord]) -> None:
         """Whoever runs keeps its slot; a new one gets the lowest that is free."""

@@ -1,7 +1,6 @@
 """Shows a search in the terminal: a live table, plain lines where there is no terminal, JSON lines, or nothing."""
 
 import collections
-import dataclasses
 import functools
 import json
 import math
@@ -21,7 +20,6 @@ from tune_amp.confirmed import ConfirmedRun
 from tune_amp.console import printable
 from tune_amp.halt import forget_closed_terminal
 from tune_amp.importance import ImportanceResult
-from tune_amp.ledger import Ledger, TimeKind
 from tune_amp.ranking import choose_best
 from tune_amp.results import TrialRecord
 
@@ -212,27 +210,6 @@ def render_importance(result: ImportanceResult) -> Table:
         parameter = Text(printable(row.parameter))  # a text would be read as rich's markup
         table.add_row(parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", told)
     return table
-
-
-def render_ledger(ledger: Ledger, wrap_up_seconds: float | None) -> str:
-    """What the slots' time went into: training first, then the rest, the most first; what rounds to nothing left out.
-
-    ``slot time  2 slots x 61.2 s: training 78.1 %, stopped 9.0 %, start-up 7.9 %; then 0.8 s to wrap up``
-
-    Args:
-        ledger: of the search.
-        wrap_up_seconds: what it took after its last trial; None where that is not known any more.
-    """
-    parts = sorted(ledger.shares.items(), key=lambda part: (part[0] != TimeKind.TRAINING, -part[1]))
-    told = ", ".join(f"{kind} {share:.1%}".replace("%", " %") for kind, share in parts if share >= 0.0005)
-    slots = f"{ledger.slots} slot{'' if ledger.slots == 1 else 's'} x {ledger.wall_seconds:.1f} s"
-    wrap_up = "" if wrap_up_seconds is None else f"; then {wrap_up_seconds:.1f} s to wrap up"
-    return f"slot time  {slots}: {told or 'none'}{wrap_up}"
-
-
-def describe_ledger_as_json(ledger: Ledger) -> dict[str, Any]:
-    """A ledger as JSON shows it: its fields, and the two shares that sum it up."""
-    return {**dataclasses.asdict(ledger), "useful": ledger.useful, "efficiency": ledger.efficiency}
 
 
 def describe_trial(trial: TrialRecord) -> str:

@@ -16,22 +16,23 @@ from tune_amp.confirm_table import describe_confirmed, render_confirmed
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.console import printable, say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
-from tune_amp.ledger import Ledger
-from tune_amp.monitoring import describe_counts, render_importance, render_ledger, render_ranking
+from tune_amp.monitoring import describe_counts, render_importance, render_ranking
 from tune_amp.options import DEFAULT_RESULTS_DIR, name_path, name_run
 from tune_amp.ranking import choose_best, describe_ties
 from tune_amp.results import (
     BestRow,
     Provenance,
+    SlotTime,
     TrialRecord,
     load_best_rows,
     load_confirmed,
-    load_ledger,
     load_provenance,
+    load_slot_time,
     load_trials,
 )
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
 from tune_amp.space import parse_space
+from tune_amp.utilisation import describe_utilisation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Outcome:
     """Of the best, on fresh seeds."""
     provenance: Provenance
     importance: ImportanceResult
-    ledger: Ledger | None
+    slot_time: SlotTime | None
     """None where the search was killed, or still goes on."""
     interrupted: bool = False
     """Whether a signal ended the search; its files do not tell that from a time budget that was used up."""
@@ -91,7 +92,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
         confirmed_runs=load_confirmed(folder) if (folder / CONFIRM_FILE).exists() else (),
         provenance=provenance,
         importance=_find_importance(folder, trials, provenance),
-        ledger=load_ledger(folder),
+        slot_time=load_slot_time(folder),
         ranking_wanted=wanted,
     )
 
@@ -137,7 +138,7 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
     if outcome.interrupted:
         console.print("[magenta]interrupted[/]: everything that was reported is kept")
     if not outcome.ranked:
-        _print_ledger(console, outcome)
+        _print_slot_time(console, outcome)
         _print_no_result(errors, outcome)
         return
     console.print()
@@ -155,7 +156,7 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
     if any(row.told_from_noise for row in outcome.importance.rows):
         console.print(render_importance(outcome.importance))
     console.print()
-    _print_ledger(console, outcome)
+    _print_slot_time(console, outcome)
     if outcome.is_confirmed:
         say(console, _describe_runs(outcome))
     files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
@@ -192,8 +193,8 @@ def _describe_runs(outcome: Outcome) -> str:
     return f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}"
 
 
-def _print_ledger(console: Console, outcome: Outcome) -> None:
-    if outcome.ledger is None:
+def _print_slot_time(console: Console, outcome: Outcome) -> None:
+    if outcome.slot_time is None:
         say(
             console,
             "unfinished: the search was cut off, or still goes on; the line that it printed, or else "
@@ -201,7 +202,8 @@ def _print_ledger(console: Console, outcome: Outcome) -> None:
             style="yellow",
         )
         return
-    say(console, render_ledger(outcome.ledger, outcome.wrap_up_seconds))
+    wrap_up = "" if outcome.wrap_up_seconds is None else f"; then {outcome.wrap_up_seconds:.1f} s to wrap up"
+    say(console, f"slot time  {describe_utilisation(outcome.trials, outcome.slot_time)}{wrap_up}")
 
 
 def _print_no_result(console: Console, outcome: Outcome) -> None:

@@ -82,7 +82,7 @@ def build_table(
     schema: pa.Schema,
     rows: list[dict[str, Any]],
     origin: Mapping[str, Any],
-    ledger: Mapping[str, Any] | None = None,
+    slot_time: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     """``rows`` under ``schema``: keys that are no column are left out, columns without a key are null.
 
@@ -91,7 +91,7 @@ def build_table(
         schema: from ``build_columns``.
         rows: column -> value.
         origin: where the rows come from, as JSON can hold it.
-        ledger: what the rows took to make, as JSON can hold it, where that is known.
+        slot_time: slots and seconds that the rows took to make, as JSON can hold them, if known.
     """
     table = pa.Table.from_pylist(rows, schema=schema)
     about = {
@@ -101,8 +101,8 @@ def build_table(
         "provenance_checksum": checksum(dict(origin)),
         "column_checksums": {name: checksum(table[name].to_pylist()) for name in table.column_names},
     }
-    if ledger is not None:
-        about |= {"ledger": dict(ledger), "ledger_checksum": checksum(dict(ledger))}
+    if slot_time is not None:
+        about |= {"slot_time": dict(slot_time), "slot_time_checksum": checksum(dict(slot_time))}
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(about, allow_nan=False)})
 
 
@@ -150,13 +150,14 @@ def read_origin(path: Path) -> dict[str, Any]:
     return _read_part(path, "provenance")
 
 
-def read_ledger(path: Path) -> dict[str, Any] | None:
-    """What the rows of a file took to make, as ``build_table`` was told; None where it was told nothing.
+def read_slot_time(path: Path) -> dict[str, Any] | None:
+    """Return the slots and seconds that the rows of a file took to make; None if the file does not hold them.
 
     Raises:
         InputError: the file is missing, damaged, not ours or of another version.
     """
-    return _read_part(path, "ledger", optional=True)
+    # Files written before utilisation.py existed hold them in a part named "ledger", among other numbers.
+    return _read_part(path, "slot_time", optional=True) or _read_part(path, "ledger", optional=True)
 
 
 @typing.overload

@@ -20,8 +20,7 @@ from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, T
 from tune_amp.failures import find_status
 from tune_amp.inert import find_inert
 from tune_amp.journal import Journal
-from tune_amp.ledger import Ledger, SlotTimes, TimeKind, TrialTime, build_ledger
-from tune_amp.results import Provenance, TrialRecord, build_from, write_trials
+from tune_amp.results import Provenance, SlotTime, TrialRecord, build_from, write_trials
 from tune_amp.run_files import JOURNAL_FILE
 from tune_amp.trainable import metrics_of
 
@@ -30,8 +29,8 @@ WRITE_EVERY_SECONDS = 5.0
 # And not for more than 2 % of the time: with 2,000 trials a write takes 0.3 s.
 PAUSE_PER_WRITE = 50
 
-# Of a report, beside its metrics: what the record of a trial, the study and the ledger are made of.
-REPORTED = ("status", "error", "done", "device", "num_threads", "setup_seconds", "checkpoint_seconds", "spent")
+# Of a report, beside its metrics: what the record of a trial and the study are made of.
+REPORTED = ("status", "error", "done", "device", "num_threads", "setup_seconds", "checkpoint_seconds")
 
 TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID, "training_iteration")
 KEPT_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *TUNES_OWN))
@@ -56,8 +55,6 @@ class SearchProgress:
     """Every trial so far. One still running bears the status it would end with if all stopped now: interrupted."""
     running: frozenset[str] = frozenset()
     """Trial ids of the running ones."""
-    slot_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Slot time by ``TimeKind`` that workers told of so far; see ``SlotTimes.totals``."""
 
     def count_ended(self) -> int:
         """Trials that are over."""
@@ -120,9 +117,10 @@ class TrialRecorder(tune.Callback):
         self._began: dict[str, float] = {}  # on the clock of the search; nobody sees a trial that has not begun
         self._running: set[str] = set()
         self._cut: set[str] = set()  # what ran when the search was cut off, and has not gone on yet
-        self._times = SlotTimes()
+        self._workers: dict[str, int] = {}  # number of each worker process, from 1
+        self._places: dict[str, int] = {}  # trial id -> number of the worker that has it
         self._slots, self._begin = slots, begin
-        self._past, self._resumed = 0.0, list[float]()
+        self._past = 0.0
         self._end: float | None = None
         self._written = time.monotonic()
         self._is_unwritten = False
@@ -134,18 +132,9 @@ class TrialRecorder(tune.Callback):
         return [record for trial_id, record in self._records.items() if trial_id in self._began]
 
     @property
-    def ledger(self) -> Ledger | None:
-        """What the slots spent their time on, once the search is over."""
-        if self._end is None:
-            return None
-        return build_ledger(
-            self._times.workers,
-            map(self._time_trial, self.trials),
-            slots=self._slots,
-            begin=0.0,
-            end=self._end,
-            resumed=self._resumed,
-        )
+    def slot_time(self) -> SlotTime | None:
+        """Slots of the search and seconds that it took; None until it is over."""
+        return None if self._end is None else SlotTime(slots=self._slots, wall_seconds=self._end)
 
     # ---- from a journal ----
 
@@ -161,14 +150,12 @@ class TrialRecorder(tune.Callback):
             except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
                 raise InputError(f"{JOURNAL_FILE}: line {number}: {describe_error(error)}") from error
         self._cut_off()
-        self._resumed += [self._past] if self._past else []
         self._progress = dataclasses.replace(self._progress, started=self._progress.started - self._past)
 
     def _take_over(self, event: Mapping[str, Any]) -> None:
         self._past = event["at"]
         if event["event"] == "session":
             self._cut_off()
-            self._resumed += [self._past] if self._past else []
         else:
             self._apply(event)
 
@@ -243,7 +230,7 @@ class TrialRecorder(tune.Callback):
         """Write what is known to ``trials.parquet`` and ``epochs.parquet``."""
         began = time.monotonic()
         try:
-            write_trials(self.folder, self.trials, self._provenance, self.ledger)
+            write_trials(self.folder, self.trials, self._provenance, self.slot_time)
         except OSError as error:  # the journal has it all
             self._on_fault(describe_error(error))
         self._written = time.monotonic()
@@ -289,9 +276,10 @@ class TrialRecorder(tune.Callback):
             told = event["metrics"]
             self._report(trial_id, event, build_from(EpochMetrics, told) if told and metrics is None else metrics)
         elif kind == "lost":
-            self._times.lose(trial_id, event["at"])
+            self._places.pop(trial_id, None)
         elif kind == "end":
             self._running.discard(trial_id)
+            self._places.pop(trial_id, None)
             error = event["error"] or self._find(trial_id).error
             self._record(trial_id, event["at"], status=TrialStatus(event["status"]), error=error)
 
@@ -313,7 +301,8 @@ class TrialRecorder(tune.Callback):
         )
 
     def _start(self, trial_id: str, event: Mapping[str, Any]) -> None:
-        self._times.start(trial_id, event["worker"], event["at"])
+        self._places[trial_id] = self._workers.setdefault(event["worker"], len(self._workers) + 1)
+        self._slots = max(self._slots, len(self._places))  # nodes may have joined
         self._running.add(trial_id)
         if trial_id in self._cut:  # what lies between is no time of the trial's
             self._cut.discard(trial_id)
@@ -337,7 +326,7 @@ class TrialRecorder(tune.Callback):
             num_threads=event["num_threads"],
             setup_seconds=event["setup_seconds"],
             checkpoint_seconds=event["checkpoint_seconds"],
-            worker=self._times.report(trial_id, event["spent"], event["at"]),
+            worker=self._places[trial_id],
         )
 
     def _cut_off(self, now: float | None = None) -> list[str]:
@@ -345,9 +334,9 @@ class TrialRecorder(tune.Callback):
         now = self._past if now is None else now
         cut = [trial_id for trial_id in self._records if trial_id in self._running]
         for trial_id in cut:
-            self._times.lose(trial_id, now, TimeKind.INTERRUPTED)
             self._record(trial_id, now)
         self._running.clear()
+        self._places.clear()
         self._cut.update(cut)
         return cut
 
@@ -371,11 +360,6 @@ class TrialRecorder(tune.Callback):
         seconds = now - self._began.setdefault(trial_id, now)
         self._records[trial_id] = dataclasses.replace(self._find(trial_id), wall_seconds=seconds, **changes)
 
-    def _time_trial(self, record: TrialRecord) -> TrialTime:
-        last, kinds = record.last, {"train": TimeKind.TRAINING, "val": TimeKind.VALIDATION, "probe": TimeKind.PROBE}
-        kept = {} if last is None else {kind: getattr(last, f"{name}_seconds") for name, kind in kinds.items()}
-        return TrialTime(status=record.status, spent=self._times.find_work(record.trial_id), kept=kept)
-
     def _now(self) -> float:
         return self._past + time.monotonic() - self._begin
 
@@ -384,12 +368,7 @@ class TrialRecorder(tune.Callback):
             self.write()
 
     def _tell(self, ended: TrialRecord | None = None) -> None:
-        now = dataclasses.replace(
-            self._progress,
-            trials=tuple(self.trials),
-            running=frozenset(self._running),
-            slot_seconds=self._times.totals,
-        )
+        now = dataclasses.replace(self._progress, trials=tuple(self.trials), running=frozenset(self._running))
         self._observer.on_progress(now, ended)
 
 

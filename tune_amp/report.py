@@ -11,7 +11,7 @@ from pathlib import Path
 from tune_amp import __version__
 from tune_amp.config import InputError
 from tune_amp.files import write_atomically
-from tune_amp.report_findings import find_origin, write_confirmed, write_importance, write_ledger, write_parameters
+from tune_amp.report_findings import find_origin, write_confirmed, write_importance, write_parameters, write_utilisation
 from tune_amp.report_page import Section, is_page, render_page
 from tune_amp.report_run import Run, load_run
 from tune_amp.report_sections import write_curves, write_epochs, write_history, write_scales
@@ -27,7 +27,7 @@ SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.Mappin
         "importance": ("importance", "Which settings mattered", write_importance),
         "parameters": ("settings", "Settings and what they led to", write_parameters),
         "best": ("fresh seeds", "The best, and what fresh seeds say of them", write_confirmed),
-        "time": ("slot time", "What the slots' time went into", write_ledger),
+        "time": ("slot time", "What the slots' time went into", write_utilisation),
     }
 )
 """Anchor -> name in the contents, heading, and what writes it."""

@@ -12,37 +12,26 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.config import MORE_IS_BETTER, TrialStatus
 from tune_amp.confirmed import DEFAULT_ID
-from tune_amp.ledger import Ledger, TimeKind
 from tune_amp.report_axes import Axis, count_step, linear_axis, objective_axis, show_percent
 from tune_amp.report_run import Run, find_value, list_rankable
 from tune_amp.report_style import SYMBOLS, build_figure, colour_of, list_statuses, say_status, tell_trial
 from tune_amp.results import BestRow, TrialRecord
+from tune_amp.utilisation import SlotUse
 
 HEIGHT = 420
 MOST_BARS = 200
 """Of a figure of epochs: with more of them, a bar stands for several."""
 
-# Colour and opacity of each kind of slot time: what training was for in blue, waste as its status, the rest in grey.
-KIND_COLOURS: Mapping[TimeKind, tuple[str, float]] = types.MappingProxyType(
+# Colour and opacity of each use of the slots: what training was for in blue, waste as its status, the rest in grey.
+USE_COLOURS: Mapping[SlotUse, tuple[str, float]] = types.MappingProxyType(
     {
-        TimeKind.TRAINING: ("completed", 1.0),
-        TimeKind.VALIDATION: ("completed", 0.65),
-        TimeKind.PROBE: ("completed", 0.4),
-        TimeKind.STOPPED: ("stopped", 1.0),
-        TimeKind.DIVERGED: ("diverged", 1.0),
-        TimeKind.OUT_OF_MEMORY: ("out_of_memory", 1.0),
-        TimeKind.FAILED: ("failed", 1.0),
-        TimeKind.INTERRUPTED: ("interrupted", 1.0),
-        TimeKind.DATA: ("muted", 0.85),
-        TimeKind.START_UP: ("muted", 0.6),
-        TimeKind.CHECKPOINT: ("muted", 0.45),
-        TimeKind.IDLE: ("muted", 0.25),
-        TimeKind.OTHER: ("muted", 0.12),
+        SlotUse.USEFUL: ("completed", 1.0),
+        SlotUse.STOPPED: ("stopped", 1.0),
+        SlotUse.LOST: ("failed", 1.0),
+        SlotUse.EVALUATION: ("completed", 0.4),
+        SlotUse.REST: ("muted", 0.25),
     }
 )
-
-# What rounds to nothing is left out, as in the terminal.
-LEAST_SHARE = 0.0005
 
 
 # ---- the trials ----
@@ -314,27 +303,23 @@ def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) ->
     )
 
 
-def draw_ledger(ledger: Ledger) -> go.Figure:
+def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
     """One bar: the whole of the slot time."""
-    bars = []
-    for name, share in ledger.shares.items():
-        if share < LEAST_SHARE:
-            continue
-        colour, opacity = KIND_COLOURS[TimeKind(name)]
-        bars.append(
-            go.Bar(
-                x=[100 * share],
-                y=[""],
-                orientation="h",
-                name=name,
-                marker={
-                    "color": colour_of(colour),
-                    "opacity": opacity,
-                    "line": {"width": 1, "color": colour_of("surface")},
-                },
-                hovertemplate=f"{name}: {share:.1%} of the slot time<extra></extra>",
-            )
+    bars = [
+        go.Bar(
+            x=[100 * share],
+            y=[""],
+            orientation="h",
+            name=str(use),
+            marker={
+                "color": colour_of(USE_COLOURS[use][0]),
+                "opacity": USE_COLOURS[use][1],
+                "line": {"width": 1, "color": colour_of("surface")},
+            },
+            hovertemplate=f"{use}: {share:.1%} of the slot time<extra></extra>",
         )
+        for use, share in shares.items()
+    ]
     x: dict[str, Any] = {
         "range": [0, 100],
         "tickvals": [0, 20, 40, 60, 80, 100],

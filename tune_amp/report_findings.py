@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Sequence
 
 from tune_amp.importance import FEWEST_TRIALS, describe_importance
-from tune_amp.ledger import TimeKind
 from tune_amp.report_axes import objective_title, show_percent
-from tune_amp.report_figures import KIND_COLOURS, LEAST_SHARE, draw_confirmed, draw_ledger, name_row
+from tune_amp.report_figures import USE_COLOURS, draw_confirmed, draw_utilisation, name_row
 from tune_amp.report_page import Figure, Origin, Section, Swatch, Table, quote_words
 from tune_amp.report_parameters import draw_importance, draw_parallel, draw_slices
 from tune_amp.report_run import MISSING, Run, find_value
 from tune_amp.report_sections import tell_epochs, tell_last, tell_trouble, write_key
-from tune_amp.report_style import count_of
-from tune_amp.report_summary import say_moment, say_seconds, say_setting, tell_interval
+from tune_amp.report_summary import say_moment, say_setting, tell_interval
 from tune_amp.results import BestRow
 from tune_amp.run_files import CONFIRM_FILE, IMPORTANCE_FILE, TRIALS_FILE
+from tune_amp.utilisation import describe_utilisation, find_shares, utilisation
 
 # ---- the parameters ----
 
@@ -191,28 +190,21 @@ def list_words(given: Sequence[str]) -> list[str]:
     return [*(["python"] if first[0].endswith(".py") else []), *first, *given[1:]]
 
 
-def write_ledger(run: Run) -> Section:
-    """What the slots spent their time on."""
-    ledger = run.ledger
-    if ledger is None or not ledger.shares:
+def write_utilisation(run: Run) -> Section:
+    """What the slots were used for."""
+    if run.slot_time is None:
         trouble = run.troubles.get(TRIALS_FILE)
-        reason = f"the ledger cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
+        reason = f"the slot time cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
         return Section([f"Not known: {reason}."])
-    text = (
-        f"{count_of(ledger.slots, 'slot')} of {say_seconds(ledger.wall_seconds)} each: "
-        f"{ledger.useful:.1%} went into training steps of trials that completed, {ledger.efficiency:.1%} into training "
-        "steps of any trial."
-    )
+    text = describe_utilisation(run.trials, run.slot_time)
     caption = (
-        "The whole bar is the time of all slots, places in which a trial runs. The table names its parts from the left."
+        "The whole bar is the time of all slots, places in which a trial runs. Useful is the training of trials that "
+        "completed; the rest is start-up, data, checkpoints and waiting."
     )
-    rows = [
-        (Swatch(kind, *KIND_COLOURS[TimeKind(kind)]), say_seconds(ledger.seconds[kind]), f"{share:.1%}")
-        for kind, share in ledger.shares.items()
-        if share >= LEAST_SHARE
-    ]
-    plot = Figure(caption, {"time-plot": (text, draw_ledger(ledger))})
-    return Section([text], [plot], [Table(("spent on", "time", "share"), rows, narrow=True)])
+    shares = find_shares(utilisation(run.trials, run.slot_time))
+    plot = Figure(caption, {"time-plot": (text, draw_utilisation(shares))})
+    rows = [(Swatch(use, *USE_COLOURS[use]), f"{share:.1%}") for use, share in shares.items()]
+    return Section([f"{text}."], [plot], [Table(("used for", "share"), rows, narrow=True)])
 
 
 def find_origin(run: Run, version: str) -> Origin:

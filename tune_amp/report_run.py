@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 from tune_amp.config import InputError, TrialConfig
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, load_importance
-from tune_amp.ledger import Ledger
 from tune_amp.parameters import Parameter
 from tune_amp.ranking import choose_best
 from tune_amp.results import (
     BestRow,
     Provenance,
+    SlotTime,
     TrialRecord,
     load_best_rows,
     load_confirmed,
-    load_ledger,
     load_provenance,
+    load_slot_time,
     load_trials,
     rank_trials,
 )
@@ -47,7 +47,7 @@ class Run:
     """Of ``best.parquet``, or ranked here where that cannot be read."""
     importance: ImportanceResult | None
     confirmed: tuple[ConfirmedRun, ...]
-    ledger: Ledger | None
+    slot_time: SlotTime | None
     parameters: tuple[Parameter, ...]
     """What was searched."""
     troubles: Mapping[str, str]
@@ -123,7 +123,7 @@ def load_run(folder: Path) -> Run:
         rows=tuple(rows),
         importance=_attempt(troubles, folder, IMPORTANCE_FILE, lambda: load_importance(folder)),
         confirmed=tuple(_attempt(troubles, folder, CONFIRM_FILE, lambda: load_confirmed(folder)) or ()),
-        ledger=_attempt(troubles, folder, TRIALS_FILE, lambda: load_ledger(folder)),
+        slot_time=_attempt(troubles, folder, TRIALS_FILE, lambda: load_slot_time(folder)),
         parameters=_find_parameters(provenance, trials),
         troubles=troubles,
     )

@@ -56,9 +56,9 @@ def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
     yield "trials", f"{len(run.trials)}{epochs}"
     yield "device", "; ".join(_list_devices(run.trials)) or origin.device
     yield "seeds", _tell_seeds(run)
-    if run.ledger:
-        slots = count_of(run.ledger.slots, "slot")
-        yield "time", f"{say_seconds(run.ledger.wall_seconds)} in {slots}"
+    if run.slot_time:
+        slots = count_of(run.slot_time.slots, "slot")
+        yield "time", f"{say_seconds(run.slot_time.wall_seconds)} in {slots}"
 
 
 def _tell_tail(trials: Sequence[TrialRecord]) -> str:

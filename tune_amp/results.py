@@ -37,15 +37,14 @@ from tune_amp.config import (
     shown,
 )
 from tune_amp.confirmed import Confirmation, ConfirmedRun
-from tune_amp.ledger import Ledger
 from tune_amp.parquet import (
     build_columns,
     build_table,
     locate,
     placed,
-    read_ledger,
     read_origin,
     read_rows,
+    read_slot_time,
     split_optional,
     write_parquet,
 )
@@ -159,6 +158,25 @@ class Provenance:
         object.__setattr__(self, "versions", dict(self.versions))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotTime:
+    """The time that a search which is over had in its slots, the places in which trials run at the same time.
+
+    Raises:
+        InputError: a field has another type, or is out of range.
+    """
+
+    slots: int
+    wall_seconds: float
+    """From the beginning of the command until the last trial was over."""
+
+    def __post_init__(self) -> None:
+        if checked_type("slots", self.slots, int) < 1:
+            raise InputError(f"slots: must be at least 1, got {shown(self.slots)}")
+        if not 0 <= checked_type("wall_seconds", self.wall_seconds, float) <= MOST_SECONDS:
+            raise InputError(f"wall_seconds: must be between 0 and {MOST_SECONDS:g}, got {shown(self.wall_seconds)}")
+
+
 def list_versions(*packages: str) -> dict[str, str]:
     """The version of each installed package, and of Python."""
     return {name: find_version(name) for name in (*packages, "python")}
@@ -216,11 +234,11 @@ SCHEMAS: Mapping[str, pa.Schema] = types.MappingProxyType(_build_schemas())
 
 
 def write_trials(
-    folder: Path, trials: Sequence[TrialRecord], provenance: Provenance, ledger: Ledger | None = None
+    folder: Path, trials: Sequence[TrialRecord], provenance: Provenance, slot_time: SlotTime | None = None
 ) -> None:
     """Writes ``trials.parquet`` and ``epochs.parquet`` into ``folder``, in the order given (that of submission).
 
-    The ledger of a search that is over goes into the metadata of ``trials.parquet``.
+    The slot time of a search that is over goes into the metadata of ``trials.parquet``.
 
     Raises:
         OSError: the folder is missing, or the disk is full; files that were there are as they were.
@@ -229,7 +247,7 @@ def write_trials(
     epochs = [{"trial_id": trial.trial_id} | vars(epoch) for trial in trials for epoch in trial.epochs]
     # Epochs first: a crash between the two leaves no trial without its epochs.
     _write(folder, "epochs", epochs, provenance)
-    _write(folder, "trials", [_to_row(t) for t in trials], provenance, ledger)
+    _write(folder, "trials", [_to_row(t) for t in trials], provenance, slot_time)
 
 
 def write_best(folder: Path, rows: Sequence[BestRow], provenance: Provenance) -> None:
@@ -260,9 +278,9 @@ def write_confirmed(folder: Path, runs: Sequence[ConfirmedRun], provenance: Prov
 
 
 def _write(
-    folder: Path, kind: str, rows: list[dict[str, Any]], provenance: Provenance, ledger: Ledger | None = None
+    folder: Path, kind: str, rows: list[dict[str, Any]], provenance: Provenance, slot_time: SlotTime | None = None
 ) -> None:
-    spent = None if ledger is None else dataclasses.asdict(ledger)
+    spent = None if slot_time is None else dataclasses.asdict(slot_time)
     table = build_table(kind, SCHEMAS[kind], rows, dataclasses.asdict(provenance), spent)
     write_parquet(table, folder / f"{kind}.parquet")
 
@@ -360,20 +378,20 @@ def load_provenance(path: str | Path) -> Provenance:
         return build_from(Provenance, origin)
 
 
-def load_ledger(path: str | Path) -> Ledger | None:
-    """What a run's slots spent their time on; ``path`` is its folder, or its ``trials.parquet``.
+def load_slot_time(path: str | Path) -> SlotTime | None:
+    """Return the slot time of a run; ``path`` is its folder, or its ``trials.parquet``.
 
-    None where the run was killed, or still goes on: the ledger is written when a search is over.
+    None if the run was killed or is still running: it is written when a search is over.
 
     Raises:
         InputError: the file is missing, damaged, not ours or of another version.
     """
     path = locate(path, "trials")
-    spent = read_ledger(path)
+    spent = read_slot_time(path)
     if spent is None:
         return None
     with placed(path):
-        return build_from(Ledger, spent)
+        return build_from(SlotTime, spent)
 
 
 def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
@@ -471,5 +489,5 @@ _LIMITS = dict.fromkeys((*_TIMES, "optimism"), MOST_SECONDS) | {
 # Listed once: resolving the annotations costs more than building a row.
 _FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {
     source: _list_field_rules(source)
-    for source in (TrialConfig, EpochMetrics, TrialRecord, Confirmation, ConfirmedRun, Provenance, Ledger)
+    for source in (TrialConfig, EpochMetrics, TrialRecord, Confirmation, ConfirmedRun, Provenance, SlotTime)
 }

@@ -22,7 +22,6 @@ from tune_amp.gauges import Gauges, SearchObserver
 from tune_amp.halt import StopRequest, watching
 from tune_amp.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.journal import JOURNAL_VERSION, Journal
-from tune_amp.ledger import Ledger
 from tune_amp.mending import mend_run
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun, PastTrial
@@ -31,7 +30,7 @@ from tune_amp.preflight import check_fit, check_objectives
 from tune_amp.ranking import choose_best
 from tune_amp.recorder import SearchProgress, TrialRecorder
 from tune_amp.resources import SlotCounter, TrialResources, list_nodes
-from tune_amp.results import Provenance, TrialRecord, load_confirmed, rank_trials, write_best
+from tune_amp.results import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE
 from tune_amp.searcher import AmpSearch
 from tune_amp.source import TrialSource
@@ -62,8 +61,8 @@ class SearchResult:
     """What that was."""
     failing: bool = False
     """Whether the reason is that the first trials all failed with the same error."""
-    ledger: Ledger
-    """What the slots spent their time on, until the last trial was over."""
+    slot_time: SlotTime
+    """Slots, and seconds until the last trial was over."""
     wrap_up_seconds: float
     """From then until everything was written and the importance of the parameters measured."""
     confirmation: ConfirmResult | None = None
@@ -333,18 +332,18 @@ def _conclude(
     )
     if importance.rows:
         write_importance(recorder.folder, importance, provenance)
-    ledger = recorder.ledger
-    assert ledger is not None  # the search is over
+    slot_time = recorder.slot_time
+    assert slot_time is not None  # the search is over
     return SearchResult(
         folder=recorder.folder,
         trials=recorder.trials,
         ranked=ranked,
         importance=importance,
         provenance=provenance,
-        interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, ledger.wall_seconds),
+        interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, slot_time.wall_seconds),
         reason=stop.reason,
         failing=stop.reason is not None and stop.reason == find_failing(recorder.trials, options.max_failures),
-        ledger=ledger,
+        slot_time=slot_time,
         wrap_up_seconds=time.monotonic() - begun,
     )
 

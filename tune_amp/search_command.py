@@ -38,7 +38,6 @@ from tune_amp.console import (
 )
 from tune_amp.halt import StopRequest, stopping_on_signals
 from tune_amp.journal import read_journal
-from tune_amp.ledger import read_process_age
 from tune_amp.options import (
     DEFAULT_RESULTS_DIR,
     SearchOptions,
@@ -101,8 +100,7 @@ WORKER_MODULES = ("tune_amp.trainable",)
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
     """Run a search and print what it found. Returns the exit code."""
-    # As a program, the command began with its process: what Python and the imports took counts.
-    begun = time.monotonic() - (read_process_age() if arguments is None else 0.0)
+    begun = time.monotonic()
     command = sys.argv[1:] if arguments is None else list(arguments)
     return answer_bad_input(lambda: _search(command, program, begun))
 

@@ -126,7 +126,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
         confirmed_runs=confirmation.runs if confirmation else (),
         provenance=result.provenance,
         importance=result.importance,
-        ledger=result.ledger,
+        slot_time=result.slot_time,
         interrupted=result.interrupted and not result.failing,
         wrap_up_seconds=result.wrap_up_seconds,
         confirm_seconds=confirmation.seconds if confirmation else None,
@@ -158,12 +158,8 @@ def print_json_start(
 
 def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:
     """The last line for a program: what was found; with ``resume``, the line that goes on where something is left."""
-    from tune_amp.monitoring import (
-        JsonLines,
-        describe_as_json,
-        describe_confirmation_as_json,
-        describe_ledger_as_json,
-    )
+    from tune_amp.monitoring import JsonLines, describe_as_json, describe_confirmation_as_json
+    from tune_amp.utilisation import utilisation
 
     ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
     best = str(result.best_path) if ranked else None
@@ -177,4 +173,6 @@ def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None
         "resume": resume if result.is_cut_off else None,
     }
     found["confirmation"] = result.confirmation and describe_confirmation_as_json(result.confirmation)
-    JsonLines(stdout).write("result", {**found, "ledger": describe_ledger_as_json(result.ledger)})
+    seconds = utilisation(result.trials, result.slot_time)
+    found["utilisation"] = {**vars(result.slot_time), "seconds": seconds}
+    JsonLines(stdout).write("result", found)

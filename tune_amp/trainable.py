@@ -42,7 +42,6 @@ from tune_amp.config import (
     one_line,
 )
 from tune_amp.data import Dataset, Split
-from tune_amp.ledger import SlotClock, TimeKind, read_process_age
 from tune_amp.memory import is_out_of_gpu_memory, is_out_of_memory
 from tune_amp.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
 from tune_amp.resources import TrialResources, cap_memory
@@ -61,14 +60,6 @@ NODE_RETRIES = 10
 WORK_PER_CHECKPOINT = 20
 # Until a worker has saved once; simple_net's takes 0.01 to 0.02 s on a local disk, a network's storage takes longer.
 FIRST_CHECKPOINT_SECONDS = 0.05
-
-EPOCH_CLOCKS = {
-    "train_seconds": (TimeKind.OTHER, TimeKind.TRAINING),
-    "val_seconds": (TimeKind.OTHER, TimeKind.VALIDATION),
-    "probe_seconds": (TimeKind.OTHER, TimeKind.PROBE),
-    "data_seconds": (TimeKind.START_UP, TimeKind.DATA),
-}
-"""Seconds of ``EpochMetrics``: what they would count as by the worker's own clock, and what they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +102,6 @@ class AmpTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
         """Place the data on this worker's device, once a process."""
         assert worker_setup is not None  # bound by tune.with_parameters
-        self._clock = SlotClock(read_process_age())
         self._num_threads = worker_setup.num_threads
         self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
         self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
@@ -124,51 +114,37 @@ class AmpTrainable(tune.Trainable):
             raise
         self._run: TrainingRun | None = None
         self._content: bytes | None = None  # of a checkpoint that is being saved
-        self._counted: dict[str, float] = {}  # seconds of its metrics that the clock has been told of
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
         self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         self.reset_config(config)
-        self._clock.switch(TimeKind.IDLE)
-
-    def train(self) -> Any:
-        """Ray's own ``train``, on the clock: what no other clock within covers is told as such."""
-        with self._clock.spending(TimeKind.OTHER):
-            return super().train()  # type: ignore[no-untyped-call]
-
-    def reset(self, new_config: dict[str, Any], storage: Any = None) -> Any:
-        """Ray's own ``reset``, on the clock."""
-        with self._clock.spending(TimeKind.START_UP):
-            return super().reset(new_config, storage)  # type: ignore[no-untyped-call]
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
-        """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, on the clock: its cost decides the next."""
+        """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, timed: its cost decides the next."""
         started = time.monotonic()
-        with self._clock.spending(TimeKind.CHECKPOINT):
-            self._content = self._write_state()  # what is raised here is the model's or the device's
-            index = self._storage.current_checkpoint_index if self._storage else -1
-            try:
-                with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind where its copy fails
-                    saved = super().save(checkpoint_dir or folder)
-            # A full disk, most often; Ray's RuntimeError says that the place is gone. The trial is none the worse for
-            # it, as long as its worker lives.
-            except (OSError, RuntimeError):
-                saved = _TrainingResult(checkpoint=None, metrics={})
-                if self._storage:  # or the driver, which hears of none, has another worker write over the last one
-                    self._storage.current_checkpoint_index = index
+        self._content = self._write_state()  # what is raised here is the model's or the device's
+        index = self._storage.current_checkpoint_index if self._storage else -1
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind where its copy fails
+                saved = super().save(checkpoint_dir or folder)
+        # A full disk, most often; Ray's RuntimeError says that the place is gone. The trial is none the worse for it,
+        # as long as its worker lives.
+        except (OSError, RuntimeError):
+            saved = _TrainingResult(checkpoint=None, metrics={})
+            if self._storage:  # or the driver, which hears of none, has another worker write over the last one
+                self._storage.current_checkpoint_index = index
         self._save_seconds.append(time.monotonic() - started)
         self._checkpoint_seconds += self._save_seconds[-1]
         self._unsaved_seconds = 0.0
         return saved
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs, on the clock.
+        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs.
 
         Where the checkpoint is gone or damaged, the trial begins anew.
         """
-        with self._clock.spending(TimeKind.CHECKPOINT):
-            found = checkpoint_path.checkpoint
-            if read_checkpoint(found.filesystem, found.path) is not None:
-                super().restore(checkpoint_path)
+        found = checkpoint_path.checkpoint
+        if read_checkpoint(found.filesystem, found.path) is not None:
+            super().restore(checkpoint_path)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make this actor ready for another trial, data and process kept."""
@@ -211,7 +187,6 @@ class AmpTrainable(tune.Trainable):
             "setup_seconds": self._setup_seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
             SHOULD_CHECKPOINT: not report["done"] and is_checkpoint_due(self._unsaved_seconds, self._save_seconds),
-            "spent": self._clock.read(),
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -224,7 +199,7 @@ class AmpTrainable(tune.Trainable):
         if self._run is None:
             return None
         content = io.BytesIO()  # what torch raises for a full disk is no OSError
-        torch.save(self._run.state_dict() | {"counted": self._counted}, content)
+        torch.save(self._run.state_dict(), content)
         return content.getvalue()
 
     def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
@@ -259,33 +234,20 @@ class AmpTrainable(tune.Trainable):
         with naming_memory_holders(self._data.device, self._share):
             run = self._run or self._go_on() or self._start_run()
             show_in_process_list(f"{self.trial_name} epoch {run.epoch + 1}/{self._max_epochs}")
-            metrics = self._count_epoch(run)
+            started = time.monotonic()
+            metrics = run.train_epoch()
+            self._unsaved_seconds += time.monotonic() - started
         if run.hopeless is not None:
             return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
         finished = metrics.epoch >= self._max_epochs
         return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
-
-    def _count_epoch(self, run: TrainingRun) -> EpochMetrics:
-        """Train an epoch. Its time counts as what the run measured, and as lost where it raises."""
-        before = self._clock.count(TimeKind.OTHER)
-        try:
-            metrics = run.train_epoch()
-        except Exception:
-            self._clock.move(TimeKind.OTHER, TimeKind.FAILED, self._clock.count(TimeKind.OTHER) - before)
-            raise
-        self._unsaved_seconds += self._clock.count(TimeKind.OTHER) - before
-        for name, (source, kind) in EPOCH_CLOCKS.items():
-            self._clock.move(source, kind, getattr(metrics, name) - self._counted[name])
-        self._counted = {name: getattr(metrics, name) for name in EPOCH_CLOCKS}
-        return metrics
 
     def _go_on(self) -> TrainingRun | None:
         """The run of a trial that was cut off before this search went on, from its newest checkpoint that is whole."""
         if self._first_failure is not None:
             return None  # perhaps the checkpoint's fault: the model may have been changed since
         for folder in self._checkpoints.get(self.trial_id, ()):
-            with self._clock.spending(TimeKind.CHECKPOINT):
-                content = read_checkpoint(self._filesystem, folder)
+            content = read_checkpoint(self._filesystem, folder)
             if content is not None:
                 return self._continue_run(content)
         return None
@@ -294,17 +256,14 @@ class AmpTrainable(tune.Trainable):
         state = torch.load(content, map_location="cpu", weights_only=True)
         run = self._start_run()
         run.load_state_dict(state)
-        self._counted = dict(state["counted"])
         return run
 
     def _start_run(self) -> TrainingRun:
         started = time.monotonic()
         config = TrialConfig(**self._settings)
         self._max_epochs = config.max_epochs
-        self._counted = dict.fromkeys(EPOCH_CLOCKS, 0.0)
         self._unsaved_seconds = 0.0
-        with self._clock.spending(TimeKind.START_UP):
-            self._run = TrainingRun(config, self._data)
+        self._run = TrainingRun(config, self._data)
         self._setup_seconds += time.monotonic() - started
         return self._run
 
@@ -318,7 +277,7 @@ class AmpTrainable(tune.Trainable):
         """Give the memory of a trial back: the next one may need all of it, and other workers share the GPU."""
         self._run = None
         # The trial's report counts; a broken context fails the next step too.
-        with self._clock.spending(TimeKind.START_UP), contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):
             release_memory(self._data.device)
         _exempt_what_is_left()
 

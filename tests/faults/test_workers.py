@@ -24,7 +24,8 @@ from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
 from tune_amp.config import TrialStatus
-from tune_amp.results import load_ledger, load_trials
+from tune_amp.results import load_slot_time, load_trials
+from tune_amp.utilisation import utilisation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
@@ -266,13 +267,15 @@ def test_clocks_that_jump_change_no_result_and_no_duration(
     assert search.wait() == 0, search.stderr
     assert read_end(run) == undisturbed("alone")
     count = check_run(run)
-    ledger = load_ledger(run)
-    assert ledger is not None
-    assert 0 < ledger.wall_seconds < 600
-    assert all(0 <= seconds <= ledger.slot_seconds for seconds in ledger.seconds.values())
-    for trial in load_trials(run):
+    slot_time, trials = load_slot_time(run), load_trials(run)
+    assert slot_time is not None
+    assert 0 < slot_time.wall_seconds < 600
+    seconds = utilisation(trials, slot_time)
+    assert sum(seconds.values()) == pytest.approx(slot_time.slots * slot_time.wall_seconds)
+    assert all(value >= 0 for value in seconds.values())
+    for trial in trials:
         assert trial.last is not None
-        assert 0 < trial.last.train_seconds <= trial.wall_seconds <= ledger.wall_seconds
+        assert 0 < trial.last.train_seconds <= trial.wall_seconds <= slot_time.wall_seconds
         assert 0 <= trial.setup_seconds <= trial.wall_seconds
     moments = [event["at"] for event in read_events(run)[1:]]
     assert moments == sorted(moments)

@@ -27,9 +27,9 @@ from tune_amp.benchmarks.load_table import LAST_SUGGESTIONS, LoadResult, LoadRow
 from tune_amp.benchmarks.machine import describe_machine, describe_versions
 from tune_amp.config import EpochMetrics, TrialStatus
 from tune_amp.journal import read_journal
-from tune_amp.ledger import Ledger, TimeKind
-from tune_amp.results import build_from, load_ledger
+from tune_amp.results import build_from, load_slot_time, load_trials
 from tune_amp.run_files import EPOCHS_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE
+from tune_amp.utilisation import SlotUse, find_shares, utilisation
 
 if TYPE_CHECKING:
     pass
@@ -144,8 +144,9 @@ def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
     samples = load_samples(folder)
     said = json.loads((folder / TIMES_FILE).read_text(encoding="utf-8"))
     times: dict[str, list[float]] = said["times"]
-    ledger = load_ledger(run)
-    assert ledger is not None  # the search is over
+    slot_time = load_slot_time(run)
+    assert slot_time is not None  # the search is over
+    shares = find_shares(utilisation(load_trials(run, all_epochs=False), slot_time))
     resumed = sum(event["event"] == "session" for event in events) > 1
     at = _choose_samples(samples, plan.trials)
     made_up = plan.part == "resume"
@@ -162,9 +163,9 @@ def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
         workers=len({event["worker"] for event in events if event["event"] == "start"}),
         sessions=sum(event["event"] == "session" for event in events),
         **dataclasses.asdict(check_run(run, plan.trials)),
-        wall_seconds=ledger.wall_seconds - (events[_find_last_session(events)]["at"] if made_up else 0.0),
+        wall_seconds=slot_time.wall_seconds - (events[_find_last_session(events)]["at"] if made_up else 0.0),
         driver_seconds=samples[-1].driver,
-        **_find_shares(ledger, made_up=made_up),
+        work_share=None if made_up else 1 - shares.get(SlotUse.REST, 0.0),
         memory_trials=tuple(sample.ended for sample in at),
         memory_bytes=tuple(sample.memory_bytes for sample in at if sample.memory_bytes is not None),
         peak_memory_bytes=said["peak_memory_bytes"],
@@ -181,17 +182,6 @@ def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
         parquet_bytes=sum((run / f"{kind}.parquet").stat().st_size for kind in ("trials", "epochs")),
         load_average=load_average,
     )
-
-
-def _find_shares(ledger: Ledger, *, made_up: bool) -> dict[str, Any]:
-    if made_up:
-        return dict.fromkeys(("work_share", "idle_share", "start_share"))
-    around = (TimeKind.DATA, TimeKind.START_UP, TimeKind.CHECKPOINT, TimeKind.IDLE, TimeKind.OTHER)
-    return {
-        "work_share": sum(share for kind, share in ledger.shares.items() if kind not in around),
-        "idle_share": ledger.shares.get(TimeKind.IDLE, 0.0),
-        "start_share": ledger.shares.get(TimeKind.START_UP, 0.0),
-    }
 
 
 def check_run(run: Path, trials: int) -> Kept:

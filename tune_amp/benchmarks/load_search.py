@@ -21,7 +21,6 @@ import numpy as np
 
 from tune_amp.benchmarks.instant import Sample, Sampler, load_images, load_small_space, read_peak_memory
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, consent_to
-from tune_amp.ledger import read_process_age
 from tune_amp.options import SearchOptions
 from tune_amp.run_files import JOURNAL_FILE
 
@@ -85,7 +84,7 @@ class Plan:
 
 def search(plan: Plan, folder: Path) -> None:
     """Begin the search in ``folder``, or go on with it where it has begun."""
-    begun = time.monotonic() - read_process_age()
+    begun = time.monotonic()
     consent_to(plan.model, plan.sampler)
     times: dict[str, list[float]] = collections.defaultdict(list)
     run = folder / RUN
@@ -312,8 +311,7 @@ def _fabricate_trial(
         is_cut_off = len(reports) < max_epochs
         if not is_last and not is_cut_off and scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
             result["done"] = True
-        spent = {"training": epoch.train_seconds, "idle": 0.001}
-        own = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.01, "checkpoint_seconds": 0.0, "spent": spent}
+        own = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.01, "checkpoint_seconds": 0.0}
         recorder.on_trial_result(0, [], trial, result | own)
         if result["done"]:
             trial.last_result = result

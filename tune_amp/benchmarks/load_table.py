@@ -43,10 +43,9 @@ class LoadRow:
     )
     driver_seconds: float = described("CPU time of the driver's last process, until its last trial ended", unit="s")
     work_share: float | None = described(
-        "share of the slot time in trials' own work: training, validation, probes; null where trials are made up"
+        "share of the slot time in training, validation and probes, and in trials that were hopeless or failed; null "
+        "where trials are made up"
     )
-    idle_share: float | None = described("share of it in which a worker waited for the driver, or was not there")
-    start_share: float | None = described("share of it in starting up the search, workers and trials")
     memory_trials: tuple[int, ...] = described("trials over when the driver's memory was read")
     memory_bytes: tuple[int, ...] = described("the driver's resident memory then; empty but on Linux", unit="B")
     peak_memory_bytes: int | None = described("the largest of the driver's last process; null but on Linux", unit="B")
@@ -55,7 +54,7 @@ class LoadRow:
     rungs_seconds: float | None = described("of a resume: the scheduler's replay", unit="s")
     study_seconds: float | None = described("of a resume: opening the study and finding each trial in it", unit="s")
     first_seconds: float | None = described(
-        "of a resume: from the beginning of its process, Ray's start included, until its first new trial", unit="s"
+        "of a resume: from its beginning, Ray's start included, until its first new trial", unit="s"
     )
     suggest_seconds: float | None = described(
         f"median of the last {LAST_SUGGESTIONS} suggestions of Optuna's", unit="s"
@@ -95,7 +94,6 @@ KEPT_TITLES = (
     "trials without an end",
     "wall",
     "slots at work",
-    "waiting",
     "driver's memory",
     "load average",
 )
@@ -153,7 +151,7 @@ def _render_kept(row: LoadRow) -> list[str]:
         str(row.doubled),
         str(row.unended),
         f"{row.wall_seconds:.0f} s",
-        *("-" if share is None else f"{share:.0%}" for share in (row.work_share, row.idle_share)),
+        "-" if row.work_share is None else f"{row.work_share:.0%}",
         (f"{memory}; most {peak}" if row.part == "trials" and memory else peak) or "-",
         f"{row.load_average:.0f}",
     ]
