@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test names is not consented to in the next: the record belongs to the process."""
-    from tune_amp import config
+    from tune_amp import consent
 
-    monkeypatch.setattr("tune_amp.config._consent", config._Consent())
+    monkeypatch.setattr("tune_amp.consent._consent", consent._Consent())
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,7 @@ def enter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.fixture
 def write_module(tmp_path: Path, enter_folder: None) -> Callable[[str], str]:
     """Write a module into the current folder, consent to run it, and return its name."""
-    from tune_amp.config import consent_to
+    from tune_amp.consent import consent_to
 
     numbers = itertools.count()
 

@@ -10,7 +10,8 @@ import pytest
 from records import PROVENANCE, make_trial
 
 from tune_amp.cli import main
-from tune_amp.config import InputError, TrialConfig, consent_to
+from tune_amp.config import InputError, TrialConfig
+from tune_amp.consent import consent_to
 from tune_amp.results import rank_trials, write_best, write_trials
 from tune_amp.search_arguments import search_parser
 from tune_amp.search_command import Task, _load_checked, _say_cut_off, _user_modules, search_command

@@ -13,6 +13,7 @@ LAYERS = (
     "run_files",
     "replaced",
     "config",
+    "consent",
     "files",
     "options",
     "halt",
@@ -110,6 +111,7 @@ LAYERS = (
 THIRD_PARTY = {
     "run_files": set(),
     "config": set(),
+    "consent": set(),
     "files": set(),
     "options": set(),
     "utilisation": set(),

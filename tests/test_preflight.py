@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tune_amp.config import MODELS, OPTIMIZERS, PRECISIONS, InputError, consent_to
+from tune_amp.config import MODELS, OPTIMIZERS, PRECISIONS, InputError
+from tune_amp.consent import consent_to
 from tune_amp.data import Dataset, Split
 from tune_amp.options import SearchOptions
 from tune_amp.preflight import check_fit, check_training

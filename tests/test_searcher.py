@@ -17,7 +17,8 @@ from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus, consent_to
+from tune_amp.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
+from tune_amp.consent import consent_to
 from tune_amp.failures import OUT_OF_MEMORY_SIGN, find_cause, find_reason, find_status, is_node_lost
 from tune_amp.journal import cut_torn_line
 from tune_amp.past import PastTrial

@@ -23,7 +23,8 @@ from records import INF, NAN, make_epoch
 
 from tune_amp import trackers as trackers_module
 from tune_amp.cli import main
-from tune_amp.config import EpochMetrics, InputError, TrialConfig, consent_to
+from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.consent import consent_to
 from tune_amp.data import Dataset
 from tune_amp.monitoring import Quiet
 from tune_amp.options import TRACKERS, SearchOptions, check_trackers

@@ -16,7 +16,8 @@ import torch
 from ray.tune import Checkpoint
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from tune_amp.config import EpochMetrics, InputError, TrialConfig, list_consented
+from tune_amp.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.consent import list_consented
 from tune_amp.data import Dataset
 from tune_amp.memory import is_out_of_memory
 from tune_amp.memory_holders import MEMORY_WAIT_SECONDS

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from tune_amp.compare_page import CPU_MEANING, describe_settings, render_comparison
 from tune_amp.compared import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.config import MODELS, PRECISIONS, SCALER_DEFAULTS, InputError, TrialConfig, TrialStatus, consent_to, shown
+from tune_amp.config import MODELS, PRECISIONS, SCALER_DEFAULTS, InputError, TrialConfig, TrialStatus, shown
+from tune_amp.consent import consent_to
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,

@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, check_consent, consent_to, describe_error, one_line
+from tune_amp.config import InputError, TrialConfig, describe_error, one_line
+from tune_amp.consent import check_consent, consent_to
 from tune_amp.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
 
 if TYPE_CHECKING:

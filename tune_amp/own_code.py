@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from tune_amp.config import load_function
+from tune_amp.consent import load_function
 from tune_amp.generators import keep_generators
 from tune_amp.halt import SIGNALS
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """``config.load_function``, after which torch's settings and all generators are as they were.
+    """``consent.load_function``, after which torch's settings and all generators are as they were.
 
     Only the first import of a process runs the module: what it sets or draws must not reach one trial alone.
 

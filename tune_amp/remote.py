@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import grpc  # type: ignore[import-untyped]
 import ray
 
-from tune_amp.config import InputError, consent_to, list_consented
+from tune_amp.config import InputError
+from tune_amp.consent import consent_to, list_consented
 from tune_amp.files import check_free, write_atomically
 from tune_amp.halt import StopRequest
 from tune_amp.journal import Journal
@@ -62,7 +63,7 @@ class Order:
     warm_start: "WarmStart | None"
     arguments: Mapping[str, Any]
     consented: Sequence[str]
-    """What the user named: see ``config.consent_to``."""
+    """What the user named: see ``consent.consent_to``."""
     past: Mapping[str, bytes]
     """Files of the run that goes on, by name; empty for a new one."""
     owner: str

@@ -16,7 +16,8 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_amp.config import InputError, TrialConfig, consent_to, list_consented, one_line
+from tune_amp.config import InputError, TrialConfig, one_line
+from tune_amp.consent import consent_to, list_consented
 from tune_amp.data import Split
 from tune_amp.shares import (
     CONTEXT_BYTES,

@@ -33,10 +33,10 @@ from tune_amp.config import (
     TrialStatus,
     checked_type,
     described,
-    distrust,
     shown,
 )
 from tune_amp.confirmed import Confirmation, ConfirmedRun
+from tune_amp.consent import distrust
 from tune_amp.parquet import (
     build_columns,
     build_table,

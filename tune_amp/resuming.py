@@ -8,15 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_amp.config import (
-    PICKLING_SAMPLERS,
-    InputError,
-    check_consent,
-    checked_type,
-    consent_to,
-    is_function_name,
-    shown,
-)
+from tune_amp.config import PICKLING_SAMPLERS, InputError, checked_type, is_function_name, shown
+from tune_amp.consent import check_consent, consent_to
 from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag, name_run
 from tune_amp.past import PastRun
 from tune_amp.results import find_version

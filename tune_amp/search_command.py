@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, consent_to, describe_error, is_function_name, load_function
+from tune_amp.config import InputError, TrialConfig, describe_error, is_function_name
+from tune_amp.consent import consent_to, load_function
 from tune_amp.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,

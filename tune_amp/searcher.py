@@ -26,9 +26,9 @@ from tune_amp.config import (
     InputError,
     TrialConfig,
     TrialStatus,
-    check_consent,
     describe_error,
 )
+from tune_amp.consent import check_consent
 from tune_amp.failures import find_cause, find_status
 from tune_amp.past import PastTrial
 from tune_amp.results import build_from

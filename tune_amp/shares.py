@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tune_amp.config import InputError, TrialConfig, consent_to, describe_error, list_consented
+from tune_amp.config import InputError, TrialConfig, describe_error
+from tune_amp.consent import consent_to, list_consented
 from tune_amp.data import Split
 from tune_amp.evaluation import EVALUATION_BATCH
 from tune_amp.graphs import WARM_UP_STEPS

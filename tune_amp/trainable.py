@@ -35,12 +35,11 @@ from tune_amp.config import (
     InputError,
     TrialConfig,
     TrialStatus,
-    consent_to,
     describe_error,
     generalize_error,
-    list_consented,
     one_line,
 )
+from tune_amp.consent import consent_to, list_consented
 from tune_amp.data import Dataset, Split
 from tune_amp.memory import is_out_of_gpu_memory, is_out_of_memory
 from tune_amp.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
@@ -75,7 +74,7 @@ class WorkerSetup:
     search_path: tuple[str, ...]
     """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
     consented: tuple[str, ...] = ()
-    """The user's own functions that may be imported: see ``config.consent_to``."""
+    """The user's own functions that may be imported: see ``consent.consent_to``."""
     checkpoints: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     """Of trials that were cut off before, by id: where their checkpoints may be, the newest first."""
     filesystem: fs.FileSystem = dataclasses.field(default_factory=fs.LocalFileSystem)

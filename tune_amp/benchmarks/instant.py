@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tune_amp.config import consent_to
+from tune_amp.consent import consent_to
 from tune_amp.results import TrialRecord
 from tune_amp.space import SearchSpace, load_space
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tune_amp.benchmarks.instant import Sample, Sampler, load_images, load_small_space, read_peak_memory
-from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, consent_to
+from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.consent import consent_to
 from tune_amp.options import SearchOptions
 from tune_amp.run_files import JOURNAL_FILE
 
