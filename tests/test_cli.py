@@ -48,7 +48,7 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
         ("--max-epochs 0", "--max-epochs: must be at least 1, got 0"),
         ("--grace-period 5 --max-epochs 4", "--grace-period: must be 1 to --max-epochs (4), got 5"),
         ("--reduction-factor 1", "--reduction-factor: must be greater than 1, got 1.0"),
-        ("--reduction-factor nan", "--reduction-factor: must be greater than 1, got nan"),
+        ("--reduction-factor nan", "--reduction-factor: must be a finite number, got nan"),
         (
             "--objective accuracy",
             "--objective: must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, "

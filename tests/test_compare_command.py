@@ -57,7 +57,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ("--precisions fp32,fp8", "--precisions: must be of fp32, tf32, bf16, fp16, got 'fp8'"),
+    ("--precisions fp32,fp8", "--precisions: must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
     ("--precisions fp16,fp16", "--precisions: must name none twice, got 'fp16,fp16'"),
     ("--precisions fp16,", "--precisions: must be names joined by commas, got 'fp16,'"),
     ("--seeds 1", "--seeds: must be at least 2 (one run tells nothing of noise), got 1"),

@@ -210,7 +210,7 @@ def test_every_field_tells_what_it_is() -> None:
     for owner in (TrialConfig, EpochMetrics):
         for field in dataclasses.fields(owner):
             assert field.metadata["doc"], field.name
-            assert set(field.metadata) == {"doc", "unit", "epoch_only"}, field.name
+            assert set(field.metadata) == {"doc", "rule", "unit", "epoch_only"}, field.name
 
 
 def test_only_lists_are_kept_out_of_the_trials_table() -> None:

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from tune_amp.config import InputError
-from tune_amp.options import SearchOptions, hide_credentials, make_run_name, name_path, name_run, run_folder
+from tune_amp.config import InputError, value_type
+from tune_amp.options import (
+    SearchOptions,
+    build_options,
+    hide_credentials,
+    make_run_name,
+    name_flag,
+    name_path,
+    name_run,
+    run_folder,
+)
 from tune_amp.search_arguments import search_parser
 
 NAN, INF = math.nan, math.inf
@@ -18,6 +27,10 @@ CHOICES = "simple_net, conv_net, vit, or module:function"
 OBJECTIVE_RULE = "must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, or several joined by commas"
 
 FIRST_RULE = "must begin with val_accuracy or val_loss"
+
+SHARE_RULE = "must be 0, or 0.0001 (Ray's smallest) to 1: a trial uses one GPU"
+
+SEEDS_RULE = "must be 0, or 2 to 1,000 (one seed has no interval)"
 
 
 @pytest.mark.parametrize("objective", ["val_accuracy", "val_loss,train_seconds"])
@@ -33,11 +46,15 @@ def test_defaults_are_valid_and_stay_so_once_they_are_filled_in(objective: str) 
         {"grace_period": 4, "max_epochs": 4},
         {"num_samples": 1, "top_k": 1, "max_epochs": 1},
         {"reduction_factor": 1.01},
+        {"gpus_per_trial": 0},
+        {"gpus_per_trial": 0.0001},
+        {"gpus_per_trial": 1, "cpus_per_trial": 1, "max_concurrent": 1},
         {"time_budget": 0.1},
         {"objective": "val_loss", "model": "package.module:function", "seed": 2**63 - 1},
         {"top_k": 50, "num_samples": 2},
         {"confirm_seeds": 0},
         {"confirm_seeds": 2},
+        {"confirm_seeds": 1000},
         {"objective": "val_loss,val_accuracy,peak_memory_bytes"},
         {"objective": "val_accuracy,train_seconds", "sampler": "tpe", "scheduler": "none"},
         {"sampler": "cmaes", "scheduler": "hyperband"},
@@ -61,7 +78,7 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ({"grace_period": 0, "max_epochs": 4}, "--grace-period: must be 1 to --max-epochs (4), got 0"),
         ({"grace_period": 3, "max_epochs": 2}, "--grace-period: must be 1 to --max-epochs (2), got 3"),
         ({"reduction_factor": 1.0}, "--reduction-factor: must be greater than 1, got 1.0"),
-        ({"reduction_factor": NAN}, "--reduction-factor: must be greater than 1, got nan"),
+        ({"reduction_factor": NAN}, "--reduction-factor: must be a finite number, got nan"),
         ({"objective": "test_accuracy"}, f"--objective: {OBJECTIVE_RULE}, got 'test_accuracy'"),
         ({"objective": "val_loss,time"}, f"--objective: {OBJECTIVE_RULE}, got 'time'"),
         ({"objective": "val_loss,"}, f"--objective: {OBJECTIVE_RULE}, got ''"),
@@ -73,17 +90,25 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
             {"objective": "val_accuracy,val_loss,train_seconds,peak_memory_bytes"},
             "--objective: must name 3 at most, got 4",
         ),
-        (
-            {"confirm_seeds": 10**18},
-            "--confirm-seeds: must be at most 1,000: each trains --top-k configurations, got 1000000000000000000",
-        ),
+        ({"confirm_seeds": 1001}, f"--confirm-seeds: {SEEDS_RULE}, got 1001"),
+        ({"confirm_seeds": 10**18}, f"--confirm-seeds: {SEEDS_RULE}, got 1000000000000000000"),
         ({"num_samples": 10**400}, "--num-samples: must fit in 64 bits, got 100000000000000000...0000000000000000000"),
         ({"time_budget": INF}, "--time-budget: must be a finite number, got inf"),
         ({"reduction_factor": INF}, "--reduction-factor: must be a finite number, got inf"),
         ({"gpus_per_trial": NAN}, "--gpus-per-trial: must be a finite number, got nan"),
-        ({"sampler": "grid"}, "--sampler: must be auto or one of tpe, random, gp, cmaes, nsga2, got 'grid'"),
-        ({"sampler": ""}, "--sampler: must be auto or one of tpe, random, gp, cmaes, nsga2, got ''"),
-        ({"scheduler": "pbt"}, "--scheduler: must be auto or one of asha, hyperband, median, none, got 'pbt'"),
+        ({"gpus_per_trial": INF}, "--gpus-per-trial: must be a finite number, got inf"),
+        ({"gpus_per_trial": 2}, f"--gpus-per-trial: {SHARE_RULE}, got 2.0"),
+        ({"gpus_per_trial": 1.5}, f"--gpus-per-trial: {SHARE_RULE}, got 1.5"),
+        ({"gpus_per_trial": -0.5}, f"--gpus-per-trial: {SHARE_RULE}, got -0.5"),
+        ({"gpus_per_trial": 0.00009}, f"--gpus-per-trial: {SHARE_RULE}, got 9e-05"),
+        ({"cpus_per_trial": 0}, "--cpus-per-trial: must be at least 1, got 0"),
+        ({"cpus_per_trial": -1}, "--cpus-per-trial: must be at least 1, got -1"),
+        ({"max_concurrent": 0}, "--max-concurrent: must be at least 1, got 0"),
+        ({"max_concurrent": -2}, "--max-concurrent: must be at least 1, got -2"),
+        ({"trial_time_limit": 0}, "--trial-time-limit: must be greater than 0, got 0.0"),
+        ({"sampler": "grid"}, "--sampler: must be one of auto, tpe, random, gp, cmaes, nsga2, got 'grid'"),
+        ({"sampler": ""}, "--sampler: must be one of auto, tpe, random, gp, cmaes, nsga2, got ''"),
+        ({"scheduler": "pbt"}, "--scheduler: must be one of auto, asha, hyperband, median, none, got 'pbt'"),
         (
             {"objective": "val_loss,train_seconds", "scheduler": "asha"},
             "--scheduler: must be none for several objectives (Optuna knows no pruned trials there), got 'asha'",
@@ -94,11 +119,11 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ),
         ({"time_budget": 0.0}, "--time-budget: must be greater than 0, got 0.0"),
         ({"time_budget": -5.0}, "--time-budget: must be greater than 0, got -5.0"),
-        ({"time_budget": NAN}, "--time-budget: must be greater than 0, got nan"),
+        ({"time_budget": NAN}, "--time-budget: must be a finite number, got nan"),
         ({"max_failures": 0}, "--max-failures: must be at least 1, got 0"),
         ({"top_k": 0}, "--top-k: must be at least 1, got 0"),
-        ({"confirm_seeds": 1}, "--confirm-seeds: must be 0, or at least 2: one seed has no interval, got 1"),
-        ({"confirm_seeds": -1}, "--confirm-seeds: must be 0, or at least 2: one seed has no interval, got -1"),
+        ({"confirm_seeds": 1}, f"--confirm-seeds: {SEEDS_RULE}, got 1"),
+        ({"confirm_seeds": -1}, f"--confirm-seeds: {SEEDS_RULE}, got -1"),
     ],
 )
 def test_option_that_breaks_its_rule_is_named_by_its_flag(options: dict[str, Any], message: str) -> None:
@@ -143,6 +168,24 @@ def test_sampler_and_scheduler_are_chosen_by_the_number_of_objectives(
 def test_sampler_and_scheduler_that_were_named_are_kept(named: dict[str, str], expected: tuple[str, str]) -> None:
     options = SearchOptions(**named)  # type: ignore[arg-type]
     assert (options.sampler, options.scheduler) == expected
+
+
+# The flags
+
+
+def test_every_option_has_a_flag_with_its_default_its_type_and_its_text_in_the_help() -> None:
+    parser = search_parser("")
+    assert build_options(vars(parser.parse_args([]))) == SearchOptions()
+    shown = " ".join(parser.format_help().split())
+    for field in dataclasses.fields(SearchOptions):
+        given = {float: "0.5", int: "7", str: "x"}[value_type(field.name, SearchOptions)]
+        assert str(getattr(parser.parse_args([name_flag(field.name), given]), field.name)) == given
+        default = field.metadata["unset"] if field.default is None else field.default
+        assert f"{field.metadata['help']} ({default})" in shown
+
+
+def test_share_of_a_gpu_can_be_left_to_the_search_by_name() -> None:
+    assert search_parser("").parse_args(["--gpus-per-trial", "auto"]).gpus_per_trial is None
 
 
 # The run's folder

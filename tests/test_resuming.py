@@ -80,6 +80,10 @@ def test_how_much_and_where_may_change(tmp_path: Path) -> None:
     [
         (["--max-epochs", "8"], "--max-epochs: must stay 3 in a run that goes on, got 8"),
         (["--seed", "1"], "--seed: must stay 0 in a run that goes on, got 1"),
+        (["--model", "vit"], "--model: must stay simple_net in a run that goes on, got vit"),
+        (["--grace-period", "2"], "--grace-period: must stay 1 in a run that goes on, got 2"),
+        (["--reduction-factor", "3"], "--reduction-factor: must stay 2.0 in a run that goes on, got 3.0"),
+        (["--scheduler", "none"], "--scheduler: must stay asha in a run that goes on, got none"),
         (["--sampler", "random"], "--sampler: must stay tpe in a run that goes on, got random"),
         (["--objective", "val_loss"], "--objective: must stay val_accuracy in a run that goes on, got val_loss"),
         (["--dataset", "mnist"], "--dataset: must stay digits in a run that goes on, got mnist"),

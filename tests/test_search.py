@@ -545,8 +545,8 @@ def test_time_budget_interrupts_what_still_runs_and_is_no_interruption(search: S
 def test_what_does_not_fit_is_refused_before_anything_is_written(search: Search, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"at most the 1,413 training images of digits, got 2000"):
         search("parameters:\n  batch_size: {choices: [2000, 64]}\n")
-    with pytest.raises(InputError, match=r"--gpus-per-trial: must be between 0 and 1: a trial uses one GPU, got 2"):
-        search(SPACE, gpus_per_trial=2.0)
+    with pytest.raises(InputError, match=r"--cpus-per-trial: must be at most the \d+ CPUs that Ray has, got 2000"):
+        search(SPACE, cpus_per_trial=2000)
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -8,13 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from tune_amp.compare_page import CPU_MEANING, describe_settings, render_comparison
 from tune_amp.compared import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.config import MODELS, PRECISIONS, SCALER_DEFAULTS, InputError, TrialConfig, TrialStatus, shown
+from tune_amp.config import (
+    MODELS,
+    PRECISIONS,
+    SCALER_DEFAULTS,
+    InputError,
+    TrialConfig,
+    TrialStatus,
+    check,
+    checked_field,
+    shown,
+)
 from tune_amp.consent import consent_to
 from tune_amp.console import (
     EXIT_DONE,
@@ -49,8 +59,6 @@ QUIET_SECONDS = 10.0
 """Longer runs tell their epochs too."""
 BUSY_SHARE = 0.25
 """Of the cores: from there on, what other programs take is told."""
-
-_T = TypeVar("_T")
 
 
 def compare_command(arguments: Sequence[str] | None = None, program: str = "scripts/compare.py") -> int:
@@ -110,44 +118,34 @@ def read_wishes(arguments: argparse.Namespace) -> Wishes:
     Raises:
         InputError: one breaks its rule.
     """
-    precisions = _split("--precisions", arguments.precisions)
+    precisions, models = _split("--precisions", arguments.precisions), _split("--models", arguments.models)
     for name in precisions:
-        if name not in PRECISIONS:
-            raise InputError(f"--precisions: must be of {', '.join(PRECISIONS)}, got {shown(name)}")
-    for flag, value, least, why in (
-        ("--seeds", arguments.seeds, LEAST_SEEDS, "one run tells nothing of noise"),
-        ("--max-epochs", arguments.max_epochs, 2, "the first epoch is not timed"),
-    ):
-        if value is not None and value < least:
-            raise InputError(f"{flag}: must be at least {least} ({why}), got {value}")
-    if arguments.seeds is not None and arguments.seeds > MOST_SEEDS:
-        raise InputError(f"--seeds: must be at most {MOST_SEEDS:,}, got {shown(arguments.seeds)}")
-    if arguments.max_epochs is not None:
-        _checked("--max-epochs", "max_epochs", arguments.max_epochs)
+        checked_field("--precisions", name, TrialConfig, "precision")
+    for name in models:
+        checked_field("--models", name, TrialConfig, "model")
+    seeds, max_epochs = arguments.seeds, arguments.max_epochs
+    if seeds is not None:
+        check(
+            "--seeds", seeds, seeds >= LEAST_SEEDS, f"must be at least {LEAST_SEEDS} (one run tells nothing of noise)"
+        )
+        check("--seeds", seeds, seeds <= MOST_SEEDS, f"must be at most {MOST_SEEDS:,}")
+    if max_epochs is not None:
+        check("--max-epochs", max_epochs, max_epochs >= 2, "must be at least 2 (the first epoch is not timed)")
+        checked_field("--max-epochs", max_epochs, TrialConfig, "max_epochs")
     return Wishes(
         precisions=precisions,
-        seeds=arguments.seeds,
-        max_epochs=arguments.max_epochs,
-        models=tuple(_checked("--models", "model", name) for name in _split("--models", arguments.models)),
+        seeds=seeds,
+        max_epochs=max_epochs,
+        models=models,
         batch_sizes=tuple(_read_size(text) for text in _split("--batch-sizes", arguments.batch_sizes)),
     )
 
 
 def _split(flag: str, text: str | None) -> tuple[str, ...]:
     names = () if text is None else tuple(name.strip() for name in text.split(","))
-    if "" in names:
-        raise InputError(f"{flag}: must be names joined by commas, got {shown(text)}")
-    if len(set(names)) < len(names):
-        raise InputError(f"{flag}: must name none twice, got {shown(text)}")
+    check(flag, text, "" not in names, "must be names joined by commas")
+    check(flag, text, len(set(names)) == len(names), "must name none twice")
     return names
-
-
-def _checked(flag: str, field: str, value: _T) -> _T:
-    try:
-        TrialConfig(**{field: value})  # type: ignore[arg-type]
-    except InputError as error:
-        raise InputError(f"{flag}:{str(error).partition(':')[2]}") from None
-    return value
 
 
 def _read_size(text: str) -> int:
@@ -155,7 +153,8 @@ def _read_size(text: str) -> int:
         size = int(text)
     except ValueError:
         raise InputError(f"--batch-sizes: must be whole numbers joined by commas, got {shown(text)}") from None
-    return _checked("--batch-sizes", "batch_size", size)
+    checked_field("--batch-sizes", size, TrialConfig, "batch_size")
+    return size
 
 
 def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:

@@ -4,14 +4,15 @@ Needs nothing but the standard library, so that a Parquet file can be read witho
 """
 
 import dataclasses
+import functools
 import math
 import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MODELS = ("simple_net", "conv_net", "vit")
@@ -38,7 +39,6 @@ SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
     {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 )
 
-# GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
 SMALLEST_SCALE = 2.0**-126
 LARGEST_SCALE = 2.0**127
 
@@ -92,12 +92,54 @@ class TrainingState(StrEnum):
 HOPELESS_STATES = (TrainingState.COLLAPSED, TrainingState.DIVERGED)
 
 
-def described(doc: str, *, unit: str = "", default: Any = dataclasses.MISSING, epoch_only: bool = False) -> Any:
-    """A dataclass field that carries its description and unit, from which the Arrow schema is built.
+class Rule(NamedTuple):
+    """What a value must fulfil beside its type."""
+
+    text: str
+    """How a message says it."""
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: float) -> Rule:
+    """The rule of a number that has a smallest value."""
+    return Rule(f"must be at least {least}", lambda value: value >= least)
+
+
+def more_than(bound: float) -> Rule:
+    """The rule of a number that has an excluded lower bound."""
+    return Rule(f"must be greater than {bound}", lambda value: value > bound)
+
+
+def one_of(*known: str, function: bool = False) -> Rule:
+    """The rule of a name; with ``function``, the user's own ``module:function`` is allowed too."""
+    names = ", ".join(known) + (", or module:function" if function else "")
+    return Rule(f"must be one of {names}", lambda value: value in known or (function and is_function_name(value)))
+
+
+MODEL_RULE = one_of(*MODELS, function=True)
+SEED_RULE = Rule("must be between 0 and 2^63 - 1", lambda seed: 0 <= seed < 2**63)
+_FRACTION_RULE = Rule("must be between 0 and 1, both excluded", lambda fraction: 0 < fraction < 1)
+# GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
+# It does not check that, and takes 0, negative, infinite and NaN scales without a word.
+_SCALE_RULE = Rule(
+    "must be between 2^-126 and 2^127 (fp32's normal range)", lambda scale: SMALLEST_SCALE <= scale <= LARGEST_SCALE
+)
+
+
+def described(
+    doc: str,
+    default: Any = dataclasses.MISSING,
+    rule: Rule | None = None,
+    *,
+    unit: str = "",
+    epoch_only: bool = False,
+) -> Any:
+    """A dataclass field with its description and unit, from which the Arrow schema is built, and its rule.
 
     ``epoch_only`` keeps a field out of ``trials.parquet``, whose rows are trials.
     """
-    return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit, "epoch_only": epoch_only})
+    metadata = {"doc": doc, "rule": rule, "unit": unit, "epoch_only": epoch_only}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,76 +152,43 @@ class TrialConfig:
         InputError: a field breaks its rule; the message says which field, the rule and the value.
     """
 
-    lr: float = described("learning rate", default=1e-3)
-    batch_size: int = described("images a training step", unit="images", default=64)
-    precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast", default="fp32")
-    init_scale: float | None = described("initial loss scale of GradScaler", default=None)
-    growth_factor: float | None = described("factor by which the loss scale grows", default=None)
-    backoff_factor: float | None = described("factor applied to the loss scale after an overflow", default=None)
+    lr: float = described("learning rate", 1e-3, more_than(0))
+    batch_size: int = described("images a training step", 64, at_least(1), unit="images")
+    precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast", "fp32", one_of(*PRECISIONS))
+    init_scale: float | None = described("initial loss scale of GradScaler", None, _SCALE_RULE)
+    growth_factor: float | None = described("factor by which the loss scale grows", None, more_than(1))
+    backoff_factor: float | None = described("factor applied to the loss scale after an overflow", None, _FRACTION_RULE)
     growth_interval: int | None = described(
-        "steps without overflow before the loss scale grows", unit="steps", default=None
+        "steps without overflow before the loss scale grows", None, at_least(1), unit="steps"
     )
-    model: str = described("built-in model, or module:function", default="simple_net")
-    dataset: str = described("built-in data set, or module:function", default="mnist")
+    model: str = described("built-in model, or module:function", "simple_net", MODEL_RULE)
+    dataset: str = described("built-in data set, or module:function", "mnist", one_of(*DATASETS, function=True))
     imbalance: float = described(
-        "images of the most frequent training class for one of the rarest; 1: the data as they are", default=1.0
+        "images of the most frequent training class for one of the rarest; 1: the data as they are", 1.0, at_least(1)
     )
-    optimizer: str = described("adam, adamw or sgd (momentum 0.9)", default="adam")
-    weight_decay: float = described("weight decay", default=0.0)
-    grad_clip: float | None = described("largest L2 norm of the unscaled gradients", default=None)
+    optimizer: str = described("adam, adamw or sgd (momentum 0.9)", "adam", one_of(*OPTIMIZERS))
+    weight_decay: float = described("weight decay", 0.0, at_least(0))
+    grad_clip: float | None = described("largest L2 norm of the unscaled gradients", None, more_than(0))
     input_scaling: str = described(
-        "minmax: [0, 1]; standard: mean 0, deviation 1 of the training split", default="minmax"
+        "minmax: [0, 1]; standard: mean 0, deviation 1 of the training split", "minmax", one_of(*INPUT_SCALINGS)
     )
     class_weighting: str = described(
-        "none, or balanced: inverse class frequency in the whole training split", default="none"
+        "none, or balanced: inverse class frequency in the whole training split", "none", one_of(*CLASS_WEIGHTINGS)
     )
-    curriculum: str = described("none; or from easy images to all, at the pace of: linear, root, step", default="none")
-    max_epochs: int = described("epochs of a trial that is not stopped", unit="epochs", default=5)
-    seed: int = described("seed of weights and data order", default=0)
+    curriculum: str = described(
+        "none; or from easy images to all, at the pace of: linear, root, step", "none", one_of(*CURRICULA)
+    )
+    max_epochs: int = described("epochs of a trial that is not stopped", 5, at_least(1), unit="epochs")
+    seed: int = described("seed of weights and data order", 0, SEED_RULE)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = checked_type(field.name, getattr(self, field.name), FIELD_TYPES[field.name])
-            object.__setattr__(self, field.name, value)
-        _check_range("lr", self.lr, self.lr > 0, "must be greater than 0")
-        _check_range("batch_size", self.batch_size, self.batch_size >= 1, "must be at least 1")
-        _check_choice("precision", self.precision, PRECISIONS)
-        self._check_scaler()
-        _check_choice("model", self.model, MODELS, function=True)
-        _check_choice("dataset", self.dataset, DATASETS, function=True)
-        _check_range("imbalance", self.imbalance, self.imbalance >= 1, "must be at least 1")
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_range("weight_decay", self.weight_decay, self.weight_decay >= 0, "must be at least 0")
-        _check_range(
-            "grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "must be greater than 0"
-        )
-        _check_choice("input_scaling", self.input_scaling, INPUT_SCALINGS)
-        _check_choice("class_weighting", self.class_weighting, CLASS_WEIGHTINGS)
-        _check_choice("curriculum", self.curriculum, CURRICULA)
-        _check_range("max_epochs", self.max_epochs, self.max_epochs >= 1, "must be at least 1")
-        _check_range("seed", self.seed, 0 <= self.seed < 2**63, "must be between 0 and 2^63 - 1")
-
-    def _check_scaler(self) -> None:
-        """Rules that GradScaler itself does not check: it takes 0, negative, infinite and NaN scales without a word."""
+        check_fields(self)
         for name, default in SCALER_DEFAULTS.items():
             value = getattr(self, name)
             if self.precision != "fp16":
-                _check_range(name, value, value is None, "must be left out unless precision is fp16")
+                check(name, value, value is None, "must be left out unless precision is fp16")
             elif value is None:
                 object.__setattr__(self, name, default)
-        if self.precision != "fp16":
-            return
-        assert self.init_scale is not None  # filled above, as are the other three
-        assert self.growth_factor is not None
-        assert self.backoff_factor is not None
-        assert self.growth_interval is not None
-        in_range = SMALLEST_SCALE <= self.init_scale <= LARGEST_SCALE
-        _check_range("init_scale", self.init_scale, in_range, "must be between 2^-126 and 2^127 (fp32's normal range)")
-        _check_range("growth_factor", self.growth_factor, self.growth_factor > 1, "must be greater than 1")
-        _check_range(
-            "backoff_factor", self.backoff_factor, 0 < self.backoff_factor < 1, "must be between 0 and 1, both excluded"
-        )
-        _check_range("growth_interval", self.growth_interval, self.growth_interval >= 1, "must be at least 1")
 
 
 def list_settings(config: TrialConfig) -> dict[str, Any]:
@@ -188,7 +197,19 @@ def list_settings(config: TrialConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if value is not None and (name, value) not in off}
 
 
-FIELD_TYPES: Mapping[str, Any] = types.MappingProxyType(typing.get_type_hints(TrialConfig))
+@functools.cache
+def field_types(owner: type) -> Mapping[str, Any]:
+    """The type of each field of a dataclass."""
+    return types.MappingProxyType(typing.get_type_hints(owner))
+
+
+FIELD_TYPES = field_types(TrialConfig)
+
+
+def value_type(name: str, owner: type = TrialConfig) -> type:
+    """``float``, ``int`` or ``str``: the field's type, null apart."""
+    expected = field_types(owner)[name]
+    return next(option for option in (float, int, str) if option in (typing.get_args(expected) or (expected,)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,26 +262,63 @@ class EpochMetrics:
     )
 
 
-def checked_type(name: str, value: Any, expected: Any) -> Any:
-    """``value`` as the field's type: an int becomes a float where a float is due; nothing else is converted.
+def check_fields(record: object) -> None:
+    """Check a dataclass by the types and rules of its fields; an int becomes a float where a float is due.
 
     Raises:
-        InputError: the value has another type, or is a float that is not finite.
+        InputError: a field breaks its rule.
+    """
+    owner: type = type(record)
+    for name in field_types(owner):
+        object.__setattr__(record, name, checked_field(name, getattr(record, name), owner, name))
+
+
+def checked_field(place: str, value: Any, owner: type, name: str) -> Any:
+    """``value`` as the field ``name`` of the dataclass ``owner``, checked by its type and rule.
+
+    Raises:
+        InputError: the value breaks the rule; the message names ``place``.
+    """
+    value = checked_type(place, value, field_types(owner)[name])
+    rule = owner.__dataclass_fields__[name].metadata["rule"]  # type: ignore[attr-defined]
+    if rule is not None and value is not None:
+        check(place, value, rule.holds(value), rule.text)
+    return value
+
+
+def checked_type(place: str, value: Any, expected: Any) -> Any:
+    """``value`` as the type: an int becomes a float where a float is due; nothing else is converted.
+
+    Raises:
+        InputError: the value has another type, or is a float that is not finite; the message names ``place``.
     """
     options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if value is None and types.NoneType in options:
         return None
     if float in options and isinstance(value, int | float) and not isinstance(value, bool):
-        _check_range(name, value, _is_finite(value), "must be a finite number")
+        check(place, value, is_finite(value), "must be a finite number")
         return float(value)
     if int in options and isinstance(value, int) and not isinstance(value, bool):
-        _check_range(name, value, -(2**63) <= value < 2**63, "must fit in 64 bits")  # as Arrow stores it
+        check(place, value, -(2**63) <= value < 2**63, "must fit in 64 bits")  # as Arrow stores it
         return value
     if str in options and isinstance(value, str):
         return value
     kinds = {float: "a number", int: "a whole number", str: "a text", types.NoneType: "null"}
-    rule = " or ".join(kinds[option] for option in options)
-    raise InputError(f"{name}: must be {rule}, got {shown(value)}")
+    raise InputError(f"{place}: must be {' or '.join(kinds[option] for option in options)}, got {shown(value)}")
+
+
+def check(place: str, value: Any, holds: bool, rule: str) -> None:
+    """Raise InputError with the place, the rule and the value unless the rule holds."""
+    if not holds:
+        raise InputError(f"{place}: {rule}, got {shown(value)}")
+
+
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a value is there and is a finite number."""
+    try:
+        return value is not None and math.isfinite(value)
+    except OverflowError:  # an int beyond the largest float
+        return False
 
 
 def shown(value: Any) -> str:
@@ -309,22 +367,3 @@ def describe_error(error: BaseException) -> str:
 def generalize_error(text: str) -> str:
     """The text of an error without numbers and addresses: errors that differ in nothing else are the same error."""
     return _NUMBER.sub("#", text)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the largest float
-        return False
-
-
-def _check_range(name: str, value: Any, holds: bool, rule: str) -> None:
-    if not holds:
-        raise InputError(f"{name}: {rule}, got {shown(value)}")
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...], *, function: bool = False) -> None:
-    if value in known or (function and is_function_name(value)):
-        return
-    names = ", ".join(known) + (", or module:function" if function else "")
-    raise InputError(f"{name}: must be one of {names}, got {shown(value)}")

@@ -1,5 +1,6 @@
 """How much is searched, with what, and into which folder. Imports nothing heavy: a wrong flag is answered at once."""
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -7,19 +8,25 @@ import importlib.util
 import itertools
 import re
 import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tune_amp.config import (
+    MODEL_RULE,
+    MODELS,
     OBJECTIVES,
     RANKING_OBJECTIVES,
     SAMPLERS,
     SCHEDULERS,
+    SEED_RULE,
     InputError,
-    TrialConfig,
-    checked_type,
+    Rule,
+    at_least,
+    check,
+    check_fields,
+    more_than,
+    one_of,
     shown,
 )
 from tune_amp.files import claim_folder
@@ -51,6 +58,36 @@ _SECRET = re.compile(
 )
 
 
+def option(text: str, default: Any, rule: Rule | None = None, **about: Any) -> Any:
+    """A field of ``SearchOptions``, from which its flag is made.
+
+    Args:
+        text: what the help says of it.
+        default: of the field and of the flag.
+        rule: of a value that is not None.
+        about: ``fixed``, where a resumed run keeps the value, because all its trials share it, or its rungs do; for the
+            help, ``unset``, the meaning of None, and ``metavar``; ``read``, which makes the value of a text. The last
+            two follow from the type otherwise.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "rule": rule, **about})
+
+
+def _read_gpu_share(text: str) -> float | None:
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a number, got {text!r}") from None
+
+
+_SHARE_RULE = Rule(
+    "must be 0, or 0.0001 (Ray's smallest) to 1: a trial uses one GPU", lambda share: share == 0 or 1e-4 <= share <= 1
+)
+_SEEDS_RULE = Rule(
+    f"must be 0, or 2 to {MOST_SEEDS:,} (one seed has no interval)",
+    lambda count: 0 <= count <= MOST_SEEDS and count != 1,
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """How much is searched, and with what. What is searched stands in the search space.
@@ -59,66 +96,65 @@ class SearchOptions:
         InputError: an option breaks its rule; the message names the flag.
     """
 
-    model: str = "simple_net"
-    """Built-in model or ``module:function``."""
-    num_samples: int = 32
-    """Trials of the search."""
-    max_epochs: int = 8
-    """Full budget of a trial, in epochs."""
-    grace_period: int = 1
-    """Epochs that every trial gets before it can be stopped."""
-    reduction_factor: float = 2.0
-    """One trial in so many goes on from rung to rung, of ASHA and HyperBand."""
-    objective: str = "val_accuracy"
-    """What is searched for, one of ``config.OBJECTIVES`` or several joined by commas. Of ``val_accuracy`` more is
-    better, of the others less. The first is one of ``config.RANKING_OBJECTIVES``."""
-    sampler: str = "auto"
-    """One of ``config.SAMPLERS``; ``auto`` becomes ``tpe`` for one objective, ``nsga2`` for several."""
-    scheduler: str = "auto"
-    """One of ``config.SCHEDULERS``; ``auto`` becomes ``asha``, but ``none`` for several objectives, and for samplers
-    that learn from completed trials only."""
-    seed: int = 0
-    """Of the sampler, and of every trial."""
-    gpus_per_trial: float | None = None
-    """Share of a GPU, or None to choose."""
-    cpus_per_trial: int | None = None
-    max_concurrent: int | None = None
-    """Most trials at a time, or None for as many as fit."""
-    time_budget: float | None = None
-    """Seconds after which trials are interrupted, or None."""
-    trial_time_limit: float | None = None
-    """Seconds that a trial may take before it is ended as failed, or None for any time."""
-    max_failures: int = 5
-    """Trials that fail with the same error, before any has reported an epoch, until the search stops."""
-    top_k: int = 3
-    """Configurations written to ``best.parquet``."""
-    confirm_seeds: int = 10
-    """Most fresh seeds on which the best are trained again; 0: they are not."""
+    model: str = option(f"{', '.join(MODELS)} or MODULE:FUNCTION", "simple_net", MODEL_RULE, fixed=True)
+    num_samples: int = option("number of trials", 32, at_least(1))
+    max_epochs: int = option("epochs of a trial that is not stopped early", 8, at_least(1), fixed=True)
+    grace_period: int = option(
+        "epochs before the scheduler can stop a trial; a diverged one ends at once", 1, fixed=True
+    )
+    reduction_factor: float = option("one trial in X passes a rung of ASHA or HyperBand", 2.0, more_than(1), fixed=True)
+    objective: str = option(
+        f"{', '.join(OBJECTIVES)}, or several joined by commas, beginning with accuracy or loss",
+        "val_accuracy",
+        fixed=True,
+    )
+    sampler: str = option(
+        f"{', '.join(SAMPLERS)} or auto: tpe, for several objectives nsga2",
+        "auto",
+        one_of("auto", *SAMPLERS),
+        fixed=True,
+    )
+    scheduler: str = option(
+        f"{', '.join(SCHEDULERS)} or auto: asha; none for several objectives, gp and nsga2",
+        "auto",
+        one_of("auto", *SCHEDULERS),
+        fixed=True,
+    )
+    seed: int = option("seed of the sampler and of every trial", 0, SEED_RULE, fixed=True)
+    gpus_per_trial: float | None = option(
+        "GPUs a trial: 0.25 lets four share one",
+        None,
+        _SHARE_RULE,
+        unset="auto",
+        metavar="auto|X",
+        read=_read_gpu_share,
+    )
+    cpus_per_trial: int | None = option("CPU threads of a trial", None, at_least(1), unset="1")
+    max_concurrent: int | None = option("largest number of trials at a time", None, at_least(1), unset="as many as fit")
+    time_budget: float | None = option(
+        "seconds after which trials are interrupted; confirmation comes on top", None, more_than(0), unset="no limit"
+    )
+    trial_time_limit: float | None = option(
+        "seconds after which a trial is ended as failed, because it hangs", None, more_than(0), unset="no limit"
+    )
+    max_failures: int = option("stop the search where its first N trials all fail with the same error", 5, at_least(1))
+    top_k: int = option(
+        "configurations in best.parquet; for several objectives it holds the Pareto set", 3, at_least(1)
+    )
+    confirm_seeds: int = option(
+        "most fresh seeds to confirm the best on: the top k and the defaults are trained on 3; then the best of them "
+        "and the defaults on the others, if these can show a gain; 0: none",
+        10,
+        _SEEDS_RULE,
+    )
 
     def __post_init__(self) -> None:
         with naming_flags():
-            TrialConfig(model=self.model, max_epochs=self.max_epochs, seed=self.seed)
-        _check_flag("--num-samples", self.num_samples, self.num_samples >= 1, "must be at least 1")
+            check_fields(self)
         in_range = 1 <= self.grace_period <= self.max_epochs
-        _check_flag("--grace-period", self.grace_period, in_range, f"must be 1 to --max-epochs ({self.max_epochs})")
-        _check_flag("--reduction-factor", self.reduction_factor, self.reduction_factor > 1, "must be greater than 1")
+        check("--grace-period", self.grace_period, in_range, f"must be 1 to --max-epochs ({self.max_epochs})")
         self._check_objectives()
         self._choose_algorithms()
-        for flag, count in (("--cpus-per-trial", self.cpus_per_trial), ("--max-concurrent", self.max_concurrent)):
-            _check_flag(flag, count, count is None or count >= 1, "must be at least 1")
-        positive = self.time_budget is None or self.time_budget > 0
-        _check_flag("--time-budget", self.time_budget, positive, "must be greater than 0")
-        positive = self.trial_time_limit is None or self.trial_time_limit > 0
-        _check_flag("--trial-time-limit", self.trial_time_limit, positive, "must be greater than 0")
-        for flag, count in (("--max-failures", self.max_failures), ("--top-k", self.top_k)):
-            _check_flag(flag, count, count >= 1, "must be at least 1")
-        rule = "must be 0, or at least 2: one seed has no interval"
-        _check_flag("--confirm-seeds", self.confirm_seeds, self.confirm_seeds == 0 or self.confirm_seeds >= 2, rule)
-        rule = f"must be at most {MOST_SEEDS:,}: each trains --top-k configurations"
-        _check_flag("--confirm-seeds", self.confirm_seeds, self.confirm_seeds <= MOST_SEEDS, rule)
-        with naming_flags():
-            for name, hint in _OPTION_TYPES.items():
-                checked_type(name, getattr(self, name), hint)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -129,33 +165,27 @@ class SearchOptions:
         names = self.objectives
         for name in names:
             rule = f"must be one of {', '.join(OBJECTIVES)}, or several joined by commas"
-            _check_flag("--objective", name, name in OBJECTIVES, rule)
-        _check_flag("--objective", self.objective, len(set(names)) == len(names), "must name none twice")
+            check("--objective", name, name in OBJECTIVES, rule)
+        check("--objective", self.objective, len(set(names)) == len(names), "must name none twice")
         rule = f"must name {MOST_OBJECTIVES} at most"
-        _check_flag("--objective", len(names), len(names) <= MOST_OBJECTIVES, rule)
+        check("--objective", len(names), len(names) <= MOST_OBJECTIVES, rule)
         rule = f"must begin with {' or '.join(RANKING_OBJECTIVES)}"
-        _check_flag("--objective", names[0], names[0] in RANKING_OBJECTIVES, rule)
+        check("--objective", names[0], names[0] in RANKING_OBJECTIVES, rule)
         object.__setattr__(self, "objective", ",".join(names))
 
     def _choose_algorithms(self) -> None:
+        """Put those that fit the objectives in the place of ``auto``."""
         several = len(self.objectives) > 1
-        self._choose("sampler", SAMPLERS, "nsga2" if several else "tpe")
-        self._choose("scheduler", SCHEDULERS, "none" if several or self.sampler in COMPLETED_ONLY else "asha")
+        if self.sampler == "auto":
+            object.__setattr__(self, "sampler", "nsga2" if several else "tpe")
+        if self.scheduler == "auto":
+            fitting = "none" if several or self.sampler in COMPLETED_ONLY else "asha"
+            object.__setattr__(self, "scheduler", fitting)
         if several:
             rule = "must not be cmaes for several objectives (it knows one)"
-            _check_flag("--sampler", self.sampler, self.sampler != "cmaes", rule)
+            check("--sampler", self.sampler, self.sampler != "cmaes", rule)
             rule = "must be none for several objectives (Optuna knows no pruned trials there)"
-            _check_flag("--scheduler", self.scheduler, self.scheduler == "none", rule)
-
-    def _choose(self, field: str, known: tuple[str, ...], fitting: str) -> None:
-        """Put ``fitting`` in the place of ``auto``."""
-        name = getattr(self, field)
-        _check_flag(f"--{field}", name, name in ("auto", *known), f"must be auto or one of {', '.join(known)}")
-        if name == "auto":
-            object.__setattr__(self, field, fitting)
-
-
-_OPTION_TYPES = typing.get_type_hints(SearchOptions)
+            check("--scheduler", self.scheduler, self.scheduler == "none", rule)
 
 
 def build_options(arguments: Mapping[str, Any]) -> SearchOptions:
@@ -179,7 +209,7 @@ def check_trackers(texts: Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(name.strip() for text in texts for name in text.split(",")))
     for name in names:
         rule = f"must be one of {', '.join(TRACKERS)}, or several joined by commas"
-        _check_flag("--tracker", name, name in TRACKERS, rule)
+        check("--tracker", name, name in TRACKERS, rule)
         if any(importlib.util.find_spec(module) is None for module in TRACKERS[name]):
             raise InputError(f"--tracker: {name} is not installed: pip install 'tune_amp[{name}]'")
     return names
@@ -244,11 +274,6 @@ def name_run(folder: Path, default_dir: Path) -> str:
 def name_path(path: Path) -> str:
     """Return how a command line names a path: it must not look like a flag, or like a home folder."""
     return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
-
-
-def _check_flag(flag: str, value: Any, holds: bool, rule: str) -> None:
-    if not holds:
-        raise InputError(f"{flag}: {rule}, got {shown(value)}")
 
 
 def hide_credentials(text: str) -> str:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
 
-from tune_amp.config import FIELD_TYPES
+from tune_amp.config import value_type
 
 LONGEST_INTERVAL = 2.0**62  # TrialConfig takes 64 bits, and a fraction may be any number above 0
 
@@ -94,12 +93,6 @@ class Parameter:
     def _power(self, exponent: int) -> float | int:
         value: float | int = value_type(self.name)(math.ldexp(1.0, exponent))  # exact, however small
         return value
-
-
-def value_type(name: str) -> type:
-    """``float``, ``int`` or ``str``: the field's type, null apart."""
-    expected = FIELD_TYPES[name]
-    return next(option for option in (float, int, str) if option in (typing.get_args(expected) or (expected,)))
 
 
 def exponent_of(value: float) -> int:

@@ -11,7 +11,8 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from tune_amp.parameters import Parameter, value_type
+from tune_amp.config import value_type
+from tune_amp.parameters import Parameter
 
 MOST_TICKS = 7
 

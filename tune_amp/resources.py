@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_amp.config import InputError, TrialConfig, one_line
+from tune_amp.config import TrialConfig, check, one_line
 from tune_amp.consent import consent_to, list_consented
 from tune_amp.data import Split
 from tune_amp.shares import (
@@ -32,7 +32,6 @@ from tune_amp.shares import (
 TRIALS_PER_GPU = 4
 
 # Ray counts in ten-thousandths and drops what is smaller: such a trial would silently train on the CPU.
-SMALLEST_GPU_SHARE = 1e-4
 
 DEVICE_BUSY = "busy or unavailable"
 """In CUDA's error where a GPU in compute mode EXCLUSIVE_PROCESS has a process already (cudaErrorDevicesUnavailable)."""
@@ -86,16 +85,13 @@ def allocate_resources(
     cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
     most_cpus = int(max(node.get("CPU", 0.0) for node in nodes))
     whose = "that Ray has" if len(nodes) == 1 else "of the largest node"  # a trial never spans two
-    in_range = 1 <= cpus_each <= most_cpus
-    _check("--cpus-per-trial", cpus_each, in_range, f"must be between 1 and the {most_cpus} CPUs {whose}")
-    if max_concurrent is not None:
-        _check("--max-concurrent", max_concurrent, max_concurrent >= 1, "must be at least 1")
-    if gpus_per_trial is not None:
-        _check_gpu_share(float(gpus_per_trial), gpus)
+    check("--cpus-per-trial", cpus_each, cpus_each <= most_cpus, f"must be at most the {most_cpus} CPUs {whose}")
+    rule = f"must be at most the {gpus} GPUs that Ray has"
+    check("--gpus-per-trial", gpus_per_trial, (gpus_per_trial or 0) <= gpus, rule)
     if gpus_per_trial != 0 and gpus > 0:
         beside = int(max(node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= 1))
         rule = f"must be at most the {beside} CPUs of a node with a GPU, or --gpus-per-trial 0"
-        _check("--cpus-per-trial", cpus_each, cpus_each <= beside, rule)
+        check("--cpus-per-trial", cpus_each, cpus_each <= beside, rule)
     shared = None
     if gpus_per_trial is None:
         wanted = min((limit for limit in (max_concurrent, num_samples) if limit is not None), default=None)
@@ -285,19 +281,6 @@ def _share_gpu(
     return dataclasses.replace(shared, trials=min(most, shared.trials))
 
 
-def _check_gpu_share(share: float, gpus: int) -> None:
-    flag = "--gpus-per-trial"
-    _check(flag, share, 0 <= share <= 1, "must be between 0 and 1: a trial uses one GPU")
-    _check(flag, share, share <= gpus, f"must be between 0 and the {gpus} GPUs that Ray has")
-    known = share == 0 or share >= SMALLEST_GPU_SHARE
-    _check(flag, share, known, f"must be 0 or at least {SMALLEST_GPU_SHARE:g}, Ray's smallest")
-
-
 def _round_down(share: float) -> float:
     """To the four decimals that Ray keeps: three thirds fit on a GPU."""
     return math.floor(share * 10_000 + 1e-6) / 10_000
-
-
-def _check(flag: str, value: float, holds: bool, rule: str) -> None:
-    if not holds:
-        raise InputError(f"{flag}: {rule}, got {value:g}")

@@ -1,14 +1,14 @@
 """How ``--resume`` reads a command line: what may be another than when the run was begun, and what must not."""
 
 import argparse
+import dataclasses
 import os
 import shlex
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_amp.config import PICKLING_SAMPLERS, InputError, checked_type, is_function_name, shown
+from tune_amp.config import PICKLING_SAMPLERS, InputError, checked_type, field_types, is_function_name, shown
 from tune_amp.consent import check_consent, consent_to
 from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag, name_run
 from tune_amp.past import PastRun
@@ -17,23 +17,13 @@ from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE
 from tune_amp.session import goes_by_client
 from tune_amp.space import MAX_BYTES, load_space
 
-# What all trials of a run have in common, and what its rungs were made by.
-FIXED_OPTIONS = (
-    "model",
-    "max_epochs",
-    "grace_period",
-    "reduction_factor",
-    "objective",
-    "sampler",
-    "scheduler",
-    "seed",
-)
 LEADS_OUT = ("address", "storage_path", "tracker")
 """What takes data, code and tokens to other machines, or deletes elsewhere: never on the word of a run alone."""
 OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
 """Arguments that are not remembered."""
 
-_HINTS = typing.get_type_hints(SearchOptions) | {
+_HINTS = {
+    **field_types(SearchOptions),
     "imbalance": float,
     "space": str | None,
     "data_dir": str | None,
@@ -127,7 +117,8 @@ def _name_ways_out(arguments: Mapping[str, Any]) -> list[str]:
 
 def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: PastRun) -> None:
     now, then = build_options(vars(arguments)), build_options(recorded)
-    changes = {name: (getattr(then, name), getattr(now, name)) for name in FIXED_OPTIONS}
+    fixed = [field.name for field in dataclasses.fields(SearchOptions) if "fixed" in field.metadata]
+    changes = {name: (getattr(then, name), getattr(now, name)) for name in fixed}
     changes |= {name: (recorded[name], getattr(arguments, name)) for name in ("dataset", "imbalance")}
     for name, (before, wanted) in changes.items():
         if wanted != before:

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from tune_amp.config import InputError, TrialConfig, describe_error, is_function_name
+from tune_amp.config import InputError, TrialConfig, checked_field, describe_error, is_function_name
 from tune_amp.consent import consent_to, load_function
 from tune_amp.console import (
     EXIT_DONE,
@@ -132,8 +132,7 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
 
     options = build_options(vars(arguments))
     consent_to(arguments.model, arguments.dataset, arguments.sampler)
-    with naming_flags():
-        TrialConfig(imbalance=arguments.imbalance)
+    checked_field("--imbalance", arguments.imbalance, TrialConfig, "imbalance")
     arguments.tracker = check_trackers(arguments.tracker)
     name = arguments.space or DEFAULT_SPACE
     space = load_space(name)

@@ -7,12 +7,11 @@ tells a crash as a failure that the sampler forgets. Each outcome is told here f
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
@@ -27,6 +26,7 @@ from tune_amp.config import (
     TrialConfig,
     TrialStatus,
     describe_error,
+    is_finite,
 )
 from tune_amp.consent import check_consent
 from tune_amp.failures import find_cause, find_status
@@ -394,11 +394,6 @@ def _is_taken_back(told: optuna.trial.FrozenTrial, past: PastTrial) -> bool:
 def _is_old_hopeless(old: OldTrial) -> bool:
     last = {} if old.record.last is None else vars(old.record.last)
     return old.record.status in HOPELESS_STATUSES or is_hopeless(last)
-
-
-def is_finite(value: float | None) -> TypeGuard[float]:
-    """Whether a value was measured and is a finite number."""
-    return value is not None and math.isfinite(value)
 
 
 class NoLock(BaseJournalFileLock):

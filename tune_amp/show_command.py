@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from tune_amp.config import InputError
+from tune_amp.config import check
 from tune_amp.console import (
     EXIT_DONE,
     OneLineParser,
@@ -52,8 +52,7 @@ def _show_parser(program: str) -> argparse.ArgumentParser:
 def _show(arguments: argparse.Namespace) -> int:
     from tune_amp.outcome import load_outcome, print_outcome
 
-    if arguments.top_k is not None and arguments.top_k < 1:
-        raise InputError(f"--top-k: must be at least 1, got {arguments.top_k}")
+    check("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "must be at least 1")
     outcome = load_outcome(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
     console = open_console()
     with ignoring_closed_pipe():

@@ -33,8 +33,18 @@ from typing import Any
 
 import optuna
 
-from tune_amp.config import FIELD_TYPES, SCALER_DEFAULTS, InputError, TrialConfig, checked_type, shown
-from tune_amp.parameters import Parameter, exponent_of, value_type
+from tune_amp.config import (
+    FIELD_TYPES,
+    SCALER_DEFAULTS,
+    InputError,
+    TrialConfig,
+    check,
+    checked_field,
+    checked_type,
+    shown,
+    value_type,
+)
+from tune_amp.parameters import Parameter, exponent_of
 from tune_amp.strict_yaml import read_yaml
 
 MAX_BYTES = 2**16  # a space has some hundred; PyYAML needs seconds for a megabyte
@@ -217,8 +227,7 @@ def _build_space(source: str, text: str, document: Any) -> SearchSpace:
     entries = document.get("parameters")
     if not entries:
         raise InputError("parameters: must name at least one field to search")
-    if not isinstance(entries, dict):
-        raise InputError(f"parameters: must be a mapping of fields, got {shown(entries)}")
+    check("parameters", entries, isinstance(entries, dict), "must be a mapping of fields")
     _check_fields("parameters", entries)
     parameters = {name: _read_parameter(name, entry) for name, entry in entries.items()}
     for name in parameters:
@@ -237,8 +246,7 @@ def _build_space(source: str, text: str, document: Any) -> SearchSpace:
 def _read_fixed(entries: Any) -> dict[str, Any]:
     if entries is None:
         return {}
-    if not isinstance(entries, dict):
-        raise InputError(f"fixed: must be a mapping of fields to values, got {shown(entries)}")
+    check("fixed", entries, isinstance(entries, dict), "must be a mapping of fields to values")
     _check_fields("fixed", entries)
     return {name: _read_value(f"fixed.{name}", name, value) for name, value in entries.items()}
 
@@ -246,33 +254,28 @@ def _read_fixed(entries: Any) -> dict[str, Any]:
 def _read_parameter(name: str, entry: Any) -> Parameter:
     """The parameter, still without its conditions."""
     path = f"parameters.{name}"
-    if not isinstance(entry, dict):
-        raise InputError(f"{path}: {_SHAPE}, got {shown(entry)}")
+    check(path, entry, isinstance(entry, dict), _SHAPE)
     _check_keys(path, entry, ("low", "high", "log", "power_of_two", "fraction_of_trial", "choices", "when"))
     if name != RELATIVE and "fraction_of_trial" in entry:
         raise InputError(f"{path}.fraction_of_trial: is for {RELATIVE} only, got {shown(entry['fraction_of_trial'])}")
     relative = _read_flag(path, entry, "fraction_of_trial")
     if "choices" in entry:
         for key in ("low", "high", "log", "power_of_two"):
-            if key in entry:
-                raise InputError(f"{path}.{key}: must be left out beside choices, got {shown(entry[key])}")
+            check(f"{path}.{key}", entry.get(key), key not in entry, "must be left out beside choices")
         choices = _read_choices(f"{path}.choices", name, entry["choices"], relative=relative)
         return Parameter(name=name, choices=choices, fraction_of_trial=relative)
-    if "low" not in entry or "high" not in entry:
-        raise InputError(f"{path}: {_SHAPE}, got {shown(entry)}")
+    check(path, entry, "low" in entry and "high" in entry, _SHAPE)
     return _read_range(path, name, entry, relative=relative)
 
 
 def _read_flag(path: str, entry: Mapping[str, Any], key: str) -> bool:
     flag = entry.get(key, False)
-    if not isinstance(flag, bool):
-        raise InputError(f"{path}.{key}: must be true or false, got {shown(flag)}")
-    return flag
+    check(f"{path}.{key}", flag, isinstance(flag, bool), "must be true or false")
+    return bool(flag)
 
 
 def _read_choices(path: str, name: str, raw: Any, *, relative: bool) -> tuple[Any, ...]:
-    if not isinstance(raw, list) or not raw:
-        raise InputError(f"{path}: must be a list of at least one value, got {shown(raw)}")
+    check(path, raw, isinstance(raw, list) and bool(raw), "must be a list of at least one value")
     choices: dict[Any, None] = {}
     for index, value in enumerate(raw):
         place = f"{path}[{index}]"
@@ -300,11 +303,9 @@ def _read_range(path: str, name: str, entry: Mapping[str, Any], *, relative: boo
         raise InputError(f"{path}: power_of_two and fraction_of_trial must not both be true")
     if log and power_of_two:
         raise InputError(f"{path}: log and power_of_two must not both be true (powers of two are a log scale)")
-    if log and low <= 0:
-        raise InputError(f"{path}.low: must be greater than 0 where log is true, got {low}")
+    check(f"{path}.low", low, not log or low > 0, "must be greater than 0 where log is true")
     for key, bound in (("low", low), ("high", high)):
-        if power_of_two and not _is_power_of_two(bound):
-            raise InputError(f"{path}.{key}: must be a power of two, got {bound}")
+        check(f"{path}.{key}", bound, not power_of_two or _is_power_of_two(bound), "must be a power of two")
     return Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two, fraction_of_trial=relative)
 
 
@@ -312,24 +313,21 @@ def _read_when(
     path: str, raw: Any, parameters: Mapping[str, Parameter], fixed: Mapping[str, Any]
 ) -> dict[str, tuple[Any, ...]]:
     """Conditions on searched fields: those on fixed fields are settled here."""
-    if not isinstance(raw, dict) or not raw:
-        raise InputError(f"{path}: must be a mapping of fields to the values they must have, got {shown(raw)}")
+    check(path, raw, isinstance(raw, dict) and bool(raw), "must be a mapping of fields to the values they must have")
     conditions: dict[str, tuple[Any, ...]] = {}
     for parent, given in raw.items():
         place = _join(path, parent)
         if parent not in parameters and parent not in fixed:
             known = ", ".join((*parameters, *fixed))
             raise InputError(f"{place}: must be a field that is searched or fixed here ({known})")
-        if given == []:
-            raise InputError(f"{place}: must be a value or a list of at least one value, got []")
+        check(place, given, given != [], "must be a value or a list of at least one value")
         values = tuple(_read_value(place, parent, value) for value in (given if isinstance(given, list) else [given]))
         if parent in parameters:
             _check_parent(place, parameters[parent], values)
             _narrow(conditions, parent, values, path)
             continue
         for value in values:
-            if value != fixed[parent]:
-                raise InputError(f"{place}: must be {shown(fixed[parent])}, its fixed value, got {shown(value)}")
+            check(place, value, value == fixed[parent], f"must be {shown(fixed[parent])}, its fixed value")
         if parent in SCALER_DEFAULTS and "precision" in parameters:  # fixed, but for fp16 trials only
             _narrow(conditions, "precision", ("fp16",), path)
     return conditions
@@ -341,8 +339,7 @@ def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None
         kind = "a fraction of the trial" if parent.fraction_of_trial else "a plain range"
         raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is {kind}")
     for value in values:
-        if value not in possible:
-            raise InputError(f"{path}: must be one of {shown(possible)}, as {parent.name} is, got {shown(value)}")
+        check(path, value, value in possible, f"must be one of {shown(possible)}, as {parent.name} is")
 
 
 def _list_predecessors(
@@ -411,23 +408,17 @@ def _check_scaler_fields(
 
 
 def _read_value(path: str, name: str, raw: Any, *, expected: Any = None) -> Any:
-    """``raw`` as a value of field ``name``, checked by TrialConfig itself."""
-    settings: dict[str, Any] = {"precision": "fp16"} if name in SCALER_DEFAULTS else {}
+    """``raw`` as a value of field ``name`` of TrialConfig, checked by its rule."""
     if expected is None:  # null is a setting for grad_clip, but says nothing for a scaler field
-        expected = value_type(name) if settings else FIELD_TYPES[name]
+        expected = value_type(name) if name in SCALER_DEFAULTS else FIELD_TYPES[name]
     value = checked_type(path, _read_power_of_two(raw, value_type(name)), expected)
-    try:
-        TrialConfig(**(settings | {name: value}))
-    except InputError as error:
-        raise InputError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from None
-    return value
+    return checked_field(path, value, TrialConfig, name)
 
 
 def _read_fraction(path: str, raw: Any) -> float:
     """``raw`` as a fraction of a trial's steps; more than 1 is an interval that never ends within the trial."""
     fraction: float = checked_type(path, _read_power_of_two(raw, float), float)
-    if fraction <= 0:
-        raise InputError(f"{path}: must be greater than 0, got {fraction}")
+    check(path, fraction, fraction > 0, "must be greater than 0")
     return fraction
 
 
