@@ -127,12 +127,7 @@ _SCALE_RULE = Rule(
 
 
 def described(
-    doc: str,
-    default: Any = dataclasses.MISSING,
-    rule: Rule | None = None,
-    *,
-    unit: str = "",
-    epoch_only: bool = False,
+    doc: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, *, unit: str = "", epoch_only: bool = False
 ) -> Any:
     """A dataclass field with its description and unit, from which the Arrow schema is built, and its rule.
 
