@@ -59,15 +59,14 @@ _SECRET = re.compile(
 
 
 def option(text: str, default: Any, rule: Rule | None = None, **about: Any) -> Any:
-    """A field of ``SearchOptions``, from which its flag is made.
+    """A field of ``SearchOptions``, from which argparse builds its flag.
 
     Args:
-        text: what the help says of it.
-        default: of the field and of the flag.
-        rule: of a value that is not None.
-        about: ``fixed``, where a resumed run keeps the value, because all its trials share it, or its rungs do; for the
-            help, ``unset``, the meaning of None, and ``metavar``; ``read``, which makes the value of a text. The last
-            two follow from the type otherwise.
+        text: help text, which also describes the field.
+        default: default of the field and of the flag.
+        rule: rule of a value that is not None.
+        about: ``fixed``: a resumed run must keep the value, which all its trials or rungs share. ``unset``: meaning of
+            None, for the help. ``metavar`` and ``read`` (text -> value): only where the type does not give them.
     """
     return dataclasses.field(default=default, metadata={"help": text, "rule": rule, **about})
 
@@ -217,7 +216,7 @@ def check_trackers(texts: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Errors about a field of ``TrialConfig`` speak of the flag that sets it: ``max_epochs:`` -> ``--max-epochs:``."""
+    """Make an error about a field name the flag that sets it: ``max_epochs:`` -> ``--max-epochs:``."""
     try:
         yield
     except InputError as error:
