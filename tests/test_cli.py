@@ -94,6 +94,11 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
             "path, or write ./~nobody-has-this-name for that very name (see scripts/search.py --help)",
         ),
         ("--storage-path=", "argument --storage-path: must not be empty (see scripts/search.py --help)"),
+        (
+            "--dataset digits --address ray://head:10001",
+            "--address: ray://head:10001 is not supported, because a search runs on a node of the cluster; submit it "
+            "there: ray job submit --address http://HEAD:8265 -- tune-amp search --address auto",
+        ),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(

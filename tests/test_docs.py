@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LONG_PAGES = ("choosing-a-space", "own-model-and-data", "trackers")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json"}
+OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json", "--working-dir"}
 """Of TensorBoard and MLflow, in the commands that show what they were told, and of Ray's that submits a job."""
 OTHER_PROGRAMS = "sh"
 """The language of blocks that test_dashboard.py tries: what they run is not on every machine."""

@@ -11,7 +11,6 @@ PACKAGE = Path(tune_amp.__file__).parent
 
 LAYERS = (
     "run_files",
-    "replaced",
     "config",
     "consent",
     "files",
@@ -95,7 +94,6 @@ LAYERS = (
     "planning",
     "tuning",
     "search",
-    "remote",
     "resuming",
     "search_arguments",
     "search_output",
@@ -133,7 +131,6 @@ THIRD_PARTY = {
     "importance": {"numpy", "optuna", "pyarrow"},
     "card": set(),
     "markdown": {"jinja2"},
-    "replaced": set(),
     "private_home": set(),
     "cpus": set(),
     "untroubled": set(),
@@ -171,7 +168,6 @@ THIRD_PARTY = {
     "shares": {"numpy", "torch"},
     "resources": {"ray", "torch"},
     "vitals": {"ray"},
-    "remote": {"grpc", "ray"},
 }
 
 

@@ -180,7 +180,7 @@ def test_a_users_own_code_runs_only_where_the_command_line_names_it(tmp_path: Pa
 @pytest.mark.parametrize(
     ("flag", "recorded", "other", "none"),
     [
-        ("--address", "ray://somewhere:10001", "auto", None),
+        ("--address", "somewhere:6379", "auto", None),
         ("--storage-path", "s3://bucket/runs", "/shared", None),
         ("--tracker", "tensorboard,mlflow", "wandb", ["none"]),
     ],
@@ -248,16 +248,12 @@ def test_what_is_told_once_is_not_taken_from_a_journal(tmp_path: Path) -> None:
 def test_paths_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = begin(tmp_path / "run", "--storage-path", "checkpoints")
-    cluster = begin(tmp_path / "other", "--storage-path", "checkpoints", "--address", "ray://head:10001")
     monkeypatch.chdir("/")
-    with open_past(folder) as past, open_past(cluster) as theirs:
+    with open_past(folder) as past:
         assert past.arguments["storage_path"] == str(tmp_path / "checkpoints")
         assert past.arguments["data_dir"] == str(tmp_path / "somewhere")
-        assert theirs.arguments["storage_path"] == "checkpoints"  # a path of the cluster's
-    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    for address, expected in (("auto", "checkpoints"), ("none", "/checkpoints")):
-        given = parser().parse_args([*BEGUN, "--storage-path", "checkpoints", "--address", address])
-        assert remember(given)["storage_path"] == expected
+    given = parser().parse_args([*BEGUN, "--storage-path", "checkpoints"])
+    assert remember(given)["storage_path"] == "/checkpoints"
 
 
 def changes(folder: Path) -> list[str]:
@@ -355,9 +351,6 @@ def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path
     assert resume(folder, "--storage-path", url).storage_path == url
     folder = begin(tmp_path / "joined", "--address", "ray://user:secret@head:10001")
     assert b"secret" not in (folder / "reports.journal").read_bytes()
-    with pytest.raises(InputError) as caught:
-        resume(folder, "--address", "ray://***@head:10001")
-    assert str(caught.value).startswith("--address: must be given with its secrets, which are not kept: ray://***@")
 
 
 def test_what_is_remembered_is_plain(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tune_amp.config import PICKLING_SAMPLERS, InputError, describe_error, is_function_name, shown
-from tune_amp.replaced import replaced
 
 _SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[1] / "scripts")
 
@@ -110,13 +109,15 @@ def _no_command_line(module_name: str) -> Iterator[None]:
     What parses it and ignores what it does not know (``parse_known_args``) gets its defaults, in every process.
     """
 
+    from unittest.mock import patch  # it takes 40 ms to import
+
     def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         guard = "put that below if __name__ == '__main__'"
         raise SystemExit(f"{module_name} parses the command line when imported: {guard}")
 
     with (
-        replaced(sys, "argv", [module_name, "--imported-by-tune-amp"]),
-        replaced(argparse.ArgumentParser, "error", refuse),  # it would print a page of usage
+        patch.object(sys, "argv", [module_name, "--imported-by-tune-amp"]),
+        patch.object(argparse.ArgumentParser, "error", refuse),  # it would print a page of usage
     ):
         yield
 

@@ -14,7 +14,6 @@ from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_cr
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
 from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE
-from tune_amp.session import goes_by_client
 from tune_amp.space import MAX_BYTES, load_space
 
 LEADS_OUT = ("address", "storage_path", "tracker")
@@ -36,14 +35,14 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
     kept["address"] = arguments.address and hide_credentials(arguments.address)
-    kept["storage_path"] = _name_from_anywhere(arguments.storage_path, arguments.address)
+    kept["storage_path"] = _name_from_anywhere(arguments.storage_path)
     kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.absolute())
     return kept
 
 
-def _name_from_anywhere(storage_path: str | None, address: str | None) -> str | None:
+def _name_from_anywhere(storage_path: str | None) -> str | None:
     """The place of checkpoints without secrets, and not as seen from the current folder."""
-    if storage_path is None or "://" in storage_path or goes_by_client(address):  # or it is a path of the cluster's
+    if storage_path is None or "://" in storage_path:
         return storage_path and hide_credentials(storage_path)
     return str(Path(storage_path).expanduser().absolute())
 
@@ -70,10 +69,10 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     _check_way_out([name for name in LEADS_OUT if getattr(given, name) in (absent, [])], recorded)
     recorded["tracker"] = []  # those given take the place of those before
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
-    for name in ("address", "storage_path"):
-        value = getattr(arguments, name) or ""
-        if HIDDEN in value:
-            raise InputError(f"{name_flag(name)}: must be given with its secrets, which are not kept: {value}")
+    if HIDDEN in (arguments.storage_path or ""):
+        raise InputError(
+            f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
+        )
     _check_space(given.space, past)
     consent_to(given.model, given.dataset, given.sampler)
     sampler = build_options(recorded).sampler

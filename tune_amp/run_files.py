@@ -19,8 +19,6 @@ STUDY_FILE = "study.journal"
 REPORT_FILE = "report.html"
 """The page with pictures."""
 
-REWRITTEN_FILES = (SPACE_FILE, TRIALS_FILE, EPOCHS_FILE, BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE)
-"""Each is written as a whole, the journals grow."""
 RUN_FILES = (
     BEST_FILE,
     CONFIRM_FILE,

@@ -95,7 +95,6 @@ def run_search(
     arguments: Mapping[str, Any] | None = None,
     stop: StopRequest | None = None,
     trackers: Sequence[tune.Callback] = (),
-    owner: str | None = None,
     announce: Callable[[str], object] = lambda line: None,
     checked: bool = False,
 ) -> SearchResult:
@@ -122,7 +121,6 @@ def run_search(
         arguments: the command line by ``argparse``'s names, for whoever goes on with this run.
         stop: asks the search to end; None: a KeyboardInterrupt does.
         trackers: from ``trackers.build_trackers``.
-        owner: of the checkpoints at ``storage_path``, from ``storage.identify_folder``; None: ``folder``.
         announce: is told, in a line, what of the run was not as the search had left it.
         checked: whether ``preflight.check_fit`` has found that space, data and model fit together.
 
@@ -137,7 +135,7 @@ def run_search(
     stop, vitals = stop or StopRequest(), Vitals()
     begin = time.monotonic() if started is None else started
     time_left = find_time_left(options, past)
-    storage = _open_storage(storage_path, folder, resources, past, owner)
+    storage = _open_storage(storage_path, folder, resources, past)
     with contextlib.ExitStack() as stack:
         if past is not None:
             provenance, journal = past.provenance, past.journal
@@ -216,11 +214,11 @@ def run_search(
 
 
 def _open_storage(
-    storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None, owner: str | None
+    storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None
 ) -> RunStorage:
     """Where checkpoints go, found to be one place for all nodes."""
     nodes, earlier = len(list_nodes()), past.storages if past else None
-    storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=earlier, owner=owner)
+    storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=earlier)
     if nodes > 1:
         check_from_nodes(storage, resources)
     return storage

@@ -48,7 +48,7 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     add("--results-dir", "where run folders are made", type=read_path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
     text = f"report to {', '.join(TRACKERS)}, or several joined by commas, or none; their files lie in the run folder"
     add("--tracker", text, action="append", default=[], metavar="NAME")
-    text = "join a Ray cluster: auto, host:port or ray://host:port; none starts a Ray here"
+    text = "join a Ray cluster: auto or host:port; none starts a Ray here"
     add("--address", text, type=_unless_none, metavar="ADDR")
     text = "where a cluster's nodes keep checkpoints; none is the run folder"
     add("--storage-path", text, type=_storage_place, metavar="URL")
@@ -64,5 +64,5 @@ def _unless_none(text: str) -> str | None:
 
 def _storage_place(text: str) -> str | None:
     if "://" not in text:
-        read_place(text)  # to be refused, if it must be: with ray://, the home folder is the cluster's
+        read_place(text)  # to be refused, if it must be
     return _unless_none(text)

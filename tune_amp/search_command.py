@@ -245,11 +245,8 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
         if session.exposure:
             say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
-        if session.by_client and arguments.tracker:
-            raise InputError("--tracker: must not be given with ray://, where the search runs on another machine")
         dataset, unfit = find_checked()
         from tune_amp.planning import adapt_donor, plan_resources
-        from tune_amp.remote import run_search_remotely
         from tune_amp.resuming import remember
         from tune_amp.search import run_search
         from tune_amp.trackers import build_trackers
@@ -261,13 +258,8 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         with ignoring_closed_pipe():
             _announce(task, folder, console, stdout, dataset, unfit, session, resources, warm_start)
         with choose_observer(arguments, console, stdout) as observer:
-            search: Callable[..., SearchResult] = functools.partial(run_search, checked=True)
-            if session.by_client:
-                search = run_search_remotely
-            elif arguments.tracker:
-                trackers = build_trackers(arguments.tracker, folder, past=past.reported if past else {})
-                search = functools.partial(search, trackers=trackers)
-            result = search(
+            trackers = build_trackers(arguments.tracker, folder, past=past.reported if past else {})
+            result = run_search(
                 space,
                 dataset,
                 options,
@@ -281,6 +273,8 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 past=past,
                 arguments=remember(arguments),
                 stop=stop,
+                trackers=trackers,
+                checked=True,
                 announce=lambda line: say(console, f"note       {line}", style="yellow"),
             )
         _write_report(result.folder)

@@ -29,7 +29,6 @@ from tune_amp.config import InputError, describe_error
 from tune_amp.cpus import count_cpus
 from tune_amp.options import hide_credentials
 from tune_amp.private_home import HOME_PREFIX, private_home
-from tune_amp.replaced import replaced
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
 QUIET_TUNE = {
@@ -46,8 +45,8 @@ QUIET_TUNE = {
 }
 
 
-CLIENT_PREFIX = "ray://"
-CLIENT_ATTEMPTS = 3
+JOB_EXAMPLE = "ray job submit --address http://HEAD:8265 -- tune-amp search --address auto"
+"""A command that submits a search to a cluster; ``HEAD`` is the host of its head node."""
 
 REAP_SECONDS = 10.0
 """For a process of Ray's that was killed: more only where a system call cannot be interrupted."""
@@ -78,8 +77,6 @@ class RaySession:
     """File with the token that the dashboard asks for; None where we did not start Ray."""
     authenticated: bool
     """Whether Ray refused us when we asked without a token, and let us in nowhere."""
-    by_client: bool = False
-    """Whether this process is no part of the cluster: Tune has to run there, see ``remote``."""
 
     @property
     def exposure(self) -> str | None:
@@ -109,7 +106,7 @@ def ray_session(
     A private Ray listens on loopback only, asks for a token, and at its end leaves nothing behind.
 
     Args:
-        address: ``auto``, ``host:port`` or ``ray://host:port`` to join a cluster; None for a private Ray.
+        address: ``auto`` or ``host:port`` to join a cluster; None for a private Ray.
         run: name shown in the dashboard's list of jobs.
         modules: packages that the workers of a joined cluster need and may not have.
         num_cpus: what a private Ray offers; None for the CPUs that this process may use.
@@ -131,7 +128,7 @@ def ray_session(
             yield _describe_session(token_path)
         else:
             stack.enter_context(_joined_ray(address, run, modules))
-            yield _describe_session(token_path=None) if not _is_client() else _describe_client(_resolve(address))
+            yield _describe_session(token_path=None)
 
 
 @contextlib.contextmanager
@@ -267,6 +264,8 @@ def _extend_python_path() -> str | None:
 @contextlib.contextmanager
 def _adapted_start(home: Path) -> Iterator[None]:
     """Change what Ray has no setting for in how it starts its processes."""
+    from unittest.mock import patch
+
     from ray._private import parameter, ray_constants, services
 
     start = services.start_ray_process
@@ -283,13 +282,15 @@ def _adapted_start(home: Path) -> Iterator[None]:
         dashboard_agent_listen_port=0,  # else 52365: beside another Ray it retries for 6 s, then does without HTTP
         session_name=home.name.removeprefix(HOME_PREFIX),  # a third as long as Ray's: sockets are below it
     )
-    with replaced(parameter, "RayParams", params), replaced(services, "start_ray_process", start_process):
+    with patch.object(parameter, "RayParams", params), patch.object(services, "start_ray_process", start_process):
         yield
 
 
 @contextlib.contextmanager
 def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
     """Let Ray's node take its time to start on a busy machine, and end at once where it has died."""
+    from unittest.mock import patch
+
     from ray._private import node
 
     start: Any = node.Node.start_ray_processes
@@ -310,7 +311,7 @@ def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        with replaced(node.Node, "start_ray_processes", start_and_wait):
+        with patch.object(node.Node, "start_ray_processes", start_and_wait):
             yield
     finally:
         timer.cancel()
@@ -359,8 +360,8 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             reason = hide_credentials(describe_error(error))
             raise InputError(
                 f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that asks for a token "
-                "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; host:port is joined from a node "
-                "of the cluster, ray://host:port from anywhere"
+                "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; it is joined from a node of "
+                "the cluster, and from elsewhere a search is submitted to it (ray job submit)"
             ) from error
         try:
             yield
@@ -375,27 +376,21 @@ def _resolve(address: str) -> str:
     Raises:
         InputError: it is none of these, such as ``local``, with which Ray would start one that is open to all.
     """
-    joined = _follow_variable(address)
-    host, _, port = joined.removeprefix(CLIENT_PREFIX).rpartition(":")
-    if joined != "auto" and (not host or not port.isdecimal() or "://" in host):
+    joined = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    if joined.startswith("ray://"):  # Tune would run in a process of the cluster's, and leave our recorder here
         raise InputError(
-            f"--address: must be auto, host:port or {CLIENT_PREFIX}host:port, got {hide_credentials(joined)}"
+            f"--address: {hide_credentials(joined)} is not supported, because a search runs on a node of the cluster; "
+            f"submit it there: {JOB_EXAMPLE}"
         )
+    host, _, port = joined.rpartition(":")
+    if joined != "auto" and (not host or not port.isdecimal() or "://" in host):
+        raise InputError(f"--address: must be auto or host:port, got {hide_credentials(joined)}")
     return joined
-
-
-def goes_by_client(address: str | None) -> bool:
-    """Whether ``--address`` leads to a cluster by Ray Client: then the search itself runs there."""
-    return address is not None and _follow_variable(address).startswith(CLIENT_PREFIX)
-
-
-def _follow_variable(address: str) -> str:
-    return os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
 
 
 def _check_answers(address: str) -> None:
     """Raise OSError at once where nobody listens: Ray would try for a quarter of an hour."""
-    host, _, port = address.removeprefix(CLIENT_PREFIX).rpartition(":")
+    host, _, port = address.rpartition(":")
     if port.isdecimal():  # else it is "auto", or Ray will say what is wrong
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
@@ -413,10 +408,6 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
     from ray.job_config import JobConfig
 
     _print_ray_logs(False)
-    if address.startswith(CLIENT_PREFIX):  # it takes no description of the job
-        logging.getLogger("ray.util.client.logsclient").disabled = True  # it prints what the server logs
-        _init_client(address, **options)
-        return
 
     class Job(JobConfig):
         """Without the folders that Ray would let workers search before all others: the script's and the current one."""
@@ -427,25 +418,6 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
 
     job = Job(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
-
-
-def _init_client(address: str, **options: Any) -> None:
-    """Connect; not at the first attempt, perhaps.
-
-    Ray's server forks a process for each client. Where another client has just left, gRPC's threads may not be ready
-    for that: the child dies, and the server tells the client that it could not be started.
-    """
-    import ray
-
-    for attempts_left in reversed(range(CLIENT_ATTEMPTS)):
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-        except ConnectionAbortedError:
-            ray.shutdown()
-            if not attempts_left:
-                raise
-        else:
-            return
 
 
 def _print_ray_logs(enabled: bool) -> None:
@@ -468,41 +440,17 @@ def _describe_session(token_path: Path | None) -> RaySession:
     )
 
 
-def _is_client() -> bool:
-    import ray
-
-    return bool(ray.util.client.ray.is_connected())
-
-
-def _describe_client(address: str) -> RaySession:
-    """Of a cluster that only its server of clients need be reachable of: that one is asked for a token too."""
-    import ray
-
-    found = ray.util.client.ray._get_dashboard_url()  # noqa: SLF001 - ray.init's context says it
-    dashboard_url = f"http://{found}" if found else None
-    server = address.removeprefix(CLIENT_PREFIX)
-    return RaySession(
-        resources=ray.cluster_resources(),
-        dashboard_url=dashboard_url,
-        token_path=None,
-        authenticated=_asks_for_token(server, dashboard_url, PING_CLIENTS),
-        by_client=True,
-    )
-
-
 ASKING_SECONDS = 5.0
-LIST_KEYS = ("/ray.rpc.InternalKVGcsService/InternalKVKeys", b"")
+LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
 """Lists the keys of the default namespace: it reads, and changes nothing."""
-PING_CLIENTS = ("/ray.rpc.RayletDriver/ClusterInfo", b"\x08\x06")
-"""The server of clients answers a ping (``ClusterInfoType.PING``) without starting anything."""
 
 
-def _asks_for_token(address: str, dashboard_url: str | None, request: tuple[str, bytes] = LIST_KEYS) -> bool:
+def _asks_for_token(address: str, dashboard_url: str | None) -> bool:
     """Whether somebody without a token is refused: asked for real, as no setting of ours tells what a cluster does.
 
     A cluster with TLS but without tokens has an open dashboard still; where nothing answers, nothing is promised.
     """
-    refusals = [_is_refused_by_server(address, *request)]
+    refusals = [_is_refused_by_server(address)]
     if dashboard_url is not None:
         refusals.append(_is_refused_by_dashboard(dashboard_url))
     return True in refusals and False not in refusals
@@ -520,13 +468,13 @@ def _is_refused_by_dashboard(url: str) -> bool | None:
         return None
 
 
-def _is_refused_by_server(address: str, method: str, message: bytes) -> bool | None:
-    """Whether a server of Ray's asks for a token; None where it says neither yes nor no."""
+def _is_refused_by_server(address: str) -> bool | None:
+    """Whether Ray's GCS asks for a token; None where it says neither yes nor no."""
     import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary(method)(message, timeout=ASKING_SECONDS)
+            channel.unary_unary(LIST_KEYS)(b"", timeout=ASKING_SECONDS)
         except grpc.RpcError as error:
             return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
     return False

@@ -141,7 +141,6 @@ def prepare_storage(
     *,
     nodes: int = 1,
     earlier: Sequence[Part] | None = None,
-    owner: str | None = None,
 ) -> RunStorage:
     """Find the place, and try that it can be written. Each time that a search goes on it has a new one.
 
@@ -152,7 +151,6 @@ def prepare_storage(
         run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
         nodes: of the Ray cluster.
         earlier: what the search had before, where it goes on; None where it begins.
-        owner: of what it writes at ``storage_path``, from ``identify_folder``; None: ``run_folder``.
 
     Raises:
         InputError: the place cannot be written, holds a run of this name, or must be given and was not.
@@ -171,7 +169,7 @@ def prepare_storage(
             name=run_folder.name,
             filesystem=filesystem,
             place=hide_credentials(place),
-            owner=owner or identify_folder(run_folder),
+            owner=identify_folder(run_folder),
         )
         filesystem.create_dir(storage.path, recursive=True)
         _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 from ray import tune
 from ray._common.usage.usage_lib import usage_stats_enabled
@@ -24,7 +25,6 @@ from tune_amp.halt import StopRequest
 from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
 from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun
-from tune_amp.replaced import replaced
 from tune_amp.resources import TrialResources, double_share
 from tune_amp.searcher import AmpSearch
 from tune_amp.source import TrialSource
@@ -163,7 +163,7 @@ def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
         # Tune would take SIGUSR1 for itself, and keep it after its end: it would no longer end the confirmation.
-        signals = replaced(tune_module, "_setup_signal_catching", threading.Event)
+        signals = patch.object(tune_module, "_setup_signal_catching", threading.Event)
         with deaths_taken_right(stop.ask), callbacks_uncounted(), signals:
             tuner.fit()
     except Exception:
@@ -184,7 +184,7 @@ def callbacks_uncounted() -> Iterator[None]:
     if usage_stats_enabled():
         yield
     else:
-        with replaced(usage, "tag_callbacks", lambda callbacks: False):
+        with patch.object(usage, "tag_callbacks", lambda callbacks: False):
             yield
 
 
@@ -222,8 +222,8 @@ def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
             self.run_metadata.num_failures = failures
 
     with (
-        replaced(RayActorManager, "_actor_task_failed", take_right),
-        replaced(Trial, "handle_error", count_right),
+        patch.object(RayActorManager, "_actor_task_failed", take_right),
+        patch.object(Trial, "handle_error", count_right),
     ):
         yield
 
