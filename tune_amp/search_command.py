@@ -224,9 +224,11 @@ def _can_go_on(task: Task, folder: Path) -> bool:
 
 
 def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
-    from tune_amp.session import ray_session
+    from tune_amp.session import ray_session, resolve_address
 
     arguments, space, options, past = task.arguments, task.space, task.options, task.past
+    if arguments.address is not None:  # to be refused, if it must be, before data are loaded
+        resolve_address(arguments.address)
     console = open_console(quiet=arguments.quiet or arguments.json)
     theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
     # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.

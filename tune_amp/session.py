@@ -343,7 +343,7 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
     """Join a cluster that somebody else started."""
     import tune_amp
 
-    address = _resolve(address)
+    address = resolve_address(address)
     runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
     # One attempt of Ray's is 40 s long where something else than Ray listens, and it would make twenty.
     settings: dict[str, str | None] = {"RAY_gcs_server_port_wait_time_s": "1"}
@@ -370,8 +370,8 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
             _print_ray_logs(True)
 
 
-def _resolve(address: str) -> str:
-    """The address that Ray will join: the variable comes before ``auto``.
+def resolve_address(address: str) -> str:
+    """Return the address that Ray will join: the variable comes before ``auto``.
 
     Raises:
         InputError: it is none of these, such as ``local``, with which Ray would start one that is open to all.
