@@ -108,7 +108,6 @@ def _no_command_line(module_name: str) -> Iterator[None]:
 
     What parses it and ignores what it does not know (``parse_known_args``) gets its defaults, in every process.
     """
-
     from unittest.mock import patch  # it takes 40 ms to import
 
     def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
