@@ -7,7 +7,7 @@ from typing import Any
 
 from records import NAN, make_epoch
 
-from tune_amp.benchmarks.curves import Curves, sample_configs
+from benchmarks.quality.curves import Curves, sample_configs
 from tune_amp.config import EpochMetrics, TrialConfig
 from tune_amp.space import load_space
 

@@ -14,7 +14,7 @@ import torch
 from small_runs import make_split, untimed
 from torch import Tensor, nn
 
-from tune_amp.benchmarks.gpu_checks import compare_training, early_config, train_and_watch
+from benchmarks.training.gpu_checks import compare_training, early_config, train_and_watch
 from tune_amp.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig
 from tune_amp.curricula import PACING
 from tune_amp.graphs import (

@@ -25,8 +25,8 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 from torch.nn.functional import cross_entropy
 
+from benchmarks.quality.replay import SameDraws
 from tune_amp.batches import batch_indices, scale_images
-from tune_amp.benchmarks.replay import SameDraws
 from tune_amp.config import OBJECTIVES, TrialConfig, TrialStatus
 from tune_amp.data import Dataset
 from tune_amp.evaluation import evaluate

@@ -18,8 +18,8 @@ from curve_tables import make_stress_table
 from optuna.trial import FrozenTrial, TrialState
 from records import INF, NAN, PROVENANCE, make_epoch, make_trial
 
-from tune_amp.benchmarks.replay import CurveTable
-from tune_amp.benchmarks.warm_start import (
+from benchmarks.quality.replay import CurveTable
+from benchmarks.quality.warm_start import (
     OTHER,
     make_donor,
     plan_replay,

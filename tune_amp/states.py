@@ -4,7 +4,8 @@ A loss scale that is too high skips steps until it has come down (calibration), 
 vanish until it has grown (starvation). Both are ruinous only if the trial ends before: what it can still reach is
 worked out from the scaler's settings and the steps that are left, and tried on a few images. A verdict of collapsed or
 diverged ends a trial; in doubt it goes on, and the scheduler, which compares trials, decides. No recorded run that was
-judged so learned anything afterwards (``tests/test_reference.py``), though momentum may still move a dead network.
+judged so learned anything afterwards (``tests/benchmarks/test_reference.py``), though momentum may still move a dead
+network.
 """
 
 import dataclasses

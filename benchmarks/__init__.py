@@ -1,0 +1,1 @@
+"""Measure tune_amp itself: ``python -m benchmarks --help`` lists the benchmarks. Not part of the installed package."""

@@ -1,0 +1,1 @@
+"""Times whole searches beside the program that one would write first."""

@@ -1,0 +1,421 @@
+"""All that is to be known of one GPU, in one command of under nine minutes, without Ray, Optuna and scikit-learn.
+
+Parts run one after another, each within what is left of the time: graphed against eager training, training on the GPU
+against the CPU, telemetry against a reference that reads the scaler at every step, memory, the training loop, trials
+side by side, the cost of telemetry, and the tests that need a GPU. A part that fails is a row with its error, and the
+others still run. On the CPU everything but CUDA itself can be tried: a graph is then a step that is taken again.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
+
+from benchmarks.machine import describe_machine, describe_versions, machine_line
+from benchmarks.markdown import judge, render_table
+from benchmarks.spread import summarise
+from benchmarks.training.floor import take_again
+from benchmarks.training.gpu_checks import (
+    compare_training,
+    early_config,
+    expand_scales,
+    judge_losses,
+    read_every_step,
+    train_and_watch,
+)
+from benchmarks.training.gpu_rows import GpuRow, count_verdicts, render_row
+from benchmarks.training.gpu_tests import run_gpu_tests
+from benchmarks.training.loop import LoopRow, measure_loop, render_loop, write_loop
+from benchmarks.training.loop_programs import EAGER, GRAPH, LONG, TUTORIAL
+from benchmarks.training.share_table import ShareRow, group_repeats, measure_share_table, render_shares
+from benchmarks.training.telemetry import measure_telemetry, render_telemetry
+from tune_amp.config import MODELS, OPTIMIZERS, TrialConfig, describe_error
+from tune_amp.data import Dataset, Split
+from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
+from tune_amp.parquet import build_columns, build_table, write_parquet
+from tune_amp.training import TrainingData, TrainingRun, release_memory
+
+SECONDS = 500.0
+"""For the whole suite: the machine's start and the transfers come on top."""
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+BATCH_SIZES = (64, 512, 4096)
+EARLY_STEPS = 10
+"""Equivalent optimizers drift apart later: 2e-4 in loss after 150 steps at lr 1e-3."""
+GRAPH_STEPS = 40
+"""Three eager steps, and replays enough that in fp16 the scale falls, grows and falls again."""
+LEAST_RATIO, MOST_LAUNCH_RATIO, MOST_TELEMETRY = 50.0, 2.0, 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuResult:
+    """The result of the suite."""
+
+    rows: tuple[GpuRow, ...]
+    tables: Mapping[str, str]
+    """Markdown of the parts that have a table of their own, by part."""
+    machine: str
+    about: Mapping[str, Any]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check or a part failed. A target that is missed is a finding, not a failure."""
+        return any(row.verdict == "failed" for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What every part is given."""
+
+    dataset: Dataset
+    device: torch.device
+    models: Sequence[str]
+    folder: Path
+    """For the files of parts that write their own."""
+
+    def train(self, images: int, device: torch.device | None = None) -> TrainingData:
+        """The first training images, on the suite's device."""
+        split = self.dataset.train
+        few = Split(images=split.images[:images], labels=split.labels[:images])
+        return TrainingData(few, None, self.dataset.num_classes, device or self.device)
+
+    def start(self, config: TrialConfig, data: TrainingData, *, graph: bool) -> TrainingRun:
+        """A run that captures its steps, or does not."""
+        capture = take_again if graph and self.device.type == "cpu" else None
+        return TrainingRun(config, data, allow_graph=graph, capture=capture)
+
+
+Part = Callable[[Suite, float], tuple[list[GpuRow], str]]
+"""Rows and a table of its own, given the seconds that are left."""
+
+
+def measure_gpu(
+    dataset: Dataset,
+    folder: Path,
+    *,
+    device: torch.device,
+    models: Sequence[str] = MODELS,
+    parts: Sequence[str] | None = None,
+    seconds: float = SECONDS,
+    announce: Callable[[str], object] = lambda line: None,
+    keep: Callable[[GpuResult], object] = lambda result: None,
+) -> GpuResult:
+    """Run every part.
+
+    Args:
+        dataset: from ``load_plain_mnist``, or ``make_images``.
+        folder: where parts leave tables of their own as Parquet.
+        device: CUDA; on the CPU the suite can be tried.
+        models: built-in ones.
+        parts: of ``PARTS``; all where None.
+        seconds: for all of them together.
+        announce: is told of each part's end.
+        keep: is given what there is after each part: a later one may hang, or take the machine with it.
+    """
+    suite = Suite(dataset=dataset, device=device, models=models, folder=folder)
+    deadline = time.monotonic() + seconds
+    result = GpuResult(
+        rows=(),
+        tables={},
+        machine=machine_line(device),
+        about={
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": describe_machine(device),
+            "versions": describe_versions(),
+            "dataset": dataset.name,
+            "train_images": len(dataset.train),
+        },
+    )
+    for name in parts or PARTS:
+        started = time.monotonic()
+        rows, table = _run_part(name, suite, deadline - started)
+        tables = {name: table} if table else {}
+        result = dataclasses.replace(result, rows=(*result.rows, *rows), tables={**result.tables, **tables})
+        announce(f"{name}: {time.monotonic() - started:.0f} s, {count_verdicts(rows)}")
+        keep(result)
+    return result
+
+
+def _run_part(name: str, suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    if left < LEAST_SECONDS[name]:
+        note = f"skipped: {max(0.0, left):.0f} s are left of the time, and it needs {LEAST_SECONDS[name]:g}"
+        return [GpuRow(part=name, subject="", quantity="", note=note)], ""
+    try:
+        found = PARTS[name](suite, left)
+        release_memory(suite.device)  # here, because on a device that a kernel has broken this fails as well
+    except Exception as error:  # the other parts have something to tell
+        return [GpuRow(part=name, subject="", quantity="", verdict="failed", note=describe_error(error))], ""
+    return found
+
+
+# ---- the data ----
+
+
+def load_plain_mnist(data_dir: Path) -> Dataset:
+    """MNIST, its last 5,000 training images for validation: the stratified split would need scikit-learn.
+
+    Raises:
+        InputError: a file is damaged, missing or out of reach.
+    """
+    train_images, train_labels, test_images, test_labels = locate_files("mnist", data_dir)
+    whole, test = _read(train_images, train_labels), _read(test_images, test_labels)
+    return _build_dataset("mnist", whole, test, validation=5_000)
+
+
+def make_images(count: int = 60_000) -> Dataset:
+    """Images of MNIST's size that can be learned: for where the files are not at hand, since times are the same."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(count, dtype=np.int64) % 10
+    images = generator.integers(0, 100, (count, 1, 28, 28), np.uint8)
+    images[np.arange(count), 0, labels * 2] += 100
+    whole = Split(images=images, labels=labels)
+    return _build_dataset("generated images", whole, whole, validation=count // 12)
+
+
+def _read(images: Path, labels: Path) -> Split:
+    return Split(images=read_idx(images, IMAGES_MAGIC)[:, None], labels=read_idx(labels, LABELS_MAGIC).astype(np.int64))
+
+
+def _build_dataset(name: str, whole: Split, test: Split, *, validation: int) -> Dataset:
+    kept, taken = slice(None, -validation), slice(-validation, None)
+    return Dataset(
+        name=name,
+        num_classes=10,
+        train=Split(images=whole.images[kept], labels=whole.labels[kept]),
+        validation=Split(images=whole.images[taken], labels=whole.labels[taken]),
+        test=test,
+        content_hash="",
+    )
+
+
+# ---- the parts ----
+
+
+def check_graphs(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Graphed against eager training: loss, weights, the optimizer's buffers, the path of the loss scale."""
+    rows = []
+    deadline = time.monotonic() + left
+    data = suite.train(GRAPH_STEPS * 64)
+    for model, precision, optimizer in itertools.product(suite.models, PRECISIONS, OPTIMIZERS):
+        subject = f"{model}, {precision}, {optimizer}"
+        if time.monotonic() > deadline:
+            rows.append(GpuRow(part="graphs", subject=subject, quantity="", note="skipped: no time is left"))
+            continue
+        config = early_config(model, precision, optimizer)
+        graphed, eager = (train_and_watch(suite.start(config, data, graph=graph)) for graph in (True, False))
+        release_memory(suite.device)
+        rows += compare_training(subject, precision, graphed, eager)
+    return rows, ""
+
+
+def check_against_cpu(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Strict fp32 on the device against the CPU, over the first steps."""
+    rows = []
+    for model in suite.models:
+        config = early_config(model, "fp32", "adam")
+        here = suite.start(config, suite.train(EARLY_STEPS * 64), graph=False).train_epoch()
+        on_cpu = suite.train(EARLY_STEPS * 64, torch.device("cpu"))
+        there = TrainingRun(config, on_cpu, allow_graph=False).train_epoch()
+        rows.append(judge_losses("against the CPU", f"{model}, fp32", "fp32", here, there))
+    return rows, ""
+
+
+def check_telemetry(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """What an epoch tells against a reference that reads scale and skips at every step: exactly the same."""
+    rows = []
+    data = suite.train(40 * 64)
+    for optimizer in OPTIMIZERS:
+        config = dataclasses.replace(early_config("simple_net", "fp16", optimizer), init_scale=2.0**30)
+        read = list(read_every_step(suite.start(config, data, graph=False), data))
+        told = suite.start(config, data, graph=True).train_epoch()
+        scales = expand_scales(told)
+        same = scales == [scale for scale, _ in read] and told.skipped_steps == sum(skipped for _, skipped in read)
+        rows.append(
+            GpuRow(
+                part="telemetry",
+                subject=f"simple_net, fp16, {optimizer}, {told.loop}",
+                quantity="steps whose scale and skip are as read",
+                value=float(sum(a == b for a, (b, _) in zip(scales, read, strict=False))),
+                count=len(read),
+                verdict="met" if same else "failed",
+                note=f"all {len(read)} must be; {told.skipped_steps} were skipped",
+            )
+        )
+    return rows, ""
+
+
+def measure_memory(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Peak memory of training by model, batch size and precision, the resident data apart, and over that of fp32."""
+    rows = []
+    data = suite.train(2 * max(BATCH_SIZES))
+    for model, batch_size in itertools.product(suite.models, BATCH_SIZES):
+        peaks: dict[str, int] = {}
+        for precision in PRECISIONS:
+            config = TrialConfig(model=model, precision=precision, batch_size=batch_size, max_epochs=LONG)
+            peak = suite.start(config, data, graph=False).train_epoch().peak_memory_bytes
+            release_memory(suite.device)
+            if peak is None:
+                return [GpuRow(part="memory", subject=model, quantity="", note="measured on GPUs only")], ""
+            peaks[precision] = peak
+            subject = f"{model}, {precision}, batch {batch_size}"
+            rows.append(_memory_row(subject, "peak, data apart", peak / 2**20, "MiB"))
+            rows.append(_memory_row(subject, "over fp32", peak / peaks["fp32"], ""))
+    resident = data.train.images.nbytes + data.train.labels.nbytes
+    rows.append(_memory_row("data", f"{len(data.train.labels)} images resident", resident / 2**20, "MiB"))
+    return rows, ""
+
+
+def measure_loops(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The tutorial's loop, ours eager and ours graphed, beside the floor; to compile would take too long here."""
+    result = measure_loop(
+        suite.dataset,
+        device=suite.device,
+        models=suite.models,
+        batch_sizes=BATCH_SIZES,
+        seconds=0.25,
+        programs=(TUTORIAL, EAGER, GRAPH),
+        deadline=time.perf_counter() + 0.6 * left,
+    )
+    write_loop(suite.folder / "loop.parquet", result)
+    return [row for found in result.rows for row in _judge_loop(found)], render_loop(result)
+
+
+def measure_side_by_side(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Trials that share the device."""
+    result = measure_share_table(suite.dataset, device_type=suite.device.type, seconds=1.0)
+    return [_summarise_share(rows) for rows in group_repeats(result.rows)], render_shares(result)
+
+
+def _summarise_share(rows: Sequence[ShareRow]) -> GpuRow:
+    first, spread = rows[0], summarise([row.samples_per_second for row in rows])
+    return GpuRow(
+        part="shares",
+        subject=f"{first.model}, {first.precision}, batch {first.batch_size}, {first.trials} trials",
+        quantity="images a second of all",
+        value=spread.median,
+        low=spread.low,
+        high=spread.high,
+        count=spread.count,
+        unit="1/s",
+        note="knee" if first.is_knee else "",
+    )
+
+
+def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """What the probe and the log cost of the training time."""
+    cost = measure_telemetry(suite.dataset)
+    rows = [
+        GpuRow(
+            part="telemetry cost",
+            subject=f"simple_net, {share.precision}, batch {share.batch_size}, {share.loop}",
+            quantity=f"{what}, share of training time",
+            value=share.median,
+            low=share.low,
+            high=share.high,
+            count=share.count,
+            verdict=judge(share.median <= MOST_TELEMETRY),
+            note=f"target at most {MOST_TELEMETRY:.0%}",
+        )
+        for what, shares in (("probe", cost.probes), ("log", cost.logs))
+        for share in shares
+    ]
+    return rows, render_telemetry(cost)
+
+
+def run_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The tests that need a GPU."""
+    return run_gpu_tests(left), ""
+
+
+PARTS: Mapping[str, Part] = {
+    "graphs": check_graphs,
+    "against the CPU": check_against_cpu,
+    "telemetry": check_telemetry,
+    "memory": measure_memory,
+    "loop": measure_loops,
+    "shares": measure_side_by_side,
+    "telemetry cost": measure_telemetry_cost,
+    "tests": run_tests,
+}
+LEAST_SECONDS = {
+    "graphs": 5.0,
+    "against the CPU": 5.0,
+    "telemetry": 5.0,
+    "memory": 10.0,
+    "loop": 30.0,
+    "shares": 60.0,
+    "telemetry cost": 30.0,
+    "tests": 30.0,
+}
+"""A part that has less left is not begun."""
+
+
+def _judge_loop(row: LoopRow) -> list[GpuRow]:
+    subject = f"{row.model}, {row.precision}, batch {row.batch_size}, {row.program}"
+
+    def build(quantity: str, value: float | None, **rest: Any) -> GpuRow:
+        return GpuRow(part="loop", subject=subject, quantity=quantity, value=value, **rest)
+
+    low, high = row.samples_per_second_low, row.samples_per_second_high
+    speed = build(
+        "images a second", row.samples_per_second, low=low, high=high, count=row.turns, unit="1/s", note=row.reason
+    )
+    found = [speed]
+    if row.program == GRAPH and row.ratio is not None:
+        target = _target(row.model == "simple_net", row.ratio >= LEAST_RATIO, f"at least {LEAST_RATIO:g}")
+        found.append(
+            build(
+                "over the tutorial's loop", row.ratio, low=row.ratio_low, high=row.ratio_high, count=row.turns, **target
+            )
+        )
+    if row.program == GRAPH and row.launch_ratio is not None:
+        counted = row.model == "simple_net" and row.batch_size == 64
+        target = _target(counted, row.launch_ratio <= MOST_LAUNCH_RATIO, f"at most {MOST_LAUNCH_RATIO:g}")
+        found.append(build(f"step over its {row.operations} launches as counted", row.launch_ratio, **target))
+    return found
+
+
+def _target(applies: bool, holds: bool, target: str) -> dict[str, str]:
+    """Verdict and note of a row, empty where there is no target."""
+    return {"verdict": judge(holds), "note": f"target {target}"} if applies else {}
+
+
+def _memory_row(subject: str, quantity: str, value: float, unit: str) -> GpuRow:
+    return GpuRow(part="memory", subject=subject, quantity=quantity, value=value, unit=unit)
+
+
+# ---- the files ----
+
+
+def name_folder(device: torch.device) -> str:
+    """The device's name as a folder's: ``nvidia-h200``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_gpu(path: Path, result: GpuResult) -> None:
+    """Write the rows, with what they rest on in the metadata."""
+    schema = pa.schema(build_columns(GpuRow))
+    write_parquet(build_table("gpu", schema, [vars(row) for row in result.rows], result.about), path)
+
+
+def render_gpu(result: GpuResult) -> str:
+    """Markdown: what failed and was missed, every part's rows or its own table."""
+    titles = ("part", "subject", "quantity", "value", "verdict", "note")
+    told = [row for row in result.rows if row.verdict in ("failed", "missed") or (row.note and not row.quantity)]
+    parts = [
+        f"{result.machine}. {result.about['dataset']}, {result.about['train_images']:,} training images.",
+        f"{count_verdicts(result.rows)}." + (" Not met:" if told else ""),
+        *([render_table(titles, [render_row(row) for row in told])] if told else []),
+    ]
+    for name in dict.fromkeys(row.part for row in result.rows):
+        own = [render_row(row)[1:] for row in result.rows if row.part == name]
+        parts += [f"## {name}", result.tables.get(name) or render_table(titles[1:], own)]
+    return "\n\n".join(parts) + "\n"

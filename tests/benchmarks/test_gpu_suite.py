@@ -1,0 +1,388 @@
+"""The suite for one GPU, tried on the CPU: what it checks, that it fails where it must, and what it writes."""
+
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+import torch
+from records import make_epoch
+from small_mnist import write_mnist
+
+from benchmarks.training import gpu
+from benchmarks.training.gpu import (
+    PARTS,
+    GpuResult,
+    Suite,
+    load_plain_mnist,
+    make_images,
+    measure_gpu,
+    name_folder,
+    render_gpu,
+    write_gpu,
+)
+from benchmarks.training.gpu_checks import Watched, compare_training, expand_scales, judge_losses
+from benchmarks.training.gpu_rows import GpuRow
+from benchmarks.training.gpu_tests import list_gpu_tests, read_test_report, run_gpu_tests
+from benchmarks.training.loop import LoopRow
+from benchmarks.training.loop_programs import GRAPH, TUTORIAL
+from benchmarks.training.share_table import (
+    ShareResult,
+    build_rows,
+    measure_share_table,
+    render_shares,
+    write_shares,
+)
+from tune_amp.config import EpochMetrics, TrialConfig
+from tune_amp.graphs import Capture, Step
+from tune_amp.shares import ShareMeasurement
+
+CPU = torch.device("cpu")
+
+
+def measure(tmp_path: Path, *parts: str, seconds: float = 500.0) -> GpuResult:
+    dataset = make_images(6_000)
+    return measure_gpu(dataset, tmp_path, device=CPU, models=("simple_net",), parts=parts, seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> GpuResult:
+    return measure(tmp_path_factory.mktemp("suite"), "graphs", "against the CPU", "telemetry", "memory")
+
+
+def test_graphs_and_telemetry_are_checked_for_every_precision_and_optimizer(checked: GpuResult) -> None:
+    assert not checked.failed
+    counts = {part: sum(row.part == part for row in checked.rows) for part in ("graphs", "telemetry")}
+    assert counts == {"graphs": 4 * 3 * 2 + 3, "telemetry": 3}
+    for row in checked.rows:
+        if row.part == "telemetry":
+            assert row.value == row.count == 40
+            assert "17 were skipped" in row.note, "a reference without skips would show nothing"
+
+
+def test_scale_that_is_told_wrongly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shift(told: Any) -> list[float]:
+        return [1.0, *expand_scales(told)[:-1]]
+
+    monkeypatch.setattr(gpu, "expand_scales", shift)
+    result = measure(tmp_path, "telemetry")
+    assert result.failed
+    assert {row.verdict for row in result.rows} == {"failed"}
+
+
+@pytest.mark.parametrize("loss", [1.1, math.nan])
+def test_loss_that_is_another_fails(loss: float) -> None:
+    row = judge_losses("graphs", "x", "fp32", make_epoch(train_loss=loss), make_epoch(train_loss=1.0))
+    assert row.verdict == "failed"
+    same = judge_losses("graphs", "x", "fp32", make_epoch(train_loss=1.0), make_epoch(train_loss=1.0))
+    assert same.verdict == "met"
+
+
+def watch(told: EpochMetrics, moved: float = 1.0, buffer: float = 1.0) -> Watched:
+    ones = torch.ones(3, dtype=torch.float64)
+    return Watched(told=told, moved=moved * ones, buffers={"exp_avg": buffer * ones})
+
+
+def test_step_that_was_not_captured_fails() -> None:
+    rows = compare_training("x", "fp32", watch(make_epoch(loop="eager: no")), watch(make_epoch()))
+    assert [row.verdict for row in rows] == ["met", "met", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [({}, "met"), ({"moved": 1.02}, "failed"), ({"buffer": 0.98}, "failed"), ({"moved": math.nan}, "failed")],
+)
+def test_weights_or_buffers_that_are_others_fail(changes: dict[str, float], verdict: str) -> None:
+    told = make_epoch(loop=GRAPH)
+    assert compare_training("x", "fp32", watch(told, **changes), watch(told))[1].verdict == verdict
+
+
+def test_weights_that_never_move_show_nothing() -> None:
+    told = make_epoch(loop=GRAPH)
+    assert compare_training("x", "fp32", watch(told, moved=0.0), watch(told, moved=0.0))[1].verdict == "failed"
+
+
+@pytest.mark.parametrize(
+    ("counts", "verdict"),
+    [
+        ({}, "met"),
+        ({"growths": 0}, "failed"),
+        ({"skipped_steps": 0}, "failed"),
+        ({"applied_steps": 12}, "failed"),
+    ],
+)
+def test_path_of_the_scale_on_which_nothing_is_to_be_seen_fails(counts: dict[str, int], verdict: str) -> None:
+    told = make_epoch(loop=GRAPH, **{"growths": 3, "skipped_steps": 2, "applied_steps": 13, **counts})
+    assert [row.verdict for row in compare_training("x", "fp16", watch(told), watch(told))] == ["met", "met", verdict]
+
+
+def skip_all(step: Step) -> Step:
+    """A capture of nothing."""
+    return lambda: None
+
+
+def skip_every_fourth(step: Step) -> Step:
+    counter = itertools.count(1)
+
+    def replay() -> None:
+        if next(counter) % 4:
+            step()
+
+    return replay
+
+
+@pytest.mark.parametrize("capture", [skip_all, skip_every_fourth])
+def test_graph_that_does_less_than_the_step_fails_in_every_precision_and_with_every_optimizer(
+    capture: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "take_again", capture)
+    rows = [row for row in measure(tmp_path, "graphs").rows if "weights" in row.quantity]
+    assert len(rows) == 4 * 3
+    assert {row.verdict for row in rows} == {"failed"}
+
+
+def test_scales_of_steps_follow_from_their_changes() -> None:
+    told = make_epoch(steps=5, loss_scale_steps=(1, 2, 4), loss_scale_values=(8.0, 4.0, 2.0))
+    assert expand_scales(told) == [8.0, 4.0, 4.0, 2.0, 2.0]
+
+
+def test_part_that_breaks_is_a_row_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(suite: Suite, left: float) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "PARTS", {**PARTS, "graphs": fail})
+    result = measure(tmp_path, "graphs", "against the CPU")
+    assert [(row.part, row.verdict) for row in result.rows] == [("graphs", "failed"), ("against the CPU", "met")]
+    assert result.rows[0].note == "RuntimeError: no such kernel"
+    assert "no such kernel" in render_gpu(result)
+
+
+def test_part_without_time_left_is_skipped_and_says_so(tmp_path: Path) -> None:
+    result = measure(tmp_path, "loop", seconds=1.0)
+    assert not result.failed
+    assert "and it needs 30" in result.rows[0].note
+
+
+def test_device_that_cannot_be_cleaned_up_stops_no_other_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "release_memory", refuse)
+    result = measure(tmp_path, "against the CPU", "telemetry")
+    assert [(row.part, row.verdict) for row in result.rows] == [("against the CPU", "failed"), ("telemetry", "failed")]
+
+
+def test_what_there_is_can_be_kept_after_each_part(tmp_path: Path) -> None:
+    kept: list[GpuResult] = []
+    result = measure_gpu(
+        make_images(6_000),
+        tmp_path,
+        device=CPU,
+        models=("simple_net",),
+        parts=("against the CPU", "loop"),
+        seconds=20.0,
+        keep=kept.append,
+    )
+    assert [len(found.rows) for found in kept] == [1, 2]
+    assert kept[-1] == result
+
+
+def test_checks_without_time_left_are_named(tmp_path: Path) -> None:
+    suite = Suite(dataset=make_images(700), device=CPU, models=("simple_net",), folder=tmp_path)
+    rows, _ = gpu.check_graphs(suite, -1.0)
+    assert len(rows) == 4 * 3
+    assert {row.note for row in rows} == {"skipped: no time is left"}
+
+
+def test_file_and_table_hold_every_row(checked: GpuResult, tmp_path: Path) -> None:
+    write_gpu(tmp_path / "gpu.parquet", checked)
+    assert pq.read_table(tmp_path / "gpu.parquet").num_rows == len(checked.rows)
+    text = render_gpu(checked)
+    assert text.count("| simple_net, fp16, adam, graph |") == 2  # among the graphs, and in telemetry
+    assert "31 met, 0 missed, 0 failed" in text
+
+
+def test_targets_of_the_loop_are_told_for_the_graph_only() -> None:
+    row = LoopRow(
+        device="cuda",
+        model="simple_net",
+        precision="fp16",
+        batch_size=64,
+        program=GRAPH,
+        samples_per_second=1e6,
+        samples_per_second_low=9e5,
+        samples_per_second_high=1.1e6,
+        turns=3,
+        ratio=49.0,
+        ratio_low=48.0,
+        ratio_high=50.0,
+        operations=38,
+        launch_ratio=2.0,
+    )
+    assert [found.verdict for found in gpu._judge_loop(row)] == ["", "missed", "met"]
+    assert [found.verdict for found in gpu._judge_loop(dataclasses.replace(row, model="vit"))] == ["", "", ""]
+    assert len(gpu._judge_loop(dataclasses.replace(row, program=TUTORIAL))) == 1
+
+
+def test_outcomes_of_tests_are_counted_and_failures_named(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        '<testcase name="a"/><testcase name="b"><skipped/></testcase>'
+        '<testcase name="c"><failure message="assert 1 == 2&#10;more"/></testcase>'
+        '<testcase name="d"><error message="no module"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    rows = read_test_report(report)
+    assert {row.quantity: row.value for row in rows if row.value is not None} == {
+        "passed": 1,
+        "skipped": 1,
+        "failed": 2,
+    }
+    assert [(row.subject, row.note) for row in rows if row.verdict] == [("c", "assert 1 == 2"), ("d", "no module")]
+    report.write_text("<testsuites><testsuite/></testsuites>")
+    assert [row.note for row in read_test_report(report) if row.verdict == "failed"] == ["no test was run"]
+
+
+def test_files_that_lack_ray_are_left_out_and_other_errors_fail(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        """<testcase name="a"><error message="collection failure">E   ModuleNotFoundError: No module named 'ray'"""
+        "</error></testcase>"
+        """<testcase name="b"><error message="collection failure">E   ModuleNotFoundError: No module named 'records'"""
+        "</error></testcase></testsuite></testsuites>"
+    )
+    rows = {row.subject: row for row in read_test_report(report) if row.subject}
+    assert (rows["a"].verdict, rows["a"].note) == ("", "left out: ray is not installed")
+    assert rows["b"].verdict == "failed"
+    assert [row.value for row in read_test_report(report) if row.quantity == "failed"] == [1.0]
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    names = {path.name for path in list_gpu_tests(Path(__file__).parents[1])}
+    assert {"test_amp.py", "test_graphs.py", "test_training.py"} <= names
+    assert not {"test_space.py", Path(__file__).name} & names
+
+
+@pytest.fixture
+def small_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with two test files, one of which lacks Ray."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    mark = "gpu"  # written apart, so that this file is not taken for one
+    marked = f"import pytest\n@pytest.mark.{mark}\ndef test_it(): pass\n"
+    (folder / "test_here.py").write_text(marked + "def test_unmarked(): assert False\n")
+    (folder / "test_lacking.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')\n" + marked
+    )
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_tests_run_in_a_process_of_their_own(small_project: Path) -> None:
+    rows = run_gpu_tests(60.0)
+    counts = {row.quantity: row.value for row in rows if row.value is not None}
+    assert counts == {"passed": 1, "skipped": 0, "failed": 0}
+    assert [row.note for row in rows if row.note] == ["left out: ray is not installed"]
+    (small_project / "conftest.py").write_text("raise OSError('broken beyond repair')")
+    [row] = run_gpu_tests(60.0)
+    assert row.verdict == "failed"
+    assert "broken beyond repair" in row.note
+
+
+def test_suite_needs_neither_ray_nor_optuna_nor_scikit_learn(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+for name in ("ray", "optuna", "sklearn", "yaml"):
+    sys.modules[name] = None
+import torch
+from benchmarks.training.gpu import PARTS, make_images, measure_gpu
+parts = ["graphs", "shares"]
+assert set(parts) <= set(PARTS)
+found = measure_gpu(make_images(3000), Path(), device=torch.device("cpu"), models=("simple_net",), parts=["graphs"])
+assert not found.failed, found
+import benchmarks.training.telemetry, tune_amp.shares
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_mnist_is_read_without_the_stratified_split(tmp_path: Path) -> None:
+    write_mnist(tmp_path, train=5_100)
+    dataset = load_plain_mnist(tmp_path)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (100, 5_000, 40)
+    assert dataset.train.images.shape == (100, 1, 28, 28)
+    assert dataset.train.labels[13] == 3
+
+
+def test_folder_is_named_after_the_device() -> None:
+    assert name_folder(CPU) == "cpu"
+
+
+def test_failure_is_that_of_a_check_and_not_of_a_target() -> None:
+    def result(verdict: str) -> GpuResult:
+        row = GpuRow(part="x", subject="y", quantity="z", verdict=verdict)
+        return GpuResult(rows=(row,), tables={}, machine="", about={"dataset": "", "train_images": 1})
+
+    assert result("failed").failed
+    assert not result("missed").failed
+
+
+# Shares
+
+
+def test_share_table_tells_what_is_left_of_a_trials_own_speed() -> None:
+    config = TrialConfig(precision="bf16", batch_size=64)
+    measured = [
+        ShareMeasurement(trials=4, samples_per_second=300.0, trial_memory_bytes=2**30),
+        ShareMeasurement(trials=1, samples_per_second=100.0, trial_memory_bytes=2**30),
+    ]
+    one, four = build_rows(config, measured)
+    assert (one.relative, one.efficiency, one.is_knee) == (1.0, 1.0, False)
+    assert (four.relative, four.efficiency, four.is_knee) == (3.0, 0.75, True)
+
+
+def test_share_table_shows_medians_of_ratios_taken_repeat_by_repeat() -> None:
+    """The second repeat fell into a slow moment, which its ratio does not show; the third was cut off before 4."""
+    rates = [(1, 100.0), (2, 190.0), (4, 200.0), (1, 50.0), (2, 95.0), (4, 120.0), (1, 110.0), (2, 210.0)]
+    measured = [ShareMeasurement(trials=n, samples_per_second=rate, trial_memory_bytes=None) for n, rate in rates]
+    rows = build_rows(TrialConfig(precision="bf16", batch_size=64), measured)
+    assert [(row.trials, row.repeat) for row in rows] == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (4, 0),
+        (4, 1),
+    ]
+    result = ShareResult(rows=tuple(rows), seconds=3.0, machine="", about={"dataset": "some"})
+    one, two, four = [line for line in render_shares(result).splitlines() if line.startswith("| simple_net")]
+    assert "| 1 | 3 | 100 (50 to 110) | 1.00 (1.00 to 1.00) | 100% |" in one
+    assert "| 2 | 3 | 190 (95 to 210) | 1.90 (1.90 to 1.91) | 95% |  | knee |" in two
+    assert "| 4 | 2 | 160 (120 to 200) | 2.20 (2.00 to 2.40) | 55% |" in four
+
+
+@pytest.mark.slow  # starts processes
+def test_shares_are_measured_and_written(tmp_path: Path) -> None:
+    result = measure_share_table(
+        make_images(1_200),
+        device_type="cpu",
+        configs=[TrialConfig(max_epochs=9)],
+        counts=(1, 2),
+        seconds=0.2,
+        repeats=2,
+    )
+    assert [(row.trials, row.repeat) for row in result.rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len({row.samples_per_second for row in result.rows}) == 4
+    assert len({row.trials for row in result.rows if row.is_knee}) == 1
+    write_shares(tmp_path / "shares.parquet", result)
+    assert pq.read_table(tmp_path / "shares.parquet").num_rows == 4
+    assert render_shares(result).count("\n| simple_net ") == 2
