@@ -1,10 +1,10 @@
 """Runs one benchmark: ``python -m benchmarks NAME ...``, from the root of a checkout.
 
 ``search_speed`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver,
-``load`` what it bears, ``shares`` trials side by side; ``gpu`` does all that can be done on one GPU without Ray and
-Optuna. ``record`` trains random configurations to their full budget and keeps their learning curves; ``search_quality``
-replays searches over them; ``warm_start`` measures what a search gains from an earlier run, ``telemetry`` what watching
-a training costs, ``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
+``load`` what it bears; ``gpu`` does all that can be done on one GPU without Ray and Optuna. ``record`` trains random
+configurations to their full budget and keeps their learning curves; ``search_quality`` replays searches over them;
+``warm_start`` measures what a search gains from an earlier run, ``telemetry`` what watching a training costs,
+``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
 """
 
 import argparse
@@ -83,17 +83,6 @@ def measure_load_of_driver(arguments: argparse.Namespace) -> int:
     write_load(arguments.output / "load.parquet", result)
     _save_table(arguments.output / "load.md", render_load(result))
     return EXIT_DONE if result.nothing_lost else EXIT_FAILED
-
-
-def measure_trials_side_by_side(arguments: argparse.Namespace) -> int:
-    """Measure what 1, 2, 4, ... trials achieve on one device."""
-    from benchmarks.training.share_table import measure_share_table, render_shares, write_shares
-
-    _make_folder(arguments.output)
-    dataset = load_announced(arguments.dataset, arguments.data_dir)
-    result = measure_share_table(dataset, counts=arguments.counts, repeats=arguments.repeats)
-    write_shares(arguments.output / "shares.parquet", result)
-    return _save_table(arguments.output / "shares.md", render_shares(result))
 
 
 def measure_one_gpu(arguments: argparse.Namespace) -> int:
@@ -245,12 +234,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parts = ("trials", "slots", "resume")
     loading.add_argument("--parts", nargs="+", choices=parts, default=parts)
     _add_output(loading, measure_load_of_driver)
-
-    sharing = commands.add_parser("shares", help="trials side by side on one device")
-    sharing.add_argument("--counts", nargs="+", type=_positive, default=(1, 2, 4, 8, 16), metavar="N")
-    sharing.add_argument("--repeats", type=_positive, default=3, metavar="N", help="turns of each (%(default)s)")
-    _add_data(sharing)
-    _add_output(sharing, measure_trials_side_by_side)
 
     whole = commands.add_parser("gpu", help="all that one GPU can tell, in nine minutes, without Ray and Optuna")
     whole.add_argument("--data-dir", type=read_path, metavar="DIR", help="MNIST's four files (images made up here)")

@@ -4,21 +4,17 @@ On the CPU each trial has one thread, so that the table tells how trials share t
 """
 
 import dataclasses
-import datetime
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
-from benchmarks.machine import describe_machine, describe_versions, machine_line
+from benchmarks.machine import machine_line
 from benchmarks.markdown import render_table
 from benchmarks.spread import render_spread
-from tune_amp.config import TrialConfig, described
+from tune_amp.config import TrialConfig
 from tune_amp.data import Dataset
-from tune_amp.parquet import build_columns, build_table, write_parquet
 
 if TYPE_CHECKING:
     from tune_amp.shares import ShareMeasurement
@@ -32,18 +28,22 @@ REPEATS = 3
 class ShareRow:
     """So many trials side by side, once."""
 
-    model: str = described("built-in model")
-    precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast")
-    batch_size: int = described("images a training step", unit="images")
-    trials: int = described("training at the same moment")
-    repeat: int = described("number of the measurement, from 0")
-    samples_per_second: float = described("of all trials together", unit="1/s")
-    relative: float = described("samples a second over those of the fewest trials in the same repeat")
-    efficiency: float = described("relative over the number of trials; 1: nobody is in anybody's way")
-    trial_memory_bytes: int | None = described(
-        "device memory of the hungriest process, its context included; null on the CPU", unit="B"
-    )
-    is_knee: bool = described("whether more trials at a time gain little, by the medians")
+    model: str
+    precision: str
+    batch_size: int
+    trials: int
+    repeat: int
+    """Number of the measurement, from 0."""
+    samples_per_second: float
+    """Images of all trials together."""
+    relative: float
+    """``samples_per_second`` over that of the fewest trials in the same repeat."""
+    efficiency: float
+    """``relative`` over the number of trials: 1 where no trial slows another."""
+    trial_memory_bytes: int | None
+    """Device memory of the largest process, its context included; None on the CPU."""
+    is_knee: bool
+    """Whether more trials at a time gain little, by the medians."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ class ShareResult:
     seconds: float
     """Of a measurement."""
     machine: str
-    about: Mapping[str, Any]
+    dataset: str
 
 
 def measure_share_table(
     dataset: Dataset,
     *,
-    device_type: str | None = None,
+    device_type: str,
     configs: Sequence[TrialConfig] = (),
     counts: Sequence[int] = COUNTS,
     seconds: float = SECONDS,
@@ -70,7 +70,7 @@ def measure_share_table(
 
     Args:
         dataset: its training split is trained on.
-        device_type: ``cuda`` where there is one, else ``cpu``.
+        device_type: ``cuda`` or ``cpu``.
         configs: ``simple_net`` at batch 64 and 1,024 where none is given; fp16 on CUDA, bf16 on the CPU.
         counts: trials at a time.
         seconds: of a measurement.
@@ -78,7 +78,6 @@ def measure_share_table(
     """
     from tune_amp.shares import measure_shares
 
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device_type)
     rows: list[ShareRow] = []
     for config in configs or list_configs(device_type):
@@ -86,18 +85,7 @@ def measure_share_table(
             config, dataset.train, dataset.num_classes, device_type, counts=counts, seconds=seconds, repeats=repeats
         )
         rows += build_rows(config, measured)
-    return ShareResult(
-        rows=tuple(rows),
-        seconds=seconds,
-        machine=machine_line(device),
-        about={
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(device),
-            "versions": describe_versions(),
-            "dataset": dataset.name,
-            "seconds": seconds,
-        },
-    )
+    return ShareResult(rows=tuple(rows), seconds=seconds, machine=machine_line(device), dataset=dataset.name)
 
 
 def list_configs(device_type: str) -> tuple[TrialConfig, ...]:
@@ -162,7 +150,7 @@ def render_shares(result: ShareResult) -> str:
     """Markdown: a table and what its figures mean."""
     titles = ("model", "precision", "batch", "trials", "n", "images/s", "times one", "a trial", "memory of a trial", "")
     lines = [
-        f"{result.machine}. {result.about['dataset']}.",
+        f"{result.machine}. {result.dataset}.",
         f"Trials that train the same configuration at the same moment, each in a process of its own with one CPU "
         f"thread: images a second of all together, relative to the fewest, and what is left of a trial's own speed. "
         f"Medians of n measurements of {result.seconds:g} s, in turn, by the same processes; the smallest and largest "
@@ -187,9 +175,3 @@ def _render_repeats(rows: Sequence[ShareRow]) -> tuple[str, ...]:
         memory,
         "knee" if first.is_knee else "",
     )
-
-
-def write_shares(path: Path, result: ShareResult) -> None:
-    """Write the rows, with what they rest on in the metadata."""
-    schema = pa.schema(build_columns(ShareRow))
-    write_parquet(build_table("shares", schema, [vars(row) for row in result.rows], result.about), path)
