@@ -1,5 +1,7 @@
 """Fixtures that more than one test file uses."""
 
+import atexit
+import contextlib
 import itertools
 import os
 import re
@@ -13,6 +15,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+with contextlib.suppress(ModuleNotFoundError):  # the suite for one GPU runs where it may be missing
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes depends on what else the machine does.
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
+
 # Before torch is imported: the tensors of tests are tiny, and on a busy machine threads wait for each other, up to 50x.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,12 +31,22 @@ for number, handler in ((signal.SIGHUP, lambda *_: None), (signal.SIGINT, signal
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # DuckDB and triton list on standard error, after pytest's end, what Python has not freed by then: pages of it.
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from simulated_cluster import SimulatedCluster
 
     from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
     from tune_amp.space import SearchSpace
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray come first: a process that gets one of them last keeps all others waiting for it."""
+    starting = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in starting)
 
 
 @pytest.fixture(autouse=True)

@@ -172,6 +172,8 @@ class Search:
 
     def kill(self) -> None:
         """End the driver as the kernel's own killer of processes does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGSTOP)  # it does nothing more while we look for the others
         self.list_processes()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)

@@ -174,7 +174,7 @@ epochs_of_poisons = st.lists(
 
 
 @every_device
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, database=None)
 @given(scaler_settings=scaler_settings, epochs=epochs_of_poisons)
 @example(scaler_settings={"init_scale": 2.0**127, "growth_interval": 1}, epochs=[["fine"] * 10] * 3)
 @example(scaler_settings={"init_scale": 2.0**10, "growth_interval": 1, "growth_factor": 64.0}, epochs=[["fine"] * 9])
@@ -273,7 +273,7 @@ def count_by_hand(start: float, scales: list[float], overflows: list[bool]) -> S
 SCALES = [0.0, 2.0**-149, 2.0**-3, 1.0, 4.0, 2.0**127, math.inf]
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=200, database=None)
 @given(
     start=st.sampled_from(SCALES),
     steps=st.lists(st.tuples(st.sampled_from(SCALES), st.booleans()), max_size=30),

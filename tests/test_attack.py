@@ -186,7 +186,7 @@ def call(address: str, method: str, token: str | None = None) -> str:
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         metadata = [("authorization", f"Bearer {token}")] if token else None
         try:
-            channel.unary_unary(method)(b"", timeout=10, metadata=metadata)
+            channel.unary_unary(method)(b"", timeout=60, metadata=metadata)
         except grpc.RpcError as error:
             return str(error.code().name)
     return "OK"

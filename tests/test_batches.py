@@ -112,7 +112,7 @@ def test_constant_images_cannot_be_scaled(method: str) -> None:
 
 
 @given(count=st.integers(1, 200), batch_size=st.integers(1, 200), seed=st.integers(0, 2**63 - 1))
-@settings(max_examples=50, deadline=None, database=None)
+@settings(max_examples=50, database=None)
 def test_batches_hold_each_index_at_most_once_and_are_full(count: int, batch_size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     if batch_size > count:

@@ -33,20 +33,6 @@ def most_at_a_time(trials: Sequence[TrialRecord]) -> int:
     return max(running)
 
 
-def test_code_is_shipped_to_the_nodes_with_what_lies_beside_it(cluster: SimulatedCluster, tmp_path: Path) -> None:
-    other = cluster.add_node(num_cpus=1)
-    with searching(cluster, tmp_path / "s", "--num-samples", 2) as search:
-        search.wait_until(lambda: bool(search.events))
-        for name in ("sleepy.py", "model_parts.py"):  # other machines do not have them; the driver did import them
-            (tmp_path / "s" / name).unlink()
-        search.finish()
-    cluster.remove_node(other)
-    assert {attempt["node"] for attempt in search.attempts} == {cluster.head, other}
-    for attempt in search.attempts:
-        for file in (attempt["file"], attempt["tune_amp"]):
-            assert "/runtime_resources/py_modules_files/" in file  # Ray's copy, not what is installed here
-
-
 @pytest.mark.long
 def test_trials_with_a_share_of_a_gpu_run_on_the_node_that_has_one(cluster: SimulatedCluster, tmp_path: Path) -> None:
     plain, equipped = cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=4, num_gpus=1)
@@ -58,7 +44,7 @@ def test_trials_with_a_share_of_a_gpu_run_on_the_node_that_has_one(cluster: Simu
     assert most_at_a_time(check_nothing_is_lost(search.run, 4)) == 2
 
 
-def test_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the_end(
+def test_code_is_shipped_and_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the_end(
     cluster: SimulatedCluster, tmp_path: Path
 ) -> None:
     moto = pytest.importorskip("moto.server")
@@ -78,6 +64,9 @@ def test_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the
     try:
         url = f"s3://key:very-secret@bucket/runs{query}"
         with searching(cluster, tmp_path / "s", "--num-samples", 2, "--storage-path", url) as search:
+            search.wait_until(lambda: bool(search.events))
+            for name in ("sleepy.py", "model_parts.py"):  # other machines do not have them; the driver did import them
+                (tmp_path / "s" / name).unlink()
             search.wait_until(lambda: len(list_checkpointed()) == 2)
             os.kill(search.attempts[0]["pid"], signal.SIGKILL)
             search.wait_until(lambda: len(list_checkpointed()) == 1)  # the other trial has ended, and needs none
@@ -90,6 +79,10 @@ def test_a_worker_that_dies_goes_on_from_the_object_store_which_is_tidied_at_the
     cluster.remove_node(other)
     check_nothing_is_lost(search.run, 2)
     assert len(search.attempts) == 3
+    assert {attempt["node"] for attempt in search.attempts} == {cluster.head, other}
+    for attempt in search.attempts:
+        for file in (attempt["file"], attempt["tune_amp"]):
+            assert "/runtime_resources/py_modules_files/" in file  # Ray's copy, not what is installed here
     begun = Counter((tmp_path / "s" / "epochs").read_text().splitlines())
     _, whole, rest = (begun[str(attempt["at"])] for attempt in search.attempts)
     assert 0 < rest < whole  # the trial went on, and did not begin anew

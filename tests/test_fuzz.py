@@ -24,7 +24,6 @@ from tune_amp.results import SCHEMAS, load_provenance
 
 repeatable = settings(
     max_examples=80,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=(Phase.explicit, Phase.generate),

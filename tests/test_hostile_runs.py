@@ -138,7 +138,6 @@ def draw_value(data: st.DataObject, kind: pa.DataType) -> Any:
 
 @settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=(Phase.generate,),  # to shrink takes minutes here

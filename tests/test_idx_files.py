@@ -239,7 +239,7 @@ def test_class_with_a_single_training_image_is_refused(folder: Path) -> None:
     assert "got 1 of class 0" in refusal("mnist", folder)
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150, database=None)
 @given(
     noise=st.binary(max_size=60),
     at=st.integers(0, 40),

@@ -62,7 +62,7 @@ def test_growth_is_inert_exactly_where_torch_s_scaler_uses_no_grown_scale(interv
     assert ("growth_interval" in inert) == ("growth_factor" in inert) == never_grew
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(overflows=st.lists(st.booleans(), min_size=1, max_size=12), beyond=st.integers(0, 3), factor=st.floats(1.5, 64))
 def test_no_overflow_makes_an_inert_growth_act(overflows: list[bool], beyond: int, factor: float) -> None:
     scales = []

@@ -20,7 +20,7 @@ from tune_amp.session import ray_session
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray", "enter_folder")]
 
 TRAIN_IMAGES, TEST_IMAGES = 2_400, 500
-SEARCH = ("search", "quick", "--num-samples", "3", "--max-epochs", "4", "--name", "own")
+SEARCH = ("search", "quick", "--num-samples", "2", "--top-k", "1", "--max-epochs", "4", "--name", "own")
 FUNCTION = """
 import numpy as np
 def data():
@@ -76,7 +76,7 @@ def check_run(folder: Path, dataset: str) -> None:
     names = ["best.parquet", "confirm.parquet", "epochs.parquet", "report.html", "space.yaml", "trials.parquet"]
     assert [name for name in names if not (folder / name).exists()] == []
     trials = load_trials(folder)
-    assert [trial.config.dataset for trial in trials] == [dataset] * 3
+    assert [trial.config.dataset for trial in trials] == [dataset] * 2
     best = [trial.last.val_accuracy for trial in trials if trial.last and trial.config == load_best(folder)]
     assert max(accuracy for accuracy in best if accuracy is not None) > 0.6  # chance is 0.1
     confirmation = load_best_rows(folder)[0].confirmation
@@ -105,7 +105,7 @@ def test_four_files_in_a_folder_go_all_the_way(capsys: pytest.CaptureFixture[str
 
     # A run that is shown again ends, line by line, as the search itself did.
     shown = run(capsys, "show", "own")
-    end = next(place for place, line in enumerate(searched) if line.startswith("3 trials"))
+    end = next(place for place, line in enumerate(searched) if line.startswith("2 trials"))
     assert len(searched) - end >= 8
     assert shown[4:] == without_wrap_up(searched[end:])
     assert shown[:2] == [

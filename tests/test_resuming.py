@@ -92,6 +92,7 @@ def test_how_much_and_where_may_change(tmp_path: Path) -> None:
         (["--name", "x"], "--name: belongs to a run's beginning, not beside --resume"),
         (["--warm-start", "x"], "--warm-start: belongs to a run's beginning, not beside --resume"),
         (["--max-epochs", "0"], "--max-epochs: must be at least 1, got 0"),
+        (["--num-samples", "0"], "--num-samples: must be at least 1, got 0"),
     ],
 )
 def test_what_trials_have_in_common_must_stay(tmp_path: Path, command: list[str], expected: str) -> None:

@@ -3,11 +3,9 @@ import errno
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,7 +79,8 @@ def ask(url, token):
 
 def watch(run):
     environment, announced = dict(os.environ), []
-    with ray_session(run=run, num_cpus=1, num_gpus=2, announce=announced.append) as session:
+    preload = ("colorsys", "this_module_is_missing")
+    with ray_session(run=run, num_cpus=1, num_gpus=2, preload=preload, announce=announced.append) as session:
         import ray
 
         token = session.token_path.read_text()
@@ -90,6 +89,7 @@ def watch(run):
         with ray_session(run="inner") as inner:
             joined = [inner.token_path, inner.dashboard_url == session.dashboard_url]
         seen = {
+            "run": run,
             "token": token,
             "listeners": find_listeners(descendants),
             "answers": {
@@ -105,6 +105,7 @@ def watch(run):
             "places": [str(session.token_path.parents[1]), ray.get(ray.remote(tempfile.gettempdir).remote())],
             "listens_to_dashboard": list(session.token_path.parent.glob("pymp-*/listener-*")) != [],
             "worker_path": ray.get(ray.remote(lambda: sys.path).remote()),
+            "preloaded": ray.get(ray.remote(lambda: "colorsys" in sys.modules).remote()),
             "announced": announced,
         }
     return seen | {
@@ -130,16 +131,19 @@ def is_alive(pid):
         return False
 
 
-sessions = [watch("first-run"), watch("second-run")]
+sessions = [watch(run) for run in sys.argv[2:]]
 for session in sessions:
     session["processes_left"] = find_left(session["descendants"])
 print(json.dumps(sessions))
 """
 
 
-@pytest.fixture(scope="module", params=["ray first", "tune_amp first"])
+ORDERS = {"ray first": ("only-run",), "tune_amp first": ("first-run", "second-run")}
+
+
+@pytest.fixture(scope="module", params=ORDERS)
 def sessions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Two private sessions, one after the other in one process, as seen from inside and outside."""
+    """A private session, or two, one after the other in one process, as seen from inside and outside."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     folder, script = tmp_path_factory.mktemp("session"), tmp_path_factory.mktemp("script") / "script.py"
@@ -152,7 +156,7 @@ def sessions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     with temporary_folder(MOST_PLACES_BYTES) as temporary:
         foreign = {"RAY_ADDRESS": "192.0.2.99:6379", "RAY_AUTH_TOKEN": "foreign", "HOME": str(folder)}
         done = subprocess.run(
-            [sys.executable, str(script), request.param],
+            [sys.executable, str(script), request.param, *ORDERS[request.param]],
             env=os.environ | foreign | {"TMPDIR": str(temporary)},
             cwd=folder,
             capture_output=True,
@@ -169,13 +173,10 @@ def sessions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @contextlib.contextmanager
 def temporary_folder(length: int) -> Iterator[Path]:
     """An empty folder whose path has that many bytes."""
-    base = Path(tempfile.mkdtemp(dir="/tmp"))
-    try:
-        folder = base / ("x" * (length - len(f"{base}/")))
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as base:  # Ray's last may still write
+        folder = Path(base) / ("x" * (length - len(f"{base}/")))
         folder.mkdir()
         yield folder
-    finally:
-        shutil.rmtree(base)
 
 
 def test_private_ray_listens_on_loopback_only(sessions: list[dict[str, Any]]) -> None:
@@ -192,22 +193,24 @@ def test_dashboard_refuses_those_without_the_token(sessions: list[dict[str, Any]
 
 
 def test_second_session_of_a_process_has_a_token_of_its_own(sessions: list[dict[str, Any]]) -> None:
-    first, second = (session["token"] for session in sessions)
-    assert first != second
-    assert len(first) == len(second) == 64
+    tokens = [session["token"] for session in sessions]
+    assert len(set(tokens)) == len(tokens)
+    assert {len(token) for token in tokens} == {64}
 
 
 def test_token_is_readable_by_its_owner_alone_whatever_the_umask(sessions: list[dict[str, Any]]) -> None:
-    assert [session["modes"] for session in sessions] == [[0o600, 0o700]] * 2
+    for session in sessions:
+        assert session["modes"] == [0o600, 0o700]
 
 
 def test_list_of_jobs_shows_the_name_of_the_run(sessions: list[dict[str, Any]]) -> None:
-    for session, run in zip(sessions, ("first-run", "second-run"), strict=True):
-        assert [job["metadata"].get("tune_amp") for job in session["jobs"]] == [run]
+    for session in sessions:
+        assert [job["metadata"].get("tune_amp") for job in session["jobs"]] == [session["run"]]
 
 
 def test_private_ray_offers_what_it_was_told(sessions: list[dict[str, Any]]) -> None:
-    assert [session["resources"] for session in sessions] == [{"CPU": 1.0, "GPU": 2.0}] * 2
+    for session in sessions:
+        assert session["resources"] == {"CPU": 1.0, "GPU": 2.0}
 
 
 def test_ray_that_runs_already_is_joined_and_not_shut_down(sessions: list[dict[str, Any]]) -> None:
@@ -242,6 +245,12 @@ def test_modules_in_the_current_folder_are_imported_by_none_of_rays_processes(se
         assert session["folder"] not in session["worker_path"]
 
 
+def test_workers_import_what_they_are_told_as_they_start_and_go_on_without_what_is_missing(
+    sessions: list[dict[str, Any]],
+) -> None:
+    assert [session["preloaded"] for session in sessions] == [True] * len(sessions)
+
+
 def test_longest_temporary_folder_that_leaves_room_for_sockets_is_used(sessions: list[dict[str, Any]]) -> None:
     """By Ray's own files, and by what workers write."""
     for session in sessions:
@@ -253,10 +262,9 @@ def test_longest_temporary_folder_that_leaves_room_for_sockets_is_used(sessions:
 
 
 def refusal(address: str) -> str:
-    before, started = dict(os.environ), time.monotonic()
+    before = dict(os.environ)
     with pytest.raises(InputError) as caught, ray_session(address):
         pytest.fail("was joined")
-    assert time.monotonic() - started < 20
     assert dict(os.environ) == before
     return str(caught.value)
 
@@ -464,20 +472,3 @@ def test_source_of_a_users_code_is_its_folder_or_file(
     monkeypatch.syspath_prepend(tmp_path)
     assert _find_source(importlib.import_module(module)) == str(tmp_path / f"{module}.py")
     assert _find_source(tune_amp) == str(Path(tune_amp.__file__).parent)
-
-
-PRELOADING = """
-import os, sys
-from tune_amp.session import ray_session
-
-with ray_session(num_cpus=1, num_gpus=0, preload=("colorsys", "this_module_is_missing")):
-    import ray
-
-    print(ray.get(ray.remote(lambda: "colorsys" in sys.modules).remote()))
-print("RAY_preload_python_modules" in os.environ)
-"""
-
-
-def test_workers_import_what_they_are_told_as_they_start_and_go_on_without_what_is_missing() -> None:
-    done = subprocess.run([sys.executable, "-c", PRELOADING], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == ["True", "False"]

@@ -1,14 +1,12 @@
 """How many trials share a device: the rule, and real measurements by processes on the CPU."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tune_amp import shares
 from tune_amp.config import TrialConfig
 from tune_amp.data import Split
 from tune_amp.resources import _measure_here
@@ -172,28 +170,24 @@ def test_context_is_what_a_process_holds_beside_its_allocator() -> None:
 
 @pytest.mark.slow  # starts processes
 def test_process_that_dies_is_an_error_and_not_a_wait(write_module: WriteModule) -> None:
-    started = time.monotonic()
     with pytest.raises(MeasurementError, match="its process died, exit code 7"):
         measure_failing(write_module, "os._exit(7)")
-    assert time.monotonic() - started < shares.START_SECONDS
 
 
 @pytest.mark.slow  # starts processes
-def test_second_process_that_fails_leaves_what_the_first_achieved(write_module: WriteModule, tmp_path: Path) -> None:
+def test_second_process_that_fails_leaves_what_the_first_achieved_and_no_process(
+    write_module: WriteModule, tmp_path: Path
+) -> None:
     """The first process builds its model before the others; who finds its file is one of the others."""
-    mark = tmp_path / "first"
-    what = f"mark = Path({str(mark)!r}); pid = str(os.getpid()); mark.exists() or mark.write_text(pid)\n"
+    mark, pids = tmp_path / "first", tmp_path / "pids"
+    pids.mkdir()
+    what = f"mark = Path({str(mark)!r}); pid = str(os.getpid()); (Path({str(pids)!r}) / pid).touch()\n"
+    what += "    mark.exists() or mark.write_text(pid)\n"
     what += "    if mark.read_text() != pid: raise RuntimeError('out of memory')"
     found = measure_failing(write_module, what)
     assert [measurement.trials for measurement in found] == [1]
-
-
-@pytest.mark.slow  # starts processes
-def test_no_process_outlives_the_measurement(write_module: WriteModule, tmp_path: Path) -> None:
-    what = f"(Path({str(tmp_path)!r}) / f'pid{{os.getpid()}}').touch()"
-    measure_failing(write_module, what)
-    pids = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
-    assert len(pids) == 2
-    for pid in pids:
+    known = [int(path.name) for path in pids.iterdir()]
+    assert len(known) == 2
+    for pid in known:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

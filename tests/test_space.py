@@ -886,7 +886,7 @@ def is_active(name: str, document: Mapping[str, Any], suggestion: Mapping[str, A
     return True
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(document=valid_documents(), seed=st.integers(0, 2**32 - 1))
 def test_any_valid_space_suggests_configurations_within_it(document: dict[str, Any], seed: int, load: Load) -> None:
     space = load(yaml.safe_dump(document, sort_keys=False))
@@ -943,7 +943,7 @@ def has_circle(document: Mapping[str, Any]) -> bool:
     return any(name in found for name, found in reach.items())
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(document=conditional_documents())
 def test_conditions_are_refused_exactly_where_some_parameter_can_never_be_active(
     document: dict[str, Any], load: Load
@@ -1013,7 +1013,7 @@ def check_loads_or_refuses(content: bytes, file: Path) -> None:
             TrialConfig(**suggestion)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(document=DOCUMENTS)
 def test_any_structure_is_either_a_space_or_refused_in_one_line(document: Any, file: Path) -> None:
     check_loads_or_refuses(yaml.dump(document, allow_unicode=True).encode("utf-8", "surrogatepass"), file)
@@ -1029,7 +1029,7 @@ YAML_PIECES = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=40) | st.lists(YAML_PIECES, max_size=25).map(lambda parts: "".join(parts).encode()))
 def test_any_bytes_are_either_a_space_or_refused_in_one_line(content: bytes, file: Path) -> None:
     check_loads_or_refuses(content, file)

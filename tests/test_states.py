@@ -154,7 +154,6 @@ class Course:
         return used
 
 
-@settings(deadline=None)
 @given(
     exponent=st.integers(-20, 40),
     growth_factor=st.sampled_from([1.5, 2.0, 4.0]),
@@ -283,7 +282,7 @@ SYNTHETIC = st.builds(
         max_epochs=1,
     )
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(run=SYNTHETIC)
 def test_no_run_that_would_recover_is_ended_and_what_is_hopeless_ends_with_its_first_epoch(run: SyntheticRun) -> None:
     epochs = list(run.epochs())

@@ -36,6 +36,7 @@ from tune_amp.results import (
     Provenance,
     TrialRecord,
     list_versions,
+    load_best,
     load_provenance,
     load_trials,
     rank_trials,
@@ -639,6 +640,19 @@ def test_winners_that_are_bad_here_leave_the_search_no_worse_than_a_cold_one(
 # ---- as a user runs it ----
 
 
+def check_events(events: list[dict[str, Any]], folder: Path) -> None:
+    """The lines of JSON tell every trial, every run of the confirmation, and the result."""
+    assert [event["event"] for event in events] == ["start", *["trial"] * 4, *["confirmed_run"] * 4, "result"]
+    best = events[-1]["best"][0]
+    assert best["rank"] == 1
+    assert best["trial_id"] in {event["trial_id"] for event in events[1:5]}
+    assert load_best(folder / events[-1]["best_parquet"]).lr == best["config"]["lr"]
+    confirmation = events[-1]["confirmation"]
+    told = [(row["rank"], row["trial_id"]) for row in confirmation["confirmed"]]
+    assert told == [(1, best["trial_id"]), (None, "default")]
+    assert confirmation["gain"]["low"] < confirmation["gain"]["high"]
+
+
 @pytest.mark.slow
 def test_a_search_starts_from_an_earlier_run(digits: Dataset, tmp_path: Path) -> None:
     space = load_space("quick")
@@ -653,9 +667,12 @@ def test_a_search_starts_from_an_earlier_run(digits: Dataset, tmp_path: Path) ->
 
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", "--max-epochs", "2"]
     command += ["--num-samples", "4", "--max-concurrent", "1", "--name", "new", "--warm-start", "old", "--json"]
+    command += ["--top-k", "1", "--confirm-seeds", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[0])["warm_start"] == {
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    check_events(events, tmp_path)
+    assert events[0]["warm_start"] == {
         "path": "old/best.parquet",
         "run": "old",
         "suggestions": 2,

@@ -243,8 +243,8 @@ def _read_columns(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.Tabl
     with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as again:
         table = again.read(columns=names)
     check_texts(path, table)
-    types = {name: file.schema_arrow.field(name).type for name in names}
-    return pa.table({name: table[name].cast(types[name]) for name in names})
+    schema = file.schema_arrow  # is made anew each time that it is asked for
+    return pa.table({name: table[name].cast(schema.field(name).type) for name in names})
 
 
 def _read_about(file: pq.ParquetFile) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def fault(self, images):
 """
 
 
+@pytest.mark.long
 def test_trial_that_hangs_is_ended_and_not_tried_again(
     tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -165,7 +166,7 @@ def test_trial_that_hangs_is_ended_and_not_tried_again(
     assert failed.error is not None
     assert "--trial-time-limit" in failed.error
     assert len(failed.epochs) == 1
-    assert 20 <= failed.wall_seconds < 60
+    assert failed.wall_seconds >= 20
     check_others(read_end(run), undisturbed("side by side"), TrialStatus.FAILED)
     count = check_run(run)
     assert count_events(run, "start") == 6
