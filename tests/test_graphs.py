@@ -254,7 +254,9 @@ def test_comparison_of_the_gpu_test_finds_a_graph_that_does_nothing(precision: s
     assert "change of the weights" in "".join(list_differences(config, data, capture_nothing))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=[pytest.mark.long] * (model == "vit")) for model in MODELS]
+)
 def test_comparison_of_the_gpu_test_finds_a_graph_that_does_not_update_the_scaler(model: str) -> None:
     """All else is as it must be but for where steps were skipped; one skip more is rounding."""
 
