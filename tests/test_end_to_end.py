@@ -130,7 +130,7 @@ def test_a_search_whose_first_trials_fail_alike_stops_with_exit_code_1_and_says_
     done = run_script("search", *arguments, "--max-failures", 2, "--max-concurrent", 1, "--json", folder=tmp_path)
     assert done.returncode == 1
     assert "no trial produced a result" in done.stderr
-    assert "failed: ValueError: no good at all: 256" in done.stderr
+    assert "failed: ValueError: no good at all: 64" in done.stderr
     assert "Traceback" not in done.stderr
     reason = (
         r"the first 2 trials all failed with the same error: ValueError: no good at all: \d+; fix its cause and resume"
