@@ -172,11 +172,9 @@ class Search:
 
     def kill(self) -> None:
         """End the driver as the kernel's own killer of processes does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGSTOP)  # it does nothing more while we look for the others
+        self._process.send_signal(signal.SIGSTOP)  # it does nothing more while we look for the others
         self.list_processes()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
     def destroy(self) -> None:
