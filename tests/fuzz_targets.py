@@ -25,7 +25,8 @@ from tune_amp.config import InputError
 from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
 from tune_amp.monitoring import Quiet
 from tune_amp.past import open_past
-from tune_amp.recorder import SearchProgress, TrialRecorder
+from tune_amp.progress import SearchProgress
+from tune_amp.recorder import TrialRecorder
 from tune_amp.results import (
     load_best,
     load_best_rows,

@@ -20,16 +20,7 @@ from records import NAN, PROVENANCE, make_scored, make_trial
 from small_runs import make_split
 
 from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirm import (
-    ConfirmJob,
-    ConfirmPlan,
-    ConfirmProgress,
-    ConfirmResult,
-    build_default,
-    choose_seeds,
-    confirm,
-    plan_confirmation,
-)
+from tune_amp.confirm import ConfirmPlan, build_default, choose_seeds, confirm, plan_confirmation
 from tune_amp.confirm_slots import Attempt, _train_in_worker, train_and_test, train_on_slots
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.data import Dataset, make_long_tail
@@ -38,6 +29,7 @@ from tune_amp.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES
 from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.planning import list_shared
+from tune_amp.progress import ConfirmJob, ConfirmProgress, ConfirmResult
 from tune_amp.ranking import rank_confirmed
 from tune_amp.resources import TrialResources
 from tune_amp.results import (

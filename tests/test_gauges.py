@@ -13,11 +13,10 @@ from records import make_epoch, make_trial
 
 from tune_amp import gauges as gauges_module
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
-from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.gauges import ALL_SERIES, Gauges, find_new_epochs
 from tune_amp.monitoring import Quiet
-from tune_amp.recorder import SearchProgress
+from tune_amp.progress import ConfirmProgress, SearchProgress
 from tune_amp.results import TrialRecord
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "monitoring.md"

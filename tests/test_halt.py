@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tune_amp import halt
-from tune_amp.halt import SIGNALS, StopRequest, interrupted_by_signals, stopping_on_signals, watching
+from tune_amp.halt import StopRequest, interrupted_by_signals, stopping_on_signals, watching
+from tune_amp.own_code import SIGNALS
 
 
 @pytest.mark.parametrize("number", SIGNALS)

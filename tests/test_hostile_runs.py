@@ -284,9 +284,9 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
     """In Python too, and in a worker: whatever a file's settings lead to, the model is built in one place."""
     import torch
 
-    from tune_amp.confirm import ConfirmJob
     from tune_amp.confirm_slots import _train_in_worker
     from tune_amp.data import load_dataset
+    from tune_amp.progress import ConfirmJob
     from tune_amp.resources import TrialResources
     from tune_amp.results import load_best, load_trials
     from tune_amp.reuse import FinalTraining, replay_trial

@@ -11,6 +11,7 @@ PACKAGE = Path(tune_amp.__file__).parent
 
 LAYERS = (
     "run_files",
+    "text",
     "config",
     "consent",
     "files",
@@ -50,6 +51,7 @@ LAYERS = (
     "untroubled",
     "journal",
     "past",
+    "progress",
     "ranking",
     "confirm_table",
     "warm_start",

@@ -14,7 +14,6 @@ from rich.console import Console, RenderableType
 
 from tune_amp import monitoring
 from tune_amp.config import TrialConfig, TrialStatus, format_scale
-from tune_amp.confirm import ConfirmJob, ConfirmProgress, ConfirmResult
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.importance import ImportanceResult, ParameterImportance
 from tune_amp.monitoring import (
@@ -32,8 +31,8 @@ from tune_amp.monitoring import (
     render_progress,
     render_ranking,
 )
+from tune_amp.progress import ConfirmJob, ConfirmProgress, ConfirmResult, SearchProgress
 from tune_amp.ranking import describe_ties, rank_confirmed
-from tune_amp.recorder import SearchProgress
 from tune_amp.results import TrialRecord
 
 NAME = "07-fp16-lr0.0031-b1024-scale2^12"

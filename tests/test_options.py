@@ -8,17 +8,9 @@ from typing import Any
 import pytest
 
 from tune_amp.config import InputError, value_type
-from tune_amp.options import (
-    SearchOptions,
-    build_options,
-    hide_credentials,
-    make_run_name,
-    name_flag,
-    name_path,
-    name_run,
-    run_folder,
-)
+from tune_amp.options import SearchOptions, build_options, make_run_name, name_flag, name_path, name_run, run_folder
 from tune_amp.search_arguments import search_parser
+from tune_amp.text import hide_credentials
 
 NAN, INF = math.nan, math.inf
 CHOICES = "simple_net, conv_net, vit, or module:function"

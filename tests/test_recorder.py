@@ -17,7 +17,8 @@ from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.failures import find_cause, find_status
 from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.past import open_past
-from tune_amp.recorder import SearchProgress, TrialRecorder
+from tune_amp.progress import SearchProgress
+from tune_amp.recorder import TrialRecorder
 from tune_amp.results import SlotTime, TrialRecord, load_slot_time, load_trials
 from tune_amp.run_files import JOURNAL_FILE
 from tune_amp.trainable import failure_report, progress_report

@@ -26,7 +26,8 @@ from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.mending import mend_run
 from tune_amp.monitoring import Quiet
 from tune_amp.past import PastRun, open_past
-from tune_amp.recorder import SearchProgress, TrialRecorder
+from tune_amp.progress import SearchProgress
+from tune_amp.recorder import TrialRecorder
 from tune_amp.results import Provenance
 from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
 from tune_amp.search import _end_unheard

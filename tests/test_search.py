@@ -17,7 +17,6 @@ from optuna.trial import TrialState
 from records import PROVENANCE, make_epoch, make_trial
 
 from tune_amp.config import InputError, TrialStatus
-from tune_amp.confirm import ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset
 from tune_amp.gauges import SearchObserver
@@ -27,7 +26,7 @@ from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.past import open_past
 from tune_amp.planning import list_shared, plan_resources
-from tune_amp.recorder import SearchProgress
+from tune_amp.progress import ConfirmProgress, SearchProgress
 from tune_amp.resources import TrialResources
 from tune_amp.results import TrialRecord, load_best, load_provenance, load_slot_time, load_trials
 from tune_amp.reuse import find_differences, replay_trial

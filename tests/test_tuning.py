@@ -12,8 +12,9 @@ from ray.tune import tune as tune_module
 from ray.tune.experiment import Trial
 
 from tune_amp.config import TrialConfig
-from tune_amp.halt import SIGNALS, StopRequest
+from tune_amp.halt import StopRequest
 from tune_amp.memory_holders import MEMORY_RETRIES, MEMORY_WAIT_SECONDS
+from tune_amp.own_code import SIGNALS
 from tune_amp.resources import TrialResources
 from tune_amp.trainable import NODE_RETRIES, WORKER_RETRIES
 from tune_amp.tuning import _prepare_next_attempt, callbacks_uncounted, deaths_taken_right, fit, name_trial

@@ -36,14 +36,14 @@ from tune_amp.console import (
     load_searched_data,
     name_beside,
     open_console,
-    printable,
     read_path,
     say,
     take_consent,
 )
 from tune_amp.files import check_free, claimed_folder, write_atomically
 from tune_amp.halt import interrupted_by_signals
-from tune_amp.options import MOST_SEEDS, hide_credentials
+from tune_amp.options import MOST_SEEDS
+from tune_amp.text import hide_credentials, printable
 
 if TYPE_CHECKING:
     import torch

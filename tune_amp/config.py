@@ -8,12 +8,15 @@ import functools
 import math
 import re
 import reprlib
+import signal
 import types
 import typing
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeGuard
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""That end a command: Ctrl-C, a scheduler of jobs, a terminal that is closed, and SLURM's warning before the end."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MODELS = ("simple_net", "conv_net", "vit")
 DATASETS = ("mnist", "fashion_mnist", "kmnist", "digits")

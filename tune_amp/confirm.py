@@ -10,28 +10,20 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tune_amp.config import TrialConfig, TrialStatus
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.gain import FIRST_SEEDS, choose_challenger, may_gain, without_seed
 from tune_amp.inert import find_inert
+from tune_amp.progress import ConfirmJob, ConfirmObserver, ConfirmProgress, ConfirmResult
 from tune_amp.ranking import rank_confirmed
 from tune_amp.results import BestRow, Provenance, TrialRecord, write_best, write_confirmed
 
 SHORT_SECONDS = 60.0
 """Further seeds may take this long after however short a search."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConfirmJob:
-    """A configuration to be trained on one seed."""
-
-    trial_ids: tuple[str, ...]
-    """Whose it is: of several where they differ in nothing, which then share its run."""
-    config: TrialConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,52 +90,6 @@ class ConfirmPlan:
             for config, of_config in owners.items()
             if {*of_config} & {*trial_ids}
         ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConfirmProgress:
-    """A confirmation as it stands, for whoever shows it."""
-
-    run: str
-    """Name of the search's run."""
-    names: Mapping[str, str]
-    """Trial id -> what to call it, best first."""
-    jobs: Sequence[ConfirmJob] = ()
-    """Those under way: all configurations on the first seeds, then two of them on further ones."""
-    total: int = 0
-    """Trainings that will be made as far as is known; configurations that are alike share theirs."""
-    done: int = 0
-    runs: Sequence[ConfirmedRun] = ()
-    """Those that have ended."""
-    started: float
-    """``time.monotonic()`` when the confirmation began."""
-
-
-class ConfirmObserver(Protocol):
-    """Shows a confirmation to its user."""
-
-    def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
-        """The confirmation begins, or a run (``ended``) came to its end."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConfirmResult:
-    """What a confirmation left behind."""
-
-    rows: Sequence[BestRow]
-    """As in ``best.parquet``; empty where it was interrupted, and ``best.parquet`` is as the search wrote it."""
-    runs: Sequence[ConfirmedRun]
-    """As in ``confirm.parquet``."""
-    progress: ConfirmProgress
-    """As it ended."""
-    left_out: str | None
-    """Why the default configuration was not trained, or None."""
-    seconds: float
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it."""
-        return not self.rows
 
 
 def plan_confirmation(

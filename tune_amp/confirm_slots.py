@@ -14,10 +14,10 @@ import torch
 
 from tune_amp.batches import place_split
 from tune_amp.config import TrialStatus, one_line
-from tune_amp.confirm import ConfirmJob
 from tune_amp.confirmed import ConfirmedRun
 from tune_amp.data import Dataset, Split
 from tune_amp.failures import count_free_retries, describe_limit, find_reason, find_status
+from tune_amp.progress import ConfirmJob
 from tune_amp.resources import SlotCounter, TrialResources, beside_this_process, double_share
 from tune_amp.trainable import (
     WORKER_RETRIES,

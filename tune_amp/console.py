@@ -19,6 +19,7 @@ from rich.console import Console
 from tune_amp.config import InputError, TrialConfig, describe_error, one_line
 from tune_amp.consent import check_consent, consent_to
 from tune_amp.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
+from tune_amp.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -153,11 +154,6 @@ def say(console: Console, prose: str, style: str | None = None) -> None:
 def is_screen(console: Console) -> bool:
     """Return whether a terminal shows it. To rich, ``FORCE_COLOR``, which asks for colour, makes a log one too."""
     return console.is_interactive and console.file.isatty()
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, without what a terminal would act on: a file may come from anybody, with its texts."""
-    return "".join(character for character in text.replace("\n", " ") if character.isprintable())
 
 
 def name_beside(best: Path, name: str) -> Path:

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tune_amp import __version__
 from tune_amp.config import EpochMetrics, TrialStatus, describe_error
-from tune_amp.confirm import ConfirmObserver, ConfirmProgress
 from tune_amp.confirmed import ConfirmedRun
+from tune_amp.progress import ConfirmObserver, ConfirmProgress, Observer, SearchProgress
 from tune_amp.ranking import choose_best
-from tune_amp.recorder import Observer, SearchProgress
 from tune_amp.results import TrialRecord
 from tune_amp.untroubled import Untroubled
 

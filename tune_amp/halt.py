@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from tune_amp.config import SIGNALS
+
 LOOK_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """How long Tune may take to end its trials where a part of Ray has died."""
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Ctrl-C, what a scheduler of jobs sends, what a terminal sends that is closed, and SLURM's warning before the end."""
 
 
 class StopRequest:

@@ -17,15 +17,14 @@ from rich.text import Text
 from tune_amp.config import TrainingState, TrialStatus, format_scale
 from tune_amp.confirm_table import settings_cells
 from tune_amp.confirmed import ConfirmedRun
-from tune_amp.console import printable
 from tune_amp.halt import forget_closed_terminal
 from tune_amp.importance import ImportanceResult
 from tune_amp.ranking import choose_best
 from tune_amp.results import TrialRecord
+from tune_amp.text import printable
 
 if TYPE_CHECKING:  # both bring Ray, which a finished run is shown without
-    from tune_amp.confirm import ConfirmProgress, ConfirmResult
-    from tune_amp.recorder import SearchProgress
+    from tune_amp.progress import ConfirmProgress, ConfirmResult, SearchProgress
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",

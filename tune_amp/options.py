@@ -47,15 +47,6 @@ TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
 DEFAULT_RESULTS_DIR = Path("results")
 NONE = "none"
 """Takes back what a run that goes on was begun with."""
-HIDDEN = "***"
-"""Stands where a secret stood."""
-
-# A user with a password, behind a scheme or without one. Azure's `blob_storage_authority` is no secret.
-_USER = re.compile(r"(://)[^?\s]*@|(?<![^\s='\"])[^\s/@:=]+:[^\s/@]+@")
-_SECRET = re.compile(
-    r"(?<![\w.%-])([\w.%-]*(?:auth(?!or(?!iz))|cookie|cred|jwt|key|pass|pwd|sas|secret|sig|token)[\w.%-]*)=[^&\s]*",
-    re.IGNORECASE,
-)
 
 
 def option(text: str, default: Any, rule: Rule | None = None, **about: Any) -> Any:
@@ -273,8 +264,3 @@ def name_run(folder: Path, default_dir: Path) -> str:
 def name_path(path: Path) -> str:
     """Return how a command line names a path: it must not look like a flag, or like a home folder."""
     return f"./{path}" if str(path).startswith(("-", "~")) else str(path)
-
-
-def hide_credentials(text: str) -> str:
-    """``text`` without users, passwords and keys, of URLs and of assignments: for messages, and for the record."""
-    return _SECRET.sub(rf"\1={HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))

@@ -14,7 +14,7 @@ from rich.console import Console
 from tune_amp.config import is_function_name
 from tune_amp.confirm_table import describe_confirmed, render_confirmed
 from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.console import printable, say
+from tune_amp.console import say
 from tune_amp.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.monitoring import describe_counts, render_importance, render_ranking
 from tune_amp.options import DEFAULT_RESULTS_DIR, name_path, name_run
@@ -32,6 +32,7 @@ from tune_amp.results import (
 )
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
 from tune_amp.space import parse_space
+from tune_amp.text import printable
 from tune_amp.utilisation import describe_utilisation
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from tune_amp.config import SIGNALS
 from tune_amp.consent import load_function
 from tune_amp.generators import keep_generators
-from tune_amp.halt import SIGNALS
 
 
 def import_function(name: str) -> Callable[..., Any]:

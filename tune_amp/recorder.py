@@ -11,7 +11,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
@@ -20,6 +20,7 @@ from tune_amp.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, T
 from tune_amp.failures import find_status
 from tune_amp.inert import find_inert
 from tune_amp.journal import Journal
+from tune_amp.progress import Observer, SearchProgress
 from tune_amp.results import Provenance, SlotTime, TrialRecord, build_from, write_trials
 from tune_amp.run_files import JOURNAL_FILE
 from tune_amp.trainable import metrics_of
@@ -35,37 +36,6 @@ REPORTED = ("status", "error", "done", "device", "num_threads", "setup_seconds",
 TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID, "training_iteration")
 KEPT_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *TUNES_OWN))
 """What Tune, the scheduler and the searcher still read of a report once it is recorded."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchProgress:
-    """A search as it stands, for whoever shows it."""
-
-    run: str
-    model: str
-    dataset: str
-    objectives: tuple[str, ...]
-    num_samples: int
-    """Trials that the search will make."""
-    time_budget: float | None
-    """Seconds after which they are interrupted, or None."""
-    started: float
-    """``time.monotonic()`` when the search began, less what it had taken before it was resumed."""
-    trials: Sequence[TrialRecord] = ()
-    """Every trial so far. One still running bears the status it would end with if all stopped now: interrupted."""
-    running: frozenset[str] = frozenset()
-    """Trial ids of the running ones."""
-
-    def count_ended(self) -> int:
-        """Trials that are over."""
-        return len(self.trials) - len(self.running)
-
-
-class Observer(Protocol):
-    """Shows a search to its user."""
-
-    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-        """A trial started, reported, or (``ended``) came to its end."""
 
 
 class TrialRecorder(tune.Callback):

@@ -15,8 +15,8 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 from plotly.io.json import to_json_plotly  # type: ignore[import-untyped]
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from tune_amp.console import printable
 from tune_amp.report_style import PALETTE
+from tune_amp.text import printable
 
 MARK = '<meta name="generator" content="tune_amp report">'
 """In the head of each report: only a file that has it is replaced by another report."""

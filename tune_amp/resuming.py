@@ -10,11 +10,12 @@ from typing import Any
 
 from tune_amp.config import PICKLING_SAMPLERS, InputError, checked_type, field_types, is_function_name, shown
 from tune_amp.consent import check_consent, consent_to
-from tune_amp.options import HIDDEN, NONE, SearchOptions, build_options, hide_credentials, name_flag, name_run
+from tune_amp.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.past import PastRun
 from tune_amp.results import find_version
 from tune_amp.run_files import JOURNAL_FILE, SPACE_FILE
 from tune_amp.space import MAX_BYTES, load_space
+from tune_amp.text import HIDDEN, hide_credentials
 
 LEADS_OUT = ("address", "storage_path", "tracker")
 """What takes data, code and tokens to other machines, or deletes elsewhere: never on the word of a run alone."""

@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.config import TrialStatus, generalize_error
-from tune_amp.confirm import ConfirmResult, build_default, confirm, plan_confirmation
+from tune_amp.confirm import build_default, confirm, plan_confirmation
 from tune_amp.confirm_slots import train_on_slots
 from tune_amp.data import Dataset
 from tune_amp.files import check_free, write_atomically
@@ -27,8 +27,9 @@ from tune_amp.options import SearchOptions
 from tune_amp.past import PastRun, PastTrial
 from tune_amp.planning import describe_run, find_time_left, list_shared, plan_resources
 from tune_amp.preflight import check_fit, check_objectives
+from tune_amp.progress import ConfirmResult, SearchProgress
 from tune_amp.ranking import choose_best
-from tune_amp.recorder import SearchProgress, TrialRecorder
+from tune_amp.recorder import TrialRecorder
 from tune_amp.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.results import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE

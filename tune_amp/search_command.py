@@ -33,7 +33,6 @@ from tune_amp.console import (
     ignoring_closed_pipe,
     load_announced,
     open_console,
-    printable,
     say,
     show_cursor,
 )
@@ -44,7 +43,6 @@ from tune_amp.options import (
     SearchOptions,
     build_options,
     check_trackers,
-    hide_credentials,
     make_run_name,
     naming_flags,
     run_folder,
@@ -60,6 +58,7 @@ from tune_amp.search_output import (
     print_json_start,
     print_start,
 )
+from tune_amp.text import hide_credentials, printable
 
 if TYPE_CHECKING:
     from tune_amp.data import Dataset

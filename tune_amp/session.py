@@ -27,8 +27,8 @@ from typing import Any
 
 from tune_amp.config import InputError, describe_error
 from tune_amp.cpus import count_cpus
-from tune_amp.options import hide_credentials
 from tune_amp.private_home import HOME_PREFIX, private_home
+from tune_amp.text import hide_credentials
 
 # Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
 QUIET_TUNE = {

@@ -28,7 +28,7 @@ from ray.tune.logger import LoggerCallback
 
 from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus, describe_error
 from tune_amp.failures import find_cause, find_status
-from tune_amp.options import hide_credentials
+from tune_amp.text import hide_credentials
 from tune_amp.trainable import metrics_of
 
 _Event = Callable[[Any], None]

@@ -29,7 +29,6 @@ from tune_amp.console import (
     load_searched_data,
     name_beside,
     open_console,
-    printable,
     read_path,
     say,
     take_consent,
@@ -38,6 +37,7 @@ from tune_amp.files import claimed_folder
 from tune_amp.halt import interrupted_by_signals
 from tune_amp.options import naming_flags
 from tune_amp.run_files import EPOCHS_FILE
+from tune_amp.text import printable
 
 if TYPE_CHECKING:
     import torch

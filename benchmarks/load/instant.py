@@ -15,10 +15,9 @@ from tune_amp.results import TrialRecord
 from tune_amp.space import SearchSpace, load_space
 
 if TYPE_CHECKING:
-    from tune_amp.confirm import ConfirmProgress
     from tune_amp.confirmed import ConfirmedRun
     from tune_amp.data import Dataset
-    from tune_amp.recorder import SearchProgress
+    from tune_amp.progress import ConfirmProgress, SearchProgress
 
 TRAIN_IMAGES = 300
 

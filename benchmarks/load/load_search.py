@@ -222,7 +222,8 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     from tune_amp.failures import find_cause
     from tune_amp.planning import describe_run as describe
     from tune_amp.planning import list_shared
-    from tune_amp.recorder import SearchProgress, TrialRecorder
+    from tune_amp.progress import SearchProgress
+    from tune_amp.recorder import TrialRecorder
     from tune_amp.resources import TrialResources
     from tune_amp.search import begin_run
     from tune_amp.searcher import AmpSearch

@@ -38,8 +38,8 @@ from tune_amp.monitoring import Quiet
 from tune_amp.options import SearchOptions
 from tune_amp.parquet import METADATA_KEY, build_columns, write_parquet
 from tune_amp.planning import adapt_donor
+from tune_amp.progress import SearchProgress
 from tune_amp.ranking import choose_best
-from tune_amp.recorder import SearchProgress
 from tune_amp.results import Provenance, TrialRecord, list_versions
 from tune_amp.search import run_search
 from tune_amp.space import parse_space

@@ -67,7 +67,7 @@ from tune_amp.session import ray_session
 with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
     from tune_amp.config import TrialConfig
     from tune_amp.consent import consent_to
-    from tune_amp.confirm import ConfirmJob
+    from tune_amp.progress import ConfirmJob
     from tune_amp.confirm_slots import train_on_slots
     from tune_amp.data import load_dataset
     from tune_amp.resources import TrialResources
