@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.search_speed import speed, speed_table
-from tune_amp.config import DATASETS, MODELS, InputError
-from tune_amp.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced, read_path
+from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, load_announced, read_path
+from tune_amp.trial.config import DATASETS, MODELS, InputError
 
 REFERENCE = Path("results/reference")
 EXIT_FAILED = 1
@@ -126,7 +126,7 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
 def record(arguments: argparse.Namespace) -> int:
     """Train random configurations of a space, each to its full budget."""
     from benchmarks.quality.curves import describe_origin, record_curves, sample_configs, write_curves
-    from tune_amp.space import load_space
+    from tune_amp.space.space import load_space
 
     space = load_space(arguments.space)
     output = arguments.output or REFERENCE / f"curves-{Path(space.source).stem}.parquet"
@@ -166,7 +166,7 @@ def measure_search_quality(arguments: argparse.Namespace) -> int:
 def measure_warm_searches(arguments: argparse.Namespace) -> int:
     """Search from nothing and from files of earlier runs."""
     from benchmarks.quality.warm_start import TOP_K, measure_warm_start, render_warm_start, write_warm_start
-    from tune_amp.options import SearchOptions
+    from tune_amp.search.options import SearchOptions
 
     curves = {path.stem.removeprefix("curves-"): path for path in sorted(arguments.curves.glob("curves-*.parquet"))}
     options = SearchOptions(num_samples=arguments.num_samples, max_epochs=arguments.max_epochs, top_k=TOP_K)

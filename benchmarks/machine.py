@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune_amp.cpus import count_cpus
+from tune_amp.cluster.cpus import count_cpus
 
 if TYPE_CHECKING:
     import torch  # takes seconds to import, and only a GPU is asked through it

@@ -2,7 +2,7 @@
 
 import sys
 
-from tune_amp.compare_command import compare_command
+from tune_amp.cli.compare import compare_command
 
 if __name__ == "__main__":
     sys.exit(compare_command())

@@ -2,7 +2,7 @@
 
 import sys
 
-from tune_amp.report_command import report_command
+from tune_amp.cli.report import report_command
 
 if __name__ == "__main__":
     sys.exit(report_command())

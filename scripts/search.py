@@ -2,7 +2,7 @@
 
 import sys
 
-from tune_amp.search_command import search_command
+from tune_amp.cli.search import search_command
 
 if __name__ == "__main__":
     sys.exit(search_command())

@@ -2,7 +2,7 @@
 
 import sys
 
-from tune_amp.train_command import train_command
+from tune_amp.cli.train import train_command
 
 if __name__ == "__main__":
     sys.exit(train_command())

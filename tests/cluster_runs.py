@@ -14,9 +14,9 @@ from optuna import load_study
 from optuna.trial import TrialState
 from simulated_cluster import SimulatedCluster
 
-from tune_amp.config import TrialStatus
-from tune_amp.results import TrialRecord, load_trials
-from tune_amp.searcher import open_storage
+from tune_amp.results.records import TrialRecord, load_trials
+from tune_amp.search.study import open_storage
+from tune_amp.trial.config import TrialStatus
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from simulated_cluster import SimulatedCluster
 
-    from tune_amp.data import Dataset  # fixtures import it themselves: torch takes seconds, and not every test needs it
-    from tune_amp.space import SearchSpace
+    from tune_amp.space.space import SearchSpace
+    from tune_amp.training.data import (
+        Dataset,  # fixtures import it themselves: torch takes seconds, and not every test needs it
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,9 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def no_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test names is not consented to in the next: the record belongs to the process."""
-    from tune_amp import consent
+    from tune_amp.trial import consent
 
-    monkeypatch.setattr("tune_amp.consent._consent", consent._Consent())
+    monkeypatch.setattr("tune_amp.trial.consent._consent", consent._Consent())
 
 
 @pytest.fixture(scope="session")
@@ -69,14 +71,14 @@ def mnist_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def mnist(mnist_dir: Path) -> "Dataset":
-    from tune_amp.data import load_dataset
+    from tune_amp.training.data import load_dataset
 
     return load_dataset("mnist", mnist_dir)
 
 
 @pytest.fixture(scope="session")
 def digits() -> "Dataset":
-    from tune_amp.data import load_dataset
+    from tune_amp.training.data import load_dataset
 
     return load_dataset("digits", None)
 
@@ -150,7 +152,7 @@ def enter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.fixture
 def write_module(tmp_path: Path, enter_folder: None) -> Callable[[str], str]:
     """Write a module into the current folder, consent to run it, and return its name."""
-    from tune_amp.consent import consent_to
+    from tune_amp.trial.consent import consent_to
 
     numbers = itertools.count()
 
@@ -166,7 +168,7 @@ def write_module(tmp_path: Path, enter_folder: None) -> Callable[[str], str]:
 @pytest.fixture
 def make_space(tmp_path: Path) -> "Callable[[str], SearchSpace]":
     """A search space from its YAML."""
-    from tune_amp.space import load_space
+    from tune_amp.space.space import load_space
 
     def make(text: str) -> "SearchSpace":
         (tmp_path / "space.yaml").write_text(text)

@@ -8,8 +8,8 @@ from typing import Any
 from records import NAN, make_epoch
 
 from benchmarks.quality.curves import Curves, sample_configs
-from tune_amp.config import EpochMetrics, TrialConfig
-from tune_amp.space import load_space
+from tune_amp.space.space import load_space
+from tune_amp.trial.config import EpochMetrics, TrialConfig
 
 SHARED = {"model": "simple_net", "dataset": "mnist", "max_epochs": 8, "seed": 0}
 TRAIN_IMAGES = 55_000

@@ -21,10 +21,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from small_runs import untimed
 
-from tune_amp.config import EpochMetrics, TrialStatus
-from tune_amp.journal import read_journal
-from tune_amp.results import build_from, load_best_rows, load_confirmed, load_trials
-from tune_amp.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.journal import read_journal
+from tune_amp.results.records import build_from, load_best_rows, load_confirmed, load_trials
+from tune_amp.results.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
+from tune_amp.trial.config import EpochMetrics, TrialStatus
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 240.0

@@ -21,13 +21,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from records import PROVENANCE, make_trial
 from report_runs import SLOT_TIME
 
-from tune_amp.config import InputError
-from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
-from tune_amp.monitoring import Quiet
-from tune_amp.past import open_past
-from tune_amp.progress import SearchProgress
-from tune_amp.recorder import TrialRecorder
-from tune_amp.results import (
+from tune_amp.monitor.terminal import Quiet
+from tune_amp.results.progress import SearchProgress
+from tune_amp.results.records import (
     load_best,
     load_best_rows,
     load_provenance,
@@ -37,8 +33,12 @@ from tune_amp.results import (
     write_best,
     write_trials,
 )
-from tune_amp.run_files import JOURNAL_FILE
-from tune_amp.space import load_space
+from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.search.history import open_past
+from tune_amp.search.recorder import TrialRecorder
+from tune_amp.space.space import load_space
+from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
+from tune_amp.trial.config import InputError
 
 Target = Callable[[bytes, Path], None]
 

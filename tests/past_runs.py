@@ -8,10 +8,10 @@ from typing import Any
 
 from records import PROVENANCE, make_epoch
 
-from tune_amp.config import TrialConfig
-from tune_amp.journal import JOURNAL_VERSION, Journal
-from tune_amp.past import PastRun, open_past
-from tune_amp.run_files import JOURNAL_FILE
+from tune_amp.results.journal import JOURNAL_VERSION, Journal
+from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.search.history import PastRun, open_past
+from tune_amp.trial.config import TrialConfig
 
 STORAGE = {"place": None, "name": "ray"}
 

@@ -4,8 +4,8 @@ import datetime
 import math
 from typing import Any
 
-from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
-from tune_amp.results import Provenance, TrialRecord
+from tune_amp.results.records import Provenance, TrialRecord
+from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus
 
 NAN, INF = math.nan, math.inf
 STARTED = datetime.datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=datetime.UTC)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tune_amp.config import InputError
-from tune_amp.data import load_dataset
+from tune_amp.training.data import load_dataset
+from tune_amp.trial.config import InputError
 
 
 def refusal(name: str, data_dir: Path | None = None) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 from records import INF, NAN, PROVENANCE, make_epoch, make_trial
 
-from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.importance import ImportanceResult, ParameterImportance, write_importance
-from tune_amp.ranking import choose_best, rank_confirmed
-from tune_amp.results import (
+from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.importance import ImportanceResult, ParameterImportance, write_importance
+from tune_amp.results.ranking import choose_best, rank_confirmed
+from tune_amp.results.records import (
     Provenance,
     SlotTime,
     TrialRecord,
@@ -20,6 +19,7 @@ from tune_amp.results import (
     write_confirmed,
     write_trials,
 )
+from tune_amp.trial.config import TrialConfig, TrialStatus
 
 SPACE = """\
 parameters:
@@ -137,3 +137,19 @@ def make_importance() -> ImportanceResult:
         ),
     )
     return ImportanceResult(objective="val_accuracy", epoch=1, trials=16, method="PED-ANOVA", rows=rows)
+
+
+NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+
+
+def make_nasty_trials() -> list[TrialRecord]:
+    return [
+        dataclasses.replace(trial, error=NASTY, trial_name=f"{trial.trial_name} {NASTY}", device=NASTY)
+        for trial in make_outcomes()
+    ]
+
+
+def write_nasty_run(folder: Path) -> Path:
+    origin = {"run": NASTY, "command": (NASTY,), "space_source": NASTY, "space_text": f"{SPACE}# {NASTY}\n"}
+    more = {"dataset": NASTY, "data_hash": NASTY, "versions": {NASTY: NASTY}, "created": NASTY}
+    return write_full_run(folder, make_nasty_trials(), **origin, **more)

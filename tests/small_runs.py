@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from tune_amp.config import EpochMetrics
-from tune_amp.data import Split
+from tune_amp.training.data import Split
+from tune_amp.trial.config import EpochMetrics
 
 CLOCKS = ("train_seconds", "val_seconds", "probe_seconds", "data_seconds", "samples_per_second")
 

@@ -579,7 +579,7 @@ def test_search_on_a_cluster_without_a_token_is_warned_of_loudly(open_head: Targ
 
 JOINED = """
 import json, sys
-from tune_amp.session import ray_session
+from tune_amp.cluster.session import ray_session
 
 with ray_session(sys.argv[1]) as session:
     print(json.dumps([session.authenticated, session.exposure]))

@@ -15,10 +15,10 @@ from cluster_runs import EPOCHS, ROOT, check_nothing_is_lost, searching, wait_un
 from pyarrow import fs  # type: ignore[import-untyped]
 from simulated_cluster import SimulatedCluster
 
-from tune_amp.config import TrialStatus
-from tune_amp.journal import read_journal
-from tune_amp.results import TrialRecord, load_trials
-from tune_amp.run_files import JOURNAL_FILE
+from tune_amp.results.journal import read_journal
+from tune_amp.results.records import TrialRecord, load_trials
+from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.trial.config import TrialStatus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -107,16 +107,16 @@ SHARED_DATA = """
 import json, sys
 import numpy as np
 from pyarrow.fs import LocalFileSystem
-from tune_amp.session import ray_session
+from tune_amp.cluster.session import ray_session
 
 with ray_session(sys.argv[1], run="data"):
     import ray
     from ray._private.internal_api import node_stats
-    from tune_amp.config import TrialConfig
-    from tune_amp.data import Dataset, Split
-    from tune_amp.resources import TrialResources
-    from tune_amp.storage import RunStorage
-    from tune_amp.tuning import bind_trainable
+    from tune_amp.trial.config import TrialConfig
+    from tune_amp.training.data import Dataset, Split
+    from tune_amp.cluster.resources import TrialResources
+    from tune_amp.cluster.checkpoints import RunStorage
+    from tune_amp.search.tuner import bind_trainable
 
     def split(count):
         return Split(images=np.zeros((count, 1, 28, 28), np.uint8), labels=np.arange(count) % 10)

@@ -12,7 +12,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tune_amp.search_arguments import search_parser
+from tune_amp.cli.search_arguments import search_parser
 
 KUBERNETES = "1.31"
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"

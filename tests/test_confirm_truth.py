@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from records import make_scored
 
-from tune_amp.config import TrialConfig, TrialStatus
-from tune_amp.confirmed import Confirmation, ConfirmedRun
-from tune_amp.ranking import rank_confirmed
-from tune_amp.results import BestRow, TrialRecord
+from tune_amp.results.confirmed import Confirmation, ConfirmedRun
+from tune_amp.results.ranking import rank_confirmed
+from tune_amp.results.records import BestRow, TrialRecord
+from tune_amp.trial.config import TrialConfig, TrialStatus
 
 SEEDS = 3
 TOP_K = 3

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from test_docs import OTHER_PROGRAMS, blocks
 
-from tune_amp.gauges import ALL_SERIES
-from tune_amp.grafana_command import read_dashboard
+from tune_amp.cli.grafana import read_dashboard
+from tune_amp.monitor.prometheus import ALL_SERIES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tune_amp.cli import main
-from tune_amp.session import ray_session
-from tune_amp.space import load_space
+from tune_amp.cli.main import main
+from tune_amp.cluster.session import ray_session
+from tune_amp.space.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

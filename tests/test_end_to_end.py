@@ -16,8 +16,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from tune_amp.config import TrialStatus
-from tune_amp.results import load_best, load_provenance, load_trials
+from tune_amp.results.records import load_best, load_provenance, load_trials
+from tune_amp.trial.config import TrialStatus
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tune_amp.config import CURRICULA, EpochMetrics, TrialConfig
-from tune_amp.data import Dataset, Split, make_long_tail
-from tune_amp.inert import count_steps
-from tune_amp.space import load_space
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.space.no_effect import count_steps
+from tune_amp.space.space import load_space
+from tune_amp.training.data import Dataset, Split, make_long_tail
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import CURRICULA, EpochMetrics, TrialConfig
 
 CPU = torch.device("cpu")
 

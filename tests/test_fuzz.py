@@ -17,10 +17,10 @@ from fuzz_targets import SPACE, TARGETS, list_seeds, make_valid_run, read_parque
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tune_amp.config import InputError
-from tune_amp.parquet import checksum
-from tune_amp.parquet_pages import check_pages, list_pages
-from tune_amp.results import SCHEMAS, load_provenance
+from tune_amp.results.page_limits import check_pages, list_pages
+from tune_amp.results.parquet import checksum
+from tune_amp.results.records import SCHEMAS, load_provenance
+from tune_amp.trial.config import InputError
 
 repeatable = settings(
     max_examples=80,
@@ -187,10 +187,10 @@ PARQUET_BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 READING = """
 import json, resource, sys, time
 from pathlib import Path
-from tune_amp.config import InputError
-from tune_amp.idx_files import IMAGES_MAGIC, read_idx
-from tune_amp.results import load_best, load_trials
-from tune_amp.space import load_space
+from tune_amp.trial.config import InputError
+from tune_amp.training.mnist_files import IMAGES_MAGIC, read_idx
+from tune_amp.results.records import load_best, load_trials
+from tune_amp.space.space import load_space
 
 files, valid = json.loads(sys.argv[1]), sys.argv[2]
 load_trials(valid), load_best(valid)  # what is loaded and allocated once
@@ -305,7 +305,7 @@ def test_yaml_that_would_take_long_or_much_is_refused(tmp_path: Path) -> None:
 
 
 def test_space_in_the_metadata_of_a_run_is_no_larger_than_in_a_file() -> None:
-    from tune_amp.space import parse_space
+    from tune_amp.space.space import parse_space
 
     with pytest.raises(InputError, match=r"^run: is larger than 64 KiB, too large for a search space$"):
         parse_space("run", SPACE + "#" * 70_000)

@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from records import PROVENANCE
 from report_runs import write_full_run
 
-from tune_amp.compare_command import compare_command
-from tune_amp.config import InputError
-from tune_amp.parquet import build_table, write_parquet
-from tune_amp.report_command import report_command
-from tune_amp.search_command import search_command
-from tune_amp.show_command import show_command
-from tune_amp.train_command import train_command
+from tune_amp.cli.compare import compare_command
+from tune_amp.cli.report import report_command
+from tune_amp.cli.search import search_command
+from tune_amp.cli.show import show_command
+from tune_amp.cli.train import train_command
+from tune_amp.results.parquet import build_table, write_parquet
+from tune_amp.trial.config import InputError
 
 if TYPE_CHECKING:
-    from tune_amp.data import Dataset
+    from tune_amp.training.data import Dataset
 
 ESCAPE = "\nforged\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold]x[/red]\r\x00<script>window.hacked=1</script>"
 KINDS = ("trials", "epochs", "best", "confirm", "importance")
@@ -231,7 +231,7 @@ def test_no_command_imports_a_module_that_only_a_file_names(
     rewrite(valid, tmp_path / "run", replace({column: f"{evil}:net", f"provenance.{column}": f"{evil}:net"}))
     command, arguments = COMMANDS[name]
     if name == "search":
-        from tune_amp.warm_start import load_donor
+        from tune_amp.search.warm_start import load_donor
 
         donor = load_donor("run", objectives=("val_accuracy",), top_k=3)  # as the command does, without its Ray
         assert {getattr(winner.config, column) for winner in donor.winners} == {f"{evil}:net"}
@@ -245,9 +245,9 @@ def test_no_command_imports_a_module_that_only_a_file_names(
 
 def write_journal_naming(folder: Path, place: str, column: str, name: str) -> None:
     """The journal of a run of the built-in ``quick`` in which ``name`` stands in one place: arguments, or a trial."""
-    from tune_amp.resuming import remember
-    from tune_amp.search_arguments import search_parser
-    from tune_amp.space import load_space
+    from tune_amp.cli.resume import remember
+    from tune_amp.cli.search_arguments import search_parser
+    from tune_amp.space.space import load_space
 
     arguments = remember(search_parser("").parse_args(["quick", "--max-epochs", "3", "--dataset", "digits"]))
     space = load_space("quick")
@@ -284,13 +284,13 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
     """In Python too, and in a worker: whatever a file's settings lead to, the model is built in one place."""
     import torch
 
-    from tune_amp.confirm_slots import _train_in_worker
-    from tune_amp.data import load_dataset
-    from tune_amp.progress import ConfirmJob
-    from tune_amp.resources import TrialResources
-    from tune_amp.results import load_best, load_trials
-    from tune_amp.reuse import FinalTraining, replay_trial
-    from tune_amp.trainable import build_worker_setup
+    from tune_amp.cluster.resources import TrialResources
+    from tune_amp.cluster.trainable import build_worker_setup
+    from tune_amp.confirm.slots import _train_in_worker
+    from tune_amp.results.progress import ConfirmJob
+    from tune_amp.results.records import load_best, load_trials
+    from tune_amp.reuse.final import FinalTraining, replay_trial
+    from tune_amp.training.data import load_dataset
 
     run = rewrite(valid, tmp_path / "run", replace({"model": f"{evil}:net", "dataset": f"{evil}:load"}))
     cpu, config = torch.device("cpu"), load_best(run)
@@ -372,7 +372,7 @@ def test_link_in_a_run_that_somebody_packed_leads_no_output_elsewhere(
 def test_folder_of_a_trial_is_named_by_numbers_and_choices_alone(precision: str) -> None:
     from types import SimpleNamespace
 
-    from tune_amp.tuning import name_trial
+    from tune_amp.search.tuner import name_trial
 
     settings = {"model": "my.models:net", "dataset": "my.data:load", "precision": precision, "lr": 1e-300}
     trial = SimpleNamespace(config=settings, experiment_tag="7_lr=../../x")
@@ -381,7 +381,7 @@ def test_folder_of_a_trial_is_named_by_numbers_and_choices_alone(precision: str)
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../up", "/tmp/x", ".hidden", "a\0b", "a\nb", "a\x1b[2Jb", ""])
 def test_name_of_a_run_cannot_lead_out_of_the_results_folder(name: str, tmp_path: Path) -> None:
-    from tune_amp.options import run_folder
+    from tune_amp.search.options import run_folder
 
     results = tmp_path / "results"
     with pytest.raises(InputError, match="--name: must be of letters, digits"), run_folder(results, name):

@@ -9,9 +9,9 @@ import optuna
 import optuna_dashboard  # type: ignore[import-untyped]
 from optuna.storages.journal import JournalFileBackend
 
-from tune_amp.run_files import STUDY_FILE
-from tune_amp.searcher import AmpSearch
-from tune_amp.space import load_space
+from tune_amp.results.run_files import STUDY_FILE
+from tune_amp.search.study import AmpSearch
+from tune_amp.space.space import load_space
 
 
 def get(path: Path, url: str) -> Any:

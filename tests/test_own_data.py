@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from small_runs import make_split
 
-from tune_amp.cli import main
-from tune_amp.config import TrialStatus
-from tune_amp.results import load_best, load_best_rows, load_confirmed, load_provenance, load_trials
-from tune_amp.session import ray_session
+from tune_amp.cli.main import main
+from tune_amp.cluster.session import ray_session
+from tune_amp.results.records import load_best, load_best_rows, load_confirmed, load_provenance, load_trials
+from tune_amp.trial.config import TrialStatus
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray", "enter_folder")]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tune_amp.config import TrialStatus
-from tune_amp.results import load_best, load_trials
-from tune_amp.space import load_space
+from tune_amp.results.records import load_best, load_trials
+from tune_amp.space.space import load_space
+from tune_amp.trial.config import TrialStatus
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

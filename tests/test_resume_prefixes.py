@@ -20,22 +20,22 @@ from ray.tune.schedulers import TrialScheduler
 from records import PROVENANCE, make_epoch
 from small_runs import untimed
 
-from tune_amp.config import RUNNING, InputError, TrialConfig, TrialStatus
-from tune_amp.failures import find_cause
-from tune_amp.journal import JOURNAL_VERSION, Journal, read_journal
-from tune_amp.mending import mend_run
-from tune_amp.monitoring import Quiet
-from tune_amp.past import PastRun, open_past
-from tune_amp.progress import SearchProgress
-from tune_amp.recorder import TrialRecorder
-from tune_amp.results import Provenance
-from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
-from tune_amp.search import _end_unheard
-from tune_amp.searcher import AmpSearch
-from tune_amp.source import TrialSource
-from tune_amp.space import load_space
-from tune_amp.stopping import build_scheduler, replay
-from tune_amp.trainable import WORKER_RETRIES, failure_report, progress_report
+from tune_amp.cluster.failures import find_cause
+from tune_amp.cluster.trainable import WORKER_RETRIES, failure_report, progress_report
+from tune_amp.monitor.terminal import Quiet
+from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
+from tune_amp.results.progress import SearchProgress
+from tune_amp.results.records import Provenance
+from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.search.history import PastRun, open_past
+from tune_amp.search.mending import mend_run
+from tune_amp.search.recorder import TrialRecorder
+from tune_amp.search.run import _end_unheard
+from tune_amp.search.schedulers import build_scheduler, replay
+from tune_amp.search.source import TrialSource
+from tune_amp.search.study import AmpSearch
+from tune_amp.space.space import load_space
+from tune_amp.trial.config import RUNNING, InputError, TrialConfig, TrialStatus
 
 NUM_SAMPLES, MAX_EPOCHS, TRAIN_IMAGES = 7, 4, 1413
 SAVED_EVERY = 2

@@ -29,10 +29,10 @@ def test_each_test_of_the_attack_is_named_or_prepares_one_that_is() -> None:
 
 
 def test_limits_on_the_page_are_those_of_the_code() -> None:
-    from tune_amp.idx_files import MOST_BYTES
-    from tune_amp.parquet_pages import FREE_BYTES, MOST_EXPANSION
-    from tune_amp.space import MAX_BYTES
-    from tune_amp.strict_yaml import MAX_DEPTH
+    from tune_amp.results.page_limits import FREE_BYTES, MOST_EXPANSION
+    from tune_amp.space.space import MAX_BYTES
+    from tune_amp.space.strict_yaml import MAX_DEPTH
+    from tune_amp.training.mnist_files import MOST_BYTES
 
     assert f"at most {FREE_BYTES // 2**20} MiB and {MOST_EXPANSION} times its size" in PAGE
     assert f"at most {MOST_BYTES // 2**30} GiB of values" in PAGE

@@ -26,21 +26,21 @@ from ray.tune.search.optuna import OptunaSearch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.replay import SameDraws
-from tune_amp.batches import batch_indices, scale_images
-from tune_amp.config import OBJECTIVES, TrialConfig, TrialStatus
-from tune_amp.data import Dataset
-from tune_amp.evaluation import evaluate
-from tune_amp.models import build_model
-from tune_amp.monitoring import Quiet
-from tune_amp.options import SearchOptions
-from tune_amp.past import PastTrial
-from tune_amp.results import load_trials
-from tune_amp.search import run_search
-from tune_amp.searcher import AmpSearch
-from tune_amp.session import RaySession, ray_session
-from tune_amp.space import SearchSpace, load_space
-from tune_amp.stopping import build_scheduler
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.cluster.session import RaySession, ray_session
+from tune_amp.monitor.terminal import Quiet
+from tune_amp.results.records import load_trials
+from tune_amp.search.history import PastTrial
+from tune_amp.search.options import SearchOptions
+from tune_amp.search.run import run_search
+from tune_amp.search.schedulers import build_scheduler
+from tune_amp.search.study import AmpSearch
+from tune_amp.space.space import SearchSpace, load_space
+from tune_amp.training.batches import batch_indices, scale_images
+from tune_amp.training.data import Dataset
+from tune_amp.training.evaluation import evaluate
+from tune_amp.training.models import build_model
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import OBJECTIVES, TrialConfig, TrialStatus
 
 NAN, INF = math.nan, math.inf
 MAX_EPOCHS = 8

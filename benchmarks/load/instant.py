@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tune_amp.consent import consent_to
-from tune_amp.results import TrialRecord
-from tune_amp.space import SearchSpace, load_space
+from tune_amp.results.records import TrialRecord
+from tune_amp.space.space import SearchSpace, load_space
+from tune_amp.trial.consent import consent_to
 
 if TYPE_CHECKING:
-    from tune_amp.confirmed import ConfirmedRun
-    from tune_amp.data import Dataset
-    from tune_amp.progress import ConfirmProgress, SearchProgress
+    from tune_amp.results.confirmed import ConfirmedRun
+    from tune_amp.results.progress import ConfirmProgress, SearchProgress
+    from tune_amp.training.data import Dataset
 
 TRAIN_IMAGES = 300
 
@@ -107,7 +107,7 @@ def make_images() -> tuple[npt.NDArray[Any], ...]:
 
 def load_images() -> "Dataset":
     """``make_images`` as a data set, here and in the workers of a search."""
-    from tune_amp.data import load_dataset
+    from tune_amp.training.data import load_dataset
 
     name = f"{__name__}:{make_images.__name__}"
     consent_to(name)

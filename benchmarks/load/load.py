@@ -25,11 +25,11 @@ from benchmarks.load.instant import Sample
 from benchmarks.load.load_search import CUT_OFF, RUN, SAMPLES_FILE, TIMES_FILE, Plan
 from benchmarks.load.load_table import LAST_SUGGESTIONS, LoadResult, LoadRow
 from benchmarks.machine import describe_machine, describe_versions
-from tune_amp.config import EpochMetrics, TrialStatus
-from tune_amp.journal import read_journal
-from tune_amp.results import build_from, load_slot_time, load_trials
-from tune_amp.run_files import EPOCHS_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE
-from tune_amp.utilisation import SlotUse, find_shares, utilisation
+from tune_amp.results.journal import read_journal
+from tune_amp.results.records import build_from, load_slot_time, load_trials
+from tune_amp.results.run_files import EPOCHS_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE
+from tune_amp.results.utilisation import SlotUse, find_shares, utilisation
+from tune_amp.trial.config import EpochMetrics, TrialStatus
 
 if TYPE_CHECKING:
     pass
@@ -216,7 +216,7 @@ def count_told(run: Path) -> collections.Counter[str]:
     import optuna
     from optuna.trial import TrialState
 
-    from tune_amp.searcher import open_storage
+    from tune_amp.search.study import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.load_study(study_name=None, storage=open_storage(run / STUDY_FILE))

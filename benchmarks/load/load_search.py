@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.load.instant import Sample, Sampler, load_images, load_small_space, read_peak_memory
-from tune_amp.config import EpochMetrics, TrialConfig, TrialStatus
-from tune_amp.consent import consent_to
-from tune_amp.options import SearchOptions
-from tune_amp.run_files import JOURNAL_FILE
+from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.search.options import SearchOptions
+from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.trial.consent import consent_to
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tune_amp.data import Dataset
-    from tune_amp.recorder import TrialRecorder
-    from tune_amp.searcher import AmpSearch
-    from tune_amp.space import SearchSpace
+    from tune_amp.search.recorder import TrialRecorder
+    from tune_amp.search.study import AmpSearch
+    from tune_amp.space.space import SearchSpace
+    from tune_amp.training.data import Dataset
 
 SLEEP_SECONDS = 10.0
 """Of each training step of a trial that is to last without computing: 64 end no faster than a driver hears of them."""
@@ -95,7 +95,7 @@ def search(plan: Plan, folder: Path) -> None:
             samples.write(json.dumps(dataclasses.asdict(sample)) + "\n")
             samples.flush()
 
-        from tune_amp.past import open_past
+        from tune_amp.search.history import open_past
 
         past = None
         if (run / JOURNAL_FILE).exists():
@@ -104,7 +104,7 @@ def search(plan: Plan, folder: Path) -> None:
             times["read"].append(time.perf_counter() - started)
         space, dataset = _load_inputs(folder)
         stack.enter_context(_start_ray(plan))
-        from tune_amp import search as searching
+        from tune_amp.search import run as searching
 
         stack.enter_context(timing(times))
         searching.run_search(space, dataset, plan.options, folder=run, observer=Sampler(keep), past=past, started=begun)
@@ -114,13 +114,13 @@ def search(plan: Plan, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _start_ray(plan: Plan) -> Iterator[None]:
-    from tune_amp.session import ray_session
+    from tune_amp.cluster.session import ray_session
 
     with contextlib.ExitStack() as stack:
         if plan.forked:
             from benchmarks.load.forked_workers import forking_workers
 
-            stack.enter_context(forking_workers(("tune_amp.trainable",)))
+            stack.enter_context(forking_workers(("tune_amp.cluster.trainable",)))
         gpus = round(plan.slots * plan.gpus_per_slot)
         stack.enter_context(ray_session(num_cpus=plan.slots, num_gpus=gpus))
         yield
@@ -129,9 +129,9 @@ def _start_ray(plan: Plan) -> Iterator[None]:
 @contextlib.contextmanager
 def timing(times: dict[str, list[float]]) -> Iterator[None]:
     """In the ``with`` block, each call of the steps of a search adds its seconds to ``times``."""
-    from tune_amp import search as searching
-    from tune_amp.recorder import TrialRecorder
-    from tune_amp.searcher import AmpSearch
+    from tune_amp.search import run as searching
+    from tune_amp.search.recorder import TrialRecorder
+    from tune_amp.search.study import AmpSearch
 
     steps: Mapping[str, tuple[Any, str]] = {
         "replay": (TrialRecorder, "replay"),
@@ -203,7 +203,7 @@ class FabricatedTrial:
         self.temporary_state = types.SimpleNamespace(ray_actor=f"Actor {place % CUT_OFF}")
 
     def __str__(self) -> str:
-        from tune_amp.tuning import name_trial
+        from tune_amp.search.tuner import name_trial
 
         return name_trial(self)
 
@@ -219,16 +219,16 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
         folder: for its run folder, which is there.
         cut_off: trials that run when it is killed, and come on top when it goes on; 0: it ends in peace.
     """
-    from tune_amp.failures import find_cause
-    from tune_amp.planning import describe_run as describe
-    from tune_amp.planning import list_shared
-    from tune_amp.progress import SearchProgress
-    from tune_amp.recorder import TrialRecorder
-    from tune_amp.resources import TrialResources
-    from tune_amp.search import begin_run
-    from tune_amp.searcher import AmpSearch
-    from tune_amp.stopping import build_scheduler
-    from tune_amp.storage import RAY_FOLDER
+    from tune_amp.cluster.checkpoints import RAY_FOLDER
+    from tune_amp.cluster.failures import find_cause
+    from tune_amp.cluster.resources import TrialResources
+    from tune_amp.results.progress import SearchProgress
+    from tune_amp.search.plan import describe_run as describe
+    from tune_amp.search.plan import list_shared
+    from tune_amp.search.recorder import TrialRecorder
+    from tune_amp.search.run import begin_run
+    from tune_amp.search.schedulers import build_scheduler
+    from tune_amp.search.study import AmpSearch
 
     consent_to(plan.model, plan.sampler)
     run, options = folder / RUN, dataclasses.replace(plan, trials=plan.trials + cut_off).options
@@ -298,7 +298,7 @@ def _fabricate_trial(
     """Tell everyone of a trial; one with as many reports as it has epochs ends, or where the scheduler stops it."""
     from ray.tune.schedulers import TrialScheduler
 
-    from tune_amp.trainable import progress_report
+    from tune_amp.cluster.trainable import progress_report
 
     trial_id = f"{place:08x}"
     trial = FabricatedTrial(place, searcher.suggest(trial_id))
@@ -327,7 +327,7 @@ def _fabricate_trial(
 def _train_one(config: TrialConfig, dataset: "Dataset") -> list[EpochMetrics]:
     import torch
 
-    from tune_amp.training import TrainingData, TrainingRun
+    from tune_amp.training.run import TrainingData, TrainingRun
 
     data = TrainingData(dataset.train, dataset.validation, dataset.num_classes, torch.device("cpu"))
     training = TrainingRun(config, data)

@@ -9,8 +9,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from benchmarks.machine import render_versions
 from benchmarks.markdown import render_table
-from tune_amp.config import described
-from tune_amp.parquet import build_columns, build_table, write_parquet
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.trial.config import described
 
 if TYPE_CHECKING:
     pass

@@ -26,10 +26,10 @@ from benchmarks.load.instant import TRAIN_IMAGES, Sample, Sampler, load_images, 
 from benchmarks.machine import describe_machine, describe_versions, render_versions
 from benchmarks.markdown import judge, render_table
 from benchmarks.spread import render_spread
-from tune_amp.config import described
-from tune_amp.options import SearchOptions, run_folder
-from tune_amp.parquet import build_columns, build_table, write_parquet
-from tune_amp.run_files import STUDY_FILE
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.results.run_files import STUDY_FILE
+from tune_amp.search.options import SearchOptions, run_folder
+from tune_amp.trial.config import described
 
 TRIALS = (100, 500, 2_000)
 STUDY_SIZES = (100, 500, 1_000, 2_000)
@@ -192,7 +192,7 @@ def _rise(samples: Sequence[Sample], name: str) -> float:
 
 def search_small(trials: int, epochs: int) -> dict[str, Any]:
     """Run the search. Returns its samples, slots and the journal's size, as JSON can hold them."""
-    from tune_amp.session import ray_session
+    from tune_amp.cluster.session import ray_session
 
     samples: list[Sample] = []
     options = SearchOptions(num_samples=trials, max_epochs=epochs, grace_period=epochs, confirm_seeds=0)
@@ -200,8 +200,8 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
         space = load_small_space(Path(results))
         dataset = load_images()
         with ray_session(num_gpus=0):
-            from tune_amp.planning import plan_resources
-            from tune_amp.search import run_search
+            from tune_amp.search.plan import plan_resources
+            from tune_amp.search.run import run_search
 
             slots = plan_resources(options).max_concurrent
             run_search(space, dataset, options, folder=folder, observer=Sampler(samples.append))
@@ -232,7 +232,7 @@ def measure_study(sizes: Sequence[int], repeat: int = 0) -> Iterator[StudyRow]:
 
 def _grow_study(folder: Path, trials: int) -> Iterator[tuple[float, float]]:
     """Seconds of each suggestion and telling of a study in ``folder``."""
-    from tune_amp.searcher import AmpSearch
+    from tune_amp.search.study import AmpSearch
 
     values = np.random.default_rng(0).random(trials)
     shared = {"model": "simple_net", "dataset": "mnist", "max_epochs": 1, "seed": 0}

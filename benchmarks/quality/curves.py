@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from tune_amp.config import EpochMetrics, InputError, TrialConfig
-from tune_amp.data import Dataset
-from tune_amp.parquet import build_table, locate, read_origin, read_rows, write_parquet
-from tune_amp.results import SCHEMAS, list_versions
-from tune_amp.space import SearchSpace
+from tune_amp.results.parquet import build_table, locate, read_origin, read_rows, write_parquet
+from tune_amp.results.records import SCHEMAS, list_versions
+from tune_amp.space.space import SearchSpace
+from tune_amp.training.data import Dataset
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
 
 # Curves are of the data as they are, with an imbalance of 1; files recorded before there was one have no such column.
 _CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrialConfig) if field.name != "imbalance")
@@ -117,7 +117,7 @@ _data: Any = None  # of a worker process, placed once
 def _hold_data(dataset: Dataset) -> None:
     import torch
 
-    from tune_amp.training import TrainingData
+    from tune_amp.training.run import TrainingData
 
     torch.set_num_threads(1)
     global _data  # noqa: PLW0603 - a pool's initializer has no other way
@@ -125,7 +125,7 @@ def _hold_data(dataset: Dataset) -> None:
 
 
 def _train_fully(config: TrialConfig) -> list[EpochMetrics]:
-    from tune_amp.training import TrainingRun
+    from tune_amp.training.run import TrainingRun
 
     run = TrainingRun(config, _data)
     epochs = [run.train_epoch() for _ in range(config.max_epochs)]

@@ -27,16 +27,16 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.quality.curves import Curves
-from tune_amp.config import HOPELESS_STATES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
-from tune_amp.failures import find_status
-from tune_amp.parameters import Parameter
-from tune_amp.results import TrialRecord
-from tune_amp.samplers import reseed
-from tune_amp.searcher import AmpSearch
-from tune_amp.space import FLAGS, SearchSpace, parse_space
-from tune_amp.stopping import build_scheduler, objective_mode
-from tune_amp.trainable import progress_report
-from tune_amp.warm_start import WarmStart
+from tune_amp.cluster.failures import find_status
+from tune_amp.cluster.trainable import progress_report
+from tune_amp.results.records import TrialRecord
+from tune_amp.search.samplers import reseed
+from tune_amp.search.schedulers import build_scheduler, objective_mode
+from tune_amp.search.study import AmpSearch
+from tune_amp.search.warm_start import WarmStart
+from tune_amp.space.parameter import Parameter
+from tune_amp.space.space import FLAGS, SearchSpace, parse_space
+from tune_amp.trial.config import HOPELESS_STATES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
 
 SLOTS = 4
 GRACE_PERIOD = 1

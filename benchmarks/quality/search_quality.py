@@ -49,11 +49,11 @@ from benchmarks.quality.replay import (
     replay_program,
     select_started,
 )
-from tune_amp.config import HOPELESS_STATES, RANKING_OBJECTIVES, EpochMetrics, TrialStatus, described
-from tune_amp.parquet import METADATA_KEY, build_columns, write_parquet
-from tune_amp.ranking import choose_best
-from tune_amp.results import list_versions
-from tune_amp.stopping import objective_mode
+from tune_amp.results.parquet import METADATA_KEY, build_columns, write_parquet
+from tune_amp.results.ranking import choose_best
+from tune_amp.results.records import list_versions
+from tune_amp.search.schedulers import objective_mode
+from tune_amp.trial.config import HOPELESS_STATES, RANKING_OBJECTIVES, EpochMetrics, TrialStatus, described
 
 BUDGETS = (16, 32, 64, 128, 192)
 MEAN_FROM, MEAN_STEP = 32, 4

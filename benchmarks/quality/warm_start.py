@@ -31,19 +31,19 @@ from benchmarks.quality.replay import (
     is_state_hopeless,
     replay_program,
 )
-from tune_amp.config import InputError, described
-from tune_amp.data import Dataset
-from tune_amp.intervals import MeanInterval, paired_interval
-from tune_amp.monitoring import Quiet
-from tune_amp.options import SearchOptions
-from tune_amp.parquet import METADATA_KEY, build_columns, write_parquet
-from tune_amp.planning import adapt_donor
-from tune_amp.progress import SearchProgress
-from tune_amp.ranking import choose_best
-from tune_amp.results import Provenance, TrialRecord, list_versions
-from tune_amp.search import run_search
-from tune_amp.space import parse_space
-from tune_amp.warm_start import DECISIVE_VERSIONS, Donor, WarmStart, load_donor, plan_warm_start
+from tune_amp.monitor.terminal import Quiet
+from tune_amp.results.parquet import METADATA_KEY, build_columns, write_parquet
+from tune_amp.results.progress import SearchProgress
+from tune_amp.results.ranking import choose_best
+from tune_amp.results.records import Provenance, TrialRecord, list_versions
+from tune_amp.results.statistics import MeanInterval, paired_interval
+from tune_amp.search.options import SearchOptions
+from tune_amp.search.plan import adapt_donor
+from tune_amp.search.run import run_search
+from tune_amp.search.warm_start import DECISIVE_VERSIONS, Donor, WarmStart, load_donor, plan_warm_start
+from tune_amp.space.space import parse_space
+from tune_amp.training.data import Dataset
+from tune_amp.trial.config import InputError, described
 
 OBJECTIVE = "val_accuracy"
 DONOR_SEEDS = 100
@@ -303,9 +303,9 @@ def measure_warm_start(
             report(row)
 
     if dataset is not None:
-        from tune_amp.session import ray_session
+        from tune_amp.cluster.session import ray_session
 
-        with ray_session(run="warm-start", num_gpus=0, preload=("tune_amp.trainable",)):
+        with ray_session(run="warm-start", num_gpus=0, preload=("tune_amp.cluster.trainable",)):
             for seed in range(seeds):
                 (folder / str(seed)).mkdir()
                 own = dataclasses.replace(options, seed=seed)

@@ -30,11 +30,11 @@ from benchmarks.search_speed.speed_table import (
     load_speed,
     write_speed,
 )
-from tune_amp.config import InputError
-from tune_amp.cpus import count_cpus
-from tune_amp.idx_files import locate_files
-from tune_amp.results import TrialRecord, load_trials
-from tune_amp.run_files import SPACE_FILE
+from tune_amp.cluster.cpus import count_cpus
+from tune_amp.results.records import TrialRecord, load_trials
+from tune_amp.results.run_files import SPACE_FILE
+from tune_amp.training.mnist_files import locate_files
+from tune_amp.trial.config import InputError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TRIALS = (16, 64)
@@ -141,7 +141,7 @@ def plan_slots(gpus_per_trial: float) -> int:
         return count_cpus()
     import torch
 
-    from tune_amp.resources import count_gpus, count_slots
+    from tune_amp.cluster.resources import count_gpus, count_slots
 
     gpus = count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
     if not (0 < gpus_per_trial <= 1 and gpus):
@@ -181,7 +181,7 @@ def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
     space = folder / SPACE_FILE
     space.write_text(write_space(pairing.precision), encoding="utf-8")
     # The program tune-amp itself, also where its script is not on the path.
-    program = [sys.executable, "-c", "from tune_amp.cli import main; raise SystemExit(main())", "search"]
+    program = [sys.executable, "-c", "from tune_amp.cli.main import main; raise SystemExit(main())", "search"]
     arguments = {
         "--dataset": "mnist",
         "--data-dir": pairing.data_dir,

@@ -11,8 +11,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from benchmarks.machine import render_versions
 from benchmarks.markdown import judge, render_table
 from benchmarks.spread import Spread, render_spread, summarise
-from tune_amp.config import described
-from tune_amp.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
+from tune_amp.results.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
+from tune_amp.trial.config import described
 
 OURS, OBVIOUS = "ours", "obvious"
 

@@ -17,12 +17,12 @@ import torch
 
 from benchmarks.machine import describe_machine, describe_versions, machine_line
 from benchmarks.markdown import render_table
-from tune_amp.config import EpochMetrics, TrialConfig, described
-from tune_amp.curricula import PACING, curriculum_fraction
-from tune_amp.data import Dataset, make_long_tail
-from tune_amp.intervals import CONFIDENCE, paired_interval
-from tune_amp.parquet import build_columns, build_table, write_parquet
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.results.statistics import CONFIDENCE, paired_interval
+from tune_amp.training.data import Dataset, make_long_tail
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import EpochMetrics, TrialConfig, described
+from tune_amp.trial.curricula import PACING, curriculum_fraction
 
 SEEDS = 10
 COMMON: Mapping[str, Any] = {"precision": "bf16", "batch_size": 256, "max_epochs": 4}

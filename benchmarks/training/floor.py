@@ -26,13 +26,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tune_amp.amp import AUTOCAST_DTYPES, fp32_arithmetic
-from tune_amp.config import TrialConfig
-from tune_amp.data import Split
-from tune_amp.generators import keep_generators
-from tune_amp.graphs import Step
-from tune_amp.models import InputShape, build_model
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.training.amp import AUTOCAST_DTYPES, fp32_arithmetic
+from tune_amp.training.cuda_graph import Step
+from tune_amp.training.data import Split
+from tune_amp.training.generators import keep_generators
+from tune_amp.training.models import InputShape, build_model
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import TrialConfig
 
 SECONDS = 0.05
 """Spent on one measurement, warm-up aside."""

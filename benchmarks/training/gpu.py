@@ -37,11 +37,11 @@ from benchmarks.training.loop import LoopRow, measure_loop, render_loop, write_l
 from benchmarks.training.loop_programs import EAGER, GRAPH, LONG, TUTORIAL
 from benchmarks.training.share_table import ShareRow, group_repeats, measure_share_table, render_shares
 from benchmarks.training.telemetry import measure_telemetry, render_telemetry
-from tune_amp.config import MODELS, OPTIMIZERS, TrialConfig, describe_error
-from tune_amp.data import Dataset, Split
-from tune_amp.idx_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
-from tune_amp.parquet import build_columns, build_table, write_parquet
-from tune_amp.training import TrainingData, TrainingRun, release_memory
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.training.data import Dataset, Split
+from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
+from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.trial.config import MODELS, OPTIMIZERS, TrialConfig, describe_error
 
 SECONDS = 500.0
 """For the whole suite: the machine's start and the transfers come on top."""

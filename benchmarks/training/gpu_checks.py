@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.loop_programs import GRAPH, LONG
-from tune_amp.config import EpochMetrics, TrialConfig
-from tune_amp.graphs import WARM_UP_STEPS
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.training.cuda_graph import WARM_UP_STEPS
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import EpochMetrics, TrialConfig
 
 LEAST_APPLIED = 10
 """Replays that changed the weights: fewer, and a graph that does nothing looks much like one that works."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from tune_amp.config import described
+from tune_amp.trial.config import described
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

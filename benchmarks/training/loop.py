@@ -42,10 +42,10 @@ from benchmarks.training.loop_programs import (
     Turn,
     take,
 )
-from tune_amp.config import MODELS, TrialConfig, describe_error, described
-from tune_amp.data import Dataset
-from tune_amp.parquet import build_columns, build_table, write_parquet
-from tune_amp.training import TrainingData, estimate_epoch_seconds, release_memory
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.training.data import Dataset
+from tune_amp.training.run import TrainingData, estimate_epoch_seconds, release_memory
+from tune_amp.trial.config import MODELS, TrialConfig, describe_error, described
 
 CPU_PRECISIONS = ("fp32", "bf16", "fp16")
 CUDA_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tune_amp.amp import AUTOCAST_DTYPES, fp32_arithmetic
-from tune_amp.config import TrialConfig
-from tune_amp.data import Split
-from tune_amp.graphs import WARM_UP_STEPS
-from tune_amp.models import build_model
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.training.amp import AUTOCAST_DTYPES, fp32_arithmetic
+from tune_amp.training.cuda_graph import WARM_UP_STEPS
+from tune_amp.training.data import Split
+from tune_amp.training.models import build_model
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import TrialConfig
 
 TUTORIAL, EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "tutorial", "eager", "graph", "compiled", "compiled graph"
 MEANINGS = {

@@ -13,11 +13,11 @@ import torch
 from benchmarks.machine import machine_line
 from benchmarks.markdown import render_table
 from benchmarks.spread import render_spread
-from tune_amp.config import TrialConfig
-from tune_amp.data import Dataset
+from tune_amp.training.data import Dataset
+from tune_amp.trial.config import TrialConfig
 
 if TYPE_CHECKING:
-    from tune_amp.shares import ShareMeasurement
+    from tune_amp.cluster.gpu_sharing import ShareMeasurement
 
 COUNTS = (1, 2, 4, 8, 16)
 SECONDS = 3.0
@@ -76,7 +76,7 @@ def measure_share_table(
         seconds: of a measurement.
         repeats: measurements of each number, in turn, by the same processes.
     """
-    from tune_amp.shares import measure_shares
+    from tune_amp.cluster.gpu_sharing import measure_shares
 
     device = torch.device(device_type)
     rows: list[ShareRow] = []
@@ -127,7 +127,7 @@ def build_rows(config: TrialConfig, measured: "Sequence[ShareMeasurement]") -> l
 
 
 def _find_median_knee(by_trials: "Mapping[int, Sequence[ShareMeasurement]]") -> int:
-    from tune_amp.shares import find_knee
+    from tune_amp.cluster.gpu_sharing import find_knee
 
     medians = [
         dataclasses.replace(

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.markdown import render_table
-from tune_amp.amp import AmpStep, build_scaler
-from tune_amp.batches import scale_images
-from tune_amp.config import TrialConfig
-from tune_amp.data import Dataset
-from tune_amp.graphs import Capture
-from tune_amp.models import build_model
-from tune_amp.training import TrainingData, TrainingRun, build_optimizer
+from tune_amp.training.amp import AmpStep, build_scaler
+from tune_amp.training.batches import scale_images
+from tune_amp.training.cuda_graph import Capture
+from tune_amp.training.data import Dataset
+from tune_amp.training.models import build_model
+from tune_amp.training.run import TrainingData, TrainingRun, build_optimizer
+from tune_amp.trial.config import TrialConfig
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 BATCH_SIZES = (64, 256, 1024)

@@ -6,9 +6,9 @@ import pytest
 from curve_tables import SHARED, TRAIN_IMAGES, make_config, make_curve, make_curves
 
 from benchmarks.quality.curves import describe_origin, load_curves, record_curves, sample_configs, write_curves
-from tune_amp.config import HOPELESS_STATES, InputError, TrialConfig
-from tune_amp.data import Dataset
-from tune_amp.space import load_space
+from tune_amp.space.space import load_space
+from tune_amp.training.data import Dataset
+from tune_amp.trial.config import HOPELESS_STATES, InputError, TrialConfig
 
 
 def test_curves_come_back_as_they_were_written(tmp_path: Path) -> None:

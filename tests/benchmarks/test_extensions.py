@@ -16,9 +16,9 @@ from benchmarks.training.extensions import (
     render_extensions,
     write_extensions,
 )
-from tune_amp.config import TrialConfig
-from tune_amp.data import Dataset
-from tune_amp.training import TrainingData, TrainingRun
+from tune_amp.training.data import Dataset
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import TrialConfig
 
 CPU = torch.device("cpu")
 

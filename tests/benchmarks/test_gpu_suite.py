@@ -37,9 +37,9 @@ from benchmarks.training.share_table import (
     measure_share_table,
     render_shares,
 )
-from tune_amp.config import EpochMetrics, TrialConfig
-from tune_amp.graphs import Step
-from tune_amp.shares import ShareMeasurement
+from tune_amp.cluster.gpu_sharing import ShareMeasurement
+from tune_amp.training.cuda_graph import Step
+from tune_amp.trial.config import EpochMetrics, TrialConfig
 
 CPU = torch.device("cpu")
 
@@ -303,7 +303,7 @@ parts = ["graphs", "shares"]
 assert set(parts) <= set(PARTS)
 found = measure_gpu(make_images(3000), Path(), device=torch.device("cpu"), models=("simple_net",), parts=["graphs"])
 assert not found.failed, found
-import benchmarks.training.telemetry, tune_amp.shares
+import benchmarks.training.telemetry, tune_amp.cluster.gpu_sharing
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 

@@ -14,11 +14,11 @@ import pytest
 from benchmarks.load.load import PLANS, Kept, check_run, count_at_a_time, find_first_new, measure_plan
 from benchmarks.load.load_search import CUT_OFF, RUN, Plan, fabricate
 from benchmarks.load.load_table import PARTS, LoadResult, LoadRow, render_load, write_load
-from tune_amp.journal import read_journal
-from tune_amp.past import open_past
-from tune_amp.results import load_trials
-from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
-from tune_amp.searcher import open_storage
+from tune_amp.results.journal import read_journal
+from tune_amp.results.records import load_trials
+from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.search.history import open_past
+from tune_amp.search.study import open_storage
 
 TRIALS = 40
 

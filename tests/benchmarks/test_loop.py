@@ -38,9 +38,9 @@ from benchmarks.training.loop import (
     write_loop,
 )
 from benchmarks.training.loop_programs import EAGER, TUTORIAL, Cell, Prepared, Turn
-from tune_amp.config import TrialConfig
-from tune_amp.data import Split
-from tune_amp.training import TrainingData
+from tune_amp.training.data import Split
+from tune_amp.training.run import TrainingData
+from tune_amp.trial.config import TrialConfig
 
 CPU = torch.device("cpu")
 SHAPE = (1, 28, 28)

@@ -16,9 +16,9 @@ from benchmarks.training.floor import take_again
 from benchmarks.training.gpu import make_images
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.telemetry import measure_probe, measure_telemetry, render_telemetry
-from tune_amp.config import TrialConfig
-from tune_amp.data import Dataset
-from tune_amp.training import TrainingData
+from tune_amp.training.data import Dataset
+from tune_amp.training.run import TrainingData
+from tune_amp.trial.config import TrialConfig
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.quality.curves import Curves, load_curves, sample_configs
 from benchmarks.quality.search_quality import check_states, find_hopeless_epoch
-from tune_amp.config import HOPELESS_STATES
-from tune_amp.space import load_space
+from tune_amp.space.space import load_space
+from tune_amp.trial.config import HOPELESS_STATES
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "results" / "reference"

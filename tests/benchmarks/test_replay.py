@@ -39,9 +39,9 @@ from benchmarks.quality.replay import (
     run_optuna,
     run_trials,
 )
-from tune_amp.config import InputError, TrialConfig, TrialStatus
-from tune_amp.parameters import Parameter
-from tune_amp.space import load_space
+from tune_amp.space.parameter import Parameter
+from tune_amp.space.space import load_space
+from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
 OURS = Program(build_searcher=build_amp_search, build_scheduler=build_amp_scheduler, is_over=is_state_hopeless)
 STOCK = Program(build_searcher=build_optuna_search, build_scheduler=build_asha, is_over=is_never_over)

@@ -37,8 +37,8 @@ from benchmarks.quality.search_quality import (
     render_quality,
     write_quality,
 )
-from tune_amp.config import TrialStatus
-from tune_amp.parquet import METADATA_KEY
+from tune_amp.results.parquet import METADATA_KEY
+from tune_amp.trial.config import TrialStatus
 
 BAD, GOOD = 0.1, 0.9
 

@@ -42,8 +42,8 @@ from benchmarks.search_speed.speed_table import (
     write_speed,
 )
 from benchmarks.spread import Spread
-from tune_amp.config import InputError, TrialConfig
-from tune_amp.space import load_space
+from tune_amp.space.space import load_space
+from tune_amp.trial.config import InputError, TrialConfig
 
 
 def make_row(program: str = OURS, **changes: Any) -> SpeedRow:

@@ -27,9 +27,9 @@ from benchmarks.quality.warm_start import (
     replay_search,
     write_warm_start,
 )
-from tune_amp.data import Dataset
-from tune_amp.options import SearchOptions
-from tune_amp.results import TrialRecord
+from tune_amp.results.records import TrialRecord
+from tune_amp.search.options import SearchOptions
+from tune_amp.training.data import Dataset
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 COLD_PATH = SearchPath(accuracies=[0.5, 0.9, 0.7, 0.95])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fault_runs import ALONE, SIDE_BY_SIDE, Ended, Follow, Search, Undisturbed, begin, check_run, prepare, read_end
 
-from tune_amp.run_files import JOURNAL_FILE
+from tune_amp.results.run_files import JOURNAL_FILE
 
 RUNS = {"alone": ALONE, "side by side": SIDE_BY_SIDE, "confirmed": (*ALONE, "--confirm-seeds", "2")}
 

@@ -36,8 +36,8 @@ from fault_runs import (
     resume,
 )
 
-from tune_amp.results import load_confirmed
-from tune_amp.run_files import CONFIRM_FILE
+from tune_amp.results.records import load_confirmed
+from tune_amp.results.run_files import CONFIRM_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 

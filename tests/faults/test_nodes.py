@@ -13,7 +13,7 @@ from cluster_runs import ClusterSearch, check_nothing_is_lost, learned, searchin
 from fault_runs import check_run, note_fault
 from simulated_cluster import SimulatedCluster
 
-from tune_amp.results import load_best_rows
+from tune_amp.results.records import load_best_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -62,15 +62,15 @@ def test_trials_are_added_as_nodes_join_and_move_as_they_leave(cluster: Simulate
 CONFIRMING = """
 import json, sys
 import sleepy
-from tune_amp.session import ray_session
+from tune_amp.cluster.session import ray_session
 
 with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
-    from tune_amp.config import TrialConfig
-    from tune_amp.consent import consent_to
-    from tune_amp.progress import ConfirmJob
-    from tune_amp.confirm_slots import train_on_slots
-    from tune_amp.data import load_dataset
-    from tune_amp.resources import TrialResources
+    from tune_amp.trial.config import TrialConfig
+    from tune_amp.trial.consent import consent_to
+    from tune_amp.results.progress import ConfirmJob
+    from tune_amp.confirm.slots import train_on_slots
+    from tune_amp.training.data import load_dataset
+    from tune_amp.cluster.resources import TrialResources
 
     consent_to("sleepy:net")
     config = TrialConfig(dataset="digits", model="sleepy:net", max_epochs=20)

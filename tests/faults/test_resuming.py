@@ -26,9 +26,9 @@ from fault_runs import (
     resume,
 )
 
-from tune_amp.results import load_trials
-from tune_amp.run_files import JOURNAL_FILE, STUDY_FILE
-from tune_amp.search_command import search_command
+from tune_amp.cli.search import search_command
+from tune_amp.results.records import load_trials
+from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 

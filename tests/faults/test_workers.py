@@ -23,9 +23,9 @@ from fault_runs import (
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
-from tune_amp.config import TrialStatus
-from tune_amp.results import load_slot_time, load_trials
-from tune_amp.utilisation import utilisation
+from tune_amp.results.records import load_slot_time, load_trials
+from tune_amp.results.utilisation import utilisation
+from tune_amp.trial.config import TrialStatus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
@@ -118,7 +118,7 @@ def test_worker_killed_in_the_middle_of_a_checkpoint(tmp_path: Path, undisturbed
 
 DIES_BETWEEN_TRIALS = """
 import signal
-from tune_amp import trainable
+from tune_amp.cluster import trainable
 
 reset_config = trainable.AmpTrainable.reset_config
 

@@ -1,0 +1,197 @@
+import argparse
+import io
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tune_amp.cli.compare import _compare_parser
+from tune_amp.cli.console import (
+    LastingConsole,
+    find_run,
+    find_run_folder,
+    is_screen,
+    mend_streams,
+    open_console,
+    read_path,
+    read_place,
+    say,
+    show_cursor,
+)
+from tune_amp.cli.grafana import _grafana_parser
+from tune_amp.cli.report import _report_parser
+from tune_amp.cli.search_arguments import search_parser
+from tune_amp.cli.show import _show_parser
+from tune_amp.cli.train import _train_parser
+from tune_amp.trial.config import InputError
+
+
+def test_console_prints_into_the_void_once_its_reader_is_gone() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        console = LastingConsole(file=file)
+        console.print("unheard")  # rich's own would end the process
+        console.print("unheard too")
+        file.write("neither is what others print there")
+        file.flush()
+
+
+def test_console_that_is_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    open_console(quiet=True).print("nothing")
+    open_console(stderr=True).print("something")
+    assert capsys.readouterr() == ("", "something\n")
+
+
+def test_terminal_gets_its_cursor_back_and_a_file_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        show_cursor()
+        assert os.read(ours, 100) == b"\x1b[?25h"
+    os.close(ours)
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        show_cursor()
+    assert (tmp_path / "log").read_text() == ""
+    show_cursor()  # nor does what is closed
+
+
+def test_a_run_is_named_by_its_name_its_folder_or_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")
+    for run in (results / "old", results / "new", Path("new")):
+        run.mkdir(parents=True)
+        (run / "best.parquet").touch()
+    assert find_run("old", results) == find_run("results/old", results) == results / "old"
+    for named in ("results/old/best.parquet", "old/best.parquet"):
+        assert find_run(named, results) == results / "old" / "best.parquet"
+        assert find_run_folder(named, results, "RUN") == results / "old"
+    assert find_run("new", results) == Path("new")  # a path, as it stands there
+    assert find_run("elsewhere", results) == Path("elsewhere")  # and is refused under the name that was given
+    with pytest.raises(InputError) as caught:
+        find_run_folder("elsewhere", results, "RUN")
+    assert str(caught.value) == "RUN: must be the folder of a run, or its name in results, got elsewhere"
+    with pytest.raises(InputError):
+        find_run_folder("x" * 300, results, "RUN")
+
+
+@pytest.mark.parametrize("kind", ["file", "empty", "project"])
+def test_what_is_no_run_does_not_hide_the_run_of_its_name(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "file":
+        Path("demo").write_text("notes")
+    else:
+        Path("demo").mkdir()
+    if kind == "project":
+        Path("demo/space.yaml").write_text("parameters: {}")
+    results = Path("results")
+    assert find_run("demo", results) == Path("demo")
+    (results / "demo").mkdir(parents=True)
+    (results / "demo" / "reports.journal").touch()
+    assert find_run("demo", results) == find_run_folder("demo", results, "RUN") == results / "demo"
+
+
+def test_path_in_the_home_folder_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_path("~/runs") == tmp_path / "runs"
+    assert read_place("~/runs") == f"{tmp_path}/runs"
+    assert read_place("./~/runs") == "./~/runs"  # kept as it is: without ./ it could be a name
+    assert read_place("quick") == "quick"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must not be empty"),
+        (
+            "~nobody-has-this-name/x",
+            "~nobody-has-this-name/x names an unknown home folder; set HOME, give the full path, "
+            "or write ./~nobody-has-this-name/x for that very name",
+        ),
+    ],
+)
+def test_path_that_leads_nowhere_is_refused(text: str, message: str) -> None:
+    for read in (read_path, read_place):
+        with pytest.raises(argparse.ArgumentTypeError) as caught:
+            read(text)
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [
+        (search_parser, "~/x --data-dir=~/x --warm-start=~/x --resume=~/x --results-dir=~/x"),
+        (_train_parser, "~/x --output=~/x --data-dir=~/x"),
+        (_compare_parser, "~/x --output=~/x --data-dir=~/x"),
+        (_report_parser, "~/x --output=~/x"),
+        (_show_parser, "~/x --results-dir=~/x"),
+        (_grafana_parser, "~/x"),
+    ],
+)
+def test_every_path_of_a_command_may_begin_with_the_home_folder(
+    build: Callable[[str], argparse.ArgumentParser], arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = build("x")
+    expanded = {
+        name for name, value in vars(parser.parse_args(arguments.split())).items() if str(value) == f"{tmp_path}/x"
+    }
+    kinds = ("DIR", "FILE", "RUN", "SPACE", "BEST.parquet")
+    assert expanded == {action.dest for action in parser._actions if action.metavar in kinds} - {"name"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("ascii", b"96.1 +-0.5 l?uf ... ? \xff\n"),
+        ("latin-1", b"96.1 \xb10.5 l\xe4uf ... ? \xff\n"),
+        ("utf-8", "96.1 \u00b10.5 l\u00e4uf \u2026 \u8dd1 ".encode() + b"\xff\n"),
+    ],
+)
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_an_encoding_does_not_have_is_printed_in_another_way(
+    name: str, encoding: str, printed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding))
+    mend_streams()
+    open_console(stderr=name == "stderr").print("96.1 \u00b10.5 l\u00e4uf \u2026 \u8dd1 \udcff")
+    getattr(sys, name).flush()
+    assert written.getvalue() == printed
+
+
+def test_file_that_is_opened_beside_closed_streams_gets_nothing_that_is_printed(tmp_path: Path) -> None:
+    """As ``>&-`` closes them: the file would get number 1, and all that others print there."""
+    code = (
+        "import os, subprocess, sys; from tune_amp.cli.console import mend_streams; mend_streams(); "
+        "file = open('kept', 'w'); print('printed'); print('an error', file=sys.stderr); "
+        "subprocess.run(['sh', '-c', 'echo by another; echo and its error >&2'], check=True); "
+        "[os.write(number, b'by a library') for number in (1, 2)]; file.write(sys.stdin.read() if sys.stdin else 'all')"
+    )
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, code], cwd=tmp_path, check=False)
+    assert (done.returncode, (tmp_path / "kept").read_text()) == (0, "all")
+
+
+def test_log_is_no_screen_though_colour_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    log = io.StringIO()
+    console = Console(file=log, width=20)
+    assert not is_screen(console)
+    say(console, "a sentence of more than twenty letters", style="red")
+    assert log.getvalue() == "\x1b[31ma sentence of more than twenty letters\x1b[0m\n"  # on one line
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        assert is_screen(Console(file=terminal))
+        monkeypatch.setenv("TERM", "dumb")
+        assert not is_screen(Console(file=terminal))  # it could not redraw a table
+    os.close(ours)

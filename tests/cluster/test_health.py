@@ -1,0 +1,40 @@
+import socket
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from tune_amp.cluster.health import Vitals
+
+
+@pytest.fixture
+def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, socket.socket]]:
+    """The raylet and the GCS of a cluster, as far as one sees of them that they live."""
+    raylet, gcs = socket.socket(socket.AF_UNIX), socket.socket()
+    raylet.bind(str(tmp_path / "raylet"))
+    gcs.bind(("127.0.0.1", 0))
+    node = types.SimpleNamespace(
+        all_processes={},
+        raylet_socket_name=str(tmp_path / "raylet"),
+        gcs_address=f"127.0.0.1:{gcs.getsockname()[1]}",
+    )
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    with raylet, gcs:
+        raylet.listen()
+        gcs.listen()
+        yield {"raylet": raylet, "gcs_server": gcs}
+
+
+@pytest.mark.parametrize("dies", ["raylet", "gcs_server"])
+def test_death_of_what_a_cluster_offers_is_noticed(joined: dict[str, socket.socket], dies: str) -> None:
+    vitals = Vitals()
+    assert vitals.find_dead() is None
+    joined[dies].close()
+    assert vitals.find_dead() == dies
+
+
+def test_raylet_that_cannot_be_seen_from_here_is_not_dead(joined: dict[str, socket.socket]) -> None:
+    joined["raylet"].close()
+    assert Vitals().find_dead() is None

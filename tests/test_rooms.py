@@ -1,0 +1,133 @@
+"""Each room imports only from rooms on lower floors, and needs no other libraries than its own."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tune_amp
+
+PACKAGE = Path(tune_amp.__file__).parent
+
+FLOORS = {
+    "trial": 1,
+    "space": 2,
+    "training": 2,
+    "results": 3,
+    "cluster": 3,
+    "confirm": 4,
+    "reuse": 4,
+    "report": 4,
+    "monitor": 4,
+    "search": 5,
+    "cli": 6,
+}
+
+# What a room may import besides the standard library and lower rooms.
+LIBRARIES = {
+    "trial": set(),
+    "space": {"optuna", "yaml"},
+    "training": {"numpy", "sklearn", "torch", "torchvision"},
+    "results": {"numpy", "optuna", "pyarrow", "scipy"},
+    "cluster": {"grpc", "numpy", "pyarrow", "ray", "torch"},
+    "confirm": {"ray", "torch"},
+    "reuse": {"jinja2", "numpy", "pyarrow", "safetensors", "torch"},
+    "report": {"jinja2", "plotly"},
+    "monitor": {"mlflow", "ray", "rich", "tensorboardX", "wandb"},
+    "search": {"numpy", "optuna", "ray", "torch"},
+    "cli": {"ray", "rich", "torch"},
+}
+MOST_NAMES = 6
+"""At the door of a room."""
+
+
+def list_files(room: str) -> list[Path]:
+    return sorted((PACKAGE / room).glob("*.py"))
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_file_is_in_a_room() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
+    assert {folder.relative_to(PACKAGE).as_posix() for folder in folders} == {*FLOORS}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "doors.py"}
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_imports_from_lower_floors_only(room: str) -> None:
+    for path in list_files(room):
+        rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("tune_amp.")} & {*FLOORS}
+        assert all(FLOORS[other] < FLOORS[room] for other in rooms - {room}), path
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_needs_no_other_libraries_than_its_own(room: str) -> None:
+    roots = {name.split(".")[0] for path in list_files(room) for name in imported_modules(path)}
+    assert roots - sys.stdlib_module_names - {"tune_amp"} == LIBRARIES[room]
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_door_says_what_the_room_is_for_and_opens_few_names_that_all_exist(room: str) -> None:
+    door = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    assert ast.get_docstring(door)
+    [names] = [node for node in ast.walk(door) if isinstance(node, ast.Call)]
+    opened = [name.value for keyword in names.keywords for name in keyword.value.elts]  # type: ignore[attr-defined]
+    assert 1 <= len(opened) <= MOST_NAMES
+    code = f"import tune_amp.{room} as room; print([getattr(room, name).__name__ for name in {opened}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{opened}\n"
+
+
+def test_no_circle_within_a_room() -> None:
+    """So that a file can be read after those that it needs."""
+    for room in FLOORS:
+        needs = {
+            path.stem: {
+                name.split(".")[2]
+                for name in imported_modules(path)
+                if name.startswith(f"tune_amp.{room}.") and name.count(".") > 2
+            }
+            for path in list_files(room)
+            if path.stem != "__init__"
+        }
+        while needs:
+            free = {name for name, others in needs.items() if not others & {*needs} - {name}}
+            assert free, f"{room}: a circle among {sorted(needs)}"
+            needs = {name: others for name, others in needs.items() if name not in free}
+
+
+@pytest.mark.parametrize(("module", "heavy"), [
+    ("tune_amp", {"torch", "ray", "optuna", "pyarrow", "numpy", "rich"}),
+    ("tune_amp.trial.config", {"torch", "ray", "optuna", "pyarrow", "numpy"}),
+    ("tune_amp.results.records", {"torch", "ray", "optuna"}),
+    ("tune_amp.training.run", {"ray", "optuna"}),
+    ("tune_amp.cli.main", {"torch", "ray", "optuna", "pyarrow"}),
+])  # fmt: skip
+def test_what_must_load_quickly_loads_nothing_heavy(module: str, heavy: set[str]) -> None:
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_only_commands_print() -> None:
+    """What a search shows is rendered in lower rooms, and printed in one; but for warnings on stderr."""
+    printing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    warning = {"search/tuner.py", "monitor/trackers.py", "monitor/prometheus.py", "monitor/safe_observer.py"}
+    assert {path for path in printing if not path.startswith("cli/")} == warning

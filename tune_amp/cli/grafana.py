@@ -1,0 +1,54 @@
+"""The command ``tune-amp grafana``: the bundled Grafana dashboard of the metrics in ``gauges``."""
+
+import argparse
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
+from tune_amp.results.files import write_atomically
+from tune_amp.trial.config import InputError
+
+
+def grafana_command(arguments: Sequence[str] | None = None, program: str = "tune-amp grafana") -> int:
+    """Print or write the dashboard that Grafana imports. Returns the exit code."""
+    return answer_bad_input(lambda: _grafana(_grafana_parser(program).parse_args(arguments)))
+
+
+def read_dashboard() -> str:
+    """The dashboard, ``tune_amp/grafana/tune_amp.json`` in the package."""
+    file = importlib.resources.files("tune_amp.monitor") / "grafana" / "tune_amp.json"
+    return file.read_text(encoding="utf-8")
+
+
+def _grafana_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="The Grafana dashboard of a search's metrics, as JSON that Grafana imports.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", type=read_path, help="where to write it (standard output)")
+    return parser
+
+
+def _grafana(arguments: argparse.Namespace) -> int:
+    text = read_dashboard()
+    if arguments.file is None:
+        with ignoring_closed_pipe():
+            print(text, end="")  # noqa: T201
+        return EXIT_DONE
+    try:
+        _write_dashboard(arguments.file, text.encode())
+    except FileExistsError:
+        raise InputError(
+            f"FILE: {arguments.file} already exists and is another file: remove it, or name another"
+        ) from None
+    except OSError as error:
+        raise InputError(f"FILE: {arguments.file} cannot be written: {error.strerror}") from error
+    return EXIT_DONE
+
+
+def _write_dashboard(path: Path, content: bytes) -> None:
+    """Write it, unless it is there already; a dashboard that somebody has edited is not ours any more."""
+    if not (path.is_file() and path.read_bytes() == content):
+        write_atomically(path, lambda file: file.write(content), replace=False)

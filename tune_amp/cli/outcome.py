@@ -1,0 +1,216 @@
+"""What a search came to, as its own end and ``tune-amp show`` print it: the same lines from the same code.
+
+Imports neither torch nor Ray, so that a run is shown at once, and wherever pyarrow and Optuna are.
+"""
+
+import collections
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tune_amp.cli.console import say
+from tune_amp.monitor.tables import describe_confirmed, render_confirmed
+from tune_amp.monitor.terminal import describe_counts, render_importance, render_ranking
+from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
+from tune_amp.results.ranking import choose_best, describe_ties
+from tune_amp.results.records import (
+    BestRow,
+    Provenance,
+    SlotTime,
+    TrialRecord,
+    load_best_rows,
+    load_confirmed,
+    load_provenance,
+    load_slot_time,
+    load_trials,
+)
+from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
+from tune_amp.results.utilisation import describe_utilisation
+from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path, name_run
+from tune_amp.space.space import parse_space
+from tune_amp.trial.config import is_function_name
+from tune_amp.trial.text import printable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is shown of a search that is over."""
+
+    folder: Path
+    """The run folder."""
+    trials: Sequence[TrialRecord]
+    """All of them, in order of submission."""
+    ranked: Sequence[TrialRecord]
+    """The best by the search's own numbers; empty where no trial produced a result."""
+    best: Sequence[BestRow]
+    """As in ``best.parquet``; empty where there is none."""
+    confirmed_runs: Sequence[ConfirmedRun] = ()
+    """Of the best, on fresh seeds."""
+    provenance: Provenance
+    importance: ImportanceResult
+    slot_time: SlotTime | None
+    """None where the search was killed, or still goes on."""
+    interrupted: bool = False
+    """Whether a signal ended the search; its files do not tell that from a time budget that was used up."""
+    wrap_up_seconds: float | None = None
+    """What followed the last trial's end; None where that is not known any more."""
+    confirm_seconds: float | None = None
+    """What fresh seeds took; None where there were none, or that is not known any more."""
+    ranking_wanted: bool = False
+    """Whether the search's own ranking is shown even where fresh seeds know better."""
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether the best were trained again on fresh seeds."""
+        return any(row.confirmation is not None for row in self.best)
+
+
+def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
+    """What the files of a run tell, which may have been killed: then some are missing.
+
+    Args:
+        folder: the run folder.
+        top_k: how many of the best are ranked; None for as many as the search ranked, or 3 where it was killed.
+
+    Raises:
+        InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file damaged or of another version.
+    """
+    trials = load_trials(folder)
+    provenance = load_provenance(folder / TRIALS_FILE)
+    best = load_best_rows(folder) if (folder / BEST_FILE).exists() else []
+    wanted = top_k is not None
+    if top_k is None:
+        top_k = sum(row.trial.trial_id != DEFAULT_ID for row in best) or 3
+    return Outcome(
+        folder=folder,
+        trials=trials,
+        ranked=choose_best(trials, provenance.objectives, top_k),
+        best=best,
+        confirmed_runs=load_confirmed(folder) if (folder / CONFIRM_FILE).exists() else (),
+        provenance=provenance,
+        importance=_find_importance(folder, trials, provenance),
+        slot_time=load_slot_time(folder),
+        ranking_wanted=wanted,
+    )
+
+
+def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
+    """As the search wrote it; else measured as the search would have, which mostly tells why it did not."""
+    if (folder / IMPORTANCE_FILE).exists():
+        return load_importance(folder)
+    space = parse_space(provenance.space_source, provenance.space_text)
+    train_images, seed = provenance.train_images, provenance.seed
+    return measure_importance(space, trials, provenance.objectives[0], train_images=train_images, seed=seed)
+
+
+def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None, model: str, dataset: str) -> str:
+    """The line that trains the winner: with the same data, and with consent to the user's own code.
+
+    Args:
+        train: the command that trains, such as ``("tune-amp", "train")``.
+        best: ``best.parquet``.
+        data_dir: where the search found its data; None where nobody said.
+        model: of the search.
+        dataset: of the search.
+    """
+    parts = [*train, name_path(best)]
+    if data_dir is not None:
+        parts += ["--data-dir", data_dir]
+    for flag, name in (("model", model), ("dataset", dataset)):
+        if is_function_name(name):
+            parts += [f"--{flag}", name]
+    return shlex.join(parts)
+
+
+def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
+    """Print counts, ranking and ties or what confirmed them, importance, slot time, files and how to go on.
+
+    Args:
+        console: what was found goes here.
+        outcome: what is shown.
+        reuse: the line that trains the winner.
+        errors: why nothing was found goes here.
+    """
+    console.print(describe_counts(outcome.trials))
+    if outcome.interrupted:
+        console.print("[magenta]interrupted[/]: everything that was reported is kept")
+    if not outcome.ranked:
+        _print_slot_time(console, outcome)
+        _print_no_result(errors, outcome)
+        return
+    console.print()
+    if outcome.ranking_wanted or not outcome.is_confirmed or len(outcome.provenance.objectives) > 1:
+        _print_ranking(console, outcome)
+        console.print()
+    if outcome.is_confirmed:
+        print_confirmed(console, outcome.best, outcome.provenance)
+        console.print()
+    elif outcome.confirmed_runs or outcome.confirm_seconds is not None:
+        kept = f"{len(outcome.confirmed_runs)} runs are kept; the ranking is the search's own"
+        console.print(f"[magenta]confirmation interrupted[/]: {kept}", soft_wrap=True)
+        console.print()
+    say(console, describe_importance(outcome.importance))
+    if any(row.told_from_noise for row in outcome.importance.rows):
+        console.print(render_importance(outcome.importance))
+    console.print()
+    _print_slot_time(console, outcome)
+    if outcome.is_confirmed:
+        say(console, _describe_runs(outcome))
+    files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
+    say(console, f"files    {outcome.folder}: {', '.join(files)}")
+    if (outcome.folder / BEST_FILE).exists():
+        console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
+
+
+def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Provenance) -> None:
+    """Print the table of the confirmed configurations and the sentences below it, the verdict last.
+
+    Args:
+        console: where to.
+        rows: of ``best.parquet``, those without confirmation included.
+        provenance: of the run.
+    """
+    console.print(render_confirmed(rows, provenance))
+    for sentence in describe_confirmed(rows, provenance):
+        say(console, sentence)
+
+
+def _print_ranking(console: Console, outcome: Outcome) -> None:
+    console.print(render_ranking(outcome.ranked, outcome.provenance.objectives))
+    ties = describe_ties(outcome.ranked, outcome.provenance)
+    if ties:
+        say(console, ties)
+
+
+def _describe_runs(outcome: Outcome) -> str:
+    """How many configurations were trained on which fresh seeds, and how long that took where it is known."""
+    seeds = sorted({run.seed for run in outcome.confirmed_runs})
+    count = len({run.trial_id for run in outcome.confirmed_runs})
+    took = "" if outcome.confirm_seconds is None else f" in {outcome.confirm_seconds:.0f} s"
+    return f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}"
+
+
+def _print_slot_time(console: Console, outcome: Outcome) -> None:
+    if outcome.slot_time is None:
+        say(
+            console,
+            "unfinished: the search was cut off, or still goes on; the line that it printed, or else "
+            f"--resume {shlex.quote(name_run(outcome.folder, DEFAULT_RESULTS_DIR))}, goes on with it",
+            style="yellow",
+        )
+        return
+    wrap_up = "" if outcome.wrap_up_seconds is None else f"; then {outcome.wrap_up_seconds:.1f} s to wrap up"
+    say(console, f"slot time  {describe_utilisation(outcome.trials, outcome.slot_time)}{wrap_up}")
+
+
+def _print_no_result(console: Console, outcome: Outcome) -> None:
+    """Say why there is no winner: the commonest reasons first."""
+    console.print("[bold red]no trial produced a result[/]:")
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
+    for reason, count in reasons.most_common(3):
+        say(console, f"  {count} {reason}")
+    console.print(printable(f"every trial is in {outcome.folder / 'trials.parquet'}"), markup=False, soft_wrap=True)

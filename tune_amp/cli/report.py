@@ -1,0 +1,31 @@
+"""The command ``tune-amp report``, which ``scripts/report.py`` runs too: arguments, the call and printing."""
+
+import argparse
+from collections.abc import Sequence
+
+from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
+
+
+def report_command(arguments: Sequence[str] | None = None, program: str = "scripts/report.py") -> int:
+    """Make the report of a run again and print where it is. Returns the exit code."""
+    return answer_bad_input(lambda: _report(_report_parser(program).parse_args(arguments)))
+
+
+def _report_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="Make the report of a run from its Parquet files: one HTML file that needs no network.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=read_path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--output", type=read_path, metavar="FILE", help="where to write it (report.html in RUN)")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from tune_amp.report.report import write_report
+
+    path = write_report(arguments.run, arguments.output)
+    with ignoring_closed_pipe():
+        print(path)  # noqa: T201
+    return EXIT_DONE

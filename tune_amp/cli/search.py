@@ -1,0 +1,430 @@
+"""The command ``tune-amp search``, which ``scripts/search.py`` runs too: arguments, calls and printing."""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+
+from tune_amp.cli.console import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NO_RESULT,
+    answer_bad_input,
+    check_same_data,
+    find_run,
+    find_run_folder,
+    ignoring_closed_pipe,
+    load_announced,
+    open_console,
+    say,
+    show_cursor,
+)
+from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
+from tune_amp.cli.search_output import (
+    choose_observer,
+    describe_unfit,
+    list_inert,
+    print_end,
+    print_json_end,
+    print_json_start,
+    print_start,
+)
+from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
+from tune_amp.results.journal import read_journal
+from tune_amp.results.run_files import JOURNAL_FILE, REPORT_FILE
+from tune_amp.search.options import (
+    DEFAULT_RESULTS_DIR,
+    SearchOptions,
+    build_options,
+    check_trackers,
+    make_run_name,
+    naming_flags,
+    run_folder,
+)
+from tune_amp.trial.config import InputError, TrialConfig, checked_field, describe_error, is_function_name
+from tune_amp.trial.consent import consent_to, load_function
+from tune_amp.trial.text import hide_credentials, printable
+
+if TYPE_CHECKING:
+    from tune_amp.cluster.resources import TrialResources
+    from tune_amp.cluster.session import RaySession
+    from tune_amp.search.history import PastRun
+    from tune_amp.search.run import SearchResult
+    from tune_amp.search.warm_start import Donor, WarmStart
+    from tune_amp.space.space import SearchSpace
+    from tune_amp.training.data import Dataset
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the command line asks for, found to make sense."""
+
+    arguments: argparse.Namespace
+    space: "SearchSpace"
+    donor: "Donor | None" = None
+    past: "PastRun | None" = None
+    """The run that goes on, or None for a new one."""
+    notes: Sequence[str] = ()
+    """What is another than when it was begun."""
+    command: Sequence[str]
+    """The program and its arguments."""
+    begun: float
+    """``time.monotonic()`` when the command began."""
+
+    @property
+    def options(self) -> SearchOptions:
+        """How much is searched."""
+        return build_options(vars(self.arguments))
+
+
+WORKER_MODULES = ("tune_amp.cluster.trainable",)
+"""What workers import as they start, with all that it imports in its turn."""
+
+
+def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
+    """Run a search and print what it found. Returns the exit code."""
+    begun = time.monotonic()
+    command = sys.argv[1:] if arguments is None else list(arguments)
+    return answer_bad_input(lambda: _search(command, program, begun))
+
+
+def _search(command: Sequence[str], program: str, begun: float) -> int:
+    parser = search_parser(program)
+    arguments = parser.parse_args(command)
+    if arguments.resume is None:
+        return _begin(arguments, program, command, begun)
+    from tune_amp.cli.resume import describe_changes, take_over
+    from tune_amp.search.history import open_past
+    from tune_amp.space.space import parse_space
+
+    folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
+    with open_past(folder) as past:
+        arguments = take_over(parser, command, past)
+        arguments.tracker = check_trackers(arguments.tracker)
+        notes = describe_changes(past, folder)
+        space = parse_space(past.provenance.space_source, past.provenance.space_text)
+        task = Task(arguments=arguments, space=space, past=past, notes=notes, command=(program, *command), begun=begun)
+        return _run(task, folder)
+
+
+def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
+    from tune_amp.search.samplers import build_sampler
+    from tune_amp.search.warm_start import load_donor
+    from tune_amp.space.space import load_space
+
+    options = build_options(vars(arguments))
+    consent_to(arguments.model, arguments.dataset, arguments.sampler)
+    checked_field("--imbalance", arguments.imbalance, TrialConfig, "imbalance")
+    arguments.tracker = check_trackers(arguments.tracker)
+    name = arguments.space or DEFAULT_SPACE
+    space = load_space(name)
+    # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
+    build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
+    donor = None
+    if arguments.warm_start is not None:
+        donor = load_donor(
+            find_run(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
+        )
+    run = make_run_name(name) if arguments.name is None else arguments.name
+    with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
+        return _run(
+            Task(arguments=arguments, space=space, donor=donor, command=(program, *command), begun=begun), folder
+        )
+
+
+def _run(task: Task, folder: Path) -> int:
+    """Search, print what was found, and how to go on where something ended it."""
+    from tune_amp.cluster.session import StartError
+
+    arguments, stdout = task.arguments, sys.stdout
+
+    def leave() -> None:
+        try:
+            _say_cut_off(f"{stop.reason}; left at once", task, folder)
+        finally:
+            show_cursor()
+            os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
+
+    stop = StopRequest(leave)
+    # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
+    pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
+    try:
+        with pure, stopping_on_signals(stop):
+            result = _search_with_ray(task, folder, stop, stdout)
+    except StartError as error:  # nothing was begun that could go on: the same command may be given again
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_NO_RESULT
+    except (OSError, KeyboardInterrupt) as error:  # a full disk, most often, or Ctrl-C
+        reason = describe_error(error) if isinstance(error, OSError) else stop.reason or "interrupted"
+        return _say_cut_off(reason, task, folder)
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:  # Ray's own answer to SIGTERM while it starts
+            raise
+        return _say_cut_off("SIGTERM", task, folder)
+    except Exception as error:  # a fault of ours or of Ray's: its traceback follows, but the run is not lost
+        if not isinstance(error, InputError):
+            code = _say_cut_off(describe_error(error), task, folder)
+            if _is_gone(folder):
+                return code
+        raise
+    with ignoring_closed_pipe():
+        if arguments.quiet and result.ranked:
+            print(result.best_path)  # noqa: T201
+        if arguments.json:
+            print_json_end(stdout, result, _resume_command(task, folder))
+    if result.is_cut_off:
+        code = _say_cut_off(result.reason or stop.reason or "interrupted", task, folder)
+        return EXIT_NO_RESULT if result.failing else code
+    return EXIT_DONE if result.ranked else EXIT_NO_RESULT
+
+
+def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
+    """Say what ended a run before its time, and how to go on with it. Return the exit code."""
+    if _is_gone(folder):
+        text = f"error: {folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(text, file=sys.stderr)  # noqa: T201
+        return EXIT_NO_RESULT
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
+        if _can_go_on(task, folder):
+            print(f"resume   {printable(_resume_command(task, folder))}", file=sys.stderr)  # noqa: T201
+    return EXIT_INTERRUPTED
+
+
+def _is_gone(folder: Path) -> bool:
+    """Return whether a run folder was removed or moved away. Ray and we may have made parts of it again."""
+    return not folder.exists() or (any(folder.iterdir()) and not (folder / JOURNAL_FILE).exists())
+
+
+def _can_go_on(task: Task, folder: Path) -> bool:
+    """Whether there is something to go on with. What a run takes over from another, it does with its first trial."""
+    path = folder / JOURNAL_FILE
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    return task.donor is None or any(event["event"] == "trial" for event in read_journal(path))
+
+
+def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
+    from tune_amp.cluster.session import ray_session, resolve_address
+
+    arguments, space, options, past = task.arguments, task.space, task.options, task.past
+    if arguments.address is not None:  # to be refused, if it must be, before data are loaded
+        resolve_address(arguments.address)
+    console = open_console(quiet=arguments.quiet or arguments.json)
+    theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
+    # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
+    # A user's own code is run in the main thread, where it may expect to be.
+    load = functools.partial(_load_checked, task)
+    find_checked = _call(load, in_background=not theirs)
+    modules = _user_modules(arguments.model)
+    with ray_session(
+        arguments.address,
+        run=folder.name,
+        modules=modules,
+        num_gpus=_count_usable_gpus(),
+        preload=WORKER_MODULES,
+        announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
+    ) as session:
+        stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
+        if session.exposure:
+            say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
+        dataset, unfit = find_checked()
+        from tune_amp.cli.resume import remember
+        from tune_amp.monitor.trackers import build_trackers
+        from tune_amp.search.plan import adapt_donor, plan_resources
+        from tune_amp.search.run import run_search
+
+        resources = plan_resources(
+            options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
+        )
+        warm_start = None if task.donor is None else adapt_donor(task.donor, space, dataset, options)
+        with ignoring_closed_pipe():
+            _announce(task, folder, console, stdout, dataset, unfit, session, resources, warm_start)
+        with choose_observer(arguments, console, stdout) as observer:
+            trackers = build_trackers(arguments.tracker, folder, past=past.reported if past else {})
+            result = run_search(
+                space,
+                dataset,
+                options,
+                folder=folder,
+                observer=observer,
+                command=tuple(map(hide_credentials, task.command)),
+                storage_path=arguments.storage_path,
+                started=task.begun,
+                resources=resources,
+                warm_start=warm_start,
+                past=past,
+                arguments=remember(arguments),
+                stop=stop,
+                trackers=trackers,
+                checked=True,
+                announce=lambda line: say(console, f"note       {line}", style="yellow"),
+            )
+        _write_report(result.folder)
+        with ignoring_closed_pipe():  # now: Ray takes another second to end
+            print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
+    return result
+
+
+def _announce(
+    task: Task,
+    folder: Path,
+    console: Console,
+    stdout: IO[str],
+    dataset: "Dataset",
+    unfit: Mapping[str, str],
+    session: "RaySession",
+    resources: "TrialResources",
+    warm_start: "WarmStart | None",
+) -> None:
+    """Say how the search begins, or goes on."""
+    from tune_amp.cli.resume import describe_standing
+    from tune_amp.monitor.trackers import describe_tracker
+
+    arguments, space, options, past = task.arguments, task.space, task.options, task.past
+    print_start(console, space, dataset, options, session, resources)
+    for precision, reason in unfit.items():
+        say(console, f"note       {describe_unfit(options.model, precision, reason, resources)}", style="yellow")
+    for line in [] if warm_start is None else warm_start.describe():
+        say(console, f"warm       {line}")
+    if past is not None:
+        say(console, f"resumed    {describe_standing(past, options.num_samples, options.time_budget)}")
+    for line in task.notes:
+        say(console, f"note       {line}", style="yellow")
+    for name in arguments.tracker:
+        say(console, f"tracker    {describe_tracker(name, folder)}")
+    if arguments.json:
+        warm = None if warm_start is None else warm_start.describe_as_json()
+        print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), unfit, warm)
+
+
+def _write_report(folder: Path) -> None:
+    """The report can be made again, so that what goes wrong with it is no reason to lose the run."""
+    from tune_amp.report.report import write_report
+
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"{REPORT_FILE} was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+
+
+def _load_checked(task: Task) -> "tuple[Dataset, dict[str, str]]":
+    """The data set, found to fit, and ``check_fit``'s answer; what the search will import is imported meanwhile."""
+    import torch
+
+    from tune_amp.search.preflight import check_fit
+    from tune_amp.training.data import make_long_tail
+
+    dataset = load_announced(task.arguments.dataset, task.arguments.data_dir)
+    with naming_flags():
+        dataset = make_long_tail(dataset, task.arguments.imbalance)
+    if task.past is not None:
+        check_same_data(dataset, task.past.provenance.data_hash)
+    elsewhere = task.arguments.address is not None or torch.cuda.is_available()
+    unfit = check_fit(task.space, dataset, task.options, may_use_gpus=elsewhere and task.options.gpus_per_trial != 0)
+    importlib.import_module("tune_amp.search.run")
+    return dataset, unfit
+
+
+def _call(function: Callable[[], _T], *, in_background: bool) -> Callable[[], _T]:
+    """Call ``function``, here or in a thread that does not outlive the program.
+
+    Returns:
+        What gives its result; that of a thread is waited for, and its exception raised there.
+    """
+    future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if in_background:
+        threading.Thread(target=run, daemon=True).start()
+    else:
+        future.set_result(function())
+    return future.result
+
+
+def _count_usable_gpus() -> int:
+    """GPUs that a Ray of our own may offer: none that this torch cannot use, or trials would train on the CPU.
+
+    torch is asked only where Ray finds a GPU: importing it takes a second.
+    """
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    found = get_accelerator_manager_for_resource("GPU")
+    if found is None or found.get_current_node_num_accelerators() == 0:
+        return 0
+    import torch
+
+    from tune_amp.cluster.resources import count_gpus
+
+    return count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+
+
+def _user_modules(model: str) -> tuple[ModuleType, ...]:
+    """What the workers of a joined cluster need of a user's own model, and do not have.
+
+    That is its top-level package or file, and what has been imported from beside it.
+    """
+    if not is_function_name(model):
+        return ()
+    load_function(model)
+    named = sys.modules[model.partition(":")[0].partition(".")[0]]
+    folder = _find_folder(named)
+    installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+    if folder in installed:  # as it has to be on the nodes, with all the others
+        return (named,)
+    known = [module for name, module in sys.modules.items() if "." not in name and name not in ("__main__", "tune_amp")]
+    return tuple(module for module in known if module is named or _find_folder(module) == folder)
+
+
+def _find_folder(module: ModuleType) -> Path | None:
+    """The folder in which a package or a single module lies; None for what is built in."""
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    return Path(places[0]).resolve().parent if places[0] else None
+
+
+def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
+    from tune_amp.cli.outcome import name_reuse_command
+
+    script = Path(sys.argv[0]).with_name("train.py")
+    train = ("tune-amp", "train") if program.startswith("tune-amp") else (_name_python(), str(script))
+    data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
+    return name_reuse_command(train, best, data_dir=data_dir, model=arguments.model, dataset=arguments.dataset)
+
+
+def _resume_command(task: Task, folder: Path) -> str:
+    from tune_amp.cli.resume import name_resume_command, remember
+
+    program = task.command[0]
+    search = ("tune-amp", "search") if program.startswith("tune-amp") else (_name_python(), sys.argv[0])
+    return name_resume_command(search, folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remember(task.arguments))
+
+
+def _name_python() -> str:
+    """This interpreter as the user can type it: ``python`` where that is the one, else its path."""
+    executable = Path(sys.executable)
+    if shutil.which("python") == str(executable):
+        return "python"
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else str(executable)

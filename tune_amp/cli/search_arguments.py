@@ -1,0 +1,68 @@
+"""The arguments of ``tune-amp search``."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from tune_amp.cli.console import OneLineParser, read_path, read_place
+from tune_amp.search.options import DEFAULT_RESULTS_DIR, NONE, TRACKERS, SearchOptions, name_flag
+from tune_amp.trial.config import DATASETS, value_type
+
+DEFAULT_SPACE = "mnist_amp"
+
+
+def search_parser(program: str) -> argparse.ArgumentParser:
+    """Parses them; ``program`` is named in the help."""
+    parser = OneLineParser(
+        prog=program,
+        description="Search for the settings under which mixed-precision training works best.",
+        allow_abbrev=False,
+    )
+
+    def add(name: str, text: str, **settings: Any) -> None:
+        unset = settings.get("default") in (None, [])
+        parser.add_argument(name, help=text if unset else f"{text} (%(default)s)", **settings)
+
+    add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", type=read_place, metavar="SPACE")
+    text = (
+        f"auto, {', '.join(DATASETS)} or MODULE:FUNCTION; auto is MNIST where it can be had, else scikit-learn's digits"
+    )
+    add("--dataset", text, default="auto", metavar="NAME")
+    add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=read_path, metavar="DIR")
+    text = "thin the training classes to a long tail of X:1; validation and test stay as they are"
+    add("--imbalance", text, type=float, default=1.0, metavar="X")
+    for field in dataclasses.fields(SearchOptions):
+        about, kind = field.metadata, value_type(field.name, SearchOptions)
+        add(
+            name_flag(field.name),
+            about["help"] + (f" ({about['unset']})" if "unset" in about else ""),
+            type=about.get("read", kind),
+            default=field.default,
+            metavar=about.get("metavar", {int: "N", float: "X", str: "NAME"}[kind]),
+        )
+    text = "start from what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
+    add("--warm-start", text, type=read_place, metavar="RUN")
+    text = "resume a run that was cut off, with the arguments that it had: its folder, or its name in --results-dir"
+    add("--resume", text, type=read_place, metavar="RUN")
+    add("--name", "name of the run: letters, digits, _, . and - (space, date and time)", metavar="RUN")
+    add("--results-dir", "where run folders are made", type=read_path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
+    text = f"report to {', '.join(TRACKERS)}, or several joined by commas, or none; their files lie in the run folder"
+    add("--tracker", text, action="append", default=[], metavar="NAME")
+    text = "join a Ray cluster: auto or host:port; none starts a Ray here"
+    add("--address", text, type=_unless_none, metavar="ADDR")
+    text = "where a cluster's nodes keep checkpoints; none is the run folder"
+    add("--storage-path", text, type=_storage_place, metavar="URL")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
+    shown.add_argument("--json", action="store_true", help="print JSON lines")
+    return parser
+
+
+def _unless_none(text: str) -> str | None:
+    return None if text == NONE else text
+
+
+def _storage_place(text: str) -> str | None:
+    if "://" not in text:
+        read_place(text)  # to be refused, if it must be
+    return _unless_none(text)

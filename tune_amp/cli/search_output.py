@@ -1,0 +1,178 @@
+"""What ``tune-amp search`` prints: how a search begins and ends, for people and, as JSON lines, for programs."""
+
+import argparse
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from tune_amp.cli.console import is_screen, open_console, say
+from tune_amp.search.options import SearchOptions
+from tune_amp.trial.config import TrialConfig
+
+if TYPE_CHECKING:
+    from tune_amp.cluster.resources import TrialResources
+    from tune_amp.cluster.session import RaySession
+    from tune_amp.monitor.prometheus import SearchObserver
+    from tune_amp.search.run import SearchResult
+    from tune_amp.space.space import SearchSpace
+    from tune_amp.training.data import Dataset
+
+SLOW_EPOCH_SECONDS = 120.0
+
+
+def choose_observer(
+    arguments: argparse.Namespace, console: Console, stdout: IO[str]
+) -> "contextlib.AbstractContextManager[SearchObserver]":
+    """What shows a search while it runs, as the command line asks for it."""
+    from tune_amp.monitor.terminal import JsonLines, LiveTable, PlainLines, Quiet
+
+    if arguments.json:
+        return contextlib.nullcontext(JsonLines(stdout))
+    if arguments.quiet:
+        return contextlib.nullcontext(Quiet())
+    return LiveTable(console) if is_screen(console) else contextlib.nullcontext(PlainLines(console))
+
+
+def print_start(
+    console: Console,
+    space: "SearchSpace",
+    dataset: "Dataset",
+    options: SearchOptions,
+    session: "RaySession",
+    resources: "TrialResources",
+) -> None:
+    """Say what is searched, on what, with what, and where it can be watched."""
+    import torch
+
+    from tune_amp.training.amp import describe_hardware
+    from tune_amp.training.data import describe_tail
+
+    if console.quiet:
+        return  # nor is a step timed for nothing
+    sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
+    reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
+    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"  # names, checked as such
+    console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
+    say(console, f"space      {space.source}: {', '.join(p.name for p in space.parameters)}")
+    for line in list_inert(space, dataset, options):
+        say(console, f"inert      {line}", style="yellow")
+    console.print(f"resources  {resources.reason}", soft_wrap=True)
+    if "train_seconds" in options.objectives and resources.max_concurrent > 1:
+        text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
+        say(console, f"note       train_seconds: {text}", style="yellow")
+    if session.dashboard_url:
+        way_in = f", token in {session.token_path}" if session.token_path else ""
+        console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
+    else:
+        say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
+    if resources.gpus and not torch.cuda.is_available():
+        return  # the GPUs are other nodes': nothing here can tell what they lack
+    device = torch.device("cuda" if resources.gpus else "cpu")
+    for precision in space.precisions:
+        notice = describe_hardware(precision, device)
+        if notice:
+            say(console, f"note       {precision}: {notice}", style="yellow")
+        if device.type == "cpu":
+            _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
+
+
+def describe_unfit(model: str, precision: str, reason: str, resources: "TrialResources") -> str:
+    """What it means that ``model`` does not run in ``precision`` on this machine's CPU."""
+    if resources.gpus:
+        return f"{precision}: {model} does not run on this machine's CPU ({reason}); trials run on GPUs"
+    return f"{precision}: {model} does not run here ({reason}): such trials are recorded as infeasible"
+
+
+def list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions) -> list[str]:
+    """Settings that would be searched for nothing."""
+    from tune_amp.space.no_effect import describe_inert, estimate_inert
+
+    sizes = {"train_images": len(dataset.train), "max_epochs": options.max_epochs}
+    return describe_inert(estimate_inert(space, **sizes), space, **sizes)
+
+
+def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
+    """Hours of waiting should not come as a surprise: a step is timed before the search."""
+    import torch
+
+    from tune_amp.training.run import estimate_epoch_seconds
+
+    torch.set_num_threads(num_threads)
+    config = TrialConfig(model=model, precision=precision)
+    try:
+        seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
+    except Exception:  # a user's model may raise anything in training: its trials will say what
+        return
+    if seconds >= SLOW_EPOCH_SECONDS:
+        text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
+        say(console, f"slow       {precision}: {text}", style="bold yellow")
+
+
+def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
+    """Say what was found, with ``reuse``, the line that trains the winner."""
+    from tune_amp.cli.outcome import Outcome, print_outcome
+    from tune_amp.results.records import rank_trials
+
+    confirmation = result.confirmation
+    outcome = Outcome(
+        folder=result.folder,
+        trials=result.trials,
+        ranked=result.ranked,
+        best=confirmation.rows if confirmation and not confirmation.interrupted else rank_trials(result.ranked),
+        confirmed_runs=confirmation.runs if confirmation else (),
+        provenance=result.provenance,
+        importance=result.importance,
+        slot_time=result.slot_time,
+        interrupted=result.interrupted and not result.failing,
+        wrap_up_seconds=result.wrap_up_seconds,
+        confirm_seconds=confirmation.seconds if confirmation else None,
+    )
+    if confirmation and confirmation.left_out:
+        say(console, confirmation.left_out, style="yellow")
+    # Why there is no winner is said whatever the verbosity.
+    print_outcome(console, outcome, reuse, errors=open_console(stderr=True))
+
+
+def print_json_start(
+    stdout: IO[str],
+    folder: Path,
+    dataset: "Dataset",
+    session: "RaySession",
+    inert: Sequence[str],
+    unfit: Mapping[str, str],
+    warm: Mapping[str, Any] | None,
+) -> None:
+    """The first line for a program: where the run is, and what it begins with."""
+    from tune_amp.monitor.terminal import JsonLines
+
+    token = None if session.token_path is None else str(session.token_path)
+    where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
+    found = {"authenticated": session.authenticated, "inert": inert, "unfit": unfit, "warm_start": warm}
+    start = {"run": folder.name, "dataset": dataset.name, **where, **found}
+    JsonLines(stdout).write("start", start)
+
+
+def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:
+    """The last line for a program: what was found; with ``resume``, the line that goes on where something is left."""
+    from tune_amp.monitor.terminal import JsonLines, describe_as_json, describe_confirmation_as_json
+    from tune_amp.results.utilisation import utilisation
+
+    ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
+    best = str(result.best_path) if ranked else None
+    importance = [vars(row) for row in result.importance.rows]
+    found: dict[str, Any] = {
+        "best": ranked,
+        "best_parquet": best,
+        "importance": importance,
+        "interrupted": result.interrupted,
+        "reason": result.reason,
+        "resume": resume if result.is_cut_off else None,
+    }
+    found["confirmation"] = result.confirmation and describe_confirmation_as_json(result.confirmation)
+    seconds = utilisation(result.trials, result.slot_time)
+    found["utilisation"] = {**vars(result.slot_time), "seconds": seconds}
+    JsonLines(stdout).write("result", found)

@@ -1,0 +1,92 @@
+"""The command ``tune-amp show``: prints a run again, from its files alone."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from tune_amp.cli.console import (
+    EXIT_DONE,
+    OneLineParser,
+    answer_bad_input,
+    find_run_folder,
+    ignoring_closed_pipe,
+    open_console,
+    read_path,
+    read_place,
+    say,
+)
+from tune_amp.results.run_files import BEST_FILE
+from tune_amp.search.options import DEFAULT_RESULTS_DIR
+from tune_amp.trial.config import check
+
+if TYPE_CHECKING:
+    from tune_amp.cli.outcome import Outcome
+
+
+def show_command(arguments: Sequence[str] | None = None, program: str = "tune-amp show") -> int:
+    """Print a run again: what was searched on what, and what came out. Returns the exit code."""
+    return answer_bad_input(lambda: _show(_show_parser(program).parse_args(arguments)))
+
+
+def _show_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="Print a run again, finished or not, from its Parquet files alone.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=read_place, metavar="RUN", help="folder of the run, a file in it, or its name below --results-dir")
+    add("--top-k", type=int, metavar="N", help="how many of the best to show (as many as the search ranked)")
+    add(
+        "--results-dir",
+        type=read_path,
+        default=DEFAULT_RESULTS_DIR,
+        metavar="DIR",
+        help="where run folders are (%(default)s)",
+    )
+    return parser
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from tune_amp.cli.outcome import load_outcome, print_outcome
+
+    check("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "must be at least 1")
+    outcome = load_outcome(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
+    console = open_console()
+    with ignoring_closed_pipe():
+        _print_start(console, outcome)
+        print_outcome(console, outcome, _name_reuse_command(outcome), errors=console)
+    return EXIT_DONE
+
+
+def _print_start(console: Console, outcome: "Outcome") -> None:
+    from tune_amp.space.space import parse_space
+
+    about = outcome.provenance
+    models = dict.fromkeys(trial.config.model for trial in outcome.trials)
+    tails = dict.fromkeys(trial.config.imbalance for trial in outcome.trials if trial.config.imbalance != 1)
+    tail = "".join(f" (long tail {imbalance:g}:1)" for imbalance in tails)
+    sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
+    say(console, f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}")
+    space = parse_space(about.space_source, about.space_text)
+    say(console, f"space      {space.source}: {', '.join(parameter.name for parameter in space.parameters)}")
+    say(console, f"searched   {about.objective} by {about.sampler} and {about.scheduler}, seed {about.seed}")
+    say(console, f"run        {about.run}, {about.created}, on {about.device}")
+
+
+def _name_reuse_command(outcome: "Outcome") -> str:
+    """As the search named it, but for the program: ``tune-amp`` is there, where the scripts are is not known."""
+    from tune_amp.cli.outcome import name_reuse_command
+
+    recorded = OneLineParser(prog="tune-amp search", add_help=False, allow_abbrev=False)
+    recorded.add_argument("--data-dir")
+    arguments, _ = recorded.parse_known_args(outcome.provenance.command[1:])
+    return name_reuse_command(
+        ("tune-amp", "train"),
+        outcome.folder / BEST_FILE,
+        data_dir=arguments.data_dir,
+        model=outcome.trials[0].config.model if outcome.trials else "",
+        dataset=outcome.provenance.dataset,
+    )

@@ -1,0 +1,218 @@
+"""The command ``tune-amp train``, which ``scripts/train.py`` runs too: arguments, calls and printing."""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from tune_amp.cli.console import (
+    EXIT_DONE,
+    EXIT_NO_RESULT,
+    OneLineParser,
+    answer_bad_input,
+    choose_device,
+    load_searched_data,
+    name_beside,
+    open_console,
+    read_path,
+    say,
+    take_consent,
+)
+from tune_amp.cluster.interrupt import interrupted_by_signals
+from tune_amp.results.files import claimed_folder
+from tune_amp.results.run_files import EPOCHS_FILE
+from tune_amp.search.options import naming_flags
+from tune_amp.trial.config import (
+    InputError,
+    TrialConfig,
+    describe_error,
+    format_scale,
+    is_function_name,
+    list_settings,
+    one_line,
+)
+from tune_amp.trial.text import printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from tune_amp.results.records import TrialRecord
+    from tune_amp.training.data import Dataset
+    from tune_amp.trial.config import EpochMetrics
+
+
+MOST_RECALLS = 10
+"""Classes named in a line; the file has them all."""
+
+
+def train_command(arguments: Sequence[str] | None = None, program: str = "scripts/train.py") -> int:
+    """Train a configuration from a Parquet file and print its test accuracy. Returns the exit code."""
+
+    def run() -> int:
+        with interrupted_by_signals():
+            return _train(_train_parser(program).parse_args(arguments))
+
+    return answer_bad_input(run)
+
+
+def _train_parser(program: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog=program,
+        description="Train a configuration that a search found on the whole training set, and test it once.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
+    add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
+    add("--seed", type=int, metavar="N", help="another seed than the trial's")
+    add("--max-epochs", type=int, metavar="N", help="another number of epochs than the trial's")
+    add("--output", type=read_path, metavar="DIR", help="folder for what is saved (train-... beside BEST.parquet)")
+    add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
+    add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
+    add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
+    add("--replay", action="store_true", help="repeat the trial instead, and compare it with the record bit by bit")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tune_amp.results.records import load_best_record, load_best_rows, load_provenance
+
+    record = load_best_record(arguments.best, arguments.rank)
+    best = load_best_rows(arguments.best)  # now: a confirmation that is under way will rank it anew
+    take_consent(arguments, record.config)
+    provenance = load_provenance(arguments.best)
+    dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
+    if arguments.replay:
+        return _replay(arguments, record, dataset)
+    source = {"best": best, "rank": arguments.rank, "provenance": provenance}
+    return _train_final(arguments, record.config, dataset, source)
+
+
+def _train_final(
+    arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset", source: Mapping[str, Any]
+) -> int:
+    import torch
+
+    from tune_amp.results.records import list_versions
+    from tune_amp.reuse.card import CardSource, describe_card
+    from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
+
+    wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
+    with naming_flags():
+        config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
+    device = choose_device(arguments.device)
+    _check_own_model(config, dataset, device)
+    console = open_console()
+    with claimed_folder(arguments.output or _default_output(arguments, config)) as output:
+        try:
+            training = FinalTraining(config, dataset, device)
+            _print_training(console, arguments, config, device)
+            for metrics in training.epochs():
+                console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
+            if training.divergence:
+                print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
+                return EXIT_NO_RESULT
+            result = training.test()
+        except torch.OutOfMemoryError as error:
+            print(f"out of memory, nothing saved: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
+        except Exception as error:
+            if isinstance(error, InputError) or not is_function_name(config.model):
+                raise
+            print(f"{config.model} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
+        versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
+        card = describe_card(result, CardSource(**source, versions=versions))
+        training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
+    console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
+    say(console, describe_recalls(result.test_recalls))
+    saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"
+    console.print(printable(f"saved   {output}: {saved}"), markup=False, soft_wrap=True)
+    return EXIT_DONE
+
+
+def _check_own_model(config: TrialConfig, dataset: "Dataset", device: "torch.device") -> None:
+    """Refuse, before anything is written, a model that was changed since the search, or does not run here."""
+    from tune_amp.search.preflight import check_training
+
+    if is_function_name(config.model):
+        precisions, optimizers = (config.precision,), (config.optimizer,)
+        check_training(config.model, dataset, precisions=precisions, optimizers=optimizers, device=device)
+
+
+def _print_training(
+    console: Console, arguments: argparse.Namespace, config: TrialConfig, device: "torch.device"
+) -> None:
+    from tune_amp.training.amp import describe_hardware
+
+    listed = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in list_settings(config).items()
+    )
+    say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {listed}")
+    notice = describe_hardware(config.precision, device)
+    if notice:
+        say(console, f"note: {notice}", style="yellow")
+
+
+def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:
+    """Train as the trial did and compare every epoch with the record."""
+    import torch
+
+    from tune_amp.results.parquet import locate
+    from tune_amp.reuse.final import EPOCH_FIELDS, find_differences, replay_trial
+
+    for flag in ("seed", "max_epochs", "output"):
+        if getattr(arguments, flag) is not None:
+            raise InputError(
+                f"--{flag.replace('_', '-')}: has no meaning with --replay, which repeats the trial as it was"
+            )
+    if not record.epochs:
+        raise InputError(f"--replay: rank {arguments.rank} is the default configuration, which was no trial to repeat")
+    torch.set_num_threads(record.num_threads)  # sums are split among threads: another number, other last bits
+    console = open_console()
+    recorded = {metrics.epoch: metrics for metrics in record.epochs}
+    beside = locate(arguments.best, "best").with_name(EPOCHS_FILE)
+    left_out = () if beside.exists() else EPOCH_FIELDS
+    if left_out:
+        say(console, f"note: {beside} is missing: only the last epoch is compared, without {', '.join(left_out)}")
+    equal = True
+    recorded_on = "cpu" if record.device == "cpu" else "cuda"
+    device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
+    _check_own_model(record.config, dataset, device)
+    for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
+        line = f"{_describe_epoch(metrics, record.config.max_epochs)}  val accuracy {metrics.val_accuracy:.2%}"
+        if metrics.epoch in recorded:
+            differences = find_differences(recorded[metrics.epoch], metrics, left_out)
+            equal = equal and not differences
+            line += f"  differs in {', '.join(differences)}" if differences else "  equal to the record, bit for bit"
+        console.print(line, markup=False, soft_wrap=True)
+    return EXIT_DONE if equal else EXIT_NO_RESULT
+
+
+def _describe_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
+    line = f"epoch {metrics.epoch}/{max_epochs}  average loss {metrics.train_loss:.4f}"
+    if metrics.loss_scale is not None:
+        line += (
+            f"  loss scale {format_scale(metrics.loss_scale)}, {metrics.skipped_steps} of {metrics.steps} steps skipped"
+        )
+    return line
+
+
+def describe_recalls(recalls: Sequence[float]) -> str:
+    """One line: the share of each class's images that was classified correctly, the worst first, ten at most."""
+    found = sorted((recall, label) for label, recall in enumerate(recalls) if not math.isnan(recall))
+    shown = ", ".join(f"{label}: {recall:.2%}" for recall, label in found[:MOST_RECALLS])
+    left = f", {len(found) - MOST_RECALLS} better ones" if len(found) > MOST_RECALLS else ""
+    return f"recall by class, the worst first: {shown}{left}"
+
+
+def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
+    return name_beside(arguments.best, f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}")

@@ -1,0 +1,258 @@
+"""Where Ray keeps the checkpoints of a run: the run folder, or a place that all nodes of a cluster can write."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import re
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from pyarrow import fs  # type: ignore[import-untyped]
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tune_amp.cluster.resources import TrialResources, count_slots
+from tune_amp.trial.config import PRECISIONS, InputError, describe_error
+from tune_amp.trial.text import hide_credentials
+
+RAY_FOLDER = "ray"
+OWNER_FILE = ".tune_amp_owner"
+"""A file in the folder of Ray's experiment: proves to the run folder that made it, and to no other, that it did."""
+Part = tuple[str | None, str, str | None]
+"""``RunStorage.place``, ``name`` and ``token`` of a part of a search, from its beginning until it was cut off."""
+
+# Only what is named like a trial's checkpoint, by tuning.name_trial and by Ray, is ever deleted.
+_TRIAL = re.compile(rf"\d+-(?:{'|'.join(PRECISIONS)})[^/]*")
+_CHECKPOINT = re.compile(rf"{_TRIAL.pattern}/checkpoint_\d+")
+
+# For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
+NODE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStorage:
+    """The folder of Ray's experiment."""
+
+    path: str
+    """What is above it, for ``filesystem``."""
+    name: str
+    """Its name below ``path``."""
+    filesystem: fs.FileSystem
+    """The one that was tried: Ray is given the same."""
+    place: str | None = None
+    """``path`` as it was asked for, without secrets; None for the run folder, wherever it lies."""
+    owner: str = ""
+    """The run folder, from ``identify_folder``; empty where the experiment lies in it."""
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+    """A secret of the run's journal."""
+    earlier: tuple[tuple[str, str | None], ...] = ()
+    """Names and tokens of the folders that the search had below ``path`` before it was cut off."""
+
+    @property
+    def folder(self) -> str:
+        """The folder itself, for ``filesystem``."""
+        return f"{self.path}/{self.name}"
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it is there already."""
+        found = self.filesystem.get_file_info(self.folder).type
+        return bool(found is not fs.FileType.NotFound)
+
+    def claim(self) -> None:
+        """Make the folder, and write the proof that it is ours.
+
+        Raises:
+            InputError: another search has made it meanwhile.
+            OSError: it cannot be made.
+        """
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            try:
+                Path(self.folder).mkdir(parents=True)
+            except FileExistsError:
+                raise InputError(f"--storage-path: {self.folder} was made by another search meanwhile") from None
+        else:
+            self.filesystem.create_dir(self.folder, recursive=True)
+        with self.filesystem.open_output_stream(f"{self.folder}/{OWNER_FILE}") as file:
+            file.write(self._build_proof(self.token))
+
+    def remove_checkpoints(self, trial: str | None = None) -> None:
+        """Delete checkpoints: they serve trials whose worker died, and add up to gigabytes.
+
+        Nothing is deleted from a folder without the proof that this run folder made it: a journal may come from
+        anybody, and a copy of a run names the folders of the original. What cannot be deleted stays.
+
+        Args:
+            trial: the name of the trial whose checkpoints they are; None: of all.
+        """
+        if trial is not None and not _TRIAL.fullmatch(trial):
+            return
+        for name, token in (*self.earlier, (self.name, self.token)):
+            with contextlib.suppress(OSError):
+                if self._is_own(name, token):
+                    self._remove_below(f"{self.path}/{name}", trial)
+
+    def list_foreign(self) -> list[str]:
+        """Folders of earlier parts that are there without the proof that this run folder made them."""
+        return [
+            f"{self.path}/{name}"
+            for name, token in self.earlier
+            if dataclasses.replace(self, name=name).is_taken and not self._is_own(name, token)
+        ]
+
+    def _build_proof(self, token: str) -> bytes:
+        return hashlib.sha256(f"{token} {self.owner}".encode(errors="surrogateescape")).hexdigest().encode()
+
+    def _is_own(self, name: str, token: str | None) -> bool:
+        path = f"{self.path}/{name}/{OWNER_FILE}"
+        if token is None or self.filesystem.get_file_info(path).type is not fs.FileType.File:
+            return False
+        expected = self._build_proof(token)
+        with self.filesystem.open_input_stream(path) as file:
+            return bool(file.read(len(expected) + 1) == expected)
+
+    def _remove_below(self, folder: str, trial: str | None) -> None:
+        for path in self._list_folders(folder, trial):
+            if _CHECKPOINT.fullmatch(path.removeprefix(f"{folder}/")):
+                with contextlib.suppress(FileNotFoundError):  # Ray has replaced it
+                    self.filesystem.delete_dir(path)
+
+    def _list_folders(self, folder: str, trial: str | None) -> list[str]:
+        """Those in the folders of trials; none to which a link leads, in a run from anybody."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            trials = Path(folder).glob("*/") if trial is None else [Path(folder) / trial]
+            folders = [path for found in trials if not found.is_symlink() for path in found.glob("*/")]
+            return [str(path) for path in folders if not path.is_symlink()]
+        base = folder if trial is None else f"{folder}/{trial}"
+        below = fs.FileSelector(base, allow_not_found=True, recursive=True)
+        return [entry.path for entry in self.filesystem.get_file_info(below) if entry.type is fs.FileType.Directory]
+
+
+def identify_folder(folder: Path) -> str:
+    """Text that is the same for a run folder as long as it stays where it is, and another for each copy of it."""
+    return f"{folder.resolve()} {folder.stat().st_ino}"
+
+
+def prepare_storage(
+    storage_path: str | None,
+    run_folder: Path,
+    *,
+    nodes: int = 1,
+    earlier: Sequence[Part] | None = None,
+) -> RunStorage:
+    """Find the place, and try that it can be written. Each time that a search goes on it has a new one.
+
+    Args:
+        storage_path: a path that all nodes can write, or a URL that pyarrow knows: ``file://``, ``s3://``, ``gs://``,
+            ``abfs://``, ``hdfs://`` with its options as a query (``?endpoint_override=host:port&scheme=http``).
+            Credentials come from the environment or from the URL. None for the run folder, which only this node can.
+        run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
+        nodes: of the Ray cluster.
+        earlier: what the search had before, where it goes on; None where it begins.
+
+    Raises:
+        InputError: the place cannot be written, holds a run of this name, or must be given and was not.
+    """
+    if storage_path is None:
+        if nodes > 1:
+            raise InputError(f"--storage-path: must name a place that all {nodes} nodes of the cluster can write")
+        local = RunStorage(path=str(run_folder.resolve()), name=RAY_FOLDER, filesystem=fs.LocalFileSystem())
+        return _go_on_beside(local, earlier)
+    shown = hide_credentials(storage_path)
+    try:
+        place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
+        filesystem, root = fs.FileSystem.from_uri(place)
+        storage = RunStorage(
+            path=root.rstrip("/"),
+            name=run_folder.name,
+            filesystem=filesystem,
+            place=hide_credentials(place),
+            owner=identify_folder(run_folder),
+        )
+        filesystem.create_dir(storage.path, recursive=True)
+        _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
+        storage = _go_on_beside(storage, earlier)
+        taken = storage.is_taken
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, ArrowNotImplementedError an OSError too
+        reason = hide_credentials(describe_error(error))
+        raise InputError(f"--storage-path: {shown} cannot be written ({reason})") from error
+    if taken:
+        raise InputError(f"--storage-path: {shown} already holds a run {run_folder.name}; choose another --name")
+    return storage
+
+
+def _go_on_beside(storage: RunStorage, earlier: Sequence[Part] | None) -> RunStorage:
+    """``run`` where a search begins; where it goes on, the first of ``run``, ``run-2``, ``run-3`` that is free.
+
+    What is taken may be another run's: the search's own is what it said that it had.
+    """
+    if earlier is None:
+        return storage
+    own = tuple((name, token) for place, name, token in earlier if place == storage.place)
+    for number in itertools.count(1):
+        name = storage.name if number == 1 else f"{storage.name}-{number}"
+        chosen = dataclasses.replace(storage, name=name, earlier=own)
+        if not chosen.is_taken:
+            return chosen
+    raise AssertionError  # numbers do not end
+
+
+def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
+    """Try that every node of the running Ray on which a trial fits writes what this process can see.
+
+    A path that only looks the same on all nodes would fail no earlier than with the first worker that dies.
+
+    Raises:
+        InputError: a node cannot write there, or what it writes is not seen from here.
+    """
+    probe = ray.remote(num_cpus=0, max_retries=0)(_write)
+    mark = secrets.token_hex(4)
+    nodes = {}
+    for node in ray.nodes():
+        if node["Alive"] and count_slots(node["Resources"], resources.cpus, resources.gpus):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            path = f"{storage.path}/.{storage.name}-{mark}-{node['NodeID']}"
+            answer = probe.options(scheduling_strategy=there).remote(storage.filesystem, path)
+            nodes[answer] = (node["NodeManagerAddress"], path)
+    answered, late = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODE_SECONDS)
+    for answer in late:
+        ray.cancel(answer)
+    try:
+        for answer in answered:
+            _check_answer(storage, answer, *nodes[answer])
+    finally:
+        for _, path in nodes.values():
+            with contextlib.suppress(OSError):
+                storage.filesystem.delete_file(path)
+
+
+def _check_answer(storage: RunStorage, answer: "ray.ObjectRef[str | None]", address: str, path: str) -> None:
+    """Raise InputError where a node could not write the empty file at ``path``, or it is not seen from here."""
+    try:
+        error = ray.get(answer)
+    except ray.exceptions.RayError:  # the node left
+        return
+    if error is not None:
+        raise InputError(f"--storage-path: {storage.path} cannot be written on node {address} ({error})")
+    if storage.filesystem.get_file_info(path).type is fs.FileType.NotFound:
+        raise InputError(f"--storage-path: {storage.path} must be the same place on all nodes; {address} has its own")
+
+
+def _write(filesystem: fs.FileSystem, path: str) -> str | None:
+    """Write an empty file; what goes wrong is returned as one line."""
+    try:
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(path):
+            pass
+    except (OSError, ValueError) as error:
+        return hide_credentials(describe_error(error))
+    return None
+
+
+def _write_and_delete(filesystem: fs.FileSystem, path: str) -> None:
+    with filesystem.open_output_stream(path):
+        pass
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)

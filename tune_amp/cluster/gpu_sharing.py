@@ -1,0 +1,433 @@
+"""Measures how many trials train best side by side on one device. Knows no Ray: processes of its own train for real."""
+
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tune_amp.training.cuda_graph import WARM_UP_STEPS
+from tune_amp.training.data import Split
+from tune_amp.training.evaluation import EVALUATION_BATCH
+from tune_amp.training.memory import is_out_of_memory
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import InputError, TrialConfig, describe_error
+from tune_amp.trial.consent import consent_to, list_consented
+
+if TYPE_CHECKING:
+    from tune_amp.space.space import SearchSpace  # which needs Optuna; measuring does not
+
+# What a CUDA context with its kernels and library handles takes beside PyTorch's allocator: 400 to 600 MiB on recent
+# GPUs. Used where it cannot be measured from outside.
+CONTEXT_BYTES = 600 * 2**20
+
+# A tenth of a device is left to fragmentation, to the driver, and to what the largest configuration needs at times.
+USABLE_MEMORY = 0.9
+
+# Trials that share a device slow each other down: a search of stopped and resumed trials gains nothing from the last
+# tenth of throughput, and pays for it by later results, to which neither the sampler nor the scheduler can react.
+KNEE = 0.9
+
+MOST_TRIALS = 16
+"""A sampler learns from trials that ended before others began: with more at a time, much of a search is at random."""
+
+# Beyond the measurements themselves: 16 processes import torch and place their data at once.
+START_SECONDS = 30.0
+
+TIMED_STEPS = 4
+EPOCHS_A_MEASUREMENT = 10
+
+# What takes most memory, first. tf32 holds its numbers in fp32; fp16 and bf16 keep fp32 weights and halve activations.
+PRECISIONS_BY_MEMORY = ("fp32", "tf32", "fp16", "bf16")
+OPTIMIZERS_BY_MEMORY = ("adamw", "adam", "sgd")  # two buffers a weight, two, one
+
+
+class MeasurementError(RuntimeError):
+    """Not even one trial could be measured.
+
+    Args:
+        text: why, in one line.
+        out_of_memory: whether the configuration does not fit the device alone.
+    """
+
+    def __init__(self, text: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(text)
+        self.out_of_memory = out_of_memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShareMeasurement:
+    """What so many trials achieve side by side."""
+
+    trials: int
+    samples_per_second: float
+    """Training images, of all trials together."""
+    trial_memory_bytes: int | None
+    """Device memory of one process at its peak, context and data included; None on the CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedGpu:
+    """How many trials share a GPU."""
+
+    trials: int
+    reason: str
+    """For the user, to stand behind a colon."""
+
+
+def find_largest(space: "SearchSpace", *, model: str, dataset: str, max_epochs: int, seed: int) -> TrialConfig:
+    """A configuration that needs at least as much memory as any that ``space`` suggests.
+
+    The largest batch, in the precision and with the optimizer that take most; where conditions keep them apart, no
+    single trial is as large.
+    """
+    sizes = list_possible(space, "batch_size")
+    sizes += [bound for bound in space.bounds("batch_size") or () if bound not in sizes]
+    precisions, optimizers = list_possible(space, "precision"), list_possible(space, "optimizer")
+    return TrialConfig(
+        model=model,
+        dataset=dataset,
+        max_epochs=max_epochs,
+        seed=seed,
+        batch_size=int(max(sizes)),
+        precision=min(precisions, key=PRECISIONS_BY_MEMORY.index),
+        optimizer=min(optimizers, key=OPTIMIZERS_BY_MEMORY.index),
+    )
+
+
+def list_possible(space: "SearchSpace", name: str) -> list[Any]:
+    """What trials may get as field ``name``: choices, the fixed value, TrialConfig's default; nothing for a range."""
+    searched = [parameter for parameter in space.parameters if parameter.name == name]
+    if not searched:
+        return [space.fixed.get(name, getattr(TrialConfig, name))]
+    [parameter] = searched
+    return [*parameter.choices, *([getattr(TrialConfig, name)] if parameter.when else [])]
+
+
+def list_counts(most: int) -> tuple[int, ...]:
+    """Numbers of trials worth measuring, up to ``most``: powers of two, and ``most`` itself."""
+    most = min(most, MOST_TRIALS)
+    return tuple(sorted({count for count in (1, 2, 4, 8, 16) if count <= most} | {most}))
+
+
+def find_knee(measurements: Sequence[ShareMeasurement]) -> int:
+    """The fewest trials that reach ``KNEE`` of the best throughput."""
+    best = max(measurement.samples_per_second for measurement in measurements)
+    return min(m.trials for m in measurements if m.samples_per_second >= KNEE * best)
+
+
+def count_fitting(trial_bytes: int, device_bytes: int) -> int:
+    """Trials whose memory fits ``USABLE_MEMORY`` of a device side by side; one is tried wherever it may be."""
+    return max(1, int(USABLE_MEMORY * device_bytes / trial_bytes))
+
+
+def choose_trials(measurements: Sequence[ShareMeasurement], device_bytes: int | None) -> SharedGpu:
+    """How many trials share a GPU, by what was measured on it, with one trial first of all."""
+    rates = {measurement.trials: measurement.samples_per_second for measurement in measurements}
+    knee, most = find_knee(measurements), max(rates)
+    gains = {trials: f"{rate / rates[1]:.2g}" for trials, rate in rates.items()}
+    if most == 1:
+        text = "no more of the largest could be trained on a GPU"
+    elif knee == 1:
+        best = max((trials for trials in rates if trials > 1), key=rates.__getitem__)
+        text = f"{best} trials on a GPU train only {gains[best]} times as fast as one"
+    else:
+        text = f"{knee} trials on a GPU train {gains[knee]} times as fast as one"
+        text += f", {most} only {gains[most]}" if most > knee else ""
+    memory = max((m.trial_memory_bytes for m in measurements if m.trial_memory_bytes is not None), default=None)
+    if memory is not None and device_bytes is not None:
+        text += f"; the largest needs {memory / 2**30:.2g} of {device_bytes / 2**30:.4g} GiB"
+    return SharedGpu(trials=knee, reason=text)
+
+
+def measure_shares(
+    config: TrialConfig,
+    train: Split,
+    num_classes: int,
+    device_type: str,
+    *,
+    counts: Sequence[int],
+    seconds: float,
+    repeats: int = 1,
+) -> tuple[ShareMeasurement, ...]:
+    """Train ``config`` in 1, 2, ... processes at the same moment, each with one CPU thread.
+
+    Memory is measured while the first process is alone on the device; numbers of trials that would not fit it are left
+    out, and so is what follows where a process fails or is late.
+
+    Args:
+        config: what each process trains.
+        train: what it is trained on; a process sees as much of it as fits the time.
+        num_classes: labels are 0 .. num_classes - 1.
+        device_type: ``cuda`` for the current device, or ``cpu``.
+        counts: numbers of processes.
+        seconds: how long each number is measured.
+        repeats: how often each number is measured, in turn, by the same processes.
+
+    Returns:
+        A measurement for each number that could be had, the smallest first; all of them anew for each repeat.
+
+    Raises:
+        MeasurementError: there is none.
+    """
+    deadline = time.monotonic() + START_SECONDS + 2 * seconds * len(counts) * repeats
+    with tempfile.TemporaryDirectory(prefix="tune_amp_shares_") as folder:
+        for name in ("images", "labels"):  # mapped by each process: no copy, and nothing large is pickled
+            np.save(Path(folder) / f"{name}.npy", getattr(train, name))
+        job = _Job(
+            folder=folder,
+            config=dataclasses.replace(config, class_weighting="none", curriculum="none"),  # the same work in a step
+            num_classes=num_classes,
+            device_type=device_type,
+            seconds=seconds,
+            search_path=tuple(sys.path),
+            consented=list_consented(),
+        )
+        with _start_processes(job, max(counts), deadline) as processes:
+            return _measure_counts(processes, sorted(counts), device_type, repeats)
+
+
+def _measure_counts(
+    processes: "Sequence[_Process]", counts: Sequence[int], device_type: str, repeats: int
+) -> tuple[ShareMeasurement, ...]:
+    first = processes[0]
+    meter = processes[1] if device_type == "cuda" and len(processes) > 1 else None
+    before = meter.ask("read_memory") if meter else None
+    prepared: _Prepared = first.ask("prepare", None)
+    memory, most = prepared.count_bytes(None), len(processes)
+    if meter and before:  # what went from the device while the first process came is that process, context and all
+        free, total = meter.ask("read_memory")
+        memory = prepared.count_bytes(before[0] - free)
+        most = min(most, count_fitting(memory, total)) if memory else most
+    ready = [first, *_prepare(processes[1:most], prepared.steps)]
+    measured: list[ShareMeasurement] = []
+    for count in [count for count in counts if count <= len(ready)] * repeats:
+        try:
+            rate = _measure_together(ready[:count])
+        except MeasurementError:
+            if not measured:
+                raise
+            break
+        measured.append(ShareMeasurement(trials=count, samples_per_second=rate, trial_memory_bytes=memory))
+    if not measured:
+        raise MeasurementError(f"only {len(ready)} of {counts[0]} trials fit the device", out_of_memory=True)
+    return tuple(measured)
+
+
+def _prepare(processes: "Iterable[_Process]", steps: int) -> "list[_Process]":
+    """Make them ready for ``steps`` an epoch. Those up to the first that fails are."""
+    asked = list(processes)
+    for process in asked:
+        process.send("prepare", steps)
+    ready: list[_Process] = []
+    with contextlib.suppress(MeasurementError):
+        for process in asked:
+            process.receive()
+            ready.append(process)
+    for process in asked[len(ready) :]:
+        process.kill()  # the others need the memory that it holds
+    return ready
+
+
+def _measure_together(processes: "Sequence[_Process]") -> float:
+    """Training images a second of all together."""
+    start = time.monotonic() + 0.05  # one clock for all processes of a machine
+    for process in processes:
+        process.send("measure", start)
+    return math.fsum(process.receive() for process in processes)
+
+
+# The other end of the pipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a process needs to know, small enough to be pickled."""
+
+    folder: str
+    config: TrialConfig
+    num_classes: int
+    device_type: str
+    seconds: float
+    search_path: tuple[str, ...]
+    consented: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A process that is warm."""
+
+    steps: int
+    """Of an epoch."""
+    reserved_bytes: int | None = None
+    """The most that PyTorch's allocator held; None on the CPU."""
+    held_bytes: int = 0
+    """What it holds now: less, where its cache was emptied since. The rest of the process's memory is its context."""
+    left_out_bytes: int = 0
+    """Training images that a trial would hold as well."""
+
+    def count_bytes(self, taken_bytes: int | None) -> int | None:
+        """Device memory of a trial at its peak, of whose process the device shows ``taken_bytes``; None: unknown."""
+        if self.reserved_bytes is None:
+            return None
+        context_bytes = CONTEXT_BYTES if taken_bytes is None else max(0, taken_bytes - self.held_bytes)
+        return self.reserved_bytes + self.left_out_bytes + context_bytes
+
+
+class _Process:
+    """A process that trains when it is told to."""
+
+    def __init__(self, job: _Job, deadline: float) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._deadline = deadline
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the death of the process is the end of the pipe
+
+    def ask(self, command: str, *arguments: Any) -> Any:
+        """Send a command and wait for its result.
+
+        Raises:
+            MeasurementError: it failed, the process died, or time is up.
+        """
+        self.send(command, *arguments)
+        return self.receive()
+
+    def send(self, command: str, *arguments: Any) -> None:
+        """Give a command; a dead process is noticed by ``receive``."""
+        with contextlib.suppress(OSError):
+            self._pipe.send((command, arguments))
+
+    def receive(self) -> Any:
+        """The result of the command.
+
+        Raises:
+            MeasurementError: see ``ask``.
+        """
+        try:
+            if not self._pipe.poll(max(0.0, self._deadline - time.monotonic())):
+                raise MeasurementError("it took too long")
+            value, failure, out_of_memory = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=1)
+            raise MeasurementError(f"its process died, exit code {self._process.exitcode}") from None
+        if failure is not None:
+            raise MeasurementError(failure, out_of_memory=out_of_memory)
+        return value
+
+    def kill(self) -> None:
+        """End the process at once: it holds nothing that is worth a goodbye."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+@contextlib.contextmanager
+def _start_processes(job: _Job, count: int, deadline: float) -> Iterator[list[_Process]]:
+    with contextlib.ExitStack() as stack:
+        processes: list[_Process] = []
+        for _ in range(count):
+            processes.append(_Process(job, deadline))
+            stack.callback(processes[-1].kill)
+        yield processes
+
+
+def _serve(pipe: Connection, job: _Job) -> None:
+    """Answer commands until the pipe ends: (value, None, False), or (None, why not, whether for want of memory)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    sys.path.extend(folder for folder in job.search_path if folder not in sys.path)
+    consent_to(*job.consented)
+    torch.set_num_threads(1)
+    commands = _Commands(job)
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[Any, str | None, bool] = (getattr(commands, name)(*arguments), None, False)
+        except Exception as error:  # a user's model may raise anything
+            text = str(error) if isinstance(error, InputError) else describe_error(error)
+            answer = (None, text, is_out_of_memory(error))
+        pipe.send(answer)
+
+
+class _Commands:
+    """What a process can be told to do."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._device = torch.device(job.device_type)
+
+    def read_memory(self) -> tuple[int, int]:
+        """Free and total bytes of the device, as its driver sees them."""
+        return torch.cuda.mem_get_info(self._device)
+
+    def prepare(self, steps: int | None) -> _Prepared:
+        """Train until everything is warm.
+
+        Args:
+            steps: of an epoch; None to choose them.
+        """
+        batch_size = self._job.config.batch_size
+        train = self._load_split()
+        if steps is None:
+            per_step = self._time_step(train)
+            most = max(1, len(train) // batch_size)
+            steps = min(most, max(1, int(self._job.seconds / EPOCHS_A_MEASUREMENT / per_step)))
+        self._images = steps * batch_size
+        placed = _take(train, self._images)
+        # As many steps in all as a trial has: by that it is decided whether they are captured as a CUDA graph.
+        trial_steps = self._job.config.max_epochs * (len(train) // batch_size)
+        self._run = self._start_run(placed, None, max_epochs=math.ceil(trial_steps / steps))
+        for _ in range(math.ceil((WARM_UP_STEPS + 1) / steps)):
+            self._run.train_epoch()
+        if self._device.type != "cuda":
+            return _Prepared(steps=steps)
+        return _Prepared(
+            steps=steps,
+            reserved_bytes=torch.cuda.max_memory_reserved(self._device),
+            held_bytes=torch.cuda.memory_reserved(self._device),
+            left_out_bytes=train.images.nbytes - placed.images.nbytes,
+        )
+
+    def measure(self, start: float) -> float:
+        """Train from ``start``, of ``time.monotonic``, for so many seconds. Returns training images a second."""
+        time.sleep(max(0.0, start - time.monotonic()))
+        started, images = time.perf_counter(), 0
+        while images == 0 or time.perf_counter() - started < self._job.seconds:
+            self._run.train_epoch()
+            images += self._images
+        return images / (time.perf_counter() - started)
+
+    def _time_step(self, train: Split) -> float:
+        """Seconds of a training step. Trains as trials do, validation included: that may take the most memory."""
+        few = _take(train, TIMED_STEPS * self._job.config.batch_size)
+        run = self._start_run(few, _take(train, EVALUATION_BATCH))
+        first, second = run.train_epoch(), run.train_epoch()  # seconds and steps are cumulative
+        return max(1e-6, second.train_seconds - first.train_seconds) / (second.steps - first.steps)
+
+    def _start_run(self, train: Split, validation: Split | None, *, max_epochs: int = 2) -> TrainingRun:
+        data = TrainingData(train, validation, self._job.num_classes, self._device)
+        return TrainingRun(dataclasses.replace(self._job.config, max_epochs=max_epochs), data)
+
+    def _load_split(self) -> Split:
+        folder = Path(self._job.folder)
+        images, labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
+        return Split(images=images, labels=labels)
+
+
+def _take(split: Split, count: int) -> Split:
+    """The first ``count`` images, or all there are."""
+    return Split(images=split.images[:count], labels=split.labels[:count])

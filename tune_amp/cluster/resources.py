@@ -1,0 +1,286 @@
+"""How much CPU and GPU a trial gets, and why.
+
+Ray places a trial's share on one node, and a share of a GPU on one GPU. Where no node can ever hold it, Ray would let
+the trial wait for ever: that is refused. Where other jobs of a cluster hold it for now, trials wait for them.
+
+A MIG slice counts as a GPU: torch sees the slice and its memory alone. Slices are named in ``CUDA_VISIBLE_DEVICES``.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tune_amp.cluster.gpu_sharing import (
+    CONTEXT_BYTES,
+    MeasurementError,
+    SharedGpu,
+    choose_trials,
+    list_counts,
+    measure_shares,
+)
+from tune_amp.training.data import Split
+from tune_amp.trial.config import TrialConfig, check, one_line
+from tune_amp.trial.consent import consent_to, list_consented
+
+# Small models launch more than they compute: several fill a GPU that one leaves idle. For where nothing is measured.
+TRIALS_PER_GPU = 4
+
+# Ray counts in ten-thousandths and drops what is smaller: such a trial would silently train on the CPU.
+
+DEVICE_BUSY = "busy or unavailable"
+"""In CUDA's error where a GPU in compute mode EXCLUSIVE_PROCESS has a process already (cudaErrorDevicesUnavailable)."""
+
+MEASURED_SECONDS = 1.0
+"""For each number of trials: ten epochs or more of what is measured."""
+
+# Asking for the nodes of a cluster takes milliseconds, and Tune asks for new trials at every event.
+LIST_NODES_SECONDS = 1.0
+
+# Until a joined cluster has a whole GPU to spare, and its worker has started.
+WAIT_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    """What one trial is given, and how many run side by side."""
+
+    cpus: int
+    gpus: float
+    """A fraction shares a GPU with other trials; 0 trains on the CPU."""
+    max_concurrent: int
+    reason: str
+    """One line for the user."""
+
+
+def allocate_resources(
+    nodes: Sequence[Mapping[str, float]],
+    *,
+    gpus_per_trial: float | None = None,
+    cpus_per_trial: int | None = None,
+    max_concurrent: int | None = None,
+    num_samples: int | None = None,
+    choose_shared: Callable[[int], SharedGpu] | None = None,
+) -> TrialResources:
+    """Divide what Ray's nodes offer among trials.
+
+    Args:
+        nodes: the resources of each, by Ray's names.
+        gpus_per_trial: a share of one, up to 1; None chooses.
+        cpus_per_trial: None chooses 1.
+        max_concurrent: an upper limit on trials at a time; None for as many as fit.
+        num_samples: trials that there will be; where they are fewer than would fit, each may have more of a GPU.
+        choose_shared: says how many trials share a GPU, given the most that there can be: that the CPUs beside it can
+            feed, and that run at a time; None for ``TRIALS_PER_GPU``. Not asked where there is nothing to choose.
+
+    Raises:
+        InputError: a request can never be met, so that trials would wait for ever.
+    """
+    cpus, gpus = (sum(int(node.get(name, 0.0)) for node in nodes) for name in ("CPU", "GPU"))
+    cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
+    most_cpus = int(max(node.get("CPU", 0.0) for node in nodes))
+    whose = "that Ray has" if len(nodes) == 1 else "of the largest node"  # a trial never spans two
+    check("--cpus-per-trial", cpus_each, cpus_each <= most_cpus, f"must be at most the {most_cpus} CPUs {whose}")
+    rule = f"must be at most the {gpus} GPUs that Ray has"
+    check("--gpus-per-trial", gpus_per_trial, (gpus_per_trial or 0) <= gpus, rule)
+    if gpus_per_trial != 0 and gpus > 0:
+        beside = int(max(node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= 1))
+        rule = f"must be at most the {beside} CPUs of a node with a GPU, or --gpus-per-trial 0"
+        check("--cpus-per-trial", cpus_each, cpus_each <= beside, rule)
+    shared = None
+    if gpus_per_trial is None:
+        wanted = min((limit for limit in (max_concurrent, num_samples) if limit is not None), default=None)
+        shared = _share_gpu(nodes, cpus_each, wanted, choose_shared) if gpus else None
+        gpus_each = _round_down(1 / shared.trials) if shared else 0.0
+    else:
+        gpus_each = _round_down(float(gpus_per_trial))
+    slots = sum(count_slots(node, cpus_each, gpus_each) for node in nodes)
+    at_a_time = min(slots, max_concurrent or slots)
+    share = f"{gpus_each:g} GPU and {cpus_each} CPU" if gpus_each else f"{cpus_each} CPU"
+    trials = "trial" if at_a_time == 1 else "trials"
+    why = f": {shared.reason}" if shared and shared.reason else ""
+    return TrialResources(
+        cpus=cpus_each,
+        gpus=gpus_each,
+        max_concurrent=at_a_time,
+        reason=f"{at_a_time} {trials} at a time, {share} each, of {gpus} GPUs and {cpus} CPUs{why}",
+    )
+
+
+def count_slots(node: Mapping[str, float], cpus_each: int, gpus_each: float) -> int:
+    """Trials that fit a node side by side. A share of a GPU never spans two: Ray places it on one."""
+    by_cpu = int(node.get("CPU", 0.0)) // cpus_each
+    if gpus_each == 0:
+        return by_cpu
+    return min(by_cpu, int(node.get("GPU", 0.0)) * int(1 / gpus_each + 1e-9))
+
+
+def list_nodes() -> list[dict[str, float]]:
+    """The resources of each living node of the running Ray."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+class SlotCounter:
+    """Says how many trials may run side by side now, while nodes join and leave.
+
+    Args:
+        cpus: of each trial.
+        gpus: of each trial.
+        max_concurrent: the user's limit; None for as many as fit.
+        find_nodes: lists the resources of each living node.
+        clock: tells seconds. Nodes are listed at most once in ``LIST_NODES_SECONDS`` of its time.
+    """
+
+    def __init__(
+        self,
+        cpus: int,
+        gpus: float,
+        *,
+        max_concurrent: int | None = None,
+        find_nodes: Callable[[], Sequence[Mapping[str, float]]] = list_nodes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cpus, self._gpus = cpus, gpus
+        self._most = max_concurrent
+        self._find_nodes = find_nodes
+        self._clock = clock
+        self._slots = 0
+        self._counted = -math.inf
+
+    def __call__(self) -> int:
+        """Slots on the nodes that live now; 0 where none of them can hold a trial."""
+        now = self._clock()
+        if now - self._counted >= LIST_NODES_SECONDS:
+            self._slots = sum(count_slots(node, self._cpus, self._gpus) for node in self._find_nodes())
+            self._counted = now
+        return self._slots if self._most is None else min(self._slots, self._most)
+
+
+def count_gpus(visible: str | None, cuda_devices: int) -> int:
+    """GPUs that a Ray of our own is to offer: those that torch can use.
+
+    Ray counts the entries of ``CUDA_VISIBLE_DEVICES``, with ``-1`` as one and what CUDA ignores after it, and no more
+    than there are boards, of which one may hold seven MIG slices. A process sees the first of them only: Ray gives each
+    worker its own.
+
+    Args:
+        visible: ``CUDA_VISIBLE_DEVICES``, None where it is not set.
+        cuda_devices: as torch counts them, 0 where it cannot use any.
+    """
+    names = (visible or "").split(",")
+    slices = len(set(names)) if all(name.startswith("MIG-") for name in names) else 0
+    return max(cuda_devices, slices) if cuda_devices else 0
+
+
+def beside_this_process() -> NodeAffinitySchedulingStrategy:
+    """Places what needs no CPU, and must not be lost before we are, on our own node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def double_share(share: float) -> float:
+    """The share of a GPU with which a trial is tried again that ran out of memory."""
+    return _round_down(min(1.0, 2 * share))
+
+
+def memory_fraction(share: float, device_bytes: int) -> float:
+    """How much of a GPU PyTorch's allocator may hold, so that a process keeps to its ``share`` of the memory.
+
+    Less the CUDA context, which the allocator does not count, though never less than half the share. A process that has
+    a GPU to itself is not limited.
+    """
+    if share >= 1:
+        return 1.0
+    return max(share - CONTEXT_BYTES / device_bytes, share / 2)
+
+
+def cap_memory(share: float) -> None:
+    """Let this process take no more of the current GPU's memory than its ``share``."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    # Without a device, which would have to have a number: torch.device("cuda") is refused here.
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(share, total))
+
+
+def measure_with_ray(
+    config: TrialConfig, train: Split, num_classes: int, most: int, announce: Callable[[str], None]
+) -> SharedGpu:
+    """Measure on one of Ray's GPUs how many trials share it best, up to ``most``. The GPU is free again afterwards.
+
+    Args:
+        config: the largest that will be trained.
+        train: the training split.
+        num_classes: labels are 0 .. num_classes - 1.
+        most: trials that there can be on a GPU.
+        announce: is told, in a line, what takes so long.
+    """
+    counts = list_counts(most)
+    announce("measuring how many trials share a GPU best (half a minute; --gpus-per-trial X chooses without)")
+    # The worker ends with its only task, and with it a CUDA context that would keep memory.
+    task = ray.remote(num_gpus=1, num_cpus=counts[-1], max_calls=1, max_retries=0)(_measure_here)
+    result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path), list_consented())
+    fallback = min(TRIALS_PER_GPU, most)
+    try:
+        shared: SharedGpu = ray.get(result, timeout=WAIT_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(result, force=True)
+        return SharedGpu(trials=fallback, reason=f"not measured, no GPU was free within {WAIT_SECONDS:g} s")
+    except ray.exceptions.RayError as error:  # a worker that cannot be started, or is killed
+        reason = one_line(str(error).strip().splitlines()[-1])
+        return SharedGpu(trials=fallback, reason=f"not measured ({reason})")
+    return shared
+
+
+def _measure_here(
+    train: Split,
+    config: TrialConfig,
+    num_classes: int,
+    counts: Sequence[int],
+    search_path: Sequence[str],
+    consented: Sequence[str],
+) -> SharedGpu:
+    """Measure in a worker to which Ray gave a GPU; on the CPU where torch cannot use it, as trials will."""
+    sys.path.extend(folder for folder in search_path if folder not in sys.path)
+    consent_to(*consented)
+    cuda = torch.cuda.is_available()
+    try:
+        measured = measure_shares(
+            config, train, num_classes, "cuda" if cuda else "cpu", counts=counts, seconds=MEASURED_SECONDS
+        )
+    except MeasurementError as error:
+        if error.out_of_memory:
+            return SharedGpu(trials=1, reason=f"the largest does not fit a GPU alone ({error})")
+        if DEVICE_BUSY in str(error):
+            return SharedGpu(trials=1, reason=f"a GPU takes one process (compute mode EXCLUSIVE_PROCESS): {error}")
+        return SharedGpu(trials=min(TRIALS_PER_GPU, counts[-1]), reason=f"not measured ({error})")
+    return choose_trials(measured, torch.cuda.get_device_properties(0).total_memory if cuda else None)
+
+
+def _share_gpu(
+    nodes: Sequence[Mapping[str, float]],
+    cpus_each: int,
+    wanted: int | None,
+    choose_shared: Callable[[int], SharedGpu] | None,
+) -> SharedGpu:
+    """How many trials share each GPU: no more than the CPUs of the nodes with GPUs can feed, and ``wanted`` need."""
+    equipped = [node for node in nodes if node.get("GPU", 0.0) >= 1]
+    gpus = sum(int(node["GPU"]) for node in equipped)
+    most = max(1, sum(int(node.get("CPU", 0.0)) // cpus_each for node in equipped) // gpus)
+    if wanted is not None:
+
+        def count_with(trials: int) -> int:
+            return sum(count_slots(node, cpus_each, _round_down(1 / trials)) for node in nodes)
+
+        most = next((trials for trials in range(1, most) if count_with(trials) >= wanted), most)
+    if most == 1:
+        return SharedGpu(trials=1, reason="")
+    shared = choose_shared(most) if choose_shared else SharedGpu(trials=TRIALS_PER_GPU, reason="")
+    return dataclasses.replace(shared, trials=min(most, shared.trials))
+
+
+def _round_down(share: float) -> float:
+    """To the four decimals that Ray keeps: three thirds fit on a GPU."""
+    return math.floor(share * 10_000 + 1e-6) / 10_000

@@ -1,0 +1,409 @@
+"""The Ray Tune trainable: what runs in a worker process, one actor for many trials.
+
+A trial that fails is a row with a status: exceptions are reported, not raised, so that the worker lives on for the next
+trial. Only the death of the process itself, and a CUDA context that is broken for good, are left to Ray.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import gc
+import io
+import math
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import ray
+import torch
+from pyarrow import fs
+from ray import tune
+from ray.train._internal.session import _TrainingResult
+from ray.tune.result import SHOULD_CHECKPOINT
+
+from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
+from tune_amp.cluster.resources import TrialResources, cap_memory
+from tune_amp.training.data import Dataset, Split
+from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory
+from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.trial.config import (
+    OBJECTIVES,
+    RUNNING,
+    EpochMetrics,
+    InputError,
+    TrialConfig,
+    TrialStatus,
+    describe_error,
+    generalize_error,
+    one_line,
+)
+from tune_amp.trial.consent import consent_to, list_consented
+
+CHECKPOINT_FILE = "trial.pt"
+
+# A worker that dies (killed, a segmentation fault) need not be the settings' fault: the trial is tried again.
+WORKER_RETRIES = 2
+# A lost node never is, and does not count. Nor does a connection that broke, which looks the same; so many in a row
+# without one more epoch do, or a network that keeps breaking would be tried for ever.
+NODE_RETRIES = 10
+
+# A checkpoint is due after so many times the work that one costs: then checkpoints take at most 1 / 21 of a trial's
+# time, under 5 %, and a worker that dies loses at most the work of 20 checkpoints, and the epoch that it was in.
+WORK_PER_CHECKPOINT = 20
+# Until a worker has saved once; simple_net's takes 0.01 to 0.02 s on a local disk, a network's storage takes longer.
+FIRST_CHECKPOINT_SECONDS = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """What every trial of a search shares, sent to each worker once. The test set is not in it."""
+
+    train: Split
+    """The training split, read from Ray's object store without a copy."""
+    validation: Split
+    num_classes: int
+    num_threads: int
+    """CPU threads of a trial. Sums are split among threads, so that a bit-identical replay needs the same number."""
+    search_path: tuple[str, ...]
+    """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
+    consented: tuple[str, ...] = ()
+    """The user's own functions that may be imported: see ``consent.consent_to``."""
+    checkpoints: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Of trials that were cut off before, by id: where their checkpoints may be, the newest first."""
+    filesystem: fs.FileSystem = dataclasses.field(default_factory=fs.LocalFileSystem)
+    """Of these places."""
+    gpu_share: float = 0.0
+    """The share of a GPU with which a trial begins; 0 on the CPU. One that runs out of memory gets a larger one."""
+
+
+Failure = tuple[int, str]
+"""Epochs that a trial had trained when an exception ended its attempt, and that exception in a line."""
+
+
+class LargerShareNeeded(RuntimeError):  # noqa: N818 - a request, not a fault
+    """A trial ran out of its share of a GPU's memory. Ends the worker, for Tune to try again with a larger share."""
+
+
+class MemoryHeldError(OSError):
+    """A GPU's memory ran out while other programs held a trial's part of it. No fault of its settings."""
+
+
+class AmpTrainable(tune.Trainable):
+    """One trial: an epoch a ``step``. ``config`` holds ``TrialConfig`` fields; ``worker_setup`` what trials share."""
+
+    def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
+        """Place the data on this worker's device, once a process."""
+        assert worker_setup is not None  # bound by tune.with_parameters
+        self._num_threads = worker_setup.num_threads
+        self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
+        self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
+        device = prepare_worker(worker_setup)
+        self._device_name = name_device(device)
+        try:
+            self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+        except Exception as error:
+            self._ask_for_larger_share(error)
+            raise
+        self._run: TrainingRun | None = None
+        self._content: bytes | None = None  # of a checkpoint that is being saved
+        self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
+        self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
+        self.reset_config(config)
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, timed: its cost decides the next."""
+        started = time.monotonic()
+        self._content = self._write_state()  # what is raised here is the model's or the device's
+        index = self._storage.current_checkpoint_index if self._storage else -1
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind where its copy fails
+                saved = super().save(checkpoint_dir or folder)
+        # A full disk, most often; Ray's RuntimeError says that the place is gone. The trial is none the worse for it,
+        # as long as its worker lives.
+        except (OSError, RuntimeError):
+            saved = _TrainingResult(checkpoint=None, metrics={})
+            if self._storage:  # or the driver, which hears of none, has another worker write over the last one
+                self._storage.current_checkpoint_index = index
+        self._save_seconds.append(time.monotonic() - started)
+        self._checkpoint_seconds += self._save_seconds[-1]
+        self._unsaved_seconds = 0.0
+        return saved
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs.
+
+        Where the checkpoint is gone or damaged, the trial begins anew.
+        """
+        found = checkpoint_path.checkpoint
+        if read_checkpoint(found.filesystem, found.path) is not None:
+            super().restore(checkpoint_path)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Make this actor ready for another trial, data and process kept."""
+        if self._run is not None:  # the scheduler stopped it, and no step of its own was the last
+            self._release()
+        self._settings = dict(new_config)
+        self._first_failure: Failure | None = None
+        self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train one epoch and report it, or report how the trial ended.
+
+        Raises:
+            torch.AcceleratorError: the GPU can no longer be used from this process.
+            LargerShareNeeded: its memory ran out, and the trial may have more of it.
+        """
+        try:
+            report = self._train_epoch_or_try_again()
+        except Exception as error:  # a trial that fails is a row with a status, never a stop of the search
+            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                # After a device assert or an illegal access every later CUDA call of the process fails as well, and so
+                # would every later trial. Ray ends a worker whose step raises, and tries again in a new one.
+                raise
+            self._ask_for_larger_share(error)
+            report = failure_report(error)
+            if self._first_failure is not None:
+                second = self._count_epochs(), report["error"]
+                report["config_fault"] |= is_settings_fault(self._first_failure, second, error)
+                if self._first_failure[1] != report["error"]:
+                    report["error"] = one_line(f"{report['error']}; before that, {self._first_failure[1]}")
+        if report["done"]:
+            self._release()
+        if 0 < self._first_share < self._share:
+            again = f"out of memory with {self._first_share:g} GPU, tried again with {self._share:g}"
+            report["error"] = again if report["error"] is None else one_line(f"{report['error']}; {again}")
+        return report | {
+            "device": self._device_name,
+            "num_threads": self._num_threads,
+            "setup_seconds": self._setup_seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
+            SHOULD_CHECKPOINT: not report["done"] and is_checkpoint_due(self._unsaved_seconds, self._save_seconds),
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Write the whole state of the run. A trial that has ended has none left to save."""
+        content, self._content = self._content or self._write_state(), None
+        if content is not None:
+            (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(content)
+
+    def _write_state(self) -> bytes | None:
+        if self._run is None:
+            return None
+        content = io.BytesIO()  # what torch raises for a full disk is no OSError
+        torch.save(self._run.state_dict(), content)
+        return content.getvalue()
+
+    def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
+        """Continue from ``save_checkpoint``; from the beginning where it saved nothing."""
+        assert checkpoint is not None
+        path = Path(checkpoint) / CHECKPOINT_FILE
+        if path.exists():
+            with path.open("rb") as file:
+                self._continue_run(file)
+
+    def _train_epoch_or_try_again(self) -> dict[str, Any]:
+        """An epoch; once in a trial, a failure that need not be the settings' fault starts it anew.
+
+        A full disk, a flaky driver or file system may be over a moment later; what fails twice is reported.
+        """
+        try:
+            return self._train_epoch()
+        except Exception as error:
+            final = isinstance(error, InputError | torch.AcceleratorError) or is_out_of_memory(error)
+            if final or self._first_failure is not None:
+                raise
+            self._first_failure = self._count_epochs(), describe_error(error)
+            wait = MEMORY_WAIT_SECONDS if isinstance(error, MemoryHeldError) else 0.0
+        self._release()
+        time.sleep(wait)
+        return self._train_epoch()
+
+    def _count_epochs(self) -> int:
+        return 0 if self._run is None else self._run.epoch
+
+    def _train_epoch(self) -> dict[str, Any]:
+        with naming_memory_holders(self._data.device, self._share):
+            run = self._run or self._go_on() or self._start_run()
+            show_in_process_list(f"{self.trial_name} epoch {run.epoch + 1}/{self._max_epochs}")
+            started = time.monotonic()
+            metrics = run.train_epoch()
+            self._unsaved_seconds += time.monotonic() - started
+        if run.hopeless is not None:
+            return progress_report(metrics, TrialStatus.DIVERGED, f"{metrics.state}: {run.hopeless}")
+        finished = metrics.epoch >= self._max_epochs
+        return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
+
+    def _go_on(self) -> TrainingRun | None:
+        """The run of a trial that was cut off before this search went on, from its newest checkpoint that is whole."""
+        if self._first_failure is not None:
+            return None  # perhaps the checkpoint's fault: the model may have been changed since
+        for folder in self._checkpoints.get(self.trial_id, ()):
+            content = read_checkpoint(self._filesystem, folder)
+            if content is not None:
+                return self._continue_run(content)
+        return None
+
+    def _continue_run(self, content: IO[bytes]) -> TrainingRun:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        run = self._start_run()
+        run.load_state_dict(state)
+        return run
+
+    def _start_run(self) -> TrainingRun:
+        started = time.monotonic()
+        config = TrialConfig(**self._settings)
+        self._max_epochs = config.max_epochs
+        self._unsaved_seconds = 0.0
+        self._run = TrainingRun(config, self._data)
+        self._setup_seconds += time.monotonic() - started
+        return self._run
+
+    def _ask_for_larger_share(self, error: Exception) -> None:
+        """Raise LargerShareNeeded where the trial's memory was less than a GPU's, and ran out for the first time."""
+        first = 0 < self._share < 1 and self._share <= self._first_share
+        if first and is_out_of_gpu_memory(error):
+            raise LargerShareNeeded(f"out of memory with {self._share:g} GPU: {describe_error(error)}") from error
+
+    def _release(self) -> None:
+        """Give the memory of a trial back: the next one may need all of it, and other workers share the GPU."""
+        self._run = None
+        # The trial's report counts; a broken context fails the next step too.
+        with contextlib.suppress(RuntimeError):
+            release_memory(self._data.device)
+        _exempt_what_is_left()
+
+
+def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> bool:
+    """Whether a checkpoint is worth what it costs.
+
+    Args:
+        unsaved_seconds: work that a death of the worker would lose.
+        save_seconds: what the last checkpoints took in this worker, those of other trials too.
+    """
+    cost = statistics.median(save_seconds) if save_seconds else FIRST_CHECKPOINT_SECONDS
+    return unsaved_seconds >= WORK_PER_CHECKPOINT * cost
+
+
+def read_checkpoint(filesystem: fs.FileSystem, folder: str) -> io.BytesIO | None:
+    """A checkpoint's content; None where it is gone, or its writer was killed: then its checksums are off."""
+    try:
+        with filesystem.open_input_stream(f"{folder}/{CHECKPOINT_FILE}") as file:
+            content = io.BytesIO(file.read())
+        with zipfile.ZipFile(content) as archive:
+            whole = archive.testzip() is None
+    except (OSError, pa.ArrowException, zipfile.BadZipFile):
+        return None
+    content.seek(0)
+    return content if whole else None
+
+
+@functools.cache
+def _exempt_what_is_left() -> None:
+    """Take what survives a worker's first trial, modules mostly, from the collector: torch's cost it 0.15 s a trial."""
+    gc.freeze()
+
+
+def progress_report(metrics: EpochMetrics, status: str, error: str | None = None) -> dict[str, Any]:
+    """What a trial tells Tune after an epoch: its metrics, its status, whether it is over."""
+    return {**vars(metrics), "status": str(status), "error": error, "done": status != RUNNING}
+
+
+def failure_report(error: Exception) -> dict[str, Any]:
+    """What a trial tells Tune when an exception ended it. Tune insists on the objective, so it gets NaN.
+
+    ``config_fault`` says that the settings are to blame. Of a first failure only our own check knows that.
+    """
+    status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(error) else TrialStatus.FAILED
+    refused = isinstance(error, InputError) and error.__cause__ is None  # not where a module of the user's failed
+    text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
+    ending = {"status": str(status), "error": text, "config_fault": refused, "done": True}
+    return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
+
+
+def is_settings_fault(first: Failure, second: Failure, error: Exception) -> bool:
+    """Whether a trial failed twice, the second time by ``error``, because of its settings, not by chance.
+
+    A trial repeats bit by bit: its settings' fault is the same error in the same epoch. An OSError is the machine's
+    fault, however often it comes: a disk stays full.
+    """
+    is_same = first[0] == second[0] and generalize_error(first[1]) == generalize_error(second[1])
+    return is_same and not isinstance(error, OSError)
+
+
+def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any) -> WorkerSetup:
+    """What the workers of a search are sent; ``left`` is what is left of it from before it was cut off."""
+    return WorkerSetup(
+        **left,
+        train=dataset.train,
+        validation=dataset.validation,
+        num_classes=dataset.num_classes,
+        num_threads=resources.cpus,
+        search_path=tuple(sys.path),
+        consented=list_consented(),
+        gpu_share=resources.gpus,
+    )
+
+
+def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
+    """Make this process find a user's modules and keep to its share of the machine; the device that it computes on."""
+    sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
+    consent_to(*worker_setup.consented)
+    torch.set_num_threads(worker_setup.num_threads)
+    # Ray hands out the GPUs that it was told of, whether or not torch can use them.
+    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
+        cap_memory(assigned_gpu_share())
+    return device
+
+
+def show_in_process_list(text: str) -> None:
+    """Name what a worker does, for ``ps``, ``nvidia-smi`` and the nodes on Ray's dashboard.
+
+    The name of an actor is its for good; a worker's trials come and go. Ray names the process itself between calls.
+    """
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        ray._raylet.setproctitle(f"ray::{AmpTrainable.__qualname__} {text}")  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def name_device(device: torch.device) -> str:
+    """``cpu``, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def assigned_gpu_share() -> float:
+    """GPUs that Ray gave to this worker, a fraction where it shares one; 0 without Ray."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
+
+
+@contextlib.contextmanager
+def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
+    """In the ``with`` block, a GPU that is out of memory because of other programs raises MemoryHeldError.
+
+    Args:
+        device: of the trial.
+        share: of a GPU, which the trial was given.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device.type != "cuda" or not is_out_of_gpu_memory(error):
+            raise
+        free, total = torch.cuda.mem_get_info(device)
+        holders = find_gpu_holders(free=free, own=torch.cuda.memory_reserved(device), total=total, share=share)
+        if holders is None:
+            raise
+        raise MemoryHeldError(holders) from error
+
+
+def metrics_of(result: Mapping[str, Any]) -> EpochMetrics | None:
+    """The ``EpochMetrics`` in a result, None where an exception ended the trial before the epoch did."""
+    names = [field.name for field in dataclasses.fields(EpochMetrics)]
+    return EpochMetrics(**{name: result[name] for name in names}) if "epoch" in result else None

@@ -1,0 +1,241 @@
+"""Trains the best of a search again on fresh seeds, and the tutorial's default configuration beside them.
+
+The best of many on one seed is best partly by luck; how much, the search cannot tell. So the configurations are frozen,
+and trained at full budget on seeds that had no part in choosing them: all on the first few, then, if the best of them
+leads the default, these two on the others (see ``gain``). Validation alone ranks them again; of a run that is over, the
+test set is read, once, and decides nothing.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Collection, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.gain import FIRST_SEEDS, choose_challenger, may_gain, without_seed
+from tune_amp.results.progress import ConfirmJob, ConfirmObserver, ConfirmProgress, ConfirmResult
+from tune_amp.results.ranking import rank_confirmed
+from tune_amp.results.records import BestRow, Provenance, TrialRecord, write_best, write_confirmed
+from tune_amp.space.no_effect import find_inert
+from tune_amp.trial.config import TrialConfig, TrialStatus
+
+SHORT_SECONDS = 60.0
+"""Further seeds may take this long after however short a search."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfirmPlan:
+    """What will be trained again."""
+
+    ranked: Sequence[TrialRecord]
+    """The search's ranking, best first."""
+    top_k: int
+    """How many of them are confirmed, from the top."""
+    default: TrialConfig | None
+    """The tutorial's configuration, or None where it does not fit the data set."""
+    left_out: str | None
+    """Why there is none."""
+    seeds: tuple[int, ...]
+    """All that may be used, in order."""
+    objective: str
+    """That the challenger is chosen by."""
+    budget_seconds: float
+    """Of training: the seeds after the first ones may take as long."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Trial id -> what to call it."""
+        names = {trial.trial_id: trial.trial_name for trial in self.ranked}
+        return {trial_id: names.get(trial_id, trial_id) for trial_id in self.configs}
+
+    @property
+    def configs(self) -> dict[str, TrialConfig]:
+        """Trial id -> what is trained, best first by the search, the default last."""
+        found = {trial.trial_id: trial.config for trial in self.ranked[: self.top_k]}
+        return found | ({DEFAULT_ID: self.default} if self.default else {})
+
+    @property
+    def first_jobs(self) -> list[ConfirmJob]:
+        """Every configuration on the first seeds."""
+        return self._list_jobs(self.configs, self.seeds[:FIRST_SEEDS])
+
+    def list_further_jobs(self, runs: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
+        """Challenger and default on further seeds, as many as the budget allows; none if no gain can come of them.
+
+        Args:
+            runs: those of ``first_jobs``.
+        """
+        challenger = choose_challenger(self.configs, runs, self.objective)
+        if challenger is None or not may_gain(self.configs, runs, self.objective):
+            return []
+        pair = (challenger, DEFAULT_ID)
+        seconds = sum(run.train_seconds for run in runs if run.trial_id in pair) / FIRST_SEEDS
+        further = self.seeds[FIRST_SEEDS:]
+        return self._list_jobs(pair, further[: int(self.budget_seconds / seconds)] if seconds else further)
+
+    def _list_jobs(self, trial_ids: Collection[str], seeds: Sequence[int]) -> list[ConfirmJob]:
+        """All on one seed before any on the next: an interrupted confirmation leaves whole comparisons.
+
+        Those that differ in nothing share their runs.
+        """
+        owners: dict[TrialConfig, tuple[str, ...]] = {}
+        for trial_id, config in self.configs.items():
+            owners[without_seed(config)] = (*owners.get(without_seed(config), ()), trial_id)
+        return [
+            ConfirmJob(trial_ids=of_config, config=dataclasses.replace(config, seed=seed))
+            for seed in seeds
+            for config, of_config in owners.items()
+            if {*of_config} & {*trial_ids}
+        ]
+
+
+def plan_confirmation(
+    ranked: Sequence[TrialRecord],
+    default: TrialConfig,
+    *,
+    train_images: int,
+    top_k: int,
+    seeds: int,
+    objective: str,
+    search_seconds: float,
+) -> ConfirmPlan:
+    """Plan to train the best ``top_k`` and the default configuration on the same fresh seeds.
+
+    Args:
+        ranked: the search's ranking.
+        default: from ``build_default``, with the seed of the search.
+        train_images: images of the training split.
+        top_k: configurations to be confirmed.
+        seeds: most seeds.
+        objective: the first of the search.
+        search_seconds: what its trials took, one after the other: further seeds take no longer, or a minute.
+    """
+    left_out = None
+    if default.batch_size > train_images:
+        images = f"{train_images:,} training images"
+        left_out = f"the default configuration is left out: its batch of {default.batch_size} exceeds the {images}"
+    return ConfirmPlan(
+        ranked=ranked,
+        top_k=top_k,
+        default=None if left_out else default,
+        left_out=left_out,
+        seeds=choose_seeds(default.seed, seeds),
+        objective=objective,
+        budget_seconds=max(SHORT_SECONDS, search_seconds),
+    )
+
+
+def build_default(precisions: Sequence[str], **shared: Any) -> TrialConfig:
+    """PyTorch's AMP tutorial: lr 1e-3, batch 64, and GradScaler's own defaults where the space has fp16.
+
+    Args:
+        precisions: those of the space. Without fp16, the default is TrialConfig's own if that is among several.
+        shared: the ``TrialConfig`` fields that all trials of the search have in common.
+    """
+    own = TrialConfig.precision if TrialConfig.precision in precisions else precisions[0]
+    return TrialConfig(precision="fp16" if "fp16" in precisions else own, **shared)
+
+
+def choose_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """``count`` seeds that neither this search nor one of a seed near by has used: from 1000 on for seed 0."""
+    first = 1_000 * (seed % 10**9 + 1)
+    return tuple(itertools.islice((fresh for fresh in itertools.count(first) if fresh != seed), count))
+
+
+def list_left(jobs: Sequence[ConfirmJob], done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
+    """Return those of ``jobs`` of which some run is not done yet."""
+    known = {(run.trial_id, run.seed) for run in done}
+    return [job for job in jobs if {(name, job.config.seed) for name in job.trial_ids} - known]
+
+
+def _select_done(jobs: Sequence[ConfirmJob], runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
+    """Return those of an earlier confirmation that was cut off which ``jobs`` ask for too."""
+    asked = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
+    return [run for run in runs if (run.trial_id, run.seed) in asked]
+
+
+def confirm(
+    plan: ConfirmPlan,
+    train: Callable[[Sequence[ConfirmJob]], Generator[tuple[ConfirmJob, ConfirmedRun]]],
+    *,
+    done: Sequence[ConfirmedRun] = (),
+    folder: Path,
+    provenance: Provenance,
+    num_threads: int,
+    observer: ConfirmObserver,
+) -> ConfirmResult:
+    """Make the runs of a plan, then rank its configurations again and rewrite ``best.parquet``.
+
+    ``confirm.parquet`` is rewritten after each run. At Ctrl-C, what has finished stays there, and ``best.parquet`` is
+    left as the search wrote it.
+
+    Args:
+        plan: from ``plan_confirmation``.
+        train: trains jobs, as ``train_on_slots`` does; yields each with its run as it ends, and stops what runs when
+            closed.
+        done: runs from before the confirmation was cut off; those that the plan asks for are not made again.
+        folder: of the run.
+        provenance: goes into the files.
+        num_threads: CPU threads of a run.
+        observer: is told of everything that happens.
+    """
+    begun = time.monotonic()
+    runs: list[ConfirmedRun] = []
+    progress = ConfirmProgress(run=folder.name, names=plan.names, started=begun)
+    rows: Sequence[BestRow] = ()
+    try:
+        for list_jobs in (lambda _: plan.first_jobs, plan.list_further_jobs):
+            jobs = list_jobs(runs)
+            runs = _put_in_order([*runs, *_select_done(jobs, done)], plan)
+            left = list_left(jobs, runs)
+            total, ended = progress.total + len(jobs), progress.done + len(jobs) - len(left)
+            progress = dataclasses.replace(progress, jobs=jobs, runs=runs, total=total, done=ended)
+            if jobs:
+                observer.on_confirmation(progress, None)
+            with contextlib.closing(train(left)) as finished:
+                for job, run in finished:
+                    copies = [dataclasses.replace(run, trial_id=trial_id) for trial_id in job.trial_ids]
+                    known = {(run.trial_id, run.seed): run for run in (*runs, *copies)}
+                    runs = _put_in_order(list(known.values()), plan)
+                    progress = dataclasses.replace(progress, runs=runs, done=progress.done + 1)
+                    write_confirmed(folder, runs, provenance)
+                    observer.on_confirmation(progress, copies[0])
+    except KeyboardInterrupt:
+        if runs:  # the last may not have been written
+            write_confirmed(folder, runs, provenance)
+    else:
+        default = None if plan.default is None else _record_default(plan.default, runs, provenance, num_threads)
+        rows = rank_confirmed(plan.ranked, default, runs, provenance.objectives)
+        write_best(folder, rows, provenance)
+    return ConfirmResult(
+        rows=rows, runs=runs, progress=progress, left_out=plan.left_out, seconds=time.monotonic() - begun
+    )
+
+
+def _put_in_order(runs: Sequence[ConfirmedRun], plan: ConfirmPlan) -> list[ConfirmedRun]:
+    """By configuration, as the search ranked them, and seed; not as slots happened to become free."""
+    places = list(plan.names)
+    return sorted(runs, key=lambda run: (places.index(run.trial_id), run.seed))
+
+
+def _record_default(
+    config: TrialConfig, runs: Sequence[ConfirmedRun], provenance: Provenance, num_threads: int
+) -> TrialRecord:
+    """The default configuration as a row of ``best.parquet``: no trial, so that it has no epochs."""
+    own = [run for run in runs if run.trial_id == DEFAULT_ID]
+    failed = next((run for run in own if run.status is not TrialStatus.COMPLETED), None)
+    return TrialRecord(
+        trial_id=DEFAULT_ID,
+        trial_name=DEFAULT_ID,
+        status=failed.status if failed else TrialStatus.COMPLETED,
+        error=failed.error if failed else None,
+        config=config,
+        epochs=(),
+        inert=find_inert(config, provenance.train_images),
+        wall_seconds=0.0,
+        device=own[0].device,
+        num_threads=num_threads,
+    )

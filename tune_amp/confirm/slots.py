@@ -1,0 +1,263 @@
+"""Runs that confirm a search, as tasks on Ray's slots: tried again as trials are, ended where they hang."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import secrets
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
+from tune_amp.cluster.resources import SlotCounter, TrialResources, beside_this_process, double_share
+from tune_amp.cluster.trainable import (
+    WORKER_RETRIES,
+    WorkerSetup,
+    build_worker_setup,
+    failure_report,
+    name_device,
+    prepare_worker,
+)
+from tune_amp.results.confirmed import ConfirmedRun
+from tune_amp.results.progress import ConfirmJob
+from tune_amp.training.batches import place_split
+from tune_amp.training.data import Dataset, Split
+from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.trial.config import TrialStatus, one_line
+
+LOOK_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A job as it is tried, perhaps not for the first time."""
+
+    job: ConfirmJob
+    share: float
+    """Of a GPU; 0 on the CPU."""
+    deaths: int = 0
+    """Workers that died of it."""
+    losses: int = 0
+    """Nodes that were lost under it, or full of other programs."""
+    earlier: ConfirmedRun | None = None
+    """How it ended before, where it is tried again for another reason than a worker's death."""
+    token: str = ""
+    """By which its worker says that it has begun."""
+    begun: float | None = None
+    """``time.monotonic()`` when it was heard that its worker has begun; None: it may wait in Ray's queue."""
+
+    @property
+    def seconds(self) -> float:
+        """What this attempt has taken; 0 while it waits."""
+        return 0.0 if self.begun is None else time.monotonic() - self.begun
+
+    def give_up(self, time_limit: float) -> ConfirmedRun:
+        """The run of a job that took too long."""
+        run = ConfirmedRun(
+            trial_id=self.job.trial_ids[0],
+            seed=self.job.config.seed,
+            status=TrialStatus.FAILED,
+            error=describe_limit(time_limit),
+        )
+        return self.conclude(run)
+
+    def try_again(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
+        """The next attempt, or None where ``run`` is final: a configuration gets the chances that a trial had.
+
+        A worker that dies costs up to two more attempts, any other exception one, since it may not be the settings'
+        fault. Out of memory is, unless there is a larger share of the GPU to be had. A lost node never is, nor one
+        whose memory others hold.
+        """
+        if died and self.losses < count_free_retries(run.error or ""):
+            return dataclasses.replace(self, losses=self.losses + 1)
+        if died:
+            return dataclasses.replace(self, deaths=self.deaths + 1) if self.deaths < WORKER_RETRIES else None
+        if self.earlier is not None:
+            return None
+        if run.status is TrialStatus.OUT_OF_MEMORY and 0 < self.share < 1:
+            return dataclasses.replace(self, share=double_share(self.share), earlier=run)
+        return dataclasses.replace(self, earlier=run) if run.status is TrialStatus.FAILED else None
+
+    def conclude(self, run: ConfirmedRun) -> ConfirmedRun:
+        """``run`` as the final one, saying what went before where that is something else."""
+        if run.error is None or self.earlier is None or self.earlier.error in (None, run.error):
+            return run
+        return dataclasses.replace(run, error=one_line(f"{run.error}; before that, {self.earlier.error}"))
+
+
+def train_on_slots(
+    jobs: Sequence[ConfirmJob], dataset: Dataset, resources: TrialResources, *, time_limit: float = math.inf
+) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
+    """Train ``jobs`` as Ray's tasks, each with what a trial had, as many at a time; gives each as it ends.
+
+    One that takes longer than ``time_limit`` seconds, from its beginning, is ended as failed. Closing the generator
+    cancels what runs.
+    """
+    if not jobs:
+        return
+    sent = ray.put((build_worker_setup(dataset, resources), dataset.test))
+    waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
+    count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
+    running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
+    with hearing_beginnings(time_limit) as beginnings:
+        try:
+            while waiting or running:
+                while waiting and len(running) < max(1, count_slots()):
+                    attempt = dataclasses.replace(waiting.popleft(), token=secrets.token_hex(4), begun=None)
+                    running[_start(attempt, resources.cpus, sent, beginnings)] = attempt
+                ended = _wait_for_one(running, time_limit, beginnings)
+                if ended is None:
+                    yield _end_latest(running, time_limit)
+                    continue
+                attempt = running.pop(ended)
+                run, died = _fetch(ended, attempt.job)
+                again = attempt.try_again(run, died=died)
+                if again is not None:
+                    waiting.appendleft(again)
+                else:
+                    yield attempt.job, attempt.conclude(run)
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+
+class Beginnings:
+    """Hears from each attempt that it has begun: before that it waits, for other jobs of a cluster perhaps.
+
+    An actor where there is a time limit.
+    """
+
+    def __init__(self) -> None:
+        self._begun: set[str] = set()
+
+    def tell(self, token: str) -> None:
+        """The attempt with this token has begun."""
+        self._begun.add(token)
+
+    def take(self) -> set[str]:
+        """Those that have begun since the last call."""
+        begun, self._begun = self._begun, set()
+        return begun
+
+
+@contextlib.contextmanager
+def hearing_beginnings(time_limit: float) -> Iterator[Any]:
+    """The actor ``Beginnings``, beside the driver; None where time is not limited."""
+    if time_limit == math.inf:
+        yield None
+        return
+    actor: Any = ray.remote(Beginnings).options(num_cpus=0, scheduling_strategy=beside_this_process()).remote()
+    try:
+        yield actor
+    finally:
+        ray.kill(actor)
+
+
+def _wait_for_one(
+    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, beginnings: Any
+) -> "ray.ObjectRef[ConfirmedRun] | None":
+    """The first that has ended; None where one has taken too long before that."""
+    while True:
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+        if ended:
+            first: ray.ObjectRef[ConfirmedRun] = ended[0]
+            return first
+        if beginnings is not None:
+            begun = ray.get(beginnings.take.remote())
+            for reference, attempt in running.items():
+                if attempt.token in begun:
+                    running[reference] = dataclasses.replace(attempt, begun=time.monotonic())
+        if any(attempt.seconds > time_limit for attempt in running.values()):
+            return None
+
+
+def _end_latest(
+    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float
+) -> tuple[ConfirmJob, ConfirmedRun]:
+    """End the one that has taken the longest: it hangs."""
+    latest = max(running, key=lambda reference: running[reference].seconds)
+    attempt = running.pop(latest)
+    ray.cancel(latest, force=True)
+    return attempt.job, attempt.give_up(time_limit)
+
+
+def _start(attempt: Attempt, cpus: int, sent: Any, beginnings: Any) -> "ray.ObjectRef[ConfirmedRun]":
+    task = ray.remote(
+        num_cpus=cpus,
+        num_gpus=attempt.share,
+        # A process keeps the GPU, the context and the cap of memory that it began with.
+        max_calls=1 if attempt.share else 0,
+        max_retries=0,  # `Attempt` counts: Ray would try for ever where the memory monitor kills
+    )(_train_in_worker)
+    name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
+    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(
+        sent, attempt.job, beginnings, attempt.token
+    )
+    return reference
+
+
+def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[ConfirmedRun, bool]:
+    """A run's result, and whether its worker died instead."""
+    try:
+        return ray.get(reference), False
+    except ray.exceptions.RayError as error:
+        cause = find_reason(str(error))
+        status = find_status(None, error=True, cause=cause)
+        run = ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, status=status, error=cause)
+        return run, True
+
+
+def _train_in_worker(
+    sent: tuple[WorkerSetup, Split], job: ConfirmJob, beginnings: Any = None, token: str = ""
+) -> ConfirmedRun:
+    """Train a job in the process that Ray gave it. Whatever is raised is a row."""
+    if beginnings is not None:
+        beginnings.tell.remote(token)
+    worker_setup, test = sent
+    device = torch.device("cpu")
+    try:
+        device = prepare_worker(worker_setup)
+        data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+        return train_and_test(job, data, test)
+    except Exception as error:
+        return _record_failure(job, error, device)
+    finally:
+        with contextlib.suppress(RuntimeError):  # a context that is broken for good; the row says so
+            release_memory(device)
+
+
+def _record_failure(job: ConfirmJob, error: Exception, device: torch.device) -> ConfirmedRun:
+    report = failure_report(error)
+    return ConfirmedRun(
+        trial_id=job.trial_ids[0],
+        seed=job.config.seed,
+        status=TrialStatus(report["status"]),
+        error=report["error"],
+        device=name_device(device),
+    )
+
+
+def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> ConfirmedRun:
+    """Train a job to its end as its trial was trained, then read the test set, once; not that of one past saving.
+
+    Raises:
+        Exception: whatever the model or the device raise.
+    """
+    run = TrainingRun(job.config, data)
+    [last] = collections.deque(run.epochs(), maxlen=1)
+    ending: dict[str, Any] = {"status": TrialStatus.DIVERGED, "error": f"{last.state}: {run.hopeless}"}
+    if run.hopeless is None:
+        ending = {"status": TrialStatus.COMPLETED, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy}
+        tested = run.evaluate(place_split(test, data.device))
+        ending |= {f"test_{name}": value for name, value in vars(tested).items()}
+    return ConfirmedRun(
+        trial_id=job.trial_ids[0],
+        seed=job.config.seed,
+        train_seconds=last.train_seconds,
+        device=name_device(data.device),
+        **ending,
+    )

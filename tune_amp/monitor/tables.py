@@ -1,0 +1,102 @@
+"""Shows what fresh seeds said of the best configurations: a table, and what can and cannot be told from it.
+
+Needs what a run's Parquet files hold and nothing else, so that a run can be shown again at any time.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
+from tune_amp.results.gain import show_difference
+from tune_amp.results.records import BestRow, Provenance
+from tune_amp.trial.config import TrialConfig, format_scale
+
+
+def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
+    """Settings, then means over the seeds with half their 95 % intervals. Narrow enough for 80 columns.
+
+    ``optimism`` is the search's own number minus the mean, in points of accuracy or in nats.
+    """
+    objective = provenance.objectives[0]
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    validation = "val loss" if objective == "val_loss" else "validation %"
+    for name in ("#", "lr", "batch", "prec", "scale", "interval", validation, "test %", "optimism"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.confirmation is not None:
+            cells = _confirmed_cells(row.confirmation, objective)
+            style = "green" if row.rank == 1 else "dim" if row.trial.trial_id == DEFAULT_ID else None
+            table.add_row(_name(row), *settings_cells(row.trial.config), *cells, style=style)
+    return table
+
+
+def settings_cells(config: TrialConfig) -> tuple[str, ...]:
+    """Learning rate, batch size, precision, loss scale and growth interval, as the tables of a run show them."""
+    interval = "" if config.growth_interval is None else str(config.growth_interval)
+    return (f"{config.lr:.2e}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
+
+
+def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Iterator[str]:
+    """How the table came about, what is tied, what failed, and what searching gained: a sentence each."""
+    confirmed = [row for row in rows if row.confirmation is not None]
+    chosen = "validation ranks" if len(provenance.objectives) == 1 else "ranks are the search's"
+    seeds = _count_seeds(confirmed)
+    yield f"Means over {seeds}, each with its 95 % interval; {chosen}, the test set was read once a run."
+    yield from _describe_ties(confirmed)
+    for row in confirmed:
+        assert row.confirmation is not None
+        if row.confirmation.confirm_failures:
+            yield f"{_title(row)} has no mean: {'; '.join(row.confirmation.confirm_failures)}."
+    if any(row.trial.last and row.trial.last.epoch < row.trial.config.max_epochs for row in confirmed):
+        yield "Optimism of those that ended early in the search compares with the epoch they had reached."
+    for row in confirmed:
+        assert row.confirmation is not None
+        if row.confirmation.verdict:
+            yield f"verdict  {row.confirmation.verdict}"
+
+
+def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
+    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
+    behind = [_name(row) for row in judged if row.confirmation and not row.confirmation.tied_with_best]
+    possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    method = "(paired t tests, corrected for their number, 95 %)"
+    if len(judged) > 1 and len(possible) > 1:
+        yield f"Any of {_join(possible)} may be the best: none is shown to be worse than another {method}."
+    if len(judged) > 1 and behind:
+        yield f"Shown to be worse than another: {_join(behind)} {'' if len(possible) > 1 else method}".rstrip() + "."
+
+
+def _confirmed_cells(confirmation: Confirmation, objective: str) -> tuple[str, str, str]:
+    if confirmation.confirm_failures:
+        failed = len(confirmation.confirm_failures)
+        return f"{failed} of {len(confirmation.confirm_seeds)} failed", "", ""
+    optimism = "" if confirmation.optimism is None else show_difference(confirmation.optimism, objective)
+    return _show_mean(confirmation, objective), _show_mean(confirmation, "test_accuracy"), optimism
+
+
+def _show_mean(confirmation: Confirmation, name: str) -> str:
+    mean, high = getattr(confirmation, f"{name}_mean"), getattr(confirmation, f"{name}_high")
+    if name == "val_loss":
+        return f"{mean:.4f} ±{high - mean:.4f}"
+    return f"{100 * mean:.2f} ±{100 * (high - mean):.2f}"
+
+
+def _name(row: BestRow) -> str:
+    """Its rank, and that it is the default configuration."""
+    if row.trial.trial_id != DEFAULT_ID:
+        return str(row.rank)
+    return DEFAULT_ID if row.rank is None else f"{row.rank} {DEFAULT_ID}"
+
+
+def _title(row: BestRow) -> str:
+    return "The default configuration" if row.trial.trial_id == DEFAULT_ID else f"Number {row.rank}"
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _count_seeds(confirmed: Sequence[BestRow]) -> str:
+    counts = sorted({len(row.confirmation.confirm_seeds) for row in confirmed if row.confirmation})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} fresh seeds"

@@ -1,0 +1,231 @@
+"""The axes of a report's figures, on which what matters lies apart.
+
+Every axis is drawn as a linear one, on which a value has the place that the axis gives it: plotly knows no axis for
+powers of two, nor one for accuracies, where 97 % and 99 % are further apart than 50 % and 52 %.
+"""
+
+import dataclasses
+import math
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from tune_amp.space.parameter import Parameter
+from tune_amp.trial.config import value_type
+
+MOST_TICKS = 7
+
+ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Where values lie, and what stands beside them."""
+
+    title: str
+    place: Callable[[Any], float | None]
+    """A value's position; None where it has none."""
+    show: Callable[[Any], str]
+    ticks: tuple[tuple[float, str], ...]
+    """Positions and what they are called."""
+    low: float
+    high: float
+    """Ends of the axis, a margin included."""
+
+    def place_all(self, values: Iterable[Any]) -> list[float | None]:
+        """The position of each value."""
+        return [self.place(value) for value in values]
+
+    def as_plotly(self, **changes: Any) -> dict[str, Any]:
+        """The axis as plotly takes it."""
+        return {
+            "title": {"text": self.title},
+            "tickmode": "array",
+            "tickvals": [position for position, _ in self.ticks],
+            "ticktext": [text for _, text in self.ticks],
+            "range": [self.low, self.high],
+            **changes,
+        }
+
+    def replace(self, **changes: Any) -> "Axis":
+        """The same axis but for ``changes``."""
+        return dataclasses.replace(self, **changes)
+
+    def share(self, value: Any) -> float | None:
+        """A value's position as a share of the axis, from 0 to 1."""
+        position = self.place(value)
+        return None if position is None else (position - self.low) / (self.high - self.low)
+
+
+def objective_axis(name: str, values: Iterable[float | None], images: int) -> Axis:
+    """The axis of an objective: accuracies by the logarithm of the error rate, the others by their own logarithm.
+
+    Args:
+        name: one of ``config.OBJECTIVES``.
+        values: what it has to show.
+        images: that an accuracy was measured on; an error rate is at least half an image.
+    """
+    if name == "val_accuracy":
+        return accuracy_axis(objective_title(name), values, images)
+    return log_axis(objective_title(name), values, _COSTS[name][1])
+
+
+def objective_title(name: str) -> str:
+    """An objective in words, with its unit."""
+    return "validation accuracy" if name == "val_accuracy" else _COSTS[name][0]
+
+
+def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:
+    """Equal steps are equal factors of the error rate: the best trials are not squeezed together by the worst."""
+    least = 0.5 / max(1, images)  # a file may say anything
+
+    def place(value: float | None) -> float | None:
+        if value is None or not math.isfinite(value):
+            return None
+        return -math.log10(max(1.0 - value, least))
+
+    low, high = _add_margin([place(value) for value in values])
+    ticks = [(position, f"{value:.4g}%") for value, position in _place_percent(place) if low <= position <= high]
+    if len(ticks) < 2:
+        ticks = [(position, show_percent(1 - 10**-position)) for position in _spread(low, high)]
+    return Axis(title=title, place=place, show=show_percent, ticks=_thin(ticks), low=low, high=high)
+
+
+def log_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
+    """A logarithmic axis; what is not above 0 has no place on it."""
+
+    def place(value: float | None) -> float | None:
+        if value is None or not math.isfinite(value) or value <= 0:
+            return None
+        return math.log10(value)
+
+    low, high = _add_margin([place(value) for value in values])
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    fine = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    within = [value for value in fine if low <= math.log10(value) <= high]
+    if len(within) > MOST_TICKS:
+        within = [value for value in within if math.log10(value).is_integer()]
+    ticks = [(math.log10(value), show(value)) for value in within]
+    if len(ticks) < 2:
+        ticks = [(position, show(10**position)) for position in _spread(low, high)]
+    return Axis(title=title, place=place, show=show, ticks=_thin(ticks), low=low, high=high)
+
+
+def power_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
+    """Powers of two, evenly spaced."""
+
+    def place(value: float | None) -> float | None:
+        if value is None or not math.isfinite(value) or value <= 0:
+            return None
+        return math.log2(value)
+
+    low, high = _add_margin([place(value) for value in values], least=1.0)
+    step = 1
+    while high - low > 10 * step:
+        step *= 2  # exponents that are themselves round: 0, 8, 16
+    lowest, highest = max(low, sys.float_info.min_exp), min(high, sys.float_info.max_exp - 1)
+    exponents = range(math.ceil(lowest / step) * step, math.floor(highest) + 1, step)
+    ticks = tuple((float(exponent), show(2.0**exponent)) for exponent in exponents)
+    return Axis(title=title, place=place, show=show, ticks=ticks, low=low, high=high)
+
+
+def linear_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
+    """An ordinary axis."""
+
+    def place(value: float | None) -> float | None:
+        return None if value is None or not math.isfinite(value) else float(value)
+
+    low, high = _add_margin([place(value) for value in values])
+    step = _round_step((high - low) / 5)
+    places = range(math.ceil(low / step), math.floor(high / step) + 1)
+    ticks = tuple((index * step, show(index * step)) for index in places)
+    return Axis(title=title, place=place, show=show, ticks=ticks, low=low, high=high)
+
+
+def choice_axis(title: str, choices: Sequence[Any]) -> Axis:
+    """Choices side by side."""
+
+    def place(value: Any) -> float | None:
+        return float(choices.index(value)) if value in choices else None
+
+    ticks = tuple((float(index), str(choice)) for index, choice in enumerate(choices))
+    return Axis(title=title, place=place, show=str, ticks=ticks, low=-0.5, high=len(choices) - 0.5)
+
+
+def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
+    """The axis of a searched setting, as the space has it."""
+    title = f"{parameter.name} / steps of the trial" if parameter.fraction_of_trial else parameter.name
+    if parameter.choices:
+        return choice_axis(title, parameter.choices)
+    if parameter.power_of_two:
+        return power_axis(title, values, _count if value_type(parameter.name) is int else raise_to_power)
+    return (log_axis if parameter.log else linear_axis)(title, values, _short)
+
+
+def count_step(count: int) -> int:
+    """Between the marks of an axis of whole numbers up to ``count``."""
+    return math.ceil(_round_step(max(1.0, count / 10)))
+
+
+def raise_to_power(value: float) -> str:
+    """A power of two as figures show it."""
+    return f"2<sup>{round(math.log2(value))}</sup>"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def show_percent(value: float) -> str:
+    """An accuracy."""
+    return f"{value:.2%}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:.3g} MiB"
+
+
+_COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = types.MappingProxyType(
+    {
+        "val_loss": ("validation loss (nats)", _short),
+        "train_seconds": ("time in training steps", _seconds),
+        "peak_memory_bytes": ("peak memory", _mebibytes),
+    }
+)
+
+
+def _place_percent(place: Callable[[float], float | None]) -> list[tuple[float, float]]:
+    placed = ((100 * value, place(value)) for value in ACCURACY_TICKS)
+    return [(percent, position) for percent, position in placed if position is not None]
+
+
+def _add_margin(positions: Iterable[float | None], least: float = 0.0) -> tuple[float, float]:
+    """The range of ``positions`` with a margin on either side, of half of ``least`` at least."""
+    known = [position for position in positions if position is not None] or [0.0]
+    low, high = min(known), max(known)
+    margin = max(0.06 * (high - low), least / 2) or 0.05  # a single value
+    return low - margin, high + margin
+
+
+def _spread(low: float, high: float) -> tuple[float, ...]:
+    return tuple(low + share * (high - low) for share in (0.1, 0.5, 0.9))
+
+
+def _thin(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
+    """As many of them as fit, evenly."""
+    return tuple(ticks[:: math.ceil(len(ticks) / MOST_TICKS)]) if ticks else ()
+
+
+def _round_step(step: float) -> float:
+    """The smallest of 1, 2, 5, 10, ... times a power of ten that is not below ``step``."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))

@@ -1,0 +1,330 @@
+"""The figures of a report about its trials as a whole: how they went, what they cost, what fresh seeds say.
+
+Drawn by plotly itself: the plots of ``optuna.visualization`` do not tell how a trial ended, nor after how many epochs.
+"""
+
+import collections
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+from tune_amp.report.axes import Axis, count_step, linear_axis, objective_axis, show_percent
+from tune_amp.report.run import Run, find_value, list_rankable
+from tune_amp.report.style import SYMBOLS, build_figure, colour_of, list_statuses, say_status, tell_trial
+from tune_amp.results.confirmed import DEFAULT_ID
+from tune_amp.results.records import BestRow, TrialRecord
+from tune_amp.results.utilisation import SlotUse
+from tune_amp.trial.config import MORE_IS_BETTER, TrialStatus
+
+HEIGHT = 420
+MOST_BARS = 200
+"""Of a figure of epochs: with more of them, a bar stands for several."""
+
+# Colour and opacity of each use of the slots: what training was for in blue, waste as its status, the rest in grey.
+USE_COLOURS: Mapping[SlotUse, tuple[str, float]] = types.MappingProxyType(
+    {
+        SlotUse.USEFUL: ("completed", 1.0),
+        SlotUse.STOPPED: ("stopped", 1.0),
+        SlotUse.LOST: ("failed", 1.0),
+        SlotUse.EVALUATION: ("completed", 0.4),
+        SlotUse.REST: ("muted", 0.25),
+    }
+)
+
+
+# ---- the trials ----
+
+
+def draw_history(run: Run) -> go.Figure:
+    """The objective of every trial in the order of their start; those without a value stand in a row below."""
+    axis = _with_place_for_none(build_objective_axis(run, run.objective), run)
+    numbers = {trial.trial_id: number for number, trial in enumerate(run.trials, start=1)}
+    traces = [_draw_best_so_far(run, axis, numbers)]
+    for status in list_statuses(run.trials):
+        group = [trial for trial in run.trials if trial.status is status]
+        xs = [float(numbers[trial.trial_id]) for trial in group]
+        traces.append(draw_trials(run, group, xs, axis, name=say_status(status)))
+    if run.winner and run.winner.trial.trial_id in numbers:
+        trial = run.winner.trial
+        traces.append(_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
+    count = len(run.trials)
+    margin = 0.6 + 0.01 * count
+    x = {
+        "title": {"text": "trial, in order of start"},
+        "range": [1 - margin, count + margin],
+        "dtick": count_step(count),
+    }
+    return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly())
+
+
+def draw_pareto(run: Run, other: str) -> go.Figure:
+    """The first objective against another one, with the Pareto set ringed."""
+    y, x = build_objective_axis(run, run.objective), build_objective_axis(run, other)
+    traces = []
+    for status in list_statuses(run.trials):
+        group = [trial for trial in run.trials if trial.status is status and find_value(trial, other) is not None]
+        xs = x.place_all(find_value(trial, other) for trial in group)
+        traces.append(draw_trials(run, group, xs, y, name=say_status(status), also=(other, x)))
+    front = [row.trial for row in run.ranked]
+    xs = x.place_all(find_value(trial, other) for trial in front)
+    traces.append(_ring(xs, y.place_all(find_value(trial, run.objective) for trial in front), "Pareto set"))
+    return build_figure(traces, height=HEIGHT, x=x.as_plotly(), y=y.as_plotly())
+
+
+def draw_trials(
+    run: Run,
+    trials: Sequence[TrialRecord],
+    xs: Sequence[float | None],
+    axis: Axis,
+    *,
+    name: str,
+    also: tuple[str, Axis] | None = None,
+) -> go.Scatter:
+    """Trials of one status as points: their first objective against ``xs``."""
+    status = trials[0].status if trials else TrialStatus.COMPLETED
+    told = [(run.objective, axis)] + ([also] if also else [])
+    return go.Scatter(
+        x=xs,
+        y=axis.place_all(find_value(trial, run.objective) for trial in trials),
+        mode="markers",
+        marker={"symbol": SYMBOLS[status], "size": 9, "color": colour_of(status), "opacity": 0.85},
+        name=name,
+        text=["<br>".join([tell_trial(trial), *_tell_values(trial, told)]) for trial in trials],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def build_objective_axis(run: Run, name: str) -> Axis:
+    """The axis of an objective with all trials on it."""
+    values = [find_value(trial, name) for trial in run.trials]
+    return objective_axis(name, values, run.provenance.validation_images)
+
+
+def _with_place_for_none(axis: Axis, run: Run) -> Axis:
+    """Where trials have no value, the axis goes on below to a place for them."""
+    missing = [find_value(trial, run.objective) is None for trial in run.trials]
+    if not any(missing):
+        return axis
+    below = axis.low - 0.08 * (axis.high - axis.low)
+    return axis.replace(
+        place=lambda value: below if value is None else axis.place(value),
+        ticks=((below, "no value"), *(() if all(missing) else axis.ticks)),
+        low=below - 0.06 * (axis.high - axis.low),
+    )
+
+
+def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Scatter:
+    best = max if run.objective in MORE_IS_BETTER else min
+    values: list[float] = []
+    xs: list[float] = []
+    for trial in list_rankable(run):
+        value = find_value(trial, run.objective)
+        assert value is not None  # or it would not be ranked
+        values.append(best(values[-1], value) if values else value)
+        xs.append(numbers[trial.trial_id])
+    if values:  # to the end, however long ago that was
+        values.append(values[-1])
+        xs.append(len(run.trials) + 0.5)
+    line = {"shape": "hv", "color": colour_of("muted"), "width": 1.5}
+    return go.Scatter(x=xs, y=axis.place_all(values), mode="lines", line=line, name="best so far", hoverinfo="skip")
+
+
+def _ring(xs: Sequence[float | None], ys: Sequence[float | None], name: str) -> go.Scatter:
+    marker = {"symbol": "circle-open", "size": 17, "color": colour_of("ink"), "line": {"width": 2}}
+    return go.Scatter(x=xs, y=ys, mode="markers", marker=marker, name=name, hoverinfo="skip")
+
+
+def _tell_values(trial: TrialRecord, told: Sequence[tuple[str, Axis]]) -> Iterator[str]:
+    for name, axis in told:
+        value = find_value(trial, name)
+        yield f"{axis.title} {'none' if value is None else axis.show(value)}"
+
+
+# ---- epochs ----
+
+
+def draw_epochs(run: Run) -> go.Figure:
+    """How many trials reached each epoch, and what became of them there."""
+    last = [trial.last.epoch for trial in run.trials if trial.last]
+    most = max(1, *last)
+    each = -(-most // MOST_BARS)  # epochs that a bar stands for, named by the last of them
+    epochs = range(each, most + each, each)
+    bars = []
+    for status in list_statuses([trial for trial in run.trials if trial.last]):
+        own = [trial.last.epoch for trial in run.trials if trial.last and trial.status is status]
+        ended = collections.Counter(-(-epoch // each) * each for epoch in own)
+        name = say_status(status)
+        bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
+    went_on = [sum(epoch > number for epoch in last) for number in epochs]
+    bars.append(_draw_bars(epochs, went_on, "went on", colour_of("pale")))
+    x = {"title": {"text": "epoch"}, "dtick": count_step(epochs[-1]), "range": [0.4, epochs[-1] + 0.6 * each]}
+    y = {"title": {"text": "trials"}, "rangemode": "tozero", "dtick": count_step(len(last))}
+    return build_figure(bars, height=320, x=x, y=y, barmode="stack", bargap=0.25)
+
+
+def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: str) -> go.Bar:
+    return go.Bar(
+        x=list(epochs),
+        y=counts,
+        name=name,
+        marker={"color": colour},
+        hovertemplate=f"epoch %{{x}}: %{{y}} {name}<extra></extra>",
+    )
+
+
+def draw_curves(run: Run) -> go.Figure | None:
+    """Validation by epoch, the winner on top; None where no trial was validated."""
+    name = "val_loss" if run.objective == "val_loss" else "val_accuracy"
+    values = [getattr(report, name) for trial in run.trials for report in trial.epochs]
+    if all(value is None for value in values):
+        return None
+    axis = objective_axis(name, values, run.provenance.validation_images)
+    drawn = sorted(
+        (trial for trial in run.trials if trial.epochs),
+        key=lambda trial: (run.is_winner(trial), trial.status is TrialStatus.COMPLETED),
+    )
+    traces = [_draw_curve(trial, name, axis, run.is_winner(trial)) for trial in drawn]
+    x = {"title": {"text": "epoch"}, "dtick": count_step(max(t.epochs[-1].epoch for t in drawn))}
+    return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly(), showlegend=False)
+
+
+def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> go.Scatter:
+    values = [getattr(report, name) for report in trial.epochs]
+    shown = ["no value" if value is None else axis.show(value) for value in values]
+    colour = colour_of("ink" if is_winner else trial.status)
+    return go.Scatter(
+        x=[report.epoch for report in trial.epochs],
+        y=axis.place_all(values),
+        mode="lines+markers",
+        line={"color": colour, "width": 3 if is_winner else 1.3},
+        marker={"symbol": SYMBOLS[trial.status], "size": 7 if is_winner else 5},
+        opacity=1.0 if is_winner else 0.6,
+        customdata=shown,
+        meta=[tell_trial(trial), trial.trial_id],
+        hovertemplate="%{meta[0]}<br>epoch %{x}: " + axis.title + " %{customdata}<extra></extra>",
+        legendgroup=str(trial.status),
+    )
+
+
+# ---- fresh seeds, slot time ----
+
+
+def draw_confirmed(run: Run) -> go.Figure:
+    """Mean and interval of every confirmed configuration, its single runs, and what the search had said."""
+    rows = [row for row in run.listed if row.confirmation]
+    names = [name_row(row) for row in rows]
+    places = {name: float(-index) for index, name in enumerate(names)}
+    traces = []
+    for split, offset, colour in (("test", 0.14, "completed"), ("val", -0.14, "stopped")):
+        traces.append(_draw_intervals(rows, split, offset, places, colour))
+        traces.append(_draw_runs(run, rows, split, offset, places, colour))
+    traces.append(_draw_search_values(rows, places))
+    values = [value for trace in traces for value in trace.x]
+    values += [end for row in rows for split in ("test", "val") for end in _find_interval(row, split) or ()]
+    x = linear_axis("accuracy in fp32", values, show_percent)
+    ticks = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": names, "showgrid": False}
+    y = {**ticks, "range": [-len(rows) + 0.4, 0.6]}
+    return build_figure(traces, height=140 + 78 * len(rows), x=x.as_plotly(tickangle=0), y=y)
+
+
+def name_row(row: BestRow) -> str:
+    """``rank 1``, ``rank 1, default`` or ``default``."""
+    names = [f"rank {row.rank}"] * (row.rank is not None) + [DEFAULT_ID] * (row.trial.trial_id == DEFAULT_ID)
+    return ", ".join(names)
+
+
+def _draw_intervals(
+    rows: Sequence[BestRow], split: str, offset: float, places: Mapping[str, float], colour: str
+) -> go.Scatter:
+    known = [(row, _find_interval(row, split)) for row in rows]
+    drawn = [(row, interval) for row, interval in known if interval]
+    name = {"test": "test", "val": "validation"}[split]
+    return go.Scatter(
+        x=[mean for _, (mean, _, _) in drawn],
+        y=[places[name_row(row)] + offset for row, _ in drawn],
+        mode="markers",
+        marker={"size": 10, "color": colour_of(colour)},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - mean for _, (mean, _, high) in drawn],
+            "arrayminus": [mean - low for _, (mean, low, _) in drawn],
+            "color": colour_of(colour),
+            "thickness": 2.5,
+            "width": 6,
+        },
+        name=f"{name}: mean, 95% interval",
+        text=[f"{show_percent(mean)} [{show_percent(low)}, {show_percent(high)}]" for _, (mean, low, high) in drawn],
+        customdata=[name_row(row) for row, _ in drawn],
+        hovertemplate=f"%{{customdata}}<br>{name} %{{text}}<extra></extra>",
+    )
+
+
+def _find_interval(row: BestRow, split: str) -> tuple[float, float, float] | None:
+    values = tuple(getattr(row.confirmation, f"{split}_accuracy_{name}") for name in ("mean", "low", "high"))
+    return None if None in values else values
+
+
+def _draw_runs(
+    run: Run, rows: Sequence[BestRow], split: str, offset: float, places: Mapping[str, float], colour: str
+) -> go.Scatter:
+    names = {row.trial.trial_id: name_row(row) for row in rows}
+    drawn = [
+        (names[one.trial_id], one.seed, value)
+        for one in run.confirmed
+        if one.trial_id in names and (value := getattr(one, f"{split}_accuracy")) is not None
+    ]
+    marker = {"symbol": "circle-open", "size": 6, "color": colour_of(colour), "opacity": 0.9}
+    return go.Scatter(
+        x=[value for _, _, value in drawn],
+        y=[places[name] + 1.9 * offset for name, _, _ in drawn],
+        mode="markers",
+        marker=marker,
+        name="each seed",
+        showlegend=split == "test" and bool(drawn),
+        customdata=[[name, seed, show_percent(value)] for name, seed, value in drawn],
+        hovertemplate="%{customdata[0]}, seed %{customdata[1]}: %{customdata[2]}<extra></extra>",
+    )
+
+
+def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) -> go.Scatter:
+    found = [(name_row(row), find_value(row.trial, "val_accuracy")) for row in rows]
+    drawn = [(name, value) for name, value in found if value is not None]
+    return go.Scatter(
+        x=[value for _, value in drawn],
+        y=[places[name] - 0.14 for name, _ in drawn],
+        mode="markers",
+        marker={"symbol": "diamond-open", "size": 11, "color": colour_of("diverged"), "line": {"width": 2}},
+        name="what the search had said",
+        text=[show_percent(value) for _, value in drawn],
+        hovertemplate="validation accuracy in the search: %{text}<extra></extra>",
+    )
+
+
+def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
+    """One bar: the whole of the slot time."""
+    bars = [
+        go.Bar(
+            x=[100 * share],
+            y=[""],
+            orientation="h",
+            name=str(use),
+            marker={
+                "color": colour_of(USE_COLOURS[use][0]),
+                "opacity": USE_COLOURS[use][1],
+                "line": {"width": 1, "color": colour_of("surface")},
+            },
+            hovertemplate=f"{use}: {share:.1%} of the slot time<extra></extra>",
+        )
+        for use, share in shares.items()
+    ]
+    x: dict[str, Any] = {
+        "range": [0, 100],
+        "tickvals": [0, 20, 40, 60, 80, 100],
+        "ticktext": ["0%", "20%", "40%", "60%", "80%", "100%"],
+        "title": {"text": "share of the slot time"},
+    }
+    y = {"showticklabels": False, "showgrid": False}
+    return build_figure(bars, height=130, x=x, y=y, barmode="stack", showlegend=False)

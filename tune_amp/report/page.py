@@ -1,0 +1,161 @@
+"""The page of a report: one HTML file that needs no network, and the plain values that its template is filled with.
+
+``templates/report.html`` escapes every text.
+"""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import plotly.graph_objects as go  # type: ignore[import-untyped]
+from plotly.io.json import to_json_plotly  # type: ignore[import-untyped]
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+from tune_amp.report.style import PALETTE
+from tune_amp.trial.text import printable
+
+MARK = '<meta name="generator" content="tune_amp report">'
+"""In the head of each report: only a file that has it is replaced by another report."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Swatch(NamedTuple):
+    """A text beside its colour in the figures."""
+
+    text: str
+    colour: str
+    opacity: float = 1.0
+
+
+class Table(NamedTuple):
+    """A table."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Swatch]]
+    winner: int | None = None
+    """Index of the row that stands out."""
+    long: str | None = None
+    """Column whose texts are wrapped."""
+    heading: str = ""
+    summary: str = ""
+    """Line that opens the table, which is closed at first."""
+    note: str = ""
+    """Paragraph below."""
+    narrow: bool = False
+
+
+class LineKey(NamedTuple):
+    """The lines of a figure, by which a reader shows or hides them."""
+
+    groups: Sequence[tuple[str, str]]
+    """Colour, which is also the traces' ``legendgroup``, and name."""
+    winner: bool
+    """Whether a thick line stands out."""
+    marks: str | None = None
+    """Name of the marks on the lines."""
+
+
+class Figure(NamedTuple):
+    """One or several plots, and below how to read them."""
+
+    caption: str
+    plots: Mapping[str, tuple[str, go.Figure]]
+    """Id that no other has -> what the plot shows, for those who cannot see it, and the plot."""
+    layout: str = ""
+    """CSS class of the grid of several plots."""
+    key: LineKey | None = None
+    heading: str = ""
+
+
+class Section(NamedTuple):
+    """A part of the page: paragraphs, then figures, then tables."""
+
+    texts: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+
+
+class Finding(NamedTuple):
+    """A sentence of the first screen."""
+
+    text: str
+    is_warning: bool = False
+
+
+class Summary(NamedTuple):
+    """The first screen: what was searched, and what came out."""
+
+    searched: Sequence[tuple[str, str]]
+    statuses: Sequence[Swatch]
+    """How many trials ended in which way."""
+    merit: str
+    """The figure of merit, in large type."""
+    measured: str = ""
+    """What that figure is."""
+    settings: str = ""
+    """Of rank 1."""
+    findings: Sequence[Finding] = ()
+    reuse: Sequence[str] = ()
+    """The command that trains rank 1, word by word."""
+    unranked: str = ""
+    """Why there is no such command."""
+
+
+class Origin(NamedTuple):
+    """Where the report's data come from."""
+
+    facts: Sequence[tuple[str, str]]
+    command: Sequence[str]
+    """Word by word."""
+    space_source: str
+    space_text: str
+
+
+def quote_words(words: Iterable[str]) -> list[str]:
+    """The words of a command line, quoted for a shell, without characters that hide or reverse a part of it."""
+    return [printable(shlex.quote(word)) for word in words]
+
+
+def is_page(path: Path) -> bool:
+    """Whether ``path`` is a file that ``render_page`` made, and no link."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1_000)
+
+
+def render_page(**values: Any) -> str:
+    """Fill ``templates/report.html``, whose policy lets a browser run the two scripts of the page and no other."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # plotly writes null for a number that JSON does not know: a search writes none where figures look, a file may.
+    environment.policies.update({"json.dumps_function": to_json_plotly, "json.dumps_kwargs": {}})
+    library, drawing = get_plotlyjs(), (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; script-src {_hash_source(library)} {_hash_source(drawing)}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    return environment.get_template("report.html").render(
+        values,
+        library=library,
+        drawing=drawing,
+        mark=MARK,
+        policy=policy,
+        palette=PALETTE,
+        dark_colours={colour.light: colour.dark for colour in PALETTE.values()},
+    )
+
+
+def _hash_source(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,0 +1,73 @@
+"""The report of a run: one HTML file with figures, made from its Parquet files alone and readable without a network.
+
+plotly.js, 4.8 MB of JavaScript, is in the file: the report of years ago still opens. Nothing here imports torch or Ray.
+"""
+
+import os
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tune_amp import __version__
+from tune_amp.report.findings import find_origin, write_confirmed, write_importance, write_parameters, write_utilisation
+from tune_amp.report.page import Section, is_page, render_page
+from tune_amp.report.run import Run, load_run
+from tune_amp.report.sections import write_curves, write_epochs, write_history, write_scales
+from tune_amp.report.summary import name_subject, say_moment, write_summary
+from tune_amp.results.files import write_atomically
+from tune_amp.results.run_files import REPORT_FILE
+from tune_amp.trial.config import InputError
+
+SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.MappingProxyType(
+    {
+        "history": ("history", "How the search went", write_history),
+        "epochs": ("early stopping", "What early stopping saved", write_epochs),
+        "scales": ("loss scales", "The loss scale of every trial", write_scales),
+        "curves": ("validation", "Validation by epoch", write_curves),
+        "importance": ("importance", "Which settings mattered", write_importance),
+        "parameters": ("settings", "Settings and what they led to", write_parameters),
+        "best": ("fresh seeds", "The best, and what fresh seeds say of them", write_confirmed),
+        "time": ("slot time", "What the slots' time went into", write_utilisation),
+    }
+)
+"""Anchor -> name in the contents, heading, and what writes it."""
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Make the report of the run in ``folder``.
+
+    Args:
+        folder: a run's folder; only ``trials.parquet`` must be in it.
+        output: the file to write, ``report.html`` in ``folder`` if None. An earlier report is replaced, nothing else.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version; the file cannot be written,
+            or is there and is no report.
+    """
+    run = load_run(Path(folder))
+    path = run.folder / REPORT_FILE if output is None else Path(output)
+    page = build_report(run).encode("utf-8", errors="replace")  # file names may hold surrogates
+    try:
+        if os.path.lexists(path) and not is_page(path):
+            raise InputError(
+                f"{path}: already exists and is no report of tune_amp: remove it, or name another --output"
+            )
+        write_atomically(path, lambda file: file.write(page))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def build_report(run: Run) -> str:
+    """The report as HTML."""
+    return render_page(
+        subject=name_subject(run),
+        run=run.provenance.run,
+        started=say_moment(run.provenance.created),
+        summary=write_summary(run),
+        sections={anchor: (link, title, write(run)) for anchor, (link, title, write) in SECTIONS.items()},
+        origin=find_origin(run, __version__),
+    )

@@ -1,0 +1,214 @@
+"""The loss scale of every trial, step by step, with a mark at every overflow: each is a training step that was lost.
+
+``epochs.parquet`` holds each change of the scale with the step from which it was in force. ``GradScaler`` lowers the
+scale only where a gradient overflowed, and skips that step: a change downwards at step n is an overflow in step n - 1.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+from tune_amp.report.axes import Axis, count_step, power_axis, raise_to_power
+from tune_amp.report.run import Run
+from tune_amp.report.style import build_figure, colour_of, tell_trial
+from tune_amp.results.records import TrialRecord
+from tune_amp.trial.config import TrialStatus, format_scale
+
+# The first steps have a panel of their own: that is where a scale that begins too high comes down, one step at a time.
+FEWEST_FIRST_STEPS, MOST_FIRST_STEPS = 20, 64
+
+# Of a trial that overflows at every other step, no more than so many ups and downs can be seen, and so many marks.
+COLUMNS, MARK_COLUMNS = 240, 100
+
+HEIGHT = 520
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalePoint:
+    """A moment from which a loss scale was in force, or at which a step overflowed under it."""
+
+    step: int
+    """From 1."""
+    epoch: float
+    """The same moment in epochs, from 0: what makes trials of different batch sizes comparable."""
+    scale: float
+    count: int = 1
+    """How many overflows it stands for, where they are too dense to be shown one by one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """The loss scale of one trial."""
+
+    trial: TrialRecord
+    points: tuple[ScalePoint, ...]
+    """Every change, and the end of every epoch."""
+    overflows: tuple[ScalePoint, ...]
+    """Every step that was skipped, with the scale that was too high."""
+
+
+def trace_scale(trial: TrialRecord) -> Trajectory:
+    """How the loss scale of a trial went; without points where it had none, or none was recorded."""
+    points: list[ScalePoint] = []
+    overflows: list[ScalePoint] = []
+    last_epoch, last_steps = 0, 0
+    for report in trial.epochs:
+        steps = max(1, report.steps - last_steps)
+        length = (report.epoch - last_epoch) / steps
+
+        def at(step: int, scale: float, first: int = last_epoch, before: int = last_steps, per: float = length) -> Any:
+            return ScalePoint(step=step, epoch=first + (step - 1 - before) * per, scale=scale)
+
+        changes = list(zip(report.loss_scale_steps, report.loss_scale_values, strict=False))
+        if changes and report.loss_scale is not None:
+            changes.append((report.steps + 1, report.loss_scale))  # in force after the epoch's last step
+        for step, scale in changes:
+            before = points[-1].scale if points else scale
+            if scale < before:
+                overflows.append(at(step - 1, before))
+            if not points or scale != before or step > report.steps:
+                points.append(at(step, scale))
+        last_epoch, last_steps = report.epoch, report.steps
+    return Trajectory(trial=trial, points=tuple(points), overflows=tuple(overflows))
+
+
+def trace_scales(run: Run) -> list[Trajectory]:
+    """All trials of which a loss scale was recorded."""
+    return [trajectory for trajectory in map(trace_scale, run.trials) if trajectory.points]
+
+
+def count_first_steps(trajectories: Sequence[Trajectory]) -> int:
+    """How many steps the panel of the first steps shows: until nine in ten of the trials took one."""
+    firsts = sorted(
+        trajectory.trial.last.first_applied_step or 0 for trajectory in trajectories if trajectory.trial.last
+    )
+    late = firsts[min(len(firsts) - 1, math.ceil(0.9 * len(firsts)))] if firsts else 0
+    return min(max(FEWEST_FIRST_STEPS, math.ceil(1.3 * late / 10) * 10), MOST_FIRST_STEPS)
+
+
+# ---- draw ----
+
+
+def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure, go.Figure]:
+    """The first steps by step, and the whole trials by epoch, on the same axis of powers of two."""
+    values = [point.scale for trajectory in trajectories for point in trajectory.points]
+    axis = power_axis("loss scale", values, raise_to_power)
+    steps = count_first_steps(trajectories)
+    epochs = max(trajectory.points[-1].epoch for trajectory in trajectories)
+    first = _draw_panel(run, [_cut(trajectory, steps) for trajectory in trajectories], axis, by_step=True)
+    first.update_xaxes(range=[0, steps + 1], title_text="training step")
+    whole = _draw_panel(run, [_thin(trajectory, epochs) for trajectory in trajectories], axis, by_step=False)
+    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch", dtick=count_step(math.ceil(epochs)))
+    return first, whole
+
+
+def _draw_panel(run: Run, trajectories: Sequence[Trajectory], axis: Axis, *, by_step: bool) -> go.Figure:
+    # The winner last, on top of all others; those that completed above those that did not.
+    order = {status: place for place, status in enumerate((TrialStatus.STOPPED, *TrialStatus, TrialStatus.COMPLETED))}
+    drawn = sorted(trajectories, key=lambda of: (run.is_winner(of.trial), order[of.trial.status]))
+    lines = [_draw_line(trajectory, axis, run.is_winner(trajectory.trial), by_step=by_step) for trajectory in drawn]
+    marks = [
+        _draw_overflows(trajectory, axis, run.is_winner(trajectory.trial), by_step=by_step)
+        for trajectory in drawn
+        if trajectory.overflows
+    ]
+    return build_figure(
+        [*lines, *marks], height=HEIGHT, x={"title": {"text": ""}}, y=axis.as_plotly(), showlegend=False
+    )
+
+
+def _draw_line(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: bool) -> go.Scatter:
+    points = trajectory.points
+    return go.Scatter(
+        x=_places(points, by_step=by_step),
+        y=axis.place_all(point.scale for point in points),
+        mode="lines",
+        line={"shape": "hv", **_line_style(trajectory.trial, is_winner)},
+        opacity=1.0 if is_winner else 0.6,
+        customdata=[[point.step, _say_scale(point.scale)] for point in points],
+        meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id],
+        hovertemplate="%{meta[0]}<br>from step %{customdata[0]}: %{customdata[1]}<extra></extra>",
+        legendgroup=str(trajectory.trial.status),
+    )
+
+
+def _draw_overflows(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: bool) -> go.Scatter:
+    points = trajectory.overflows
+    return go.Scatter(
+        x=_places(points, by_step=by_step),
+        y=axis.place_all(point.scale for point in points),
+        mode="markers",
+        marker={
+            "symbol": "x-thin",
+            "size": 6,
+            "line": {"width": 1.5 if is_winner else 1.0, "color": _line_style(trajectory.trial, is_winner)["color"]},
+        },
+        opacity=1.0 if is_winner else 0.8,
+        customdata=[[point.step, _say_scale(point.scale), _tell_count(point)] for point in points],
+        meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id, "overflow"],
+        hovertemplate="%{meta[0]}<br>step %{customdata[0]} skipped at %{customdata[1]}%{customdata[2]}<extra></extra>",
+        legendgroup=str(trajectory.trial.status),
+    )
+
+
+def _line_style(trial: TrialRecord, is_winner: bool) -> dict[str, Any]:
+    return {"color": colour_of("ink" if is_winner else trial.status), "width": 3 if is_winner else 1.3}
+
+
+def _places(points: Iterable[ScalePoint], *, by_step: bool) -> list[float]:
+    return [point.step if by_step else round(point.epoch, 5) for point in points]
+
+
+def _say_scale(scale: float) -> str:
+    """``2^16``; of a scale between powers of two the exponent too."""
+    text = format_scale(scale)
+    return text if text.startswith("2^") or scale <= 0 else f"{text} (2^{math.log2(scale):.1f})"
+
+
+def _tell_count(point: ScalePoint) -> str:
+    return "" if point.count == 1 else f", and {point.count - 1} more until the next mark"
+
+
+# ---- fewer points ----
+
+
+def _cut(trajectory: Trajectory, steps: int) -> Trajectory:
+    """Its first ``steps``, with the scale that is then in force."""
+    points = [point for point in trajectory.points if point.step <= steps]
+    if points and points[-1].step < min(steps, trajectory.points[-1].step):
+        end = min(steps + 1, trajectory.points[-1].step)
+        points.append(dataclasses.replace(points[-1], step=end))
+    overflows = tuple(point for point in trajectory.overflows if point.step <= steps)
+    return dataclasses.replace(trajectory, points=tuple(points), overflows=overflows)
+
+
+def _thin(trajectory: Trajectory, width: float) -> Trajectory:
+    """In each column of a figure ``width`` epochs wide, at most four points (first, extremes, last), and one mark."""
+    return dataclasses.replace(
+        trajectory,
+        points=tuple(
+            point for column in _split(trajectory.points, width / COLUMNS) for point in _keep_extremes(column)
+        ),
+        overflows=tuple(
+            dataclasses.replace(column[0], count=len(column))
+            for column in _split(trajectory.overflows, width / MARK_COLUMNS)
+        ),
+    )
+
+
+def _split(points: Iterable[ScalePoint], width: float) -> Iterator[list[ScalePoint]]:
+    for _, column in itertools.groupby(points, key=lambda point: math.floor(point.epoch / width)):
+        yield list(column)
+
+
+def _keep_extremes(column: Sequence[ScalePoint]) -> list[ScalePoint]:
+    kept = (column[0], min(column, key=_scale_of), max(column, key=_scale_of), column[-1])
+    return sorted({point.step: point for point in kept}.values(), key=lambda point: point.step)
+
+
+def _scale_of(point: ScalePoint) -> float:
+    return point.scale

@@ -1,0 +1,146 @@
+"""How a report's figures look: colours and symbols by meaning, and what all figures share."""
+
+import dataclasses
+import html
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+from tune_amp.results.records import TrialRecord
+from tune_amp.trial.config import TrialStatus, format_scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Colour:
+    """One meaning in both colour schemes."""
+
+    light: str
+    dark: str
+
+
+PALETTE: Mapping[str, Colour] = types.MappingProxyType(
+    {
+        "ink": Colour(light="#1d232b", dark="#e8eaee"),
+        "muted": Colour(light="#56606d", dark="#a4adb9"),
+        "grid": Colour(light="#e3e6ea", dark="#2c333d"),
+        "surface": Colour(light="#fdfdfc", dark="#14181d"),
+        "raised": Colour(light="#f4f5f6", dark="#1c2128"),
+        "pale": Colour(light="#c4d9ec", dark="#2b4865"),
+        "completed": Colour(light="#1f6fb5", dark="#6db1f2"),
+        "stopped": Colour(light="#868d98", dark="#7f8896"),
+        "diverged": Colour(light="#c8391f", dark="#ff7f66"),
+        "out_of_memory": Colour(light="#9b4585", dark="#dc94c6"),
+        "failed": Colour(light="#946300", dark="#e2b343"),
+        "interrupted": Colour(light="#087b6b", dark="#4cc2b0"),
+    }
+)
+"""The names of statuses are among them. All but the grid's and the pale one have a contrast of at least 3 with the
+background, texts one of 4.5. Statuses are told apart by their symbols too."""
+
+SYMBOLS: Mapping[TrialStatus, str] = types.MappingProxyType(
+    {
+        TrialStatus.COMPLETED: "circle",
+        TrialStatus.STOPPED: "triangle-down",
+        TrialStatus.DIVERGED: "x",
+        TrialStatus.OUT_OF_MEMORY: "square",
+        TrialStatus.FAILED: "cross",
+        TrialStatus.INTERRUPTED: "diamond",
+    }
+)
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+CLEAR = "rgba(0,0,0,0)"
+
+
+def colour_of(name: str) -> str:
+    """The colour as figures hold it, that of the light scheme: the page puts that of the reader's in its place."""
+    return PALETTE[name].light
+
+
+def build_figure(
+    traces: Sequence[Any], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any
+) -> go.Figure:
+    """A figure as wide as its place on the page, in the page's own colours.
+
+    Args:
+        traces: what is drawn.
+        height: in pixels.
+        x: the horizontal axis, as plotly takes it.
+        y: the vertical one.
+        layout: what else differs from what all figures share.
+    """
+    return go.Figure(
+        data=traces,
+        layout={
+            "template": {},
+            "height": height,
+            "margin": {"l": 10, "r": 14, "t": 12, "b": 10},
+            "paper_bgcolor": CLEAR,
+            "plot_bgcolor": CLEAR,
+            "font": {"family": FONT, "size": 13, "color": colour_of("ink")},
+            "hovermode": "closest",
+            "hoverlabel": {
+                "bgcolor": colour_of("surface"),
+                "bordercolor": colour_of("muted"),
+                "font": {"family": FONT, "size": 13, "color": colour_of("ink")},
+                "align": "left",
+            },
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
+            "xaxis": style_axis(x),
+            "yaxis": style_axis(y),
+            **layout,
+        },
+    )
+
+
+def style_axis(axis: Mapping[str, Any]) -> dict[str, Any]:
+    """An axis as all figures have it, with what ``axis`` says of its own."""
+    title = {"standoff": 10, "font": {"color": colour_of("muted"), "size": 13}, **axis.get("title", {})}
+    shared = {
+        "automargin": True,
+        "gridcolor": colour_of("grid"),
+        "linecolor": colour_of("grid"),
+        "tickcolor": colour_of("grid"),
+        "zeroline": False,
+        "fixedrange": False,
+    }
+    return {**shared, **axis, "title": title}
+
+
+def count_of(count: int, name: str) -> str:
+    """``1 trial``, ``24 trials``."""
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
+def list_statuses(trials: Sequence[TrialRecord]) -> list[TrialStatus]:
+    """The statuses that occur, in their own order."""
+    return [status for status in TrialStatus if any(trial.status is status for trial in trials)]
+
+
+def say_status(status: TrialStatus) -> str:
+    """A status in words."""
+    return str(status).replace("_", " ")
+
+
+def tell_trial(trial: TrialRecord) -> str:
+    """What a figure says of a trial under the pointer; names come from files, and plotly reads tags."""
+    lines = [f"<b>{_text(trial.trial_name)}</b>", _text(_tell_end(trial))]
+    config = trial.config
+    lines.append(f"lr {config.lr:.3g}, batch {config.batch_size}, {_text(config.precision)}")
+    if config.init_scale is not None:
+        backoff = f", backoff {config.backoff_factor:g}" if config.backoff_factor != 0.5 else ""
+        lines.append(f"from {format_scale(config.init_scale)}, interval {config.growth_interval}{backoff}")
+    return "<br>".join(lines)
+
+
+def _tell_end(trial: TrialRecord) -> str:
+    status = say_status(trial.status)
+    epochs = f"epoch {trial.last.epoch} of {trial.config.max_epochs}" if trial.last else "before its first report"
+    return f"{status}, {epochs}"
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=False)

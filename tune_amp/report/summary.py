@@ -1,0 +1,255 @@
+"""The first screen of a report: what was searched on what, and what came out."""
+
+import collections
+import datetime
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tune_amp.report.axes import show_percent
+from tune_amp.report.figures import build_objective_axis
+from tune_amp.report.page import Finding, Summary, Swatch, quote_words
+from tune_amp.report.run import MISSING, Run, find_value
+from tune_amp.report.style import count_of, list_statuses, say_status
+from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
+from tune_amp.results.ranking import describe_ties
+from tune_amp.results.records import BestRow, TrialRecord
+from tune_amp.results.run_files import BEST_FILE
+from tune_amp.trial.config import FIELD_TYPES, format_scale, is_function_name
+
+
+def name_subject(run: Run) -> str:
+    """``simple_net on mnist``."""
+    models = sorted({trial.config.model for trial in run.trials})
+    return f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
+
+
+def write_summary(run: Run) -> Summary:
+    """Both halves of the first screen."""
+    searched, statuses = list(_list_searched(run)), _count_statuses(run.trials)
+    if run.winner is None:
+        reasons = [Finding(reason, is_warning=True) for reason in _list_reasons(run.trials)]
+        return Summary(searched, statuses, "No trial produced a result.", findings=reasons)
+    return Summary(
+        searched,
+        statuses,
+        *_tell_merit(run, run.winner),
+        settings=describe_settings(run, run.winner.trial),
+        findings=list(_list_findings(run, run.winner)),
+        reuse=[] if BEST_FILE in run.troubles else quote_words(list_reuse(run)),
+        unranked=_tell_unranked(run),
+    )
+
+
+# ---- what was searched ----
+
+
+def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
+    origin = run.provenance
+    names = ", ".join(parameter.name for parameter in run.parameters)
+    yield "space", f"{origin.space_source}: {names}"
+    images = f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
+    yield "data", f"{images}{_tell_tail(run.trials)}"
+    yield "objective", ", ".join(origin.objectives)
+    yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
+    budgets = sorted({trial.config.max_epochs for trial in run.trials})
+    epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
+    yield "trials", f"{len(run.trials)}{epochs}"
+    yield "device", "; ".join(_list_devices(run.trials)) or origin.device
+    yield "seeds", _tell_seeds(run)
+    if run.slot_time:
+        slots = count_of(run.slot_time.slots, "slot")
+        yield "time", f"{say_seconds(run.slot_time.wall_seconds)} in {slots}"
+
+
+def _tell_tail(trials: Sequence[TrialRecord]) -> str:
+    """How imbalanced the training classes were made, the same in all trials of a search."""
+    imbalance = trials[0].config.imbalance if trials else 1
+    return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
+
+
+def _count_statuses(trials: Sequence[TrialRecord]) -> list[Swatch]:
+    counts = collections.Counter(trial.status for trial in trials)
+    return [Swatch(f"{counts[status]} {say_status(status)}", status) for status in list_statuses(trials)]
+
+
+def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
+    found = {(trial.device, trial.num_threads) for trial in trials}
+    return [f"{device}, {count_of(threads, 'CPU thread')} a trial" for device, threads in sorted(found)]
+
+
+def _tell_seeds(run: Run) -> str:
+    text = f"{run.provenance.seed} for the sampler and all trials"
+    if run.winner and run.winner.confirmation:
+        text += f"; confirmed on {', '.join(map(str, run.winner.confirmation.confirm_seeds))}"
+    return text
+
+
+def say_moment(moment: str) -> str:
+    """``25 November 2026, 19:06 UTC`` of an ISO 8601 text, or the text where it is none."""
+    try:
+        found = datetime.datetime.fromisoformat(moment).astimezone(datetime.UTC)
+    except ValueError:
+        return moment
+    return f"{found.day} {found:%B %Y, %H:%M} UTC"
+
+
+def say_seconds(seconds: float) -> str:
+    """``42.0 s``, ``3 min 58 s`` or ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+# ---- what came out ----
+
+
+def _list_reasons(trials: Sequence[TrialRecord]) -> list[str]:
+    """The commonest reasons first."""
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
+    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
+
+
+def _tell_merit(run: Run, winner: BestRow) -> tuple[str, str]:
+    """The figure of merit, and what it is."""
+    found = winner.confirmation
+    if found and found.test_accuracy_mean is not None:
+        interval = tell_interval(found.test_accuracy_low, found.test_accuracy_high)
+        seeds = f"mean of {len(found.confirm_seeds)} fresh seeds, 95% interval {interval}"
+        return show_percent(found.test_accuracy_mean), f"test accuracy of rank 1: {seeds}"
+    axis = build_objective_axis(run, run.objective)
+    value = find_value(winner.trial, run.objective)
+    told = "no value" if value is None else axis.show(value)
+    which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
+    return told, f"{axis.title} {which}, from the search's one seed"
+
+
+def describe_settings(run: Run, trial: TrialRecord) -> str:
+    """The searched settings of a trial, and its precision."""
+    names = [parameter.name for parameter in run.parameters]
+    values = [(name, getattr(trial.config, name)) for name in FIELD_TYPES if name in (*names, "precision")]
+    return ", ".join(f"{name} {say_setting(name, value)}" for name, value in values if value is not None)
+
+
+def say_setting(name: str, value: Any) -> str:
+    """A setting as people write it."""
+    if value is None:
+        return ""
+    if name == "init_scale":
+        return format_scale(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
+    if not winner.confirmation:
+        text = describe_ties([row.trial for row in run.ranked], run.provenance)
+        yield Finding(f"{text} {_WARNING}".strip(), is_warning=True)
+        return
+    yield from _tell_confirmation(run, winner.confirmation)
+
+
+_WARNING = (
+    "Not confirmed on fresh seeds: among the best trials of one seed, the order is mostly noise, and the first number "
+    "is too good, for it was chosen for being the highest."
+)
+
+
+def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Finding]:
+    verdict = _tell_verdict(run, found)
+    if verdict:
+        yield Finding(verdict)
+    for failure in found.confirm_failures:
+        yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
+    if found.val_accuracy_mean is not None:
+        interval = tell_interval(found.val_accuracy_low, found.val_accuracy_high)
+        yield Finding(
+            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}"
+        )
+    yield _tell_ties(run)
+
+
+def _tell_optimism(run: Run, found: Confirmation) -> str:
+    if found.optimism is None:
+        return ""
+    if run.objective == "val_loss":
+        return f"Optimism: the search's own loss differs from the confirmed mean by {found.optimism:+.4f} nats."
+    side = "above" if found.optimism >= 0 else "below"
+    return f"Optimism: the search's own number was {100 * abs(found.optimism):.2f} points {side} that mean."
+
+
+def _tell_ties(run: Run) -> Finding:
+    confirmed = [row for row in run.listed if row.confirmation]
+    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
+    possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    method = "(paired t tests, corrected for their number, 95%)"
+    if len(confirmed) == 1:
+        return Finding("It was confirmed alone: there is nothing to compare it with.")
+    if len(judged) < 2:
+        return Finding("Which may be the best is not known: not all runs completed.", is_warning=True)
+    if len(possible) == 1:
+        which = "" if judged == confirmed else " whose runs all completed"
+        return Finding(
+            f"{possible[0].capitalize()} is better than every other confirmed configuration{which} {method}."
+        )
+    text = f"A tie: any of {_enumerate(possible)} may be the best {method}."
+    return Finding(text, is_warning=True)
+
+
+def _name(row: BestRow) -> str:
+    default = "the tutorial's default" if row.trial.trial_id == DEFAULT_ID else ""
+    return f"rank {row.rank}{f' ({default})' if default else ''}" if row.rank else default
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _tell_verdict(run: Run, found: Confirmation) -> str:
+    """Whether searching gained anything over the configuration that everybody starts from, as the terminal said it."""
+    verdict = (found.verdict or "").replace("number ", "rank ")
+    settings = f" The defaults: {describe_settings(run, run.default.trial)}." if run.default else ""
+    return f"Verdict: {verdict}.{settings}" if verdict else ""
+
+
+def tell_interval(low: float | None, high: float | None) -> str:
+    """``[97.61%, 98.02%]``."""
+    return "" if low is None or high is None else f"[{show_percent(low)}, {show_percent(high)}]"
+
+
+# ---- reuse ----
+
+
+def _tell_unranked(run: Run) -> str:
+    """Why no command trains the winner."""
+    trouble = run.troubles.get(BEST_FILE)
+    if not trouble:
+        return ""
+    reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
+    return f"Ranked by this report: {reason}, so that no command trains the winner."
+
+
+def list_reuse(run: Run) -> list[str]:
+    """The line that trains the winner: with the same data, and with consent to the user's own code."""
+    assert run.winner is not None
+    given = run.provenance.command
+    installed = given[:1] != () and given[0].startswith("tune-amp")
+    parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
+    parts.append(str(run.folder / BEST_FILE))
+    data_dir = _find_flag(given, "--data-dir")
+    if data_dir is not None:
+        parts += ["--data-dir", data_dir]
+    config = run.winner.trial.config
+    for flag, name in (("--model", config.model), ("--dataset", config.dataset)):
+        if is_function_name(name):
+            parts += [flag, name]
+    return parts
+
+
+def _find_flag(command: Sequence[str], flag: str) -> str | None:
+    """What the search was given with ``flag``, in either way of writing it."""
+    for index, part in enumerate(command):
+        if part == flag and index + 1 < len(command):
+            return command[index + 1]
+        if part.startswith(f"{flag}="):
+            return part.removeprefix(f"{flag}=")
+    return None

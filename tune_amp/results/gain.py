@@ -1,0 +1,234 @@
+"""Judges from runs on fresh seeds whether searching gained anything over the tutorial's default configuration.
+
+Two stages, after the screening procedures of ranking and selection (Nelson, Swann, Goldsman and Song 2001,
+doi:10.1287/opre.49.6.950.10019; with common random numbers: Nelson and Matejcik 1995, doi:10.1287/mnsc.41.12.1935).
+All configurations are trained on the first seeds, and the best of them but the default becomes the challenger. Only if
+it leads are challenger and default trained on further seeds. The gain is their paired difference, seed by seed: no
+other configuration widens its interval. The same runs chose the challenger, so its interval is widened by Bonferroni's
+correction (Dunn 1961): one that is no better than the default passes for better in at most 5 of 100 searches. Stopping
+where the challenger does not lead can only lower that number.
+"""
+
+import dataclasses
+import enum
+import statistics
+from collections.abc import Mapping, Sequence
+
+from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.statistics import CONFIDENCE, EQUIVALENCE_CONFIDENCE, paired_interval
+from tune_amp.trial.config import MORE_IS_BETTER, TrialConfig, TrialStatus
+
+FIRST_SEEDS = 3
+"""Seeds on which every configuration is trained."""
+
+MARGINS = {"val_accuracy": 0.002, "val_loss": 0.005}
+"""Differences below this are taken for none: 0.2 points of accuracy, or nats."""
+RESOLUTIONS = {"val_accuracy": 0.01, "val_loss": 0.025}
+"""An interval that leaves a gain of this size possible is too wide to call two configurations indistinguishable."""
+
+OBJECTIVE_NAMES = {"val_accuracy": "validation accuracy", "val_loss": "validation loss"}
+
+
+class VerdictKind(enum.StrEnum):
+    """What fresh seeds show of the challenger, beside the default configuration."""
+
+    BETTER = "better"
+    INDISTINGUISHABLE = "indistinguishable"
+    WORSE = "worse"
+    UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gain:
+    """The challenger minus the default configuration, in units of the first objective, on validation."""
+
+    difference: float
+    """Mean of the paired differences."""
+    low: float
+    """Lower end of its 95 % interval, which allows for the choice of the challenger."""
+    high: float
+    seeds: int
+    """On which both were trained."""
+    equivalent: bool
+    """Whether the two are shown to differ by less than ``MARGINS``."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether to use what the search found."""
+
+    kind: VerdictKind
+    challenger: str | None
+    """``trial_id`` of the best configuration but the default; None where none is complete."""
+    recommended: str
+    """``trial_id`` of the configuration to use."""
+    gain: Gain | None = None
+    """None where a run did not complete, or there are too few."""
+    reason: str = ""
+    """Why there is no number."""
+
+
+def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> Verdict:
+    """Judge whether the best of ``configs`` is better than the default configuration among them.
+
+    Args:
+        configs: trial id -> what was trained again, best first by the search; ``DEFAULT_ID`` where it was trained too.
+        runs: of ``confirm.parquet``.
+        objective: one of ``RANKING_OBJECTIVES``.
+    """
+    challenger = choose_challenger(configs, runs, objective)
+    has_default = DEFAULT_ID in configs and not _count_failures(DEFAULT_ID, runs)
+    kind, gain, reason = VerdictKind.UNKNOWN, None, ""
+    if DEFAULT_ID not in configs:
+        reason = "the default configuration was not trained"
+    elif not has_default:
+        reason = f"the defaults did not complete on {_count_failures(DEFAULT_ID, runs)}"
+        kind = VerdictKind.BETTER if challenger else kind
+    elif all(_is_default(config, configs) for config in configs.values()):
+        reason = "the search found the default configuration itself"
+        kind = VerdictKind.INDISTINGUISHABLE
+    elif challenger is None:
+        reason = "no other configuration completed on every seed"
+    elif failed := _count_failures(challenger, runs):
+        reason = f"the best other configuration did not complete on {failed}"
+    else:
+        gain = _measure_gain(challenger, configs, runs, objective)
+        kind, reason = (_judge(gain, objective), "") if gain else (kind, "one seed has no interval")
+    keeps_default = has_default and kind is not VerdictKind.BETTER
+    recommended = DEFAULT_ID if keeps_default else challenger or next(iter(configs))
+    return Verdict(kind=kind, challenger=challenger, recommended=recommended, gain=gain, reason=reason)
+
+
+def choose_challenger(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> str | None:
+    """Return the id with the best mean on the first seeds, among those that differ from the default in a setting.
+
+    Runs on later seeds decide nothing, or the choice would change as they come in.
+    """
+    scores = _list_rival_scores(configs, runs, objective)
+    return max(scores, key=lambda name: _sign(objective) * statistics.fmean(scores[name]), default=None)
+
+
+def may_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> bool:
+    """Return whether more seeds of challenger and default could show a gain: it leads, and by more than nothing."""
+    gain = judge_gain(configs, runs, objective).gain
+    return gain is not None and _sign(objective) * gain.difference > 0 and not gain.equivalent
+
+
+def without_seed(config: TrialConfig) -> TrialConfig:
+    """The configuration itself: the same for two trials that differ in nothing but the seed."""
+    return dataclasses.replace(config, seed=0)
+
+
+def score_runs(trial_id: str, runs: Sequence[ConfirmedRun], objective: str) -> dict[int, float] | None:
+    """Return the value of ``objective`` on each seed; None where a run did not complete, or there is none.
+
+    The mean of the runs that completed would reward a configuration that diverges on every other seed.
+    """
+    own = [run for run in runs if run.trial_id == trial_id]
+    if not own or any(run.status is not TrialStatus.COMPLETED for run in own):
+        return None
+    return {run.seed: getattr(run, objective) for run in own}
+
+
+def describe_verdict(
+    verdict: Verdict, objective: str, ranks: Mapping[str, int | None], *, several: bool = False
+) -> str:
+    """Return the verdict as one sentence, which is the same wherever a run is shown.
+
+    Args:
+        verdict: from ``judge_gain``.
+        objective: that it was judged by.
+        ranks: trial id -> rank, by which the challenger is named.
+        several: whether the search had more objectives, which were not measured again.
+    """
+    rank = ranks.get(verdict.challenger or "")
+    challenger = f"number {rank}" if rank else "the best other configuration"
+    number = _describe_gain(verdict.gain, objective) if verdict.gain else verdict.reason
+    if verdict.kind is VerdictKind.BETTER:
+        return f"{challenger} is better than the defaults: {number}"
+    if verdict.recommended != DEFAULT_ID:
+        return f"whether searching gained anything cannot be said: {number}"
+    keep = f"no gain in {OBJECTIVE_NAMES[objective]} over the defaults" if several else "no gain over the defaults"
+    keep += "" if several else ": keep them"
+    told = {
+        VerdictKind.INDISTINGUISHABLE: f"{challenger} is indistinguishable from them",
+        VerdictKind.WORSE: f"{challenger} is worse",
+        VerdictKind.UNKNOWN: "more cannot be said"
+        if verdict.gain is None
+        else f"whether {challenger} is better cannot be said, too few seeds",
+    }[verdict.kind]
+    if verdict.gain is None and verdict.kind is VerdictKind.INDISTINGUISHABLE:
+        return f"{keep}; {number}"
+    return f"{keep}; {told}: {number}"
+
+
+def show_difference(difference: float, objective: str) -> str:
+    """Return a difference as tables show it: in points of accuracy, or in nats."""
+    return f"{100 * difference:+.2f}" if objective in MORE_IS_BETTER else f"{difference:+.4f}"
+
+
+def _describe_gain(gain: Gain, objective: str) -> str:
+    low, high = show_difference(gain.low, objective), show_difference(gain.high, objective)
+    unit = "points of validation accuracy" if objective in MORE_IS_BETTER else "nats of validation loss"
+    number = f"{show_difference(gain.difference, objective)} {unit} (95 % interval {low} to {high}, {gain.seeds} seeds)"
+    if not gain.equivalent:
+        return number
+    margin = "0.2 points" if objective in MORE_IS_BETTER else f"{MARGINS[objective]} nats"
+    return f"{number}, shown to be less than {margin} apart"
+
+
+def _judge(gain: Gain, objective: str) -> VerdictKind:
+    """Compare the interval with 0; the better the configuration, the larger are ``worst`` and ``best``."""
+    worst, best = sorted((_sign(objective) * gain.low, _sign(objective) * gain.high))
+    if worst > 0:
+        return VerdictKind.BETTER
+    if best < 0:
+        return VerdictKind.WORSE
+    return VerdictKind.INDISTINGUISHABLE if best < RESOLUTIONS[objective] else VerdictKind.UNKNOWN
+
+
+def _measure_gain(
+    challenger: str, configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str
+) -> Gain | None:
+    """The gain on all seeds that both were trained on; None where a run did not complete, or there are too few."""
+    ours, theirs = score_runs(challenger, runs, objective), score_runs(DEFAULT_ID, runs, objective)
+    seeds = sorted({*(ours or ())} & {*(theirs or ())})
+    if ours is None or theirs is None or len(seeds) < 2:
+        return None
+    rivals = {tuple(values) for values in _list_rival_scores(configs, runs, objective).values()}  # copies count once
+    # One-sided, for only a challenger that seems better is acted on: with one rival or two, as without a choice.
+    confidence = max(CONFIDENCE, 1 - 2 * (1 - CONFIDENCE) / len(rivals))
+    pair = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+    found, inner = paired_interval(*pair, confidence), paired_interval(*pair, EQUIVALENCE_CONFIDENCE)
+    equivalent = max(-inner.low, inner.high) < MARGINS[objective]
+    return Gain(difference=found.mean, low=found.low, high=found.high, seeds=len(seeds), equivalent=equivalent)
+
+
+def _list_rival_scores(
+    configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str
+) -> dict[str, list[float]]:
+    """Trial id -> values on the first seeds, of those that completed on them and are not the default itself."""
+    first = sorted({run.seed for run in runs})[:FIRST_SEEDS]
+    on_first = [run for run in runs if run.seed in first]
+    scores = {name: score_runs(name, on_first, objective) for name in configs}
+    return {
+        name: [found[seed] for seed in sorted(found)]
+        for name, found in scores.items()
+        if found is not None and not _is_default(configs[name], configs)
+    }
+
+
+def _count_failures(trial_id: str, runs: Sequence[ConfirmedRun]) -> str:
+    """``2 of 3 seeds`` on which a configuration did not complete; empty where there are none."""
+    own = [run for run in runs if run.trial_id == trial_id]
+    failed = sum(run.status is not TrialStatus.COMPLETED for run in own)
+    return f"{failed} of {len(own)} seeds" if failed else ""
+
+
+def _is_default(config: TrialConfig, configs: Mapping[str, TrialConfig]) -> bool:
+    return DEFAULT_ID in configs and without_seed(config) == without_seed(configs[DEFAULT_ID])
+
+
+def _sign(objective: str) -> int:
+    """1 where more is better, else -1."""
+    return 1 if objective in MORE_IS_BETTER else -1

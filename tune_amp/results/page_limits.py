@@ -1,0 +1,260 @@
+"""How much a Parquet file would expand to, told before any of it is: a kilobyte can stand for gigabytes.
+
+A file's footer may say what it likes. What a reader allocates follows from the header of each page, and from how often
+a text of a dictionary is repeated; both are looked at here, and a file that would become far larger than it is, is
+refused. The headers are read here and not by pyarrow, whose ``FileMetaData`` shows no page, and aborts the process
+where a row group or a column is damaged. https://parquet.apache.org/docs/file-format/ and
+https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+"""
+
+import dataclasses
+import os
+import struct
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from tune_amp.trial.config import InputError
+
+MOST_FOOTER_BYTES = 2**20
+"""Ours have tens of kilobytes; a million columns have hundreds of megabytes."""
+FREE_BYTES = 2**26
+MOST_EXPANSION = 100
+"""A file may become ``FREE_BYTES`` plus so many times its size, in Arrow's memory. Of ours, the most repetitive that
+was measured becomes 21 times its size."""
+
+_MAGIC = b"PAR1"
+_TAIL_BYTES = 8  # length of the footer, and the magic
+_HEADER_WINDOW = 2**16  # of a page; ours have at most two texts of 4 KiB in it
+_MOST_DEPTH = 20
+_BYTE_ARRAY = 6
+_PLAIN_ENCODINGS = {0, 2, 3, 8}  # PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY: what pyarrow writes by itself
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ColumnPages:
+    """Where the values of a column are, for one group of rows."""
+
+    path: str
+    """``inert.list.element``; of a column that is no list its name."""
+    is_text: bool
+    rows: int
+    values: int
+    start: int
+    end: int
+
+
+def check_footer(path: Path) -> None:
+    """Refuse a footer that would take long to read.
+
+    Raises:
+        InputError: it is too large. What is no Parquet file at all is left to pyarrow to refuse.
+    """
+    with path.open("rb") as file:
+        _find_footer(file)
+
+
+def list_pages(path: Path, columns: Collection[str]) -> list[ColumnPages]:
+    """The places of ``columns`` in a file.
+
+    Raises:
+        InputError: the footer is too large, or values are in another file.
+        ValueError: the footer cannot be read.
+        OSError: the file cannot.
+    """
+    with path.open("rb") as file:
+        start, length = _find_footer(file)
+        footer = _CompactReader(os.pread(file.fileno(), length, start)).read_struct()
+    chunks = [(group[3], chunk) for group in _get(footer, 4, list) for chunk in _get(group, 1, list)]
+    pages = [_locate_pages(rows, chunk) for rows, chunk in chunks]
+    return [column for column in pages if column.path.partition(".")[0] in columns]
+
+
+def check_pages(path: Path, columns: Collection[ColumnPages]) -> None:
+    """Refuse columns that would expand beyond all measure, by what their pages say.
+
+    Raises:
+        InputError: they would, or use an encoding that we never write.
+        ValueError: a page header cannot be read.
+        OSError: the file cannot.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        expanded = 0
+        for column in columns:
+            expanded += 8 * max(column.rows, column.values)
+            _check_growth(size, expanded, "rows")
+        for column in columns:
+            for uncompressed, values in _read_pages(file, size, column):
+                expanded += uncompressed + 8 * values
+                _check_growth(size, expanded, "pages")
+
+
+def check_texts(path: Path, table: pa.Table) -> None:
+    """Refuse texts that, written out, would expand beyond all measure; ``table`` has them as dictionaries yet.
+
+    Raises:
+        InputError: they would.
+    """
+    _check_growth(path.stat().st_size, sum(map(_count_bytes, table.columns)), "texts")
+
+
+def _find_footer(file: BinaryIO) -> tuple[int, int]:
+    """Where it begins, and its length."""
+    size = os.fstat(file.fileno()).st_size
+    if size < _TAIL_BYTES:
+        return 0, 0
+    length, magic = struct.unpack("<I4s", os.pread(file.fileno(), _TAIL_BYTES, size - _TAIL_BYTES))
+    if magic != _MAGIC or length + _TAIL_BYTES > size:
+        return 0, 0
+    if length > MOST_FOOTER_BYTES:
+        raise InputError(f"must have a footer of at most {MOST_FOOTER_BYTES:,} bytes, got {length:,}")
+    return size - _TAIL_BYTES - length, length
+
+
+def _locate_pages(rows: Any, chunk: Any) -> ColumnPages:
+    if 1 in _typed(chunk, dict):
+        raise InputError("must hold its own values, but names another file for them")
+    about = _get(chunk, 3, dict)
+    path = b".".join(_get(about, 3, list)).decode()
+    data, dictionary = _get(about, 9, int), about.get(11, 0)
+    start = dictionary if 0 < dictionary < data else data
+    return ColumnPages(
+        path=path,
+        is_text=about[1] == _BYTE_ARRAY,
+        rows=_typed(rows, int),
+        values=_get(about, 5, int),
+        start=start,
+        end=start + _get(about, 7, int),
+    )
+
+
+def _get(fields: Any, number: int, kind: type) -> Any:
+    return _typed(_typed(fields, dict)[number], kind)
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"the footer holds a {type(value).__name__} in the place of a {kind.__name__}")
+    return value
+
+
+def _check_growth(size: int, expanded: int, what: str) -> None:
+    allowed = FREE_BYTES + MOST_EXPANSION * size
+    if expanded > allowed:
+        rule = f"its {what} must expand to at most {allowed:,} bytes, for a file of {size:,}"
+        raise InputError(f"{rule}, got {expanded:,} or more")
+
+
+def _count_bytes(column: pa.ChunkedArray) -> int:
+    return sum(_count_array_bytes(chunk) for chunk in column.chunks)
+
+
+def _count_array_bytes(array: pa.Array) -> int:
+    if pa.types.is_list(array.type):
+        return _count_array_bytes(array.values)
+    if not pa.types.is_dictionary(array.type):
+        return 0
+    lengths = pc.binary_length(array.dictionary).cast(pa.int64())
+    return pc.sum(lengths.take(array.indices)).as_py() or 0
+
+
+def _read_pages(file: BinaryIO, size: int, column: ColumnPages) -> Iterator[tuple[int, int]]:
+    """Of each page: bytes when decompressed, and values."""
+    if column.values <= 0:
+        return  # pyarrow reads none either
+    at = column.start
+    if not 0 < at <= column.end <= size:
+        raise ValueError(f"pages from {at} to {column.end} of a file of {size} bytes")
+    while at < column.end:
+        reader = _CompactReader(os.pread(file.fileno(), min(_HEADER_WINDOW, column.end - at), at))
+        header = reader.read_struct()
+        uncompressed, compressed = _get(header, 2, int), _get(header, 3, int)
+        if uncompressed < 0 or compressed < 0:
+            raise ValueError("a page of negative size")
+        yield uncompressed, max((_count_values(header, *kind) for kind in _PAGE_KINDS if kind[0] in header), default=0)
+        at += reader.at + compressed
+
+
+_PAGE_KINDS = ((5, 2), (7, 2), (8, 4))
+"""Fields of a page header for pages of data, of a dictionary, and of data in version 2; where each has its encoding."""
+
+
+def _count_values(header: dict[int, Any], kind: int, encoding_field: int) -> int:
+    page = _get(header, kind, dict)
+    encoding = _get(page, encoding_field, int)
+    if encoding not in _PLAIN_ENCODINGS:
+        raise InputError(f"must be encoded as tune_amp does, got encoding number {encoding}")
+    values: int = _get(page, 1, int)
+    return values
+
+
+class _CompactReader:
+    """Thrift's compact protocol, as Parquet uses it. Stricter than others, so that none of them reads anything else.
+
+    No field may stand twice, and no number may have more bits than its type.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.at = 0
+
+    def read_struct(self, depth: int = 0) -> dict[int, Any]:
+        """Values by the number of their field."""
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._read_byte():
+            step, kind = head >> 4, head & 15
+            number = number + step if step else self._read_number(16)
+            if number in fields:
+                raise ValueError("a field stands twice")
+            fields[number] = kind == 1 if kind in (1, 2) else self._read_value(kind, depth + 1)
+        return fields
+
+    def _read_value(self, kind: int, depth: int) -> Any:
+        if depth == _MOST_DEPTH:
+            raise ValueError("structures are nested too deep")
+        if kind in (1, 2, 3):  # booleans, of which a list has one a byte, and bytes
+            return self._read_byte()
+        if kind in _NUMBER_BITS:
+            return self._read_number(_NUMBER_BITS[kind])
+        if kind in (7, 8):
+            return self._read_bytes(8 if kind == 7 else self._read_varint(32))
+        if kind in (9, 10):
+            head = self._read_byte()
+            count = head >> 4 if head >> 4 < 15 else self._read_varint(32)
+            return [self._read_value(head & 15, depth + 1) for _ in range(count)]
+        if kind == 12:
+            return self.read_struct(depth + 1)
+        raise ValueError(f"there is no type {kind}")
+
+    def _read_byte(self) -> int:
+        return self._read_bytes(1)[0]
+
+    def _read_bytes(self, count: int) -> bytes:
+        begin, self.at = self.at, self.at + count
+        if self.at > len(self._data):
+            raise ValueError("a structure does not end")
+        return self._data[begin : self.at]
+
+    def _read_varint(self, bits: int) -> int:
+        value = shift = 0
+        while (byte := self._read_byte()) >= 128:
+            value |= (byte & 127) << shift
+            shift += 7
+            if shift >= bits:
+                raise ValueError(f"a number has more than {bits} bits")
+        value |= byte << shift
+        if value >= 1 << bits:
+            raise ValueError(f"a number has more than {bits} bits")
+        return value
+
+    def _read_number(self, bits: int) -> int:
+        value = self._read_varint(bits)
+        return (value >> 1) ^ -(value & 1)
+
+
+_NUMBER_BITS = {4: 16, 5: 32, 6: 64}

@@ -1,0 +1,290 @@
+"""Parquet files that can be trusted: fixed schemas built from dataclasses, checksums, written whole or not at all.
+
+Nothing that is read is unpickled or evaluated; what is damaged, not ours or of another version is refused by name.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import types
+import typing
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from tune_amp.results.files import write_atomically
+from tune_amp.results.page_limits import check_footer, check_pages, check_texts, list_pages
+from tune_amp.trial.config import InputError, TrialStatus, shown
+
+SCHEMA_VERSION = 4
+OLDEST_VERSION = 2
+"""Files of this schema version are still read: the columns that they lack have a default, or can be null."""
+
+METADATA_KEY = "tune_amp"
+
+# A file that claims more is damaged or hostile: refused before anything of that size is allocated.
+MOST_COLUMNS = 1_000
+MOST_ROWS = 10_000_000
+
+
+# ---- schemas ----
+
+_ARROW_TYPES: Mapping[Any, pa.DataType] = {
+    float: pa.float64(),
+    int: pa.int64(),
+    str: pa.string(),
+    bool: pa.bool_(),
+    TrialStatus: pa.string(),
+    datetime.datetime: pa.timestamp("us", tz="UTC"),
+    tuple[int, ...]: pa.list_(pa.field("element", pa.int64(), nullable=False)),
+    tuple[str, ...]: pa.list_(pa.field("element", pa.string(), nullable=False)),
+    tuple[float, ...]: pa.list_(pa.field("element", pa.float64(), nullable=False)),
+}
+
+
+def split_optional(hint: Any) -> tuple[Any, bool]:
+    """A field's type without ``None``, and whether ``None`` was part of it."""
+    if not isinstance(hint, types.UnionType):
+        return hint, False
+    [plain] = set(typing.get_args(hint)) - {types.NoneType}
+    return plain, True
+
+
+def _build_column(field: dataclasses.Field[Any], hint: Any, *, nullable: bool) -> pa.Field:
+    plain, optional = split_optional(hint)
+    unit, description = field.metadata["unit"], field.metadata["doc"]
+    metadata = {"description": description} | ({"unit": unit} if unit else {})
+    if field.default not in (dataclasses.MISSING, None):
+        metadata["default"] = json.dumps(field.default)  # what files that are older than the column are read as
+    return pa.field(field.name, _ARROW_TYPES[plain], nullable=optional or nullable, metadata=metadata)
+
+
+def build_columns(source: type, *, of_trials: bool = False) -> list[pa.Field]:
+    """A column for each described field; ``of_trials``: nullable, as a trial may end before its first report."""
+    hints = typing.get_type_hints(source)
+    return [
+        _build_column(field, hints[field.name], nullable=of_trials)
+        for field in dataclasses.fields(source)
+        if field.metadata and not (of_trials and field.metadata["epoch_only"])
+    ]
+
+
+# ---- write ----
+
+
+def build_table(
+    kind: str,
+    schema: pa.Schema,
+    rows: list[dict[str, Any]],
+    origin: Mapping[str, Any],
+    slot_time: Mapping[str, Any] | None = None,
+) -> pa.Table:
+    """``rows`` under ``schema``: keys that are no column are left out, columns without a key are null.
+
+    Args:
+        kind: what the file holds, as ``read_rows`` will ask for it.
+        schema: from ``build_columns``.
+        rows: column -> value.
+        origin: where the rows come from, as JSON can hold it.
+        slot_time: slots and seconds that the rows took to make, as JSON can hold them, if known.
+    """
+    table = pa.Table.from_pylist(rows, schema=schema)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "provenance": dict(origin),
+        "provenance_checksum": checksum(dict(origin)),
+        "column_checksums": {name: checksum(table[name].to_pylist()) for name in table.column_names},
+    }
+    if slot_time is not None:
+        about |= {"slot_time": dict(slot_time), "slot_time_checksum": checksum(dict(slot_time))}
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps(about, allow_nan=False)})
+
+
+def checksum(values: Any) -> int:
+    """CRC-32 of the values themselves: Parquet's page checksums cover neither page headers nor the footer."""
+    return zlib.crc32(json.dumps(values, sort_keys=True, default=str).encode())
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Writes ``table`` to ``path`` whole or not at all; see :func:`files.write_atomically`."""
+    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
+
+
+# ---- read ----
+
+
+def locate(path: str | Path, *kinds: str) -> Path:
+    """``path`` itself where it is a file, else the first file of ``kinds`` in that folder."""
+    path = Path(path)
+    candidates = [path / f"{kind}.parquet" for kind in kinds] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise InputError(f"{path}: must hold {' or '.join(candidate.name for candidate in candidates)}")
+    raise InputError(f"{path}: must be a Parquet file or the folder of a run, but does not exist")
+
+
+def read_kind(path: Path) -> str:
+    """What a file holds, as ``build_table`` was told.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    with placed(path), _refusing_damage(), _opened(path) as file:
+        return str(_read_about(file)["kind"])
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """Where the rows of a file come from, as ``build_table`` was told.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    return _read_part(path, "provenance")
+
+
+def read_slot_time(path: Path) -> dict[str, Any] | None:
+    """Return the slots and seconds that the rows of a file took to make; None if the file does not hold them.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    # Files written before utilisation.py existed hold them in a part named "ledger", among other numbers.
+    return _read_part(path, "slot_time", optional=True) or _read_part(path, "ledger", optional=True)
+
+
+@typing.overload
+def _read_part(path: Path, name: str) -> dict[str, Any]: ...
+@typing.overload
+def _read_part(path: Path, name: str, *, optional: bool) -> dict[str, Any] | None: ...
+def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, Any] | None:
+    """A checksummed part of what we wrote into a file's metadata."""
+    with placed(path), _refusing_damage(), _opened(path) as file:
+        about = _read_about(file)
+        if optional and name not in about:
+            return None
+        if checksum(about[name]) != about[f"{name}_checksum"]:
+            raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
+        part = about[name]
+        if not isinstance(part, dict):
+            raise InputError(f"{name}: must be a mapping, got {shown(part)}")
+        return part
+
+
+@contextlib.contextmanager
+def placed(path: Path, row: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Says in an InputError's message where it was: the file, and the trial where it is about a row."""
+    try:
+        yield
+    except InputError as error:
+        trial = "" if row is None else f"trial {shown(row['trial_id'])}: "
+        raise InputError(f"{path}: {trial}{error}") from error.__cause__
+
+
+# What pyarrow and json were seen to raise on damaged bytes; MemoryError: a length, RecursionError: nested JSON.
+_DECODING_ERRORS: tuple[type[BaseException], ...] = (pa.ArrowException, OSError, ValueError, TypeError, LookupError)
+_DECODING_ERRORS += (ArithmeticError, MemoryError, RecursionError)
+
+
+@contextlib.contextmanager
+def _refusing_damage() -> Iterator[None]:
+    """Makes an InputError of whatever pyarrow and json raise on bytes that they cannot decode."""
+    try:
+        yield
+    except InputError:
+        raise
+    except _DECODING_ERRORS as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"must be a readable, undamaged Parquet file of tune_amp ({reason})") from error
+
+
+def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
+    """The rows of a file of ``kind``, only the columns of ``schema``: others are nobody's business here.
+
+    Columns that a file of an older version does not have yet are filled with their default, else with null.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours, of another kind or version.
+    """
+    with placed(path), _refusing_damage(), _opened(path) as file:
+        about = _read_about(file)
+        if about["kind"] != kind:
+            raise InputError(f"kind: must be {kind}, got {shown(about['kind'])}")
+        filling = _list_filling(about, schema)
+        _check_columns(file.schema_arrow, [column for column in schema if column.name not in filling])
+        table = _read_columns(path, file, [name for name in schema.names if name not in filling])
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+        for name, values in columns.items():
+            if checksum(values) != about["column_checksums"][name]:
+                raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
+        columns |= {name: [value] * table.num_rows for name, value in filling.items()}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """The file, its footer seen to be of a size that can be read."""
+    check_footer(path)
+    return pq.ParquetFile(path)
+
+
+def _read_columns(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:
+    """The columns, seen to become no larger than files like ours do before they are."""
+    pages = list_pages(path, names)
+    check_pages(path, pages)
+    # As dictionaries first: a text that stands a million times is there once.
+    texts = sorted({column.path for column in pages if column.is_text})
+    with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as again:
+        table = again.read(columns=names)
+    check_texts(path, table)
+    schema = file.schema_arrow  # is made anew each time that it is asked for
+    return pa.table({name: table[name].cast(schema.field(name).type) for name in names})
+
+
+def _read_about(file: pq.ParquetFile) -> dict[str, Any]:
+    """What we wrote into the file's metadata, its sizes and version checked."""
+    for what, most in {"columns": MOST_COLUMNS, "rows": MOST_ROWS}.items():
+        count = getattr(file.metadata, f"num_{what}")
+        if not 0 <= count <= most:
+            raise InputError(f"must have at most {most:,} {what}, got {count:,}")
+    text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
+    if text is None:
+        raise InputError(f"must be written by tune_amp, but has no {METADATA_KEY!r} metadata")
+    about: dict[str, Any] = json.loads(text)
+    version = about["schema_version"]
+    if version not in range(OLDEST_VERSION, SCHEMA_VERSION + 1):
+        readable = f"this tune_amp reads {OLDEST_VERSION} to {SCHEMA_VERSION}"
+        raise InputError(f"was written by schema version {shown(version)}; {readable}")
+    return about
+
+
+def _list_filling(about: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """What to read the columns as that the writer of an older version did not know yet.
+
+    A column that it knew, by the checksum that it left, and that is not there, is damage.
+    """
+    if about["schema_version"] == SCHEMA_VERSION:
+        return {}
+    new = [column for column in schema if column.name not in about["column_checksums"]]
+    defaults = {column.name: (column.metadata or {}).get(b"default") for column in new}
+    return {
+        column.name: json.loads(defaults[column.name] or "null")
+        for column in new
+        if column.nullable or defaults[column.name] is not None
+    }
+
+
+def _check_columns(found: pa.Schema, expected: Iterable[pa.Field]) -> None:
+    for column in expected:
+        indices = found.get_all_field_indices(column.name)
+        if len(indices) != 1:
+            raise InputError(f"{column.name}: must be a column, once, got it {len(indices)} times")
+        got = found.field(indices[0]).type
+        if got != column.type:
+            raise InputError(f"{column.name}: must be a column of type {column.type}, got {shown(str(got))}")

@@ -1,0 +1,235 @@
+"""Which trials are best, and which of them can be told apart: by the search alone, and confirmed on fresh seeds."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from tune_amp.results.confirmed import Confirmation, ConfirmedRun
+from tune_amp.results.gain import Verdict, describe_verdict, judge_gain, score_runs, without_seed
+from tune_amp.results.records import BestRow, Provenance, TrialRecord
+from tune_amp.results.statistics import list_possible_best, mean_interval
+from tune_amp.trial.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialStatus, shown
+
+_UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
+# The first of these groups that has a trial is ranked.
+_ELIGIBLE = ((TrialStatus.COMPLETED,), _UNFINISHED)
+_ELIGIBLE_BY_ACCURACY = ((TrialStatus.COMPLETED, *_UNFINISHED),)
+
+
+def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k: int) -> list[TrialRecord]:
+    """The best trials at their last epoch, best first; fewer than asked for, or none, where fewer are eligible.
+
+    - One objective: the ``top_k`` trials by it. Of ``val_accuracy`` and ``val_loss``, the other one breaks ties.
+    - Several: the Pareto set, whatever its size, for it is the answer as a whole: ``top_k`` is ignored. In it are the
+      trials that no other dominates, that is, equals or betters in every objective and betters in one. The best by the
+      first objective comes first. Trials with the same values in all objectives are all kept.
+
+    By ``val_accuracy`` alone, trials that were stopped or interrupted are eligible beside the completed ones, with the
+    accuracy that they had: more epochs rarely lower it, and one that is ahead of a completed trial after fewer epochs
+    is worth more. Otherwise they are only where no trial completed: a validation loss rises again where training goes
+    on too long, and costs grow with every epoch. Loss, accuracy and all objectives must be finite. What is still tied
+    keeps the order of ``trials``.
+
+    Raises:
+        InputError: an unknown objective.
+    """
+    for objective in objectives:
+        if objective not in OBJECTIVES:
+            raise InputError(f"objective: must be one of {', '.join(OBJECTIVES)}, got {shown(objective)}")
+    assert objectives
+    assert top_k >= 1
+    keys = (*objectives, *(name for name in RANKING_OBJECTIVES if name not in objectives))
+    scored = [(scores, trial) for trial in trials if (scores := _score(trial, keys)) is not None]
+    for statuses in _ELIGIBLE_BY_ACCURACY if tuple(objectives) == ("val_accuracy",) else _ELIGIBLE:
+        eligible = [(scores, trial) for scores, trial in scored if trial.status in statuses]
+        if eligible:
+            ranked = sorted(eligible, key=lambda pair: pair[0])
+            if len(objectives) == 1:
+                return [trial for _, trial in ranked[:top_k]]
+            return _pick_pareto_set([(scores[: len(objectives)], trial) for scores, trial in ranked])
+    return []
+
+
+def _score(trial: TrialRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:
+    """The last value of each objective, negated where more is better; None where one is missing or not finite."""
+    scores = []
+    for name in objectives:
+        value: float | None = getattr(trial.last, name, None)
+        if value is None or not math.isfinite(value):
+            return None
+        scores.append(-value if name in MORE_IS_BETTER else value)
+    return tuple(scores)
+
+
+def _pick_pareto_set(ranked: Sequence[tuple[tuple[float, ...], TrialRecord]]) -> list[TrialRecord]:
+    """Those that no other dominates; ``ranked`` is sorted, so that whatever dominates a trial stands before it."""
+    front: list[tuple[tuple[float, ...], TrialRecord]] = []
+    for scores, trial in ranked:
+        # To compare with those that are in is enough: whatever dominates one that is out dominates what that dominates.
+        if not any(_dominates(better, scores) for better, _ in front):
+            front.append((scores, trial))
+    return [trial for _, trial in front]
+
+
+def _dominates(scores: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    return scores != others and all(score <= other for score, other in zip(scores, others, strict=True))
+
+
+def accuracy_standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error of a share of ``images`` classified correctly: sqrt(p (1 - p) / n)."""
+    assert 0 <= accuracy <= 1
+    assert images >= 1
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def count_ties(ranked: Sequence[TrialRecord], validation_images: int) -> int:
+    """How many of ``ranked``, from the top, cannot be told from the first by ``val_accuracy``; at least 1.
+
+    Told apart means: further apart than 2 standard errors of the difference, sqrt(se1^2 + se2^2), of unpaired samples.
+    All trials see the same images, so their errors are correlated and the true error is smaller: conservative.
+    """
+    accuracies = [_last_accuracy(trial) for trial in ranked]
+    errors = [accuracy_standard_error(accuracy, validation_images) for accuracy in accuracies]
+    for place, (accuracy, error) in enumerate(zip(accuracies, errors, strict=True)):
+        if abs(accuracies[0] - accuracy) > 2 * math.hypot(errors[0], error):
+            return place
+    return len(ranked)
+
+
+def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
+    """What a ranking by accuracy, or a Pareto set, can and cannot tell; empty where nothing is known of that."""
+    if provenance.objectives != ("val_accuracy",) and ranked[0].status is not TrialStatus.COMPLETED:
+        return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
+    if len(provenance.objectives) > 1:
+        names = " and ".join(provenance.objectives)
+        return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
+    if provenance.objective == "val_loss":
+        return ""
+    text = _describe_accuracy_ties(ranked, provenance.validation_images)
+    if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
+        text += " Those with fewer epochs ended early, and count with the accuracy they had."
+    return text
+
+
+def _describe_accuracy_ties(ranked: Sequence[TrialRecord], validation_images: int) -> str:
+    ties = count_ties(ranked, validation_images)
+    images = f"{validation_images:,} validation images"
+    if len(ranked) == 1:
+        return f"One seed on {images}: other seeds will differ by some tenths of a point."
+    if ties == 1:
+        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
+    return f"Numbers 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
+
+
+def _last_accuracy(trial: TrialRecord) -> float:
+    assert trial.last is not None
+    assert trial.last.val_accuracy is not None
+    return trial.last.val_accuracy
+
+
+# ---- confirmed ----
+
+
+def rank_confirmed(
+    ranked: Sequence[TrialRecord],
+    default: TrialRecord | None,
+    runs: Sequence[ConfirmedRun],
+    objectives: Sequence[str],
+) -> list[BestRow]:
+    """Rank ``ranked`` and ``default`` as their runs on fresh seeds do.
+
+    - One objective: what ``gain.judge_gain`` recommends comes first, the others by their means over the seeds on
+      validation; of accuracy and loss, the other one breaks ties. Where a run did not complete there is no mean, and
+      the configuration comes after those with one. What is still tied keeps its order, the default last.
+    - Several objectives: the order of the search stays, for no other objective was measured again, and the default
+      gets no rank.
+
+    Test metrics are reported and decide nothing. Ties are told by ``intervals.list_possible_best``.
+
+    Args:
+        ranked: the search's own ranking, best first; those without runs are not confirmed.
+        default: the tutorial's configuration, where it was trained too.
+        runs: of each configuration one on each of its seeds.
+        objectives: what was searched for.
+    """
+    objective, several = objectives[0], len(objectives) > 1
+    trials = [*ranked, *([default] if default else [])]
+    trained = {run.trial_id for run in runs}
+    configs = {trial.trial_id: trial.config for trial in trials if trial.trial_id in trained}
+    verdict = judge_gain(configs, runs, objective)
+    means = {trial.trial_id: _measure_means(own) for trial in trials if (own := _runs_of(trial, runs))}
+    if not several:
+        trials.sort(key=lambda trial: _mean_scores(means.get(trial.trial_id), objective))
+        trials.sort(key=lambda trial: trial.trial_id != verdict.recommended)
+    ranks = {trial.trial_id: None if several and trial is default else rank for rank, trial in enumerate(trials, 1)}
+    possible = _list_possible_best(trials, runs, objective)
+    text = describe_verdict(verdict, objective, ranks, several=several)
+    rows = []
+    for trial in trials:
+        found = _compare(trial, means.get(trial.trial_id), possible, objective)
+        if found and trial is trials[0]:
+            found = _add_verdict(found, verdict, text)
+        rows.append(BestRow(rank=ranks[trial.trial_id], trial=trial, confirmation=found))
+    return rows
+
+
+def _runs_of(trial: TrialRecord, runs: Iterable[ConfirmedRun]) -> list[ConfirmedRun]:
+    return sorted((run for run in runs if run.trial_id == trial.trial_id), key=lambda run: run.seed)
+
+
+def _measure_means(runs: Sequence[ConfirmedRun]) -> Confirmation:
+    """Means and intervals of one configuration; none where a run did not complete."""
+    failed = [run for run in runs if run.status is not TrialStatus.COMPLETED]
+    failures = tuple(f"seed {run.seed}: {run.error or run.status}" for run in failed)
+    columns = {} if failed else _measure_columns(runs)
+    return Confirmation(confirm_seeds=tuple(run.seed for run in runs), confirm_failures=failures, **columns)
+
+
+def _measure_columns(runs: Sequence[ConfirmedRun]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name in ("val_loss", "val_accuracy", "test_accuracy"):
+        found = mean_interval([getattr(run, name) for run in runs])
+        columns |= {f"{name}_{part}": getattr(found, part) for part in ("mean", "std", "low", "high")}
+    return columns
+
+
+def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[float, ...]:
+    """What a configuration is sorted by, less is better; after all others where it has no means."""
+    keys = (objective, *(name for name in RANKING_OBJECTIVES if name != objective))
+    means: list[float | None] = [getattr(confirmation, f"{name}_mean", None) for name in keys]
+    known = [mean for mean in means if mean is not None]
+    if len(known) < len(keys):
+        return (math.inf,) * len(keys)
+    return tuple(-mean if name in MORE_IS_BETTER else mean for name, mean in zip(keys, known, strict=True))
+
+
+def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedRun], objective: str) -> set[str]:
+    """Trial ids of the configurations that may be the truly best."""
+    sign = 1 if objective in MORE_IS_BETTER else -1
+    of_trials = {trial.trial_id: score_runs(trial.trial_id, runs, objective) for trial in trials}
+    scores = {name: {seed: sign * value for seed, value in of.items()} for name, of in of_trials.items() if of}
+    # A configuration counts once: its copies share its runs, and would pass for rivals.
+    first_of = {without_seed(trial.config): trial.trial_id for trial in reversed(trials)}
+    possible = list_possible_best({name: scores[name] for name in first_of.values() if name in scores})
+    return {trial.trial_id for trial in trials if first_of[without_seed(trial.config)] in possible}
+
+
+def _compare(
+    trial: TrialRecord, means: Confirmation | None, possible: Collection[str], objective: str
+) -> Confirmation | None:
+    """``means`` with what only a comparison tells: whether it may be the best, and how optimistic the search was."""
+    mean: float | None = getattr(means, f"{objective}_mean", None)
+    if means is None or mean is None:
+        return means
+    searched: float | None = getattr(trial.last, objective, None)
+    optimism = None if searched is None else searched - mean
+    return dataclasses.replace(means, tied_with_best=trial.trial_id in possible, optimism=optimism)
+
+
+def _add_verdict(found: Confirmation, verdict: Verdict, text: str) -> Confirmation:
+    found = dataclasses.replace(found, verdict=text, verdict_kind=str(verdict.kind))
+    gain = verdict.gain
+    if gain is None:
+        return found
+    return dataclasses.replace(found, gain=gain.difference, gain_low=gain.low, gain_high=gain.high)

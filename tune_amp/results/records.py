@@ -1,0 +1,493 @@
+"""The files of a run: what they hold, written and read.
+
+A run's folder holds ``trials.parquet`` (one row a trial), ``epochs.parquet`` (one row a trial and epoch) and
+``best.parquet`` (the top k, ranked, and what fresh seeds say of them), ``confirm.parquet`` (one row a run on a fresh
+seed). Column names, units and types are those of the dataclasses. Imports no torch, Ray
+or Optuna: a configuration can be read wherever pyarrow is.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import math
+import platform
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from tune_amp import __version__
+from tune_amp.results.confirmed import Confirmation, ConfirmedRun
+from tune_amp.results.parquet import (
+    build_columns,
+    build_table,
+    locate,
+    placed,
+    read_origin,
+    read_rows,
+    read_slot_time,
+    split_optional,
+    write_parquet,
+)
+from tune_amp.results.run_files import EPOCHS_FILE
+from tune_amp.trial.config import (
+    LARGEST_SHARE,
+    MOST_SECONDS,
+    OBJECTIVES,
+    SAMPLERS,
+    SCHEDULERS,
+    EpochMetrics,
+    InputError,
+    TrialConfig,
+    TrialStatus,
+    checked_type,
+    described,
+    shown,
+)
+from tune_amp.trial.consent import distrust
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A trial as it ended: one row of ``trials.parquet``, with its rows of ``epochs.parquet``.
+
+    Raises:
+        InputError: epochs do not increase, or ``started`` has no time zone.
+    """
+
+    trial_id: str = described("Ray Tune's id of the trial; always a text, also where it looks like a number")
+    status: TrialStatus = described("how the trial ended: " + ", ".join(TrialStatus))  # noqa: RUF009 (a field)
+    config: TrialConfig
+    epochs: tuple[EpochMetrics, ...]
+    trial_name: str = described("Ray Tune's name of the trial")
+    error: str | None = described("one line: why the trial diverged or failed", default=None)
+    config_fault: bool = described(
+        "whether a failure is the settings' fault: refused by a check, or the same error twice", default=False
+    )
+    inert: tuple[str, ...] = described("settings that cannot act in this trial, even at its full budget", default=())
+    started: datetime.datetime | None = described("when the trial started, UTC", default=None)  # noqa: RUF009 (a field)
+    wall_seconds: float = described("time from the trial's start to its end", unit="s")
+    setup_seconds: float = described("time making the trial's model and optimizer", unit="s", default=0.0)
+    checkpoint_seconds: float = described(
+        "time writing the trial's checkpoints, up to its last report", unit="s", default=0.0
+    )
+    worker: int | None = described(
+        "number of the worker process that trained the trial (the last, where one died), from 1; null: none reported",
+        default=None,
+    )
+    device: str = described("device the trial computed on: cpu, or the GPU's name")
+    num_threads: int = described("CPU threads the trial computed with; a bit-identical replay needs as many")
+
+    def __post_init__(self) -> None:
+        for earlier, later in itertools.pairwise(self.epochs):
+            if later.epoch <= earlier.epoch:
+                raise InputError(f"epochs: must increase, got {later.epoch} after {earlier.epoch}")
+        if self.error is not None:
+            # An exception's text may span lines or hold surrogates (file names do), which Arrow cannot encode.
+            text = self.error.encode(errors="replace").decode()
+            object.__setattr__(self, "error", " ".join(text.split()))
+        if self.started is not None:
+            if self.started.tzinfo is None:
+                raise InputError(f"started: must carry a time zone, got {self.started.isoformat()}")
+            object.__setattr__(self, "started", self.started.astimezone(datetime.UTC))
+
+    @property
+    def last(self) -> EpochMetrics | None:
+        """The last report, or None where the trial never reported."""
+        return self.epochs[-1] if self.epochs else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestRow:
+    """A row of ``best.parquet``."""
+
+    rank: int | None
+    """Place from 1; None for a row to compare with, which is the tutorial's default configuration."""
+    trial: TrialRecord
+    confirmation: Confirmation | None = None
+    """None where the search was not confirmed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a run's files come from; travels in each file's metadata, as JSON. No host or user names.
+
+    Raises:
+        InputError: a field has another type than declared, or an objective is unknown.
+    """
+
+    run: str = described("name of the run")
+    command: tuple[str, ...] = described("command line that started the search")
+    created: str = described("when the run started: ISO 8601, UTC")
+    space_source: str = described("where the search space was read from")
+    space_text: str = described("the search space as used, YAML")
+    dataset: str = described("data set of the run")
+    data_hash: str = described("hash of the data set's content")
+    train_images: int = described("images trained on", unit="images")
+    validation_images: int = described("images that chose the best", unit="images")
+    objective: str = described("what was searched for: " + ", ".join(OBJECTIVES) + ", or several joined by commas")
+    sampler: str = described("which of Optuna's samplers suggested: " + ", ".join(SAMPLERS))
+    scheduler: str = described("what stopped trials early: " + ", ".join(SCHEDULERS))
+    seed: int = described("seed of the search")
+    device: str = described("what the trials were given: cpu or cuda")
+    versions: Mapping[str, str] = described("version of each library that matters, by name")
+    warm_start: str | None = described("run, file and checksum that the search was warm-started from", default=None)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What was searched for, the first of which ranks the trials."""
+        return tuple(self.objective.split(","))
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Provenance).items():
+            if hint in (str, int, str | None):
+                checked_type(name, getattr(self, name), hint)
+        for objective in self.objectives:
+            if objective not in OBJECTIVES:
+                raise InputError(f"objective: must be of {', '.join(OBJECTIVES)}, got {shown(objective)}")
+        _check_texts("command", self.command, isinstance(self.command, list | tuple))
+        _check_texts("versions", self.versions, isinstance(self.versions, Mapping))
+        _check_texts("versions", self.versions.values(), True)
+        object.__setattr__(self, "command", tuple(self.command))
+        object.__setattr__(self, "versions", dict(self.versions))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotTime:
+    """The time that a search which is over had in its slots, the places in which trials run at the same time.
+
+    Raises:
+        InputError: a field has another type, or is out of range.
+    """
+
+    slots: int
+    wall_seconds: float
+    """From the beginning of the command until the last trial was over."""
+
+    def __post_init__(self) -> None:
+        if checked_type("slots", self.slots, int) < 1:
+            raise InputError(f"slots: must be at least 1, got {shown(self.slots)}")
+        if not 0 <= checked_type("wall_seconds", self.wall_seconds, float) <= MOST_SECONDS:
+            raise InputError(f"wall_seconds: must be between 0 and {MOST_SECONDS:g}, got {shown(self.wall_seconds)}")
+
+
+def list_versions(*packages: str) -> dict[str, str]:
+    """The version of each installed package, and of Python."""
+    return {name: find_version(name) for name in (*packages, "python")}
+
+
+def find_version(package: str) -> str:
+    """The version of a package or of ``python``; ``not installed`` where it is not."""
+    if package == "python":
+        return platform.python_version()
+    if package == "tune_amp":  # sent to a cluster, it is not installed there
+        return __version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _check_texts(name: str, value: Iterable[Any], is_container: bool) -> None:
+    if not is_container or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{name}: must hold texts, got {shown(value)}")
+
+
+# ---- schemas ----
+
+
+def _build_trial_columns() -> list[pa.Field]:
+    """TrialRecord's columns in its own order, ``config`` and ``epochs`` (their last) spread out in place."""
+    spread = {"config": build_columns(TrialConfig), "epochs": build_columns(EpochMetrics, of_trials=True)}
+    own = {column.name: [column] for column in build_columns(TrialRecord)}
+    return [column for field in dataclasses.fields(TrialRecord) for column in (own | spread)[field.name]]
+
+
+def _build_schemas() -> dict[str, pa.Schema]:
+    trials = _build_trial_columns()
+    about_rank = {"description": "place by the objective, from 1; null: a row to compare with"}
+    columns = {
+        "trials": trials,
+        "epochs": [trials[0], *build_columns(EpochMetrics)],
+        "best": [
+            pa.field("rank", pa.int64(), metadata=about_rank),
+            *trials,
+            *(column.with_nullable(True) for column in build_columns(Confirmation)),
+        ],
+        "confirm": build_columns(ConfirmedRun),
+    }
+    for names in ([column.name for column in of_kind] for of_kind in columns.values()):
+        assert len(names) == len(set(names)), "two dataclasses share a column name"
+    return {kind: pa.schema(of_kind) for kind, of_kind in columns.items()}
+
+
+SCHEMAS: Mapping[str, pa.Schema] = types.MappingProxyType(_build_schemas())
+
+
+# ---- write ----
+
+
+def write_trials(
+    folder: Path, trials: Sequence[TrialRecord], provenance: Provenance, slot_time: SlotTime | None = None
+) -> None:
+    """Writes ``trials.parquet`` and ``epochs.parquet`` into ``folder``, in the order given (that of submission).
+
+    The slot time of a search that is over goes into the metadata of ``trials.parquet``.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; files that were there are as they were.
+    """
+    assert len({trial.trial_id for trial in trials}) == len(trials), "trial ids must be unique"
+    epochs = [{"trial_id": trial.trial_id} | vars(epoch) for trial in trials for epoch in trial.epochs]
+    # Epochs first: a crash between the two leaves no trial without its epochs.
+    _write(folder, "epochs", epochs, provenance)
+    _write(folder, "trials", [_to_row(t) for t in trials], provenance, slot_time)
+
+
+def write_best(folder: Path, rows: Sequence[BestRow], provenance: Provenance) -> None:
+    """Writes ``best.parquet`` into ``folder``, in the order given.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+    """
+    assert any(row.rank is not None for row in rows), "a best file without a ranked trial is not written"
+    written = [
+        {"rank": row.rank} | _to_row(row.trial) | (vars(row.confirmation) if row.confirmation else {}) for row in rows
+    ]
+    _write(folder, "best", written, provenance)
+
+
+def rank_trials(ranked: Sequence[TrialRecord]) -> list[BestRow]:
+    """``ranked`` as ranks 1, 2, ..., not confirmed."""
+    return [BestRow(rank=rank, trial=trial) for rank, trial in enumerate(ranked, start=1)]
+
+
+def write_confirmed(folder: Path, runs: Sequence[ConfirmedRun], provenance: Provenance) -> None:
+    """Writes ``confirm.parquet`` into ``folder``, in the order given.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+    """
+    _write(folder, "confirm", [vars(run).copy() for run in runs], provenance)
+
+
+def _write(
+    folder: Path, kind: str, rows: list[dict[str, Any]], provenance: Provenance, slot_time: SlotTime | None = None
+) -> None:
+    spent = None if slot_time is None else dataclasses.asdict(slot_time)
+    table = build_table(kind, SCHEMAS[kind], rows, dataclasses.asdict(provenance), spent)
+    write_parquet(table, folder / f"{kind}.parquet")
+
+
+def _to_row(trial: TrialRecord) -> dict[str, Any]:
+    return vars(trial) | vars(trial.config) | (vars(trial.last) if trial.last else {})
+
+
+# ---- read ----
+
+
+def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
+    """The configuration of ``rank`` in ``best.parquet``; ``path`` is that file or its run's folder.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version, or has no such rank.
+    """
+    path = locate(path, "best")
+    row = _pick_rank(path, rank)
+    with placed(path, row):
+        return build_from(TrialConfig, row)
+
+
+def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
+    """The trial of ``rank`` in ``best.parquet``, with its epochs where ``epochs.parquet`` lies beside, else its last.
+
+    Raises:
+        InputError: as for `load_best`.
+    """
+    path = locate(path, "best")
+    row = _pick_rank(path, rank)
+    beside = path.with_name(EPOCHS_FILE)
+    return _to_record(path, row, _read_epochs(beside) if beside.exists() else None)
+
+
+def load_best_rows(path: str | Path, *, all_epochs: bool = True) -> list[BestRow]:
+    """All of ``best.parquet``, each trial with its epochs where ``epochs.parquet`` lies beside, else its last.
+
+    Args:
+        path: the file or its run's folder.
+        all_epochs: False: the last of each trial will do, and ``epochs.parquet`` is not read.
+
+    Raises:
+        InputError: as for `load_best`.
+    """
+    path = locate(path, "best")
+    rows = read_rows(path, "best", SCHEMAS["best"])
+    beside = path.with_name(EPOCHS_FILE)
+    epochs = _read_epochs(beside) if all_epochs and beside.exists() else None
+    return [_to_best_row(path, row, epochs) for row in rows]
+
+
+def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
+    """The runs on fresh seeds; ``path`` is a run's folder, or its ``confirm.parquet``.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    path = locate(path, "confirm")
+    runs = []
+    for row in read_rows(path, "confirm", SCHEMAS["confirm"]):
+        with placed(path, row):
+            runs.append(build_from(ConfirmedRun, row | {"status": _read_status(row)}))
+    return runs
+
+
+def load_trials(path: str | Path, *, all_epochs: bool = True) -> list[TrialRecord]:
+    """All trials of a run in order of submission; ``path`` is its folder, or its ``trials.parquet``.
+
+    Args:
+        path: the folder or the file.
+        all_epochs: False: the last of each trial will do, and ``epochs.parquet`` is not read.
+
+    Raises:
+        InputError: a file is missing, damaged, not ours or of another version, or the two do not belong together.
+    """
+    path = locate(path, "trials")
+    rows = read_rows(path, "trials", SCHEMAS["trials"])
+    epochs = _read_epochs(locate(path.parent, "epochs")) if all_epochs else None
+    trials = [_to_record(path, row, epochs) for row in rows]
+    if len({trial.trial_id for trial in trials}) < len(trials):
+        raise InputError(f"{path}: trial_id: must be unique")
+    return trials
+
+
+def load_provenance(path: str | Path) -> Provenance:
+    """Where a run comes from; ``path`` is any of its Parquet files or its folder.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    path = locate(path, "trials", "best", "epochs")
+    origin = read_origin(path)
+    with placed(path):
+        return build_from(Provenance, origin)
+
+
+def load_slot_time(path: str | Path) -> SlotTime | None:
+    """Return the slot time of a run; ``path`` is its folder, or its ``trials.parquet``.
+
+    None if the run was killed or is still running: it is written when a search is over.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours or of another version.
+    """
+    path = locate(path, "trials")
+    spent = read_slot_time(path)
+    if spent is None:
+        return None
+    with placed(path):
+        return build_from(SlotTime, spent)
+
+
+def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
+    ranked = {row["rank"]: row for row in read_rows(path, "best", SCHEMAS["best"]) if row["rank"] is not None}
+    if rank not in ranked:
+        raise InputError(f"{path}: rank: must be one of 1..{len(ranked)}, got {shown(rank)}")
+    return ranked[rank]
+
+
+def _read_epochs(path: Path) -> dict[str, list[EpochMetrics]]:
+    epochs: dict[str, list[EpochMetrics]] = {}
+    for row in read_rows(path, "epochs", SCHEMAS["epochs"]):
+        with placed(path, row):
+            epochs.setdefault(row["trial_id"], []).append(build_from(EpochMetrics, row))
+    return epochs
+
+
+def _to_record(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> TrialRecord:
+    """The trial of a row, with its own of ``epochs``; None: only the last epoch is known, from the row itself."""
+    with placed(path, row):
+        nested = {"config": build_from(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
+        return build_from(TrialRecord, row | nested | {"status": _read_status(row)})
+
+
+def _to_best_row(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> BestRow:
+    trial = _to_record(path, row, epochs)
+    with placed(path, row):
+        confirmation = None if row["confirm_seeds"] is None else build_from(Confirmation, row)
+    return BestRow(rank=row["rank"], trial=trial, confirmation=confirmation)
+
+
+def _read_status(row: Mapping[str, Any]) -> TrialStatus:
+    if row["status"] not in list(TrialStatus):
+        raise InputError(f"status: must be one of {', '.join(TrialStatus)}, got {shown(row['status'])}")
+    return TrialStatus(row["status"])
+
+
+def _select_epochs(row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> tuple[EpochMetrics, ...]:
+    """A trial's epochs up to the last that its row knows: after a crash ``epochs.parquet`` may be one write ahead."""
+    last = row["epoch"]
+    if last is None:
+        return ()
+    if epochs is None:
+        return (build_from(EpochMetrics, row),)
+    own = tuple(epoch for epoch in epochs.get(row["trial_id"], ()) if epoch.epoch <= last)
+    if not own or own[-1].epoch != last:
+        raise InputError(f"epoch: epochs.parquet must hold epoch {last} of this trial: the files are of different runs")
+    return own
+
+
+def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
+    """A ``source`` from those of ``values`` that are its fields; lists become tuples.
+
+    Raises:
+        InputError: a field is absent, or null where it cannot be, or breaks a rule of ``source``.
+    """
+    arguments = {}
+    for name, (optional, has_default) in _FIELD_RULES[source].items():
+        if name not in values and has_default:
+            continue
+        value = values.get(name)
+        if value is None and not optional:
+            raise InputError(f"{name}: must be there, got null")
+        if name in _TIMES and isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be none, a clock cannot
+        if isinstance(value, float) and abs(value) > _LIMITS.get(name, math.inf):
+            raise InputError(f"{name}: must be at most {_LIMITS[name]:g}, got {value:g}")
+        if isinstance(value, str):
+            distrust(value)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return source(**arguments)
+
+
+def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
+    """Of each field: whether it may be None, and whether it has a default."""
+    hints = typing.get_type_hints(source)
+    defaults = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(source)}
+    return {name: (split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}
+
+
+_TIMES = {
+    field.name
+    for source in (EpochMetrics, TrialRecord, ConfirmedRun)
+    for field in dataclasses.fields(source)
+    if field.metadata.get("unit") in ("s", "1/s")
+}
+
+_LIMITS = dict.fromkeys((*_TIMES, "optimism"), MOST_SECONDS) | {
+    field.name: LARGEST_SHARE
+    for source in (EpochMetrics, Confirmation, ConfirmedRun)
+    for field in dataclasses.fields(source)
+    if "accuracy" in field.name or field.name == "underflow_share"
+}
+
+# Listed once: resolving the annotations costs more than building a row.
+_FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {
+    source: _list_field_rules(source)
+    for source in (TrialConfig, EpochMetrics, TrialRecord, Confirmation, ConfirmedRun, Provenance, SlotTime)
+}

@@ -1,0 +1,142 @@
+"""The card of trained weights: what they are, on what they were trained, how good they are, and how to use them.
+
+After "Model cards for model reporting" (Mitchell et al. 2019, arXiv:1810.03993), kept to what is known here.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tune_amp.results.confirmed import DEFAULT_ID
+from tune_amp.results.ranking import count_ties
+from tune_amp.results.records import BestRow, Provenance
+from tune_amp.results.statistics import wilson_interval
+from tune_amp.reuse.markdown import render_markdown
+from tune_amp.trial.config import code_span, is_function_name, list_settings
+
+if TYPE_CHECKING:
+    from tune_amp.reuse.final import FinalResult  # brings torch
+
+_NOISE = "2 standard errors of the validation images, one seed each"
+_PAIRED = "one-sided paired t tests over the confirmed configurations, corrected for their number, 95 %"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CardSource:
+    """Where the settings of trained weights come from."""
+
+    best: Sequence[BestRow]
+    """All of ``best.parquet``."""
+    rank: int
+    """Which of them was trained."""
+    provenance: Provenance
+    versions: Mapping[str, str]
+    """Of the libraries that trained the weights."""
+
+    @property
+    def row(self) -> BestRow:
+        """The row whose settings were trained."""
+        return next(row for row in self.best if row.rank == self.rank)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether these are the tutorial's settings."""
+        return self.row.trial.trial_id == DEFAULT_ID
+
+    @property
+    def ranked(self) -> list[BestRow]:
+        """The rows that have a rank: the default has none beside several objectives."""
+        return [row for row in self.best if row.rank is not None]
+
+
+def describe_card(result: "FinalResult", source: CardSource) -> str:
+    """The card, as Markdown: ``templates/card.md``, in which texts of files stand as inline code."""
+    config, now, found = result.config, vars(result.config), source.row.trial.config
+    low, high = wilson_interval(result.test_accuracy, result.test_images)
+    return render_markdown(
+        "card.md",
+        result=result,
+        source=source,
+        config=config,
+        shape=f"[{', '.join(map(str, ['batch', *result.input_shape]))}]",
+        accuracy=_percent(result.test_accuracy),
+        interval=f"{_percent(low)} to {_percent(high)}",
+        last=result.epochs[-1],
+        settings=list_settings(config),
+        changed={name: (value, now[name]) for name, value in vars(found).items() if value != now[name]},
+        confirmation=_describe_confirmation(result, source),
+        verdicts=_list_verdicts(source),
+        tie=_describe_tie(source),
+        own_code=config.model.partition(":")[0] if is_function_name(config.model) else "",
+    )
+
+
+def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[str]:
+    """What the search's confirmation found for these settings: with other weights, on other seeds."""
+    confirmation = source.row.confirmation
+    if confirmation is None:
+        return []
+    count = len(confirmation.confirm_seeds)
+    mean, low, high = (getattr(confirmation, f"test_accuracy_{part}") for part in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        failures = "; ".join(map(code_span, confirmation.confirm_failures)) or "no reason is recorded"
+        return [f"Of {count} runs of these settings on fresh seeds not all completed: {failures}."]
+    lines = [
+        f"The search trained these settings again on {count} fresh seeds, without the validation images: mean test "
+        f"accuracy {_percent(mean)}, 95 % interval {_percent(low)} to {_percent(high)} (Student's t, over seeds). "
+        "That the test set was read there chose nothing either."
+    ]
+    budget = source.row.trial.config.max_epochs
+    if budget != result.config.max_epochs:
+        lines.append(f"Those runs took {budget} epochs, this one {result.config.max_epochs}: not the same training.")
+    default = next((row.confirmation for row in source.best if row.trial.trial_id == DEFAULT_ID), None)
+    if not source.is_default and default is not None and default.test_accuracy_mean is not None:
+        reached = _percent(default.test_accuracy_mean)
+        seeds = (
+            f"{len(default.confirm_seeds)} of these seeds" if len(default.confirm_seeds) < count else "the same seeds"
+        )
+        lines.append(f"The tutorial's default settings reached a mean of {reached} on {seeds}.")
+    return lines
+
+
+def _list_verdicts(source: CardSource) -> list[str]:
+    verdicts = [row.confirmation.verdict for row in source.best if row.confirmation and row.confirmation.verdict]
+    return [verdict.replace("number ", "rank ") for verdict in verdicts]
+
+
+def _describe_tie(source: CardSource) -> str:
+    confirmation = source.row.confirmation
+    if confirmation is None:
+        return f"Not confirmed on fresh seeds. {_describe_search_tie(source)}"
+    if confirmation.tied_with_best is None:
+        return "Whether it may be the best cannot be told: not all runs of its confirmation completed."
+    others = [row for row in source.ranked if row.rank != source.rank and row.confirmation]
+    unknown = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best is None]
+    left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""
+    if len(unknown) == len(others):
+        return f"Compared with no other ranked configuration.{left_out}"
+    if not confirmation.tied_with_best:
+        return f"Shown to be worse than another in {source.provenance.objectives[0]} ({_PAIRED}).{left_out}"
+    tied = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best]
+    return f"{_name_ties(tied)} ({_PAIRED}).{left_out}"
+
+
+def _describe_search_tie(source: CardSource) -> str:
+    if source.provenance.objectives != ("val_accuracy",):
+        return "Whether others are as good was not tested."
+    count = count_ties([row.trial for row in source.ranked], source.provenance.validation_images)
+    if 1 < source.rank <= count:
+        return f"Tied with rank 1 ({_NOISE})."
+    if source.rank > 1:
+        return f"Worse than rank 1 ({_NOISE})."
+    return f"{_name_ties([row.rank for row in source.ranked[1:count]])} ({_NOISE})."
+
+
+def _name_ties(ranks: Sequence[int | None]) -> str:
+    if not ranks:
+        return "No other ranked configuration is tied with it"
+    return f"Tied with rank {', '.join(map(str, ranks))}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

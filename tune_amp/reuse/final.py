@@ -1,0 +1,183 @@
+"""Trains a chosen configuration again: for use, on the whole training set; or as a replay of its trial, bit for bit."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+
+from tune_amp.results.files import write_atomically
+from tune_amp.training.batches import place_split
+from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
+from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
+
+WEIGHTS_FILE = "model.safetensors"
+METRICS_FILE = "metrics.json"
+CARD_FILE = "card.md"
+
+# What a clock or an allocator measured: all other fields of a replay must be equal to the last bit.
+MEASURED_FIELDS = (
+    "train_seconds",
+    "val_seconds",
+    "probe_seconds",
+    "data_seconds",
+    "samples_per_second",
+    "peak_memory_bytes",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinalResult:
+    """A configuration trained on the whole training set and tested once."""
+
+    config: TrialConfig
+    epochs: Sequence[EpochMetrics]
+    """Without validation metrics: the validation images were trained on."""
+    test_loss: float
+    test_accuracy: float
+    """Share of the test images classified correctly, in strict fp32."""
+    test_recalls: tuple[float, ...]
+    """That share within each class; NaN for a class without a test image."""
+    train_images: int
+    test_images: int
+    device: str
+    data_hash: str
+    input_shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
+    num_classes: int
+    input_shift: float
+    """The weights expect ``(pixel - input_shift) * input_factor`` in float32."""
+    input_factor: float
+    num_parameters: int
+    """Trained numbers, those that two layers share counted once."""
+
+
+class FinalTraining:
+    """Trains ``config`` on training and validation images together, then reads the test set once.
+
+    Args:
+        config: from ``results.load_best``.
+        dataset: the data set that ``config`` was chosen on, as it was loaded.
+        device: where to train.
+    """
+
+    def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
+        whole = join_for_training(dataset, config.imbalance)
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self._train_images = len(whole)
+        data = TrainingData(whole, None, dataset.num_classes, device)
+        self._scaling = data.input_scaling(config.input_scaling)
+        self._run = TrainingRun(config, data)
+        self._epochs: list[EpochMetrics] = []
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train, epoch by epoch."""
+        for metrics in self._run.epochs():
+            self._epochs.append(metrics)
+            yield metrics
+
+    @property
+    def divergence(self) -> str | None:
+        """Why the training is past saving, or None."""
+        return self._run.hopeless
+
+    def test(self) -> FinalResult:
+        """Evaluate the test set, once, after the last epoch."""
+        assert len(self._epochs) == self._config.max_epochs  # epochs() ended, and not by divergence
+        tested = self._run.evaluate(place_split(self._dataset.test, self._device))
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        return FinalResult(
+            config=self._config,
+            epochs=self._epochs,
+            test_loss=tested.loss,
+            test_accuracy=tested.accuracy,
+            test_recalls=tested.recalls,
+            train_images=self._train_images,
+            test_images=len(self._dataset.test),
+            device=name,
+            data_hash=self._dataset.content_hash,
+            input_shape=self._dataset.input_shape,
+            num_classes=self._dataset.num_classes,
+            input_shift=self._scaling.shift,
+            input_factor=self._scaling.factor,
+            num_parameters=sum(parameter.numel() for parameter in self._run.model.parameters()),
+        )
+
+    def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> None:
+        """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card.
+
+        Raises:
+            InputError: a file cannot be written, or is there already; what was in ``folder`` is as it was.
+        """
+        test_loss, *test_recalls = (
+            value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)
+        )  # JSON knows no NaN
+        written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
+        metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
+        with contextlib.ExitStack() as undo:
+            writers = {WEIGHTS_FILE: self._write_weights, CARD_FILE: _writer(card), METRICS_FILE: _writer(metrics)}
+            for path, write in ((folder / name, write) for name, write in writers.items()):
+                try:
+                    write_atomically(path, write, replace=False)
+                except (OSError, SafetensorError) as error:  # a full disk, most likely
+                    raise InputError(f"--output: {path} cannot be written ({one_line(str(error))})") from error
+                undo.callback(path.unlink, missing_ok=True)
+            undo.pop_all()
+
+    def _write_weights(self, file: BinaryIO) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # safetensors wants a path, and writes beside it
+            path = Path(folder, WEIGHTS_FILE)
+            save_model(self._run.model, str(path))
+            file.write(path.read_bytes())
+
+
+def _writer(text: str) -> Callable[[BinaryIO], object]:
+    return lambda file: file.write(text.encode())
+
+
+def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
+    """Train as the trial did: the same split, seed and order of data, validation after every epoch."""
+    train = make_long_tail(dataset, config.imbalance).train
+    return TrainingRun(config, TrainingData(train, dataset.validation, dataset.num_classes, device)).epochs()
+
+
+EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics) if field.metadata["epoch_only"])
+"""Those that only ``epochs.parquet`` has."""
+
+
+def find_differences(recorded: EpochMetrics, again: EpochMetrics, left_out: Sequence[str] = ()) -> list[str]:
+    """The fields in which a replayed epoch differs from the recorded one, clocks and memory left out."""
+    passed = (*MEASURED_FIELDS, *left_out)
+    names = [field.name for field in dataclasses.fields(EpochMetrics) if field.name not in passed]
+    return [name for name in names if not _equal(getattr(recorded, name), getattr(again, name))]
+
+
+def join_for_training(dataset: Dataset, imbalance: float) -> Split:
+    """Training and validation images together, the classes of both as imbalanced as those of the search's trials."""
+    train = make_long_tail(dataset, imbalance).train
+    return join_splits(train, thin_classes(dataset.validation, dataset.num_classes, imbalance))
+
+
+def join_splits(first: Split, second: Split) -> Split:
+    """Both splits as one."""
+    return Split(
+        images=np.concatenate([first.images, second.images]), labels=np.concatenate([first.labels, second.labels])
+    )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    both_nan = isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second)
+    return both_nan or first == second

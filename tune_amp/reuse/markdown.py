@@ -1,0 +1,28 @@
+"""Markdown pages from the templates in ``templates/``. A text that comes from a file stands in them as inline code."""
+
+from pathlib import Path
+from typing import Any
+
+from tune_amp.trial.config import code_span, is_function_name
+
+
+def render_markdown(name: str, **values: Any) -> str:
+    """Fill the template ``name``."""
+    import jinja2  # takes longer than most commands
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(),  # of HTML only: Markdown has its own escape, the filter ``code``
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": code_span, "count": "{:,}".format, "value": _show_value}
+    return environment.get_template(name).render(values)
+
+
+def _show_value(value: object) -> str:
+    if isinstance(value, str):
+        return code_span(value) if is_function_name(value) else value
+    return f"{value:g}" if isinstance(value, float) else str(value)

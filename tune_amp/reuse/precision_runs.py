@@ -1,0 +1,449 @@
+"""Measures a chosen configuration in every precision: the same seeds, data order and initial weights for all.
+
+Runs have the device to themselves, one after the other, in an order that is shuffled within each seed, so that whatever
+the machine does in the course of time falls on all precisions. The test set is not read: choices see validation only.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
+
+from tune_amp.cluster.cpus import count_cpus
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.reuse.precision_verdicts import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
+from tune_amp.training.cuda_graph import WARM_UP_STEPS
+from tune_amp.training.data import Dataset, Split
+from tune_amp.training.run import TrainingData, TrainingRun, estimate_epoch_seconds, release_memory
+from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, describe_error
+
+BUDGET_SECONDS = 420.0
+"""What the runs may take where the number of epochs is ours to choose: 10 minutes with all else."""
+LEAST_EPOCHS = 2
+"""The first epoch of a run is not timed: memory is allocated in it, and on a GPU a graph is captured."""
+WARM_UP_BATCHES = 20
+WARM_UP_EPOCHS = 4
+ESTIMATES = 3
+WARM_UP_IMAGES = 2048
+"""Most validation images of a warm-up."""
+LONGEST_WARM_UP_SECONDS = 10.0
+
+TURNS = 6
+"""Of each precision in a cell of the map. That all six agree by chance has a probability of 3 % (the sign test)."""
+TURN_SECONDS = 0.3
+"""As long as steps are not longer."""
+PILOT_EPOCHS = 2
+LONGEST_CELL_SECONDS = 30.0
+"""A precision that would need more for a cell is left out: fp16 convolutions on a CPU without fp16 units."""
+ENDLESS_EPOCHS = 1_000_000
+"""A graph is captured only where enough steps are left."""
+
+COMPARE_FILE, MAP_FILE = "compare.parquet", "compare_map.parquet"
+SCHEMAS: Mapping[str, pa.Schema] = {
+    "compare": pa.schema(build_columns(ComparedRun)),
+    "compare_map": pa.schema(build_columns(MapCell)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonPlan:
+    """What will be run."""
+
+    arms: Mapping[str, TrialConfig]
+    """The configuration in each precision, fp32 first; seed and epochs are still the search's."""
+    left_out: Mapping[str, str]
+    """Precisions that would take too long, and why."""
+    seeds: tuple[int, ...]
+    epochs: int
+    seconds: float
+    """That all runs will take, as a warm-up tells."""
+
+    @property
+    def runs(self) -> list[tuple[int, str]]:
+        """Seed and precision of each run."""
+        return list_runs(list(self.arms), self.seeds)
+
+
+# ---- what is compared ----
+
+
+def choose_arms(config: TrialConfig, precisions: Sequence[str], device: torch.device) -> dict[str, TrialConfig]:
+    """The configuration in each of ``precisions`` and in fp32, which is first.
+
+    Scaler settings are the configuration's own where it is fp16, else GradScaler's defaults. On the CPU tf32 is left
+    out: it is the arithmetic of strict fp32.
+    """
+    same = (BASELINE, "tf32") if device.type == "cpu" else (BASELINE,)
+    others = [precision for precision in precisions if precision not in same]
+    return {precision: in_precision(config, precision) for precision in (BASELINE, *others)}
+
+
+def in_precision(config: TrialConfig, precision: str) -> TrialConfig:
+    """``config`` with another precision, all else the same."""
+    keeps_scaler = precision == config.precision == "fp16"
+    scaler = {} if keeps_scaler else dict.fromkeys(SCALER_DEFAULTS)
+    return dataclasses.replace(config, precision=precision, **scaler)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Within, the CPU computes with ``count`` threads, or as many as there are CPUs for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, count_cpus()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fresh_seeds(config: TrialConfig, count: int) -> tuple[int, ...]:
+    """Seeds after the trial's own, which chose this configuration in its precision and would flatter that one."""
+    assert count >= LEAST_SEEDS
+    return tuple((config.seed + number) % 2**63 for number in range(1, count + 1))
+
+
+def list_runs(precisions: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str]]:
+    """Seed and precision of each run: seed by seed, so that early ends leave pairs, shuffled within each."""
+    return [(seed, precision) for seed in seeds for precision in _shuffle(precisions, seed)]
+
+
+def _shuffle(precisions: Sequence[str], seed: int) -> list[str]:
+    return random.Random(seed).sample(list(precisions), len(precisions))  # noqa: S311 - no secret
+
+
+# ---- how long it takes ----
+
+
+def plan_comparison(
+    arms: Mapping[str, TrialConfig],
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    seeds: Sequence[int],
+    max_epochs: int | None = None,
+    budget: float = BUDGET_SECONDS,
+) -> ComparisonPlan:
+    """Warm every arm up, and from the time that takes choose how many epochs are trained.
+
+    Args:
+        arms: from ``choose_arms``.
+        dataset: what the configuration was chosen on.
+        device: where to train.
+        seeds: of the runs.
+        max_epochs: how many epochs; None: the configuration's own, as far as ``budget`` allows.
+        budget: seconds for all runs together, where ``max_epochs`` is None.
+    """
+    epoch_seconds = {precision: _warm_up_or_not(config, dataset, device) for precision, config in arms.items()}
+    left_out: dict[str, str] = {}
+    if max_epochs is None:
+        wanted = max(LEAST_EPOCHS, arms[BASELINE].max_epochs)
+        epochs, too_slow = fit_epochs(epoch_seconds, seeds=len(seeds), wanted=wanted, budget=budget)
+        left_out = {name: f"an epoch would take about {epoch_seconds[name]:,.0f} s" for name in too_slow}
+    else:
+        epochs = max_epochs
+    kept = {precision: config for precision, config in arms.items() if precision not in left_out}
+    seconds = len(seeds) * epochs * sum(epoch_seconds[precision] for precision in kept)
+    return ComparisonPlan(arms=kept, left_out=left_out, seeds=tuple(seeds), epochs=epochs, seconds=seconds)
+
+
+def fit_epochs(
+    epoch_seconds: Mapping[str, float], *, seeds: int, wanted: int, budget: float
+) -> tuple[int, tuple[str, ...]]:
+    """How many epochs can be had for ``budget``, and which precisions have to go for that, the slowest first.
+
+    None goes while two epochs of all can be had, nor do fp32 and the fastest of the others, whatever they take.
+
+    Args:
+        epoch_seconds: of each precision.
+        seeds: runs of each precision.
+        wanted: no more epochs than that.
+        budget: seconds for all runs together.
+    """
+    kept = dict(epoch_seconds)
+    gone: list[str] = []
+    while True:
+        affordable = int(budget / max(1e-9, seeds * sum(kept.values())))
+        if affordable >= LEAST_EPOCHS or len(kept) <= 2:
+            return min(wanted, max(LEAST_EPOCHS, affordable)), tuple(gone)
+        slowest = max((name for name in kept if name != BASELINE), key=lambda name: kept[name])
+        gone.append(slowest)
+        del kept[slowest]
+
+
+def _warm_up_or_not(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
+    """Seconds of an epoch; 0 where training fails, which its runs will tell, and not for long."""
+    try:
+        return warm_up(config, dataset, device)
+    except Exception:  # too little memory, or whatever a user's model raises
+        return 0.0
+
+
+def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
+    """Train and validate on a few images, as the runs will on all, so that libraries are loaded before any is timed.
+
+    Returns:
+        Seconds that an epoch will take, validation and probe included.
+    """
+    steps = len(dataset.train) // config.batch_size
+    batches = min(WARM_UP_BATCHES, steps)
+    plain = _without_data_settings(config)
+    few = _take(dataset.train, batches * config.batch_size)
+    estimate = _estimate_epoch(plain, dataset, device)
+    if device.type == "cpu" and estimate * WARM_UP_EPOCHS * batches / steps > LONGEST_WARM_UP_SECONDS:
+        return estimate
+    validation = _take(dataset.validation, WARM_UP_IMAGES)
+    run = TrainingRun(plain, TrainingData(few, validation, dataset.num_classes, device))
+    epochs = [run.train_epoch() for _ in range(WARM_UP_EPOCHS)]
+    del run
+    _release(device)
+    scales = {
+        "train_seconds": steps / batches,
+        "val_seconds": len(dataset.validation) / len(validation),
+        "probe_seconds": 1,
+    }
+    seconds: list[float] = [
+        sum(scale * (getattr(later, name) - getattr(earlier, name)) for name, scale in scales.items())
+        for earlier, later in itertools.pairwise(epochs)
+    ]
+    return min(seconds)  # as in _estimate_epoch
+
+
+def _estimate_epoch(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
+    """The shortest of some: what other programs do for a moment must not cost a precision its place."""
+    return min(estimate_epoch_seconds(config, dataset.train, dataset.num_classes, device) for _ in range(ESTIMATES))
+
+
+def _release(device: torch.device) -> None:
+    """Give memory of a GPU back, so that a run finds the device as the first one did.
+
+    On a CPU there is nothing to give, and looking for it takes a quarter of a second.
+    """
+    if device.type == "cuda":
+        release_memory(device)
+
+
+def _without_data_settings(config: TrialConfig) -> TrialConfig:
+    """A few images may lack a class that has to be weighed, and a curriculum would take still fewer of them."""
+    return dataclasses.replace(config, class_weighting="none", curriculum="none", max_epochs=ENDLESS_EPOCHS)
+
+
+def _take(split: Split, count: int) -> Split:
+    return Split(images=split.images[:count], labels=split.labels[:count])
+
+
+# ---- the runs ----
+
+
+def compare_runs(
+    plan: ComparisonPlan, dataset: Dataset, device: torch.device, on_epoch: Callable[[EpochMetrics], None]
+) -> Iterator[ComparedRun]:
+    """Make the planned runs, one after the other, on data that stay on the device.
+
+    Args:
+        plan: from ``plan_comparison``.
+        dataset: its training and validation images are used.
+        device: where to train.
+        on_epoch: told of each epoch as soon as it is over.
+    """
+    data = TrainingData(dataset.train, dataset.validation, dataset.num_classes, device)
+    for place, (seed, precision) in enumerate(plan.runs, start=1):
+        config = dataclasses.replace(plan.arms[precision], seed=seed, max_epochs=plan.epochs)
+        yield train_arm(config, data, place=place, on_epoch=on_epoch)
+        _release(device)
+
+
+def train_arm(
+    config: TrialConfig,
+    data: TrainingData,
+    *,
+    place: int = 1,
+    on_epoch: Callable[[EpochMetrics], None] = lambda _: None,
+) -> ComparedRun:
+    """Train ``config`` to its end. A run that fails is a row with a status, never a stop of the comparison."""
+    epochs: list[EpochMetrics] = []
+    error = None
+    try:
+        run = TrainingRun(config, data)
+        for metrics in run.epochs():
+            epochs.append(metrics)
+            on_epoch(metrics)
+        status = TrialStatus.COMPLETED if run.hopeless is None else TrialStatus.DIVERGED
+        error = None if run.hopeless is None else f"{epochs[-1].state}: {run.hopeless}"
+    except (torch.OutOfMemoryError, MemoryError) as caught:
+        status, error = TrialStatus.OUT_OF_MEMORY, describe_error(caught)
+    except Exception as caught:  # a user's model may raise anything
+        status, error = TrialStatus.FAILED, describe_error(caught)
+    row = ComparedRun(precision=config.precision, seed=config.seed, place=place, status=status, error=error)
+    return dataclasses.replace(row, **_summarise_epochs(epochs)) if epochs else row
+
+
+def _summarise_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
+    last = epochs[-1]
+    seconds = [later.train_seconds - earlier.train_seconds for earlier, later in itertools.pairwise(epochs)]
+    rates = [metrics.samples_per_second for metrics in epochs]
+    copied = ("val_accuracy", "val_loss", "peak_memory_bytes", "steps", "skipped_steps", "loss_scale", "loop")
+    return {
+        "epochs": last.epoch,
+        "epoch_seconds": statistics.median(seconds) if seconds else None,
+        "samples_per_second": statistics.median(rates[1:]) if seconds else None,
+        "epoch_rates": tuple(rates),
+        **{name: getattr(last, name) for name in copied},
+    }
+
+
+# ---- the map ----
+
+
+def measure_map(
+    config: TrialConfig,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    models: Sequence[str],
+    batch_sizes: Sequence[int],
+    precisions: Sequence[str],
+    turn_seconds: float,
+) -> Iterator[list[MapCell]]:
+    """Time each model at each batch size in every precision for a moment: the precisions of one cell at a time.
+
+    All else is as in ``config``, but that each image is trained on alike. Accuracy is not asked: its learning rate was
+    chosen for another batch size.
+    """
+    for model, batch_size in itertools.product(models, batch_sizes):
+        plain = dataclasses.replace(_without_data_settings(config), model=model, batch_size=batch_size)
+        arms = {precision: in_precision(plain, precision) for precision in precisions}
+        yield measure_cell(arms, dataset, device, turn_seconds)
+
+
+def measure_cell(
+    arms: Mapping[str, TrialConfig], dataset: Dataset, device: torch.device, turn_seconds: float
+) -> list[MapCell]:
+    """Prepare every precision, then let them take turns; who begins rotates. Those that cannot run say why."""
+    reasons = dict.fromkeys(arms, "")
+    timed: dict[str, TimedRun] = {}
+    for precision, config in arms.items():
+        with _noting_failure(precision, reasons):
+            reasons[precision] = explain_too_long(config, dataset, device) or ""
+            if not reasons[precision]:
+                timed[precision] = TimedRun(config, dataset, device, turn_seconds)
+    for turn in range(TURNS):
+        for precision in _rotate([name for name in timed if not reasons[name]], turn):
+            with _noting_failure(precision, reasons):
+                timed[precision].take_turn()
+    cells = [_describe_cell(config, timed.get(name), reasons[name]) for name, config in arms.items()]
+    timed.clear()
+    _release(device)  # graphs keep theirs
+    return cells
+
+
+@contextlib.contextmanager
+def _noting_failure(precision: str, reasons: dict[str, str]) -> Iterator[None]:
+    """Within, too little memory, or whatever a user's model raises, becomes a reason: the others still run."""
+    try:
+        yield
+    except Exception as error:
+        reasons[precision] = f"not available: {describe_error(error)}"
+
+
+def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device) -> str | None:
+    """Why a cell's precision shall be left out; None where its fewest steps can be waited for.
+
+    Asked on the CPU only: a GPU takes hardly longer for a batch than for the few images that are tried.
+    """
+    if device.type != "cpu":
+        return None
+    epoch_seconds = _estimate_epoch(config, dataset, device)
+    steps = PILOT_EPOCHS + 1 + TURNS  # the one to warm up
+    seconds = epoch_seconds * steps * config.batch_size / len(dataset.train)
+    return None if seconds <= LONGEST_CELL_SECONDS else f"skipped: {steps} steps would take about {seconds:,.0f} s"
+
+
+class TimedRun:
+    """A precision of a cell, warmed up and ready to be timed for a moment at a time.
+
+    Args:
+        config: what to train.
+        dataset: as many of its training images are used as an epoch of ``turn_seconds`` needs.
+        device: where to train.
+        turn_seconds: of a turn.
+    """
+
+    def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> None:
+        share = _choose_share(config, dataset, device, turn_seconds)
+        self._run = TrainingRun(config, TrainingData(share, None, dataset.num_classes, device))
+        self._images = len(share)
+        self._turn_seconds = turn_seconds
+        self.rates: list[float] = []
+        """Training images a second of each turn."""
+        for _ in range(WARM_UP_STEPS + 1):  # of one step each at least: then a graph is captured, or never will be
+            metrics = self._run.train_epoch()
+            if device.type == "cpu" or metrics.loop == "graph":
+                break
+        # Before the cell's other precisions take memory on the device.
+        self.peak_memory_bytes = metrics.peak_memory_bytes
+        self.loop = metrics.loop
+
+    def take_turn(self) -> None:
+        """Train whole epochs until the turn's seconds are over, also what is past saving: only its time is asked."""
+        images, seconds = 0, 0.0
+        while seconds < self._turn_seconds:
+            seconds += self._images / self._run.train_epoch().samples_per_second
+            images += self._images
+        self.rates.append(images / seconds)
+
+
+def _choose_share(config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> Split:
+    """As many training images, in whole batches, as an epoch of about ``turn_seconds`` needs."""
+    all_steps = len(dataset.train) // config.batch_size
+    few = _take(dataset.train, config.batch_size)
+    pilot = TrainingRun(config, TrainingData(few, None, dataset.num_classes, device), allow_graph=False)
+    rate = [pilot.train_epoch().samples_per_second for _ in range(PILOT_EPOCHS)][-1]
+    least = 1 if device.type == "cpu" else WARM_UP_STEPS + 2
+    steps = max(least, int(turn_seconds * rate / config.batch_size))
+    return _take(dataset.train, min(steps, all_steps) * config.batch_size)
+
+
+def _rotate(names: Sequence[str], turn: int) -> list[str]:
+    first = turn % max(1, len(names))
+    return [*names[first:], *names[:first]]
+
+
+def _describe_cell(config: TrialConfig, timed: TimedRun | None, reason: str) -> MapCell:
+    cell = MapCell(model=config.model, batch_size=config.batch_size, precision=config.precision, reason=reason)
+    if timed is None or reason:
+        return cell
+    memory = timed.peak_memory_bytes
+    return dataclasses.replace(cell, turn_rates=tuple(timed.rates), peak_memory_bytes=memory, loop=timed.loop)
+
+
+# ---- files ----
+
+
+def write_runs(folder: Path, runs: Sequence[ComparedRun], origin: ComparisonOrigin) -> None:
+    """Write ``compare.parquet`` into ``folder``, in the order in which the runs were made.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+    """
+    _write(folder / COMPARE_FILE, "compare", runs, origin)
+
+
+def write_map(folder: Path, cells: Sequence[MapCell], origin: ComparisonOrigin) -> None:
+    """Write ``compare_map.parquet`` into ``folder``.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+    """
+    _write(folder / MAP_FILE, "compare_map", cells, origin)
+
+
+def _write(path: Path, kind: str, rows: Sequence[ComparedRun] | Sequence[MapCell], origin: ComparisonOrigin) -> None:
+    table = build_table(kind, SCHEMAS[kind], [vars(row).copy() for row in rows], dataclasses.asdict(origin))
+    write_parquet(table, path)

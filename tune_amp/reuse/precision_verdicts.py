@@ -1,0 +1,367 @@
+"""What a comparison of precisions leaves behind, and what follows from it: rows in, statistics and verdicts out.
+
+Imports nothing heavy: the words of ``compare.parquet`` and ``compare_map.parquet`` can be read without torch.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from tune_amp.results.statistics import Equivalence, MeanInterval, judge_equivalence, mean_interval, paired_interval
+from tune_amp.trial.config import TrialStatus, described
+
+BASELINE = "fp32"
+"""What the other precisions are compared with: strict fp32, not PyTorch's mixture of TF32 and fp32."""
+CLAIMED = ("bf16", "fp16")
+"""The precisions that the tutorial's claims are about."""
+LEAST_SEEDS = 2
+
+MARGIN_POINTS = 0.2
+"""Percentage points of accuracy within which two precisions are the same: what one seed moves it by on MNIST."""
+CLAIMED_SPEED = 1.5
+"""Lower end of "1.5 to 3 times"."""
+CLAIMED_MEMORY = 0.55
+"""What still counts as half: a half, and a tenth of it for what autocast keeps in fp32."""
+CLAIMED_LOSS_POINTS = 1.0
+
+SPEED_CLAIM, MEMORY_CLAIM, ACCURACY_CLAIM = "1.5 to 3 times faster", "half the memory", "under 1 % accuracy lost"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """The chosen configuration in one precision on one seed: one row of ``compare.parquet``."""
+
+    precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast")
+    seed: int = described("of weights and data order; the same seeds for every precision")
+    place: int = described("place in the order in which the runs were made, from 1; shuffled within each seed")
+    status: TrialStatus = described("how the run ended: completed, diverged, out_of_memory or failed")  # noqa: RUF009 (a field)
+    error: str | None = described("one line: why it did not complete", default=None)
+    epochs: int = described("epochs trained", unit="epochs", default=0)
+    val_accuracy: float | None = described(
+        "share of validation images classified correctly after the last epoch, in fp32", default=None
+    )
+    val_loss: float | None = described("mean validation loss after the last epoch, in fp32", unit="nats", default=None)
+    epoch_seconds: float | None = described(
+        "training time of an epoch, the median of those after the first; null where there is none",
+        unit="s",
+        default=None,
+    )
+    samples_per_second: float | None = described(
+        "training images a second, the median of the epochs after the first; null where there is none",
+        unit="1/s",
+        default=None,
+    )
+    epoch_rates: tuple[float, ...] = described("training images a second of each epoch", unit="1/s", default=())
+    peak_memory_bytes: int | None = described(
+        "peak CUDA memory of training, the resident data set left out; null without CUDA", unit="B", default=None
+    )
+    steps: int = described("training steps taken, skipped ones included", unit="steps", default=0)
+    skipped_steps: int = described("steps skipped because a gradient overflowed", unit="steps", default=0)
+    loss_scale: float | None = described("loss scale after the last step; null unless fp16", default=None)
+    loop: str = described("how steps were taken: graph (replays of a CUDA graph), or eager: and why", default="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapCell:
+    """A model at a batch size in one precision, timed for a moment: one row of ``compare_map.parquet``."""
+
+    model: str = described("built-in model, or module:function")
+    batch_size: int = described("images a training step", unit="images")
+    precision: str = described("fp32 (strict), tf32, bf16 or fp16 autocast")
+    reason: str = described("why there is no figure", default="")
+    turn_rates: tuple[float, ...] = described(
+        "training images a second of each turn; the precisions of a cell take turns", unit="1/s", default=()
+    )
+    peak_memory_bytes: int | None = described(
+        "peak CUDA memory of training, the resident data set left out; null without CUDA", unit="B", default=None
+    )
+    loop: str = described("how steps were taken: graph (replays of a CUDA graph), or eager: and why", default="")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonOrigin:
+    """Where a comparison comes from; travels in its files' metadata, as JSON. No host or user names."""
+
+    run: str
+    """Name of the search's run."""
+    rank: int
+    trial_id: str
+    command: tuple[str, ...]
+    created: str
+    """ISO 8601, UTC."""
+    config: Mapping[str, Any]
+    """The chosen configuration as the search had it."""
+    scaler: Mapping[str, float | int]
+    """Settings of GradScaler in fp16; empty where fp16 is not measured."""
+    precisions: tuple[str, ...]
+    left_out: Mapping[str, str]
+    """Precisions that were asked for and are not measured, and why."""
+    seeds: tuple[int, ...]
+    epochs: int
+    dataset: str
+    data_hash: str
+    train_images: int
+    validation_images: int
+    data_bytes: int
+    """Both splits, as they stay on the device."""
+    device: str
+    """cpu, or the GPU's name."""
+    num_threads: int
+    notices: tuple[str, ...]
+    """What the device lacks, and what else a reader must know."""
+    versions: Mapping[str, str]
+
+    @property
+    def place(self) -> str:
+        """The device as a figure is quoted with it."""
+        threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
+        return f"cpu, {threads}" if self.device == "cpu" else self.device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RatioInterval:
+    """How many times larger one thing is than another, and where the ratio is to be expected over further seeds."""
+
+    ratio: float
+    """Geometric mean of the paired ratios."""
+    low: float
+    high: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmSummary:
+    """A precision over its seeds, and against fp32 on those seeds on which both completed.
+
+    Ratios and differences are None for fp32 itself, and where fewer than two seeds can be paired.
+    """
+
+    precision: str
+    runs: int
+    completed: int
+    diverged_alone: int
+    """Runs that diverged where fp32 completed on the same seed."""
+    epoch_seconds: float | None
+    """Median over the seeds."""
+    samples_per_second: float | None
+    peak_memory_bytes: float | None
+    accuracy: MeanInterval | None
+    """In per cent."""
+    speed: RatioInterval | None
+    """Images a second over those of fp32."""
+    memory: RatioInterval | None
+    """Peak memory over that of fp32."""
+    difference: Equivalence | None
+    """Accuracy minus that of fp32, in points."""
+    loss: MeanInterval | None
+    """Points of accuracy lost to fp32, with a 90 % interval: each end is a one-sided bound of 95 %."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapRatio:
+    """Images a second of a cell over those of fp32 in the same turn."""
+
+    median: float
+    low: float
+    """Of the turns, the smallest."""
+    high: float
+    """Of the turns, the largest."""
+
+    @property
+    def word(self) -> str:
+        """What all turns agree on."""
+        if self.low > 1:
+            return "faster"
+        return "slower" if self.high < 1 else "no difference"
+
+
+class Answer(StrEnum):
+    """What numbers say about a claim."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    UNKNOWN = "cannot be told here"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClaimVerdict:
+    """A claim of the tutorial, judged for one precision."""
+
+    claim: str
+    precision: str
+    answer: Answer
+    evidence: str
+    """The numbers that the answer follows from."""
+
+
+# ---- statistics ----
+
+
+def ratio_interval(values: Sequence[float], others: Sequence[float]) -> RatioInterval:
+    """Geometric mean of ``values / others``, pair by pair, with Student's 95 % interval of the mean log ratio.
+
+    The mean for ratios (Fleming & Wallace 1986, "How not to lie with statistics", doi:10.1145/5666.5673): turned round,
+    it and its interval are the reciprocals.
+    """
+    logs = mean_interval([math.log(value / other) for value, other in zip(values, others, strict=True)])
+    return RatioInterval(ratio=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high), n=logs.n)
+
+
+def summarise_arm(runs: Sequence[ComparedRun], precision: str) -> ArmSummary:
+    """What ``runs``, those of fp32 among them, say about ``precision``."""
+    own = [run for run in runs if run.precision == precision]
+    completed = [run for run in own if run.status is TrialStatus.COMPLETED]
+    baseline = {run.seed: run for run in runs if run.precision == BASELINE and run.status is TrialStatus.COMPLETED}
+    pairs = [(run, baseline[run.seed]) for run in completed if run.seed in baseline and precision != BASELINE]
+    accuracies, of_baseline = _pair_values(pairs, "val_accuracy", factor=100)
+    enough = len(accuracies) >= LEAST_SEEDS
+    return ArmSummary(
+        precision=precision,
+        runs=len(own),
+        completed=len(completed),
+        diverged_alone=sum(run.status is TrialStatus.DIVERGED and run.seed in baseline for run in own),
+        epoch_seconds=_median_of(completed, "epoch_seconds"),
+        samples_per_second=_median_of(completed, "samples_per_second"),
+        peak_memory_bytes=_median_of(completed, "peak_memory_bytes"),
+        accuracy=_mean_accuracy(completed),
+        speed=_ratio_of(pairs, "samples_per_second"),
+        memory=_ratio_of(pairs, "peak_memory_bytes"),
+        difference=judge_equivalence(accuracies, of_baseline, MARGIN_POINTS) if enough else None,
+        loss=paired_interval(of_baseline, accuracies, 0.90) if enough else None,
+    )
+
+
+def map_ratio(cell: MapCell, baseline: MapCell) -> MapRatio | None:
+    """How much faster ``cell`` trains than ``baseline``, turn by turn; None where one of them has no figure."""
+    if not cell.turn_rates or not baseline.turn_rates:
+        return None
+    ratios = [rate / other for rate, other in zip(cell.turn_rates, baseline.turn_rates, strict=True)]
+    return MapRatio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
+
+
+def memory_ratio(cell: MapCell, baseline: MapCell) -> float | None:
+    """Peak memory of ``cell`` over that of ``baseline``; None where one of them is not known."""
+    if not cell.peak_memory_bytes or not baseline.peak_memory_bytes:
+        return None
+    return cell.peak_memory_bytes / baseline.peak_memory_bytes
+
+
+def _median_of(runs: Sequence[ComparedRun], name: str) -> float | None:
+    values = [getattr(run, name) for run in runs if getattr(run, name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _mean_accuracy(runs: Sequence[ComparedRun]) -> MeanInterval | None:
+    values = [100 * run.val_accuracy for run in runs if run.val_accuracy is not None]
+    return mean_interval(values) if len(values) >= LEAST_SEEDS else None
+
+
+def _pair_values(
+    pairs: Sequence[tuple[ComparedRun, ComparedRun]], name: str, factor: float = 1
+) -> tuple[list[float], list[float]]:
+    values = [(getattr(run, name), getattr(other, name)) for run, other in pairs]
+    known = [(value, other) for value, other in values if value is not None and other is not None]
+    return [factor * value for value, _ in known], [factor * other for _, other in known]
+
+
+def _ratio_of(pairs: Sequence[tuple[ComparedRun, ComparedRun]], name: str) -> RatioInterval | None:
+    values, others = _pair_values(pairs, name)
+    return ratio_interval(values, others) if len(values) >= LEAST_SEEDS else None
+
+
+# ---- verdicts ----
+
+
+def judge_speed(ratio: RatioInterval | None) -> Answer:
+    """Holds where the whole interval is at 1.5 or above, fails where all of it is below.
+
+    Above 3 it holds too: nobody is let down.
+    """
+    if ratio is None or ratio.low < CLAIMED_SPEED <= ratio.high:
+        return Answer.UNKNOWN
+    return Answer.HOLDS if ratio.low >= CLAIMED_SPEED else Answer.FAILS
+
+
+def judge_memory(ratio: RatioInterval | None) -> Answer:
+    """Holds where the whole interval is at ``CLAIMED_MEMORY`` or below, fails where all of it is above."""
+    if ratio is None or ratio.low <= CLAIMED_MEMORY < ratio.high:
+        return Answer.UNKNOWN
+    return Answer.HOLDS if ratio.high <= CLAIMED_MEMORY else Answer.FAILS
+
+
+def judge_accuracy(loss: MeanInterval | None, diverged_alone: int = 0) -> Answer:
+    """Holds where the loss is shown to be under 1 point, fails where it is shown to be over.
+
+    Each by a one-sided test at 5 %, that of non-inferiority and its counterpart: see ``intervals.judge_equivalence``.
+    A run that diverged where fp32 completed on the same seed has lost everything: no mean over the others mends that.
+
+    Args:
+        loss: points of accuracy lost, with its 90 % interval.
+        diverged_alone: such runs.
+    """
+    if diverged_alone:
+        return Answer.FAILS
+    if loss is None or loss.low <= CLAIMED_LOSS_POINTS <= loss.high:
+        return Answer.UNKNOWN
+    return Answer.HOLDS if loss.high < CLAIMED_LOSS_POINTS else Answer.FAILS
+
+
+def judge_claims(runs: Sequence[ComparedRun], device: str) -> list[ClaimVerdict]:
+    """The tutorial's three claims for bf16 and fp16, as ``runs`` on ``device`` tell."""
+    measured = {run.precision for run in runs}
+    return [
+        verdict
+        for precision in CLAIMED
+        for verdict in _judge_precision(summarise_arm(runs, precision), device, was_measured=precision in measured)
+    ]
+
+
+def _judge_precision(arm: ArmSummary, device: str, *, was_measured: bool) -> list[ClaimVerdict]:
+    found = {
+        SPEED_CLAIM: (judge_speed(arm.speed), _describe_speed(arm, device)),
+        MEMORY_CLAIM: (judge_memory(arm.memory), _describe_memory(arm, device)),
+        ACCURACY_CLAIM: (judge_accuracy(arm.loss, arm.diverged_alone), _describe_loss(arm, device)),
+    }
+    return [
+        ClaimVerdict(
+            claim=claim,
+            precision=arm.precision,
+            answer=answer,
+            evidence=evidence if was_measured else f"{arm.precision} was not measured ({device})",
+        )
+        for claim, (answer, evidence) in found.items()
+    ]
+
+
+def _describe_speed(arm: ArmSummary, device: str) -> str:
+    if arm.speed is None:
+        return _describe_too_few(arm, device)
+    return f"{arm.speed.ratio:.2f} times the images a second of fp32 ({_quote(arm.speed, device)})"
+
+
+def _describe_memory(arm: ArmSummary, device: str) -> str:
+    if arm.memory is not None:
+        return f"{arm.memory.ratio:.2f} times the peak memory of fp32 ({_quote(arm.memory, device)})"
+    if arm.speed is None:
+        return _describe_too_few(arm, device)
+    return f"memory is measured with CUDA only (n = {arm.speed.n} seeds, {device})"
+
+
+def _describe_loss(arm: ArmSummary, device: str) -> str:
+    if arm.diverged_alone:
+        return f"{arm.diverged_alone} of {arm.runs} runs diverged where fp32 completed ({device})"
+    if arm.loss is None:
+        return _describe_too_few(arm, device)
+    bounds = f"one-sided 95 % bounds {arm.loss.low:+.2f} and {arm.loss.high:+.2f}, n = {arm.loss.n} seeds"
+    return f"{arm.loss.mean:+.2f} points lost to fp32 ({bounds}, {device})"
+
+
+def _describe_too_few(arm: ArmSummary, device: str) -> str:
+    return f"on fewer than {LEAST_SEEDS} seeds did both {arm.precision} and fp32 complete ({device})"
+
+
+def _quote(ratio: RatioInterval, device: str) -> str:
+    return f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}, n = {ratio.n} seeds, {device}"

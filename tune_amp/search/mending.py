@@ -1,0 +1,90 @@
+"""Sets a run right that is resumed: a file that is damaged is set aside, and made anew from the journal.
+
+Nothing is deleted: what is set aside keeps its content under a new name.
+"""
+
+import itertools
+import os
+import warnings
+from pathlib import Path
+
+import optuna
+
+from tune_amp.results.journal import cut_torn_line
+from tune_amp.results.records import load_confirmed
+from tune_amp.results.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
+from tune_amp.search.history import PastRun, PastTrial
+from tune_amp.search.schedulers import objective_mode
+from tune_amp.search.study import open_storage
+from tune_amp.space.space import SearchSpace, parse_space
+from tune_amp.trial.config import InputError, describe_error
+
+
+def mend_run(folder: Path, past: PastRun) -> list[str]:
+    """Make the study and the confirmed runs of a run usable, or set them aside, in a line each.
+
+    A study that a killed process left with half a line loses that half. Call it only where no other process can have
+    the files open.
+    """
+    lines = []
+    for name, find_fault in ((STUDY_FILE, _find_study_fault), (CONFIRM_FILE, _find_confirmed_fault)):
+        path = folder / name
+        if os.path.lexists(path):
+            fault = find_fault(path, past) if path.is_file() else "is no file"
+            if fault is not None:
+                aside = _set_aside(path)
+                lines.append(f"{path}: {fault}; it is kept as {aside.name}, and made anew from {JOURNAL_FILE}")
+            elif name == STUDY_FILE:
+                cut_torn_line(path)
+    return lines
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename ``path`` to the first of ``.damaged``, ``.damaged-2``, ``.damaged-3`` that is free."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
+        if not os.path.lexists(aside):
+            return path.rename(aside)
+    raise AssertionError  # numbers do not end
+
+
+def _find_confirmed_fault(path: Path, past: PastRun) -> str | None:
+    try:
+        load_confirmed(path)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _find_study_fault(path: Path, past: PastRun) -> str | None:
+    """Why Optuna's study at ``path`` cannot be that of the past trials; None where it can."""
+    space = parse_space(past.provenance.space_source, past.provenance.space_text)
+    try:
+        study = optuna.load_study(study_name=past.provenance.run, storage=open_storage(path))
+        stored = study.get_trials(deepcopy=False)
+        modes = [direction.name.lower() for direction in study.directions]
+        faults = (_find_trial_fault(trial, stored, space, past.provenance.train_images) for trial in past.trials)
+        if [mode[:3] for mode in modes] != [objective_mode(name) for name in past.provenance.objectives]:
+            return f"is of a search that would {' and '.join(modes)}"
+        return next((fault for fault in faults if fault is not None), None)
+    except OSError:
+        raise
+    except Exception as error:  # Optuna checks nothing that it reads
+        return f"cannot be read ({describe_error(error)})"
+
+
+def _find_trial_fault(
+    past: PastTrial, stored: list[optuna.trial.FrozenTrial], space: SearchSpace, train_images: int
+) -> str | None:
+    if past.number >= len(stored):
+        return f"has no trial {past.number}"
+    trial = stored[past.number]
+    other = trial.user_attrs.get("trial_id", past.trial_id) != past.trial_id
+    if other or trial.state is optuna.trial.TrialState.WAITING:
+        return f"has another trial {past.number}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna's of a value that the space does not have
+        fixed = optuna.trial.FixedTrial(trial.params)
+        settings = space.suggest(fixed, train_images=train_images, max_epochs=past.config.max_epochs)
+    same = all(getattr(past.config, name) == value for name, value in settings.items())
+    return None if same else f"has another trial {past.number}"

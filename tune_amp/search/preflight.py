@@ -1,0 +1,176 @@
+"""Refuses a space, a data set and a model that do not go together, before anything is started."""
+
+import contextlib
+import io
+import time
+import types
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tune_amp.search.options import SearchOptions
+from tune_amp.training.data import Dataset, Split
+from tune_amp.training.own_code import import_function, unchanged_process
+from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.trial.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
+
+if TYPE_CHECKING:  # these bring Ray and Optuna, which training a winner does without
+    from tune_amp.cluster.resources import TrialResources
+    from tune_amp.space.space import SearchSpace
+
+CHECK_SECONDS = 10.0
+"""After so long, precisions and optimizers that are left go unchecked: their first trials will show."""
+
+STEP: Mapping[str, Any] = types.MappingProxyType({"batch_size": 2, "max_epochs": 1})
+"""Of a run that is one step long."""
+
+
+def check_fit(
+    space: "SearchSpace", dataset: Dataset, options: SearchOptions, *, may_use_gpus: bool = False
+) -> dict[str, str]:
+    """Refuse what would make trials fail: a batch larger than the data set, a model that cannot be trained on it.
+
+    Args:
+        space: its precisions and optimizers are tried.
+        dataset: two of its images are.
+        options: name the model.
+        may_use_gpus: whether trials may train on a GPU. The check never does, since a process that has used a GPU
+            keeps some of its memory; so a precision of which only fp32 works here is not refused.
+
+    Returns:
+        For each precision in which the model cannot be trained on this machine's CPU, why.
+
+    Raises:
+        InputError: says what does not fit.
+    """
+    bounds = space.bounds("batch_size")
+    if bounds is not None and bounds[1] > len(dataset.train):
+        raise InputError(
+            f"{space.source}: batch_size: must be at most the {len(dataset.train):,} training images of "
+            f"{dataset.name}, got {bounds[1]}"
+        )
+    if len(dataset.train) < TrialConfig().batch_size and bounds is None:
+        raise InputError(f"--dataset: {dataset.name} has fewer training images than the default batch_size")
+    others = [name for name in ("fp32",) if may_use_gpus and name not in space.precisions]
+    unfit = check_training(
+        options.model,
+        dataset,
+        precisions=(*space.precisions, *others),
+        optimizers=space.optimizers,
+        device=torch.device("cpu"),
+    )
+    return {precision: reason for precision, reason in unfit.items() if precision in space.precisions}
+
+
+def check_training(
+    model: str, dataset: Dataset, *, precisions: Sequence[str], optimizers: Sequence[str], device: torch.device
+) -> dict[str, str]:
+    """Train ``model`` for one step on two images in each precision, and with each optimizer, and validate on them.
+
+    It is what a trial does, by the same code. The model prints nothing, and no generator or setting is changed.
+
+    Returns:
+        For each precision in which that is impossible, why.
+
+    Raises:
+        InputError: it is impossible in all of them, or the outputs are no logits.
+    """
+    if is_function_name(model):
+        import_function(model)  # now: what a module prints when imported is for the user
+    two = _pick_two(dataset.train)
+    shape = ", ".join(map(str, dataset.input_shape))
+    rule = f"model: {model} must train on images of shape [batch, {shape}]"
+    fit: list[str] = []
+    unfit: dict[str, str] = {}
+    deadline = time.monotonic() + CHECK_SECONDS
+    with _silence(model), unchanged_process():
+        data = TrainingData(two, two, dataset.num_classes, device)
+        for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: a CPU may take long for it
+            if time.monotonic() < deadline:
+                reason = _try_step(TrialConfig(model=model, precision=precision, optimizer=optimizers[0], **STEP), data)
+                if reason is None:
+                    fit.append(precision)
+                else:
+                    unfit[precision] = reason
+        if len(unfit) == len(precisions):
+            precision, reason = next(iter(unfit.items()))
+            raise InputError(f"{rule}, got {reason} (in {precision})")
+        for optimizer in optimizers[1:]:
+            if fit and time.monotonic() < deadline:
+                reason = _try_step(TrialConfig(model=model, precision=fit[0], optimizer=optimizer, **STEP), data)
+                if reason is not None:
+                    raise InputError(f"{rule} with {optimizer}, got {reason}")
+    if device.type == "cuda":
+        release_memory(device)
+    return unfit
+
+
+def _pick_two(train: Split) -> Split:
+    """The images with the darkest and the brightest pixel: scaled as the whole split is."""
+    flat = train.images.reshape(len(train), -1)
+    first, second = int(flat.min(axis=1).argmin()), int(flat.max(axis=1).argmax())
+    chosen = [first, second if second != first else (first + 1) % len(train)]
+    return Split(images=train.images[chosen], labels=train.labels[chosen])
+
+
+def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
+    """Why an epoch of one step fails; None where it does not, or where only the device is at fault."""
+    try:
+        run = TrainingRun(config, data, allow_graph=False, probed=False)
+        run.model = _CheckedModel(run.model, config.model, data.num_classes)
+        run.train_epoch()
+    except InputError:
+        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # what others hold of it is not the model's fault
+        return None
+    except Exception as error:  # a user's model may raise anything
+        return describe_error(error)
+    return None
+
+
+class _CheckedModel(nn.Module):
+    """``model``, of which every output must be logits. A hook would do the same, but for scripted models.
+
+    Raises:
+        InputError: an output is something else.
+    """
+
+    def __init__(self, model: nn.Module, name: str, num_classes: int) -> None:
+        super().__init__()
+        self._model = model
+        self._name = name
+        self._num_classes = num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self._model(images)
+        expected = (len(images), self._num_classes)
+        if isinstance(logits, Tensor) and tuple(logits.shape) == expected and logits.is_floating_point():
+            return logits
+        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        mode = "training" if self.training else "evaluation"
+        rule = f"must return float logits of shape {list(expected)} for {expected[0]} images"
+        raise InputError(f"model: {self._name} {rule}, got {got} in {mode} mode")
+
+
+@contextlib.contextmanager
+def _silence(model: str) -> Iterator[None]:
+    """In the ``with`` block, nothing is heard of a user's own model. Ours are checked in a thread, beside others."""
+    if not is_function_name(model):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_objectives(options: SearchOptions, resources: "TrialResources") -> None:
+    """Refuse to search for what cannot be measured.
+
+    Raises:
+        InputError: GPU memory, where trials get no GPU.
+    """
+    if "peak_memory_bytes" in options.objectives and not resources.gpus:
+        raise InputError("--objective: peak_memory_bytes is measured on GPUs only, and trials get none here")

@@ -1,0 +1,163 @@
+"""Which of Optuna's samplers suggests the settings, and where each of them applies."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.trial import FrozenTrial, TrialState
+
+from tune_amp.space.space import SearchSpace
+from tune_amp.trial.config import SAMPLERS, InputError, shown
+
+
+class FeasibleGPSampler(GPSampler):
+    """GPSampler with one repair: it draws at random until some trial is feasible.
+
+    Where all constraints are alike, because the first trials all ran out of memory for example, every probability of
+    being feasible is zero to Optuna's own: it divides by it, warns, and takes the study for converged.
+    """
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next settings, or none, which leaves them to chance."""
+        completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if not any(all(value <= 0 for value in told.constraints.values()) for told in completed):
+            return {}
+        suggested: dict[str, Any] = super().sample_relative(study, trial, search_space)
+        return suggested
+
+
+def build_sampler(
+    name: str, space: SearchSpace, *, seed: int, objectives: Sequence[str], num_samples: int
+) -> BaseSampler:
+    """One of Optuna's own samplers, fit for this space and these objectives.
+
+    Args:
+        name: one of ``SAMPLERS``.
+        space: what is searched.
+        seed: of the sampler; samplers know 2^32 of them.
+        objectives: what is optimized; CMA-ES knows one only.
+        num_samples: trials of the whole search, by which starting phases and populations are sized.
+
+    Raises:
+        InputError: there is no such sampler, or it does not apply here; the message says why.
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"--sampler: must be one of {', '.join(SAMPLERS)}, got {shown(name)}")
+    seed %= 2**32
+    with warnings.catch_warnings():
+        # Optuna calls options experimental for years (group since 2.8): what we rely on, our tests cover.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "random":
+            return RandomSampler(seed=seed)
+        if name == "gp":
+            return _build_gp(space, seed, num_samples)
+        if name == "cmaes":
+            return _build_cmaes(space, seed, objectives)
+        if name == "nsga2":
+            return _build_nsga2(space, seed, num_samples)
+        # Multivariate TPE (Falkner et al. 2018, arXiv:1807.01774) models a conditional space group by group;
+        # ungrouped it would sample it parameter by parameter.
+        return TPESampler(seed=seed, multivariate=True, group=space.is_conditional, constant_liar=True)
+
+
+def reseed(sampler: BaseSampler, seed: int, number: int) -> None:
+    """Let what a sampler draws next depend on nothing but the seed, the number of the trial and what the study holds.
+
+    Else a search that goes on in a new process would draw what it drew at its beginning, and not what it would have
+    drawn. ``BaseSampler.reseed_rng`` takes no seed. CMA-ES mixes in Optuna's number of the trial, which is another
+    where a trial was submitted again.
+
+    Args:
+        sampler: one of ``build_sampler``'s.
+        seed: of the search.
+        number: of the trial in the search.
+    """
+    seeds = np.random.SeedSequence((seed % 2**32, number))
+    for generator in _list_generators(sampler):
+        generator.rng.seed(int(seeds.spawn(1)[0].generate_state(1)[0]))
+
+
+def _list_generators(sampler: BaseSampler) -> Iterator[LazyRandomState]:
+    """A sampler's generators, that of its random sampler first: all samplers begin with the same random draws."""
+    parts = vars(sampler).values()
+    for part in parts:
+        if isinstance(part, BaseSampler):
+            yield from _list_generators(part)
+    yield from (part for part in parts if isinstance(part, LazyRandomState))
+
+
+def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
+    """Bayesian optimization with a Gaussian process, for training results, which are noisy.
+
+    It models the parameters that all trials have in common. What some trials lack Optuna would draw at random, with a
+    line of warning for each, so conditional spaces are refused.
+    """
+    if space.is_conditional:
+        raise InputError(f"--sampler: gp cannot model conditions, got `when` for {_list_conditional(space)}")
+    for module in ("batched_lbfgsb", "optim_mixed"):
+        logging.getLogger(f"optuna._gp.{module}").addFilter(_is_no_chatter)
+    startup = min(10, max(4, num_samples // 4))
+    return FeasibleGPSampler(
+        seed=seed,
+        n_startup_trials=startup,
+        deterministic_objective=False,
+        warn_independent_sampling=False,  # it would, of settings left to chance until some trial is feasible
+    )
+
+
+def _build_cmaes(space: SearchSpace, seed: int, objectives: Sequence[str]) -> BaseSampler:
+    """CMA-ES with margin (Hamano et al. 2022, arXiv:2205.13482): powers of two are whole numbers of few values.
+
+    Optuna draws choices and whatever some trials lack at random beside CMA-ES. Then a generation is ranked by what
+    CMA-ES does not see, and the user has half a random search without having asked for it, so both are refused.
+
+    Stopped trials count with their last value: else CMA-ES, whose generation must be told in full, would wait for
+    others in the place of every one of them. They rank among the completed by that value. Constraints it does not know;
+    it uses ranks only, so that the worst value says all. Its state is in the study as a pickle: continue studies of
+    trusted origin only.
+    """
+    if len(objectives) > 1:
+        raise InputError(f"--sampler: cmaes takes one objective, got {', '.join(objectives)}")
+    if space.is_conditional:
+        raise InputError(f"--sampler: cmaes cannot handle conditions, got `when` for {_list_conditional(space)}")
+    chosen = [parameter.name for parameter in space.parameters if len(parameter.choices) > 1]
+    if chosen:
+        raise InputError(f"--sampler: cmaes needs low and high, got choices for {', '.join(chosen)}")
+    ranges = [parameter.name for parameter in space.parameters if not parameter.choices]
+    if len(ranges) < 2:
+        raise InputError(f"--sampler: cmaes needs at least two ranges to search, got {', '.join(ranges) or 'none'}")
+    return CmaEsSampler(seed=seed, with_margin=True, consider_pruned_trials=True)
+
+
+def _build_nsga2(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
+    """NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017), also for one objective.
+
+    On average one setting of a child is drawn anew: where only one is searched, nothing is inherited. In a conditional
+    space, what some trials lack is not inherited either.
+    """
+    if len(space.parameters) < 2:
+        raise InputError(f"--sampler: nsga2 needs at least two parameters to search, got {space.parameters[0].name}")
+    # A child has parents from the second generation on: Optuna's 50 would leave a search of 32 trials random.
+    return NSGAIISampler(population_size=min(50, max(4, num_samples // 4)), seed=seed)
+
+
+def _list_conditional(space: SearchSpace) -> str:
+    return ", ".join(parameter.name for parameter in space.parameters if parameter.when)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    """Whether a warning of Optuna's GP is more than a remark on how it optimizes its acquisition function.
+
+    Without the package greenlet it goes from one starting point after another, at 0.2 to 0.5 s a suggestion; close to
+    convergence it has fewer of them. Neither changes what a user could do.
+    """
+    remarks = ("The 'greenlet' package is unavailable", "Study already converged")
+    return not record.getMessage().startswith(remarks)

@@ -1,0 +1,262 @@
+"""How a search is put to Ray Tune: the trainable, the scheduler, what a worker's death means, and how it ends."""
+
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+from ray import tune
+from ray._common.usage.usage_lib import usage_stats_enabled
+from ray.air._internal import usage
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune import tune as tune_module
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+
+from tune_amp.cluster.checkpoints import RunStorage
+from tune_amp.cluster.failures import LARGER_SHARE_SIGN, count_free_retries, find_cause, find_reason
+from tune_amp.cluster.interrupt import StopRequest
+from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
+from tune_amp.cluster.resources import TrialResources, double_share
+from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
+from tune_amp.search.history import PastRun
+from tune_amp.search.options import SearchOptions
+from tune_amp.search.schedulers import DivergenceAware, build_scheduler
+from tune_amp.search.source import TrialSource
+from tune_amp.search.study import AmpSearch
+from tune_amp.training.data import Dataset
+from tune_amp.trial.config import TrialConfig, describe_error, format_scale
+
+
+def bind_trainable(
+    dataset: Dataset, resources: TrialResources, storage: RunStorage, past: PastRun | None = None
+) -> type[AmpTrainable]:
+    """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
+    left = past.unfinished if past else ()
+    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.last_checkpoints] for trial in left}
+    worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
+    with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
+    trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
+    # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.
+    trainable.__qualname__ = AmpTrainable.__qualname__
+    return trainable
+
+
+def name_trial(trial: Any) -> str:
+    """A name people can read: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
+    config = TrialConfig(**trial.config)
+    number = int(trial.experiment_tag.split("_")[0])
+    name = f"{number:02d}-{config.precision}-lr{config.lr:.2g}-b{config.batch_size}"
+    return f"{name}-scale{format_scale(config.init_scale)}" if config.init_scale is not None else name
+
+
+def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
+    return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+
+
+def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> DivergenceAware:
+    """The scheduler that ``options`` name; it tells ``searcher`` of each worker that died."""
+    return build_scheduler(
+        options.scheduler,
+        objective=options.objectives[0],
+        max_epochs=options.max_epochs,
+        grace_period=options.grace_period,
+        reduction_factor=options.reduction_factor,
+        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources, set()),
+    )
+
+
+def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, announced: set[str], trial: Any) -> float:
+    """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
+
+    A trial that ran out of its share of a GPU gets twice the share. One whose node's memory others hold waits, and
+    that is said once. One whose retries are used up has ended, and nothing is changed.
+
+    Returns:
+        Seconds until the trial may be tried again.
+    """
+    searcher.note_worker_death(trial)
+    cause = find_cause(trial)
+    if trial.status != Trial.ERROR:
+        return 0.0
+    if LARGER_SHARE_SIGN in cause:
+        trial.update_resources(_request(resources.cpus, double_share(resources.gpus)))
+    if MEMORY_HELD_SIGN not in cause:
+        return 0.0
+    if trial.trial_id not in announced:
+        announced.add(trial.trial_id)
+        print(f"waiting  {trial}: {cause}", file=sys.stderr)  # noqa: T201
+    return MEMORY_WAIT_SECONDS
+
+
+def build_tuner(
+    trainable: type[AmpTrainable],
+    source: TrialSource,
+    scheduler: DivergenceAware,
+    *,
+    storage: RunStorage,
+    stop: StopRequest,
+    callbacks: Sequence[tune.Callback],
+    num_samples: int,
+    time_left: float | None,
+) -> tune.Tuner:
+    """Everything that Tune is told.
+
+    Args:
+        trainable: from ``bind_trainable``.
+        source: the trials, those of the past first.
+        scheduler: from ``schedule``.
+        storage: where checkpoints go.
+        stop: ends all trials once the search is asked to end.
+        callbacks: in the order in which they are called.
+        num_samples: trials, those of the past included.
+        time_left: seconds until Tune ends all trials; None: never.
+    """
+    tune_config = tune.TuneConfig(
+        num_samples=num_samples,
+        search_alg=source,
+        scheduler=scheduler,
+        time_budget_s=time_left,
+        reuse_actors=True,
+        trial_name_creator=name_trial,
+        trial_dirname_creator=name_trial,
+    )
+    run_config = tune.RunConfig(
+        name=storage.name,
+        storage_path=storage.path,
+        storage_filesystem=storage.filesystem,
+        stop=Asked(stop),
+        callbacks=list(callbacks),
+        failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+        verbose=0,
+    )
+    return tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+
+
+class Asked(tune.Stopper):
+    """Ends all trials once a search is asked to end."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is ended by its result."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether Tune should end."""
+        return self._stop.reason is not None
+
+
+def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
+    """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
+    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news. Nor
+    # are a checkpoint that was gone when it was to be replaced, and the trials that failed: they are told of as rows.
+    for name in ("ray.tune.execution.experiment_state", "ray.tune.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
+    try:
+        # Tune would take SIGUSR1 for itself, and keep it after its end: it would no longer end the confirmation.
+        signals = patch.object(tune_module, "_setup_signal_catching", threading.Event)
+        with deaths_taken_right(stop.ask), callbacks_uncounted(), signals:
+            tuner.fit()
+    except Exception:
+        if stop.reason is None:
+            raise
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Error handling checkpoint" not in str(record.msg)
+
+
+@contextlib.contextmanager
+def callbacks_uncounted() -> Iterator[None]:
+    """In the ``with`` block, Tune does not count callbacks for Ray's makers where they are told nothing.
+
+    To know the classes it imports MLflow and W&B, used or not, where they are installed: a second of each search.
+    """
+    if usage_stats_enabled():
+        yield
+    else:
+        with patch.object(usage, "tag_callbacks", lambda callbacks: False):
+            yield
+
+
+@contextlib.contextmanager
+def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
+    """In the ``with`` block, a worker's death costs its trial what it should, and nobody else anything.
+
+    Ray 2.60 errs twice there. For a worker that the memory monitor killed in a task, it raises ``OutOfMemoryError``:
+    that is no ``RayActorError``, so that Tune ends with all trials, "Caught unexpected exception". And a worker that
+    dies between two trials is heard of as Tune resets it for the next one, which is still pending: Tune queues it
+    again, and then ends it for good, because its task has failed too.
+
+    Args:
+        on_fault: is told, in a line, that Tune found no room for the reason of a death: its own folder is in the
+            temporary one.
+    """
+    take, count = RayActorManager._actor_task_failed, Trial.handle_error  # noqa: SLF001
+    blameless = BlamelessDeaths()
+
+    def take_right(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        if isinstance(exception, RayActorError):
+            _spare_pending_trial(tracked_actor_task)
+        take(self, tracked_actor_task, exception)
+
+    def count_right(self: Trial, exc: Any = None) -> None:
+        failures = self.run_metadata.num_failures
+        try:
+            count(self, exc)
+        except OSError as error:
+            on_fault(describe_error(error))
+        # A trial of which the time limit said that it is not tried again has no retries to be spared.
+        if self.max_failures and blameless.holds(self, find_reason(str(exc))):
+            self.run_metadata.num_failures = failures
+
+    with (
+        patch.object(RayActorManager, "_actor_task_failed", take_right),
+        patch.object(Trial, "handle_error", count_right),
+    ):
+        yield
+
+
+class BlamelessDeaths:
+    """Which deaths of workers cost a trial none of its ``WORKER_RETRIES``.
+
+    Those of a trial that needs a larger share of a GPU, and of one whose node is lost or full of other programs: unless
+    that happens more often than ``count_free_retries`` says without one more epoch, as behind a network that keeps
+    breaking.
+    """
+
+    def __init__(self) -> None:
+        self._lost: dict[str, tuple[int, int]] = {}
+
+    def holds(self, trial: Any, cause: str) -> bool:
+        """Whether this death, of which the trial has just died, is one of them."""
+        most = count_free_retries(cause)
+        if most == 0:
+            return LARGER_SHARE_SIGN in cause
+        epoch = (trial.run_metadata.last_result or {}).get("epoch", 0)
+        furthest, times = self._lost.get(trial.trial_id, (epoch, 0))
+        times = 1 if epoch > furthest else times + 1
+        self._lost[trial.trial_id] = (max(epoch, furthest), times)
+        return times <= most
+
+
+def _spare_pending_trial(task: Any) -> None:
+    """Where the worker of a task died before its trial began, let the trial be queued again, and no more than that."""
+    actor = task._tracked_actor  # noqa: SLF001
+    controller = getattr(actor._on_error, "__self__", None)  # noqa: SLF001
+    if isinstance(controller, TuneController):
+        trial = controller._actor_to_trial.get(actor)  # noqa: SLF001
+        if trial in controller._pending_trials:  # noqa: SLF001
+            controller._resetting_trials.discard(trial)  # noqa: SLF001 - or it would wait for its reset for ever
+            task._on_error = None  # noqa: SLF001

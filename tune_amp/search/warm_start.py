@@ -1,0 +1,354 @@
+"""What a search takes over from an earlier run: its winners as suggestions, and its trials where they count here.
+
+A winner is suggested where this search could have suggested it: every setting that is searched lies in its range or
+among its choices, every other one has the value that all trials have here. A trial's value is told to the sampler only
+where this search would have measured the same, but for chance. Everything else is a suggestion and no more, and a
+search is told so in one line. Nothing that a file names is run: neither a model nor a data set of a user's own.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+
+from tune_amp.results.confirmed import DEFAULT_ID
+from tune_amp.results.parquet import locate, read_kind
+from tune_amp.results.ranking import choose_best
+from tune_amp.results.records import (
+    Provenance,
+    TrialRecord,
+    list_versions,
+    load_best_rows,
+    load_provenance,
+    load_trials,
+)
+from tune_amp.results.run_files import TRIALS_FILE
+from tune_amp.space.parameter import Parameter
+from tune_amp.space.space import MAX_BYTES, SEARCHABLE, SearchSpace, parse_space
+from tune_amp.trial.config import (
+    RANKING_OBJECTIVES,
+    InputError,
+    TrialConfig,
+    TrialStatus,
+    is_function_name,
+    shown,
+)
+
+DECISIVE_VERSIONS = ("torch", "tune_amp")
+"""Compared up to their minor version: they decide what becomes of given settings. Ray and Optuna decide which are
+tried."""
+
+LEARNING_SAMPLERS = ("tpe", "gp")
+"""CMA-ES and NSGA-II learn from generations of their own, and random search from nothing."""
+
+COMPARABLE = (TrialStatus.COMPLETED, TrialStatus.STOPPED, TrialStatus.DIVERGED)
+"""Ends that these settings would have here too. Memory runs out on one machine and not on another."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Donor:
+    """An earlier run, as a search can start from it."""
+
+    path: Path
+    """The file that was read."""
+    checksum: str
+    """Its SHA-256."""
+    winners: tuple[TrialRecord, ...]
+    """Best first."""
+    trials: tuple[TrialRecord, ...]
+    """All of its trials; empty where only the winners are known."""
+    provenance: Provenance
+
+    @property
+    def description(self) -> str:
+        """Run, file and checksum, for the record."""
+        return f"run {self.provenance.run}, {self.path.name}, sha256:{self.checksum}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OldTrial:
+    """A trial of an earlier run, as this search's study would have suggested it."""
+
+    record: TrialRecord
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What a search takes over."""
+
+    donor: Donor
+    suggestions: tuple[Mapping[str, Any], ...]
+    """Best first, in the words of the study."""
+    left_out: tuple[str, ...]
+    """A line for each winner that is not suggested: which, and why."""
+    old_trials: tuple[OldTrial, ...]
+    """Those that the sampler learns from."""
+    obstacle: str | None
+    """Why there are none; None where they count."""
+
+    def describe(self) -> list[str]:
+        """One line on what is done and why, and one for each winner that is left out."""
+        count = len(self.suggestions)
+        suggestions = f"{count or 'no'} suggestion{'s' if count != 1 else ''} from {self.donor.path}"
+        if self.obstacle is None:
+            trials = f"{len(self.old_trials)} of its {len(self.donor.trials)} trials added"
+        else:
+            trials = f"its trials are not added: {self.obstacle}"
+        return [f"{suggestions}; {trials}", *self.left_out]
+
+    def describe_as_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "path": str(self.donor.path),
+            "run": self.donor.provenance.run,
+            "suggestions": len(self.suggestions),
+            "left_out": list(self.left_out),
+            "trials_added": len(self.old_trials),
+            "not_added_because": self.obstacle,
+        }
+
+
+# ---- read ----
+
+
+def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Donor:
+    """Read an earlier run.
+
+    Args:
+        path: ``best.parquet``, whose ranked rows are the winners, and its run's trials where they lie beside it;
+            ``trials.parquet``; or a run's folder, where the former is preferred.
+        objectives: what this search is for: of ``trials.parquet`` the best by it are the winners.
+        top_k: at most so many.
+
+    Raises:
+        InputError: a file is missing, damaged, not ours, or of another kind or version.
+    """
+    path = locate(path, "best", "trials")
+    kind = read_kind(path)
+    if kind not in ("best", "trials"):
+        raise InputError(f"{path}: kind: must be best or trials, got {shown(kind)}")
+    provenance = load_provenance(path)
+    trials = tuple(load_trials(path) if kind == "trials" else _load_trials_beside(path, provenance))
+    winners = _load_winners(path) if kind == "best" else choose_best(trials, objectives, top_k)
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return Donor(path=path, checksum=checksum, winners=tuple(winners[:top_k]), trials=trials, provenance=provenance)
+
+
+def _load_winners(path: Path) -> list[TrialRecord]:
+    rows = [row for row in load_best_rows(path) if row.trial.trial_id != DEFAULT_ID]  # the defaults are tried anyway
+    return [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)]
+
+
+def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
+    """The trials of the run that ``path`` holds the winners of; none where they do not lie beside it."""
+    beside = path.with_name(TRIALS_FILE)
+    if not beside.exists():
+        return []
+    theirs = load_provenance(beside)
+    is_same_run = (theirs.run, theirs.created) == (provenance.run, provenance.created)
+    return load_trials(beside) if is_same_run else []
+
+
+# ---- plan ----
+
+
+def plan_warm_start(
+    donor: Donor,
+    space: SearchSpace,
+    shared: Mapping[str, Any],
+    *,
+    data_hash: str,
+    train_images: int,
+    objectives: Sequence[str],
+    sampler: str,
+) -> WarmStart:
+    """Decide what a search takes over from ``donor``.
+
+    Args:
+        donor: from ``load_donor``.
+        space: what is searched here.
+        shared: the ``TrialConfig`` fields that all trials have in common here.
+        data_hash: of the data set here.
+        train_images: images of the training split here.
+        objectives: what is optimized here.
+        sampler: one of ``SAMPLERS``.
+    """
+    sizes = {"train_images": train_images, "max_epochs": shared["max_epochs"]}
+    suggestions, left_out = _choose_suggestions(donor, space, sizes)
+    here = {"data_hash": data_hash, "objective": ",".join(objectives)}
+    obstacle = next(_list_obstacles(donor, space, shared, here, sampler), None)
+    return WarmStart(
+        donor=donor,
+        suggestions=tuple(suggestions),
+        left_out=tuple(left_out),
+        old_trials=() if obstacle else tuple(_choose_old_trials(donor, space, sizes, objectives)),
+        obstacle=obstacle,
+    )
+
+
+def _choose_suggestions(
+    donor: Donor, space: SearchSpace, sizes: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the study suggests for each winner, and a line for each of those that it does not."""
+    tried = [space.find_defaults(**sizes)]
+    left_out = [] if donor.winners else [f"{donor.path} has no winner"]
+    for rank, trial in enumerate(donor.winners, start=1):
+        place = f"rank {rank} (trial {shown(trial.trial_id)})"
+        try:
+            suggestion = dict(find_suggestion(trial.config, space, donor.provenance.train_images, **sizes).params)
+        except InputError as error:
+            left_out.append(f"{place} is not suggested: {error}")
+            continue
+        if suggestion in tried:
+            same = "the default configuration, which is" if suggestion == tried[0] else "another winner, which is"
+            left_out.append(f"{place} has the settings of {same} tried anyway")
+        else:
+            tried.append(suggestion)
+    return tried[1:], left_out
+
+
+def find_suggestion(
+    config: TrialConfig, space: SearchSpace, old_train_images: int, *, train_images: int, max_epochs: int
+) -> optuna.trial.FixedTrial:
+    """What a study of ``space`` suggests for exactly the settings of ``config``, with parameters and distributions.
+
+    An interval that the space counts relative to the trial is carried over as such: half a trial stays half a trial,
+    where a trial has another number of steps here.
+
+    Args:
+        config: of an earlier run.
+        space: what is searched here.
+        old_train_images: images of the training split there.
+        train_images: images of the training split here.
+        max_epochs: full budget of a trial here.
+
+    Raises:
+        InputError: the space has no such settings; the message names one.
+    """
+    steps = train_images // config.batch_size * max_epochs
+    wanted = _rescale(config, space, old_train_images // config.batch_size * config.max_epochs, steps)
+    sizes = {"train_images": train_images, "max_epochs": max_epochs}
+    suggested: dict[str, Any] = {}
+    for parameter, nearest, setting in space.locate(wanted, **sizes):
+        value = getattr(wanted, parameter.name)
+        if not nearest or setting != value:
+            raise InputError(f"{parameter.name}: must be {_describe_values(parameter, steps)}, got {shown(value)}")
+        suggested |= nearest
+    suggestion = optuna.trial.FixedTrial(suggested)
+    here = TrialConfig(**space.suggest(suggestion, **sizes))
+    for name in SEARCHABLE:
+        if getattr(wanted, name) != getattr(here, name):
+            rule = f"must be {shown(getattr(here, name))}, as it is not searched here"
+            raise InputError(f"{name}: {rule}, got {shown(getattr(wanted, name))}")
+    return suggestion
+
+
+def _rescale(config: TrialConfig, space: SearchSpace, old_steps: int, steps: int) -> TrialConfig:
+    """``config`` with its growth interval in the steps of a trial here, where the space counts it relative to them."""
+    relative = any(parameter.fraction_of_trial for parameter in space.parameters)
+    if not relative or config.growth_interval is None or old_steps == steps:
+        return config
+    interval = round(config.growth_interval * steps / max(old_steps, 1))
+    return dataclasses.replace(config, growth_interval=min(max(interval, 1), 2**62))
+
+
+def _describe_values(parameter: Parameter, steps: int) -> str:
+    of_trial = f" of the trial's {steps} steps" if parameter.fraction_of_trial else ""
+    if parameter.choices:
+        return f"one of {', '.join(map(str, parameter.choices))}{of_trial}"
+    kind = "a power of two from " if parameter.power_of_two else ""
+    return f"{kind}{parameter.low} to {parameter.high}{of_trial}"
+
+
+# ---- which trials count ----
+
+
+def _list_obstacles(
+    donor: Donor, space: SearchSpace, shared: Mapping[str, Any], here: Mapping[str, str], sampler: str
+) -> Iterator[str]:
+    """Why the values of the donor's trials would not be measured here, or serve nobody."""
+    old = donor.provenance
+    if not donor.trials:
+        yield "no trials.parquet of its run lies beside it"
+    if sampler not in LEARNING_SAMPLERS:
+        yield f"{sampler} does not learn from them"
+    if not _is_same_space(old, space):
+        yield "the spaces differ"
+    if old.data_hash != here["data_hash"]:
+        yield "the data differ"
+    if old.objective != here["objective"]:
+        yield f"the objectives differ ({shown(old.objective)} there, {shown(here['objective'])} here)"
+    for name in here["objective"].split(","):
+        if name not in RANKING_OBJECTIVES:
+            yield f"{name} depends on the machine and on what runs beside a trial"
+    yield from _list_differing_settings(donor.trials, shared)
+    yield from _list_differing_versions(old.versions)
+
+
+def _is_same_space(old: Provenance, space: SearchSpace) -> bool:
+    """Whether it says the same: comments and the order of parameters are nothing to a study."""
+    if old.space_text == space.text:
+        return True
+    try:
+        theirs = parse_space(old.space_source, old.space_text) if len(old.space_text) <= MAX_BYTES else None
+    except InputError:  # it was one to the version that wrote the file
+        return False
+    return theirs is not None and _summarize(theirs) == _summarize(space)
+
+
+def _summarize(space: SearchSpace) -> tuple[dict[str, Parameter], dict[str, Any]]:
+    return {parameter.name: parameter for parameter in space.parameters}, dict(space.fixed)
+
+
+def _list_differing_settings(trials: Sequence[TrialRecord], shared: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that all trials have in common, here and there, but for the seed: its effect is chance."""
+    for name, value in shared.items():
+        old = getattr(trials[0].config, name)
+        if name != "seed" and old != value:
+            yield f"{name} differs ({old} there, {value} here)"
+    if is_function_name(shared["model"]):
+        yield "the model is your own, and its code may have changed"
+
+
+def _list_differing_versions(old: Mapping[str, str]) -> Iterator[str]:
+    here = list_versions(*DECISIVE_VERSIONS)
+    for name in DECISIVE_VERSIONS:
+        there = old.get(name, "unknown")
+        if _cut_version(there) != _cut_version(here[name]):
+            yield f"the versions of {name} differ ({shown(there)} there, {shown(here[name])} here)"
+
+
+def _cut_version(version: str) -> list[str]:
+    """``2.15.0+cpu`` -> ``2``, ``15``."""
+    return version.split("+", maxsplit=1)[0].split(".")[:2]
+
+
+def _choose_old_trials(
+    donor: Donor, space: SearchSpace, sizes: Mapping[str, int], objectives: Sequence[str]
+) -> list[OldTrial]:
+    """Those whose outcome can be told to a study. What failed on another machine may run here."""
+    chosen = []
+    for record in donor.trials:
+        if not _has_outcome(record, objectives):
+            continue
+        try:
+            suggestion = find_suggestion(record.config, space, donor.provenance.train_images, **sizes)
+        except InputError:  # a space of the same text cannot have suggested it: the file was made otherwise
+            continue
+        chosen.append(OldTrial(record=record, params=suggestion.params, distributions=suggestion.distributions))
+    return chosen
+
+
+def _has_outcome(record: TrialRecord, objectives: Sequence[str]) -> bool:
+    if record.status not in COMPARABLE or (record.status is TrialStatus.STOPPED and len(objectives) > 1):
+        return False  # Optuna keeps no value of a trial cut short, where there are several objectives
+    return record.status is TrialStatus.DIVERGED or all(
+        getattr(record.last, name, None) is not None for name in objectives
+    )

@@ -1,0 +1,127 @@
+"""Settings that cannot act in a trial, however well it goes: searching them there tells nothing.
+
+Inert are only settings of which the code proves that no training step depends on them, not those that rarely matter.
+Scaler settings outside fp16 would be inert too, but no trial has any: ``TrialConfig`` refuses them there.
+"""
+
+import collections
+import functools
+from collections.abc import Mapping
+
+from tune_amp.space.space import SearchSpace
+from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.curricula import count_drawn_images
+
+
+def find_inert(config: TrialConfig, train_images: int) -> tuple[str, ...]:
+    """Names of the settings that cannot act in a trial of ``config``, even at its full budget.
+
+    - ``growth_interval``, ``growth_factor``: the interval is not shorter than the trial. ``GradScaler`` grows at the
+      update in which as many steps without overflow have passed, and the last update serves no step any more.
+    - ``backoff_factor``: the trial has a single step, so that no scale that came down is ever used.
+    - ``curriculum``: it is on, but every epoch draws from all images. ``none`` is off, which is not inert.
+    - ``class_weighting``: it is balanced, but cross entropy divides by the weights of the batch, which is one image.
+
+    https://docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
+
+    Args:
+        config: the trial.
+        train_images: images in the training split.
+    """
+    steps = count_steps(config, train_images)
+    never_grows = config.growth_interval is not None and config.growth_interval >= steps
+    draws = _count_drawn_images(config.curriculum, config.max_epochs, config.batch_size, train_images)
+    holds = {
+        "growth_factor": never_grows,
+        "backoff_factor": config.backoff_factor is not None and steps < 2,
+        "growth_interval": never_grows,
+        "class_weighting": config.class_weighting != "none" and config.batch_size == 1,
+        "curriculum": config.curriculum != "none" and all(images == train_images for images in draws),
+    }
+    return tuple(name for name, inert in holds.items() if inert)
+
+
+def count_steps(config: TrialConfig, train_images: int) -> int:
+    """Training steps of a trial at its full budget, skipped ones included. A curriculum's first epochs have fewer."""
+    draws = _count_drawn_images(config.curriculum, config.max_epochs, config.batch_size, train_images)
+    full_epochs = config.max_epochs - len(draws)
+    return sum(images // config.batch_size for images in draws) + full_epochs * (train_images // config.batch_size)
+
+
+def estimate_inert(
+    space: SearchSpace, *, train_images: int, max_epochs: int, samples: int = 500, seed: int = 0
+) -> dict[str, float]:
+    """For each searched or fixed setting: the share of ``samples`` random suggestions in which it is inert.
+
+    500 suggestions take 0.1 s on a free core and tell a share to within 5 points (two standard errors).
+    """
+    counts = collections.Counter[str]()
+    for settings in space.sample(samples, seed=seed, train_images=train_images, max_epochs=max_epochs):
+        counts.update(find_inert(TrialConfig(max_epochs=max_epochs, **settings), train_images))
+    names = (*(parameter.name for parameter in space.parameters), *space.fixed)
+    return {name: counts[name] / samples for name in names}
+
+
+def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_images: int, max_epochs: int) -> list[str]:
+    """One line for each setting that is inert in some of the space's trials: in how many, why, and what would help.
+
+    Args:
+        shares: from :func:`estimate_inert`.
+        space: the space they were estimated for.
+        train_images: images in the training split.
+        max_epochs: full budget of a trial.
+    """
+    trial = _describe_shortest_trial(space, train_images, max_epochs)
+    remedy = _describe_remedy(space)
+    reasons = {
+        "growth_interval": f"it is not shorter than the trial ({trial}); {remedy}",
+        "growth_factor": f"growth_interval is not shorter than the trial ({trial}); {remedy}",
+        "backoff_factor": "a trial of one step uses the initial scale only",
+        "class_weighting": "in a batch of one image its weight cancels out",
+        "curriculum": "it needs 2 epochs, and batches smaller than the training set",
+    }
+    return [
+        f"{name} cannot act in {_percent(share)} of this space's trials: {reasons[name]}"
+        for name, share in shares.items()
+        if share > 0
+    ]
+
+
+@functools.lru_cache(maxsize=16)  # trial after trial has one of a few batch sizes, and each needs a loop over epochs
+def _count_drawn_images(curriculum: str, max_epochs: int, batch_size: int, train_images: int) -> tuple[int, ...]:
+    """Images that each of a curriculum's growing epochs draws from."""
+    growing_epochs = 0 if curriculum == "none" else max_epochs // 2
+    sizes = {"batch_size": batch_size, "train_images": train_images}
+    return tuple(count_drawn_images(curriculum, epoch, max_epochs, **sizes) for epoch in range(growing_epochs))
+
+
+def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: int) -> str:
+    """Steps of a full trial with the largest batch: ``424 steps at batch_size 1024 x 8 epochs``."""
+    searched = {parameter.name: parameter for parameter in space.parameters}
+    bounds = space.bounds("batch_size")
+    batch_size = TrialConfig.batch_size if bounds is None else int(bounds[1])
+    if "batch_size" in searched and searched["batch_size"].when:  # elsewhere it has its default
+        batch_size = max(batch_size, TrialConfig.batch_size)
+    curricula = searched["curriculum"].choices if "curriculum" in searched else (space.fixed.get("curriculum", "none"),)
+    steps, curriculum = min(
+        (count_steps(TrialConfig(batch_size=batch_size, max_epochs=max_epochs, curriculum=name), train_images), name)
+        for name in curricula
+    )
+    with_curriculum = "" if curriculum == "none" else f", curriculum {curriculum}"
+    return f"{steps:,} steps at batch_size {batch_size} x {max_epochs} epochs{with_curriculum}"
+
+
+def _describe_remedy(space: SearchSpace) -> str:
+    """What to do about an interval that is too long, unless that is meant: then the loss scale is static."""
+    interval = next((parameter for parameter in space.parameters if parameter.name == "growth_interval"), None)
+    if interval is not None and interval.fraction_of_trial:
+        return "fractions above 1 make the loss scale static, those well below 1 let it grow"
+    if interval is not None:
+        return "fraction_of_trial: true makes it relative"
+    static = "that makes the loss scale static; " if "growth_interval" in space.fixed else ""
+    return f"{static}searched with fraction_of_trial: true, the interval would be relative"
+
+
+def _percent(share: float) -> str:
+    """A share above 0 as a whole percentage: at least 1, and 100 only where it is all."""
+    return f"{100 if share == 1 else min(max(round(100 * share), 1), 99)} %"

@@ -1,0 +1,462 @@
+"""Search spaces: a YAML file says what is searched, and each trial's settings are suggested from it.
+
+.. code-block:: yaml
+
+    parameters:                        # what is searched: fields of TrialConfig
+      lr: {low: 1.0e-4, high: 3.0e-2, log: true}
+      batch_size: {low: 64, high: 1024, power_of_two: true}
+      precision: {choices: [fp32, bf16, fp16]}
+      init_scale: {low: 1, high: 2^24, power_of_two: true, when: {precision: fp16}}
+      growth_interval: {low: 0.005, high: 0.5, log: true, fraction_of_trial: true, when: {precision: fp16}}
+    fixed:                             # what every trial shares
+      backoff_factor: 0.25             # a scaler field: reaches fp16 trials only
+
+``when`` makes a parameter active only in trials whose named fields all have (one of) the given values; elsewhere it is
+left out and TrialConfig's default applies. A number may be written as the text ``2^N``.
+Powers of two are suggested by their exponent, under the name ``log2(init_scale)``.
+
+``fraction_of_trial`` is for ``growth_interval`` alone: numbers are fractions of the trial's training steps, which are
+(training images // ``batch_size``) * ``max_epochs``, and the interval is rounded to whole steps, at least one. The same
+2,000 steps are a quarter of a trial at batch size 64 and more than all of one at 1,024, where an interval never acts.
+With a fraction above 1 it never acts in any trial: the loss scale is static, and changes by overflows alone.
+Fractions are suggested under the name ``growth_interval/trial_steps``, so that no study mixes them with steps.
+"""
+
+import dataclasses
+import difflib
+import graphlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from tune_amp.space.parameter import Parameter, exponent_of
+from tune_amp.space.strict_yaml import read_yaml
+from tune_amp.trial.config import (
+    FIELD_TYPES,
+    SCALER_DEFAULTS,
+    InputError,
+    TrialConfig,
+    check,
+    checked_field,
+    checked_type,
+    shown,
+    value_type,
+)
+
+MAX_BYTES = 2**16  # a space has some hundred; PyYAML needs seconds for a megabyte
+
+FLAGS = {
+    "model": "--model",
+    "dataset": "--dataset",
+    "imbalance": "--imbalance",
+    "max_epochs": "--max-epochs",
+    "seed": "--seed",
+}
+SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
+RELATIVE = "growth_interval"  # the one field that is counted in training steps
+
+_POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
+_TOO_LARGE = "is larger than 64 KiB, too large for a search space"
+_SHAPE = "must be a mapping with low and high, or with choices"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """What a search varies and what its trials share. Made by :func:`load_space`, which checks it."""
+
+    source: str
+    """File or bundled name, as shown in messages."""
+    text: str
+    """The YAML, verbatim."""
+    parameters: tuple[Parameter, ...]
+    """Parents precede children, and the batch size precedes what is relative to the trial."""
+    fixed: Mapping[str, Any]
+    """Settings of every trial; scaler fields among them apply to fp16 trials only."""
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether some parameter is left out of some trials."""
+        return any(parameter.when for parameter in self.parameters)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that trials can have: searched, fixed, or else TrialConfig's default."""
+        return self._list_choices("precision")
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """As ``precisions``."""
+        return self._list_choices("optimizer")
+
+    def _list_choices(self, name: str) -> tuple[str, ...]:
+        default = self.fixed.get(name, getattr(TrialConfig, name))
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return tuple(dict.fromkeys((*parameter.choices, *([default] if parameter.when else []))))
+        return (default,)
+
+    def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
+        """TrialConfig field -> value: fixed and active searched ones; the rest keep TrialConfig's defaults."""
+        settings = dict(self.fixed)
+        for parameter in self.parameters:
+            if parameter.is_active(settings):
+                steps = _count_steps(settings, train_images, max_epochs)
+                settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
+        if settings.get("precision") == "fp16":
+            return settings
+        return {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
+
+    def find_defaults(self, *, train_images: int, max_epochs: int) -> dict[str, Any]:
+        """The settings that everybody starts from, or the nearest that the space has, as a study suggests them.
+
+        They are TrialConfig's own defaults in fp16: those of PyTorch's GradScaler and of its AMP tutorials. What has no
+        near value, a text that is no choice, is left out.
+        """
+        places = self.locate(TrialConfig(precision="fp16"), train_images=train_images, max_epochs=max_epochs)
+        return {name: value for _, nearest, _ in places for name, value in nearest.items()}
+
+    def locate(
+        self, config: TrialConfig, *, train_images: int, max_epochs: int
+    ) -> Iterator[tuple[Parameter, dict[str, Any], Any]]:
+        """For each parameter that is active near ``config``: what a study suggests there, and which setting that is.
+
+        Where ``config`` has a text that is no choice, nothing is near: the suggestion is empty and the setting None.
+        """
+        settings = dict(self.fixed)
+        for parameter in self.parameters:
+            if parameter.is_active(settings):
+                steps = _count_steps(settings, train_images, max_epochs)
+                nearest = parameter.find_nearest(getattr(config, parameter.name), trial_steps=steps)
+                if nearest:
+                    settings[parameter.name] = parameter.suggest(optuna.trial.FixedTrial(nearest), trial_steps=steps)
+                yield parameter, nearest, settings.get(parameter.name)
+
+    def sample(self, count: int, *, seed: int, train_images: int, max_epochs: int) -> Iterator[dict[str, Any]]:
+        """Random suggestions, drawn independently of each other."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        for _ in range(count):
+            yield self.suggest(study.ask(), train_images=train_images, max_epochs=max_epochs)
+
+    def bounds(self, name: str) -> tuple[float | int, float | int] | None:
+        """Smallest and largest number that the space itself gives to field ``name``.
+
+        None where the field is neither searched nor fixed, is not a number, or depends on the length of the trial.
+        """
+        values: Iterable[Any] = (self.fixed.get(name),)
+        for parameter in self.parameters:
+            if parameter.name == name and not parameter.fraction_of_trial:
+                values = parameter.choices or (parameter.low, parameter.high)
+        numbers = [value for value in values if isinstance(value, int | float)]
+        return (min(numbers), max(numbers)) if numbers else None
+
+
+def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:
+    """Training steps of a trial. What asks for them comes after the batch size, which is settled by then."""
+    batch_size: int = settings.get("batch_size", TrialConfig.batch_size)
+    return train_images // batch_size * max_epochs
+
+
+def load_space(source: str) -> SearchSpace:
+    """Reads and checks a search space: a file, or the name of a bundled one (``mnist_amp``) where no such file exists.
+
+    Raises:
+        InputError: one line with the source, the line or key path, the rule and the value.
+    """
+    name = source if source.isprintable() and source else shown(source)
+    try:
+        text = _read_text(source)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return parse_space(name, text)
+
+
+def parse_space(source: str, text: str) -> SearchSpace:
+    """Checks a search space that was read before, from ``source``: a run's files hold the text of theirs.
+
+    Raises:
+        InputError: one line with the source, the line or key path, the rule and the value.
+    """
+    if len(text) > MAX_BYTES:
+        raise InputError(f"{source}: {_TOO_LARGE}")
+    try:
+        return _build_space(source, text, read_yaml(text))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _read_text(source: str) -> str:
+    try:
+        with _find_file(source).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise InputError(_TOO_LARGE)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"must be UTF-8, got byte 0x{data[error.start]:02x} at position {error.start}") from None
+
+
+def _find_file(source: str) -> Path:
+    path = Path(source)
+    if path.exists() and not path.is_dir():
+        return path
+    here = Path(__file__).parents[1]
+    folder = here / "search_spaces"  # an installed wheel
+    if not folder.is_dir():
+        folder = here.parent / "search_spaces"  # a checkout
+    bundled = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if source in bundled:
+        return bundled[source]
+    if source and path.is_dir():
+        raise InputError("is a directory, not a file")
+    raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)})")
+
+
+def _build_space(source: str, text: str, document: Any) -> SearchSpace:
+    if not isinstance(document, dict):
+        raise InputError(f"must be a mapping with the keys parameters and fixed, got {shown(document)}")
+    _check_keys("", document, ("parameters", "fixed"))
+    fixed = _read_fixed(document.get("fixed"))
+    entries = document.get("parameters")
+    if not entries:
+        raise InputError("parameters: must name at least one field to search")
+    check("parameters", entries, isinstance(entries, dict), "must be a mapping of fields")
+    _check_fields("parameters", entries)
+    parameters = {name: _read_parameter(name, entry) for name, entry in entries.items()}
+    for name in parameters:
+        if name in fixed:
+            raise InputError(f"fixed.{name}: must not be searched as well (parameters.{name})")
+    conditions = {
+        name: _read_when(f"parameters.{name}.when", entry["when"], parameters, fixed) if "when" in entry else {}
+        for name, entry in entries.items()
+    }
+    needs = _collect_needs(conditions, _list_predecessors(parameters, conditions))
+    _check_scaler_fields(parameters, fixed, needs)
+    ordered = tuple(dataclasses.replace(parameters[name], when=conditions[name]) for name in needs)
+    return SearchSpace(source=source, text=text, parameters=ordered, fixed=fixed)
+
+
+def _read_fixed(entries: Any) -> dict[str, Any]:
+    if entries is None:
+        return {}
+    check("fixed", entries, isinstance(entries, dict), "must be a mapping of fields to values")
+    _check_fields("fixed", entries)
+    return {name: _read_value(f"fixed.{name}", name, value) for name, value in entries.items()}
+
+
+def _read_parameter(name: str, entry: Any) -> Parameter:
+    """The parameter, still without its conditions."""
+    path = f"parameters.{name}"
+    check(path, entry, isinstance(entry, dict), _SHAPE)
+    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "fraction_of_trial", "choices", "when"))
+    if name != RELATIVE and "fraction_of_trial" in entry:
+        raise InputError(f"{path}.fraction_of_trial: is for {RELATIVE} only, got {shown(entry['fraction_of_trial'])}")
+    relative = _read_flag(path, entry, "fraction_of_trial")
+    if "choices" in entry:
+        for key in ("low", "high", "log", "power_of_two"):
+            check(f"{path}.{key}", entry.get(key), key not in entry, "must be left out beside choices")
+        choices = _read_choices(f"{path}.choices", name, entry["choices"], relative=relative)
+        return Parameter(name=name, choices=choices, fraction_of_trial=relative)
+    check(path, entry, "low" in entry and "high" in entry, _SHAPE)
+    return _read_range(path, name, entry, relative=relative)
+
+
+def _read_flag(path: str, entry: Mapping[str, Any], key: str) -> bool:
+    flag = entry.get(key, False)
+    check(f"{path}.{key}", flag, isinstance(flag, bool), "must be true or false")
+    return bool(flag)
+
+
+def _read_choices(path: str, name: str, raw: Any, *, relative: bool) -> tuple[Any, ...]:
+    check(path, raw, isinstance(raw, list) and bool(raw), "must be a list of at least one value")
+    choices: dict[Any, None] = {}
+    for index, value in enumerate(raw):
+        place = f"{path}[{index}]"
+        choice = _read_fraction(place, value) if relative else _read_value(place, name, value)
+        if choice in choices:
+            raise InputError(f"{place}: must not repeat a choice, got {shown(choice)} again")
+        choices[choice] = None
+    return tuple(choices)
+
+
+def _read_range(path: str, name: str, entry: Mapping[str, Any], *, relative: bool) -> Parameter:
+    number = value_type(name)
+    if number is str:
+        raise InputError(f"{path}: must have choices instead of low and high, because {name} is a text")
+    low, high = (
+        _read_fraction(f"{path}.{key}", entry[key])
+        if relative
+        else _read_value(f"{path}.{key}", name, entry[key], expected=number)
+        for key in ("low", "high")
+    )
+    if not low < high:
+        raise InputError(f"{path}: low < high must hold, got low={low}, high={high}")
+    log, power_of_two = (_read_flag(path, entry, key) for key in ("log", "power_of_two"))
+    if relative and power_of_two:
+        raise InputError(f"{path}: power_of_two and fraction_of_trial must not both be true")
+    if log and power_of_two:
+        raise InputError(f"{path}: log and power_of_two must not both be true (powers of two are a log scale)")
+    check(f"{path}.low", low, not log or low > 0, "must be greater than 0 where log is true")
+    for key, bound in (("low", low), ("high", high)):
+        check(f"{path}.{key}", bound, not power_of_two or _is_power_of_two(bound), "must be a power of two")
+    return Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two, fraction_of_trial=relative)
+
+
+def _read_when(
+    path: str, raw: Any, parameters: Mapping[str, Parameter], fixed: Mapping[str, Any]
+) -> dict[str, tuple[Any, ...]]:
+    """Conditions on searched fields: those on fixed fields are settled here."""
+    check(path, raw, isinstance(raw, dict) and bool(raw), "must be a mapping of fields to the values they must have")
+    conditions: dict[str, tuple[Any, ...]] = {}
+    for parent, given in raw.items():
+        place = _join(path, parent)
+        if parent not in parameters and parent not in fixed:
+            known = ", ".join((*parameters, *fixed))
+            raise InputError(f"{place}: must be a field that is searched or fixed here ({known})")
+        check(place, given, given != [], "must be a value or a list of at least one value")
+        values = tuple(_read_value(place, parent, value) for value in (given if isinstance(given, list) else [given]))
+        if parent in parameters:
+            _check_parent(place, parameters[parent], values)
+            _narrow(conditions, parent, values, path)
+            continue
+        for value in values:
+            check(place, value, value == fixed[parent], f"must be {shown(fixed[parent])}, its fixed value")
+        if parent in SCALER_DEFAULTS and "precision" in parameters:  # fixed, but for fp16 trials only
+            _narrow(conditions, "precision", ("fp16",), path)
+    return conditions
+
+
+def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None:
+    possible = parent.listed()
+    if not possible:
+        kind = "a fraction of the trial" if parent.fraction_of_trial else "a plain range"
+        raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is {kind}")
+    for value in values:
+        check(path, value, value in possible, f"must be one of {shown(possible)}, as {parent.name} is")
+
+
+def _list_predecessors(
+    parameters: Mapping[str, Parameter], conditions: Mapping[str, Mapping[str, tuple[Any, ...]]]
+) -> dict[str, list[str]]:
+    """For each parameter, those that must be settled before it."""
+    predecessors = {name: list(when) for name, when in conditions.items()}
+    for name, parameter in parameters.items():
+        if parameter.fraction_of_trial and "batch_size" in parameters:  # closes no circle: it is nobody's parent
+            predecessors[name].append("batch_size")
+    return predecessors
+
+
+def _collect_needs(
+    conditions: Mapping[str, Mapping[str, tuple[Any, ...]]], predecessors: Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, tuple[Any, ...]]]:
+    """For each parameter, parents first: the values that each ancestor must have for it to be active.
+
+    Conditions only ever say "and", so a set of values an ancestor is all there is to know, and the check is exact.
+    """
+    try:
+        order = list(graphlib.TopologicalSorter(predecessors).static_order())
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+        path = f"parameters.{circle[-1]}.when"
+        raise InputError(f"{path}: conditions must not form a circle, got {' -> '.join(circle)}") from None
+    needs: dict[str, dict[str, tuple[Any, ...]]] = {}
+    for name in order:
+        needs[name] = {}
+        for parent, values in conditions[name].items():
+            for ancestor, allowed in ((parent, values), *needs[parent].items()):
+                _narrow(needs[name], ancestor, allowed, f"parameters.{name}.when")
+    return needs
+
+
+def _narrow(needs: dict[str, tuple[Any, ...]], name: str, allowed: tuple[Any, ...], path: str) -> None:
+    """Adds "``name`` has one of the values ``allowed``" to what a parameter needs."""
+    before = needs.get(name, allowed)
+    needs[name] = tuple(value for value in before if value in allowed)
+    if not needs[name]:
+        raise InputError(
+            f"{path}: can never hold: {name} would have to be {_either(before)} and {_either(allowed)} at once"
+        )
+
+
+def _check_scaler_fields(
+    parameters: Mapping[str, Parameter],
+    fixed: Mapping[str, Any],
+    needs: Mapping[str, Mapping[str, tuple[Any, ...]]],
+) -> None:
+    """TrialConfig refuses scaler fields outside fp16: no space may suggest them there, or for nothing."""
+    precisions: tuple[Any, ...] = (fixed.get("precision", TrialConfig.precision),)
+    if "precision" in parameters:
+        precisions = parameters["precision"].choices
+        if needs["precision"] and TrialConfig.precision not in precisions:
+            precisions += (TrialConfig.precision,)  # what a trial gets where the precision itself is inactive
+    for name in SCALER_DEFAULTS:
+        path = f"parameters.{name}" if name in parameters else f"fixed.{name}"
+        if name not in parameters and name not in fixed:
+            continue
+        if "fp16" not in precisions:
+            raise InputError(f"{path}: has no effect unless precision is fp16, and here it is {_either(precisions)}")
+        possible = needs[name].get("precision", precisions) if name in parameters else ("fp16",)
+        if possible != ("fp16",):
+            raise InputError(f"{path}: needs `when: {{precision: fp16}}`, because precision can be {_either(possible)}")
+
+
+def _read_value(path: str, name: str, raw: Any, *, expected: Any = None) -> Any:
+    """``raw`` as a value of field ``name`` of TrialConfig, checked by its rule."""
+    if expected is None:  # null is a setting for grad_clip, but says nothing for a scaler field
+        expected = value_type(name) if name in SCALER_DEFAULTS else FIELD_TYPES[name]
+    value = checked_type(path, _read_power_of_two(raw, value_type(name)), expected)
+    return checked_field(path, value, TrialConfig, name)
+
+
+def _read_fraction(path: str, raw: Any) -> float:
+    """``raw`` as a fraction of a trial's steps; more than 1 is an interval that never ends within the trial."""
+    fraction: float = checked_type(path, _read_power_of_two(raw, float), float)
+    check(path, fraction, fraction > 0, "must be greater than 0")
+    return fraction
+
+
+def _read_power_of_two(raw: Any, number: type) -> Any:
+    """The number for a text like ``2^24``; anything else unchanged."""
+    match = _POWER_OF_TWO.fullmatch(raw) if isinstance(raw, str) and number is not str else None
+    if not match:
+        return raw
+    exponent = int(match[1])
+    return 2**exponent if exponent >= 0 else 2.0**exponent
+
+
+def _is_power_of_two(value: float) -> bool:
+    # compared as a number: frexp rounds an int above 2^53
+    return value > 0 and value == math.ldexp(1.0, exponent_of(value))
+
+
+def _check_fields(path: str, names: Iterable[str]) -> None:
+    for name in names:
+        place = _join(path, name)
+        if name in FLAGS:
+            raise InputError(f"{place}: is not part of a search space: set it with {FLAGS[name]}")
+        if name not in SEARCHABLE:
+            near = difflib.get_close_matches(name, SEARCHABLE, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{place}: unknown field{hint} (known: {', '.join(SEARCHABLE)})")
+
+
+def _check_keys(path: str, mapping: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in mapping:
+        if key not in known:
+            raise InputError(f"{_join(path, key)}: unknown key (known: {', '.join(known)})")
+
+
+def _join(path: str, key: str) -> str:
+    part = key if key.isidentifier() and key.isprintable() else shown(key)
+    return f"{path}.{part}" if path else part
+
+
+def _either(values: Iterable[Any]) -> str:
+    return " or ".join(str(value) for value in values)

@@ -1,0 +1,19 @@
+"""Trains and evaluates one configuration, epoch by epoch. ``amp`` alone knows mixed precision.
+
+Imports torch, and neither Ray nor Optuna: a machine that has only torch can train.
+"""
+
+from typing import TYPE_CHECKING
+
+from tune_amp.doors import open_door
+
+if TYPE_CHECKING:
+    from tune_amp.training.data import Dataset as Dataset
+    from tune_amp.training.data import load_dataset as load_dataset
+    from tune_amp.training.models import build_model as build_model
+    from tune_amp.training.run import TrainingData as TrainingData
+    from tune_amp.training.run import TrainingRun as TrainingRun
+
+__getattr__ = open_door(
+    __name__, run=("TrainingRun", "TrainingData"), data=("Dataset", "load_dataset"), models=("build_model",)
+)

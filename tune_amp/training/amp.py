@@ -1,0 +1,491 @@
+"""The only file that knows automatic mixed precision: precision, loss scaler, one training step, and its telemetry.
+
+Weights and optimizer state stay in fp32 (the master weights of Micikevicius et al. 2018, arXiv:1710.03740); autocast
+chooses fp16 or bf16 operation by operation. One path serves every precision, on CUDA and on the CPU: the scaler is
+switched by ``enabled``, never left out.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tune_amp.training.verdict import ScaleOutlook, look_ahead
+from tune_amp.trial.config import TrialConfig
+
+# Two forward and backward passes an epoch. What that costs of an epoch of MNIST: results/reference/telemetry.md.
+PROBE_IMAGES = 32
+# Of a network that is nearly dead, a few images in a thousand still reach some weight.
+SECOND_LOOK_IMAGES = 2048
+
+_LOSS, _SCALE, _OVERFLOW = range(3)
+
+AUTOCAST_DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalerTelemetry:
+    """What loss scaling did since the trial began. Scales are None where the precision uses no scaler."""
+
+    steps: int = 0
+    """Training steps taken, skipped ones included."""
+    applied_steps: int = 0
+    skipped_steps: int = 0
+    """Steps without an update, because a gradient was not finite."""
+    growths: int = 0
+    """Updates after which the scale was larger."""
+    first_applied_step: int | None = None
+    """Counted from 1."""
+    loss_scale: float | None = None
+    """The scale that the next step will use."""
+    min_loss_scale: float | None = None
+    max_loss_scale: float | None = None
+    loss_scale_steps: tuple[int, ...] = ()
+    """Steps of the last epoch, counted from 1 over the trial, from which each of ``loss_scale_values`` was in force."""
+    loss_scale_values: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientProbe:
+    """What backward passes over a few images, at the weights of one moment, show of the gradients.
+
+    The defaults are those of no probe at all.
+    """
+
+    is_dead: bool = False
+    """No weight matrix gets a gradient, in fp32 either."""
+    underflow_share: float | None = None
+    """Of the gradient's elements that are not zero in fp32, how many are in fp16, at the present loss scale; None where
+    fp16 gradients overflow, and where there is no gradient."""
+    outlook: ScaleOutlook | None = None
+    overflows_at_lowest: bool | None = None
+    """Whether some gradient overflows even at half the lowest scale in reach; tried where every step was skipped."""
+    vanishes_at_highest: bool | None = None
+    """Whether the whole gradient is zero at the highest scale in reach; tried where it is at the present one."""
+
+
+class AmpStep:
+    """Turns a loss into an optimizer step under the trial's precision and scaler settings.
+
+    Losses, scales and overflows are written into one device buffer by index, so that a step costs no host
+    synchronisation; ``read_epoch`` moves the buffer to the host once. The index is counted on the host, or, so that a
+    CUDA graph can repeat a step, on the device: see ``follow``.
+
+    Args:
+        config: precision, scaler settings and gradient clipping are read from it.
+        device: where the model lives.
+        max_steps: most steps between two calls of ``read_epoch``.
+    """
+
+    def __init__(self, config: TrialConfig, device: torch.device, max_steps: int) -> None:
+        self._config = config
+        self._device = device
+        self._scaler = build_scaler(config, device)
+        # Rows: loss, scale after the step, whether it was skipped. The last two stay 0 without a scaler.
+        self._log = torch.zeros(3, max_steps, dtype=torch.float32, device=device)
+        # Indexing the buffer at every step took 7.5 us, its ready views take 3: 0.2 % of the fastest step on one core.
+        self._views = tuple(row.unbind() for row in self._log)
+        self._logged = 0
+        self._position: Tensor | None = None
+        self._telemetry = ScalerTelemetry()
+        if self._scaler.is_enabled():
+            self._start_scale(_float32(config.init_scale))
+
+    @property
+    def telemetry(self) -> ScalerTelemetry:
+        """The state at the last ``read_epoch``."""
+        return self._telemetry
+
+    def autocast(self) -> torch.autocast:
+        """The context for forward pass and loss: fp16 or bf16 where safe, fp32 elsewhere; off for fp32 and tf32."""
+        dtype = AUTOCAST_DTYPES.get(self._config.precision)
+        # PyTorch asks for no cache of casted weights where a graph is captured. They are cast once a step anyway.
+        cached = self._position is None
+        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cached)
+
+    def follow(self, position: Tensor | None) -> None:
+        """From now on take the index in the log from ``position``, int64 [1] on the device; None: count on the host.
+
+        Every step adds 1 to it, ``read_epoch`` sets it back to 0. Call it between epochs.
+        """
+        assert self._count_logged() == 0
+        self._position = position
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """Backward, unscale and clip where asked for, step unless a gradient overflowed, update the scale.
+
+        Args:
+            optimizer: holds the fp32 parameters; a fused one makes the step free of host synchronisation.
+            loss: 0-dim, from a forward pass under ``autocast``.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            parameter.grad = None  # zero_grad() also tells a profiler: 50 us on one core, a twentieth of a small step
+        self._scaler.scale(loss).backward()
+        if self._config.grad_clip is not None:
+            # Clipping must see the true gradients, so they are unscaled first (PyTorch's AMP examples).
+            self._scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, self._config.grad_clip)
+        self._scaler.step(optimizer)
+        self._write(_LOSS, loss.detach())
+        if self._scaler.is_enabled():
+            # update() forgets the overflow flags and replaces the scale: read one before it, the other after.
+            self._write(_OVERFLOW, _overflow_flag(self._scaler, optimizer))
+            self._scaler.update()
+            self._write(_SCALE, _scale_tensor(self._scaler))
+        if self._position is None:
+            self._logged += 1
+        else:
+            self._position.add_(1)
+
+    def abandon_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget a step that an exception ended, so that the next one is taken as if it had not been begun."""
+        optimizer.zero_grad(set_to_none=True)
+        for name in ("grad_scale", "found_inf"):  # GradScaler.step lends them to the optimizer; the next would multiply
+            vars(optimizer).pop(name, None)
+        if self._scaler.is_enabled():
+            self._scaler._per_optimizer_states.clear()  # noqa: SLF001 - else unscale_() says it was already called
+
+    def _write(self, row: int, value: Tensor) -> None:
+        if self._position is None:
+            self._views[row][self._logged].copy_(value)
+        else:
+            self._log[row].index_copy_(0, self._position, value.reshape(1))
+
+    def _count_logged(self) -> int:
+        return self._logged if self._position is None else int(self._position)
+
+    def read_epoch(self) -> float:
+        """Bring the telemetry up to date, the one host synchronisation of an epoch.
+
+        Returns:
+            The mean loss of the steps since the last call, without those that were skipped because their own loss was
+            not finite. NaN where none is left.
+        """
+        logged = self._count_logged()
+        losses, scales, overflows = self._log[:, :logged].cpu().numpy()
+        if self._scaler.is_enabled():
+            self._telemetry = summarise_steps(self._telemetry, scales, overflows != 0)
+        else:
+            steps = self._telemetry.steps + logged
+            first = self._telemetry.first_applied_step or (1 if steps else None)
+            self._telemetry = ScalerTelemetry(steps=steps, applied_steps=steps, first_applied_step=first)
+        self._logged = 0
+        if self._position is not None:
+            self._position.zero_()
+        counted = losses[np.isfinite(losses) | (overflows == 0)]
+        return float(counted.mean(dtype=np.float64)) if counted.size else math.nan
+
+    def probe(
+        self,
+        parameters: Sequence[Tensor],
+        compute_loss: Callable[[Tensor], Tensor],
+        images: Tensor,
+        *,
+        batch_size: int,
+        steps_left: int,
+        all_skipped: bool,
+    ) -> GradientProbe:
+        """Compare the gradients of this precision with those of fp32. No weight, gradient or scale changes.
+
+        A few images tell how much underflows. Before a verdict that would end a trial, more are asked: whether weights
+        are dead, whether all vanishes, and whether the sum over a whole batch overflows. Never more than a batch at
+        once, or the probe would need more memory than training.
+
+        Args:
+            parameters: the fp32 weights.
+            compute_loss: forward pass and loss of some images, each weighted as in a training step.
+            images: whatever ``compute_loss`` knows them by, [n].
+            batch_size: images of a training step.
+            steps_left: of the trial's budget.
+            all_skipped: whether every step of the last epoch was skipped.
+        """
+        few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
+        exact = _compute_gradients(compute_loss(few), parameters)
+        is_dead = _is_dead(exact) and all(_is_dead(_compute_gradients(compute_loss(some), parameters)) for some in more)
+        probe = GradientProbe(is_dead=is_dead)
+        if not self._scaler.is_enabled():
+            return probe
+        outlook = self._look_ahead(steps_left)
+        if not (math.isfinite(outlook.scale) and outlook.scale > 0):
+            return dataclasses.replace(probe, outlook=outlook)
+
+        def scaled(scale: float, some: Tensor) -> list[Tensor]:
+            with self.autocast():
+                loss = compute_loss(some)
+            return _compute_gradients(loss * scale, parameters)
+
+        share = _measure_underflow(exact, scaled(outlook.scale, few))
+        # Another batch may have smaller gradients: half the scale must overflow too.
+        lowest = outlook.lowest / 2
+        return dataclasses.replace(
+            probe,
+            underflow_share=share,
+            outlook=outlook,
+            overflows_at_lowest=not all_finite(scaled(lowest, images[:batch_size])) if all_skipped else None,
+            vanishes_at_highest=(
+                not any(_any_nonzero(scaled(outlook.highest, some)) for some in (few, *more)) if share == 1 else None
+            ),
+        )
+
+    def _look_ahead(self, steps_left: int) -> ScaleOutlook:
+        state, config = self._scaler.state_dict(), self._config
+        assert config.growth_factor is not None
+        assert config.backoff_factor is not None
+        assert config.growth_interval is not None
+        assert self._telemetry.min_loss_scale is not None
+        return look_ahead(
+            state["scale"],
+            self._telemetry.min_loss_scale,
+            state["_growth_tracker"],
+            steps_left,
+            growth_factor=config.growth_factor,
+            backoff_factor=config.backoff_factor,
+            growth_interval=config.growth_interval,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors that ``load_state_dict`` continues from, safe for ``torch.load(weights_only=True)``.
+
+        Call it between epochs, after ``read_epoch``.
+        """
+        assert self._count_logged() == 0
+        return {
+            "scaler": self._scaler.state_dict(),
+            "init_scale": self._config.init_scale,
+            "telemetry": dataclasses.asdict(self._telemetry),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint with this trial's own scaler settings.
+
+        ``GradScaler.load_state_dict`` would put the checkpoint's growth and backoff settings in their place. The
+        running scale and growth tracker are taken over, unless the checkpoint began from another ``init_scale``:
+        then this trial's own scale starts afresh.
+        """
+        self._telemetry = ScalerTelemetry(**state["telemetry"])
+        if not self._scaler.is_enabled():
+            return
+        own = self._scaler.state_dict()
+        same_start = bool(state["scaler"]) and state["init_scale"] == self._config.init_scale
+        running = {key: state["scaler"][key] for key in ("scale", "_growth_tracker")} if same_start else {}
+        self._scaler.load_state_dict(own | running)
+        if not same_start:
+            self._start_scale(_float32(self._config.init_scale))
+
+    def _start_scale(self, scale: float) -> None:
+        self._telemetry = dataclasses.replace(
+            self._telemetry,
+            loss_scale=scale,
+            min_loss_scale=_extreme(min, self._telemetry.min_loss_scale, scale),
+            max_loss_scale=_extreme(max, self._telemetry.max_loss_scale, scale),
+        )
+
+
+def build_scaler(config: TrialConfig, device: torch.device) -> torch.amp.GradScaler:
+    """``torch.amp.GradScaler`` with the trial's four settings, enabled for fp16 only."""
+    if config.precision != "fp16":
+        return torch.amp.GradScaler(device.type, enabled=False)
+    assert config.init_scale is not None  # TrialConfig fills the four settings for fp16
+    assert config.growth_factor is not None
+    assert config.backoff_factor is not None
+    assert config.growth_interval is not None
+    return torch.amp.GradScaler(
+        device.type,
+        init_scale=config.init_scale,
+        growth_factor=config.growth_factor,
+        backoff_factor=config.backoff_factor,
+        growth_interval=config.growth_interval,
+    )
+
+
+def summarise_steps(
+    before: ScalerTelemetry, scales: NDArray[np.float32], overflows: NDArray[np.bool_]
+) -> ScalerTelemetry:
+    """The telemetry after further steps.
+
+    Args:
+        before: the telemetry before them; its ``loss_scale`` is the scale of the first step.
+        scales: float32 [steps], the scale after each step's update.
+        overflows: bool [steps], whether the step was skipped.
+    """
+    assert before.loss_scale is not None
+    in_force = np.concatenate(([np.float32(before.loss_scale)], scales))
+    applied = np.flatnonzero(~overflows)
+    first = before.first_applied_step
+    if first is None and applied.size:
+        first = before.steps + int(applied[0]) + 1
+    used = in_force[:-1]
+    changes = np.flatnonzero(np.concatenate(([True], used[1:] != used[:-1]))) if used.size else np.empty(0, np.int64)
+    return ScalerTelemetry(
+        steps=before.steps + scales.size,
+        applied_steps=before.applied_steps + applied.size,
+        skipped_steps=before.skipped_steps + int(overflows.sum()),
+        growths=before.growths + int((in_force[1:] > in_force[:-1]).sum()),
+        first_applied_step=first,
+        loss_scale=float(in_force[-1]),
+        min_loss_scale=_extreme(min, before.min_loss_scale, float(in_force.min())),
+        max_loss_scale=_extreme(max, before.max_loss_scale, float(in_force.max())),
+        loss_scale_steps=tuple((before.steps + 1 + changes).tolist()),
+        loss_scale_values=tuple(used[changes].tolist()),
+    )
+
+
+@contextlib.contextmanager
+def fp32_arithmetic(precision: str) -> Iterator[None]:
+    """How what is left in fp32 is computed: on CUDA TF32 for ``tf32``, strict for every other precision and on the CPU.
+
+    PyTorch's own default is a mixture (TF32 convolutions, strict products), which would make fp32 no clean baseline,
+    and a user's module may have chosen another: ``torch.set_float32_matmul_precision("medium")`` is bf16 on the CPU.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+    """
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    on_cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+    settings: tuple[Any, ...] = (*on_cuda, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)  # type: ignore[attr-defined]
+    previous = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    # The older switches must say the same: torch raises where they are read (cudnn.flags and torch.compile do) while
+    # they contradict the settings above. With all of those strict, they can be read whatever they were.
+    matmul_precision, cudnn_tf32 = torch.get_float32_matmul_precision(), _cudnn_switch_allows_tf32()
+    try:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        cudnn.allow_tf32 = precision == "tf32"
+        for setting in settings:
+            setting.fp32_precision = "tf32" if precision == "tf32" and setting in on_cuda else "ieee"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
+        cudnn.allow_tf32 = cudnn_tf32
+        for setting, value in zip(settings, previous, strict=True):  # last: the older switches write here too
+            setting.fp32_precision = value
+
+
+@contextlib.contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Numbers below 1e-38 are zero for this thread's CPU arithmetic.
+
+    Adam's moments of a weight whose gradient stays zero, as at the border of MNIST's images, decay into them, and
+    processors are slow with them: from the second epoch on, steps at batch 64 took 1.3 (fp16) to 1.5 times (fp32) as
+    long. No recorded metric differs in a bit. The smallest numbers of fp16 are far larger, and stay.
+    """
+    smallest = sys.float_info.min
+    flushed = smallest / 2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+def describe_hardware(precision: str, device: torch.device) -> str | None:
+    """One sentence where ``device`` lacks units for ``precision``, None where it has them."""
+    if device.type == "cuda":
+        return describe_cuda(precision, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    if precision == "tf32":
+        return "tf32 needs an NVIDIA GPU of compute capability 8.0 or newer: on the CPU it is computed as fp32"
+    # AVX-512 multiplies bf16 pairs in one instruction, twice as many as fp32; its fp16 is not used for products.
+    flags = {"fp16": ("amx_fp16",), "bf16": ("amx_bf16", "avx512_bf16")}
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
+    if precision in flags and not any(capabilities.get(flag, False) for flag in flags[precision]):
+        return (
+            f"this CPU has no {precision} matrix units: arithmetic and loss scaling are real, "
+            "expect no speed-up over fp32"
+        )
+    return None
+
+
+def describe_cuda(precision: str, capability: tuple[int, int], name: str) -> str | None:
+    """The same for a CUDA device of ``capability`` (major, minor) called ``name``.
+
+    Tensor cores for fp16 came with compute capability 7.0, those for bf16 and TF32 with 8.0:
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
+    """
+    needed = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0)}.get(precision, (0, 0))
+    if capability >= needed:
+        return None
+    return (
+        f"{name} has compute capability {capability[0]}.{capability[1]}, and {precision} tensor cores need "
+        f"{needed[0]}.{needed[1]}: expect no speed-up from {precision}"
+    )
+
+
+def _cudnn_switch_allows_tf32() -> bool:
+    """The older switch of cuDNN, while convolutions and recurrent layers are set to strict fp32."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # it contradicts them
+        return True
+
+
+def _compute_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of ``loss``, zero for a parameter that it does not depend on; ``.grad`` stays as it is."""
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return [gradient.detach() for gradient in gradients]
+
+
+def _is_dead(gradients: Sequence[Tensor]) -> bool:
+    return not _any_nonzero([gradient for gradient in gradients if gradient.ndim > 1])
+
+
+def _measure_underflow(exact: Sequence[Tensor], scaled: Sequence[Tensor]) -> float | None:
+    """Share of the elements of ``exact`` that are not zero which are in ``scaled``.
+
+    None where there is none, and where a gradient is not finite.
+    """
+    # Kept, not lost: where all is lost this is exactly zero, and the share exactly one.
+    counts = [(a.count_nonzero(), torch.logical_and(a, b).count_nonzero()) for a, b in zip(exact, scaled, strict=True)]
+    total, kept = torch.stack([torch.stack(pair) for pair in counts]).sum(dim=0).tolist()
+    if total == 0 or not all_finite(exact) or not all_finite(scaled):
+        return None
+    return 1.0 - float(kept) / float(total)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element is a finite number.
+
+    By their sums, in a third of the time of testing each element: finite ones could overflow only beyond 10^30.
+    """
+    return math.isfinite(torch.stack([tensor.detach().sum() for tensor in tensors]).sum())
+
+
+def find_nan(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor with a NaN in it; None where there is none. Infinity may be meant, as in a mask."""
+    return next((name for name, tensor in named if tensor.isnan().any()), None)
+
+
+def _any_nonzero(tensors: Sequence[Tensor]) -> bool:
+    """NaN counts as a gradient."""
+    return not tensors or bool(torch.stack([torch.linalg.vector_norm(tensor, 1) for tensor in tensors]).sum() != 0)
+
+
+def _scale_tensor(scaler: torch.amp.GradScaler) -> Tensor:
+    """The current scale as a 0-dim device tensor. ``get_scale`` would wait for the device."""
+    scale = scaler._get_scale_async()  # noqa: SLF001
+    assert scale is not None  # made by the first scale()
+    return scale
+
+
+def _overflow_flag(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
+    """0-dim device float, non-zero where ``step`` found a gradient that is not finite. Valid before ``update``."""
+    flags = list(scaler._found_inf_per_device(optimizer).values())  # noqa: SLF001
+    assert len(flags) == 1  # a trial's model lives on one device
+    flag: Tensor = flags[0]
+    return flag
+
+
+def _float32(value: float | None) -> float:
+    """``value`` as the scaler holds it."""
+    assert value is not None
+    return float(np.float32(value))
+
+
+def _extreme(choose: Any, before: float | None, now: float) -> float:
+    return now if before is None else float(choose(before, now))

@@ -1,0 +1,121 @@
+"""From a split in memory to what a training step sees: tensors that stay on the device, scaled, in batches."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tune_amp.training.data import Split
+from tune_amp.trial.config import InputError
+
+CHUNK_IMAGES = 1024  # images widened to 8 bytes a pixel at a time: 6 MB for 28x28
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DeviceSplit:
+    """A split on the device where it is used."""
+
+    images: torch.Tensor
+    """uint8 [n, channels, height, width]"""
+    labels: torch.Tensor
+    """int64 [n]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputScaling:
+    """What a model sees of a pixel: ``(pixel - shift) * factor`` in float32."""
+
+    shift: float
+    """Subtracted from the pixel."""
+    factor: float
+    """Multiplies the difference."""
+
+
+def place_split(split: Split, device: torch.device) -> DeviceSplit:
+    """The split on ``device``: the same memory on a CPU, one copy on a GPU."""
+    with warnings.catch_warnings():
+        # Arrays from Ray's object store are read-only, which torch cannot express; nothing here writes to them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
+    return DeviceSplit(images=images.to(device), labels=labels.to(device))
+
+
+def fit_input_scaling(train: Split, method: str) -> InputScaling:
+    """The scaling that maps the training pixels to [0, 1] (``minmax``) or to mean 0, deviation 1 (``standard``).
+
+    Raises:
+        InputError: every pixel has the same value.
+    """
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(train), CHUNK_IMAGES):  # bincount widens its argument to int64
+        counts += np.bincount(train.images[start : start + CHUNK_IMAGES].reshape(-1), minlength=256)
+    values = np.flatnonzero(counts)
+    low, high = int(values[0]), int(values[-1])
+    if low == high:
+        raise InputError(f"input_scaling {method}: pixels of the training images must differ, all are {low}")
+    if method == "minmax":
+        return InputScaling(shift=float(low), factor=1 / (high - low))
+    assert method == "standard"
+    mean = float(counts[values] @ values / counts.sum())
+    variance = float(counts[values] @ (values - mean) ** 2 / counts.sum())
+    return InputScaling(shift=mean, factor=variance**-0.5)
+
+
+def scale_images(images: torch.Tensor, scaling: InputScaling) -> torch.Tensor:
+    """``images`` (uint8, any shape) as a model sees them, float32 of the same shape."""
+    # uint8 minus a Python float is float32 in one kernel, no separate conversion; minus an int it would wrap around.
+    return (images - float(scaling.shift)).mul_(scaling.factor)
+
+
+def batch_indices(count: int, batch_size: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """One epoch's batches over ``count`` images: int64 [steps, batch_size] on ``device``, each index at most once.
+
+    The permutation is made with the CPU ``generator``, so that every device sees the same order. The ragged last batch
+    is dropped: shapes are static and every step weighs the same.
+
+    Raises:
+        InputError: a batch is larger than ``count``.
+    """
+    if batch_size > count:
+        raise InputError(f"batch_size: must not exceed the {count} images trained on in an epoch, got {batch_size}")
+    steps = count // batch_size
+    order = torch.randperm(count, generator=generator)
+    return order[: steps * batch_size].view(steps, batch_size).to(device)
+
+
+def difficulty_order(split: Split, num_classes: int) -> npt.NDArray[np.int64]:
+    """Indices of the split's images from easy to hard, int64 [n].
+
+    Difficulty is the Euclidean distance to the mean image of the label's class; ties keep the data set's order.
+    """
+    flat = split.images.reshape(len(split), -1)
+    distances = np.zeros(len(split))
+    for label in range(num_classes):
+        members = np.flatnonzero(split.labels == label)
+        if len(members) == 0:
+            continue
+        mean = flat[members].mean(axis=0, dtype=np.float64)
+        for start in range(0, len(members), CHUNK_IMAGES):
+            chunk = members[start : start + CHUNK_IMAGES]
+            distances[chunk] = np.linalg.norm(flat[chunk] - mean, axis=1)
+    return np.argsort(distances, kind="stable").astype(np.int64, copy=False)
+
+
+def class_weights(labels: npt.NDArray[np.int64], num_classes: int, method: str) -> torch.Tensor | None:
+    """Weights of the classes in the loss, float32 [num_classes]; None for ``none``.
+
+    ``balanced`` is scikit-learn's: n / (num_classes * images of the class), over the whole training split. Epochs of a
+    curriculum, which draw from a part of it, have the same weights as all others.
+
+    Raises:
+        InputError: a class has no image.
+    """
+    if method == "none":
+        return None
+    assert method == "balanced"
+    counts = np.bincount(labels, minlength=num_classes)
+    if counts.min() == 0:
+        raise InputError(f"class_weighting balanced: every class must have an image, class {counts.argmin()} has none")
+    return torch.from_numpy(len(labels) / (num_classes * counts)).to(torch.float32)

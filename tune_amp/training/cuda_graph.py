@@ -1,0 +1,322 @@
+"""A training step captured as a CUDA graph: one launch for the tens to hundreds of kernels of a step.
+
+At small batches a GPU waits for Python to launch the next kernel; a replayed graph needs no Python. What is replayed is
+exactly what was launched at capture, so that a step must do the same on the host every time: it finds its batch and its
+place in the logs by a position on the device, and a model that is not so (it waits for the device, or changes on the
+host) trains without a graph. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+import contextlib
+import gc
+import io
+import pickle
+import random
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tune_amp.trial.config import describe_error
+
+WARM_UP_STEPS = 3  # as PyTorch's documentation has it: libraries and lazily made state are ready by then
+# A capture is expected to take 15 to 40 ms and to save 0.2 to 0.4 ms a step. Estimates, to be measured on a GPU.
+LEAST_STEPS = 100
+
+Step = Callable[[], None]
+Capture = Callable[[Step], Step]
+"""Makes of a step a function that repeats it, without taking the step. May raise ``CaptureError``."""
+
+
+class CaptureError(Exception):
+    """A step that cannot be captured. Training can go on without."""
+
+
+def explain_eager(*, has_graphs: bool, allowed: bool, steps_left: int, least_steps: int = LEAST_STEPS) -> str | None:
+    """Why steps shall not be captured; None where they shall.
+
+    Args:
+        has_graphs: whether the device can capture at all.
+        allowed: whether the caller wants graphs.
+        steps_left: that the run may still take.
+        least_steps: from how many on a capture pays.
+    """
+    if not has_graphs:
+        return "the CPU has no CUDA graphs"
+    if not allowed:
+        return "graphs are not allowed"
+    if steps_left < least_steps:
+        return f"a capture pays from {least_steps} steps"
+    return None
+
+
+class StepLoop:
+    """Takes the steps of a run: the first ones eagerly, the others as replays of one captured step.
+
+    The first steps are real ones, so that nothing has to be put back before the capture, which takes none.
+
+    Args:
+        step: one training step on a batch of indices (int64 [batch_size]). It must read ``position`` wherever it needs
+            to know which step of the epoch it is, and add 1 to it.
+        model: what the step trains. It is watched during one step for what a graph would not repeat.
+        device: where the step's tensors live.
+        max_steps: most steps in an epoch.
+        batch_size: images of a step.
+        capture: how a step is captured.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor], None],
+        model: nn.Module,
+        device: torch.device,
+        *,
+        max_steps: int,
+        batch_size: int,
+        capture: Capture,
+    ) -> None:
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        """Step of the epoch, from 0: int64 [1], on the device."""
+        self.refusal: str | None = None
+        """Why no step will be captured; None where one was or may be."""
+        self._step = step
+        self._model = model
+        self._device = device
+        self._capture = capture
+        self._batches = torch.zeros(max_steps, batch_size, dtype=torch.int64, device=device)
+        # Capture needs a stream that is not the default one, and the eager steps before it the same.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._warm_steps = 0
+        self._replay: Step | None = None
+
+    def describe(self) -> str:
+        """``graph``, or ``eager: `` and why."""
+        if self._replay is not None:
+            return "graph"
+        return f"eager: {self.refusal or 'no step captured yet'}"
+
+    def take(self, batches: Tensor) -> None:
+        """Take a step with each of ``batches``, int64 [steps, batch_size], from ``position`` 0 on."""
+        self._batches[: len(batches)].copy_(batches)
+        left = len(batches)
+        if self._replay is None and self.refusal is None:
+            left = self._warm_up(left)
+        take_one = self._replay or self._take_step
+        for _ in range(left):
+            take_one()
+
+    def _take_step(self) -> None:
+        self._step(self._batches.index_select(0, self.position).flatten())
+
+    def _warm_up(self, left: int) -> int:
+        """Take eager steps until the capture, and capture where a step is left to replay. How many are then left."""
+        with _on_stream(self._stream):
+            while left and self._warm_steps < WARM_UP_STEPS:
+                self._warm_steps += 1
+                left -= 1
+                if self._warm_steps == WARM_UP_STEPS:
+                    self.refusal = explain_change(self._take_step, self._model, self._device)
+                else:
+                    self._take_step()
+            if left and self.refusal is None:
+                try:
+                    self._replay = self._capture(self._take_step)
+                except CaptureError as error:
+                    self.refusal = f"capture failed: {error}"
+        return left
+
+
+def capture_cuda_graph(step: Step) -> Step:
+    """Capture what ``step`` launches on the current stream, and return the replay of it.
+
+    The graph keeps its memory until the replay is gone.
+
+    Raises:
+        CaptureError: the step cannot be captured; the device is as it was before. Only torch 2.13 and 2.14 keep the
+            failed capture's memory for the life of the process (https://github.com/pytorch/pytorch/pull/190348).
+        torch.AcceleratorError: the device can no longer be used from this process.
+    """
+    generator_state = torch.cuda.get_rng_state()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    # cuBLAS would go on using a workspace that others may free. Cleared, it takes one from the graph's own memory;
+    # cleared again, that stays the graph's (torch._inductor.cudagraph_trees does the same).
+    clear_workspaces()
+    try:
+        with (
+            _without_collection(),
+            # thread_local: other threads of the process (Ray's) may call CUDA meanwhile.
+            torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"),
+        ):
+            step()
+    except Exception as error:  # a user's model may raise anything
+        reason = describe_error(_find_cause(error))
+        device = torch.cuda.current_device()
+        release_failed_pool(
+            lambda: torch._C._cuda_endAllocateToPool(device, pool),  # noqa: SLF001 - no public names for them
+            lambda: torch._C._cuda_releasePool(device, pool),  # noqa: SLF001
+        )
+        _recover(generator_state)
+        raise CaptureError(reason) from None  # the exception's frames hold tensors of the graph's memory
+    finally:
+        clear_workspaces()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, ``optimizer.step`` may be captured.
+
+    Only within: Adam refuses to be captured without the flag, and warns of steps taken eagerly with it. A fused one
+    computes the same either way (``torch/optim/adam.py``); SGD has no such flag.
+    """
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    try:
+        for group in groups:
+            group["capturable"] = True
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+
+def explain_change(step: Step, model: nn.Module, device: torch.device) -> str | None:
+    """Take ``step``, and say why a graph would not repeat it; None where nothing speaks against it.
+
+    Seen are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global generators),
+    and whatever changes in the model's modules and their attributes but the values of tensors: counters, generators,
+    tensors put in the place of others. Not seen is state outside the model, and what a function that it holds encloses.
+    """
+    before = _describe_host_state(model)
+    with _noting_waits(device) as waits:
+        step()
+    after = _describe_host_state(model)
+    if waits:
+        return "the model waits for the device"
+    if before is None or after is None:
+        return "the model's state on the host cannot be compared"
+    return None if before == after else "the model changes on the host"
+
+
+def clear_workspaces() -> None:
+    """Free the workspaces that cuBLAS takes from PyTorch's allocator and keeps for the life of the process."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - no public name for it
+    if clear is not None:
+        clear()
+
+
+@contextlib.contextmanager
+def _on_stream(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    """Within, work goes to ``stream``, after what was begun before and before what comes after."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Within, the cycle collector rests: in the midst of a capture it might destroy an earlier run's graph."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def release_failed_pool(end: Callable[[], None], release: Callable[[], None]) -> None:
+    """Release the memory pool of a failed capture, unless this torch has done so.
+
+    torch before 2.13 leaves the allocator recording: ``empty_cache`` then skips the pools of all later graphs, and
+    memory runs out too early (https://github.com/pytorch/pytorch/pull/180395). A pool must not be released twice.
+
+    Args:
+        end: stops the recording. Raises RuntimeError where torch has stopped it.
+        release: gives the pool's memory back.
+    """
+    try:
+        end()
+    except RuntimeError:
+        return
+    release()
+
+
+def _recover(generator_state: Tensor) -> None:
+    """Put the device back after a failed capture.
+
+    Raises:
+        torch.AcceleratorError: it can no longer be used.
+    """
+    torch.cuda.synchronize()
+    # The default generator still believes that it is captured, and refuses to draw ("Offset increment outside graph
+    # capture", ATen/cuda/CUDAGeneratorImpl.cpp): it gets a new state with the numbers of the old.
+    index = torch.cuda.current_device()
+    fresh = torch.Generator(torch.device("cuda", index))
+    fresh.set_state(generator_state)
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    """The first exception: ending a broken capture raises another one, which says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def _noting_waits(device: torch.device) -> Iterator[list[str]]:
+    """Within, waits of the host for the device are noted, and are not hindered."""
+    waits: list[str] = []
+    if device.type != "cuda":
+        yield waits
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            told = [str(warning.message) for warning in caught]
+            waits += [text for text in told if "called a synchronizing CUDA operation" in text]
+
+
+class _StatePickler(pickle.Pickler):
+    """Pickles what a model holds on the host; of a tensor or function only which one it is.
+
+    A function without a name of its own, as ``torch.compile`` returns it, cannot be pickled.
+    """
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return id(value), value.data_ptr(), tuple(value.shape), value.requires_grad
+        if isinstance(value, types.FunctionType):
+            return id(value)
+        return None
+
+
+def _describe_host_state(model: nn.Module) -> bytes | None:
+    """Bytes that are others where something on the host has changed that the model may depend on.
+
+    None where some attribute of the model cannot be pickled.
+    """
+    written = io.BytesIO()
+    try:
+        # Modules by their attributes: a module's own __getstate__ may leave some out.
+        _StatePickler(written).dump(
+            [{**vars(module), "_modules": [name for name, _ in module.named_children()]} for module in model.modules()]
+        )
+    except Exception:  # pickle and a user's classes may raise anything
+        return None
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes()  # noqa: NPY002
+    return written.getvalue() + pickle.dumps(generators)

@@ -1,0 +1,296 @@
+"""Data sets as uint8 arrays, checked, in their fixed splits.
+
+A data set is read once, in the driver, and travels as numpy arrays; a worker places it on its device once.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tune_amp.training.mnist_files import (
+    IMAGES_MAGIC,
+    LABELS_MAGIC,
+    TORCHVISION_CLASSES,
+    DownloadError,
+    locate_files,
+    read_idx,
+)
+from tune_amp.training.own_code import exits_as_errors, import_function, unchanged_process
+from tune_amp.trial.config import DATASETS, InputError, describe_error, is_function_name, shown
+
+# The split belongs to the data set, not to a trial: its seed never varies, so that every trial sees the same images.
+SPLIT_SEED = 20_251
+VALIDATION_SHARE = 12  # one image in twelve: 5,000 of MNIST's 60,000
+DIGITS_TEST_SHARE = 7  # one image in seven, as MNIST's 10,000 of 70,000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """A part of a data set, in host memory."""
+
+    images: npt.NDArray[np.uint8]
+    """[n, channels, height, width]"""
+    labels: npt.NDArray[np.int64]
+    """[n], from 0 to num_classes - 1"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """A data set in its three parts: numpy arrays, which Ray's object store shares between workers without a copy."""
+
+    name: str
+    """What is recorded: mnist, fashion_mnist, kmnist, digits or module:function."""
+    num_classes: int
+    """Labels run from 0 to num_classes - 1."""
+    train: Split
+    """What trials learn from."""
+    validation: Split
+    """What every choice is made on."""
+    test: Split
+    """Read once, for the frozen winners."""
+    content_hash: str
+    """SHA-256 over shapes, dtypes and bytes of the given training and test arrays, before the split."""
+    imbalance: float = 1.0
+    """Images of the most frequent training class for one of the rarest, where ``make_long_tail`` has thinned them."""
+    notice: str | None = None
+    """What the user must be told loudly, such as a fall back to digits."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
+    """The data set ``name``, read from disk, downloaded, or made by the user's own function.
+
+    Args:
+        name: auto, mnist, fashion_mnist, kmnist, digits or module:function. ``auto`` is MNIST, and digits with a notice
+            where MNIST is neither on disk nor can be downloaded.
+        data_dir: torchvision's root folder (``MNIST/raw/...``) or a folder of the four files ``*-ubyte[.gz]``;
+            where None, ``$TUNE_AMP_DATA`` or else ``~/.cache/tune_amp``.
+
+    Raises:
+        InputError: the name is unknown, files are damaged, missing or out of reach, or a function breaks its contract.
+    """
+    if name == "auto":
+        return _load_mnist_or_digits(data_dir)
+    if name in TORCHVISION_CLASSES:
+        return _load_files(name, data_dir)
+    if name == "digits":
+        return _load_digits(None)
+    if is_function_name(name):
+        return _load_from_function(name)
+    raise InputError(f"dataset: must be one of auto, {', '.join(DATASETS)}, or module:function, got {shown(name)}")
+
+
+def make_long_tail(dataset: Dataset, imbalance: float) -> Dataset:
+    """The data set with class sizes that fall from ``imbalance`` to 1 in its training split, and nowhere else.
+
+    Its hash stays that of the given data, from which the same images are always kept: see :func:`thin_classes`.
+
+    Raises:
+        InputError: a class would keep fewer than 2 training images.
+    """
+    if imbalance == dataset.imbalance:
+        return dataset
+    assert dataset.imbalance == 1  # thinning what has been thinned would keep other images
+    train = thin_classes(dataset.train, dataset.num_classes, imbalance)
+    counts = np.bincount(train.labels, minlength=dataset.num_classes)
+    if counts.min() < 2:
+        rule = f"each class of {dataset.name} must keep at least 2 training images"
+        raise InputError(f"imbalance: {rule}, got {counts.min()} of class {counts.argmin()} at {imbalance:g}:1")
+    return dataclasses.replace(dataset, train=train, imbalance=imbalance)
+
+
+def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
+    """A part of the split in which class sizes fall exponentially from the first label to the last; all of it at 1.
+
+    Class i keeps n * mu^i images, with mu^(num_classes - 1) = 1 / ``imbalance``: the long tail of Cui et al. 2019,
+    "Class-balanced loss based on effective number of samples" (arXiv:1901.05555). n is as large as all classes
+    allow. The images are drawn with a fixed seed: they are the data set's, as its splits are.
+    """
+    if imbalance == 1:
+        return split
+    counts = np.bincount(split.labels, minlength=num_classes)
+    shares = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
+    with np.errstate(over="ignore"):  # an extreme imbalance: the first class, whose share is 1, sets the minimum
+        sizes = np.rint((counts / shares).min() * shares).astype(np.int64)
+    # RandomState's stream is frozen; default_rng's may change with NumPy, and with it the data of a recorded run.
+    generator = np.random.RandomState(SPLIT_SEED)
+    kept = [
+        generator.permutation(np.flatnonzero(split.labels == label))[:size] for label, size in enumerate(sizes.tolist())
+    ]
+    chosen = np.sort(np.concatenate(kept))
+    return Split(images=split.images[chosen], labels=split.labels[chosen])
+
+
+def describe_tail(dataset: Dataset) -> str:
+    """In brackets, how the training images are spread over the classes; empty where they are as given."""
+    if dataset.imbalance == 1:
+        return ""
+    counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
+    return f" (long tail {dataset.imbalance:g}:1, {counts.max():,} to {counts.min():,} a class)"
+
+
+def _load_mnist_or_digits(data_dir: Path | None) -> Dataset:
+    try:
+        return _load_files("mnist", data_dir)
+    except DownloadError as error:
+        return _load_digits(
+            f"MNIST is neither in {error.folder} nor can it be downloaded ({error.cause}): using scikit-learn's "
+            "bundled digits (1,797 images) instead; accuracies are not MNIST's"
+        )
+
+
+def _load_files(name: str, data_dir: Path | None) -> Dataset:
+    train_images, train_labels, test_images, test_labels = locate_files(name, data_dir)
+    train = _read_split(train_images, train_labels)
+    test = _read_split(test_images, test_labels)
+    num_classes = 10  # of each of the three, as torchvision's class lists say
+    for split, path in ((train, train_labels), (test, test_labels)):
+        if split.labels.max() >= num_classes:
+            raise InputError(f"{path}: labels must be between 0 and {num_classes - 1}, got {split.labels.max()}")
+    return _split_dataset(name, num_classes, train, test, places=(str(train_images), str(test_images)))
+
+
+def _read_split(images_path: Path, labels_path: Path) -> Split:
+    images = read_idx(images_path, IMAGES_MAGIC)
+    labels = read_idx(labels_path, LABELS_MAGIC)
+    if len(images) != len(labels):
+        raise InputError(f"{labels_path}: must hold a label for each of {len(images)} images, got {len(labels)}")
+    return Split(images=images[:, None], labels=labels.astype(np.int64))
+
+
+def _load_digits(notice: str | None) -> Dataset:
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # slow to import
+
+    bundle = load_digits()
+    images = _enlarge_digits(bundle.images.astype(np.int64))[:, None]
+    labels = bundle.target.astype(np.int64)
+    rest, test = _stratified_split(Split(images=images, labels=labels), len(labels) // DIGITS_TEST_SHARE)
+    return _split_dataset("digits", 10, rest, test, places=("digits", "digits"), notice=notice)
+
+
+def _enlarge_digits(images: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """[n, 8, 8] of 0 to 16 -> [n, 28, 28] of 0 to 255, bilinear; in integers, so that the hash is every machine's."""
+    size, steps = 28, 14
+    position = (4 * np.arange(size) - 5).clip(0, 7 * steps)  # (i + 0.5) * 8 / 28 - 0.5, in fourteenths of a pixel
+    below, part = np.divmod(position, steps)
+    weights = np.zeros((size, 8), np.int64)
+    weights[np.arange(size), below] = steps - part
+    weights[np.arange(size), (below + 1).clip(max=7)] += part
+    whole = 16 * steps * steps
+    return ((weights @ images @ weights.T * 255 + whole // 2) // whole).astype(np.uint8)
+
+
+def _load_from_function(name: str) -> Dataset:
+    try:
+        function = import_function(name)
+        with exits_as_errors(), unchanged_process():
+            result = function()
+    except InputError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise InputError(f"{name}: the call failed ({describe_error(error)})") from error
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    if not isinstance(result, tuple | list) or len(result) != len(parts):
+        got = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
+        raise InputError(f"{name}: must return ({', '.join(parts)}), got {got}")
+    train, test = (
+        _check_split(result[at], result[at + 1], f"{name}: {parts[at]}", f"{name}: {parts[at + 1]}") for at in (0, 2)
+    )
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    return _split_dataset(name, num_classes, train, test, places=(f"{name}: {parts[0]}", f"{name}: {parts[2]}"))
+
+
+def _check_split(images: Any, labels: Any, images_place: str, labels_place: str) -> Split:
+    images = _as_array(images, images_place)
+    if images.dtype != np.uint8:
+        raise InputError(f"{images_place}: must be uint8, got {images.dtype}")
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise InputError(f"{images_place}: must be [n, h, w] or [n, c, h, w] without a zero, got {images.shape}")
+    images = images[:, None] if images.ndim == 3 else images
+    if _has_channels_last(images.shape):
+        rule = "channels must come before height and width (transpose(0, 3, 1, 2) puts them there)"
+        raise InputError(f"{images_place}: {rule}, got {images.shape}")
+    labels = _as_array(labels, labels_place)
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        got = f"{labels.dtype} {labels.shape}"
+        raise InputError(f"{labels_place}: must be integers, one for each of {len(images)} images, got {got}")
+    if labels.min() < 0 or labels.max() >= np.iinfo(np.int64).max:
+        raise InputError(f"{labels_place}: must count from 0, got {labels.min()} to {labels.max()}")
+    return Split(images=np.ascontiguousarray(images), labels=np.ascontiguousarray(labels, dtype=np.int64))
+
+
+def _has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether [n, a, b, c] is next to certainly [n, height, width, channels]: colours, or a grey square.
+
+    Series of sensors are [n, 64, 128, 1], features of a table [n, 64, 1, 1].
+    """
+    _, rows, columns, channels = shape
+    is_image = min(rows, columns) > 4
+    return is_image and (channels in (3, 4) or (channels == 1 and rows == columns))
+
+
+def _as_array(value: Any, place: str) -> npt.NDArray[Any]:
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    except (TypeError, RuntimeError) as error:  # bfloat16, sparse, on no device
+        raise InputError(f"{place}: must be a tensor that numpy can hold ({describe_error(error)})") from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{place}: must be a numpy array or a torch tensor, got {type(value).__name__}")
+    return np.asarray(array)
+
+
+def _split_dataset(
+    name: str, num_classes: int, train: Split, test: Split, *, places: tuple[str, str], notice: str | None = None
+) -> Dataset:
+    """Split validation off; ``places`` name the training and the test images in messages."""
+    if train.images.shape[1:] != test.images.shape[1:]:
+        got = f"{test.images.shape[1:]}, got {train.images.shape[1:]}"
+        raise InputError(f"{places[0]}: images must have the (channels, height, width) of {places[1]}, {got}")
+    _check_classes(train, num_classes, places[0])
+    digest = hashlib.sha256()
+    for array in (train.images, train.labels, test.images, test.labels):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    # At least one image a class, which scikit-learn asks of both sides; it matters below twelve images a class.
+    learn, validation = _stratified_split(train, max(len(train) // VALIDATION_SHARE, num_classes))
+    return Dataset(
+        name=name,
+        num_classes=num_classes,
+        train=learn,
+        validation=validation,
+        test=test,
+        content_hash=digest.hexdigest(),
+        notice=notice,
+    )
+
+
+def _check_classes(train: Split, num_classes: int, place: str) -> None:
+    rule = "there must be at least 2 classes, each with at least 2 training images"
+    if not 2 <= num_classes <= len(train) // 2:  # before bincount: a label may be 10^15
+        raise InputError(f"{place}: {rule}, got {len(train)} images and labels up to {num_classes - 1}")
+    counts = np.bincount(train.labels, minlength=num_classes)
+    if counts.min() < 2:
+        raise InputError(f"{place}: {rule}, got {counts.min()} of class {counts.argmin()}")
+
+
+def _stratified_split(split: Split, count: int) -> tuple[Split, Split]:
+    """What stays, and ``count`` images that are taken away, both in the data set's order."""
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]  # slow
+
+    indices = np.arange(len(split))
+    parts = train_test_split(indices, test_size=count, stratify=split.labels, random_state=SPLIT_SEED)
+    kept, taken = (Split(images=split.images[part], labels=split.labels[part]) for part in map(np.sort, parts))
+    return kept, taken

@@ -1,0 +1,82 @@
+"""Runs a user's own code: what it does to the whole process is undone, and an exit of its is an error of its."""
+
+import contextlib
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+
+from tune_amp.training.generators import keep_generators
+from tune_amp.trial.config import SIGNALS
+from tune_amp.trial.consent import load_function
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """``consent.load_function``, after which torch's settings and all generators are as they were.
+
+    Only the first import of a process runs the module: what it sets or draws must not reach one trial alone.
+
+    Raises:
+        InputError: as ``load_function``.
+        RuntimeError: the module raises KeyboardInterrupt.
+    """
+    with exits_as_errors(), unchanged_process(), warnings.catch_warnings():
+        return load_function(name)
+
+
+@contextlib.contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """In the ``with`` block, ``sys.exit`` and KeyboardInterrupt are errors of the code that runs there.
+
+    Unless a signal came: Ctrl-C, or what Ray ends a worker with.
+
+    Raises:
+        RuntimeError: the code called ``sys.exit`` or raised KeyboardInterrupt.
+    """
+    signals: list[int] = []
+    with _noting_signals(signals):
+        try:
+            yield
+        except (SystemExit, KeyboardInterrupt) as error:
+            if signals:
+                raise
+            what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else "raised KeyboardInterrupt"
+            raise RuntimeError(f"the code {what}") from error
+
+
+@contextlib.contextmanager
+def _noting_signals(signals: list[int]) -> Iterator[None]:
+    before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    if threading.current_thread() is threading.main_thread():  # no other one is interrupted by a signal
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        before[number](number, frame)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def unchanged_process() -> Iterator[None]:
+    """After the ``with`` block, generators, and torch's gradient mode and defaults are as they were."""
+    gradients, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    try:
+        with keep_generators(torch.device("cpu")):
+            yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)  # a default that is set slows each call

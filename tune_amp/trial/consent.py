@@ -1,0 +1,137 @@
+"""Imports a user's own code, and only the code that the user named: files may come from anybody."""
+
+import argparse
+import contextlib
+import importlib
+import importlib.machinery
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, describe_error, is_function_name, shown
+
+_SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[2] / "scripts")
+
+
+class _Consent:
+    """Which code this process may load."""
+
+    def __init__(self) -> None:
+        self.given: set[str] = set()
+        """What the user named."""
+        self.is_asked_for = False
+        """Whether nothing else may be loaded: in our commands and workers. A program names its own code as it calls."""
+        self.of_files: set[str] = set()
+        """What files named, which a program may not load either."""
+
+
+_consent = _Consent()
+
+
+def consent_to(*names: str | None) -> None:
+    """Record what the user named, on a command line or in Python: code that only a file names is never loaded.
+
+    The record belongs to the process, and from the first call on nothing else is loaded in it. Whoever starts a worker
+    sends it ``list_consented()``.
+    """
+    _consent.is_asked_for = True
+    _consent.given.update(name for name in names if name is not None)
+
+
+def distrust(name: str) -> None:
+    """Record that a file named ``name``: where it is code, it takes the user's consent to load it."""
+    if is_function_name(name):
+        _consent.of_files.add(name)
+
+
+def list_consented() -> tuple[str, ...]:
+    """Everything that the user named so far."""
+    return tuple(sorted(_consent.given))
+
+
+def check_consent(place: str, **named: str) -> None:
+    """Refuse code that only a file names: files may come from anybody.
+
+    Args:
+        place: where the names stand, for the message.
+        named: flag, without its dashes, and its value in the file.
+
+    Raises:
+        InputError: a value is code, and the user has not named it.
+    """
+    for flag, name in named.items():
+        if name in _consent.given:
+            continue
+        if is_function_name(name):
+            raise InputError(f"{place}: {flag}: names your own code; to run it, add --{flag} {name}")
+        if name in PICKLING_SAMPLERS:
+            reason = "keeps a pickle in the study, and loading a pickle can run code; to load it"
+            raise InputError(f"{place}: {flag}: {name} {reason}, add --{flag} {name}")
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that a user names as ``package.module:function``; modules in the current folder count too.
+
+    Raises:
+        InputError: the user has not consented to it, or the module cannot be imported, holds no such function, or hides
+            one in the current folder.
+    """
+    if not is_function_name(name):
+        raise InputError(f"{shown(name)}: must have the form module:function")
+    if name not in _consent.given and (_consent.is_asked_for or name in _consent.of_files):
+        way = f"in Python, call tune_amp.trial.consent.consent_to({name!r}) first"
+        raise InputError(f"{name}: code that only a file names is not run; name it on the command line, or, {way}")
+    _consent.given.add(name)
+    folder = str(Path.cwd())
+    # Python puts the folder of a script first: there, a user's train.py would find ours.
+    sys.path[:] = [entry for entry in sys.path if entry != _SCRIPTS_FOLDER]
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: a file of the user's must not shadow an installed module that others import
+    module_name, function_name = name.split(":")
+    try:
+        with _no_command_line(module_name):
+            function = getattr(importlib.import_module(module_name), function_name, None)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, a script without a guard exits
+        raise InputError(f"{name}: importing {module_name} failed ({describe_error(error)})") from error
+    _check_not_hidden(name, folder)
+    if not callable(function):
+        got = "no such name" if function is None else f"a value of type {type(function).__name__}"
+        raise InputError(f"{name}: {module_name} must hold a function {function_name}, got {got}")
+    return function  # type: ignore[no-any-return]  # callable() tells no signature
+
+
+@contextlib.contextmanager
+def _no_command_line(module_name: str) -> Iterator[None]:
+    """In the ``with`` block, the command line is not ours: a module that is imported may not take its settings there.
+
+    What parses it and ignores what it does not know (``parse_known_args``) gets its defaults, in every process.
+    """
+    from unittest.mock import patch  # it takes 40 ms to import
+
+    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        guard = "put that below if __name__ == '__main__'"
+        raise SystemExit(f"{module_name} parses the command line when imported: {guard}")
+
+    with (
+        patch.object(sys, "argv", [module_name, "--imported-by-tune-amp"]),
+        patch.object(argparse.ArgumentParser, "error", refuse),  # it would print a page of usage
+    ):
+        yield
+
+
+def _check_not_hidden(name: str, folder: str) -> None:
+    """Refuse a module of the standard library, or an installed one, where a file in ``folder`` has its name.
+
+    The file cannot be had instead: all that imports the other one by that name would get it too.
+    """
+    top = name.partition(":")[0].partition(".")[0]
+    own = importlib.machinery.PathFinder.find_spec(top, [folder])
+    if own is None or own.origin is None:
+        return
+    imported = getattr(sys.modules[top], "__file__", None) or "built into Python"
+    installed = {sysconfig.get_path(scheme) for scheme in ("stdlib", "platstdlib", "purelib", "platlib")}
+    hidden = imported == "built into Python" or any(Path(imported).is_relative_to(place) for place in installed)
+    if hidden and imported != own.origin:
+        raise InputError(f"{name}: {top} is {imported}, not {own.origin}; rename your own file")
