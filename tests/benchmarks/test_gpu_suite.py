@@ -259,7 +259,7 @@ def test_files_that_lack_ray_are_left_out_and_other_errors_fail(tmp_path: Path) 
 
 def test_files_with_gpu_tests_are_found() -> None:
     names = {path.name for path in list_gpu_tests(Path(__file__).parents[1])}
-    assert {"test_amp.py", "test_graphs.py", "test_training.py"} <= names
+    assert {"test_amp.py", "test_cuda_graph.py", "test_run.py"} <= names
     assert not {"test_space.py", Path(__file__).name} & names
 
 

@@ -106,4 +106,4 @@ def test_the_wheel_holds_it(tmp_path: Path) -> None:
     import zipfile
 
     wheel = tmp_path / done.stdout.splitlines()[-1]
-    assert json.loads(zipfile.ZipFile(wheel).read("tune_amp/grafana/tune_amp.json")) == DASHBOARD
+    assert json.loads(zipfile.ZipFile(wheel).read("tune_amp/monitor/grafana/tune_amp.json")) == DASHBOARD

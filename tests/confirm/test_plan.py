@@ -790,5 +790,8 @@ def test_sigusr1_in_a_confirmation_keeps_its_runs_and_the_searchs_ranking(tmp_pa
     assert events[-1]["best"]
     assert errors.startswith("cut off  SIGUSR1\n")
     run = tmp_path / "results" / "cut"
-    assert len(load_confirmed(run)) == sum(event["event"] == "confirmed_run" for event in events)
+    shown = {(event["trial_id"], event["seed"]) for event in events if event["event"] == "confirmed_run"}
+    kept = {(one.trial_id, one.seed) for one in load_confirmed(run)}
+    assert shown <= kept  # a run is on disk before it is told of; the signal may come between
+    assert len(kept - shown) <= 1
     assert {row.confirmation for row in load_best_rows(run)} == {None}

@@ -127,7 +127,7 @@ def test_installed_wheel_brings_its_own_spaces(tmp_path: Path, monkeypatch: pyte
     package = tmp_path / "site-packages" / "tune_amp"
     (package / "search_spaces").mkdir(parents=True)
     (package / "search_spaces" / "mine.yaml").write_text(f"parameters: {{{LR}}}")
-    monkeypatch.setattr(space_module, "__file__", str(package / "space.py"))
+    monkeypatch.setattr(space_module, "__file__", str(package / "space" / "space.py"))
     assert load_space("mine").source == "mine"
     with pytest.raises(InputError, match=r"^quick: is neither a file nor a bundled search space \(mine\)$"):
         load_space("quick")

@@ -46,7 +46,7 @@ def test_users_file_named_like_a_script_of_ours_is_found(
     write_module: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``python scripts/search.py`` puts the folder of the scripts first."""
-    scripts = str(Path(consent.__file__).parents[1] / "scripts")
+    scripts = str(Path(consent.__file__).parents[2] / "scripts")
     monkeypatch.setattr(sys, "path", [scripts, *sys.path])
     consent_to("train:net")
     (tmp_path / "train.py").write_text("import report\ndef net(): return report.__file__\n")

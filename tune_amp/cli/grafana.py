@@ -16,7 +16,7 @@ def grafana_command(arguments: Sequence[str] | None = None, program: str = "tune
 
 
 def read_dashboard() -> str:
-    """The dashboard, ``tune_amp/grafana/tune_amp.json`` in the package."""
+    """The dashboard, ``tune_amp/monitor/grafana/tune_amp.json`` in the package."""
     file = importlib.resources.files("tune_amp.monitor") / "grafana" / "tune_amp.json"
     return file.read_text(encoding="utf-8")
 
