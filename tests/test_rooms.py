@@ -1,6 +1,7 @@
 """Each room imports only from rooms on lower floors, and needs no other libraries than its own."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,16 @@ def test_a_door_says_what_the_room_is_for_and_opens_few_names_that_all_exist(roo
     code = f"import tune_amp.{room} as room; print([getattr(room, name).__name__ for name in {opened}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{opened}\n"
+
+
+def test_the_page_lists_every_file_in_its_room_with_a_line() -> None:
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text()
+    sections = re.split(r"^### `(\w+)/`.*$", page, flags=re.MULTILINE)[1:]
+    listed = {
+        room: re.findall(r"^\| `(\w+)\.py` \| \S.* \|$", text, re.MULTILINE)
+        for room, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+    assert listed == {room: sorted({path.stem for path in list_files(room)} - {"__init__"}) for room in FLOORS}
 
 
 def test_no_circle_within_a_room() -> None:
