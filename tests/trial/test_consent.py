@@ -92,7 +92,7 @@ def test_function_that_the_user_did_not_name_is_not_imported(
     write_module: Callable[[str], str], tmp_path: Path
 ) -> None:
     module = write_module("import pathlib\npathlib.Path('imported').touch()\ndef net(): ...\n")
-    message = f"{module}:main: code that only a file names is not run; .*, call tune_amp.trial.consent.consent_to"
+    message = f"{module}:main: code that only a file names is not run; .*, call tune_amp.trial.consent_to"
     with pytest.raises(InputError, match=message):
         load_function(f"{module}:main")  # another function of a module of which one is named
     assert not (tmp_path / "imported").exists()

@@ -81,7 +81,7 @@ def load_function(name: str) -> Callable[..., Any]:
     if not is_function_name(name):
         raise InputError(f"{shown(name)}: must have the form module:function")
     if name not in _consent.given and (_consent.is_asked_for or name in _consent.of_files):
-        way = f"in Python, call tune_amp.trial.consent.consent_to({name!r}) first"
+        way = f"in Python, call tune_amp.trial.consent_to({name!r}) first"
         raise InputError(f"{name}: code that only a file names is not run; name it on the command line, or, {way}")
     _consent.given.add(name)
     folder = str(Path.cwd())
