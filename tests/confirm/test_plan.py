@@ -610,11 +610,11 @@ def test_a_default_that_fails_says_so_in_its_row(tmp_path: Path) -> None:
     def train(jobs: Sequence[ConfirmJob]) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
         for job, run in train_here(jobs):
             fails = job.trial_ids == (DEFAULT_ID,) and run.seed == 1001
-            yield job, dataclasses.replace(run, status=TrialStatus.FAILED, error="E: no") if fails else run
+            yield job, dataclasses.replace(run, status=TrialStatus.DIVERGED, error="E: no") if fails else run
 
     result = confirm(plan, train, folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Quiet())
     [_, row] = result.rows
-    assert (row.rank, row.trial.status, row.trial.error) == (2, TrialStatus.FAILED, "E: no")
+    assert (row.rank, row.trial.status, row.trial.error) == (2, TrialStatus.DIVERGED, "E: no")
     first = result.rows[0].confirmation
     assert first is not None
     assert first.verdict == "number 1 is better than the defaults: the defaults did not complete on 1 of 3 seeds"

@@ -124,6 +124,21 @@ def test_what_fails_on_a_seed_does_not_win(
     assert describe_verdict(found, "val_accuracy", RANKS).startswith(text)
 
 
+def test_a_default_that_crashed_is_not_said_to_be_worse() -> None:
+    scores = {"a": HIGH, DEFAULT_ID: BASE}
+    runs = [
+        dataclasses.replace(run, status=TrialStatus.FAILED, error="OSError: disk")
+        if run.trial_id == DEFAULT_ID
+        else run
+        for run in make_runs(scores)
+    ]
+    found = judge_gain(make_configs(*scores), runs, "val_accuracy")
+    assert (found.kind, found.recommended) == ("unknown", "a")
+    assert describe_verdict(found, "val_accuracy", RANKS) == (
+        "whether searching gained anything cannot be said: the defaults did not complete on 3 of 3 seeds"
+    )
+
+
 def test_a_challenger_that_fails_on_a_later_seed_is_not_replaced_and_not_recommended() -> None:
     scores = {"a": [*HIGH, 0.95, 0.95], "b": BASE, DEFAULT_ID: [*BASE, 0.9, 0.9]}
     found = judge_gain(make_configs(*scores), fail(make_runs(scores), "a", 4), "val_accuracy")

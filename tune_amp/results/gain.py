@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.statistics import CONFIDENCE, EQUIVALENCE_CONFIDENCE, paired_interval
-from tune_amp.trial.config import MORE_IS_BETTER, TrialConfig, TrialStatus
+from tune_amp.trial.config import HOPELESS_STATUSES, MORE_IS_BETTER, TrialConfig, TrialStatus
 
 FIRST_SEEDS = 3
 """Seeds on which every configuration is trained."""
@@ -83,7 +83,8 @@ def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun],
         reason = "the default configuration was not trained"
     elif not has_default:
         reason = f"the defaults did not complete on {_count_failures(DEFAULT_ID, runs)}"
-        kind = VerdictKind.BETTER if challenger else kind
+        # Settings are to blame for a divergence or for memory; a crash may have any cause.
+        kind = VerdictKind.BETTER if challenger and _is_own_fault(DEFAULT_ID, runs) else kind
     elif all(_is_default(config, configs) for config in configs.values()):
         reason = "the search found the default configuration itself"
         kind = VerdictKind.INDISTINGUISHABLE
@@ -223,6 +224,10 @@ def _count_failures(trial_id: str, runs: Sequence[ConfirmedRun]) -> str:
     own = [run for run in runs if run.trial_id == trial_id]
     failed = sum(run.status is not TrialStatus.COMPLETED for run in own)
     return f"{failed} of {len(own)} seeds" if failed else ""
+
+
+def _is_own_fault(trial_id: str, runs: Sequence[ConfirmedRun]) -> bool:
+    return any(run.trial_id == trial_id and run.status in HOPELESS_STATUSES for run in runs)
 
 
 def _is_default(config: TrialConfig, configs: Mapping[str, TrialConfig]) -> bool:
