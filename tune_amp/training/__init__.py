@@ -1,6 +1,6 @@
-"""Trains and evaluates one configuration, epoch by epoch. ``amp`` alone knows mixed precision.
+"""Trains and evaluates one configuration, epoch by epoch. Only ``amp`` implements mixed precision.
 
-Imports torch, and neither Ray nor Optuna: a machine that has only torch can train.
+Imports torch but neither Ray nor Optuna, so that a machine with only torch can train.
 """
 
 from typing import TYPE_CHECKING

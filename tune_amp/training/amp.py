@@ -1,4 +1,4 @@
-"""The only file that knows automatic mixed precision: precision, loss scaler, one training step, and its telemetry.
+"""The only module that implements mixed precision: arithmetic, loss scaler, one training step and its telemetry.
 
 Weights and optimizer state stay in fp32 (the master weights of Micikevicius et al. 2018, arXiv:1710.03740); autocast
 chooses fp16 or bf16 operation by operation. One path serves every precision, on CUDA and on the CPU: the scaler is
@@ -20,9 +20,9 @@ from torch import Tensor
 from tune_amp.training.verdict import ScaleOutlook, look_ahead
 from tune_amp.trial.config import TrialConfig
 
-# Two forward and backward passes an epoch. What that costs of an epoch of MNIST: results/reference/telemetry.md.
+# Two forward and backward passes an epoch. Their share of an MNIST epoch's time is in results/reference/telemetry.md.
 PROBE_IMAGES = 32
-# Of a network that is nearly dead, a few images in a thousand still reach some weight.
+# In a nearly dead network, only a few images in a thousand still give some weight a gradient.
 SECOND_LOOK_IMAGES = 2048
 
 _LOSS, _SCALE, _OVERFLOW = range(3)
@@ -32,56 +32,56 @@ AUTOCAST_DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": tor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalerTelemetry:
-    """What loss scaling did since the trial began. Scales are None where the precision uses no scaler."""
+    """Telemetry of loss scaling since the trial began. Scales are None if the precision uses no scaler."""
 
     steps: int = 0
     """Training steps taken, skipped ones included."""
     applied_steps: int = 0
     skipped_steps: int = 0
-    """Steps without an update, because a gradient was not finite."""
+    """Steps without a weight update, because a gradient was not finite."""
     growths: int = 0
-    """Updates after which the scale was larger."""
+    """Scaler updates that raised the scale."""
     first_applied_step: int | None = None
-    """Counted from 1."""
+    """Number of the first applied step, counted from 1."""
     loss_scale: float | None = None
     """The scale that the next step will use."""
     min_loss_scale: float | None = None
     max_loss_scale: float | None = None
     loss_scale_steps: tuple[int, ...] = ()
-    """Steps of the last epoch, counted from 1 over the trial, from which each of ``loss_scale_values`` was in force."""
+    """First step of the last epoch that used each of ``loss_scale_values``, counted from 1 over the trial."""
     loss_scale_values: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientProbe:
-    """What backward passes over a few images, at the weights of one moment, show of the gradients.
+    """Findings about the gradients, from backward passes over a few images at fixed weights.
 
-    The defaults are those of no probe at all.
+    The defaults mean that nothing was probed.
     """
 
     is_dead: bool = False
-    """No weight matrix gets a gradient, in fp32 either."""
+    """Whether no weight matrix gets a gradient, not even in fp32."""
     underflow_share: float | None = None
-    """Of the gradient's elements that are not zero in fp32, how many are in fp16, at the present loss scale; None where
-    fp16 gradients overflow, and where there is no gradient."""
+    """Share of the gradient elements non-zero in fp32 that are zero in fp16 at the current loss scale; None if fp16
+    gradients overflow or there is no gradient."""
     outlook: ScaleOutlook | None = None
     overflows_at_lowest: bool | None = None
-    """Whether some gradient overflows even at half the lowest scale in reach; tried where every step was skipped."""
+    """Whether some gradient overflows even at half the lowest reachable scale; tested if every step was skipped."""
     vanishes_at_highest: bool | None = None
-    """Whether the whole gradient is zero at the highest scale in reach; tried where it is at the present one."""
+    """Whether the whole gradient is zero at the highest reachable scale; tested if it is zero at the current scale."""
 
 
 class AmpStep:
     """Turns a loss into an optimizer step under the trial's precision and scaler settings.
 
-    Losses, scales and overflows are written into one device buffer by index, so that a step costs no host
-    synchronisation; ``read_epoch`` moves the buffer to the host once. The index is counted on the host, or, so that a
-    CUDA graph can repeat a step, on the device: see ``follow``.
+    A step writes its loss, scale and overflow into one device buffer by index, which needs no host synchronisation;
+    ``read_epoch`` copies the buffer to the host once. The index is counted on the host, or on the device so that a CUDA
+    graph can replay a step: see ``follow``.
 
     Args:
-        config: precision, scaler settings and gradient clipping are read from it.
-        device: where the model lives.
-        max_steps: most steps between two calls of ``read_epoch``.
+        config: source of precision, scaler settings and gradient clipping.
+        device: device of the model.
+        max_steps: maximum number of steps between two calls of ``read_epoch``.
     """
 
     def __init__(self, config: TrialConfig, device: torch.device, max_steps: int) -> None:
@@ -90,7 +90,7 @@ class AmpStep:
         self._scaler = build_scaler(config, device)
         # Rows: loss, scale after the step, whether it was skipped. The last two stay 0 without a scaler.
         self._log = torch.zeros(3, max_steps, dtype=torch.float32, device=device)
-        # Indexing the buffer at every step took 7.5 us, its ready views take 3: 0.2 % of the fastest step on one core.
+        # Indexing the buffer took 7.5 us a step, views made once take 3 us: 0.2 % of the fastest step on one core.
         self._views = tuple(row.unbind() for row in self._log)
         self._logged = 0
         self._position: Tensor | None = None
@@ -100,34 +100,34 @@ class AmpStep:
 
     @property
     def telemetry(self) -> ScalerTelemetry:
-        """The state at the last ``read_epoch``."""
+        """Telemetry as of the last ``read_epoch``."""
         return self._telemetry
 
     def autocast(self) -> torch.autocast:
-        """The context for forward pass and loss: fp16 or bf16 where safe, fp32 elsewhere; off for fp32 and tf32."""
+        """Return the context for forward pass and loss: fp16 or bf16 where safe, else fp32; off for fp32 and tf32."""
         dtype = AUTOCAST_DTYPES.get(self._config.precision)
-        # PyTorch asks for no cache of casted weights where a graph is captured. They are cast once a step anyway.
+        # PyTorch wants the cache of cast weights off during graph capture. Weights are cast once a step anyway.
         cached = self._position is None
         return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cached)
 
     def follow(self, position: Tensor | None) -> None:
-        """From now on take the index in the log from ``position``, int64 [1] on the device; None: count on the host.
+        """Read the log index from ``position`` (int64 [1] on the device) from now on, or count on the host if None.
 
-        Every step adds 1 to it, ``read_epoch`` sets it back to 0. Call it between epochs.
+        Each step adds 1 to ``position``, and ``read_epoch`` resets it to 0. Call ``follow`` between epochs.
         """
         assert self._count_logged() == 0
         self._position = position
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """Backward, unscale and clip where asked for, step unless a gradient overflowed, update the scale.
+        """Run the backward pass, unscale and clip if configured, step unless a gradient overflowed, update the scale.
 
         Args:
-            optimizer: holds the fp32 parameters; a fused one makes the step free of host synchronisation.
+            optimizer: holds the fp32 parameters; a fused optimizer steps without host synchronisation.
             loss: 0-dim, from a forward pass under ``autocast``.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
-            parameter.grad = None  # zero_grad() also tells a profiler: 50 us on one core, a twentieth of a small step
+            parameter.grad = None  # zero_grad() also calls a profiler: 50 us on one core, a twentieth of a small step
         self._scaler.scale(loss).backward()
         if self._config.grad_clip is not None:
             # Clipping must see the true gradients, so they are unscaled first (PyTorch's AMP examples).
@@ -136,7 +136,7 @@ class AmpStep:
         self._scaler.step(optimizer)
         self._write(_LOSS, loss.detach())
         if self._scaler.is_enabled():
-            # update() forgets the overflow flags and replaces the scale: read one before it, the other after.
+            # update() clears the overflow flags and replaces the scale: read the flags before it, the scale after it.
             self._write(_OVERFLOW, _overflow_flag(self._scaler, optimizer))
             self._scaler.update()
             self._write(_SCALE, _scale_tensor(self._scaler))
@@ -146,12 +146,12 @@ class AmpStep:
             self._position.add_(1)
 
     def abandon_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget a step that an exception ended, so that the next one is taken as if it had not been begun."""
+        """Discard a step that raised an exception, so that the next step runs as if it had never started."""
         optimizer.zero_grad(set_to_none=True)
-        for name in ("grad_scale", "found_inf"):  # GradScaler.step lends them to the optimizer; the next would multiply
+        for name in ("grad_scale", "found_inf"):  # set by GradScaler.step, which multiplies by a leftover scale
             vars(optimizer).pop(name, None)
         if self._scaler.is_enabled():
-            self._scaler._per_optimizer_states.clear()  # noqa: SLF001 - else unscale_() says it was already called
+            self._scaler._per_optimizer_states.clear()  # noqa: SLF001 - else unscale_() raises: already called
 
     def _write(self, row: int, value: Tensor) -> None:
         if self._position is None:
@@ -163,11 +163,11 @@ class AmpStep:
         return self._logged if self._position is None else int(self._position)
 
     def read_epoch(self) -> float:
-        """Bring the telemetry up to date, the one host synchronisation of an epoch.
+        """Update the telemetry, with the only host synchronisation of an epoch.
 
         Returns:
-            The mean loss of the steps since the last call, without those that were skipped because their own loss was
-            not finite. NaN where none is left.
+            The mean loss of the steps since the last call, except steps skipped because their own loss was not finite.
+            NaN if no step remains.
         """
         logged = self._count_logged()
         losses, scales, overflows = self._log[:, :logged].cpu().numpy()
@@ -195,16 +195,16 @@ class AmpStep:
     ) -> GradientProbe:
         """Compare the gradients of this precision with those of fp32. No weight, gradient or scale changes.
 
-        A few images tell how much underflows. Before a verdict that would end a trial, more are asked: whether weights
-        are dead, whether all vanishes, and whether the sum over a whole batch overflows. Never more than a batch at
-        once, or the probe would need more memory than training.
+        A few images show how much underflows. A verdict that would end a trial is tested on more images: whether
+        weights are dead, whether the whole gradient vanishes, and whether the sum over a whole batch overflows. No pass
+        exceeds one batch, or the probe would need more memory than training.
 
         Args:
             parameters: the fp32 weights.
             compute_loss: forward pass and loss of some images, each weighted as in a training step.
-            images: whatever ``compute_loss`` knows them by, [n].
-            batch_size: images of a training step.
-            steps_left: of the trial's budget.
+            images: the images in the form that ``compute_loss`` takes, [n].
+            batch_size: images in a training step.
+            steps_left: steps left in the trial's budget.
             all_skipped: whether every step of the last epoch was skipped.
         """
         few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
@@ -252,7 +252,7 @@ class AmpStep:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors that ``load_state_dict`` continues from, safe for ``torch.load(weights_only=True)``.
+        """Return plain values and tensors for ``load_state_dict``, safe for ``torch.load(weights_only=True)``.
 
         Call it between epochs, after ``read_epoch``.
         """
@@ -264,11 +264,11 @@ class AmpStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint with this trial's own scaler settings.
+        """Resume from a checkpoint, with this trial's own scaler settings.
 
-        ``GradScaler.load_state_dict`` would put the checkpoint's growth and backoff settings in their place. The
-        running scale and growth tracker are taken over, unless the checkpoint began from another ``init_scale``:
-        then this trial's own scale starts afresh.
+        ``GradScaler.load_state_dict`` would replace them by the checkpoint's growth and backoff settings. The current
+        scale and growth tracker are restored, unless the checkpoint started from another ``init_scale``: then the scale
+        starts from this trial's own.
         """
         self._telemetry = ScalerTelemetry(**state["telemetry"])
         if not self._scaler.is_enabled():
@@ -290,7 +290,7 @@ class AmpStep:
 
 
 def build_scaler(config: TrialConfig, device: torch.device) -> torch.amp.GradScaler:
-    """``torch.amp.GradScaler`` with the trial's four settings, enabled for fp16 only."""
+    """Return a ``torch.amp.GradScaler`` with the trial's four settings, enabled for fp16 only."""
     if config.precision != "fp16":
         return torch.amp.GradScaler(device.type, enabled=False)
     assert config.init_scale is not None  # TrialConfig fills the four settings for fp16
@@ -309,7 +309,7 @@ def build_scaler(config: TrialConfig, device: torch.device) -> torch.amp.GradSca
 def summarise_steps(
     before: ScalerTelemetry, scales: NDArray[np.float32], overflows: NDArray[np.bool_]
 ) -> ScalerTelemetry:
-    """The telemetry after further steps.
+    """Return the telemetry after further steps.
 
     Args:
         before: the telemetry before them; its ``loss_scale`` is the scale of the first step.
@@ -340,10 +340,10 @@ def summarise_steps(
 
 @contextlib.contextmanager
 def fp32_arithmetic(precision: str) -> Iterator[None]:
-    """How what is left in fp32 is computed: on CUDA TF32 for ``tf32``, strict for every other precision and on the CPU.
+    """Compute fp32 operations as TF32 for ``tf32`` on CUDA, and in strict fp32 for other precisions and on the CPU.
 
-    PyTorch's own default is a mixture (TF32 convolutions, strict products), which would make fp32 no clean baseline,
-    and a user's module may have chosen another: ``torch.set_float32_matmul_precision("medium")`` is bf16 on the CPU.
+    PyTorch's own default is a mixture (TF32 convolutions, strict products), which is no clean baseline for fp32. A
+    user's module may have set another: ``torch.set_float32_matmul_precision("medium")`` is bf16 on the CPU.
     https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
     """
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
@@ -352,8 +352,8 @@ def fp32_arithmetic(precision: str) -> Iterator[None]:
     previous = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"
-    # The older switches must say the same: torch raises where they are read (cudnn.flags and torch.compile do) while
-    # they contradict the settings above. With all of those strict, they can be read whatever they were.
+    # The older switches must agree with the settings above: while they contradict, torch raises when a switch is read,
+    # as cudnn.flags and torch.compile do. With all settings strict, the switches can be read whatever their values.
     matmul_precision, cudnn_tf32 = torch.get_float32_matmul_precision(), _cudnn_switch_allows_tf32()
     try:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -370,11 +370,11 @@ def fp32_arithmetic(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Numbers below 1e-38 are zero for this thread's CPU arithmetic.
+    """Treat numbers below 1e-38 as zero in this thread's CPU arithmetic.
 
-    Adam's moments of a weight whose gradient stays zero, as at the border of MNIST's images, decay into them, and
+    Adam's moments decay into such numbers if a weight's gradient stays zero, as at the border of MNIST's images, and
     processors are slow with them: from the second epoch on, steps at batch 64 took 1.3 (fp16) to 1.5 times (fp32) as
-    long. No recorded metric differs in a bit. The smallest numbers of fp16 are far larger, and stay.
+    long. No recorded metric differs in a bit. The smallest numbers of fp16 are far larger and are not affected.
     """
     smallest = sys.float_info.min
     flushed = smallest / 2 == 0
@@ -386,7 +386,7 @@ def flushing_denormals() -> Iterator[None]:
 
 
 def describe_hardware(precision: str, device: torch.device) -> str | None:
-    """One sentence where ``device`` lacks units for ``precision``, None where it has them."""
+    """Return one sentence if ``device`` lacks units for ``precision``, None if it has them."""
     if device.type == "cuda":
         return describe_cuda(precision, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
     if precision == "tf32":
@@ -403,7 +403,7 @@ def describe_hardware(precision: str, device: torch.device) -> str | None:
 
 
 def describe_cuda(precision: str, capability: tuple[int, int], name: str) -> str | None:
-    """The same for a CUDA device of ``capability`` (major, minor) called ``name``.
+    """Return the same as ``describe_hardware`` for a CUDA device called ``name`` of ``capability`` (major, minor).
 
     Tensor cores for fp16 came with compute capability 7.0, those for bf16 and TF32 with 8.0:
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
@@ -418,15 +418,15 @@ def describe_cuda(precision: str, capability: tuple[int, int], name: str) -> str
 
 
 def _cudnn_switch_allows_tf32() -> bool:
-    """The older switch of cuDNN, while convolutions and recurrent layers are set to strict fp32."""
+    """Return cuDNN's older switch, while convolutions and recurrent layers are set to strict fp32."""
     try:
         return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # it contradicts them
+    except RuntimeError:  # the switch contradicts those settings
         return True
 
 
 def _compute_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of ``loss``, zero for a parameter that it does not depend on; ``.grad`` stays as it is."""
+    """Return the gradients of ``loss``, zero for a parameter that it does not depend on; leave ``.grad`` unchanged."""
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return [gradient.detach() for gradient in gradients]
 
@@ -436,11 +436,11 @@ def _is_dead(gradients: Sequence[Tensor]) -> bool:
 
 
 def _measure_underflow(exact: Sequence[Tensor], scaled: Sequence[Tensor]) -> float | None:
-    """Share of the elements of ``exact`` that are not zero which are in ``scaled``.
+    """Return the share of the non-zero elements of ``exact`` that are zero in ``scaled``.
 
-    None where there is none, and where a gradient is not finite.
+    None if ``exact`` has no non-zero element, or if a gradient is not finite.
     """
-    # Kept, not lost: where all is lost this is exactly zero, and the share exactly one.
+    # Count the elements kept, not lost: if all are lost, the count is exactly zero and the share exactly one.
     counts = [(a.count_nonzero(), torch.logical_and(a, b).count_nonzero()) for a, b in zip(exact, scaled, strict=True)]
     total, kept = torch.stack([torch.stack(pair) for pair in counts]).sum(dim=0).tolist()
     if total == 0 or not all_finite(exact) or not all_finite(scaled):
@@ -449,32 +449,33 @@ def _measure_underflow(exact: Sequence[Tensor], scaled: Sequence[Tensor]) -> flo
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every element is a finite number.
+    """Return whether every element is a finite number.
 
-    By their sums, in a third of the time of testing each element: finite ones could overflow only beyond 10^30.
+    Testing the sums takes a third of the time of testing each element. Sums of finite elements overflow only if these
+    exceed 10^30.
     """
     return math.isfinite(torch.stack([tensor.detach().sum() for tensor in tensors]).sum())
 
 
 def find_nan(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first tensor with a NaN in it; None where there is none. Infinity may be meant, as in a mask."""
+    """Return the name of the first tensor with a NaN, or None. Infinity may be intended, as in a mask."""
     return next((name for name, tensor in named if tensor.isnan().any()), None)
 
 
 def _any_nonzero(tensors: Sequence[Tensor]) -> bool:
-    """NaN counts as a gradient."""
+    """Return whether any gradient is non-zero. NaN counts as a gradient."""
     return not tensors or bool(torch.stack([torch.linalg.vector_norm(tensor, 1) for tensor in tensors]).sum() != 0)
 
 
 def _scale_tensor(scaler: torch.amp.GradScaler) -> Tensor:
-    """The current scale as a 0-dim device tensor. ``get_scale`` would wait for the device."""
+    """Return the current scale as a 0-dim device tensor. ``get_scale`` would wait for the device."""
     scale = scaler._get_scale_async()  # noqa: SLF001
-    assert scale is not None  # made by the first scale()
+    assert scale is not None  # created by the first scale()
     return scale
 
 
 def _overflow_flag(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor:
-    """0-dim device float, non-zero where ``step`` found a gradient that is not finite. Valid before ``update``."""
+    """Return a 0-dim device float, non-zero if ``step`` found a non-finite gradient. Valid before ``update``."""
     flags = list(scaler._found_inf_per_device(optimizer).values())  # noqa: SLF001
     assert len(flags) == 1  # a trial's model lives on one device
     flag: Tensor = flags[0]
@@ -482,7 +483,7 @@ def _overflow_flag(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimize
 
 
 def _float32(value: float | None) -> float:
-    """``value`` as the scaler holds it."""
+    """Return ``value`` as the scaler holds it."""
     assert value is not None
     return float(np.float32(value))
 

@@ -1,4 +1,4 @@
-"""From a split in memory to what a training step sees: tensors that stay on the device, scaled, in batches."""
+"""Prepares a split for training steps: tensors that stay on the device, input scaling, and the order of batches."""
 
 import dataclasses
 import warnings
@@ -15,7 +15,7 @@ CHUNK_IMAGES = 1024  # images widened to 8 bytes a pixel at a time: 6 MB for 28x
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceSplit:
-    """A split on the device where it is used."""
+    """A split on the device that uses it."""
 
     images: torch.Tensor
     """uint8 [n, channels, height, width]"""
@@ -25,25 +25,25 @@ class DeviceSplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputScaling:
-    """What a model sees of a pixel: ``(pixel - shift) * factor`` in float32."""
+    """The map from a pixel to a model's input: ``(pixel - shift) * factor`` in float32."""
 
     shift: float
-    """Subtracted from the pixel."""
+    """Value subtracted from the pixel."""
     factor: float
-    """Multiplies the difference."""
+    """Multiplier of the difference."""
 
 
 def place_split(split: Split, device: torch.device) -> DeviceSplit:
-    """The split on ``device``: the same memory on a CPU, one copy on a GPU."""
+    """Return the split on ``device``: the same memory on a CPU, one copy on a GPU."""
     with warnings.catch_warnings():
-        # Arrays from Ray's object store are read-only, which torch cannot express; nothing here writes to them.
+        # Arrays from Ray's object store are read-only, which torch does not support; nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
         images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
     return DeviceSplit(images=images.to(device), labels=labels.to(device))
 
 
 def fit_input_scaling(train: Split, method: str) -> InputScaling:
-    """The scaling that maps the training pixels to [0, 1] (``minmax``) or to mean 0, deviation 1 (``standard``).
+    """Return the scaling that maps the training pixels to [0, 1] (``minmax``) or to mean 0, deviation 1 (``standard``).
 
     Raises:
         InputError: every pixel has the same value.
@@ -64,16 +64,16 @@ def fit_input_scaling(train: Split, method: str) -> InputScaling:
 
 
 def scale_images(images: torch.Tensor, scaling: InputScaling) -> torch.Tensor:
-    """``images`` (uint8, any shape) as a model sees them, float32 of the same shape."""
-    # uint8 minus a Python float is float32 in one kernel, no separate conversion; minus an int it would wrap around.
+    """Return ``images`` (uint8, any shape) as model inputs, float32 of the same shape."""
+    # uint8 minus a Python float is float32 in one kernel, without a conversion; minus an int it would wrap around.
     return (images - float(scaling.shift)).mul_(scaling.factor)
 
 
 def batch_indices(count: int, batch_size: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """One epoch's batches over ``count`` images: int64 [steps, batch_size] on ``device``, each index at most once.
+    """Return an epoch of batches over ``count`` images, int64 [steps, batch_size] on ``device``; no index repeats.
 
-    The permutation is made with the CPU ``generator``, so that every device sees the same order. The ragged last batch
-    is dropped: shapes are static and every step weighs the same.
+    The permutation comes from the CPU ``generator``, so that every device sees the same order. The ragged last batch is
+    dropped, so that shapes are static and every step has the same weight.
 
     Raises:
         InputError: a batch is larger than ``count``.
@@ -86,7 +86,7 @@ def batch_indices(count: int, batch_size: int, generator: torch.Generator, devic
 
 
 def difficulty_order(split: Split, num_classes: int) -> npt.NDArray[np.int64]:
-    """Indices of the split's images from easy to hard, int64 [n].
+    """Return the indices of the split's images from easy to hard, int64 [n].
 
     Difficulty is the Euclidean distance to the mean image of the label's class; ties keep the data set's order.
     """
@@ -104,10 +104,10 @@ def difficulty_order(split: Split, num_classes: int) -> npt.NDArray[np.int64]:
 
 
 def class_weights(labels: npt.NDArray[np.int64], num_classes: int, method: str) -> torch.Tensor | None:
-    """Weights of the classes in the loss, float32 [num_classes]; None for ``none``.
+    """Return the weights of the classes in the loss, float32 [num_classes]; None for ``none``.
 
-    ``balanced`` is scikit-learn's: n / (num_classes * images of the class), over the whole training split. Epochs of a
-    curriculum, which draw from a part of it, have the same weights as all others.
+    ``balanced`` is scikit-learn's: n / (num_classes * images of the class), over the whole training split. A
+    curriculum's epochs that draw from a part of the split use the same weights.
 
     Raises:
         InputError: a class has no image.

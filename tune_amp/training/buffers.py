@@ -1,7 +1,7 @@
-"""Keeps a model's buffers finite where a forward pass overflows.
+"""Keeps a model's buffers finite when a forward pass overflows.
 
-``GradScaler`` skips such a step, and weights stay as they are. The running statistics of batch norms do not: PyTorch
-keeps the infinity, and after one such step the model is of no use in evaluation mode.
+``GradScaler`` skips such a step, so that the weights do not change. The running statistics of batch norms do change:
+PyTorch stores the infinity, and after one such step the model is useless in evaluation mode.
 """
 
 import collections
@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class FiniteBuffers:
-    """Buffers whose values are put back, each by itself, where they become infinite or NaN.
+    """Buffers of which each value that becomes infinite or NaN is restored, one by one.
 
-    Finite statistics of skipped steps stay, as in PyTorch: without them a batch norm takes longer to warm up. Of 22
-    steps of an epoch the first 14 were skipped, and accuracy was 63 % with them and 55 % without (means of 8 seeds).
+    Finite statistics of skipped steps are kept, as in PyTorch: without them a batch norm takes longer to warm up. With
+    the first 14 of an epoch's 22 steps skipped, accuracy was 63 % with them and 55 % without (means of 8 seeds).
 
-    There is no host synchronisation, the device does the same at every step, and all buffers of a type go through one
-    tensor, so that a step has six more operations however many buffers there are. On one CPU core, steps of four models
-    with 1 to 20 batch norms took 0.99 to 1.02 times as long; two runs of the same step differ as much.
+    There is no host synchronisation, and the device does the same at every step. All buffers of a type go through one
+    tensor, so that a step has six more operations for any number of buffers. On one CPU core, steps of four models with
+    1 to 20 batch norms took 0.99 to 1.02 times as long; two runs of the same step differ as much.
 
     Args:
-        buffers: of a model, on its device. Left out are those that are not contiguous, and those that a model replaces
-            by other tensors are not followed.
+        buffers: a model's buffers, on its device. Those that are not contiguous are ignored. If the model replaces a
+            buffer by another tensor, the new one is not restored.
     """
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
@@ -40,7 +40,7 @@ class FiniteBuffers:
 
     @contextlib.contextmanager
     def kept_finite(self) -> Iterator[None]:
-        """Put back, after the ``with`` block, every value that was lost within."""
+        """Restore, after the ``with`` block, every value that became infinite or NaN in it."""
         for flat, before, _, _ in self._groups:
             torch.cat(flat, out=before)
         yield
