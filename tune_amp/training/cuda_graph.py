@@ -1,9 +1,9 @@
 """A training step captured as a CUDA graph: one launch for the tens to hundreds of kernels of a step.
 
-At small batches a GPU waits for Python to launch the next kernel; a replayed graph needs no Python. What is replayed is
+At small batches a GPU waits for Python to launch the next kernel; a replayed graph needs no Python. A replay repeats
 exactly what was launched at capture, so that a step must do the same on the host every time: it finds its batch and its
-place in the logs by a position on the device, and a model that is not so (it waits for the device, or changes on the
-host) trains without a graph. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+place in the logs by a position on the device. A model that waits for the device, or changes on the host, trains without
+a graph. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from torch import Tensor, nn
 
 from tune_amp.trial.config import describe_error
 
-WARM_UP_STEPS = 3  # as PyTorch's documentation has it: libraries and lazily made state are ready by then
+WARM_UP_STEPS = 3  # as in PyTorch's documentation: libraries and lazily created state are ready by then
 # A capture is expected to take 15 to 40 ms and to save 0.2 to 0.4 ms a step. Estimates, to be measured on a GPU.
 LEAST_STEPS = 100
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]
-"""Makes of a step a function that repeats it, without taking the step. May raise ``CaptureError``."""
+"""Function that returns a replay of a step, without taking the step. May raise ``CaptureError``."""
 
 
 class CaptureError(Exception):
-    """A step that cannot be captured. Training can go on without."""
+    """A step cannot be captured. Training can continue without a graph."""
 
 
 def explain_eager(*, has_graphs: bool, allowed: bool, steps_left: int, least_steps: int = LEAST_STEPS) -> str | None:
-    """Why steps shall not be captured; None where they shall.
+    """Return why steps are not to be captured, or None if they are.
 
     Args:
         has_graphs: whether the device can capture at all.
-        allowed: whether the caller wants graphs.
-        steps_left: that the run may still take.
-        least_steps: from how many on a capture pays.
+        allowed: whether the caller allows graphs.
+        steps_left: maximum number of steps that the run still takes.
+        least_steps: minimum number of steps for which a capture pays.
     """
     if not has_graphs:
         return "the CPU has no CUDA graphs"
@@ -56,16 +56,16 @@ def explain_eager(*, has_graphs: bool, allowed: bool, steps_left: int, least_ste
 class StepLoop:
     """Takes the steps of a run: the first ones eagerly, the others as replays of one captured step.
 
-    The first steps are real ones, so that nothing has to be put back before the capture, which takes none.
+    The first steps are real training steps, and the capture takes none, so that nothing has to be undone.
 
     Args:
-        step: one training step on a batch of indices (int64 [batch_size]). It must read ``position`` wherever it needs
-            to know which step of the epoch it is, and add 1 to it.
-        model: what the step trains. It is watched during one step for what a graph would not repeat.
-        device: where the step's tensors live.
-        max_steps: most steps in an epoch.
-        batch_size: images of a step.
-        capture: how a step is captured.
+        step: one training step on a batch of indices (int64 [batch_size]). It must read its number within the epoch
+            from ``position``, and add 1 to it.
+        model: the model that the step trains. One step checks it for changes that a graph would not repeat.
+        device: device of the step's tensors.
+        max_steps: maximum number of steps in an epoch.
+        batch_size: images in a step.
+        capture: function that captures a step.
     """
 
     def __init__(
@@ -79,27 +79,27 @@ class StepLoop:
         capture: Capture,
     ) -> None:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        """Step of the epoch, from 0: int64 [1], on the device."""
+        """Number of the step within the epoch, from 0: int64 [1], on the device."""
         self.refusal: str | None = None
-        """Why no step will be captured; None where one was or may be."""
+        """Reason why no step will be captured; None if one was or may be."""
         self._step = step
         self._model = model
         self._device = device
         self._capture = capture
         self._batches = torch.zeros(max_steps, batch_size, dtype=torch.int64, device=device)
-        # Capture needs a stream that is not the default one, and the eager steps before it the same.
+        # Capture needs a stream other than the default one, and the eager steps before it need the same stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._warm_steps = 0
         self._replay: Step | None = None
 
     def describe(self) -> str:
-        """``graph``, or ``eager: `` and why."""
+        """Return ``graph``, or ``eager: `` and the reason."""
         if self._replay is not None:
             return "graph"
         return f"eager: {self.refusal or 'no step captured yet'}"
 
     def take(self, batches: Tensor) -> None:
-        """Take a step with each of ``batches``, int64 [steps, batch_size], from ``position`` 0 on."""
+        """Take a step with each of ``batches``, int64 [steps, batch_size], starting at ``position`` 0."""
         self._batches[: len(batches)].copy_(batches)
         left = len(batches)
         if self._replay is None and self.refusal is None:
@@ -112,7 +112,7 @@ class StepLoop:
         self._step(self._batches.index_select(0, self.position).flatten())
 
     def _warm_up(self, left: int) -> int:
-        """Take eager steps until the capture, and capture where a step is left to replay. How many are then left."""
+        """Take eager steps until the capture, capture if a step is left to replay, and return how many are left."""
         with _on_stream(self._stream):
             while left and self._warm_steps < WARM_UP_STEPS:
                 self._warm_steps += 1
@@ -130,9 +130,9 @@ class StepLoop:
 
 
 def capture_cuda_graph(step: Step) -> Step:
-    """Capture what ``step`` launches on the current stream, and return the replay of it.
+    """Capture what ``step`` launches on the current stream, and return a function that replays it.
 
-    The graph keeps its memory until the replay is gone.
+    The graph keeps its memory as long as that function exists.
 
     Raises:
         CaptureError: the step cannot be captured; the device is as it was before. Only torch 2.13 and 2.14 keep the
@@ -141,13 +141,13 @@ def capture_cuda_graph(step: Step) -> Step:
     """
     generator_state = torch.cuda.get_rng_state()
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    # cuBLAS would go on using a workspace that others may free. Cleared, it takes one from the graph's own memory;
-    # cleared again, that stays the graph's (torch._inductor.cudagraph_trees does the same).
+    # cuBLAS would keep using a workspace that other code may free. After this call it allocates one from the graph's
+    # memory; after the second call only the graph uses that one (torch._inductor.cudagraph_trees does the same).
     clear_workspaces()
     try:
         with (
             _without_collection(),
-            # thread_local: other threads of the process (Ray's) may call CUDA meanwhile.
+            # thread_local: other threads of the process (Ray's) may call CUDA during the capture.
             torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"),
         ):
             step()
@@ -155,7 +155,7 @@ def capture_cuda_graph(step: Step) -> Step:
         reason = describe_error(_find_cause(error))
         device = torch.cuda.current_device()
         release_failed_pool(
-            lambda: torch._C._cuda_endAllocateToPool(device, pool),  # noqa: SLF001 - no public names for them
+            lambda: torch._C._cuda_endAllocateToPool(device, pool),  # noqa: SLF001 - they have no public names
             lambda: torch._C._cuda_releasePool(device, pool),  # noqa: SLF001
         )
         _recover(generator_state)
@@ -167,10 +167,10 @@ def capture_cuda_graph(step: Step) -> Step:
 
 @contextlib.contextmanager
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within, ``optimizer.step`` may be captured.
+    """Allow ``optimizer.step`` to be captured in the ``with`` block.
 
-    Only within: Adam refuses to be captured without the flag, and warns of steps taken eagerly with it. A fused one
-    computes the same either way (``torch/optim/adam.py``); SGD has no such flag.
+    The flag is set only there: Adam refuses capture without it, and warns of eager steps with it. A fused Adam computes
+    the same either way (``torch/optim/adam.py``); SGD has no such flag.
     """
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     try:
@@ -183,11 +183,12 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def explain_change(step: Step, model: nn.Module, device: torch.device) -> str | None:
-    """Take ``step``, and say why a graph would not repeat it; None where nothing speaks against it.
+    """Take ``step``, and return why a graph would not repeat it, or None if no reason was found.
 
-    Seen are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global generators),
-    and whatever changes in the model's modules and their attributes but the values of tensors: counters, generators,
-    tensors put in the place of others. Not seen is state outside the model, and what a function that it holds encloses.
+    Detected are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global
+    generators), and any change in the model's modules and their attributes except the values of tensors: counters,
+    generators, replaced tensors. Not detected are changes of state outside the model, and of what a function that the
+    model holds encloses.
     """
     before = _describe_host_state(model)
     with _noting_waits(device) as waits:
@@ -201,7 +202,7 @@ def explain_change(step: Step, model: nn.Module, device: torch.device) -> str | 
 
 
 def clear_workspaces() -> None:
-    """Free the workspaces that cuBLAS takes from PyTorch's allocator and keeps for the life of the process."""
+    """Free the workspaces that cuBLAS allocates with PyTorch's allocator and keeps for the life of the process."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - no public name for it
     if clear is not None:
         clear()
@@ -209,7 +210,7 @@ def clear_workspaces() -> None:
 
 @contextlib.contextmanager
 def _on_stream(stream: "torch.cuda.Stream | None") -> Iterator[None]:
-    """Within, work goes to ``stream``, after what was begun before and before what comes after."""
+    """Run the work of the ``with`` block on ``stream``, after all earlier work and before all later work."""
     if stream is None:
         yield
         return
@@ -223,7 +224,7 @@ def _on_stream(stream: "torch.cuda.Stream | None") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Within, the cycle collector rests: in the midst of a capture it might destroy an earlier run's graph."""
+    """Disable the cycle collector in the ``with`` block: during a capture it might destroy an earlier run's graph."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -240,8 +241,8 @@ def release_failed_pool(end: Callable[[], None], release: Callable[[], None]) ->
     memory runs out too early (https://github.com/pytorch/pytorch/pull/180395). A pool must not be released twice.
 
     Args:
-        end: stops the recording. Raises RuntimeError where torch has stopped it.
-        release: gives the pool's memory back.
+        end: stops the recording. Raises RuntimeError if torch has stopped it already.
+        release: releases the pool's memory.
     """
     try:
         end()
@@ -251,14 +252,14 @@ def release_failed_pool(end: Callable[[], None], release: Callable[[], None]) ->
 
 
 def _recover(generator_state: Tensor) -> None:
-    """Put the device back after a failed capture.
+    """Restore the device after a failed capture.
 
     Raises:
-        torch.AcceleratorError: it can no longer be used.
+        torch.AcceleratorError: the device can no longer be used.
     """
     torch.cuda.synchronize()
-    # The default generator still believes that it is captured, and refuses to draw ("Offset increment outside graph
-    # capture", ATen/cuda/CUDAGeneratorImpl.cpp): it gets a new state with the numbers of the old.
+    # The default generator still counts as captured and refuses to draw ("Offset increment outside graph capture",
+    # ATen/cuda/CUDAGeneratorImpl.cpp): it gets a new state object that continues the same sequence.
     index = torch.cuda.current_device()
     fresh = torch.Generator(torch.device("cuda", index))
     fresh.set_state(generator_state)
@@ -266,7 +267,7 @@ def _recover(generator_state: Tensor) -> None:
 
 
 def _find_cause(error: BaseException) -> BaseException:
-    """The first exception: ending a broken capture raises another one, which says less."""
+    """Return the first exception of the chain: ending a broken capture raises another one, which says less."""
     while error.__context__ is not None:
         error = error.__context__
     return error
@@ -274,7 +275,7 @@ def _find_cause(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _noting_waits(device: torch.device) -> Iterator[list[str]]:
-    """Within, waits of the host for the device are noted, and are not hindered."""
+    """Record, without preventing them, the host's waits for the device in the ``with`` block."""
     waits: list[str] = []
     if device.type != "cuda":
         yield waits
@@ -292,9 +293,9 @@ def _noting_waits(device: torch.device) -> Iterator[list[str]]:
 
 
 class _StatePickler(pickle.Pickler):
-    """Pickles what a model holds on the host; of a tensor or function only which one it is.
+    """Pickles a model's state on the host; of a tensor or function only its identity.
 
-    A function without a name of its own, as ``torch.compile`` returns it, cannot be pickled.
+    A function without a name of its own, as ``torch.compile`` returns it, cannot be pickled otherwise.
     """
 
     def persistent_id(self, value: Any) -> Any:
@@ -306,13 +307,13 @@ class _StatePickler(pickle.Pickler):
 
 
 def _describe_host_state(model: nn.Module) -> bytes | None:
-    """Bytes that are others where something on the host has changed that the model may depend on.
+    """Return bytes that differ if something on the host has changed that the model may depend on.
 
-    None where some attribute of the model cannot be pickled.
+    None if some attribute of the model cannot be pickled.
     """
     written = io.BytesIO()
     try:
-        # Modules by their attributes: a module's own __getstate__ may leave some out.
+        # Modules are described by their attributes: a module's own __getstate__ may omit some.
         _StatePickler(written).dump(
             [{**vars(module), "_modules": [name for name, _ in module.named_children()]} for module in model.modules()]
         )

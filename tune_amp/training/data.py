@@ -1,6 +1,6 @@
-"""Data sets as uint8 arrays, checked, in their fixed splits.
+"""Loads data sets as uint8 arrays, checks them and divides them into fixed splits.
 
-A data set is read once, in the driver, and travels as numpy arrays; a worker places it on its device once.
+The driver reads a data set once and sends it as numpy arrays; each worker copies it to its device once.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from tune_amp.trial.config import DATASETS, InputError, describe_error, is_funct
 # The split belongs to the data set, not to a trial: its seed never varies, so that every trial sees the same images.
 SPLIT_SEED = 20_251
 VALIDATION_SHARE = 12  # one image in twelve: 5,000 of MNIST's 60,000
-DIGITS_TEST_SHARE = 7  # one image in seven, as MNIST's 10,000 of 70,000
+DIGITS_TEST_SHARE = 7  # one image in seven, like MNIST's 10,000 of 70,000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,21 +47,21 @@ class Dataset:
     """A data set in its three parts: numpy arrays, which Ray's object store shares between workers without a copy."""
 
     name: str
-    """What is recorded: mnist, fashion_mnist, kmnist, digits or module:function."""
+    """Name for the records: mnist, fashion_mnist, kmnist, digits or module:function."""
     num_classes: int
     """Labels run from 0 to num_classes - 1."""
     train: Split
-    """What trials learn from."""
+    """Images that trials are trained on."""
     validation: Split
-    """What every choice is made on."""
+    """Images that every choice is based on."""
     test: Split
-    """Read once, for the frozen winners."""
+    """Images that are read once, for the frozen winners."""
     content_hash: str
     """SHA-256 over shapes, dtypes and bytes of the given training and test arrays, before the split."""
     imbalance: float = 1.0
-    """Images of the most frequent training class for one of the rarest, where ``make_long_tail`` has thinned them."""
+    """Ratio of the largest training class to the smallest to which ``make_long_tail`` thinned them; 1 if it did not."""
     notice: str | None = None
-    """What the user must be told loudly, such as a fall back to digits."""
+    """Warning to show the user prominently, such as a fall back to digits."""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -71,16 +71,16 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
-    """The data set ``name``, read from disk, downloaded, or made by the user's own function.
+    """Return the data set ``name``, read from disk, downloaded, or made by the user's own function.
 
     Args:
-        name: auto, mnist, fashion_mnist, kmnist, digits or module:function. ``auto`` is MNIST, and digits with a notice
-            where MNIST is neither on disk nor can be downloaded.
-        data_dir: torchvision's root folder (``MNIST/raw/...``) or a folder of the four files ``*-ubyte[.gz]``;
-            where None, ``$TUNE_AMP_DATA`` or else ``~/.cache/tune_amp``.
+        name: auto, mnist, fashion_mnist, kmnist, digits or module:function. ``auto`` is MNIST, or digits with a notice
+            if MNIST is not on disk and cannot be downloaded.
+        data_dir: torchvision's root folder (``MNIST/raw/...``) or a folder of the four files ``*-ubyte[.gz]``; if None,
+            ``$TUNE_AMP_DATA`` or else ``~/.cache/tune_amp``.
 
     Raises:
-        InputError: the name is unknown, files are damaged, missing or out of reach, or a function breaks its contract.
+        InputError: the name is unknown, files are damaged, missing or unreadable, or a function breaks its contract.
     """
     if name == "auto":
         return _load_mnist_or_digits(data_dir)
@@ -94,16 +94,16 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
 
 
 def make_long_tail(dataset: Dataset, imbalance: float) -> Dataset:
-    """The data set with class sizes that fall from ``imbalance`` to 1 in its training split, and nowhere else.
+    """Return the data set with training class sizes that fall from ``imbalance`` to 1; other splits stay as they are.
 
-    Its hash stays that of the given data, from which the same images are always kept: see :func:`thin_classes`.
+    The hash stays that of the given data, because the same images are always kept: see :func:`thin_classes`.
 
     Raises:
         InputError: a class would keep fewer than 2 training images.
     """
     if imbalance == dataset.imbalance:
         return dataset
-    assert dataset.imbalance == 1  # thinning what has been thinned would keep other images
+    assert dataset.imbalance == 1  # thinning a thinned data set would keep other images
     train = thin_classes(dataset.train, dataset.num_classes, imbalance)
     counts = np.bincount(train.labels, minlength=dataset.num_classes)
     if counts.min() < 2:
@@ -113,11 +113,11 @@ def make_long_tail(dataset: Dataset, imbalance: float) -> Dataset:
 
 
 def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
-    """A part of the split in which class sizes fall exponentially from the first label to the last; all of it at 1.
+    """Return a subset in which class sizes fall exponentially from the first label to the last; the whole split at 1.
 
     Class i keeps n * mu^i images, with mu^(num_classes - 1) = 1 / ``imbalance``: the long tail of Cui et al. 2019,
     "Class-balanced loss based on effective number of samples" (arXiv:1901.05555). n is as large as all classes
-    allow. The images are drawn with a fixed seed: they are the data set's, as its splits are.
+    allow. The images are drawn with a fixed seed: they belong to the data set, as its splits do.
     """
     if imbalance == 1:
         return split
@@ -135,7 +135,7 @@ def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
 
 
 def describe_tail(dataset: Dataset) -> str:
-    """In brackets, how the training images are spread over the classes; empty where they are as given."""
+    """Return, in brackets, how the training images are spread over the classes; empty if they are as given."""
     if dataset.imbalance == 1:
         return ""
     counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
@@ -156,7 +156,7 @@ def _load_files(name: str, data_dir: Path | None) -> Dataset:
     train_images, train_labels, test_images, test_labels = locate_files(name, data_dir)
     train = _read_split(train_images, train_labels)
     test = _read_split(test_images, test_labels)
-    num_classes = 10  # of each of the three, as torchvision's class lists say
+    num_classes = 10  # in each of the three data sets, by torchvision's class lists
     for split, path in ((train, train_labels), (test, test_labels)):
         if split.labels.max() >= num_classes:
             raise InputError(f"{path}: labels must be between 0 and {num_classes - 1}, got {split.labels.max()}")
@@ -182,7 +182,7 @@ def _load_digits(notice: str | None) -> Dataset:
 
 
 def _enlarge_digits(images: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """[n, 8, 8] of 0 to 16 -> [n, 28, 28] of 0 to 255, bilinear; in integers, so that the hash is every machine's."""
+    """Scale [n, 8, 8] of 0..16 bilinearly to [n, 28, 28] of 0..255; integers give the same hash on every machine."""
     size, steps = 28, 14
     position = (4 * np.arange(size) - 5).clip(0, 7 * steps)  # (i + 0.5) * 8 / 28 - 0.5, in fourteenths of a pixel
     below, part = np.divmod(position, steps)
@@ -233,9 +233,9 @@ def _check_split(images: Any, labels: Any, images_place: str, labels_place: str)
 
 
 def _has_channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether [n, a, b, c] is next to certainly [n, height, width, channels]: colours, or a grey square.
+    """Return whether [n, a, b, c] is almost certainly [n, height, width, channels]: colours, or a grey square.
 
-    Series of sensors are [n, 64, 128, 1], features of a table [n, 64, 1, 1].
+    Neither of these is: series of sensors are [n, 64, 128, 1], features of a table [n, 64, 1, 1].
     """
     _, rows, columns, channels = shape
     is_image = min(rows, columns) > 4
@@ -255,7 +255,7 @@ def _as_array(value: Any, place: str) -> npt.NDArray[Any]:
 def _split_dataset(
     name: str, num_classes: int, train: Split, test: Split, *, places: tuple[str, str], notice: str | None = None
 ) -> Dataset:
-    """Split validation off; ``places`` name the training and the test images in messages."""
+    """Split off the validation images; ``places`` name the training and the test images in messages."""
     if train.images.shape[1:] != test.images.shape[1:]:
         got = f"{test.images.shape[1:]}, got {train.images.shape[1:]}"
         raise InputError(f"{places[0]}: images must have the (channels, height, width) of {places[1]}, {got}")
@@ -264,7 +264,7 @@ def _split_dataset(
     for array in (train.images, train.labels, test.images, test.labels):
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(array.data)
-    # At least one image a class, which scikit-learn asks of both sides; it matters below twelve images a class.
+    # At least one image a class, which scikit-learn requires of both sides; it matters below twelve images a class.
     learn, validation = _stratified_split(train, max(len(train) // VALIDATION_SHARE, num_classes))
     return Dataset(
         name=name,
@@ -287,7 +287,7 @@ def _check_classes(train: Split, num_classes: int, place: str) -> None:
 
 
 def _stratified_split(split: Split, count: int) -> tuple[Split, Split]:
-    """What stays, and ``count`` images that are taken away, both in the data set's order."""
+    """Return the images kept and the ``count`` images taken, both in the data set's order."""
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]  # slow
 
     indices = np.arange(len(split))
