@@ -1,4 +1,4 @@
-"""How a model does on a split: loss, accuracy and recalls, in strict fp32, in batches that fit where training fits."""
+"""Evaluates a model on a split: loss, accuracy and recalls, in strict fp32, in batches that fit if training fits."""
 
 import dataclasses
 import math
@@ -11,46 +11,46 @@ from tune_amp.training.batches import DeviceSplit, InputScaling, scale_images
 from tune_amp.training.own_code import exits_as_errors
 
 EVALUATION_BATCH = 2048
-"""Most images of a batch."""
-# 256 of MNIST's images, 0.8 MB in float32. On one core conv_net evaluates 5,000 of them in 1.0 s by 64 or 256 at a
-# time and in 2.2 s by 2,048, simple_net in 27, 23 and 27 ms.
+"""Maximum number of images in a batch."""
+# 256 MNIST images, 0.8 MB in float32. On one core, conv_net evaluates 5,000 of them in 1.0 s in batches of 64 or 256
+# and in 2.2 s in batches of 2,048; simple_net takes 27, 23 and 27 ms.
 EVALUATION_PIXELS = 256 * 28 * 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How a model does on a split."""
+    """A model's results on a split."""
 
     loss: float
     """Mean cross entropy, in nats."""
     accuracy: float
     """Share of the images classified correctly, 0 to 1."""
     recalls: tuple[float, ...]
-    """That share within each class; NaN for a class of which the split has no image."""
+    """The same share within each class; NaN for a class without an image in the split."""
 
 
 def choose_evaluation_batch(batch_size: int, pixels: int) -> int:
-    """Images to evaluate at a time: a training batch, or more where images are small.
+    """Return how many images to evaluate at a time: a training batch, or more if images are small.
 
-    Without gradients, in fp32, a batch takes a quarter to three quarters of the memory that the same batch takes in
-    training in bf16. It follows from the settings alone, because sums depend on it in their last bits.
+    An fp32 batch without gradients takes a quarter to three quarters of the memory that the same batch takes in bf16
+    training. The number depends on the settings alone, because the last bits of sums depend on it.
 
     Args:
-        batch_size: images of a training step.
-        pixels: values of an image, over all channels.
+        batch_size: images in a training step.
+        pixels: values in an image, over all channels.
     """
     return min(EVALUATION_BATCH, max(batch_size, EVALUATION_PIXELS // pixels))
 
 
 @exits_as_errors()
 def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling, *, batch_size: int) -> Evaluation:
-    """Loss, accuracy and recalls, in strict fp32 whatever the model was trained in.
+    """Return loss, accuracy and recalls, in strict fp32 whatever precision the model was trained in.
 
     Args:
         model: float32 weights, on the split's device.
         split: uint8 images [n, channels, height, width], int64 labels [n].
         scaling: as fitted to the training split.
-        batch_size: images of a training step.
+        batch_size: images in a training step.
     """
     at_once = choose_evaluation_batch(batch_size, split.images[0].numel())
     was_training = model.training
@@ -75,8 +75,8 @@ def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling, *, bat
 
 
 def _count_by_class(labels: Tensor, correct: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Images of each class that ``correct`` holds for, and all of them: float64 [num_classes], exact."""
-    # Not bincount, which waits for the device to learn how long its result will be.
+    """Return the correctly classified and all images of each class: float64 [num_classes] each, exact."""
+    # Not bincount, which waits for the device to find the length of its result.
     none = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
     answers = correct.to(torch.float64)
     return none.index_add(0, labels, answers), none.index_add(0, labels, torch.ones_like(answers))

@@ -1,7 +1,7 @@
 """Random numbers of a run: torch's, NumPy's and Python's global generators, seeded and stored together.
 
-Models draw from any of them, for initial weights, dropout or dropped layers. A generator that a model makes for itself
-is not seen here: it must be seeded by the model, and it starts anew where a run continues from a checkpoint.
+Models draw from any of them, for initial weights, dropout or dropped layers. A generator that a model creates itself is
+not covered: the model must seed it, and it starts anew when a run resumes from a checkpoint.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import torch
 
 
 class Generators:
-    """The generators of one run, apart from those of its process and of the other runs in it.
+    """The generators of one run, separate from those of its process and of other runs in the process.
 
     Args:
-        seed: of all generators.
-        device: where the run trains. The generator of a GPU is included.
+        seed: seed of all generators.
+        device: device that the run trains on. The generator of a GPU is included.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Generators:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within, the global generators continue this run's sequences. Not to be nested."""
+        """Let the global generators continue this run's sequences in the ``with`` block. Must not be nested."""
         with keep_generators(self._device):
             write_generators(self.state, self._device)
             try:
@@ -41,7 +41,7 @@ class Generators:
 
 @contextlib.contextmanager
 def keep_generators(device: torch.device) -> Iterator[None]:
-    """Put the global generators, afterwards, into the state that they have now."""
+    """Restore the state of the global generators after the ``with`` block."""
     state = read_generators(device)
     try:
         yield
@@ -50,14 +50,14 @@ def keep_generators(device: torch.device) -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators. NumPy's takes no more than 32 bits of ``seed``."""
+    """Seed Python's, NumPy's and torch's global generators. NumPy's uses only the lower 32 bits of ``seed``."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that models draw from
     torch.manual_seed(seed)
 
 
 def read_generators(device: torch.device) -> dict[str, Any]:
-    """State of the global generators, as plain values and tensors."""
+    """Return the state of the global generators, as plain values and tensors."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -68,7 +68,7 @@ def read_generators(device: torch.device) -> dict[str, Any]:
 
 
 def write_generators(state: Mapping[str, Any], device: torch.device) -> None:
-    """Continue from ``read_generators``. A GPU's generator stays as it is where the state was read on a CPU."""
+    """Restore a state from ``read_generators``. A GPU's generator is not changed if the state was read on a CPU."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""The four files of MNIST and of the data sets made in its image: finds, downloads and reads them."""
+"""Finds, downloads and reads the four files of MNIST and of data sets in its format."""
 
 import contextlib
 import gzip
@@ -20,11 +20,11 @@ from tune_amp.trial.config import InputError, describe_error
 DOWNLOAD_TIMEOUT_SECONDS = 20.0
 
 MOST_BYTES = 2**30
-"""Of one file's values; MNIST's largest has 47 million."""
+"""Maximum bytes of values in a file; MNIST's largest file has 47 million."""
 MOST_IMAGES = 2**24
-"""Their labels become eight bytes each."""
+"""Maximum number of images or labels in a file; a label takes eight bytes in memory."""
 DEFLATE_RATIO = 1032
-"""To so many times its size can a compressed file expand: zlib.net/zlib_tech.html."""
+"""Maximum ratio of unpacked to compressed size: zlib.net/zlib_tech.html."""
 PIECE_BYTES = 2**20
 
 IMAGES_MAGIC = 0x803
@@ -34,7 +34,7 @@ TORCHVISION_CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnis
 
 
 class DownloadError(InputError):
-    """A data set is neither on disk nor can it be downloaded: the one fault for which ``auto`` falls back."""
+    """A data set is not on disk and cannot be downloaded: the only error for which ``auto`` falls back to digits."""
 
     def __init__(self, name: str, folder: Path, cause: str) -> None:
         remedy = f"pass --data-dir with a folder of {', '.join(FILE_STEMS)} (or .gz), or --dataset digits"
@@ -44,16 +44,16 @@ class DownloadError(InputError):
 
 
 def locate_files(name: str, data_dir: Path | None) -> list[Path]:
-    """The four files of ``name`` in the order of ``FILE_STEMS``, downloaded where there is not one of them.
+    """Return the four files of ``name`` in the order of ``FILE_STEMS``; download them if none of them is on disk.
 
     Args:
         name: mnist, fashion_mnist or kmnist.
-        data_dir: torchvision's root folder (``MNIST/raw/...``) or a folder of the four files ``*-ubyte[.gz]``;
-            where None, ``$TUNE_AMP_DATA`` or else ``~/.cache/tune_amp``.
+        data_dir: torchvision's root folder (``MNIST/raw/...``) or a folder of the four files ``*-ubyte[.gz]``; if None,
+            ``$TUNE_AMP_DATA`` or else ``~/.cache/tune_amp``.
 
     Raises:
-        DownloadError: the files are neither on disk nor can they be downloaded.
-        InputError: the folder cannot be read, or holds some of the files only.
+        DownloadError: the files are not on disk and cannot be downloaded.
+        InputError: the folder cannot be read, or holds only some of the files.
     """
     folder = _choose_folder(data_dir)
     paths = _find_files(name, folder)
@@ -65,16 +65,16 @@ def locate_files(name: str, data_dir: Path | None) -> list[Path]:
 
 
 def read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
-    """The array in an idx file, plain or, where its name ends in ``.gz``, compressed.
+    """Return the array in an idx file, plain or, if its name ends in ``.gz``, compressed.
 
-    Nothing of the size that the header promises is allocated before the file is seen to be able to hold it.
+    The array is allocated only after a check that the file can hold the size that its header promises.
 
     Args:
         path: the file.
         magic: ``IMAGES_MAGIC`` for [n, height, width], ``LABELS_MAGIC`` for [n].
 
     Raises:
-        InputError: the file cannot be read, is damaged, too large, or is none of that kind.
+        InputError: the file cannot be read, is damaged, too large, or not of that kind.
     """
     try:
         if not path.is_file():
@@ -90,7 +90,7 @@ def read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
 
 
 def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int, available: int) -> npt.NDArray[np.uint8]:
-    """Header and values; ``available``: as many bytes as ``file`` can hold at most."""
+    """Read header and values; ``available`` is the maximum number of bytes that ``file`` can hold."""
     shape = _read_shape(path, file, magic)
     promised = math.prod(shape)  # a damaged header can promise 2^96 bytes
     rule = f"{path}: must hold {promised} bytes after its header (shape {tuple(shape)})"
@@ -103,7 +103,7 @@ def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int, availab
     got = _fill(file, values.data)
     if got < promised:
         raise InputError(f"{rule}, got {got}")
-    if file.read(1):  # of a compressed file, the end is where its checksum is compared too
+    if file.read(1):  # reading to the end of a compressed file also verifies its checksum
         raise InputError(f"{rule}, got more")
     return values.reshape(shape)
 
@@ -125,7 +125,7 @@ def _read_shape(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int) -> list
 
 
 def _fill(file: IO[bytes] | gzip.GzipFile, buffer: memoryview) -> int:
-    """Read into ``buffer`` until it is full or the file ends; as many bytes as were read."""
+    """Read into ``buffer`` until it is full or the file ends; return the number of bytes read."""
     filled = 0
     while filled < len(buffer) and (piece := file.read(min(PIECE_BYTES, len(buffer) - filled))):
         buffer[filled : filled + len(piece)] = piece
@@ -139,13 +139,13 @@ def _choose_folder(data_dir: Path | None) -> Path:
             return Path(os.environ.get("TUNE_AMP_DATA") or "~/.cache/tune_amp").expanduser()
         except RuntimeError as error:
             raise InputError(f"--data-dir: must be given where no HOME is set ({error})") from None
-    if not os.path.isdir(data_dir.expanduser()):  # noqa: PTH112  # Path.is_dir raises where a parent is closed to us
+    if not os.path.isdir(data_dir.expanduser()):  # noqa: PTH112  # Path.is_dir raises if a parent is not accessible
         raise InputError(f"--data-dir: must be an existing folder, got {data_dir}")
     return data_dir.expanduser()
 
 
 def _find_files(name: str, folder: Path) -> list[Path] | None:
-    """The four files in either layout; None where there is not one of them, so that a download mixes with nothing."""
+    """Return the four files in either layout, or None if none is there, so that a download mixes with no other file."""
     places = (folder / TORCHVISION_CLASSES[name] / "raw", folder)
     found = {place: _files_in(place) for place in places}
     for files in found.values():
@@ -159,7 +159,7 @@ def _find_files(name: str, folder: Path) -> list[Path] | None:
 
 
 def _files_in(place: Path) -> dict[str, Path]:
-    """Path by stem of those of the four files that ``place`` holds, in the order of ``FILE_STEMS``."""
+    """Return stem -> path of those of the four files that ``place`` holds, in the order of ``FILE_STEMS``."""
     try:
         names = set(os.listdir(place))  # noqa: PTH208  # names, not paths
     except (FileNotFoundError, NotADirectoryError):
@@ -168,21 +168,21 @@ def _files_in(place: Path) -> dict[str, Path]:
         raise InputError(f"{place}: must be a folder that can be read ({describe_error(error)})") from error
     files: dict[str, Path] = {}
     for stem in FILE_STEMS:
-        for name in (stem, f"{stem}.gz"):  # where torchvision unpacked, both are there: the plain one is faster
+        for name in (stem, f"{stem}.gz"):  # if torchvision unpacked, both exist: the plain file is faster
             if name in names:
                 files.setdefault(stem, place / name)
     return files
 
 
 def _download_files(name: str, folder: Path) -> None:
-    """Download into torchvision's layout below ``folder``; torchvision checks the MD5 sums and knows the mirrors."""
+    """Download into torchvision's layout below ``folder``; torchvision has the mirrors and checks the MD5 sums."""
     import torchvision.datasets  # type: ignore[import-untyped]  # slow, and needed only here
 
     class_name = TORCHVISION_CLASSES[name]
     raw = folder / class_name / "raw"
     try:
         raw.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target and renamed when complete: an interrupted or a second download leaves nothing half done.
+        # Downloaded beside the target and renamed when complete: an interrupted or second download leaves no part.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary, _bounded_and_quiet():
             getattr(torchvision.datasets, class_name)(temporary, download=True)
             _move_unless_there(Path(temporary, class_name, "raw"), raw)
@@ -192,7 +192,7 @@ def _download_files(name: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _bounded_and_quiet() -> Iterator[None]:
-    """Sockets that give up on a network that is not there, and no progress bars."""
+    """Limit the wait for an absent network, and hide progress bars, in the ``with`` block."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
@@ -206,5 +206,5 @@ def _move_unless_there(source: Path, target: Path) -> None:
     try:
         source.rename(target)
     except OSError:
-        if len(_files_in(target)) < len(FILE_STEMS):  # else another process was faster, with the same files
+        if len(_files_in(target)) < len(FILE_STEMS):  # else another process stored the same files first
             raise

@@ -1,6 +1,6 @@
-"""The built-in models, and loading a user's own as ``package.module:function``.
+"""Defines the built-in models, and loads a user's own by ``package.module:function``.
 
-A model is made by a function of ``(input_shape, num_classes)`` and maps float32 images ``[batch, *input_shape]`` to
+A function of ``(input_shape, num_classes)`` makes a model, which maps float32 images ``[batch, *input_shape]`` to
 logits ``[batch, num_classes]``.
 """
 
@@ -20,12 +20,12 @@ ModelFunction = Callable[[InputShape, int], nn.Module]
 
 
 def simple_net(input_shape: InputShape, num_classes: int) -> nn.Module:
-    """The tutorial's ``SimpleNet``: one hidden layer of 256 units, 784-256-10 on MNIST."""
+    """Return the tutorial's ``SimpleNet``: one hidden layer of 256 units, 784-256-10 on MNIST."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 256), nn.ReLU(), nn.Linear(256, num_classes))
 
 
 def conv_net(input_shape: InputShape, num_classes: int) -> nn.Module:
-    """Two convolutions of 32 and 64 channels, each halving the image, then one hidden layer of 128 units."""
+    """Return two convolutions of 32 and 64 channels, each halving the image, then one hidden layer of 128 units."""
     channels, height, width = input_shape
     return nn.Sequential(
         nn.Conv2d(channels, 32, kernel_size=3, padding=1),
@@ -44,7 +44,7 @@ def conv_net(input_shape: InputShape, num_classes: int) -> nn.Module:
 class VisionTransformer(nn.Module):
     """A small vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), mean-pooled, without dropout by default.
 
-    Four by four patches, so that a 28x28 image gives 16 tokens of 7x7 pixels.
+    The image is cut into four by four patches: a 28x28 image gives 16 tokens of 7x7 pixels.
 
     Raises:
         InputError: the image's sides are not multiples of four.
@@ -70,12 +70,12 @@ class VisionTransformer(nn.Module):
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
         )
-        # A nested tensor is only for padded text, and asking for one with norm_first warns.
+        # Nested tensors only help with padded text, and enabling them together with norm_first warns.
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[batch, num_classes]`` of float images ``[batch, channels, rows, columns]``."""
+        """Return logits ``[batch, num_classes]`` of float images ``[batch, channels, rows, columns]``."""
         tokens = self.embed(images).flatten(2).transpose(1, 2)
         logits: Tensor = self.head(self.encoder(tokens + self.position).mean(dim=1))
         return logits
@@ -85,13 +85,13 @@ BUILT_IN: dict[str, ModelFunction] = {"simple_net": simple_net, "conv_net": conv
 
 
 def build_model(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
-    """The model ``name``, float32 on the CPU, with weights drawn from torch's global generator.
+    """Return the model ``name``, float32 on the CPU, with weights drawn from torch's global generator.
 
     Lazy layers get their shapes from one pass in evaluation mode over two blank images.
 
     Raises:
-        InputError: the name is a user's function that cannot be imported, that returns no ``nn.Module``, or one that
-            AMP cannot train.
+        InputError: the name is a user's function that cannot be imported, that returns no ``nn.Module``, or that
+            returns one which AMP cannot train.
     """
     if name in BUILT_IN:
         return BUILT_IN[name](input_shape, num_classes)
@@ -107,7 +107,7 @@ def build_model(name: str, input_shape: InputShape, num_classes: int) -> nn.Modu
 
 
 def _find_lazy(model: nn.Module) -> str | None:
-    """The name of a parameter or buffer that has no shape yet."""
+    """Return the name of a parameter or buffer that has no shape yet, or None."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     return next((name for name, tensor in tensors if is_lazy(tensor)), None)
 
@@ -120,7 +120,7 @@ def _run_dry(model: nn.Module, input_shape: InputShape) -> None:
 
 
 def _check_parameters(name: str, model: nn.Module) -> None:
-    """Refuse weights that are not AMP's fp32 master weights, and a model without any that can learn."""
+    """Reject weights that are not AMP's fp32 master weights, and a model without trainable weights."""
     lazy = _find_lazy(model)
     if lazy is not None:
         raise InputError(f"model: {name} must use every lazy layer in its forward pass, got {lazy} without a shape")

@@ -1,4 +1,4 @@
-"""Runs a user's own code: what it does to the whole process is undone, and an exit of its is an error of its."""
+"""Runs a user's own code: undoes its changes to the process, and turns an exit that it calls into an error."""
 
 import contextlib
 import signal
@@ -16,9 +16,9 @@ from tune_amp.trial.consent import load_function
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """``consent.load_function``, after which torch's settings and all generators are as they were.
+    """Return ``consent.load_function(name)``, and restore torch's settings and all generators afterwards.
 
-    Only the first import of a process runs the module: what it sets or draws must not reach one trial alone.
+    A process runs a module on its first import only: what the module sets or draws must not affect one trial alone.
 
     Raises:
         InputError: as ``load_function``.
@@ -30,9 +30,9 @@ def import_function(name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def exits_as_errors() -> Iterator[None]:
-    """In the ``with`` block, ``sys.exit`` and KeyboardInterrupt are errors of the code that runs there.
+    """Turn ``sys.exit`` and KeyboardInterrupt in the ``with`` block into errors of the code that runs there.
 
-    Unless a signal came: Ctrl-C, or what Ray ends a worker with.
+    They are not converted if the process received a signal: Ctrl-C, or the one with which Ray ends a worker.
 
     Raises:
         RuntimeError: the code called ``sys.exit`` or raised KeyboardInterrupt.
@@ -51,7 +51,7 @@ def exits_as_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _noting_signals(signals: list[int]) -> Iterator[None]:
     before: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    if threading.current_thread() is threading.main_thread():  # no other one is interrupted by a signal
+    if threading.current_thread() is threading.main_thread():  # signals interrupt only this thread
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         before = {number: handler for number, handler in handlers.items() if callable(handler)}
 
@@ -70,7 +70,7 @@ def _noting_signals(signals: list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged_process() -> Iterator[None]:
-    """After the ``with`` block, generators, and torch's gradient mode and defaults are as they were."""
+    """Restore the generators, and torch's gradient mode and defaults, after the ``with`` block."""
     gradients, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
     try:
         with keep_generators(torch.device("cpu")):
@@ -79,4 +79,4 @@ def unchanged_process() -> Iterator[None]:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)  # a default that is set slows each call
+            torch.set_default_device(None if device.type == "cpu" else device)  # a set default slows every call
