@@ -1,4 +1,4 @@
-"""Trains and evaluates one configuration. Knows no Ray: a trial, a replay and a script run the same code."""
+"""Trains and evaluates one configuration. It does not use Ray: a trial, a replay and a script run the same code."""
 
 import contextlib
 import dataclasses
@@ -50,13 +50,13 @@ SGD_MOMENTUM = 0.9
 
 
 class TrainingData:
-    """A training split, and where wanted a validation split, resident on one device and shared by trial after trial.
+    """A training split, and optionally a validation split, resident on one device and reused by successive trials.
 
     Args:
         train: the images to train on.
         validation: the images to validate on after every epoch, or None to train without validation.
         num_classes: labels are 0 .. num_classes - 1.
-        device: where both splits will stay, as uint8: 47 MB for 60,000 MNIST images, a quarter of float32.
+        device: device that holds both splits, as uint8: 47 MB for 60,000 MNIST images, a quarter of float32.
     """
 
     def __init__(self, train: Split, validation: Split | None, num_classes: int, device: torch.device) -> None:
@@ -71,26 +71,26 @@ class TrainingData:
         self._measured = train if validation is None else validation
 
     def claim_placing_seconds(self) -> float:
-        """Seconds spent placing and sorting the data: told once, so that the one trial that waited is charged."""
+        """Return, once, the seconds spent placing and sorting the data, so that only the waiting trial is charged."""
         seconds, self._placing_seconds = self._placing_seconds, 0.0
         return seconds
 
     @functools.cache  # noqa: B019 - lives as long as the worker process
     def input_scaling(self, method: str) -> InputScaling:
-        """Fitted to the training split only."""
+        """Return the input scaling, fitted to the training split only."""
         return fit_input_scaling(self._host_train, method)
 
     @functools.cache  # noqa: B019
     def class_weights(self, method: str) -> Tensor | None:
-        """Weights of the loss, float32 [num_classes], from the training split's class counts, a long tail's too."""
+        """Return the loss weights, float32 [num_classes], from the training split's class counts after any thinning."""
         weights = class_weights(self._host_train.labels, self.num_classes, method)
         return None if weights is None else weights.to(self.device)
 
     @functools.cached_property
     def guessing(self) -> "Guessing":
-        """What a model reaches that knows how frequent each class is, and nothing of the images.
+        """Results of a model that uses the class frequencies and ignores the images.
 
-        Among those it is measured on: where classes of the training split are imbalanced, validation's may not be.
+        The frequencies are those of the split that is measured: validation may be balanced if training is not.
         """
         labels = self._measured.labels
         shares = np.bincount(labels, minlength=self.num_classes) / len(labels)
@@ -99,7 +99,7 @@ class TrainingData:
 
     @functools.cached_property
     def easy_to_hard(self) -> Tensor:
-        """Indices of the training images by rising difficulty, int64 [n]."""
+        """Indices of the training images by increasing difficulty, int64 [n]."""
         started = time.perf_counter()
         order = torch.from_numpy(difficulty_order(self._host_train, self.num_classes)).to(self.device)
         self._placing_seconds += time.perf_counter() - started
@@ -108,17 +108,17 @@ class TrainingData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guessing:
-    """The best that can be had without looking at an image."""
+    """The best results possible without looking at an image."""
 
     loss: float
     """Entropy of the labels, in nats."""
     accuracy: float
     """Share of the most frequent class."""
     images: int
-    """That accuracies are measured on."""
+    """Number of images that accuracies are measured on."""
 
     def is_beaten(self, loss: float, accuracy: float | None) -> bool:
-        """Whether a model is clearly better: by 5 % of the loss, or by 3 standard errors of the accuracy."""
+        """Return whether a model is clearly better: by 5 % of the loss, or by 3 standard errors of the accuracy."""
         if loss < 0.95 * self.loss:
             return True
         error = math.sqrt(self.accuracy * (1 - self.accuracy) / self.images)
@@ -126,23 +126,23 @@ class Guessing:
 
 
 class MemoryMeter:
-    """Peak CUDA memory of a run's training: without evaluation, and without what others hold on the device.
+    """Peak CUDA memory of a run's training, without evaluation and without memory allocated before the run.
 
     Args:
-        device: where the run will train. What is allocated there now is not the run's.
+        device: device that the run will train on. Memory allocated there now is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.peak_bytes: int | None = None
-        """Most bytes so far; None without CUDA, and before the first measurement."""
+        """Peak so far, in bytes; None without CUDA, and before the first measurement."""
         if device.type == "cuda":
-            clear_workspaces()  # else a worker's first trial would be charged for them, and the later ones not
+            clear_workspaces()  # else a worker's first trial would be charged for them, and later trials not
             self._resident_bytes = torch.cuda.memory_allocated(device)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
-        """Take the peak of a ``with`` block."""
+        """Record the peak of a ``with`` block."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         yield
@@ -155,11 +155,12 @@ class TrainingRun:
     """One configuration in training: everything that changes from epoch to epoch, checkpointed as a whole.
 
     Args:
-        config: what to train. Its seed sets the generator of the data order and, while the model is made, trained or
-            evaluated, the global ones of torch, NumPy and Python; then those are put back.
-        data: resident training data; validation metrics are None where it holds no validation split.
-        allow_graph: whether steps may be captured as a CUDA graph where that pays. ``EpochMetrics.loop`` tells.
-        capture: how a step is captured; None: as a CUDA graph on a GPU, and not at all on the CPU.
+        config: configuration to train. Its seed sets the generator of the data order and, while the model is made,
+            trained or evaluated, the global ones of torch, NumPy and Python, whose states are restored afterwards.
+        data: resident training data; validation metrics are None if it holds no validation split.
+        allow_graph: whether steps may be captured as a CUDA graph if that pays. ``EpochMetrics.loop`` records whether
+            they were.
+        capture: function that captures a step; if None, a CUDA graph on a GPU and no capture on the CPU.
         probed: whether gradients are probed after an epoch.
     """
 
@@ -178,7 +179,7 @@ class TrainingRun:
         self._generators = Generators(config.seed, data.device)
         self._scaling = data.input_scaling(config.input_scaling)
         self._class_weights = data.class_weights(config.class_weighting)
-        # Sorted now, where it counts as placing the data, not in the first epoch's training time.
+        # Sorted now, so that it counts as placing the data, not as the first epoch's training time.
         self._easy_to_hard = None if config.curriculum == "none" else data.easy_to_hard
         self._memory = MemoryMeter(data.device)
         with self._generators.in_use():
@@ -186,29 +187,29 @@ class TrainingRun:
         self._optimizer = build_optimizer(config, self.model)
         self._max_steps = len(data.train.labels) // config.batch_size
         self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
-        # With any other precision, whatever overflows takes the weights with it.
+        # With any other precision no step is skipped, and an overflow destroys the weights as well.
         self._buffers = FiniteBuffers(self.model.buffers() if config.precision == "fp16" else ())
         self._allow_graph = allow_graph
         self._capture = capture_cuda_graph if capture is None and data.device.type == "cuda" else capture
-        # Chosen with the first epoch of a run, and anew where it continues from a checkpoint.
+        # Chosen in the first epoch of a run, and again after it resumes from a checkpoint.
         self._loop: StepLoop | None = None
         self._why_eager: str | None = None
         self._can_be_probed = probed
-        # Until a weight has moved: on the host, so that no memory of the device is charged for it.
+        # Kept until a weight has moved, and on the host, so that no device memory is charged for it.
         self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
         self._epoch = 0
         self.hopeless: str | None = None
-        """Why training is past saving, after the last epoch; None while it may still get better."""
+        """Reason why training is past saving after the last epoch; None while it may still get better."""
         self._train_seconds = self._val_seconds = self._probe_seconds = 0.0
         self._data_seconds = data.claim_placing_seconds()
 
     @property
     def epoch(self) -> int:
-        """Epochs trained so far."""
+        """Number of epochs trained so far."""
         return self._epoch
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Train what is left of ``max_epochs``, ending early where the run is past saving."""
+        """Train the epochs left of ``max_epochs``, and stop early if the run is past saving."""
         while self._epoch < self._config.max_epochs and self.hopeless is None:
             yield self.train_epoch()
 
@@ -218,7 +219,7 @@ class TrainingRun:
         """Train one epoch and validate.
 
         Raises:
-            InputError: ``batch_size`` exceeds the training images, so that no step can be made.
+            InputError: ``batch_size`` exceeds the number of training images, so that no step is possible.
         """
         with self._generators.in_use():
             return self._train_epoch()
@@ -226,8 +227,8 @@ class TrainingRun:
     def _train_epoch(self) -> EpochMetrics:
         before = self._amp.telemetry
         started = time.perf_counter()
-        batches = self._draw_batches()  # on the clock: other programs' loaders draw theirs within the loop
-        with self._memory.measure():  # not validation, which is in fp32 whatever the precision
+        batches = self._draw_batches()  # timed: other programs' loaders draw batches within the loop
+        with self._memory.measure():  # without validation, which is in fp32 whatever the precision
             train_loss = self._train(batches)
             train_seconds = time.perf_counter() - started
         self._train_seconds += train_seconds
@@ -261,7 +262,7 @@ class TrainingRun:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
+        """Return the state to resume from bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
         return {
             "epoch": self._epoch,
             "model": self.model.state_dict(),
@@ -274,9 +275,9 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``. Learning rate, weight decay and scaler settings stay this run's own."""
+        """Resume from ``state_dict``. Learning rate, weight decay and scaler settings stay this run's own."""
         self._epoch = state["epoch"]
-        self._loop = self._why_eager = None  # a graph would go on with the tensors that are replaced here
+        self._loop = self._why_eager = None  # a graph would keep using the tensors that are replaced here
         self._amp.follow(None)
         self.model.load_state_dict(state["model"])
         own = {"lr": self._config.lr, "weight_decay": self._config.weight_decay}
@@ -291,7 +292,7 @@ class TrainingRun:
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
     def evaluate(self, split: DeviceSplit) -> Evaluation:
-        """How the model does on ``split``, in strict fp32."""
+        """Evaluate the model on ``split``, in strict fp32."""
         with self._generators.in_use():
             return self._evaluate(split)
 
@@ -299,7 +300,7 @@ class TrainingRun:
         return evaluate(self.model, split, self._scaling, batch_size=self._config.batch_size)
 
     def _train(self, batches: Tensor) -> float:
-        """Train on ``batches``, int64 [steps, batch_size]. Returns the mean loss of the steps."""
+        """Train on ``batches``, int64 [steps, batch_size], and return the mean loss of the steps."""
         self.model.train()
         if self._loop is None and self._why_eager is None:
             self._choose_loop()
@@ -309,7 +310,7 @@ class TrainingRun:
             else:
                 for indices in batches:
                     self._step(indices)
-            return self._amp.read_epoch()  # waits for the device, so that the caller's clock is right
+            return self._amp.read_epoch()  # waits for the device, so that the caller's timing is right
 
     def _choose_loop(self) -> None:
         steps_left = (self._config.max_epochs - self._epoch) * self._max_steps
@@ -336,7 +337,7 @@ class TrainingRun:
             raise
 
     def _step(self, indices: Tensor) -> None:
-        with self._buffers.kept_finite():  # until after the backward pass, which must find them as they were
+        with self._buffers.kept_finite():  # includes backward(), which needs the buffers as forward() left them
             with self._amp.autocast():
                 loss = self._compute_loss(indices)
             self._amp.step(self._optimizer, loss)
@@ -347,7 +348,7 @@ class TrainingRun:
         return nn.functional.cross_entropy(self.model(images), labels, weight=self._class_weights)
 
     def _draw_batches(self) -> Tensor:
-        """Indices of this epoch's training images, int64 [steps, batch_size] on the device."""
+        """Return the indices of this epoch's training images, int64 [steps, batch_size] on the device."""
         count = len(self._data.train.labels)
         batch_size, max_epochs = self._config.batch_size, self._config.max_epochs
         drawn = count_drawn_images(
@@ -368,12 +369,12 @@ class TrainingRun:
         return evaluation
 
     def _probe(self, batches: Tensor, *, has_learned: bool, all_skipped: bool) -> GradientProbe:
-        """Gradients on images of the epoch, weighed as in its batches; an empty probe where none is of use.
+        """Probe the gradients on images of the epoch, weighted as in its batches; return an empty probe if not needed.
 
         Args:
             batches: indices of the epoch's images, int64 [steps, batch_size].
-            has_learned: whether the model is better than guessing. Then only underflow is of interest.
-            all_skipped: whether every step of the epoch was.
+            has_learned: whether the model is better than guessing. If so, only underflow is of interest.
+            all_skipped: whether every step of the epoch was skipped.
         """
         if not self._can_be_probed or (has_learned and self._config.precision != "fp16"):
             return GradientProbe()
@@ -390,18 +391,18 @@ class TrainingRun:
                 )
         except torch.AcceleratorError:
             raise
-        except Exception:  # a user's model may need backward() itself (reentrant checkpoints do), or memory be short
+        except Exception:  # a user's model may require backward() (reentrant checkpoints do), or memory run out
             self._can_be_probed = False
             return GradientProbe()
 
     def _probe_loss(self, images: Tensor, batch_size: int) -> Tensor:
-        """Loss of ``images`` (indices, int64) as they weigh in a batch; the same dropout every time."""
+        """Return the loss of ``images`` (indices, int64) weighted as in a batch, with the same dropout every time."""
         seed_generators(self._config.seed)
         return self._compute_loss(images) * (len(images) / batch_size)
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Forward passes within leave random numbers and running statistics as they were."""
+        """Restore random generators and running statistics after the forward passes of the ``with`` block."""
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         try:
             with keep_generators(self._data.device):
@@ -425,7 +426,7 @@ class TrainingRun:
             EpochEvidence(
                 weights_finite=all_finite(list(self.model.parameters())),
                 weights_moved=self._weights_moved(),
-                # Weight decay moves weights that get no gradient, and may bring some back.
+                # Weight decay moves weights that get no gradient, and may revive some.
                 **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
                 val_loss=val_loss,
                 nan_buffer=find_nan(self.model.named_buffers()) if is_lost else None,
@@ -440,7 +441,7 @@ class TrainingRun:
 
 
 def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The trial's optimizer in its fused form: one kernel, and no host synchronisation to skip an overflowed step."""
+    """Return the trial's optimizer, fused: one kernel, and no host synchronisation to skip an overflowed step."""
     _leave_compiler_out()
     parameters = list(model.parameters())
     if config.optimizer == "adam":
@@ -449,7 +450,7 @@ def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimi
         return _unwrap_step(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
     sgd = torch.optim.SGD(parameters, config.lr, SGD_MOMENTUM, weight_decay=config.weight_decay, fused=True)
     for parameter in parameters:
-        # torch 2.15 leaves the buffer uninitialised where the first step is skipped; zeros give the same first update.
+        # torch 2.15 leaves the buffer uninitialised if the first step is skipped; zeros give the same first update.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return _unwrap_step(sgd)
 
@@ -458,8 +459,8 @@ def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimi
 def _leave_compiler_out() -> None:
     """Keep PyTorch from importing its compiler when the first optimizer is made: 0.8 s of every worker's start.
 
-    These methods import it to have themselves left out of compiled code (``torch/_compile.py``), and look first for
-    what that gave before. Here no optimizer is part of compiled code; a model that is compiled imports it itself.
+    These methods import it to exclude themselves from compiled code (``torch/_compile.py``), unless they find the
+    result of an earlier exclusion. Here no optimizer is part of compiled code; a compiled model imports it itself.
     """
     if "torch._dynamo" in sys.modules:
         return
@@ -470,7 +471,7 @@ def _leave_compiler_out() -> None:
 
 
 def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """``optimizer``, whose ``step`` no longer tells a profiler and looks for hooks: 40 us less on one core."""
+    """Return ``optimizer`` with a ``step`` that calls no profiler and looks for no hooks: 40 us less on one core."""
     bare = inspect.unwrap(type(optimizer).step)
 
     def step() -> None:
@@ -484,10 +485,10 @@ def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 @exits_as_errors()
 @torch.enable_grad()
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
-    """Seconds that an epoch will take, from forward and backward pass on ``ESTIMATE_IMAGES`` images after a first time.
+    """Estimate an epoch's seconds from the second forward and backward pass on ``ESTIMATE_IMAGES`` images.
 
-    A rough figure, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in fp32. It
-    makes no optimizer, because that imports PyTorch's compiler, which takes longer than all else here.
+    The estimate is rough, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in
+    fp32. No optimizer is made, because that imports PyTorch's compiler, which takes longer than all else here.
     """
     few = place_split(Split(images=train.images[:ESTIMATE_IMAGES], labels=train.labels[:ESTIMATE_IMAGES]), device)
     amp = AmpStep(config, device, max_steps=1)
@@ -507,8 +508,8 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
 
 
 def release_memory(device: torch.device) -> None:
-    """Give what a run held on ``device`` back to other processes, after the last reference to the run is gone."""
-    gc.collect()  # models may refer to themselves
+    """Release a run's memory on ``device`` to other processes. Call it after the last reference to the run is gone."""
+    gc.collect()  # models may hold reference cycles
     if device.type == "cuda":
         clear_workspaces()
         torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""How training stands after an epoch, and whether it is past saving: plain values in, a verdict out.
+"""Judges from plain values how training stands after an epoch, and whether it is past saving.
 
-A loss scale that is too high skips steps until it has come down (calibration), one that is too low makes gradients
-vanish until it has grown (starvation). Both are ruinous only if the trial ends before: what it can still reach is
-worked out from the scaler's settings and the steps that are left, and tried on a few images. A verdict of collapsed or
-diverged ends a trial; in doubt it goes on, and the scheduler, which compares trials, decides. No recorded run that was
-judged so learned anything afterwards (``tests/benchmarks/test_reference.py``), though momentum may still move a dead
+A loss scale that is too high skips steps until it has come down (calibration); one that is too low makes gradients
+vanish until it has grown (starvation). Both are fatal only if the trial ends first: the scales that it can still reach
+follow from the scaler's settings and the steps left, and are tested on a few images. A verdict of collapsed or diverged
+ends a trial. In doubt the trial continues, and the scheduler, which compares trials, decides. No recorded run with such
+a verdict learned anything afterwards (``tests/benchmarks/test_reference.py``), though momentum may still move a dead
 network.
 """
 
@@ -13,13 +13,13 @@ import math
 
 from tune_amp.trial.config import TrainingState, format_scale
 
-# Gradients that overflow fp16 exceed 65504 / scale: where the scale is below 2^-24, 2^39, and no scale will help.
+# Gradients that overflow fp16 exceed 65504 / scale: 2^39 for a scale below 2^-24, and then no scale helps.
 COLLAPSED_SCALE = 2.0**-24
 LARGEST_REACHABLE_SCALE = 2.0**127
 
 STARVED_SHARE = 0.5
-"""Of the gradient's elements. In batches of 256 MNIST images, the small network learns as well as ever while up to half
-are lost (at 2^-12), badly from 0.6 on (2^-14), and not at all where all are (2^-18)."""
+"""Share of the gradient's elements. In batches of 256 MNIST images, the small network learns as well as ever while up
+to half of them are lost (at 2^-12), badly from 0.6 on (2^-14), and not at all if all are lost (2^-18)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,48 +29,48 @@ class ScaleOutlook:
     scale: float
     smallest_so_far: float
     lowest: float
-    """Of the scales that a step may still use: the last step's, if every one is skipped; not below ``2^-24``."""
+    """Lowest scale that a step may still use: the last step's if every step is skipped; not below ``2^-24``."""
     highest: float
-    """The last step's, if none is skipped."""
+    """Highest scale that a step may still use: the last step's if none is skipped."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochEvidence:
-    """What is known after an epoch. Fields about the scaler are None where the precision uses none."""
+    """The values that a verdict is based on. Fields about the scaler are None if the precision uses none."""
 
     weights_finite: bool
     weights_moved: bool
-    """Whether any weight is no more what it was before the first step."""
+    """Whether any weight differs from its value before the first step."""
     val_loss: float | None
     nan_buffer: str | None
-    """Name of a buffer that holds NaN, such as a batch norm's running variance; looked for where ``val_loss`` is not
-    finite."""
+    """Name of a buffer that holds NaN, such as a batch norm's running variance; searched for only if ``val_loss`` is
+    not finite."""
     has_learned: bool
-    """Whether the model, as it is now, is better than guessing: by its loss or by its accuracy."""
+    """Whether the model is now better than guessing: by its loss or by its accuracy."""
     is_dead: bool
-    """No weight matrix gets a gradient, in fp32 either, nor will weight decay move one."""
+    """Whether no weight matrix gets a gradient, not even in fp32, and weight decay moves none either."""
     epoch_steps: int
     epoch_skipped: int
     applied_steps: int
-    """Since the trial began."""
+    """Steps applied since the trial began."""
     skipped_steps: int
     underflow_share: float | None
-    """Of the gradient's elements at the present scale."""
+    """Share of the gradient's elements that underflow at the current scale."""
     outlook: ScaleOutlook | None
     overflows_at_lowest: bool | None
-    """Whether gradients overflow even at the lowest scale in reach; None where that was not tried."""
+    """Whether gradients overflow even at the lowest reachable scale; None if not tested."""
     vanishes_at_highest: bool | None
-    """Whether the whole gradient is zero even at the highest scale in reach; None where that was not tried."""
+    """Whether the whole gradient is zero even at the highest reachable scale; None if not tested."""
     is_last_epoch: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How training stands, and why it is past saving where it is."""
+    """The state of training, and why it is past saving if it is."""
 
     state: TrainingState
     hopeless: str | None = None
-    """One line; None while the trial may still get better."""
+    """Reason, on one line, why training is past saving; None while the trial may still get better."""
 
 
 def look_ahead(
@@ -83,18 +83,18 @@ def look_ahead(
     backoff_factor: float,
     growth_interval: int,
 ) -> ScaleOutlook:
-    """The extremes that ``torch.amp.GradScaler`` can still bring its scale to.
+    """Return the extremes to which ``torch.amp.GradScaler`` can still bring its scale.
 
     Args:
-        scale: the present scale.
-        smallest_so_far: since the trial began.
+        scale: the current scale.
+        smallest_so_far: smallest scale since the trial began.
         growth_tracker: steps without overflow since the scale last changed.
-        steps_left: of the trial's budget.
-        growth_factor: of the scaler, like the two that follow.
+        steps_left: steps left in the trial's budget.
+        growth_factor: the scaler's setting, like the two below.
         backoff_factor: applied after each overflow.
         growth_interval: steps without overflow before the scale grows.
     """
-    updates = max(steps_left - 1, 0)  # what the last update makes of the scale serves no step
+    updates = max(steps_left - 1, 0)  # no step uses the scale after the last update
     growths = (growth_tracker + updates) // growth_interval
     # In powers of two: growth_factor ** growths leaves the range of a float.
     highest = math.log2(scale) + growths * math.log2(growth_factor) if 0 < scale < math.inf else -math.inf
@@ -107,7 +107,7 @@ def look_ahead(
 
 
 def judge_epoch(evidence: EpochEvidence) -> Verdict:
-    """The state of training, from the worst down."""
+    """Return the state of training, testing for the worst state first."""
     hopeless = _find_divergence(evidence)
     if hopeless is not None:
         return Verdict(state=TrainingState.DIVERGED, hopeless=hopeless)
@@ -122,7 +122,10 @@ def judge_epoch(evidence: EpochEvidence) -> Verdict:
 
 
 def _find_divergence(evidence: EpochEvidence) -> str | None:
-    """A training loss that is not finite is no divergence: steps whose fp16 forward pass overflows are skipped."""
+    """Return why training diverged, or None.
+
+    A training loss that is not finite is no divergence: steps whose fp16 forward pass overflows are skipped.
+    """
     if not evidence.weights_finite:
         return "weights are not finite"
     if evidence.val_loss is not None and not math.isfinite(evidence.val_loss):
@@ -132,7 +135,10 @@ def _find_divergence(evidence: EpochEvidence) -> str | None:
 
 
 def _find_collapse(evidence: EpochEvidence) -> str | None:
-    """Only where nothing has been learned: a model that has, and learns no more, is worth what it is."""
+    """Return why training collapsed, or None if it did not or the model has learned.
+
+    A model that has learned keeps its value even if it learns no more.
+    """
     if evidence.has_learned and evidence.weights_moved:
         return None
     if evidence.is_dead:
@@ -143,7 +149,10 @@ def _find_collapse(evidence: EpochEvidence) -> str | None:
 
 
 def _find_collapsed_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> str | None:
-    """GradScaler has no floor: NaN gradients halve the scale for ever, and one of 0 or infinity skips every step."""
+    """Return why the scale is beyond recovery, or None.
+
+    GradScaler has no floor: NaN gradients halve the scale for ever, and a scale of 0 or infinity skips every step.
+    """
     scale = outlook.scale
     if not math.isfinite(scale) or scale <= 0:
         return f"loss_scale is {scale}"
@@ -153,7 +162,10 @@ def _find_collapsed_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> str
 
 
 def _find_unreachable_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> str | None:
-    """Only where no weight has moved yet: then the next gradients are like those that were tried."""
+    """Return why no reachable scale lets the model learn, or None if one may or a weight has moved.
+
+    Only while no weight has moved are the next gradients like those that were tested.
+    """
     if evidence.weights_moved:
         return None
     if evidence.is_last_epoch and evidence.applied_steps == 0:
