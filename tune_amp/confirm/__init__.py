@@ -1,4 +1,4 @@
-"""Trains the winners again on fresh seeds, beside the default configuration."""
+"""Trains the winners of a search again on fresh seeds, beside the default configuration."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Trains the best of a search again on fresh seeds, and the tutorial's default configuration beside them.
+"""Trains the best configurations of a search again on fresh seeds, and the tutorial's default configuration too.
 
-The best of many on one seed is best partly by luck; how much, the search cannot tell. So the configurations are frozen,
-and trained at full budget on seeds that had no part in choosing them: all on the first few, then, if the best of them
-leads the default, these two on the others (see ``gain``). Validation alone ranks them again; of a run that is over, the
-test set is read, once, and decides nothing.
+The best of many on one seed is best partly by luck, and the search cannot measure how much. So the configurations are
+frozen, and trained at full budget on seeds that played no part in choosing them: all on the first few, then, if the
+best of them leads the default, these two on the other seeds (see ``gain``). Validation alone ranks them again. The test
+set is read once, when a run is complete, and decides nothing.
 """
 
 import contextlib
@@ -23,37 +23,37 @@ from tune_amp.space.no_effect import find_inert
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
 SHORT_SECONDS = 60.0
-"""Further seeds may take this long after however short a search."""
+"""Seconds that further seeds may take even after a shorter search."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfirmPlan:
-    """What will be trained again."""
+    """The configurations to train again, and on which seeds."""
 
     ranked: Sequence[TrialRecord]
     """The search's ranking, best first."""
     top_k: int
-    """How many of them are confirmed, from the top."""
+    """Number of configurations to confirm, from the top of the ranking."""
     default: TrialConfig | None
-    """The tutorial's configuration, or None where it does not fit the data set."""
+    """The tutorial's configuration, or None if it does not fit the data set."""
     left_out: str | None
-    """Why there is none."""
+    """Reason why ``default`` is None, else None."""
     seeds: tuple[int, ...]
-    """All that may be used, in order."""
+    """All seeds that may be used, in order."""
     objective: str
-    """That the challenger is chosen by."""
+    """Objective that the challenger is chosen by."""
     budget_seconds: float
-    """Of training: the seeds after the first ones may take as long."""
+    """Seconds of training that the seeds after the first ones may take."""
 
     @property
     def names(self) -> dict[str, str]:
-        """Trial id -> what to call it."""
+        """Trial id -> display name."""
         names = {trial.trial_id: trial.trial_name for trial in self.ranked}
         return {trial_id: names.get(trial_id, trial_id) for trial_id in self.configs}
 
     @property
     def configs(self) -> dict[str, TrialConfig]:
-        """Trial id -> what is trained, best first by the search, the default last."""
+        """Trial id -> configuration to train, best of the search first, the default last."""
         found = {trial.trial_id: trial.config for trial in self.ranked[: self.top_k]}
         return found | ({DEFAULT_ID: self.default} if self.default else {})
 
@@ -63,10 +63,10 @@ class ConfirmPlan:
         return self._list_jobs(self.configs, self.seeds[:FIRST_SEEDS])
 
     def list_further_jobs(self, runs: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
-        """Challenger and default on further seeds, as many as the budget allows; none if no gain can come of them.
+        """Return challenger and default on as many further seeds as the budget allows; none if they can show no gain.
 
         Args:
-            runs: those of ``first_jobs``.
+            runs: the runs of ``first_jobs``.
         """
         challenger = choose_challenger(self.configs, runs, self.objective)
         if challenger is None or not may_gain(self.configs, runs, self.objective):
@@ -77,9 +77,9 @@ class ConfirmPlan:
         return self._list_jobs(pair, further[: int(self.budget_seconds / seconds)] if seconds else further)
 
     def _list_jobs(self, trial_ids: Collection[str], seeds: Sequence[int]) -> list[ConfirmJob]:
-        """All on one seed before any on the next: an interrupted confirmation leaves whole comparisons.
+        """Return all jobs on one seed before any on the next, so that an interruption leaves complete comparisons.
 
-        Those that differ in nothing share their runs.
+        Configurations that differ only in the seed share their runs.
         """
         owners: dict[TrialConfig, tuple[str, ...]] = {}
         for trial_id, config in self.configs.items():
@@ -107,11 +107,11 @@ def plan_confirmation(
     Args:
         ranked: the search's ranking.
         default: from ``build_default``, with the seed of the search.
-        train_images: images of the training split.
-        top_k: configurations to be confirmed.
-        seeds: most seeds.
-        objective: the first of the search.
-        search_seconds: what its trials took, one after the other: further seeds take no longer, or a minute.
+        train_images: number of images in the training split.
+        top_k: number of configurations to confirm.
+        seeds: maximum number of seeds.
+        objective: the first objective of the search.
+        search_seconds: summed time of the search's trials. Further seeds may take as long, or a minute if that is more.
     """
     left_out = None
     if default.batch_size > train_images:
@@ -129,10 +129,10 @@ def plan_confirmation(
 
 
 def build_default(precisions: Sequence[str], **shared: Any) -> TrialConfig:
-    """PyTorch's AMP tutorial: lr 1e-3, batch 64, and GradScaler's own defaults where the space has fp16.
+    """Return PyTorch's AMP tutorial: lr 1e-3, batch 64, and GradScaler's own defaults if the space has fp16.
 
     Args:
-        precisions: those of the space. Without fp16, the default is TrialConfig's own if that is among several.
+        precisions: precisions of the space. Without fp16, TrialConfig's default is used if listed, else the first.
         shared: the ``TrialConfig`` fields that all trials of the search have in common.
     """
     own = TrialConfig.precision if TrialConfig.precision in precisions else precisions[0]
@@ -140,19 +140,19 @@ def build_default(precisions: Sequence[str], **shared: Any) -> TrialConfig:
 
 
 def choose_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """``count`` seeds that neither this search nor one of a seed near by has used: from 1000 on for seed 0."""
+    """Return ``count`` seeds used neither by this search nor by one with a nearby seed: from 1000 on for seed 0."""
     first = 1_000 * (seed % 10**9 + 1)
     return tuple(itertools.islice((fresh for fresh in itertools.count(first) if fresh != seed), count))
 
 
 def list_left(jobs: Sequence[ConfirmJob], done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
-    """Return those of ``jobs`` of which some run is not done yet."""
+    """Return those of ``jobs`` that have a run which is not done yet."""
     known = {(run.trial_id, run.seed) for run in done}
     return [job for job in jobs if {(name, job.config.seed) for name in job.trial_ids} - known]
 
 
 def _select_done(jobs: Sequence[ConfirmJob], runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
-    """Return those of an earlier confirmation that was cut off which ``jobs`` ask for too."""
+    """Return the runs of an earlier, interrupted confirmation that ``jobs`` need too."""
     asked = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
     return [run for run in runs if (run.trial_id, run.seed) in asked]
 
@@ -169,18 +169,18 @@ def confirm(
 ) -> ConfirmResult:
     """Make the runs of a plan, then rank its configurations again and rewrite ``best.parquet``.
 
-    ``confirm.parquet`` is rewritten after each run. At Ctrl-C, what has finished stays there, and ``best.parquet`` is
-    left as the search wrote it.
+    ``confirm.parquet`` is rewritten after each run. On Ctrl-C, it keeps the finished runs, and ``best.parquet`` stays
+    as the search wrote it.
 
     Args:
         plan: from ``plan_confirmation``.
-        train: trains jobs, as ``train_on_slots`` does; yields each with its run as it ends, and stops what runs when
-            closed.
-        done: runs from before the confirmation was cut off; those that the plan asks for are not made again.
-        folder: of the run.
-        provenance: goes into the files.
+        train: trains jobs, as ``train_on_slots`` does; yields each job with its run as it ends, and cancels running
+            jobs when closed.
+        done: runs from before an interruption; those that the plan needs are not repeated.
+        folder: folder of the run.
+        provenance: provenance to write into the files.
         num_threads: CPU threads of a run.
-        observer: is told of everything that happens.
+        observer: receives every change of the progress.
     """
     begun = time.monotonic()
     runs: list[ConfirmedRun] = []
@@ -204,7 +204,7 @@ def confirm(
                     write_confirmed(folder, runs, provenance)
                     observer.on_confirmation(progress, copies[0])
     except KeyboardInterrupt:
-        if runs:  # the last may not have been written
+        if runs:  # the last run may not have been written
             write_confirmed(folder, runs, provenance)
     else:
         default = None if plan.default is None else _record_default(plan.default, runs, provenance, num_threads)
@@ -216,7 +216,7 @@ def confirm(
 
 
 def _put_in_order(runs: Sequence[ConfirmedRun], plan: ConfirmPlan) -> list[ConfirmedRun]:
-    """By configuration, as the search ranked them, and seed; not as slots happened to become free."""
+    """Sort runs by configuration, as the search ranked them, and seed, instead of by the order in which they ended."""
     places = list(plan.names)
     return sorted(runs, key=lambda run: (places.index(run.trial_id), run.seed))
 
@@ -224,7 +224,7 @@ def _put_in_order(runs: Sequence[ConfirmedRun], plan: ConfirmPlan) -> list[Confi
 def _record_default(
     config: TrialConfig, runs: Sequence[ConfirmedRun], provenance: Provenance, num_threads: int
 ) -> TrialRecord:
-    """The default configuration as a row of ``best.parquet``: no trial, so that it has no epochs."""
+    """Return the default configuration as a row of ``best.parquet``. It was no trial, so that it has no epochs."""
     own = [run for run in runs if run.trial_id == DEFAULT_ID]
     failed = next((run for run in own if run.status is not TrialStatus.COMPLETED), None)
     return TrialRecord(

@@ -1,4 +1,4 @@
-"""Runs that confirm a search, as tasks on Ray's slots: tried again as trials are, ended where they hang."""
+"""Trains the runs of a confirmation as Ray tasks: retries them as trials are retried, and ends those that hang."""
 
 import collections
 import contextlib
@@ -34,29 +34,29 @@ LOOK_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A job as it is tried, perhaps not for the first time."""
+    """One attempt at a job, the first or a retry."""
 
     job: ConfirmJob
     share: float
-    """Of a GPU; 0 on the CPU."""
+    """Share of a GPU; 0 on the CPU."""
     deaths: int = 0
-    """Workers that died of it."""
+    """Number of workers that died during the job."""
     losses: int = 0
-    """Nodes that were lost under it, or full of other programs."""
+    """Number of attempts that ended because a node was lost, or its memory was held by other programs."""
     earlier: ConfirmedRun | None = None
-    """How it ended before, where it is tried again for another reason than a worker's death."""
+    """Result of the previous attempt, if the job is retried for another reason than a worker's death."""
     token: str = ""
-    """By which its worker says that it has begun."""
+    """Id with which the worker reports that it has started."""
     begun: float | None = None
-    """``time.monotonic()`` when it was heard that its worker has begun; None: it may wait in Ray's queue."""
+    """``time.monotonic()`` when the report of the worker's start was read; None if it may still wait in Ray's queue."""
 
     @property
     def seconds(self) -> float:
-        """What this attempt has taken; 0 while it waits."""
+        """Seconds since this attempt started; 0 while it waits."""
         return 0.0 if self.begun is None else time.monotonic() - self.begun
 
     def give_up(self, time_limit: float) -> ConfirmedRun:
-        """The run of a job that took too long."""
+        """Return the run of a job that took too long."""
         run = ConfirmedRun(
             trial_id=self.job.trial_ids[0],
             seed=self.job.config.seed,
@@ -66,11 +66,11 @@ class Attempt:
         return self.conclude(run)
 
     def try_again(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
-        """The next attempt, or None where ``run`` is final: a configuration gets the chances that a trial had.
+        """Return the next attempt, or None if ``run`` is final: a configuration gets as many retries as a trial.
 
-        A worker that dies costs up to two more attempts, any other exception one, since it may not be the settings'
-        fault. Out of memory is, unless there is a larger share of the GPU to be had. A lost node never is, nor one
-        whose memory others hold.
+        A worker's death allows up to two more attempts and any other exception one, because the settings may not be the
+        cause. Running out of memory is final, because the settings are the cause, unless a larger share of the GPU is
+        available. The settings never cause the loss of a node, nor a node's memory being held by other programs.
         """
         if died and self.losses < count_free_retries(run.error or ""):
             return dataclasses.replace(self, losses=self.losses + 1)
@@ -83,7 +83,7 @@ class Attempt:
         return dataclasses.replace(self, earlier=run) if run.status is TrialStatus.FAILED else None
 
     def conclude(self, run: ConfirmedRun) -> ConfirmedRun:
-        """``run`` as the final one, saying what went before where that is something else."""
+        """Return ``run`` as the final one, with the error of the previous attempt added if it differs."""
         if run.error is None or self.earlier is None or self.earlier.error in (None, run.error):
             return run
         return dataclasses.replace(run, error=one_line(f"{run.error}; before that, {self.earlier.error}"))
@@ -92,10 +92,10 @@ class Attempt:
 def train_on_slots(
     jobs: Sequence[ConfirmJob], dataset: Dataset, resources: TrialResources, *, time_limit: float = math.inf
 ) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
-    """Train ``jobs`` as Ray's tasks, each with what a trial had, as many at a time; gives each as it ends.
+    """Train ``jobs`` as Ray tasks with the resources and concurrency of trials; yield each job as it ends.
 
-    One that takes longer than ``time_limit`` seconds, from its beginning, is ended as failed. Closing the generator
-    cancels what runs.
+    A job that takes longer than ``time_limit`` seconds from its start is ended as failed. Closing the generator cancels
+    running jobs.
     """
     if not jobs:
         return
@@ -126,27 +126,27 @@ def train_on_slots(
 
 
 class Beginnings:
-    """Hears from each attempt that it has begun: before that it waits, for other jobs of a cluster perhaps.
+    """Records which attempts have started: before that they wait, perhaps for other jobs of a cluster.
 
-    An actor where there is a time limit.
+    It is an actor, created only if there is a time limit.
     """
 
     def __init__(self) -> None:
         self._begun: set[str] = set()
 
     def tell(self, token: str) -> None:
-        """The attempt with this token has begun."""
+        """Record that the attempt with this token has started."""
         self._begun.add(token)
 
     def take(self) -> set[str]:
-        """Those that have begun since the last call."""
+        """Return the tokens of the attempts that have started since the last call."""
         begun, self._begun = self._begun, set()
         return begun
 
 
 @contextlib.contextmanager
 def hearing_beginnings(time_limit: float) -> Iterator[Any]:
-    """The actor ``Beginnings``, beside the driver; None where time is not limited."""
+    """Run the actor ``Beginnings`` on the driver's node in the ``with`` block; yield None if time is not limited."""
     if time_limit == math.inf:
         yield None
         return
@@ -160,7 +160,7 @@ def hearing_beginnings(time_limit: float) -> Iterator[Any]:
 def _wait_for_one(
     running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, beginnings: Any
 ) -> "ray.ObjectRef[ConfirmedRun] | None":
-    """The first that has ended; None where one has taken too long before that."""
+    """Return the first task that has ended, or None if one has taken too long before that."""
     while True:
         ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
         if ended:
@@ -178,7 +178,7 @@ def _wait_for_one(
 def _end_latest(
     running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float
 ) -> tuple[ConfirmJob, ConfirmedRun]:
-    """End the one that has taken the longest: it hangs."""
+    """End the attempt that has taken the longest: it hangs."""
     latest = max(running, key=lambda reference: running[reference].seconds)
     attempt = running.pop(latest)
     ray.cancel(latest, force=True)
@@ -189,9 +189,9 @@ def _start(attempt: Attempt, cpus: int, sent: Any, beginnings: Any) -> "ray.Obje
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=attempt.share,
-        # A process keeps the GPU, the context and the cap of memory that it began with.
+        # A process keeps the GPU, the context and the memory cap that it started with.
         max_calls=1 if attempt.share else 0,
-        max_retries=0,  # `Attempt` counts: Ray would try for ever where the memory monitor kills
+        max_retries=0,  # `Attempt` counts retries: Ray would retry for ever if the memory monitor kills the worker
     )(_train_in_worker)
     name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
     reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(
@@ -201,7 +201,7 @@ def _start(attempt: Attempt, cpus: int, sent: Any, beginnings: Any) -> "ray.Obje
 
 
 def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[ConfirmedRun, bool]:
-    """A run's result, and whether its worker died instead."""
+    """Return a run's result, and whether its worker died."""
     try:
         return ray.get(reference), False
     except ray.exceptions.RayError as error:
@@ -214,7 +214,7 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
 def _train_in_worker(
     sent: tuple[WorkerSetup, Split], job: ConfirmJob, beginnings: Any = None, token: str = ""
 ) -> ConfirmedRun:
-    """Train a job in the process that Ray gave it. Whatever is raised is a row."""
+    """Train a job in the process that Ray gave it. Any exception becomes a row."""
     if beginnings is not None:
         beginnings.tell.remote(token)
     worker_setup, test = sent
@@ -226,7 +226,7 @@ def _train_in_worker(
     except Exception as error:
         return _record_failure(job, error, device)
     finally:
-        with contextlib.suppress(RuntimeError):  # a context that is broken for good; the row says so
+        with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
             release_memory(device)
 
 
@@ -242,10 +242,10 @@ def _record_failure(job: ConfirmJob, error: Exception, device: torch.device) -> 
 
 
 def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> ConfirmedRun:
-    """Train a job to its end as its trial was trained, then read the test set, once; not that of one past saving.
+    """Train a job to its end as its trial was trained, then read the test set once, unless the run is past saving.
 
     Raises:
-        Exception: whatever the model or the device raise.
+        Exception: any exception of the model or the device.
     """
     run = TrainingRun(job.config, data)
     [last] = collections.deque(run.epochs(), maxlen=1)
