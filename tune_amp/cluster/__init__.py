@@ -1,4 +1,4 @@
-"""Ray: a private or joined session, a trial's share of the machine, its worker, and what the worker's death means."""
+"""Ray: a private or joined session, a trial's share of the machine, its worker, and the cause of a worker's death."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Where Ray keeps the checkpoints of a run: the run folder, or a place that all nodes of a cluster can write."""
+"""Storage for Ray's checkpoints of a run: the run folder, or a place that all nodes of a cluster can write."""
 
 import contextlib
 import dataclasses
@@ -19,15 +19,15 @@ from tune_amp.trial.text import hide_credentials
 
 RAY_FOLDER = "ray"
 OWNER_FILE = ".tune_amp_owner"
-"""A file in the folder of Ray's experiment: proves to the run folder that made it, and to no other, that it did."""
+"""File in the folder of Ray's experiment. It proves to one run folder only that this run folder made the experiment."""
 Part = tuple[str | None, str, str | None]
-"""``RunStorage.place``, ``name`` and ``token`` of a part of a search, from its beginning until it was cut off."""
+"""``RunStorage.place``, ``name`` and ``token`` of one part of a search: from its start or resumption to its end."""
 
-# Only what is named like a trial's checkpoint, by tuning.name_trial and by Ray, is ever deleted.
+# Only folders with the name of a trial's checkpoint, as tuning.name_trial and Ray form it, are ever deleted.
 _TRIAL = re.compile(rf"\d+-(?:{'|'.join(PRECISIONS)})[^/]*")
 _CHECKPOINT = re.compile(rf"{_TRIAL.pattern}/checkpoint_\d+")
 
-# For a node that has to start a worker first. One that is busy or was lost meanwhile is not waited for any longer.
+# Time for a node to start a worker and answer. A node that is busy or was lost is skipped after that.
 NODE_SECONDS = 60.0
 
 
@@ -36,37 +36,37 @@ class RunStorage:
     """The folder of Ray's experiment."""
 
     path: str
-    """What is above it, for ``filesystem``."""
+    """Parent folder, as a path in ``filesystem``."""
     name: str
-    """Its name below ``path``."""
+    """Name of the folder below ``path``."""
     filesystem: fs.FileSystem
-    """The one that was tried: Ray is given the same."""
+    """File system on which a test write succeeded. Ray receives the same object."""
     place: str | None = None
-    """``path`` as it was asked for, without secrets; None for the run folder, wherever it lies."""
+    """``path`` as the user requested it, without secrets; None for the run folder, wherever it lies."""
     owner: str = ""
-    """The run folder, from ``identify_folder``; empty where the experiment lies in it."""
+    """Identity of the run folder, from ``identify_folder``; empty if the experiment lies in the run folder."""
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
-    """A secret of the run's journal."""
+    """Random secret that the run's journal records."""
     earlier: tuple[tuple[str, str | None], ...] = ()
-    """Names and tokens of the folders that the search had below ``path`` before it was cut off."""
+    """Names and tokens of the folders that earlier parts of the search had below ``path``."""
 
     @property
     def folder(self) -> str:
-        """The folder itself, for ``filesystem``."""
+        """Path of the folder in ``filesystem``."""
         return f"{self.path}/{self.name}"
 
     @property
     def is_taken(self) -> bool:
-        """Whether it is there already."""
+        """Whether the folder already exists."""
         found = self.filesystem.get_file_info(self.folder).type
         return bool(found is not fs.FileType.NotFound)
 
     def claim(self) -> None:
-        """Make the folder, and write the proof that it is ours.
+        """Create the folder, and write the proof that it belongs to this run.
 
         Raises:
-            InputError: another search has made it meanwhile.
-            OSError: it cannot be made.
+            InputError: another search has created it in the meantime.
+            OSError: it cannot be created.
         """
         if isinstance(self.filesystem, fs.LocalFileSystem):
             try:
@@ -79,13 +79,13 @@ class RunStorage:
             file.write(self._build_proof(self.token))
 
     def remove_checkpoints(self, trial: str | None = None) -> None:
-        """Delete checkpoints: they serve trials whose worker died, and add up to gigabytes.
+        """Delete checkpoints: only trials whose worker died need them, and they add up to gigabytes.
 
-        Nothing is deleted from a folder without the proof that this run folder made it: a journal may come from
-        anybody, and a copy of a run names the folders of the original. What cannot be deleted stays.
+        Nothing is deleted from a folder without the proof that this run folder made it, because a journal may come from
+        any source, and a copy of a run names the folders of the original. Files that cannot be deleted stay.
 
         Args:
-            trial: the name of the trial whose checkpoints they are; None: of all.
+            trial: name of the trial whose checkpoints are deleted; None for all trials.
         """
         if trial is not None and not _TRIAL.fullmatch(trial):
             return
@@ -95,7 +95,7 @@ class RunStorage:
                     self._remove_below(f"{self.path}/{name}", trial)
 
     def list_foreign(self) -> list[str]:
-        """Folders of earlier parts that are there without the proof that this run folder made them."""
+        """Return the existing folders of earlier parts that lack the proof that this run folder made them."""
         return [
             f"{self.path}/{name}"
             for name, token in self.earlier
@@ -120,7 +120,7 @@ class RunStorage:
                     self.filesystem.delete_dir(path)
 
     def _list_folders(self, folder: str, trial: str | None) -> list[str]:
-        """Those in the folders of trials; none to which a link leads, in a run from anybody."""
+        """Return the folders inside trial folders. Skip symbolic links: a run may come from any source."""
         if isinstance(self.filesystem, fs.LocalFileSystem):
             trials = Path(folder).glob("*/") if trial is None else [Path(folder) / trial]
             folders = [path for found in trials if not found.is_symlink() for path in found.glob("*/")]
@@ -131,7 +131,7 @@ class RunStorage:
 
 
 def identify_folder(folder: Path) -> str:
-    """Text that is the same for a run folder as long as it stays where it is, and another for each copy of it."""
+    """Return a text that stays the same while a run folder is not moved, and differs for each copy of it."""
     return f"{folder.resolve()} {folder.stat().st_ino}"
 
 
@@ -142,18 +142,19 @@ def prepare_storage(
     nodes: int = 1,
     earlier: Sequence[Part] | None = None,
 ) -> RunStorage:
-    """Find the place, and try that it can be written. Each time that a search goes on it has a new one.
+    """Choose the storage, and test that it can be written. A resumed search gets a new folder each time.
 
     Args:
-        storage_path: a path that all nodes can write, or a URL that pyarrow knows: ``file://``, ``s3://``, ``gs://``,
-            ``abfs://``, ``hdfs://`` with its options as a query (``?endpoint_override=host:port&scheme=http``).
-            Credentials come from the environment or from the URL. None for the run folder, which only this node can.
+        storage_path: a path that all nodes can write, or a URL that pyarrow supports: ``file://``, ``s3://``,
+            ``gs://``, ``abfs://``, ``hdfs://`` with its options as a query
+            (``?endpoint_override=host:port&scheme=http``). Credentials come from the environment or from the URL. None
+            for the run folder, which only this node can write.
         run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
-        nodes: of the Ray cluster.
-        earlier: what the search had before, where it goes on; None where it begins.
+        nodes: number of nodes of the Ray cluster.
+        earlier: storage of the earlier parts of a resumed search; None for a new search.
 
     Raises:
-        InputError: the place cannot be written, holds a run of this name, or must be given and was not.
+        InputError: the place cannot be written, already holds a run of this name, or is required and missing.
     """
     if storage_path is None:
         if nodes > 1:
@@ -184,9 +185,9 @@ def prepare_storage(
 
 
 def _go_on_beside(storage: RunStorage, earlier: Sequence[Part] | None) -> RunStorage:
-    """``run`` where a search begins; where it goes on, the first of ``run``, ``run-2``, ``run-3`` that is free.
+    """Return ``run`` for a new search, and the first free name of ``run``, ``run-2``, ``run-3`` for a resumed one.
 
-    What is taken may be another run's: the search's own is what it said that it had.
+    A name that is taken may belong to another run. Only the folders that the journal lists belong to the search.
     """
     if earlier is None:
         return storage
@@ -200,12 +201,12 @@ def _go_on_beside(storage: RunStorage, earlier: Sequence[Part] | None) -> RunSto
 
 
 def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
-    """Try that every node of the running Ray on which a trial fits writes what this process can see.
+    """Test that this process sees what each node writes, for every node of the running Ray on which a trial fits.
 
-    A path that only looks the same on all nodes would fail no earlier than with the first worker that dies.
+    Without this test, a path that only looks the same on all nodes would first fail when a worker dies.
 
     Raises:
-        InputError: a node cannot write there, or what it writes is not seen from here.
+        InputError: a node cannot write there, or this process does not see what the node wrote.
     """
     probe = ray.remote(num_cpus=0, max_retries=0)(_write)
     mark = secrets.token_hex(4)
@@ -229,7 +230,7 @@ def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
 
 
 def _check_answer(storage: RunStorage, answer: "ray.ObjectRef[str | None]", address: str, path: str) -> None:
-    """Raise InputError where a node could not write the empty file at ``path``, or it is not seen from here."""
+    """Raise InputError if a node could not write the empty file at ``path``, or if this process does not see it."""
     try:
         error = ray.get(answer)
     except ray.exceptions.RayError:  # the node left
@@ -241,7 +242,7 @@ def _check_answer(storage: RunStorage, answer: "ray.ObjectRef[str | None]", addr
 
 
 def _write(filesystem: fs.FileSystem, path: str) -> str | None:
-    """Write an empty file; what goes wrong is returned as one line."""
+    """Write an empty file. Return the error as one line, or None."""
     try:
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         with filesystem.open_output_stream(path):

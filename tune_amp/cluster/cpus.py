@@ -1,4 +1,4 @@
-"""How many CPUs this process may use."""
+"""Counts the CPUs that this process may use."""
 
 import contextlib
 import os
@@ -8,16 +8,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def count_cpus(cgroup: Path = _CGROUP) -> int:
-    """CPUs that this process may use, at least one.
+    """Return the number of CPUs that this process may use, at least one.
 
-    Fewer than the machine has where the process is pinned to some (``taskset``, SLURM), or where a container has a
-    quota. One and a half CPUs are one. Ray itself ignores the pinning.
+    The number is smaller than the machine's if the process is pinned to some CPUs (``taskset``, SLURM) or if a
+    container has a quota. A fraction is rounded down: 1.5 CPUs count as one. Ray itself ignores the pinning.
 
     Args:
-        cgroup: where the system shows the control group of a container, of version 1 or 2.
+        cgroup: folder in which the system shows the control group of a container, version 1 or 2.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file; or "max", which is no number
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max" instead of a number
         quota, period = map(int, (cgroup / "cpu.max").read_text().split())
         return max(1, min(allowed, quota // period))
     with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Measures how many trials train best side by side on one device. Knows no Ray: processes of its own train for real."""
+"""Measures how many trials train best side by side on one device: it trains for real, in processes outside Ray."""
 
 import contextlib
 import dataclasses
@@ -27,27 +27,28 @@ from tune_amp.trial.consent import consent_to, list_consented
 if TYPE_CHECKING:
     from tune_amp.space.space import SearchSpace  # which needs Optuna; measuring does not
 
-# What a CUDA context with its kernels and library handles takes beside PyTorch's allocator: 400 to 600 MiB on recent
-# GPUs. Used where it cannot be measured from outside.
+# Memory of a CUDA context with its kernels and library handles, which PyTorch's allocator does not count: 400 to
+# 600 MiB on recent GPUs. Used if it cannot be measured from outside.
 CONTEXT_BYTES = 600 * 2**20
 
-# A tenth of a device is left to fragmentation, to the driver, and to what the largest configuration needs at times.
+# A tenth of a device is reserved for fragmentation, the driver, and occasional peaks of the largest configuration.
 USABLE_MEMORY = 0.9
 
-# Trials that share a device slow each other down: a search of stopped and resumed trials gains nothing from the last
-# tenth of throughput, and pays for it by later results, to which neither the sampler nor the scheduler can react.
+# Trials that share a device slow each other down. A search of stopped and resumed trials gains nothing from the last
+# tenth of throughput, and pays for it with later results, to which neither the sampler nor the scheduler can react.
 KNEE = 0.9
 
 MOST_TRIALS = 16
-"""A sampler learns from trials that ended before others began: with more at a time, much of a search is at random."""
+"""Upper limit on concurrent trials. A sampler learns only from trials that ended before others started: with more
+trials at a time, much of a search is random."""
 
-# Beyond the measurements themselves: 16 processes import torch and place their data at once.
+# Added to the time of the measurements: 16 processes import torch and place their data at the same time.
 START_SECONDS = 30.0
 
 TIMED_STEPS = 4
 EPOCHS_A_MEASUREMENT = 10
 
-# What takes most memory, first. tf32 holds its numbers in fp32; fp16 and bf16 keep fp32 weights and halve activations.
+# In descending order of memory. tf32 stores numbers in fp32; fp16 and bf16 keep fp32 weights and halve activations.
 PRECISIONS_BY_MEMORY = ("fp32", "tf32", "fp16", "bf16")
 OPTIMIZERS_BY_MEMORY = ("adamw", "adam", "sgd")  # two buffers a weight, two, one
 
@@ -56,7 +57,7 @@ class MeasurementError(RuntimeError):
     """Not even one trial could be measured.
 
     Args:
-        text: why, in one line.
+        text: the reason, in one line.
         out_of_memory: whether the configuration does not fit the device alone.
     """
 
@@ -67,29 +68,29 @@ class MeasurementError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShareMeasurement:
-    """What so many trials achieve side by side."""
+    """Throughput and memory of a number of trials side by side."""
 
     trials: int
     samples_per_second: float
-    """Training images, of all trials together."""
+    """Training images per second, of all trials together."""
     trial_memory_bytes: int | None
-    """Device memory of one process at its peak, context and data included; None on the CPU."""
+    """Peak device memory of one process in bytes, context and data included; None on the CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedGpu:
-    """How many trials share a GPU."""
+    """Number of trials that share a GPU."""
 
     trials: int
     reason: str
-    """For the user, to stand behind a colon."""
+    """Explanation for the user, to follow a colon."""
 
 
 def find_largest(space: "SearchSpace", *, model: str, dataset: str, max_epochs: int, seed: int) -> TrialConfig:
-    """A configuration that needs at least as much memory as any that ``space`` suggests.
+    """Return a configuration that needs at least as much memory as any that ``space`` suggests.
 
-    The largest batch, in the precision and with the optimizer that take most; where conditions keep them apart, no
-    single trial is as large.
+    It combines the largest batch with the precision and the optimizer that take most memory. If conditions of the space
+    exclude this combination, every trial is smaller.
     """
     sizes = list_possible(space, "batch_size")
     sizes += [bound for bound in space.bounds("batch_size") or () if bound not in sizes]
@@ -106,7 +107,7 @@ def find_largest(space: "SearchSpace", *, model: str, dataset: str, max_epochs: 
 
 
 def list_possible(space: "SearchSpace", name: str) -> list[Any]:
-    """What trials may get as field ``name``: choices, the fixed value, TrialConfig's default; nothing for a range."""
+    """Return the possible values of field ``name``: choices, fixed value, TrialConfig's default; none for a range."""
     searched = [parameter for parameter in space.parameters if parameter.name == name]
     if not searched:
         return [space.fixed.get(name, getattr(TrialConfig, name))]
@@ -115,24 +116,24 @@ def list_possible(space: "SearchSpace", name: str) -> list[Any]:
 
 
 def list_counts(most: int) -> tuple[int, ...]:
-    """Numbers of trials worth measuring, up to ``most``: powers of two, and ``most`` itself."""
+    """Return the numbers of trials to measure, up to ``most``: powers of two, and ``most`` itself."""
     most = min(most, MOST_TRIALS)
     return tuple(sorted({count for count in (1, 2, 4, 8, 16) if count <= most} | {most}))
 
 
 def find_knee(measurements: Sequence[ShareMeasurement]) -> int:
-    """The fewest trials that reach ``KNEE`` of the best throughput."""
+    """Return the smallest number of trials that reaches ``KNEE`` of the best throughput."""
     best = max(measurement.samples_per_second for measurement in measurements)
     return min(m.trials for m in measurements if m.samples_per_second >= KNEE * best)
 
 
 def count_fitting(trial_bytes: int, device_bytes: int) -> int:
-    """Trials whose memory fits ``USABLE_MEMORY`` of a device side by side; one is tried wherever it may be."""
+    """Return how many trials fit ``USABLE_MEMORY`` of a device side by side; at least one, which is always tried."""
     return max(1, int(USABLE_MEMORY * device_bytes / trial_bytes))
 
 
 def choose_trials(measurements: Sequence[ShareMeasurement], device_bytes: int | None) -> SharedGpu:
-    """How many trials share a GPU, by what was measured on it, with one trial first of all."""
+    """Choose how many trials share a GPU, from measurements on it that include one of a single trial."""
     rates = {measurement.trials: measurement.samples_per_second for measurement in measurements}
     knee, most = find_knee(measurements), max(rates)
     gains = {trials: f"{rate / rates[1]:.2g}" for trials, rate in rates.items()}
@@ -160,25 +161,25 @@ def measure_shares(
     seconds: float,
     repeats: int = 1,
 ) -> tuple[ShareMeasurement, ...]:
-    """Train ``config`` in 1, 2, ... processes at the same moment, each with one CPU thread.
+    """Train ``config`` in 1, 2, ... processes at the same time, each with one CPU thread.
 
-    Memory is measured while the first process is alone on the device; numbers of trials that would not fit it are left
-    out, and so is what follows where a process fails or is late.
+    Memory is measured while the first process is alone on the device. Numbers of trials that would not fit it are
+    skipped. If a process fails or is late, the remaining measurements are skipped too.
 
     Args:
-        config: what each process trains.
-        train: what it is trained on; a process sees as much of it as fits the time.
+        config: the configuration that each process trains.
+        train: the training split; a process uses as much of it as fits the time.
         num_classes: labels are 0 .. num_classes - 1.
         device_type: ``cuda`` for the current device, or ``cpu``.
         counts: numbers of processes.
-        seconds: how long each number is measured.
+        seconds: duration of the measurement of each number.
         repeats: how often each number is measured, in turn, by the same processes.
 
     Returns:
-        A measurement for each number that could be had, the smallest first; all of them anew for each repeat.
+        A measurement for each number that could be measured, in ascending order; the whole series once per repeat.
 
     Raises:
-        MeasurementError: there is none.
+        MeasurementError: no number could be measured.
     """
     deadline = time.monotonic() + START_SECONDS + 2 * seconds * len(counts) * repeats
     with tempfile.TemporaryDirectory(prefix="tune_amp_shares_") as folder:
@@ -205,7 +206,7 @@ def _measure_counts(
     before = meter.ask("read_memory") if meter else None
     prepared: _Prepared = first.ask("prepare", None)
     memory, most = prepared.count_bytes(None), len(processes)
-    if meter and before:  # what went from the device while the first process came is that process, context and all
+    if meter and before:  # memory taken since then belongs to the first process, its context included
         free, total = meter.ask("read_memory")
         memory = prepared.count_bytes(before[0] - free)
         most = min(most, count_fitting(memory, total)) if memory else most
@@ -225,7 +226,7 @@ def _measure_counts(
 
 
 def _prepare(processes: "Iterable[_Process]", steps: int) -> "list[_Process]":
-    """Make them ready for ``steps`` an epoch. Those up to the first that fails are."""
+    """Prepare the processes for epochs of ``steps`` steps. Return those before the first that fails; kill the rest."""
     asked = list(processes)
     for process in asked:
         process.send("prepare", steps)
@@ -235,24 +236,24 @@ def _prepare(processes: "Iterable[_Process]", steps: int) -> "list[_Process]":
             process.receive()
             ready.append(process)
     for process in asked[len(ready) :]:
-        process.kill()  # the others need the memory that it holds
+        process.kill()  # the ready processes need the memory that it holds
     return ready
 
 
 def _measure_together(processes: "Sequence[_Process]") -> float:
-    """Training images a second of all together."""
+    """Return the training images per second of all processes together."""
     start = time.monotonic() + 0.05  # one clock for all processes of a machine
     for process in processes:
         process.send("measure", start)
     return math.fsum(process.receive() for process in processes)
 
 
-# The other end of the pipe
+# The measuring processes: their job, their handle in this process, and the code that they run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a process needs to know, small enough to be pickled."""
+    """Input of a measuring process, small enough to be pickled."""
 
     folder: str
     config: TrialConfig
@@ -265,19 +266,23 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """A process that is warm."""
+    """State of a process after its warm-up."""
 
     steps: int
-    """Of an epoch."""
+    """Steps per epoch."""
     reserved_bytes: int | None = None
-    """The most that PyTorch's allocator held; None on the CPU."""
+    """Peak bytes that PyTorch's allocator held; None on the CPU."""
     held_bytes: int = 0
-    """What it holds now: less, where its cache was emptied since. The rest of the process's memory is its context."""
+    """Bytes that the allocator holds now: fewer if its cache was emptied. The process's other memory is its context."""
     left_out_bytes: int = 0
-    """Training images that a trial would hold as well."""
+    """Bytes of training images that a trial would also hold, but this process does not."""
 
     def count_bytes(self, taken_bytes: int | None) -> int | None:
-        """Device memory of a trial at its peak, of whose process the device shows ``taken_bytes``; None: unknown."""
+        """Return the peak device memory of a trial in bytes; None on the CPU.
+
+        Args:
+            taken_bytes: memory of the process as the device shows it; None if unknown.
+        """
         if self.reserved_bytes is None:
             return None
         context_bytes = CONTEXT_BYTES if taken_bytes is None else max(0, taken_bytes - self.held_bytes)
@@ -285,7 +290,7 @@ class _Prepared:
 
 
 class _Process:
-    """A process that trains when it is told to."""
+    """Handle of a process that trains on command."""
 
     def __init__(self, job: _Job, deadline: float) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -293,24 +298,24 @@ class _Process:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
         self._process.start()
-        theirs.close()  # so that the death of the process is the end of the pipe
+        theirs.close()  # so that the pipe ends when the process dies
 
     def ask(self, command: str, *arguments: Any) -> Any:
         """Send a command and wait for its result.
 
         Raises:
-            MeasurementError: it failed, the process died, or time is up.
+            MeasurementError: the command failed, the process died, or time is up.
         """
         self.send(command, *arguments)
         return self.receive()
 
     def send(self, command: str, *arguments: Any) -> None:
-        """Give a command; a dead process is noticed by ``receive``."""
+        """Send a command. ``receive`` detects a dead process."""
         with contextlib.suppress(OSError):
             self._pipe.send((command, arguments))
 
     def receive(self) -> Any:
-        """The result of the command.
+        """Wait for the result of the command and return it.
 
         Raises:
             MeasurementError: see ``ask``.
@@ -327,7 +332,7 @@ class _Process:
         return value
 
     def kill(self) -> None:
-        """End the process at once: it holds nothing that is worth a goodbye."""
+        """Kill the process at once: it has nothing to clean up."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -344,7 +349,7 @@ def _start_processes(job: _Job, count: int, deadline: float) -> Iterator[list[_P
 
 
 def _serve(pipe: Connection, job: _Job) -> None:
-    """Answer commands until the pipe ends: (value, None, False), or (None, why not, whether for want of memory)."""
+    """Answer commands until the pipe ends: (value, None, False), or (None, error, whether memory ran out)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     sys.path.extend(folder for folder in job.search_path if folder not in sys.path)
     consent_to(*job.consented)
@@ -364,21 +369,21 @@ def _serve(pipe: Connection, job: _Job) -> None:
 
 
 class _Commands:
-    """What a process can be told to do."""
+    """Commands that a process accepts."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._device = torch.device(job.device_type)
 
     def read_memory(self) -> tuple[int, int]:
-        """Free and total bytes of the device, as its driver sees them."""
+        """Return the free and total bytes of the device, as its driver reports them."""
         return torch.cuda.mem_get_info(self._device)
 
     def prepare(self, steps: int | None) -> _Prepared:
-        """Train until everything is warm.
+        """Train until the warm-up is complete.
 
         Args:
-            steps: of an epoch; None to choose them.
+            steps: steps per epoch; None to choose them.
         """
         batch_size = self._job.config.batch_size
         train = self._load_split()
@@ -388,7 +393,7 @@ class _Commands:
             steps = min(most, max(1, int(self._job.seconds / EPOCHS_A_MEASUREMENT / per_step)))
         self._images = steps * batch_size
         placed = _take(train, self._images)
-        # As many steps in all as a trial has: by that it is decided whether they are captured as a CUDA graph.
+        # The same total number of steps as a trial: it decides whether they are captured as a CUDA graph.
         trial_steps = self._job.config.max_epochs * (len(train) // batch_size)
         self._run = self._start_run(placed, None, max_epochs=math.ceil(trial_steps / steps))
         for _ in range(math.ceil((WARM_UP_STEPS + 1) / steps)):
@@ -403,7 +408,7 @@ class _Commands:
         )
 
     def measure(self, start: float) -> float:
-        """Train from ``start``, of ``time.monotonic``, for so many seconds. Returns training images a second."""
+        """Train from ``start`` (``time.monotonic``) for the job's seconds. Return the training images per second."""
         time.sleep(max(0.0, start - time.monotonic()))
         started, images = time.perf_counter(), 0
         while images == 0 or time.perf_counter() - started < self._job.seconds:
@@ -412,7 +417,7 @@ class _Commands:
         return images / (time.perf_counter() - started)
 
     def _time_step(self, train: Split) -> float:
-        """Seconds of a training step. Trains as trials do, validation included: that may take the most memory."""
+        """Return the seconds of a training step. Train as trials do: validation may take the most memory."""
         few = _take(train, TIMED_STEPS * self._job.config.batch_size)
         run = self._start_run(few, _take(train, EVALUATION_BATCH))
         first, second = run.train_epoch(), run.train_epoch()  # seconds and steps are cumulative
@@ -429,5 +434,5 @@ class _Commands:
 
 
 def _take(split: Split, count: int) -> Split:
-    """The first ``count`` images, or all there are."""
+    """Return the first ``count`` images, or all if there are fewer."""
     return Split(images=split.images[:count], labels=split.labels[:count])
