@@ -1,4 +1,4 @@
-"""Looks whether the processes of Ray still live without which a search would wait for ever."""
+"""Checks that the Ray processes that a search depends on are still alive."""
 
 import socket
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any
 
 
 class Vitals:
-    """Looks whether the Ray that a search needs still lives.
+    """Checks that the Ray processes that a search depends on are still alive.
 
-    Nothing would be told of its death: without its own raylet Ray waits for ever, without a cluster's it ends this
-    process after ten seconds, and without the GCS after a minute.
+    Ray does not report their death. If a private raylet dies, Ray waits forever. If a cluster's raylet dies, Ray ends
+    this process after ten seconds; if the GCS dies, after a minute.
     """
 
     def __init__(self) -> None:
         self._heard_raylet = False
 
     def find_dead(self) -> str | None:
-        """Which process has died without being asked to, such as ``raylet``; None where all live."""
+        """Return the name of a process that died unexpectedly, such as ``raylet``; None if all are alive."""
         import ray
 
-        node: Any = ray._private.worker._global_node  # noqa: SLF001 - nothing public tells
+        node: Any = ray._private.worker._global_node  # noqa: SLF001 - there is no public interface
         if node is None:
             return None
         if not node.all_processes:
@@ -28,7 +28,7 @@ class Vitals:
         return next((name for name, _ in node.dead_processes() if name in vital), None)
 
     def _find_dead_of_cluster(self, node: Any) -> str | None:
-        # The kernel's list, where there is one, tells of the raylet without disturbing it.
+        # The kernel's list of sockets, if there is one, shows whether the raylet listens, without disturbing it.
         sockets = Path("/proc/net/unix")
         listens = sockets.exists() and node.raylet_socket_name in sockets.read_text()
         self._heard_raylet = self._heard_raylet or listens
@@ -39,6 +39,6 @@ class Vitals:
             socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
         except ConnectionRefusedError:
             return "gcs_server"
-        except OSError:  # a network that fails for a moment is Ray's to judge
+        except OSError:  # Ray itself handles a network that fails for a moment
             return None
         return None

@@ -1,4 +1,4 @@
-"""Ends a search before its trials do: at Ctrl-C, at a full disk, when Ray has died. Once cleanly, twice at once."""
+"""Ends a search early: on Ctrl-C, a full disk or a dead Ray. The first signal ends it cleanly, the second at once."""
 
 import contextlib
 import errno
@@ -14,34 +14,34 @@ from tune_amp.trial.config import SIGNALS
 
 LOOK_SECONDS = 1.0
 GRACE_SECONDS = 10.0
-"""How long Tune may take to end its trials where a part of Ray has died."""
+"""Seconds that Tune may take to end its trials after a part of Ray has died."""
 
 
 class StopRequest:
-    """Asks a search to end. Tune looks at it about every tenth of a second."""
+    """Request to end a search. Tune checks it about every tenth of a second."""
 
     def __init__(self, leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:
         self.leave = leave
-        """Ends the process at once, where nothing else can."""
+        """Function that ends the process at once, if nothing else can."""
         self.heed: Callable[[], object] = lambda: None
-        """Answers signals again, where something else has begun to answer them."""
+        """Function that installs the signal handlers again, after other code has replaced them."""
         self.reason: str | None = None
-        """Why the search was asked to end, or None."""
+        """Reason for the request; None if there is none."""
         self.is_heard = False
-        """Whether someone looks at it: Tune, while trials run."""
+        """Whether Tune checks the request, as it does while trials run."""
 
     def ask(self, reason: str) -> None:
-        """Ask; the first reason counts."""
+        """Request the end of the search. Keep the first reason."""
         if self.reason is None:
             self.reason = reason
 
     def __getstate__(self) -> dict[str, str | None]:
-        """Tune pickles whatever may end its trials, for nobody to read: the functions are this process's own."""
+        """Return the reason only: nothing reads Tune's pickle, and the functions only work in this process."""
         return {"reason": self.reason}
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """In the ``with`` block, trials run under Tune."""
+        """Mark the ``with`` block as the time in which trials run under Tune."""
         self.is_heard = True
         try:
             yield
@@ -51,17 +51,17 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
-    """In the ``with`` block, the first signal ends cleanly what runs, and the second at once.
+    """In the ``with`` block, end the work cleanly on the first signal, and at once on the second.
 
-    Outside of Tune's loop, ending cleanly is a KeyboardInterrupt. A signal that the process was started to ignore, as
-    ``nohup`` has it for the end of the terminal, is ignored.
+    Outside of Tune's loop, a clean end is a KeyboardInterrupt. A signal that was ignored when the process started stays
+    ignored, as SIGHUP does under ``nohup``.
     """
 
     def answer(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             forget_closed_terminal()
             if stop.reason is not None:
-                return  # of a terminal that closes there come two, one from the kernel and one from the shell
+                return  # a closing terminal sends two, one from the kernel and one from the shell
         if stop.reason is not None:
             stop.leave()
         stop.ask(signal.Signals(number).name)
@@ -85,7 +85,7 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
 
 
 def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
-    """In the ``with`` block, each of ``SIGNALS`` raises KeyboardInterrupt, as Ctrl-C does."""
+    """In the ``with`` block, raise KeyboardInterrupt on each of ``SIGNALS``, as Ctrl-C does."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -94,24 +94,24 @@ def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
 
 
 def forget_closed_terminal() -> None:
-    """Print nowhere from now on if the terminal is gone: each line would be an error, and end what is to be written."""
+    """Discard all further output if the terminal is gone: printing would raise an error and stop the final writes."""
     for descriptor in (1, 2):
         try:
             termios.tcgetattr(descriptor)
         except termios.error as error:
-            if error.args[0] == errno.EIO:  # not ENOTTY, which a file or a pipe says
+            if error.args[0] == errno.EIO:  # not ENOTTY, which a file or a pipe raises
                 with Path(os.devnull).open("wb") as nowhere:
                     os.dup2(nowhere.fileno(), descriptor)
 
 
 @contextlib.contextmanager
 def watching(stop: StopRequest, find_dead: Callable[[], str | None], leave: Callable[[], object]) -> Iterator[None]:
-    """In the ``with`` block, end the search where Ray has died: Tune would wait for it for ever.
+    """In the ``with`` block, end the search if Ray dies: Tune would wait for it forever.
 
     Args:
-        stop: is asked.
-        find_dead: names what has died.
-        leave: is called, from another thread, where Tune itself waits for what has died and cannot be asked.
+        stop: receives the request to end.
+        find_dead: returns the name of a dead process, or None.
+        leave: is called, from another thread, if Tune waits for the dead process and does not check ``stop``.
     """
     over = threading.Event()
 

@@ -1,6 +1,6 @@
-"""Who holds the memory that ran out: the trials, or other programs of a node that others use too.
+"""Finds who holds the memory that ran out: the trials, or other programs on a shared node.
 
-What other programs hold is no fault of a trial's settings: the trial waits, tries again, and fails in the end.
+Memory that other programs hold is not the fault of a trial's settings: the trial waits, retries, and finally fails.
 """
 
 import os
@@ -8,25 +8,25 @@ import re
 from pathlib import Path
 
 MEMORY_HELD_SIGN = "memory is held by other programs"
-"""Stands in the reason of a death or a failure that is theirs."""
+"""Text in the reason of a death or failure that other programs caused."""
 MEMORY_RETRIES = 5
-"""How often a trial is tried again then, at no cost, without one more epoch."""
+"""Number of free retries of such a trial in a row, without a new epoch between them."""
 MEMORY_WAIT_SECONDS = 10.0
-"""Before each of these."""
+"""Seconds to wait before each of these retries."""
 
-# Of ray.exceptions.OutOfMemoryError, as Ray 2.60 words it. Its GB are GiB.
+# Patterns for the text of ray.exceptions.OutOfMemoryError in Ray 2.60. Its GB are GiB.
 _USED = re.compile(r"Memory usage (\d+)B exceeded threshold")
 _WORKER = re.compile(r"pid=(\d+), actual memory used=([\d.]+)GB, worker ID=")
 _USER = re.compile(r"^(\d+)\t([\d.]+)\t(.+)$", re.MULTILINE)
 
 
 def find_node_holders(text: str) -> str | None:
-    """Who holds a node's memory, in a line, where Ray's workers hold less than half of what is used; else None.
+    """Return who holds a node's memory, in one line, if Ray's workers hold less than half of what is used; else None.
 
-    The process that runs the search is not named as the largest: its user knows that one.
+    The process that runs the search is never named as the largest: its user started it.
 
     Args:
-        text: of Ray's error for a worker that its memory monitor killed.
+        text: Ray's error text for a worker that its memory monitor killed.
     """
     used, workers = _USED.search(text), {pid: float(size) for pid, size in _WORKER.findall(text)}
     if used is None or not workers:
@@ -41,7 +41,7 @@ def find_node_holders(text: str) -> str | None:
 
 
 def _name_program(command: str) -> str:
-    """Program and script of a command line. What follows may be secret."""
+    """Return program and script of a command line, without the arguments, which may be secret."""
     words = command.split()
     if words[1:2] == ["-m"]:
         return " ".join((Path(words[0]).name, *words[1:3]))
@@ -49,13 +49,13 @@ def _name_program(command: str) -> str:
 
 
 def find_gpu_holders(*, free: int, own: int, total: int, share: float) -> str | None:
-    """Who holds a GPU's memory, in a line, where a trial can have less than half of its share; else None.
+    """Return who holds a GPU's memory, in one line, if less than half of a trial's share is available; else None.
 
     Args:
         free: bytes that no process holds.
         own: bytes that the trial's process holds.
         total: bytes of the GPU.
-        share: of the GPU, which the trial was given.
+        share: fraction of the GPU assigned to the trial.
     """
     due = share * total
     if free + own >= due / 2:

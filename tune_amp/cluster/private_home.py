@@ -1,7 +1,7 @@
-"""A private folder of this process in a temporary folder, and the removal of those that killed processes left there.
+"""Creates a private folder of this process in a temporary folder, and removes those that killed processes left behind.
 
-Users name folders as they like, so a name proves nothing: a folder is removed only if it holds the text that its owner
-wrote into it as it made it, and if the lock that the owner holds on that text is free.
+Users name folders as they like, so a name proves nothing. A folder is removed only if it holds the text that its owner
+wrote when it created the folder, and if the owner's lock on that text is free.
 """
 
 import contextlib
@@ -23,12 +23,13 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @contextlib.contextmanager
 def private_home(places: Path | None = None) -> Iterator[Path]:
-    """Make a folder that no other user can enter, for the length of a ``with`` block.
+    """Create a folder that no other user can enter, for the duration of a ``with`` block.
 
-    If this process is killed, the next one of this user on this machine that makes a home in ``places`` removes it.
+    If this process is killed, the next process of this user on this machine that creates a home in ``places`` removes
+    the folder.
 
     Args:
-        places: where it is made; None for the user's temporary folder.
+        places: parent folder; None for the user's temporary folder.
     """
     places = places or Path(tempfile.gettempdir())
     _remove_abandoned(places)
@@ -36,11 +37,11 @@ def private_home(places: Path | None = None) -> Iterator[Path]:
     proof = _describe_home(home)
     folder = os.open(home, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # not on NFS; elsewhere systemd-tmpfiles spares a folder that is locked
+        with contextlib.suppress(OSError):  # fails on NFS; elsewhere systemd-tmpfiles spares a locked folder
             fcntl.flock(folder, fcntl.LOCK_EX)
         with open(home / OWNER_FILE, "xb", opener=_open_private) as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
-            owner.write(proof)  # after the lock: whoever reads the text finds a lock that tells whether we live
+            owner.write(proof)  # after the lock: if the text is there, the lock shows whether this process lives
             owner.flush()
             yield home
     finally:
@@ -57,14 +58,14 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _describe_home(home: Path) -> bytes:
-    """The text that an owner writes into its home. A copy of the folder, or another machine, would need another."""
+    """Return the text that an owner writes into its home. A copy of the folder or another machine needs another text."""
     status = home.lstat()
     purpose = "tune_amp made this folder, and removes it after the process that did so has ended"
     return os.fsencode(f"{purpose}\n{home.resolve()}\n{status.st_dev}:{status.st_ino}\n{_read_boot_id()}\n")
 
 
 def _read_boot_id() -> str:
-    """What tells this machine, since it started, from all others: only here is a free lock a sign of death."""
+    """Return an id of this machine since its boot: only here does a free lock prove that the owner is dead."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:  # not Linux
@@ -74,7 +75,7 @@ def _read_boot_id() -> str:
 def _remove_abandoned(places: Path) -> None:
     """Remove the homes in ``places`` whose owners, processes of this user on this machine, were killed."""
     for home in places.glob(f"{HOME_PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or removed by another process meanwhile
+        with contextlib.suppress(OSError):  # belongs to another user, or another process removed it in the meantime
             path = home / OWNER_FILE
             if not _is_ours(home, stat.S_IFDIR) or not _is_ours(path, stat.S_IFREG):
                 continue
@@ -93,8 +94,8 @@ def _is_ours(path: Path, kind: int) -> bool:
 def _remove(home: Path, proof: bytes) -> None:
     """Remove as much as possible of the home to which ``proof`` belongs, the owner's file last.
 
-    A removal that is cut short leaves the proof for the next. No link is followed; a home below which something is
-    mounted stays, or what is mounted would be emptied.
+    An interrupted removal leaves the proof for the next one. Links are not followed. A home with a mount below it
+    stays, because the removal would empty the mounted file system.
     """
     with contextlib.suppress(OSError):
         if _describe_home(home) != proof or _is_mounted_below(home):
