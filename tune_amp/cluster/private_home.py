@@ -58,7 +58,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 def _describe_home(home: Path) -> bytes:
-    """Return the text that an owner writes into its home. A copy of the folder or another machine needs another text."""
+    """Return the text that an owner writes into its home. A copy or another machine would need a different text."""
     status = home.lstat()
     purpose = "tune_amp made this folder, and removes it after the process that did so has ended"
     return os.fsencode(f"{purpose}\n{home.resolve()}\n{status.st_dev}:{status.st_ino}\n{_read_boot_id()}\n")

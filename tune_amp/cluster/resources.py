@@ -1,9 +1,9 @@
-"""How much CPU and GPU a trial gets, and why.
+"""Decides how much CPU and GPU a trial gets, and states the reason.
 
-Ray places a trial's share on one node, and a share of a GPU on one GPU. Where no node can ever hold it, Ray would let
-the trial wait for ever: that is refused. Where other jobs of a cluster hold it for now, trials wait for them.
+Ray places a trial's share on one node, and a share of a GPU on one GPU. A share that no node can ever hold is refused,
+because Ray would let the trial wait forever. If other jobs of a cluster hold the share for now, trials wait for them.
 
-A MIG slice counts as a GPU: torch sees the slice and its memory alone. Slices are named in ``CUDA_VISIBLE_DEVICES``.
+A MIG slice counts as a GPU: torch sees only the slice and its memory. Slices are named in ``CUDA_VISIBLE_DEVICES``.
 """
 
 import dataclasses
@@ -28,34 +28,36 @@ from tune_amp.training.data import Split
 from tune_amp.trial.config import TrialConfig, check, one_line
 from tune_amp.trial.consent import consent_to, list_consented
 
-# Small models launch more than they compute: several fill a GPU that one leaves idle. For where nothing is measured.
+# Small models spend more time on launches than on computing: several fill a GPU that one leaves idle. Used if nothing
+# is measured.
 TRIALS_PER_GPU = 4
 
-# Ray counts in ten-thousandths and drops what is smaller: such a trial would silently train on the CPU.
+# Ray counts in ten-thousandths and drops a smaller share: such a trial would silently train on the CPU.
 
 DEVICE_BUSY = "busy or unavailable"
-"""In CUDA's error where a GPU in compute mode EXCLUSIVE_PROCESS has a process already (cudaErrorDevicesUnavailable)."""
+"""Text of CUDA's error if a GPU in compute mode EXCLUSIVE_PROCESS has a process already (cudaErrorDevicesUnavailable).
+"""
 
 MEASURED_SECONDS = 1.0
-"""For each number of trials: ten epochs or more of what is measured."""
+"""Seconds of measurement for each number of trials: ten or more of the measured epochs."""
 
-# Asking for the nodes of a cluster takes milliseconds, and Tune asks for new trials at every event.
+# Listing the nodes of a cluster takes milliseconds, and Tune requests new trials at every event.
 LIST_NODES_SECONDS = 1.0
 
-# Until a joined cluster has a whole GPU to spare, and its worker has started.
+# Limit for a joined cluster to free a whole GPU, start the worker there and measure.
 WAIT_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialResources:
-    """What one trial is given, and how many run side by side."""
+    """Resources of one trial, and the number of trials that run side by side."""
 
     cpus: int
     gpus: float
-    """A fraction shares a GPU with other trials; 0 trains on the CPU."""
+    """Number of GPUs. A fraction shares a GPU with other trials; 0 trains on the CPU."""
     max_concurrent: int
     reason: str
-    """One line for the user."""
+    """Explanation for the user, in one line."""
 
 
 def allocate_resources(
@@ -67,19 +69,19 @@ def allocate_resources(
     num_samples: int | None = None,
     choose_shared: Callable[[int], SharedGpu] | None = None,
 ) -> TrialResources:
-    """Divide what Ray's nodes offer among trials.
+    """Divide the resources of Ray's nodes among trials.
 
     Args:
-        nodes: the resources of each, by Ray's names.
-        gpus_per_trial: a share of one, up to 1; None chooses.
-        cpus_per_trial: None chooses 1.
-        max_concurrent: an upper limit on trials at a time; None for as many as fit.
-        num_samples: trials that there will be; where they are fewer than would fit, each may have more of a GPU.
-        choose_shared: says how many trials share a GPU, given the most that there can be: that the CPUs beside it can
-            feed, and that run at a time; None for ``TRIALS_PER_GPU``. Not asked where there is nothing to choose.
+        nodes: resources of each node, by Ray's names.
+        gpus_per_trial: share of one GPU, up to 1; None to choose it here.
+        cpus_per_trial: CPUs of a trial; None for 1.
+        max_concurrent: upper limit on concurrent trials; None for as many as fit.
+        num_samples: total number of trials; if fewer than would fit, each may get more of a GPU.
+        choose_shared: returns how many trials share a GPU, given the maximum: the trials that the CPUs beside the GPU
+            can feed and that run at a time. None for ``TRIALS_PER_GPU``. Not called if there is nothing to choose.
 
     Raises:
-        InputError: a request can never be met, so that trials would wait for ever.
+        InputError: a request can never be met, so trials would wait forever.
     """
     cpus, gpus = (sum(int(node.get(name, 0.0)) for node in nodes) for name in ("CPU", "GPU"))
     cpus_each = 1 if cpus_per_trial is None else cpus_per_trial
@@ -113,7 +115,7 @@ def allocate_resources(
 
 
 def count_slots(node: Mapping[str, float], cpus_each: int, gpus_each: float) -> int:
-    """Trials that fit a node side by side. A share of a GPU never spans two: Ray places it on one."""
+    """Return how many trials fit a node side by side. A share of a GPU never spans two: Ray places it on one."""
     by_cpu = int(node.get("CPU", 0.0)) // cpus_each
     if gpus_each == 0:
         return by_cpu
@@ -121,19 +123,19 @@ def count_slots(node: Mapping[str, float], cpus_each: int, gpus_each: float) -> 
 
 
 def list_nodes() -> list[dict[str, float]]:
-    """The resources of each living node of the running Ray."""
+    """Return the resources of each living node of the running Ray."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 class SlotCounter:
-    """Says how many trials may run side by side now, while nodes join and leave.
+    """Counts how many trials may run side by side now, while nodes join and leave.
 
     Args:
-        cpus: of each trial.
-        gpus: of each trial.
+        cpus: CPUs of each trial.
+        gpus: GPUs of each trial.
         max_concurrent: the user's limit; None for as many as fit.
         find_nodes: lists the resources of each living node.
-        clock: tells seconds. Nodes are listed at most once in ``LIST_NODES_SECONDS`` of its time.
+        clock: returns seconds. Nodes are listed at most once in ``LIST_NODES_SECONDS`` of its time.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class SlotCounter:
         self._counted = -math.inf
 
     def __call__(self) -> int:
-        """Slots on the nodes that live now; 0 where none of them can hold a trial."""
+        """Return the slots on the nodes that live now; 0 if none of them can hold a trial."""
         now = self._clock()
         if now - self._counted >= LIST_NODES_SECONDS:
             self._slots = sum(count_slots(node, self._cpus, self._gpus) for node in self._find_nodes())
@@ -162,15 +164,15 @@ class SlotCounter:
 
 
 def count_gpus(visible: str | None, cuda_devices: int) -> int:
-    """GPUs that a Ray of our own is to offer: those that torch can use.
+    """Return the number of GPUs that a private Ray is to offer: those that torch can use.
 
-    Ray counts the entries of ``CUDA_VISIBLE_DEVICES``, with ``-1`` as one and what CUDA ignores after it, and no more
-    than there are boards, of which one may hold seven MIG slices. A process sees the first of them only: Ray gives each
-    worker its own.
+    Ray itself counts the entries of ``CUDA_VISIBLE_DEVICES``, including ``-1`` and the entries after it, which CUDA
+    ignores. It counts at most the number of boards, although one board may hold seven MIG slices. A process sees only
+    the first slice: Ray assigns each worker its own.
 
     Args:
-        visible: ``CUDA_VISIBLE_DEVICES``, None where it is not set.
-        cuda_devices: as torch counts them, 0 where it cannot use any.
+        visible: ``CUDA_VISIBLE_DEVICES``; None if it is not set.
+        cuda_devices: number of devices that torch counts; 0 if it cannot use any.
     """
     names = (visible or "").split(",")
     slices = len(set(names)) if all(name.startswith("MIG-") for name in names) else 0
@@ -178,20 +180,20 @@ def count_gpus(visible: str | None, cuda_devices: int) -> int:
 
 
 def beside_this_process() -> NodeAffinitySchedulingStrategy:
-    """Places what needs no CPU, and must not be lost before we are, on our own node."""
+    """Return the strategy that places on this node what needs no CPU and must not be lost before this process."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def double_share(share: float) -> float:
-    """The share of a GPU with which a trial is tried again that ran out of memory."""
+    """Return the share of a GPU for the retry of a trial that ran out of memory."""
     return _round_down(min(1.0, 2 * share))
 
 
 def memory_fraction(share: float, device_bytes: int) -> float:
-    """How much of a GPU PyTorch's allocator may hold, so that a process keeps to its ``share`` of the memory.
+    """Return the fraction of a GPU that PyTorch's allocator may hold if a process is to keep to its ``share`` of memory.
 
-    Less the CUDA context, which the allocator does not count, though never less than half the share. A process that has
-    a GPU to itself is not limited.
+    That is the share minus the CUDA context, which the allocator does not count, but at least half the share. A process
+    that has a GPU to itself is not limited.
     """
     if share >= 1:
         return 1.0
@@ -199,9 +201,9 @@ def memory_fraction(share: float, device_bytes: int) -> float:
 
 
 def cap_memory(share: float) -> None:
-    """Let this process take no more of the current GPU's memory than its ``share``."""
+    """Limit this process to its ``share`` of the current GPU's memory."""
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    # Without a device, which would have to have a number: torch.device("cuda") is refused here.
+    # No device argument: it would need an index, torch.device("cuda") is refused here.
     torch.cuda.set_per_process_memory_fraction(memory_fraction(share, total))
 
 
@@ -211,15 +213,15 @@ def measure_with_ray(
     """Measure on one of Ray's GPUs how many trials share it best, up to ``most``. The GPU is free again afterwards.
 
     Args:
-        config: the largest that will be trained.
+        config: the largest configuration that will be trained.
         train: the training split.
         num_classes: labels are 0 .. num_classes - 1.
-        most: trials that there can be on a GPU.
-        announce: is told, in a line, what takes so long.
+        most: maximum number of trials on a GPU.
+        announce: receives one line that explains the delay.
     """
     counts = list_counts(most)
     announce("measuring how many trials share a GPU best (half a minute; --gpus-per-trial X chooses without)")
-    # The worker ends with its only task, and with it a CUDA context that would keep memory.
+    # The worker ends after its only task: its CUDA context would keep memory otherwise.
     task = ray.remote(num_gpus=1, num_cpus=counts[-1], max_calls=1, max_retries=0)(_measure_here)
     result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path), list_consented())
     fallback = min(TRIALS_PER_GPU, most)
@@ -242,7 +244,7 @@ def _measure_here(
     search_path: Sequence[str],
     consented: Sequence[str],
 ) -> SharedGpu:
-    """Measure in a worker to which Ray gave a GPU; on the CPU where torch cannot use it, as trials will."""
+    """Measure in a worker to which Ray assigned a GPU; on the CPU if torch cannot use the GPU, as trials will."""
     sys.path.extend(folder for folder in search_path if folder not in sys.path)
     consent_to(*consented)
     cuda = torch.cuda.is_available()
@@ -265,7 +267,7 @@ def _share_gpu(
     wanted: int | None,
     choose_shared: Callable[[int], SharedGpu] | None,
 ) -> SharedGpu:
-    """How many trials share each GPU: no more than the CPUs of the nodes with GPUs can feed, and ``wanted`` need."""
+    """Return how many trials share each GPU: at most what the CPUs of GPU nodes can feed, and what ``wanted`` needs."""
     equipped = [node for node in nodes if node.get("GPU", 0.0) >= 1]
     gpus = sum(int(node["GPU"]) for node in equipped)
     most = max(1, sum(int(node.get("CPU", 0.0)) // cpus_each for node in equipped) // gpus)
@@ -282,5 +284,5 @@ def _share_gpu(
 
 
 def _round_down(share: float) -> float:
-    """To the four decimals that Ray keeps: three thirds fit on a GPU."""
+    """Round down to the four decimals that Ray keeps, so that three thirds fit on a GPU."""
     return math.floor(share * 10_000 + 1e-6) / 10_000
