@@ -190,7 +190,7 @@ def double_share(share: float) -> float:
 
 
 def memory_fraction(share: float, device_bytes: int) -> float:
-    """Return the fraction of a GPU that PyTorch's allocator may hold if a process is to keep to its ``share`` of memory.
+    """Return the fraction of a GPU that PyTorch's allocator may hold so that a process keeps to its memory ``share``.
 
     That is the share minus the CUDA context, which the allocator does not count, but at least half the share. A process
     that has a GPU to itself is not limited.

@@ -1,6 +1,6 @@
-"""Starts a private Ray on this machine, or joins a cluster, and says how to watch it.
+"""Starts a private Ray on this machine, or joins a cluster, and describes the session.
 
-Knows nothing of trials. Ray is imported inside the functions, because parts of it read the environment on import.
+It does not depend on trials. Ray is imported inside the functions, because parts of it read the environment on import.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from tune_amp.cluster.private_home import HOME_PREFIX, private_home
 from tune_amp.trial.config import InputError, describe_error
 from tune_amp.trial.text import hide_credentials
 
-# Tune's own reporter, per-trial log files and change of folder: all replaced by, or in the way of, ours.
+# Turn off Tune's own reporter, per-trial log files and change of folder: tune_amp replaces them, or they interfere.
 QUIET_TUNE = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshots are for Tuner.restore; a search goes on from its own journal
-    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # how many are submitted is decided by the slots there are
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshots are for Tuner.restore; a search resumes from its own journal
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the number of slots decides how many are submitted
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
-    # Tune imports MLflow and Weights & Biases wherever they are installed, and both would tell their makers.
+    # Tune imports MLflow and Weights & Biases if they are installed, and both would send usage data to their makers.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "WANDB_ERROR_REPORTING": "false",
@@ -49,38 +49,38 @@ JOB_EXAMPLE = "ray job submit --address http://HEAD:8265 -- tune-amp search --ad
 """A command that submits a search to a cluster; ``HEAD`` is the host of its head node."""
 
 REAP_SECONDS = 10.0
-"""For a process of Ray's that was killed: more only where a system call cannot be interrupted."""
+"""Seconds to wait for a killed Ray process: it takes longer only if a system call cannot be interrupted."""
 START_SECONDS = 300
-"""How long the node of a Ray of our own may take to start. Ray's own limit is a constant of 30 s."""
+"""Seconds that the node of a private Ray may take to start. Ray's own limit is a constant of 30 s."""
 SLOW_START_SECONDS = 30.0
-"""After which the user is informed that it takes long."""
+"""Seconds after which the user is informed that the start takes long."""
 ROOM_BYTES = 8 * 2**20
-"""Free space that a Ray of our own needs in the temporary folder: its logs and dashboards take 1 MiB as it starts."""
+"""Free bytes that a private Ray needs in the temporary folder: its logs and dashboards take 1 MiB during the start."""
 PATH_BYTES = 103 if sys.platform == "darwin" else 107
-"""Longest path of a Unix socket."""
+"""Maximum length of the path of a Unix socket, in bytes."""
 MOST_PLACES_BYTES = PATH_BYTES - len(f"/{HOME_PREFIX}12345678/ray/12345678/sockets/dash_MetricsHead")
-"""Longest path of a temporary folder below which Ray's longest socket has room."""
+"""Maximum length in bytes of a temporary folder's path that leaves room for Ray's longest socket path."""
 
 
 class StartError(OSError):
-    """A Ray of our own does not start."""
+    """A private Ray does not start."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RaySession:
-    """A running Ray, as the search and its user need to know it."""
+    """Properties of a running Ray that the search and its user need."""
 
     resources: Mapping[str, float]
-    """What the cluster can schedule: ``CPU``, ``GPU`` and others."""
+    """Resources that the cluster can schedule: ``CPU``, ``GPU`` and others."""
     dashboard_url: str | None
     token_path: Path | None
-    """File with the token that the dashboard asks for; None where we did not start Ray."""
+    """File with the token that the dashboard requires; None if tune_amp did not start this Ray."""
     authenticated: bool
-    """Whether Ray refused us when we asked without a token, and let us in nowhere."""
+    """Whether Ray refused a test request without a token, and no server accepted one."""
 
     @property
     def exposure(self) -> str | None:
-        """What it means that Ray asks for no token, on one line; None where it asks for one."""
+        """One-line warning of what a Ray without a token exposes; None if Ray requires a token."""
         if self.authenticated:
             return None
         where = f" (dashboard {self.dashboard_url})" if self.dashboard_url else ""
@@ -101,18 +101,18 @@ def ray_session(
     preload: Sequence[str] = (),
     announce: Callable[[str], None] = lambda _: None,
 ) -> Iterator[RaySession]:
-    """Ray for the length of a ``with`` block: the one already started in this process, a cluster's, or a private one.
+    """Provide Ray for a ``with`` block: the one already started in this process, a cluster's, or a private one.
 
-    A private Ray listens on loopback only, asks for a token, and at its end leaves nothing behind.
+    A private Ray listens on loopback only, requires a token, and leaves nothing behind when it ends.
 
     Args:
         address: ``auto`` or ``host:port`` to join a cluster; None for a private Ray.
         run: name shown in the dashboard's list of jobs.
         modules: packages that the workers of a joined cluster need and may not have.
-        num_cpus: what a private Ray offers; None for the CPUs that this process may use.
-        num_gpus: what a private Ray offers; None for what it finds.
+        num_cpus: CPUs that a private Ray offers; None for those that this process may use.
+        num_gpus: GPUs that a private Ray offers; None for those that Ray finds.
         preload: modules that the workers of a private Ray import as they start, while Ray itself is still starting.
-        announce: receives a line where a private Ray starts otherwise than the user may expect.
+        announce: receives a line if a private Ray starts differently than the user may expect.
 
     Raises:
         InputError: ``address`` cannot be joined, or Ray would find no home folder.
@@ -135,7 +135,7 @@ def ray_session(
 def _private_ray(
     run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str], announce: Callable[[str], None]
 ) -> Iterator[Path]:
-    """Start Ray for us alone; yields the token's path."""
+    """Start a private Ray; yield the path of its token."""
     with contextlib.ExitStack() as stack:
         places = None
         try:
@@ -166,12 +166,12 @@ def _secured_ray(
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
-        "RAY_AUTH_TOKEN": None,  # would come before the file
+        "RAY_AUTH_TOKEN": None,  # would take precedence over the file
         "RAY_preload_python_modules": ",".join(preload) or None,
-        # Ray would start as many workers as there are CPUs, and Tune's actors then others, all importing at once.
+        # Ray would start one worker per CPU, and Tune's actors would start more: all would import at the same time.
         "RAY_prestart_worker_first_driver": "0",
         "PYTHONPATH": _extend_python_path(),
-        # Ray would tell its makers of every run that is longer than a minute.
+        # Ray would send usage data to its makers for every run longer than a minute.
         "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
     }
     with _ray_environment(secured):
@@ -181,7 +181,7 @@ def _secured_ray(
             try:
                 with _adapted_start(home), _patient_start(announce):
                     cpus = count_cpus() if num_cpus is None else num_cpus
-                    # Without an address Ray would obey a stale ray_current_cluster file, and can hang on it.
+                    # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                     _init_ray("local", run, num_cpus=cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
             except Exception as error:
                 try:
@@ -191,7 +191,7 @@ def _secured_ray(
                 raise _start_error(error, home.parent) from error
             yield
         finally:
-            node: Any = ray._private.worker._global_node  # noqa: SLF001 - None where Ray did not start
+            node: Any = ray._private.worker._global_node  # noqa: SLF001 - None if Ray did not start
             with reaping(
                 [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
             ):
@@ -201,7 +201,7 @@ def _secured_ray(
 
 @contextlib.contextmanager
 def reaping(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """In the ``with`` block, Ray ends ``processes``; then wait for them, which Ray itself does for a second only."""
+    """Wait for ``processes`` after a ``with`` block in which Ray ends them: Ray itself waits for a second only."""
     try:
         yield
     finally:
@@ -211,7 +211,7 @@ def reaping(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _choose_places(announce: Callable[[str], None]) -> Path:
-    """The user's temporary folder, or /tmp where the paths of Ray's sockets would be too long there."""
+    """Return the user's temporary folder, or /tmp if the paths of Ray's sockets would be too long there."""
     places, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
     if wanted and os.path.abspath(wanted) != places:  # noqa: PTH100 - as tempfile does it
         announce(f"Ray's files go to {places}: TMPDIR ({wanted}) is full, or no folder that you may write to")
@@ -226,10 +226,10 @@ def _choose_places(announce: Callable[[str], None]) -> Path:
 
 
 def _check_room(home: Path) -> None:
-    """Raise OSError where Ray's files have no room: it would write pages of log, and fail after half a minute."""
+    """Raise OSError if Ray's files have no room: Ray would write pages of log, and fail after half a minute."""
     probe = home / "room"
     try:
-        probe.write_bytes(bytes(ROOM_BYTES))  # a quota of the user's is met by writing only
+        probe.write_bytes(bytes(ROOM_BYTES))  # only a write reveals the user's quota
     finally:
         probe.unlink(missing_ok=True)
 
@@ -244,7 +244,7 @@ def _start_error(error: Exception, places: Path | None) -> StartError:
 
 
 def _check_home() -> None:
-    """Raise InputError where nobody knows the user's home folder: Ray Tune asks for it on import."""
+    """Raise InputError if the user's home folder cannot be determined: Ray Tune reads it on import."""
     try:
         Path.home()
     except RuntimeError:
@@ -254,7 +254,7 @@ def _check_home() -> None:
 
 
 def _extend_python_path() -> str | None:
-    """``PYTHONPATH``, from which workers can import this package where it is not installed."""
+    """Return a ``PYTHONPATH`` from which workers can import this package even if it is not installed."""
     before, folder = os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])
     if folder in (*sysconfig.get_paths().values(), *(before or "").split(os.pathsep)):
         return before
@@ -263,7 +263,7 @@ def _extend_python_path() -> str | None:
 
 @contextlib.contextmanager
 def _adapted_start(home: Path) -> Iterator[None]:
-    """Change what Ray has no setting for in how it starts its processes."""
+    """Change how Ray starts its processes, where Ray has no setting."""
     from unittest.mock import patch
 
     from ray._private import parameter, ray_constants, services
@@ -272,15 +272,15 @@ def _adapted_start(home: Path) -> Iterator[None]:
 
     def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
         if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
-            # Its servers are started by "python -c", which looks for modules in the current folder first, and the
-            # folder of their socket stays behind: it has to be below ours, where its path is short too.
+            # "python -c" starts its servers and searches the current folder for modules first. The folder of their
+            # socket is left behind: it must lie below the private home, where its path is short too.
             options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
         return start(command, process_type, *arguments, **options)
 
     params = functools.partial(
         parameter.RayParams,
-        dashboard_agent_listen_port=0,  # else 52365: beside another Ray it retries for 6 s, then does without HTTP
-        session_name=home.name.removeprefix(HOME_PREFIX),  # a third as long as Ray's: sockets are below it
+        dashboard_agent_listen_port=0,  # default 52365: beside another Ray it retries for 6 s, then runs without HTTP
+        session_name=home.name.removeprefix(HOME_PREFIX),  # a third of the length of Ray's own: sockets lie below it
     )
     with patch.object(parameter, "RayParams", params), patch.object(services, "start_ray_process", start_process):
         yield
@@ -288,7 +288,7 @@ def _adapted_start(home: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
-    """Let Ray's node take its time to start on a busy machine, and end at once where it has died."""
+    """Allow Ray's node more time to start on a busy machine, but fail at once if it has died."""
     from unittest.mock import patch
 
     from ray._private import node
@@ -300,7 +300,7 @@ def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
             start(self)
             _wait_for_node(self)
         except BaseException:
-            self.kill_all_processes(check_alive=False)  # nobody else knows them yet
+            self.kill_all_processes(check_alive=False)  # no other code has a reference to them yet
             raise
 
     def inform() -> None:
@@ -321,8 +321,8 @@ def _wait_for_node(node: Any) -> None:
     """Wait until Ray's node is registered.
 
     Raises:
-        RuntimeError: a part of it that it cannot do without has ended.
-        TimeoutError: it takes too long.
+        RuntimeError: a process that the node requires has ended.
+        TimeoutError: the start takes too long.
     """
     from ray._private import ray_constants, services
 
@@ -340,15 +340,15 @@ def _wait_for_node(node: Any) -> None:
 
 @contextlib.contextmanager
 def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iterator[None]:
-    """Join a cluster that somebody else started."""
+    """Join a cluster that is already running."""
     import tune_amp
 
     address = resolve_address(address)
     runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
-    # One attempt of Ray's is 40 s long where something else than Ray listens, and it would make twenty.
+    # If something other than Ray listens, one attempt of Ray's takes 40 s, and Ray would make twenty.
     settings: dict[str, str | None] = {"RAY_gcs_server_port_wait_time_s": "1"}
     if "RAY_AUTH_MODE" not in os.environ and _default_token().exists():
-        # Joining by address never turns authentication on by itself: it would wait, then fail without a reason.
+        # Joining by address never turns authentication on: Ray would wait, then fail without a reason.
         settings["RAY_AUTH_MODE"] = "token"
     with _ray_environment(settings):
         import ray
@@ -371,13 +371,14 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
 
 
 def resolve_address(address: str) -> str:
-    """Return the address that Ray will join: the variable comes before ``auto``.
+    """Return the address that Ray will join. For ``auto``, the variable ``RAY_ADDRESS`` takes precedence.
 
     Raises:
-        InputError: it is none of these, such as ``local``, with which Ray would start one that is open to all.
+        InputError: the address is neither ``auto`` nor ``host:port``. With ``local``, Ray would start a cluster that is
+            open to all.
     """
     joined = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
-    if joined.startswith("ray://"):  # Tune would run in a process of the cluster's, and leave our recorder here
+    if joined.startswith("ray://"):  # Tune would run in a process of the cluster, and the recorder would stay here
         raise InputError(
             f"--address: {hide_credentials(joined)} is not supported, because a search runs on a node of the cluster; "
             f"submit it there: {JOB_EXAMPLE}"
@@ -389,14 +390,14 @@ def resolve_address(address: str) -> str:
 
 
 def _check_answers(address: str) -> None:
-    """Raise OSError at once where nobody listens: Ray would try for a quarter of an hour."""
+    """Raise OSError at once if nothing listens at ``address``: Ray would retry for a quarter of an hour."""
     host, _, port = address.rpartition(":")
-    if port.isdecimal():  # else it is "auto", or Ray will say what is wrong
+    if port.isdecimal():  # otherwise it is "auto", or Ray will report what is wrong
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _find_source(module: ModuleType) -> str:
-    """The folder of a package, or the file of a single module."""
+    """Return the folder of a package, or the file of a single module."""
     if hasattr(module, "__path__"):
         return str(module.__path__[0])
     assert module.__file__ is not None  # a user's own code, not a built-in
@@ -410,7 +411,7 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
     _print_ray_logs(False)
 
     class Job(JobConfig):
-        """Without the folders that Ray would let workers search before all others: the script's and the current one."""
+        """Job config without the script's and the current folder, which Ray would put first in the workers' path."""
 
         def _serialize(self) -> Any:
             self._py_driver_sys_path.clear()
@@ -421,7 +422,7 @@ def _init_ray(address: str, run: str, **options: Any) -> None:
 
 
 def _print_ray_logs(enabled: bool) -> None:
-    """Whether Ray prints pages of its own log where one of its processes dies; what it means for trials we tell."""
+    """Set whether Ray prints pages of its log if one of its processes dies: tune_amp itself reports the effect."""
     import ray
 
     ray._private.worker._worker_logs_enabled = enabled  # noqa: SLF001 - log_to_driver=False does not do it
@@ -430,7 +431,7 @@ def _print_ray_logs(enabled: bool) -> None:
 def _describe_session(token_path: Path | None) -> RaySession:
     import ray
 
-    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - ray.init's context is not ours where Ray ran before
+    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - there is no ray.init context if Ray ran before
     dashboard_url = f"http://{address}" if address else None
     return RaySession(
         resources=ray.cluster_resources(),
@@ -442,13 +443,14 @@ def _describe_session(token_path: Path | None) -> RaySession:
 
 ASKING_SECONDS = 5.0
 LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
-"""Lists the keys of the default namespace: it reads, and changes nothing."""
+"""RPC that lists the keys of the default namespace: it reads and changes nothing."""
 
 
 def _asks_for_token(address: str, dashboard_url: str | None) -> bool:
-    """Whether somebody without a token is refused: asked for real, as no setting of ours tells what a cluster does.
+    """Whether Ray refuses requests without a token. Send real requests: local settings do not show what a cluster does.
 
-    A cluster with TLS but without tokens has an open dashboard still; where nothing answers, nothing is promised.
+    A cluster with TLS but without tokens still has an open dashboard. If no server answers, the
+    result is False, because nothing is known.
     """
     refusals = [_is_refused_by_server(address)]
     if dashboard_url is not None:
@@ -457,19 +459,19 @@ def _asks_for_token(address: str, dashboard_url: str | None) -> bool:
 
 
 def _is_refused_by_dashboard(url: str) -> bool | None:
-    """Whether it asks for a token; None where it says neither yes nor no."""
+    """Whether the dashboard requires a token; None if its answer does not show it."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url}/api/version", timeout=ASKING_SECONDS) as answer:
             return None if "ray_version" not in json.load(answer) else False
     except urllib.error.HTTPError as error:
         return True if error.code in (401, 403) else None
-    except (OSError, ValueError, TypeError):  # not reachable from here, or something else than Ray
+    except (OSError, ValueError, TypeError):  # not reachable from here, or something other than Ray
         return None
 
 
 def _is_refused_by_server(address: str) -> bool | None:
-    """Whether Ray's GCS asks for a token; None where it says neither yes nor no."""
+    """Whether Ray's GCS requires a token; None if its answer does not show it."""
     import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
@@ -488,17 +490,17 @@ def _ray_is_initialized() -> bool:
 
 @contextlib.contextmanager
 def _ray_environment(settings: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables for the length of a ``with`` block, that Ray sees wherever it was imported."""
+    """Set environment variables for a ``with`` block, such that Ray sees them even if it was imported before."""
     try:
         with _environment(settings):
             _read_environment_again()
             yield
     finally:
-        _read_environment_again()  # else the next session of this process would still use this one's token
+        _read_environment_again()  # otherwise the next session of this process would still use this token
 
 
 def _read_environment_again() -> None:
-    """Make Ray forget what it read of the environment on import and in an earlier session."""
+    """Make Ray read the environment again: it caches values on import and in an earlier session."""
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -514,13 +516,13 @@ def _default_token() -> Path:
 
 @contextlib.contextmanager
 def _environment(settings: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables for the length of a ``with`` block; None for one that must not be set."""
+    """Set environment variables for a ``with`` block; None removes a variable."""
     before = dict(os.environ)
     _set_environment(settings)
     try:
         yield
     finally:
-        # All that changed, because Ray leaves variables of its own behind: one would take over breakpoint().
+        # Restore all variables, because Ray leaves some of its own behind: one would redirect breakpoint().
         _set_environment({name: before.get(name) for name in {*before, *os.environ}})
 
 
