@@ -1,7 +1,7 @@
-"""The Ray Tune trainable: what runs in a worker process, one actor for many trials.
+"""The Ray Tune trainable: the actor that runs in a worker process and trains many trials, one after another.
 
-A trial that fails is a row with a status: exceptions are reported, not raised, so that the worker lives on for the next
-trial. Only the death of the process itself, and a CUDA context that is broken for good, are left to Ray.
+A trial that fails is a row with a status: exceptions are reported, not raised, so that the worker stays alive for the
+next trial. Only the death of the process itself and a permanently broken CUDA context are left to Ray.
 """
 
 import collections
@@ -48,58 +48,62 @@ from tune_amp.trial.consent import consent_to, list_consented
 
 CHECKPOINT_FILE = "trial.pt"
 
-# A worker that dies (killed, a segmentation fault) need not be the settings' fault: the trial is tried again.
+# A worker's death (killed, a segmentation fault) need not be the settings' fault: the trial is retried.
 WORKER_RETRIES = 2
-# A lost node never is, and does not count. Nor does a connection that broke, which looks the same; so many in a row
-# without one more epoch do, or a network that keeps breaking would be tried for ever.
+# A lost node is never the settings' fault, and does not count as a retry. Neither does a broken connection, which looks
+# the same. This many in a row without a new epoch do count: else a network that keeps breaking is retried forever.
 NODE_RETRIES = 10
 
-# A checkpoint is due after so many times the work that one costs: then checkpoints take at most 1 / 21 of a trial's
-# time, under 5 %, and a worker that dies loses at most the work of 20 checkpoints, and the epoch that it was in.
+# A checkpoint is due after work that takes this many times its cost. Checkpoints then take at most 1 / 21 of a trial's
+# time, under 5 %, and a worker that dies loses at most the work of 20 checkpoints plus its current epoch.
 WORK_PER_CHECKPOINT = 20
-# Until a worker has saved once; simple_net's takes 0.01 to 0.02 s on a local disk, a network's storage takes longer.
+# Assumed cost until a worker has saved once. simple_net takes 0.01 to 0.02 s on a local disk; network storage takes
+# longer.
 FIRST_CHECKPOINT_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
-    """What every trial of a search shares, sent to each worker once. The test set is not in it."""
+    """Data and settings that all trials of a search share, sent to each worker once. The test set is not included."""
 
     train: Split
     """The training split, read from Ray's object store without a copy."""
     validation: Split
     num_classes: int
     num_threads: int
-    """CPU threads of a trial. Sums are split among threads, so that a bit-identical replay needs the same number."""
+    """CPU threads of a trial. Sums are split among threads, so a bit-identical replay needs the same number."""
     search_path: tuple[str, ...]
-    """The driver's ``sys.path``: where it found a user's own functions, workers on the same machine find them too."""
+    """The driver's ``sys.path``, so that workers on the same machine find the user's own functions too."""
     consented: tuple[str, ...] = ()
-    """The user's own functions that may be imported: see ``consent.consent_to``."""
+    """Names of the user's own functions that may be imported: see ``consent.consent_to``."""
     checkpoints: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    """Of trials that were cut off before, by id: where their checkpoints may be, the newest first."""
+    """Folders that may hold the checkpoints of interrupted trials, by trial id, newest first."""
     filesystem: fs.FileSystem = dataclasses.field(default_factory=fs.LocalFileSystem)
-    """Of these places."""
+    """File system of these folders."""
     gpu_share: float = 0.0
-    """The share of a GPU with which a trial begins; 0 on the CPU. One that runs out of memory gets a larger one."""
+    """Share of a GPU with which a trial starts; 0 on the CPU. A trial that runs out of memory gets a larger share."""
 
 
 Failure = tuple[int, str]
-"""Epochs that a trial had trained when an exception ended its attempt, and that exception in a line."""
+"""Number of epochs that a trial had trained when an exception ended its attempt, and that exception in one line."""
 
 
 class LargerShareNeeded(RuntimeError):  # noqa: N818 - a request, not a fault
-    """A trial ran out of its share of a GPU's memory. Ends the worker, for Tune to try again with a larger share."""
+    """A trial ran out of its share of a GPU's memory. Ends the worker, so that Tune retries with a larger share."""
 
 
 class MemoryHeldError(OSError):
-    """A GPU's memory ran out while other programs held a trial's part of it. No fault of its settings."""
+    """A GPU's memory ran out while other programs held a trial's part of it: not the fault of the trial's settings."""
 
 
 class AmpTrainable(tune.Trainable):
-    """One trial: an epoch a ``step``. ``config`` holds ``TrialConfig`` fields; ``worker_setup`` what trials share."""
+    """One trial, one epoch per ``step``.
+
+    ``config`` holds ``TrialConfig`` fields, and ``worker_setup`` what all trials share.
+    """
 
     def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
-        """Place the data on this worker's device, once a process."""
+        """Place the data on this worker's device, once per process."""
         assert worker_setup is not None  # bound by tune.with_parameters
         self._num_threads = worker_setup.num_threads
         self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
@@ -118,18 +122,21 @@ class AmpTrainable(tune.Trainable):
         self.reset_config(config)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
-        """Ray's own ``save``, which keeps what ``save_checkpoint`` wrote, timed: its cost decides the next."""
+        """Save with Ray's ``save``, which stores the files of ``save_checkpoint``, and measure its cost.
+
+        The cost decides when the next checkpoint is due.
+        """
         started = time.monotonic()
-        self._content = self._write_state()  # what is raised here is the model's or the device's
+        self._content = self._write_state()  # an exception here comes from the model or the device
         index = self._storage.current_checkpoint_index if self._storage else -1
         try:
-            with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind where its copy fails
+            with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind if its copy fails
                 saved = super().save(checkpoint_dir or folder)
-        # A full disk, most often; Ray's RuntimeError says that the place is gone. The trial is none the worse for it,
-        # as long as its worker lives.
+        # Usually a full disk; Ray raises RuntimeError if the place is gone. The trial is not affected as long as its
+        # worker lives.
         except (OSError, RuntimeError):
             saved = _TrainingResult(checkpoint=None, metrics={})
-            if self._storage:  # or the driver, which hears of none, has another worker write over the last one
+            if self._storage:  # else the driver, which receives none, lets another worker overwrite the last one
                 self._storage.current_checkpoint_index = index
         self._save_seconds.append(time.monotonic() - started)
         self._checkpoint_seconds += self._save_seconds[-1]
@@ -137,17 +144,17 @@ class AmpTrainable(tune.Trainable):
         return saved
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Ray's own ``restore``, which reads what ``load_checkpoint`` needs.
+        """Restore with Ray's ``restore``, which reads the files for ``load_checkpoint``.
 
-        Where the checkpoint is gone or damaged, the trial begins anew.
+        If the checkpoint is missing or damaged, the trial starts from the beginning.
         """
         found = checkpoint_path.checkpoint
         if read_checkpoint(found.filesystem, found.path) is not None:
             super().restore(checkpoint_path)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Make this actor ready for another trial, data and process kept."""
-        if self._run is not None:  # the scheduler stopped it, and no step of its own was the last
+        """Prepare this actor for another trial; keep data and process."""
+        if self._run is not None:  # the scheduler stopped the trial, so no step released it
             self._release()
         self._settings = dict(new_config)
         self._first_failure: Failure | None = None
@@ -159,14 +166,14 @@ class AmpTrainable(tune.Trainable):
 
         Raises:
             torch.AcceleratorError: the GPU can no longer be used from this process.
-            LargerShareNeeded: its memory ran out, and the trial may have more of it.
+            LargerShareNeeded: the trial's share of GPU memory ran out, and it may get a larger one.
         """
         try:
             report = self._train_epoch_or_try_again()
         except Exception as error:  # a trial that fails is a row with a status, never a stop of the search
             if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
-                # After a device assert or an illegal access every later CUDA call of the process fails as well, and so
-                # would every later trial. Ray ends a worker whose step raises, and tries again in a new one.
+                # After a device assert or an illegal access every later CUDA call of the process fails too, and so
+                # would every later trial. Ray ends a worker whose step raises, and retries the trial in a new one.
                 raise
             self._ask_for_larger_share(error)
             report = failure_report(error)
@@ -189,7 +196,7 @@ class AmpTrainable(tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write the whole state of the run. A trial that has ended has none left to save."""
+        """Write the whole state of the run. A trial that has ended has no state to save."""
         content, self._content = self._content or self._write_state(), None
         if content is not None:
             (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(content)
@@ -197,12 +204,12 @@ class AmpTrainable(tune.Trainable):
     def _write_state(self) -> bytes | None:
         if self._run is None:
             return None
-        content = io.BytesIO()  # what torch raises for a full disk is no OSError
+        content = io.BytesIO()  # torch does not raise OSError for a full disk
         torch.save(self._run.state_dict(), content)
         return content.getvalue()
 
     def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
-        """Continue from ``save_checkpoint``; from the beginning where it saved nothing."""
+        """Resume from the files of ``save_checkpoint``; start from the beginning if it saved nothing."""
         assert checkpoint is not None
         path = Path(checkpoint) / CHECKPOINT_FILE
         if path.exists():
@@ -210,9 +217,9 @@ class AmpTrainable(tune.Trainable):
                 self._continue_run(file)
 
     def _train_epoch_or_try_again(self) -> dict[str, Any]:
-        """An epoch; once in a trial, a failure that need not be the settings' fault starts it anew.
+        """Train an epoch. Once per trial, restart it after a failure that need not be the settings' fault.
 
-        A full disk, a flaky driver or file system may be over a moment later; what fails twice is reported.
+        A full disk or a flaky driver or file system may recover a moment later. A second failure is reported.
         """
         try:
             return self._train_epoch()
@@ -242,9 +249,9 @@ class AmpTrainable(tune.Trainable):
         return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
 
     def _go_on(self) -> TrainingRun | None:
-        """The run of a trial that was cut off before this search went on, from its newest checkpoint that is whole."""
+        """Resume an interrupted trial of a resumed search from its newest intact checkpoint; None if there is none."""
         if self._first_failure is not None:
-            return None  # perhaps the checkpoint's fault: the model may have been changed since
+            return None  # the checkpoint may be the cause: the model may have been changed since
         for folder in self._checkpoints.get(self.trial_id, ()):
             content = read_checkpoint(self._filesystem, folder)
             if content is not None:
@@ -267,13 +274,13 @@ class AmpTrainable(tune.Trainable):
         return self._run
 
     def _ask_for_larger_share(self, error: Exception) -> None:
-        """Raise LargerShareNeeded where the trial's memory was less than a GPU's, and ran out for the first time."""
+        """Raise LargerShareNeeded if the trial had less than a whole GPU and ran out of memory for the first time."""
         first = 0 < self._share < 1 and self._share <= self._first_share
         if first and is_out_of_gpu_memory(error):
             raise LargerShareNeeded(f"out of memory with {self._share:g} GPU: {describe_error(error)}") from error
 
     def _release(self) -> None:
-        """Give the memory of a trial back: the next one may need all of it, and other workers share the GPU."""
+        """Release a trial's memory: the next trial may need all of it, and other workers share the GPU."""
         self._run = None
         # The trial's report counts; a broken context fails the next step too.
         with contextlib.suppress(RuntimeError):
@@ -282,18 +289,18 @@ class AmpTrainable(tune.Trainable):
 
 
 def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> bool:
-    """Whether a checkpoint is worth what it costs.
+    """Whether a checkpoint is worth its cost.
 
     Args:
-        unsaved_seconds: work that a death of the worker would lose.
-        save_seconds: what the last checkpoints took in this worker, those of other trials too.
+        unsaved_seconds: seconds of work that would be lost if the worker died.
+        save_seconds: seconds that the last checkpoints of this worker took, those of other trials included.
     """
     cost = statistics.median(save_seconds) if save_seconds else FIRST_CHECKPOINT_SECONDS
     return unsaved_seconds >= WORK_PER_CHECKPOINT * cost
 
 
 def read_checkpoint(filesystem: fs.FileSystem, folder: str) -> io.BytesIO | None:
-    """A checkpoint's content; None where it is gone, or its writer was killed: then its checksums are off."""
+    """Return a checkpoint's content; None if it is missing, or if its checksums fail because its writer was killed."""
     try:
         with filesystem.open_input_stream(f"{folder}/{CHECKPOINT_FILE}") as file:
             content = io.BytesIO(file.read())
@@ -307,39 +314,39 @@ def read_checkpoint(filesystem: fs.FileSystem, folder: str) -> io.BytesIO | None
 
 @functools.cache
 def _exempt_what_is_left() -> None:
-    """Take what survives a worker's first trial, modules mostly, from the collector: torch's cost it 0.15 s a trial."""
+    """Exempt what survives a worker's first trial, mostly modules, from the collector: torch's cost it 0.15 s a trial."""
     gc.freeze()
 
 
 def progress_report(metrics: EpochMetrics, status: str, error: str | None = None) -> dict[str, Any]:
-    """What a trial tells Tune after an epoch: its metrics, its status, whether it is over."""
+    """Return the report of a trial to Tune after an epoch: its metrics, its status, and whether it has ended."""
     return {**vars(metrics), "status": str(status), "error": error, "done": status != RUNNING}
 
 
 def failure_report(error: Exception) -> dict[str, Any]:
-    """What a trial tells Tune when an exception ended it. Tune insists on the objective, so it gets NaN.
+    """Return the report of a trial that an exception ended. Tune requires the objectives, so they are NaN.
 
-    ``config_fault`` says that the settings are to blame. Of a first failure only our own check knows that.
+    ``config_fault`` marks the settings as the cause. For a first failure, only a check of tune_amp itself shows that.
     """
     status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(error) else TrialStatus.FAILED
-    refused = isinstance(error, InputError) and error.__cause__ is None  # not where a module of the user's failed
+    refused = isinstance(error, InputError) and error.__cause__ is None  # not if the user's module failed
     text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
     ending = {"status": str(status), "error": text, "config_fault": refused, "done": True}
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
 
 
 def is_settings_fault(first: Failure, second: Failure, error: Exception) -> bool:
-    """Whether a trial failed twice, the second time by ``error``, because of its settings, not by chance.
+    """Whether a trial failed twice, the second time with ``error``, because of its settings and not by chance.
 
-    A trial repeats bit by bit: its settings' fault is the same error in the same epoch. An OSError is the machine's
-    fault, however often it comes: a disk stays full.
+    A trial repeats bit by bit, so a fault of its settings is the same error in the same epoch. An OSError is the
+    machine's fault, however often it occurs: a disk stays full.
     """
     is_same = first[0] == second[0] and generalize_error(first[1]) == generalize_error(second[1])
     return is_same and not isinstance(error, OSError)
 
 
 def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any) -> WorkerSetup:
-    """What the workers of a search are sent; ``left`` is what is left of it from before it was cut off."""
+    """Build the setup of a search's workers; ``left`` holds the fields of ``WorkerSetup`` for a resumed search."""
     return WorkerSetup(
         **left,
         train=dataset.train,
@@ -353,11 +360,11 @@ def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any)
 
 
 def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
-    """Make this process find a user's modules and keep to its share of the machine; the device that it computes on."""
+    """Let this process find the user's modules, limit it to its share of the machine, and return its device."""
     sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
     consent_to(*worker_setup.consented)
     torch.set_num_threads(worker_setup.num_threads)
-    # Ray hands out the GPUs that it was told of, whether or not torch can use them.
+    # Ray assigns the GPUs that it was configured with, whether or not torch can use them.
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
     if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
         cap_memory(assigned_gpu_share())
@@ -365,31 +372,31 @@ def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
 
 
 def show_in_process_list(text: str) -> None:
-    """Name what a worker does, for ``ps``, ``nvidia-smi`` and the nodes on Ray's dashboard.
+    """Show what a worker does in ``ps``, ``nvidia-smi`` and the nodes on Ray's dashboard.
 
-    The name of an actor is its for good; a worker's trials come and go. Ray names the process itself between calls.
+    An actor's name cannot change, but a worker's trials do. Ray sets the process title itself between calls.
     """
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
         ray._raylet.setproctitle(f"ray::{AmpTrainable.__qualname__} {text}")  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def name_device(device: torch.device) -> str:
-    """``cpu``, or the GPU's name."""
+    """Return ``cpu``, or the GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def assigned_gpu_share() -> float:
-    """GPUs that Ray gave to this worker, a fraction where it shares one; 0 without Ray."""
+    """Return the GPUs that Ray assigned to this worker: a fraction if it shares one, 0 without Ray."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
 
 
 @contextlib.contextmanager
 def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
-    """In the ``with`` block, a GPU that is out of memory because of other programs raises MemoryHeldError.
+    """In the ``with`` block, raise MemoryHeldError if a GPU is out of memory because of other programs.
 
     Args:
-        device: of the trial.
-        share: of a GPU, which the trial was given.
+        device: device of the trial.
+        share: share of a GPU assigned to the trial.
     """
     try:
         yield
@@ -404,6 +411,6 @@ def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
 
 
 def metrics_of(result: Mapping[str, Any]) -> EpochMetrics | None:
-    """The ``EpochMetrics`` in a result, None where an exception ended the trial before the epoch did."""
+    """Return the ``EpochMetrics`` in a result; None if an exception ended the trial before the end of the epoch."""
     names = [field.name for field in dataclasses.fields(EpochMetrics)]
     return EpochMetrics(**{name: result[name] for name in names}) if "epoch" in result else None
