@@ -314,7 +314,10 @@ def read_checkpoint(filesystem: fs.FileSystem, folder: str) -> io.BytesIO | None
 
 @functools.cache
 def _exempt_what_is_left() -> None:
-    """Exempt what survives a worker's first trial, mostly modules, from the collector: torch's cost it 0.15 s a trial."""
+    """Exempt what survives a worker's first trial, mostly modules, from garbage collection.
+
+    Collecting torch's modules cost 0.15 s a trial.
+    """
     gc.freeze()
 
 

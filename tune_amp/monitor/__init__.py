@@ -1,4 +1,4 @@
-"""Whoever watches a search: terminal, Prometheus, trackers. None of them can stop it."""
+"""Observers of a search: terminal, Prometheus, trackers. None of them can stop it."""
 
 from typing import TYPE_CHECKING
 

@@ -1,12 +1,12 @@
-"""Tells Prometheus of a search, through Ray: trials by status, best value, epochs, loss scales, slot time.
+"""Exports metrics of a search to Prometheus through Ray: trials by status, best value, epochs, loss scales, slot time.
 
-Ray collects what processes set every 10 s, and each node offers it on its metrics port with ``ray_`` before the name.
-A gauge that is not set again vanishes there after two collections. So the driver sets all of them once a second from a
-thread: a report costs the search an assignment, however many trials there are, and a trial that has ended leaves no
-series behind. With 10,000 trials and 64 slots, what the thread does in a second takes it under 1 ms.
+Ray collects the metrics of processes every 10 s, and each node serves them on its metrics port with the prefix
+``ray_``. A gauge that is not set again vanishes there after two collections, so a thread of the driver sets all of them
+once a second. A report thus costs the search one assignment, however many trials there are, and a trial that has ended
+leaves no series behind. With 10,000 trials and 64 slots, the thread's work takes under 1 ms per second.
 
-No label grows with the number of trials: what belongs to a running trial is told by slot, the place that it runs in,
-and a series says which trial that is. Prometheus would keep a series for every trial of every run.
+No label grows with the number of trials. Metrics of a running trial are labelled with its slot, the place in which it
+runs, and one series maps slots to trials. Otherwise Prometheus would keep a series for every trial of every run.
 """
 
 import collections
@@ -35,14 +35,14 @@ EVERY_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """A metric that a search keeps."""
+    """A metric of a search."""
 
     name: str
-    """By Prometheus' conventions, https://prometheus.io/docs/practices/naming/; Ray puts ``ray_`` before it."""
+    """Name by Prometheus' conventions, https://prometheus.io/docs/practices/naming/; Ray adds the prefix ``ray_``."""
     kind: Literal["gauge", "counter"]
     meaning: str
     labels: tuple[str, ...] = ()
-    """Besides ``run``, which all have."""
+    """Labels in addition to ``run``, which all series have."""
 
 
 ALL_SERIES = (
@@ -124,23 +124,23 @@ ALL_SERIES = (
 
 
 SECONDS = {"training": "train_seconds", "validation": "val_seconds", "probe": "probe_seconds"}
-"""Kinds of slot time that are counted -> their columns."""
+"""Map from each counted kind of slot time to its column."""
 
 
 class SearchObserver(Observer, ConfirmObserver, Protocol):
-    """Shows a search, and then its confirmation, to its user."""
+    """Shows a search and then its confirmation to the user."""
 
 
 class Gauges:
-    """Passes all that it is told on to another observer, and keeps the metrics meanwhile.
+    """Forwards all events to another observer, and keeps the metrics up to date.
 
-    Use it as a context manager around the search, and again around what else it is to watch. Metrics never make a
-    search fail: what goes wrong with them is said once, and ends them.
+    Use it as a context manager around the search, and again around any later work that it observes. Metrics never make
+    a search fail: their first error is printed, and ends them.
 
     Args:
-        observer: shows the search to its user.
-        slots: places in which trials run at a time.
-        registry: has ``Gauge`` and ``Counter`` as ``ray.util.metrics`` has them, which is meant by None.
+        observer: shows the search to the user.
+        slots: number of places in which trials run at a time.
+        registry: provides ``Gauge`` and ``Counter`` with the interface of ``ray.util.metrics``, which None stands for.
     """
 
     def __init__(self, observer: SearchObserver, *, slots: int, registry: Any = None) -> None:
@@ -157,7 +157,7 @@ class Gauges:
         self._broken = False
 
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-        """Remember this for the next publication, and pass it on."""
+        """Store the progress for the next publication, and forward it."""
         if self._progress is None:
             self._tally.begin(progress, ended)
         if ended is not None:
@@ -166,7 +166,7 @@ class Gauges:
         self._observer.on_progress(progress, ended)
 
     def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
-        """Remember this for the next publication, and pass it on."""
+        """Store the progress for the next publication, and forward it."""
         self._confirmation = progress
         self._observer.on_confirmation(progress, ended)
 
@@ -186,13 +186,13 @@ class Gauges:
         self.publish()
 
     def publish(self) -> None:
-        """Set all metrics to how the search stands."""
+        """Set all metrics to the current state of the search."""
         if self._broken or self._progress is None:
             return
         try:
             if self._metrics is None:
                 self._metrics = _register(self._registry, self._progress.run)
-            # In this order: a trial that ends in between has its last epochs counted the next time.
+            # In this order, so that the last epochs of a trial that ends in between are counted the next time.
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
             self._set(self._tally.count(self._progress, ended, self._confirmation, self._slots))
         except Exception as error:
@@ -210,13 +210,13 @@ class Gauges:
             metric = self._metrics[sample.name]
             if hasattr(metric, "set"):
                 metric.set(sample.value, tags=spell_labels(sample.labels))
-            elif sample.value > 0:  # what Ray takes; a counter of 0 need not exist
+            elif sample.value > 0:  # Ray accepts positive increments only; a counter of 0 need not exist
                 metric.inc(sample.value, tags=spell_labels(sample.labels))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """A gauge's value, or what is added to a counter."""
+    """A gauge's value, or a counter's increment."""
 
     name: str
     value: float
@@ -224,7 +224,7 @@ class Sample:
 
 
 class Tally:
-    """Turns a search as it stands into samples, and remembers what counters were told."""
+    """Converts the state of a search into samples, and stores what counters have already counted."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[EpochMetrics, ...]] = {}
@@ -232,7 +232,7 @@ class Tally:
         self._slots: dict[str, int] = {}
 
     def begin(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-        """What an earlier run of the same search left: its best values count, its epochs were counted then."""
+        """Include an earlier run of the same search: its best values count, its epochs are not counted again."""
         left = [trial for trial in progress.trials if trial is not ended]
         self._seen = {trial.trial_id: tuple(trial.epochs) for trial in left if trial.epochs}
         for objective in progress.objectives:
@@ -245,13 +245,13 @@ class Tally:
         confirmation: ConfirmProgress | None,
         slots: int,
     ) -> list[Sample]:
-        """All samples of now.
+        """Return all samples of the current state.
 
         Args:
-            progress: of the search.
+            progress: progress of the search.
             ended: trials that ended since the last call.
-            confirmation: where it has begun.
-            slots: places in which trials run at a time.
+            confirmation: progress of the confirmation; None before it starts.
+            slots: number of places in which trials run at a time.
         """
         about = {"model": progress.model, "dataset": progress.dataset, "version": __version__}
         running = find_running(progress)
@@ -295,7 +295,7 @@ class Tally:
         ]
 
     def _assign_slots(self, running: Sequence[TrialRecord]) -> None:
-        """Whoever runs keeps its slot; a new one gets the lowest that is free."""
+        """Keep the slots of running trials, and assign the lowest free slot to each new one."""
         ids = [trial.trial_id for trial in running]
         self._slots = {trial_id: self._slots[trial_id] for trial_id in ids if trial_id in self._slots}
         taken = set(self._slots.values())
@@ -306,7 +306,7 @@ class Tally:
 
 
 def find_running(progress: SearchProgress) -> list[TrialRecord]:
-    """The running trials in their order. They are among the last: of thousands, few are looked at."""
+    """Return the running trials in order. They are among the last, so few of thousands are examined."""
     found: list[TrialRecord] = []
     for trial in reversed(progress.trials):
         if len(found) == len(progress.running):
@@ -319,9 +319,9 @@ def find_running(progress: SearchProgress) -> list[TrialRecord]:
 def find_new_epochs(
     before: Sequence[EpochMetrics], after: Sequence[EpochMetrics]
 ) -> list[tuple[EpochMetrics | None, EpochMetrics]]:
-    """Epochs that were reported in between, each with the one that it goes on from.
+    """Return the epochs reported between two calls, each with the epoch before it.
 
-    A trial whose worker died goes on from a checkpoint: it reports epochs again that it had reported before.
+    A trial whose worker died resumes from a checkpoint, so it reports some epochs again.
     """
     known = {id(epoch) for epoch in before}
     earlier = [None, *after[:-1]]
@@ -330,7 +330,7 @@ def find_new_epochs(
 
 def _count_trials(progress: SearchProgress) -> list[Sample]:
     counts = collections.Counter(trial.status for trial in progress.trials)
-    # A running trial bears the status that it would end with if all stopped now.
+    # A running trial has the status that it would end with if the search stopped now.
     counts[TrialStatus.INTERRUPTED] -= len(progress.running)
     waiting = max(0, progress.num_samples - len(progress.trials))
     named = {
@@ -359,13 +359,13 @@ def _count_confirmation(progress: ConfirmProgress | None) -> list[Sample]:
 
 
 def spell_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Return labels as Ray takes them, ASCII only: ``läuf`` becomes ``l%C3%A4uf``, as in a URL."""
+    """Return labels in ASCII, as Ray requires: ``läuf`` becomes ``l%C3%A4uf``, as in a URL."""
     plain = string.punctuation + " "
     return {key: urllib.parse.quote(value, safe=plain, errors="surrogateescape") for key, value in labels.items()}
 
 
 def _register(registry: Any, run: str) -> dict[str, Any]:
-    """The metrics by name, each with the run as its label."""
+    """Register the metrics and return them by name, each with the run as its label."""
     if registry is None:
         from ray.util import metrics as registry
     classes = {"gauge": registry.Gauge, "counter": registry.Counter}

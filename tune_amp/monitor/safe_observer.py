@@ -1,4 +1,4 @@
-"""An observer that cannot harm what it watches."""
+"""Wraps an observer so that its errors cannot stop a search."""
 
 import contextlib
 import sys
@@ -9,24 +9,24 @@ from tune_amp.trial.config import describe_error
 
 
 class Untroubled:
-    """Passes on all that it is told, until the observer fails: that is said once, and whatever it watched goes on.
+    """Forwards all events until the observer fails. The failure is printed once, and the search continues.
 
-    What leaves a callback of Tune's counts as a fault of the trial, which would be trained again, three times. The
-    reader of a pipe may be gone, or the disk of a log be full.
+    Tune treats an exception that leaves a callback as a fault of the trial, and would train it again, three times. An
+    observer can fail because the reader of a pipe is gone, or the disk of a log is full.
 
     Args:
-        observer: a ``gauges.SearchObserver``.
+        observer: a ``prometheus.SearchObserver``.
     """
 
     def __init__(self, observer: Any) -> None:
         self._observer: Any = observer
 
     def on_progress(self, progress: Any, ended: Any) -> None:
-        """See ``recorder.Observer``."""
+        """See ``progress.Observer``."""
         self._try(lambda observer: observer.on_progress(progress, ended))
 
     def on_confirmation(self, progress: Any, ended: Any) -> None:
-        """See ``confirm.ConfirmObserver``."""
+        """See ``progress.ConfirmObserver``."""
         self._try(lambda observer: observer.on_confirmation(progress, ended))
 
     def _try(self, tell: Callable[[Any], None]) -> None:
@@ -34,7 +34,7 @@ class Untroubled:
             return
         try:
             tell(self._observer)
-        except BrokenPipeError:  # whoever watched is gone
+        except BrokenPipeError:  # the reader is gone
             self._observer = None
         except Exception as error:
             self._observer = None
