@@ -1,6 +1,6 @@
-"""Shows what fresh seeds said of the best configurations: a table, and what can and cannot be told from it.
+"""Shows the confirmation of the best configurations on fresh seeds: a table, and the conclusions it supports or not.
 
-Needs what a run's Parquet files hold and nothing else, so that a run can be shown again at any time.
+It needs only the content of a run's Parquet files, so a run can be shown again at any time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from tune_amp.trial.config import TrialConfig, format_scale
 
 
 def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
-    """Settings, then means over the seeds with half their 95 % intervals. Narrow enough for 80 columns.
+    """Render settings, then means over the seeds with half their 95 % intervals. The table fits 80 columns.
 
     ``optimism`` is the search's own number minus the mean, in points of accuracy or in nats.
     """
@@ -32,13 +32,13 @@ def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
 
 
 def settings_cells(config: TrialConfig) -> tuple[str, ...]:
-    """Learning rate, batch size, precision, loss scale and growth interval, as the tables of a run show them."""
+    """Return learning rate, batch size, precision, loss scale and growth interval, as the tables of a run show them."""
     interval = "" if config.growth_interval is None else str(config.growth_interval)
     return (f"{config.lr:.2e}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
 
 
 def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Iterator[str]:
-    """How the table came about, what is tied, what failed, and what searching gained: a sentence each."""
+    """Yield one sentence each on how the table was made, on ties, on failures, and on the gain of the search."""
     confirmed = [row for row in rows if row.confirmation is not None]
     chosen = "validation ranks" if len(provenance.objectives) == 1 else "ranks are the search's"
     seeds = _count_seeds(confirmed)
@@ -83,7 +83,7 @@ def _show_mean(confirmation: Confirmation, name: str) -> str:
 
 
 def _name(row: BestRow) -> str:
-    """Its rank, and that it is the default configuration."""
+    """Return the rank of a row, and mark the default configuration."""
     if row.trial.trial_id != DEFAULT_ID:
         return str(row.rank)
     return DEFAULT_ID if row.rank is None else f"{row.rank} {DEFAULT_ID}"

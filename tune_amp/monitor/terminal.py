@@ -1,4 +1,4 @@
-"""Shows a search in the terminal: a live table, plain lines where there is no terminal, JSON lines, or nothing."""
+"""Shows a search in the terminal: a live table, plain lines if there is no terminal, JSON lines, or nothing."""
 
 import collections
 import functools
@@ -23,7 +23,7 @@ from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrainingState, TrialStatus, format_scale
 from tune_amp.trial.text import printable
 
-if TYPE_CHECKING:  # both bring Ray, which a finished run is shown without
+if TYPE_CHECKING:  # for annotations only
     from tune_amp.results.progress import ConfirmProgress, ConfirmResult, SearchProgress
 
 STATUS_STYLES = {
@@ -36,7 +36,7 @@ STATUS_STYLES = {
 }
 
 
-# What the live view says beside the loss scale. A trial in another state is fine, or over.
+# Remarks beside the loss scale in the live view. A trial in any other state is fine, or has ended.
 SCALE_REMARKS = {TrainingState.CALIBRATING: "too high", TrainingState.STARVED: "too low"}
 
 
@@ -58,15 +58,15 @@ class LiveTable:
     def __exit__(self, *_: object) -> None:
         try:
             self._live.stop()
-        except OSError:  # the terminal is gone, and nobody said so: no SIGHUP comes to what runs in the background
+        except OSError:  # the terminal is gone without a SIGHUP: a background process receives none
             forget_closed_terminal()
 
     def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
-        """Show this from the next redraw on."""
+        """Show this progress from the next redraw on."""
         self._draw = functools.partial(render_progress, progress)
 
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
-        """Show this from the next redraw on."""
+        """Show this progress from the next redraw on."""
         self._draw = functools.partial(render_confirmation, progress)
 
     def _render(self) -> RenderableType:
@@ -74,7 +74,7 @@ class LiveTable:
 
 
 class PlainLines:
-    """A line for every trial that ends: for logs and pipes."""
+    """Prints a line for every trial that ends, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -95,7 +95,7 @@ class PlainLines:
 
 
 class JsonLines:
-    """A JSON object a line for every trial that ends: for programs."""
+    """Writes a JSON object on a line for every trial that ends, for programs."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -111,7 +111,7 @@ class JsonLines:
             self.write("confirmed_run", vars(ended))
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
-        """Write one event. Numbers that JSON does not know (NaN, infinity) become null."""
+        """Write one event. Numbers that JSON does not support (NaN, infinity) become null."""
         self._stream.write(json.dumps({"event": event, **_finite(fields)}, allow_nan=False) + "\n")
         self._stream.flush()
 
@@ -127,7 +127,7 @@ class Quiet:
 
 
 def render_progress(progress: "SearchProgress") -> RenderableType:
-    """The live view: a headline, the running trials, the best so far and the counts."""
+    """Render the live view: a headline, the running trials, the best so far and the counts."""
     headline = Text.assemble(
         (progress.run, "bold"),
         f"  {progress.model} on {progress.dataset}  ",
@@ -140,7 +140,7 @@ def render_progress(progress: "SearchProgress") -> RenderableType:
 
 
 def render_confirmation(progress: "ConfirmProgress") -> RenderableType:
-    """The live view of a confirmation: a headline, and each configuration with its mean so far."""
+    """Render the live view of a confirmation: a headline, and each configuration with its mean so far."""
     spent = _clock(time.monotonic() - progress.started)
     headline = Text.assemble(
         (progress.run, "bold"),
@@ -161,13 +161,13 @@ def render_confirmation(progress: "ConfirmProgress") -> RenderableType:
 
 
 def render_counts(progress: "SearchProgress") -> Text:
-    """Ended trials by status, of how many."""
+    """Render the number of ended trials, of all trials, and their counts by status."""
     ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
     return Text(f"{len(ended)} of {progress.num_samples} trials ended") + _list_counts(ended)
 
 
 def describe_counts(trials: Sequence[TrialRecord]) -> Text:
-    """Trials by status: ``16 trials: 5 completed, 10 stopped, 1 diverged``."""
+    """Return the trials by status: ``16 trials: 5 completed, 10 stopped, 1 diverged``."""
     return Text(f"{len(trials)} trials") + _list_counts(trials)
 
 
@@ -181,9 +181,9 @@ def _list_counts(trials: Sequence[TrialRecord]) -> Text:
 
 
 def render_ranking(ranked: Sequence[TrialRecord], objectives: Sequence[str] = ()) -> Table:
-    """The ranked table at the end of a search: settings, then validation metrics. Narrow enough for 80 columns.
+    """Render the ranked table at the end of a search: settings, then validation metrics. It fits 80 columns.
 
-    Time in training and memory have columns where they are among the objectives.
+    Training time and memory have columns if they are objectives.
     """
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     settings = ("#", "lr", "batch", "precision", "scale", "interval")
@@ -194,25 +194,25 @@ def render_ranking(ranked: Sequence[TrialRecord], objectives: Sequence[str] = ()
         table.add_column(name, justify="right", no_wrap=True)
     for rank, trial in enumerate(ranked, start=1):
         costs = [_cost(trial, name) for name in extra] or [_clock(trial.wall_seconds)]
-        style = "green" if rank == 1 and not extra else None  # of a Pareto set none is the winner
+        style = "green" if rank == 1 and not extra else None  # a Pareto set has no single winner
         table.add_row(str(rank), *settings_cells(trial.config), *_outcome_cells(trial), *costs, style=style)
     return table
 
 
 def render_importance(result: ImportanceResult) -> Table:
-    """How much each parameter mattered, beside what permuted values reach."""
+    """Render the importance of each parameter beside the importance that permuted values reach."""
     table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("parameter", "importance", "of noise", "p", ""):
         table.add_column(name, justify="left" if name in ("parameter", "") else "right", no_wrap=True)
     for row in result.rows:
         told = Text("" if row.told_from_noise else "cannot be told from noise", style="dim")
-        parameter = Text(printable(row.parameter))  # a text would be read as rich's markup
+        parameter = Text(printable(row.parameter))  # rich would read a str as markup
         table.add_row(parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", told)
     return table
 
 
 def describe_trial(trial: TrialRecord) -> str:
-    """One line: name, status, where it stands, and why it ended where that needs a word."""
+    """Describe a trial in one line: name, status, last metrics, and the error if there is one."""
     parts = [trial.trial_name, str(trial.status)]
     if trial.last is not None:
         parts.append(f"epoch {trial.last.epoch}")
@@ -225,14 +225,14 @@ def describe_trial(trial: TrialRecord) -> str:
 
 
 def describe_plan(progress: "ConfirmProgress") -> str:
-    """What is trained next, and on which seeds."""
+    """Describe what is trained next, and on which seeds."""
     seeds = ", ".join(map(str, dict.fromkeys(job.config.seed for job in progress.jobs)))
     distinct = {job.trial_ids for job in progress.jobs}
     return f"{len(distinct)} configurations on seeds {seeds}: {len(progress.jobs)} runs"
 
 
 def describe_run(progress: "ConfirmProgress", run: ConfirmedRun) -> str:
-    """One line: whose run, on which seed, how it ended."""
+    """Describe a run in one line: its configuration, its seed, and how it ended."""
     parts = [progress.names[run.trial_id], f"seed {run.seed}", str(run.status)]
     if run.val_accuracy is not None:
         parts.append(f"val_accuracy {run.val_accuracy:.2%}")
@@ -240,7 +240,7 @@ def describe_run(progress: "ConfirmProgress", run: ConfirmedRun) -> str:
 
 
 def describe_time(progress: "SearchProgress") -> str:
-    """Time spent and, from the second trial on, an estimate of what is left."""
+    """Describe the time spent and, once two trials have ended, an estimate of the time left."""
     spent = time.monotonic() - progress.started
     ended = progress.count_ended()
     left = progress.num_samples - ended
@@ -254,7 +254,7 @@ def describe_time(progress: "SearchProgress") -> str:
 
 
 def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
-    """A trial as JSON shows it: identity, settings and last metrics."""
+    """Return a trial for JSON: identity, settings and last metrics."""
     config = {name: value for name, value in vars(trial.config).items() if value is not None}
     last = {} if trial.last is None else {k: v for k, v in vars(trial.last).items() if not isinstance(v, tuple)}
     identity = {"trial_id": trial.trial_id, "trial_name": trial.trial_name, "status": str(trial.status)}
@@ -262,7 +262,7 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
 
 
 def describe_confirmation_as_json(result: "ConfirmResult") -> dict[str, Any]:
-    """A confirmation as JSON shows it: what it found of each configuration, best first; the first has the verdict."""
+    """Return a confirmation for JSON: its results for each configuration, best first; the first has the verdict."""
     confirmed = [
         {"rank": row.rank, "trial_id": row.trial.trial_id, **vars(row.confirmation)}
         for row in result.rows
@@ -320,7 +320,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    """Seven characters at most, so that the tables keep to 80 columns."""
+    """Format a loss with at most seven characters, so that the tables fit 80 columns."""
     return "" if loss is None else format(loss, ".4f" if loss < 100 else ".4g")
 
 

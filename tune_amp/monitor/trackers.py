@@ -1,7 +1,7 @@
-"""Tells TensorBoard, MLflow and Weights & Biases what trials report, through Ray Tune's own callbacks for them.
+"""Sends the reports of trials to TensorBoard, MLflow and Weights & Biases through Ray Tune's callbacks for them.
 
-Each works in a thread of its own, on copies: a server that does not answer, or a full disk, neither stops the search
-nor holds it up. Nothing leaves this machine unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says so.
+Each tracker works in its own thread, on copies: a server that does not answer or a full disk neither stops nor delays
+the search. Nothing leaves this machine unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says so.
 """
 
 import contextlib
@@ -32,38 +32,39 @@ from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, descri
 from tune_amp.trial.text import hide_credentials
 
 _Event = Callable[[Any], None]
-"""Tells one of Tune's callbacks; in the place of Ray's trials, of ``TrackedTrial``."""
+"""Function that calls one of Tune's callbacks, with a ``TrackedTrial`` instead of Ray's trial."""
 
 PROJECT = "tune_amp"
-"""Of Weights & Biases, unless ``WANDB_PROJECT`` names another."""
+"""Project name in Weights & Biases, unless ``WANDB_PROJECT`` names another."""
 
 LONGEST_SILENCE_SECONDS = 15.0
-"""At the end of a search: a tracker that takes longer for one report will not get the others done either."""
+"""Seconds without progress at the end of a search, after which a tracker is switched off: one that takes longer for
+one report will not finish the others either."""
 
 MOST_WAITING = 50_000
-"""Reports that may wait for a tracker, about 1 kB each."""
+"""Maximum number of reports that wait for a tracker, about 1 kB each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackedTrial:
-    """What Tune's callbacks read of a trial: a copy, since they run beside the search that changes the trial."""
+    """Copy of what Tune's callbacks read of a trial, because the search changes the trial while they run."""
 
     trial_id: str
     name: str = dataclasses.field(compare=False)
     config: Mapping[str, Any] = dataclasses.field(compare=False)
-    """The fields of its ``TrialConfig`` that are not None."""
+    """Fields of its ``TrialConfig`` that are not None."""
     local_path: str = dataclasses.field(compare=False)
-    """Where a callback may write files of this trial."""
+    """Folder in which a callback may write files of this trial."""
     status: TrialStatus | None = dataclasses.field(default=None, compare=False)
-    """How it ended."""
+    """Status with which the trial ended; None before."""
 
     @property
     def evaluated_params(self) -> dict[str, Any]:
-        """What TensorBoard's page of hyperparameters shows: the settings, and how the trial ended."""
+        """Content of TensorBoard's page of hyperparameters: the settings, and how the trial ended."""
         return {**self.config, "status": str(self.status)}
 
     def init_local_path(self) -> None:
-        """Make the folder."""
+        """Create the folder."""
         Path(self.local_path).mkdir(parents=True, exist_ok=True)
 
     def __str__(self) -> str:
@@ -71,19 +72,19 @@ class TrackedTrial:
 
 
 class Tracker(tune.Callback):
-    """Passes on what one of Tune's own callbacks is to hear. Place it before ``TrialRecorder``, which cuts reports.
+    """Forwards events to one of Tune's own callbacks. Place it before ``TrialRecorder``, which shortens reports.
 
-    Each trial is told as begun and as ended once, and each epoch once: one that a trial reports again, because its
-    worker died, is left out.
+    The start and the end of each trial and each epoch are forwarded once. An epoch that a trial reports again, because
+    its worker died, is skipped.
 
     Args:
         name: one of ``options.TRACKERS``.
-        build: makes Tune's callback; called in the thread where the callback then works.
-        folder: below it a trial gets its own, by its name.
-        past: of trials that go on after the search was cut off, the last epoch that they reported.
-        warn: is told, in one line, when the tracker is switched off because it failed.
-        service: the program that Tune's callback starts beside this process. When the tracker is switched off, children
-            that run it are ended, but for those that ran before the tracker was made.
+        build: builds Tune's callback; called in the thread in which the callback then works.
+        folder: parent of the folders of trials, which have the trials' names.
+        past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id.
+        warn: receives one line when the tracker is switched off because it failed.
+        service: program that Tune's callback starts beside this process. When the tracker is switched off, child
+            processes that run it are killed, except those that ran before the tracker was created.
     """
 
     def __init__(
@@ -104,29 +105,29 @@ class Tracker(tune.Callback):
         self._warn = warn or _print_warning
         self._running: dict[str, TrackedTrial] = {}
         self._begun: set[str] = set()
-        self._epochs = dict(past)  # the last that was passed on, of every trial
+        self._epochs = dict(past)  # last forwarded epoch of every trial
         self._failed = False
         self._handled = 0
         self._events: queue.Queue[_Event | None] | None = None
         self._thread: threading.Thread | None = None
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """The search begins."""
+        """Start the thread at the beginning of the search."""
         self._events = queue.Queue(MOST_WAITING)
-        # A daemon: one that waits for a server must not keep the program from ending.
+        # A daemon: a thread that waits for a server must not keep the program from ending.
         self._thread = threading.Thread(
             target=self._work, args=(self._events,), name=f"{self.name}-tracker", daemon=True
         )
         self._thread.start()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial got its worker, perhaps not for the first time."""
+        """Forward the start of a trial, which may get its worker not for the first time."""
         self._begin(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial reported an epoch, or its end by an exception."""
+        """Forward the report of an epoch. A report of an exception has no epoch and is skipped."""
         told = self._begin(trial)
         metrics = metrics_of(result)
         if metrics is None or metrics.epoch <= self._epochs[trial.trial_id]:
@@ -136,16 +137,16 @@ class Tracker(tune.Callback):
         self._put(lambda callback: callback.log_trial_result(metrics.epoch, told, values))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended by its own report, or by the scheduler."""
+        """Forward the end of a trial by its own report, or by the scheduler."""
         self._end(self._begin(trial), find_status(trial.last_result, error=False))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's worker died more often than it is tried again."""
-        # Its worker may have died before the trial started.
+        """Forward the failure of a trial whose worker died more often than it is retried."""
+        # The worker may have died before the trial started.
         self._end(self._begin(trial), find_status(None, error=True, cause=find_cause(trial)))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """The search is over: wait until all is written, for as long as there is progress."""
+        """Wait after the search until all reports are written, as long as there is progress."""
         if self._thread is None:
             return
         for told in list(self._running.values()):
@@ -158,7 +159,7 @@ class Tracker(tune.Callback):
                 self._give_up(f"no answer within {LONGEST_SILENCE_SECONDS:g} s")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; a thread cannot be."""
+        """Return the state without the thread: Tune pickles its callbacks, and a thread cannot be pickled."""
         return {**self.__dict__, "_events": None, "_thread": None, "_warn": _print_warning}
 
     def _begin(self, trial: Any) -> TrackedTrial:
@@ -200,21 +201,21 @@ class Tracker(tune.Callback):
             while (event := events.get()) is not None and not self._failed:
                 event(callback)
                 self._handled += 1
-        except (Exception, SystemExit) as error:  # whatever it is, the search goes on
+        except (Exception, SystemExit) as error:  # no error of a tracker stops the search
             self._give_up(hide_credentials(describe_error(error)))
 
     def _give_up(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
             for service in find_children(self._service) - self._services_before:
-                # It would try to reach its server for minutes after the search's end.
+                # The service would try to reach its server for minutes after the search's end.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(service, signal.SIGKILL)
             self._warn(f"tracker {self.name} is switched off ({reason}); the search goes on")
 
 
 def find_children(program: Path | None) -> set[int]:
-    """Return the process ids of this process's children that run the file ``program``, where the system lists them."""
+    """Return the process ids of this process's children that run the file ``program``, if the system lists them."""
     if program is None:
         return set()
     found = set()
@@ -239,14 +240,14 @@ def build_trackers(
     past: Mapping[str, int] = types.MappingProxyType({}),
     warn: Callable[[str], None] | None = None,
 ) -> list[Tracker]:
-    """Tune callbacks that tell the named trackers of a search. Call it inside ``session.ray_session``.
+    """Build Tune callbacks that send a search to the named trackers. Call it inside ``session.ray_session``.
 
     Args:
         names: from ``options.check_trackers``.
-        folder: the run folder; trackers of this machine write into it, and its name is the run's.
-        past: of trials that go on after the search was cut off, the last epoch that they reported. In MLflow and W&B
-            they go on as a second run of the same name.
-        warn: is told, in one line, when a tracker is switched off because it failed; None: standard error is.
+        folder: the run folder; trackers on this machine write into it, and its name is the run's name.
+        past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id. In MLflow
+            and W&B such a trial continues as a second run of the same name.
+        warn: receives one line when a tracker is switched off because it failed; None prints to standard error.
     """
     builders = {"tensorboard": _build_tensorboard, "mlflow": _build_mlflow, "wandb": _build_wandb}
     folder = folder.resolve()
@@ -265,7 +266,7 @@ def build_trackers(
 
 
 def describe_tracker(name: str, folder: Path) -> str:
-    """The command that shows what a tracker keeps of a run, or where else that is."""
+    """Return the command that shows a tracker's data of a run, or the place where the data is."""
     if name == "tensorboard":
         return shlex.join(["tensorboard", "--logdir", str(folder / name)])
     if name == "mlflow":
@@ -277,20 +278,20 @@ def describe_tracker(name: str, folder: Path) -> str:
 
 
 def find_mlflow_store(folder: Path) -> str:
-    """The user's own MLflow store, or else a SQLite file in the run folder."""
-    # MLflow reads a URL: a "?" of a folder's name would begin its parameters.
+    """Return the user's own MLflow store, or else a SQLite file in the run folder."""
+    # MLflow parses a URL: a "?" in a folder's name would start its parameters.
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{urllib.parse.quote(str(folder / 'mlflow.db'))}"
 
 
 def find_wandb_mode() -> str:
-    """The user's own ``WANDB_MODE``, or else offline: nothing is uploaded before ``wandb sync``."""
+    """Return the user's own ``WANDB_MODE``, or else offline: nothing is uploaded before ``wandb sync``."""
     return os.environ.get("WANDB_MODE") or "offline"
 
 
 def select_values(metrics: EpochMetrics) -> dict[str, Any]:
-    """The numbers of an epoch under the names of ``epochs.parquet``, and the epoch as Tune's callbacks expect a step.
+    """Return an epoch's numbers under the names of ``epochs.parquet``, and the epoch as the step of Tune's callbacks.
 
-    Numbers that are not finite are left out: no two trackers take them alike.
+    Numbers that are not finite are skipped, because trackers treat them differently.
     """
     values = {
         name: value
@@ -301,7 +302,7 @@ def select_values(metrics: EpochMetrics) -> dict[str, Any]:
 
 
 def _print_warning(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # standard error is closed
         print(text, file=sys.stderr)  # noqa: T201
 
 
@@ -309,7 +310,7 @@ def _build_tensorboard(folder: Path) -> LoggerCallback:
     from ray.tune.logger import TBXLoggerCallback
     from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
-    prefix = "ray/tune/"  # of all names of Tune's
+    prefix = "ray/tune/"  # of all names that Tune writes
 
     class PlainNames(SummaryWriter):  # type: ignore[misc]
         def add_scalar(self, tag: str, *arguments: Any, **options: Any) -> None:
@@ -339,11 +340,11 @@ def _build_mlflow(folder: Path) -> LoggerCallback:
             try:
                 super().setup(*arguments, **info)  # type: ignore[no-untyped-call]
             finally:
-                if before is None:  # MLflow sets it, and the next search would take our store for the user's
+                if before is None:  # MLflow sets it: the next search would take this store for the user's
                     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
         def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-            # Tune's own sends number by number, and asks each time whether the run exists.
+            # Tune's own callback sends one number at a time, and checks each time whether the run exists.
             now = time.time_ns() // 1_000_000
             metrics = [Metric(name, result[name], now, iteration) for name in result if name != TRAINING_ITERATION]
             MlflowClient(store).log_batch(self._trial_runs[trial], metrics)
@@ -360,10 +361,10 @@ def _build_wandb(folder: Path) -> LoggerCallback:
     from ray.air.integrations.wandb import WandbLoggerCallback
 
     mode = find_wandb_mode()
-    os.environ["WANDB_MODE"] = mode  # Tune's callback asks for a key unless it reads there that none is needed
+    os.environ["WANDB_MODE"] = mode  # Tune's callback requires a key unless this variable says that none is needed
 
     class WandB(WandbLoggerCallback):
-        """Tune's callback with its runs in this process, where it starts two actors, that is processes, a trial."""
+        """Tune's callback with its runs in this process. Tune's own starts two actors, that is processes, per trial."""
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
@@ -380,7 +381,7 @@ def _build_wandb(folder: Path) -> LoggerCallback:
             run.summary["status"] = str(trial.status)
             run.finish(exit_code=int(failed))
 
-    # The console is not a trial's, nor are the processor's figures.
+    # Neither the console nor the processor's figures belong to one trial.
     settings = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_stats=True)
     project = os.environ.get("WANDB_PROJECT") or PROJECT
     run = {"mode": mode, "dir": str(folder), "reinit": "create_new", "settings": settings}
