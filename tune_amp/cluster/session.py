@@ -1,4 +1,4 @@
-"""Starts a private Ray on this machine, or joins a cluster, and describes the session.
+"""Starts a private Ray on this machine, or joins a cluster, and describes how to watch it.
 
 It does not depend on trials. Ray is imported inside the functions, because parts of it read the environment on import.
 """
@@ -431,7 +431,7 @@ def _print_ray_logs(enabled: bool) -> None:
 def _describe_session(token_path: Path | None) -> RaySession:
     import ray
 
-    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - there is no ray.init context if Ray ran before
+    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - no access to ray.init's context if Ray ran before
     dashboard_url = f"http://{address}" if address else None
     return RaySession(
         resources=ray.cluster_resources(),
@@ -449,8 +449,8 @@ LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
 def _asks_for_token(address: str, dashboard_url: str | None) -> bool:
     """Whether Ray refuses requests without a token. Send real requests: local settings do not show what a cluster does.
 
-    A cluster with TLS but without tokens still has an open dashboard. If no server answers, the
-    result is False, because nothing is known.
+    A cluster with TLS but without tokens still has an open dashboard. If no server answers, the result
+    is False, because nothing is known.
     """
     refusals = [_is_refused_by_server(address)]
     if dashboard_url is not None:
