@@ -431,7 +431,7 @@ def _print_ray_logs(enabled: bool) -> None:
 def _describe_session(token_path: Path | None) -> RaySession:
     import ray
 
-    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - no access to ray.init's context if Ray ran before
+    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - ray.init's context is missing if Ray ran before
     dashboard_url = f"http://{address}" if address else None
     return RaySession(
         resources=ray.cluster_resources(),
