@@ -1,4 +1,4 @@
-"""A search: Optuna suggests, Ray Tune schedules, the recorder keeps every report, and what was cut off resumes."""
+"""A search: Optuna suggests, Ray Tune schedules, the recorder keeps every report, and an interrupted search resumes."""
 
 from typing import TYPE_CHECKING
 

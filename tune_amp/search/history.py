@@ -1,4 +1,4 @@
-"""What the journal of a run tells a search that goes on with it: how it began, and where each trial stands."""
+"""Reads from the journal of a run what a resumed search needs: how the run began, and the state of each trial."""
 
 import contextlib
 import dataclasses
@@ -28,27 +28,27 @@ class PastTrial:
 
     trial_id: str
     place: int
-    """Its place in the order of submission, from 1."""
+    """Its position in the order of submission, from 1."""
     number: int
-    """Of Optuna's trial that stands for it; the latest, where it was submitted more than once."""
+    """Number of its Optuna trial; the latest one if it was submitted more than once."""
     config: TrialConfig
     status: TrialStatus | None = None
-    """How it ended; None where it has not."""
+    """How it ended; None if it has not ended."""
     last_result: dict[str, Any] | None = None
-    """Its last report, as Tune's schedulers and searchers know it."""
+    """Its last report, in the form that Tune's schedulers and searchers receive."""
     epoch: int = 0
-    """The highest that it reported, which a trial that was tried again may not have reached again."""
+    """Highest epoch that it reported. A retried trial may not have reached it again."""
     reports: dict[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """The metrics that it reported first of each epoch, as the journal has them."""
+    """Metrics of its first report of each epoch, as in the journal."""
     checkpoints: list[str] = dataclasses.field(default_factory=list)
     """Paths in the file system of the run's storage, the newest last. Most have been deleted since."""
 
     @property
     def last_checkpoints(self) -> list[str]:
-        """Those that may still be there, the newest first.
+        """Paths of the checkpoints that may still exist, the newest first.
 
-        Each part of a search has a folder of its own and keeps one checkpoint of a trial there; where it was cut off
-        while it replaced one, two.
+        Each session of a search has its own folder. It keeps one checkpoint of a trial there, or two if it was cut off
+        while it replaced one.
         """
         folders: dict[str, list[str]] = {}
         for path in reversed(self.checkpoints):
@@ -57,7 +57,7 @@ class PastTrial:
 
     @property
     def unheard_end(self) -> TrialStatus | None:
-        """How a trial ended that had come to its end when the search was cut off, before anyone said so."""
+        """Status of a trial that had ended when the search was cut off, if its end was not recorded; else None."""
         if self.status is not None or self.last_result is None or not self.last_result["done"]:
             return None
         told = self.last_result["status"]
@@ -66,28 +66,28 @@ class PastTrial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PastRun:
-    """A run as its journal tells it."""
+    """A run as recorded in its journal."""
 
     journal: Journal
-    """Open, and ours alone."""
+    """The open journal, locked against other processes."""
     events: Sequence[Mapping[str, Any]]
-    """All of them but the first."""
+    """All events of the journal but the first."""
     arguments: Mapping[str, Any]
-    """What the command line said, by ``argparse``'s names, when the search last began or went on."""
+    """Arguments of the command line, by ``argparse``'s names, with which the search was last started or resumed."""
     provenance: Provenance
     trials: Sequence[PastTrial]
     """In the order of submission."""
     sessions: Sequence[Mapping[str, Any]]
-    """One for each time the search began or went on."""
+    """One event for each time the search was started or resumed."""
 
     @property
     def num_samples(self) -> int | None:
-        """Trials of the search as it was begun; None where it was cut off before."""
+        """Number of trials with which the search was started; None if it was cut off before its first session."""
         return int(self.sessions[0]["num_samples"]) if self.sessions else None
 
     @property
     def storages(self) -> list[tuple[str | None, str, str | None]]:
-        """Place, name and token of where each part of the search kept its checkpoints: see ``storage.RunStorage``.
+        """Place, name and token of the storage of each session's checkpoints: see ``checkpoints.RunStorage``.
 
         Older versions wrote no token.
         """
@@ -96,27 +96,27 @@ class PastRun:
 
     @property
     def seconds(self) -> float:
-        """What the search had taken."""
+        """Seconds that the search has taken so far."""
         return float(self.events[-1]["at"]) if self.events else 0.0
 
     @property
     def reported(self) -> dict[str, int]:
-        """Of trials that go on, the highest epoch that they reported."""
+        """Highest reported epoch of each unfinished trial that has reported one, by trial id."""
         return {trial.trial_id: trial.epoch for trial in self.unfinished if trial.epoch}
 
     @property
     def unfinished(self) -> list[PastTrial]:
-        """Trials that go on."""
+        """Trials that a resumed search continues."""
         return [trial for trial in self.trials if trial.status is None and trial.unheard_end is None]
 
 
 @contextlib.contextmanager
 def open_past(folder: Path) -> Iterator[PastRun]:
-    """Read the journal of a run, and keep it to ourselves in the ``with`` block.
+    """Read the journal of a run, and lock it against other processes in the ``with`` block.
 
     Raises:
-        InputError: there is none, or another process has it; it is damaged, of another version, or holds what no search
-            writes.
+        InputError: the journal is missing, held by another process, damaged, of another version, or holds what no
+            search writes.
     """
     path = folder / JOURNAL_FILE
     links = sorted(entry for entry in folder.iterdir() if entry.is_symlink())
@@ -197,6 +197,6 @@ def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
 
 
 def result_of(event: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of an event as Tune passed it on; that of an exception has NaN for its objectives."""
+    """Return the report of an event as Tune passed it on; the report of an exception has NaN for its objectives."""
     about = {name: event[name] for name in ("status", "error", "done", "config_fault")}
     return (dict(event["metrics"]) if event["metrics"] else dict.fromkeys(OBJECTIVES, math.nan)) | about

@@ -1,6 +1,6 @@
-"""Sets a run right that is resumed: a file that is damaged is set aside, and made anew from the journal.
+"""Repairs a run before it resumes: a damaged file is set aside, and rebuilt from the journal.
 
-Nothing is deleted: what is set aside keeps its content under a new name.
+Nothing is deleted: a file that is set aside keeps its content under a new name.
 """
 
 import itertools
@@ -21,10 +21,10 @@ from tune_amp.trial.config import InputError, describe_error
 
 
 def mend_run(folder: Path, past: PastRun) -> list[str]:
-    """Make the study and the confirmed runs of a run usable, or set them aside, in a line each.
+    """Repair the study and the confirmed runs of a run, or set them aside; return a line for each file set aside.
 
-    A study that a killed process left with half a line loses that half. Call it only where no other process can have
-    the files open.
+    If a killed process left half a line at the end of the study, that half is removed. Call this only if no other
+    process can have the files open.
     """
     lines = []
     for name, find_fault in ((STUDY_FILE, _find_study_fault), (CONFIRM_FILE, _find_confirmed_fault)):
@@ -45,7 +45,7 @@ def _set_aside(path: Path) -> Path:
         aside = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
         if not os.path.lexists(aside):
             return path.rename(aside)
-    raise AssertionError  # numbers do not end
+    raise AssertionError  # itertools.count does not end
 
 
 def _find_confirmed_fault(path: Path, past: PastRun) -> str | None:
@@ -57,7 +57,7 @@ def _find_confirmed_fault(path: Path, past: PastRun) -> str | None:
 
 
 def _find_study_fault(path: Path, past: PastRun) -> str | None:
-    """Why Optuna's study at ``path`` cannot be that of the past trials; None where it can."""
+    """Return why Optuna's study at ``path`` cannot be that of the past trials; None if it can."""
     space = parse_space(past.provenance.space_source, past.provenance.space_text)
     try:
         study = optuna.load_study(study_name=past.provenance.run, storage=open_storage(path))
@@ -69,7 +69,7 @@ def _find_study_fault(path: Path, past: PastRun) -> str | None:
         return next((fault for fault in faults if fault is not None), None)
     except OSError:
         raise
-    except Exception as error:  # Optuna checks nothing that it reads
+    except Exception as error:  # Optuna does not validate what it reads
         return f"cannot be read ({describe_error(error)})"
 
 
@@ -83,7 +83,7 @@ def _find_trial_fault(
     if other or trial.state is optuna.trial.TrialState.WAITING:
         return f"has another trial {past.number}"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Optuna's of a value that the space does not have
+        warnings.simplefilter("error")  # Optuna warns of a value that the space does not have
         fixed = optuna.trial.FixedTrial(trial.params)
         settings = space.suggest(fixed, train_images=train_images, max_epochs=past.config.max_epochs)
     same = all(getattr(past.config, name) == value for name, value in settings.items())

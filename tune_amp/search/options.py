@@ -1,4 +1,4 @@
-"""How much is searched, with what, and into which folder. Imports nothing heavy: a wrong flag is answered at once."""
+"""Options of a search and its run folder. Imports nothing heavy, so that a wrong flag is reported at once."""
 
 import argparse
 import contextlib
@@ -32,32 +32,33 @@ from tune_amp.trial.config import (
 )
 
 MOST_OBJECTIVES = 3
-"""With more, most trials are best in some way, and nothing is found."""
+"""Largest number of objectives. With more, most trials are best in some way, and the search singles out none."""
 
 MOST_SEEDS = 1_000
-"""Fresh seeds of a confirmation or a comparison."""
+"""Largest number of fresh seeds of a confirmation or a comparison."""
 
 COMPLETED_ONLY = ("gp", "nsga2")
-"""Samplers of Optuna's that learn nothing from a trial that was stopped early."""
+"""Optuna's samplers that learn nothing from a trial that was stopped early."""
 
 TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 )
-"""What can be told of a search, and the modules that it takes. The extra to install has the tracker's name."""
+"""Experiment trackers that a search can report to, and the modules that each needs. The extra to install has the
+tracker's name."""
 DEFAULT_RESULTS_DIR = Path("results")
 NONE = "none"
-"""Takes back what a run that goes on was begun with."""
+"""Value of a flag that, when a run resumes, clears what the run was started with."""
 
 
 def option(text: str, default: Any, rule: Rule | None = None, **about: Any) -> Any:
-    """A field of ``SearchOptions``, from which argparse builds its flag.
+    """Return a field of ``SearchOptions``, from which argparse builds its flag.
 
     Args:
         text: help text, which also describes the field.
         default: default of the field and of the flag.
-        rule: rule of a value that is not None.
+        rule: rule for a value that is not None.
         about: ``fixed``: a resumed run must keep the value, which all its trials or rungs share. ``unset``: meaning of
-            None, for the help. ``metavar`` and ``read`` (text -> value): only where the type does not give them.
+            None, for the help. ``metavar`` and ``read`` (text -> value): only if the type does not give them.
     """
     return dataclasses.field(default=default, metadata={"help": text, "rule": rule, **about})
 
@@ -80,7 +81,7 @@ _SEEDS_RULE = Rule(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How much is searched, and with what. What is searched stands in the search space.
+    """How much is searched, and with what. The search space says what is searched.
 
     Raises:
         InputError: an option breaks its rule; the message names the flag.
@@ -148,7 +149,7 @@ class SearchOptions:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What is searched for, the first of which ranks the trials."""
+        """Names of the objectives; the first one ranks the trials."""
         return tuple(name.strip() for name in self.objective.split(","))
 
     def _check_objectives(self) -> None:
@@ -164,7 +165,7 @@ class SearchOptions:
         object.__setattr__(self, "objective", ",".join(names))
 
     def _choose_algorithms(self) -> None:
-        """Put those that fit the objectives in the place of ``auto``."""
+        """Replace ``auto`` by the sampler and the scheduler that fit the objectives."""
         several = len(self.objectives) > 1
         if self.sampler == "auto":
             object.__setattr__(self, "sampler", "nsga2" if several else "tpe")
@@ -179,20 +180,22 @@ class SearchOptions:
 
 
 def build_options(arguments: Mapping[str, Any]) -> SearchOptions:
-    """The options among the arguments of the command line."""
+    """Return the options among the arguments of the command line."""
     return SearchOptions(**{field.name: arguments[field.name] for field in dataclasses.fields(SearchOptions)})
 
 
 def name_flag(field: str) -> str:
-    """The flag that sets a field: ``max_epochs`` -> ``--max-epochs``."""
+    """Return the flag that sets a field: ``max_epochs`` -> ``--max-epochs``."""
     return f"--{field.replace('_', '-')}"
 
 
 def check_trackers(texts: Sequence[str]) -> list[str]:
-    """The names of ``--tracker``, which may be given several times and hold several joined by commas; none twice.
+    """Return the names given by ``--tracker``, each once.
+
+    The flag may be repeated, and may hold several names joined by commas.
 
     Raises:
-        InputError: a name is not known, or what it takes is not installed.
+        InputError: a name is unknown, or a module that it needs is not installed.
     """
     if list(texts) == [NONE]:
         return []
@@ -207,7 +210,7 @@ def check_trackers(texts: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """Make an error about a field name the flag that sets it: ``max_epochs:`` -> ``--max-epochs:``."""
+    """Replace the field in an error's message by the flag that sets it: ``max_epochs:`` -> ``--max-epochs:``."""
     try:
         yield
     except InputError as error:
@@ -221,17 +224,17 @@ def is_run_name(name: str) -> bool:
 
 
 def make_run_name(space: str) -> str:
-    """Return the name of a run that its user leaves unnamed: the space and the time, in seconds."""
+    """Return the default name of a run: the space and the time, to the second."""
     stem = "".join(character if is_run_name(f"a{character}") else "_" for character in Path(space).stem).lstrip(".-")
     return f"{stem or 'search'}-{datetime.datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005
 
 
 @contextlib.contextmanager
 def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterator[Path]:
-    """Make ``results_dir/run``, which must not exist or be empty: of two searches that want it, one gets it.
+    """Make ``results_dir/run``, which must be missing or empty. If two searches request it, one gets it.
 
     Args:
-        results_dir: made where it is not there; ``~`` is the home folder.
+        results_dir: created if it is missing; ``~`` is the home folder.
         run: name of the run.
         numbered: whether a name that is taken gets a number (``run-2``) instead of being refused.
 

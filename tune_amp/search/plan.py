@@ -1,4 +1,4 @@
-"""What a search decides before it begins: its resources, what its trials share, and where its files come from."""
+"""Decides what a search needs before it starts: its resources, the settings its trials share, and its provenance."""
 
 import dataclasses
 import datetime
@@ -24,13 +24,13 @@ def plan_resources(
     dataset: Dataset | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> TrialResources:
-    """What each trial gets of the running Ray.
+    """Return the resources of the running Ray that each trial gets.
 
     Args:
-        options: where they leave the share of a GPU open, it is chosen.
-        space: with ``dataset``, the choice is measured; without, it is a rule's.
+        options: if they leave the share of a GPU open, it is chosen here.
+        space: with ``dataset``, a measurement chooses the share; without, a rule does.
         dataset: see ``space``.
-        announce: is told, in a line, what takes long.
+        announce: is called with a line about what takes long.
 
     Raises:
         InputError: the options ask for more than Ray has.
@@ -54,7 +54,7 @@ def plan_resources(
 
 
 def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
-    """What to add to ``resources.reason`` where other jobs of a cluster hold some of it: trials wait for them."""
+    """Return what to add to ``resources.reason`` if other jobs hold part of the cluster, for which trials must wait."""
     cpus, gpus = int(free.get("CPU", 0.0)), free.get("GPU", 0.0)
     now = min(cpus // resources.cpus, int(gpus / resources.gpus + 1e-6) if resources.gpus else cpus)
     if now >= resources.max_concurrent:
@@ -63,13 +63,13 @@ def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
 
 
 def list_shared(dataset: Dataset, options: SearchOptions) -> dict[str, Any]:
-    """The ``TrialConfig`` fields that all trials of a search have in common."""
+    """Return the ``TrialConfig`` fields that all trials of a search have in common."""
     data = {"dataset": dataset.name, "imbalance": dataset.imbalance}
     return {"model": options.model, "max_epochs": options.max_epochs, "seed": options.seed, **data}
 
 
 def adapt_donor(donor: Donor, space: SearchSpace, dataset: Dataset, options: SearchOptions) -> WarmStart:
-    """What a search with these arguments takes over from an earlier run; see ``warm_start.load_donor``."""
+    """Return what a search with these arguments uses of an earlier run; see ``warm_start.load_donor``."""
     return plan_warm_start(
         donor,
         space,
@@ -90,7 +90,7 @@ def describe_run(
     resources: TrialResources,
     warm_start: WarmStart | None = None,
 ) -> Provenance:
-    """Where this run's files come from."""
+    """Return the provenance of this run's files."""
     return Provenance(
         run=run,
         command=tuple(command),
@@ -112,7 +112,7 @@ def describe_run(
 
 
 def find_time_left(options: SearchOptions, past: PastRun | None) -> float | None:
-    """Seconds until the time budget is used up, not more than 0 where it is; None where there is none."""
+    """Return the seconds until the time budget is used up: 0 or less if it is, None if there is no budget."""
     if past is None or options.time_budget is None:
         return options.time_budget
     return options.time_budget - past.seconds
