@@ -1,4 +1,4 @@
-"""Refuses a space, a data set and a model that do not go together, before anything is started."""
+"""Refuses a space, a data set and a model that do not fit together, before anything starts."""
 
 import contextlib
 import io
@@ -17,15 +17,15 @@ from tune_amp.training.own_code import import_function, unchanged_process
 from tune_amp.training.run import TrainingData, TrainingRun, release_memory
 from tune_amp.trial.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
 
-if TYPE_CHECKING:  # these bring Ray and Optuna, which training a winner does without
+if TYPE_CHECKING:  # these import Ray and Optuna, which training a winner does not need
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.space.space import SearchSpace
 
 CHECK_SECONDS = 10.0
-"""After so long, precisions and optimizers that are left go unchecked: their first trials will show."""
+"""Seconds after which the remaining precisions and optimizers are not checked: their first trials will show."""
 
 STEP: Mapping[str, Any] = types.MappingProxyType({"batch_size": 2, "max_epochs": 1})
-"""Of a run that is one step long."""
+"""Settings of a run that is one step long."""
 
 
 def check_fit(
@@ -35,16 +35,16 @@ def check_fit(
 
     Args:
         space: its precisions and optimizers are tried.
-        dataset: two of its images are.
+        dataset: two of its images are used.
         options: name the model.
         may_use_gpus: whether trials may train on a GPU. The check never does, since a process that has used a GPU
-            keeps some of its memory; so a precision of which only fp32 works here is not refused.
+            keeps some of its memory. So precisions are not refused if only fp32 works on this machine's CPU.
 
     Returns:
-        For each precision in which the model cannot be trained on this machine's CPU, why.
+        For each precision in which the model cannot be trained on this machine's CPU, the reason.
 
     Raises:
-        InputError: says what does not fit.
+        InputError: the message says what does not fit.
     """
     bounds = space.bounds("batch_size")
     if bounds is not None and bounds[1] > len(dataset.train):
@@ -68,18 +68,18 @@ def check_fit(
 def check_training(
     model: str, dataset: Dataset, *, precisions: Sequence[str], optimizers: Sequence[str], device: torch.device
 ) -> dict[str, str]:
-    """Train ``model`` for one step on two images in each precision, and with each optimizer, and validate on them.
+    """Train ``model`` on two images for one step in each precision and with each optimizer, and validate on them.
 
-    It is what a trial does, by the same code. The model prints nothing, and no generator or setting is changed.
+    This runs the code of a trial. The model's output is suppressed, and no generator or setting is changed.
 
     Returns:
-        For each precision in which that is impossible, why.
+        For each precision in which this fails, the reason.
 
     Raises:
-        InputError: it is impossible in all of them, or the outputs are no logits.
+        InputError: it fails in all of them or with an optimizer, or the outputs are not logits.
     """
     if is_function_name(model):
-        import_function(model)  # now: what a module prints when imported is for the user
+        import_function(model)  # not silenced: what a module prints when imported is for the user
     two = _pick_two(dataset.train)
     shape = ", ".join(map(str, dataset.input_shape))
     rule = f"model: {model} must train on images of shape [batch, {shape}]"
@@ -109,7 +109,7 @@ def check_training(
 
 
 def _pick_two(train: Split) -> Split:
-    """The images with the darkest and the brightest pixel: scaled as the whole split is."""
+    """Return the images with the darkest and the brightest pixel, so that they are scaled as the whole split is."""
     flat = train.images.reshape(len(train), -1)
     first, second = int(flat.min(axis=1).argmin()), int(flat.max(axis=1).argmax())
     chosen = [first, second if second != first else (first + 1) % len(train)]
@@ -117,14 +117,14 @@ def _pick_two(train: Split) -> Split:
 
 
 def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
-    """Why an epoch of one step fails; None where it does not, or where only the device is at fault."""
+    """Return why an epoch of one step fails; None if it does not, or if only the device is at fault."""
     try:
         run = TrainingRun(config, data, allow_graph=False, probed=False)
         run.model = _CheckedModel(run.model, config.model, data.num_classes)
         run.train_epoch()
     except InputError:
         raise
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # what others hold of it is not the model's fault
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # memory that others hold is not the model's fault
         return None
     except Exception as error:  # a user's model may raise anything
         return describe_error(error)
@@ -132,7 +132,7 @@ def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
 
 
 class _CheckedModel(nn.Module):
-    """``model``, of which every output must be logits. A hook would do the same, but for scripted models.
+    """Checks that every output of ``model`` is logits. A hook would do the same, but not for scripted models.
 
     Raises:
         InputError: an output is something else.
@@ -157,7 +157,10 @@ class _CheckedModel(nn.Module):
 
 @contextlib.contextmanager
 def _silence(model: str) -> Iterator[None]:
-    """In the ``with`` block, nothing is heard of a user's own model. Ours are checked in a thread, beside others."""
+    """Suppress the output of a user's own model in the ``with`` block.
+
+    Built-in models are not silenced: they are checked in a thread, beside others.
+    """
     if not is_function_name(model):
         yield
         return
@@ -167,10 +170,10 @@ def _silence(model: str) -> Iterator[None]:
 
 
 def check_objectives(options: SearchOptions, resources: "TrialResources") -> None:
-    """Refuse to search for what cannot be measured.
+    """Refuse an objective that cannot be measured.
 
     Raises:
-        InputError: GPU memory, where trials get no GPU.
+        InputError: GPU memory is an objective, and trials get no GPU.
     """
     if "peak_memory_bytes" in options.objectives and not resources.gpus:
         raise InputError("--objective: peak_memory_bytes is measured on GPUs only, and trials get none here")

@@ -1,7 +1,7 @@
-"""Keeps every report of every trial: in the journal at once, in the Parquet files soon; tells whoever watches.
+"""Records every report of every trial: in the journal at once, in the Parquet files soon after; notifies an observer.
 
-What happens to a trial is an event. Events come from Tune, or out of the journal of a search that goes on: both change
-the records by the same code.
+What happens to a trial is an event. Events come from Tune, or from the journal of a resumed search. The same code
+applies both to the records.
 """
 
 import dataclasses
@@ -25,37 +25,38 @@ from tune_amp.results.run_files import JOURNAL_FILE
 from tune_amp.space.no_effect import find_inert
 from tune_amp.trial.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error
 
-# Files are rewritten as reports come in, so that a killed search loses seconds, but not for every one of thousands.
+# Files are rewritten as reports come in, so that a killed search loses seconds, but not for each of thousands.
 WRITE_EVERY_SECONDS = 5.0
-# And not for more than 2 % of the time: with 2,000 trials a write takes 0.3 s.
+# Writing takes at most 2 % of the time: with 2,000 trials a write takes 0.3 s.
 PAUSE_PER_WRITE = 50
 
-# Of a report, beside its metrics: what the record of a trial and the study are made of.
+# Fields of a report, besides its metrics, from which the record of a trial and the study are made.
 REPORTED = ("status", "error", "done", "device", "num_threads", "setup_seconds", "checkpoint_seconds")
 
 TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID, "training_iteration")
 KEPT_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *TUNES_OWN))
-"""What Tune, the scheduler and the searcher still read of a report once it is recorded."""
+"""Fields of a report that Tune, the scheduler and the searcher still read once it is recorded."""
 
 
 class TrialRecorder(tune.Callback):
-    """Keeps every report of every trial, writes them to the run folder, and tells an observer.
+    """Records every report of every trial, writes them to the run folder, and notifies an observer.
 
-    Time is that of the search: seconds since its command began, which stand still while it is cut off.
+    Times are search time: seconds since the command of the search began, without those between a cut-off and the
+    resumption.
 
     Args:
         folder: the run folder.
-        provenance: goes into each file.
-        progress: the search before its first trial.
-        observer: is told of everything that happens, and raises nothing.
+        provenance: is written into each file.
+        progress: progress of the search before its first trial.
+        observer: is notified of everything that happens, and raises nothing.
         journal: gets every event before it counts.
-        storage_root: below which checkpoints lie.
-        slots: places in which trials run at a time.
-        begin: ``time.monotonic()`` from which their time counts.
-        explain_death: says, in a line, why a trial's worker died.
-        on_fault: is told, in a line, that something could not be written: from then on nothing more is recorded.
-        on_end: is told the name of each trial of which the journal says that it is over.
-        on_failure: is called with all trials where one has failed.
+        storage_root: path below which checkpoints lie.
+        slots: number of trials that can run at a time.
+        begin: ``time.monotonic()`` from which slot time counts.
+        explain_death: returns, in a line, why a trial's worker died.
+        on_fault: is called with a line if a file cannot be written; once the journal cannot, nothing more is recorded.
+        on_end: is called with the name of each trial that the journal records as over.
+        on_failure: is called with all trials when one has failed.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class TrialRecorder(tune.Callback):
         self._explain_death, self._on_fault = explain_death, on_fault
         self._on_end, self._on_failure = on_end, on_failure
         self._is_broken = False
-        self._lock = threading.Lock()  # where Ray has died, another thread writes what there is
+        self._lock = threading.Lock()  # if Ray has died, another thread writes the records
         self._records: dict[str, TrialRecord] = {}  # in the order of submission
-        self._began: dict[str, float] = {}  # on the clock of the search; nobody sees a trial that has not begun
+        self._began: dict[str, float] = {}  # in search time; a trial that has not begun is not shown
         self._running: set[str] = set()
-        self._cut: set[str] = set()  # what ran when the search was cut off, and has not gone on yet
+        self._cut: set[str] = set()  # trials that ran when the search was cut off and have not resumed yet
         self._workers: dict[str, int] = {}  # number of each worker process, from 1
-        self._places: dict[str, int] = {}  # trial id -> number of the worker that has it
+        self._places: dict[str, int] = {}  # trial id -> number of the worker that runs it
         self._slots, self._begin = slots, begin
         self._past = 0.0
         self._end: float | None = None
@@ -103,13 +104,13 @@ class TrialRecorder(tune.Callback):
 
     @property
     def slot_time(self) -> SlotTime | None:
-        """Slots of the search and seconds that it took; None until it is over."""
+        """Slots of the search and its seconds; None until it is over."""
         return None if self._end is None else SlotTime(slots=self._slots, wall_seconds=self._end)
 
     # ---- from a journal ----
 
     def replay(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Take over what an earlier part of this search recorded; what still ran then was cut off.
+        """Apply the events of earlier sessions of this search; trials that still ran then were cut off.
 
         Raises:
             InputError: an event breaks the rules of what it is built from.
@@ -132,15 +133,15 @@ class TrialRecorder(tune.Callback):
     # ---- from Tune ----
 
     def open_session(self, **about: Any) -> None:
-        """The search begins, or goes on."""
+        """Record that the search starts or resumes."""
         self._log("session", about={"at": self._past, **about})
 
     def add_trial(self, trial: Any, number: int) -> None:
-        """A trial was submitted, whose Optuna number is ``number``."""
+        """Record a submitted trial, whose Optuna number is ``number``."""
         self._log("trial", trial.trial_id, {"name": str(trial), "config": dict(trial.config), "number": number})
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial got its worker, perhaps not for the first time."""
+        """Record that a trial got a worker, perhaps not its first."""
         worker = str(trial.temporary_state.ray_actor)
         if self._log("start", trial.trial_id, {"worker": worker, "time": time.time()}):
             self._tell()
@@ -148,7 +149,7 @@ class TrialRecorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial reported an epoch, or its end by an exception."""
+        """Record a trial's report of an epoch, or of its end by an exception."""
         metrics = metrics_of(result)
         about = {name: result[name] for name in REPORTED} | {"config_fault": result.get("config_fault", False)}
         known = None if metrics is None else vars(metrics)
@@ -156,40 +157,40 @@ class TrialRecorder(tune.Callback):
             self._is_unwritten = True
             self._tell()
         # Tune lets a callback change a result. It keeps running means of every number in it, and writes them into its
-        # own snapshots: of a report as it comes that is 85 kB a trial.
+        # own snapshots: for an unchanged report that is 85 kB a trial.
         for name in result.keys() - KEPT_BY_TUNE:
             del result[name]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune has looked around, as it does many times a second."""
+        """Write the files if a write is due. Tune calls this many times a second."""
         if self._is_unwritten:
             self._write_sometimes()
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
-        """A trial's checkpoint is whole, and the one before it is about to be deleted."""
+        """Record a complete checkpoint of a trial, before the previous one is deleted."""
         self._log("checkpoint", trial.trial_id, {"path": checkpoint.path.removeprefix(f"{self._storage_root}/")})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended by its own report, or by the scheduler."""
+        """Record that a trial ended by its own report or by the scheduler."""
         self._end_trial(trial, find_status(trial.last_result, error=False))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's worker died, and the trial will be tried again."""
+        """Record that a trial's worker died, and that the trial will be retried."""
         self._log("lost", trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's worker died more often than it is tried again."""
+        """Record the end of a trial whose worker died and whose retries are used up."""
         self._log("lost", trial.trial_id)
         cause = self._explain_death(trial)
         self._end_trial(trial, find_status(None, error=True, cause=cause), cause)
 
     def end_unheard(self, trial_id: str, status: TrialStatus) -> None:
-        """A trial had come to its end when the search was cut off, before anyone said so."""
+        """Record the end of a trial that had ended when the search was cut off, before that was recorded."""
         if self._log("end", trial_id, {"status": str(status), "error": self._find(trial_id).error}):
             self._on_end(self._find(trial_id).trial_name)
 
     def finish(self) -> None:
-        """The search is over: what still runs was interrupted, and everything is written. Slot time ends here."""
+        """End the search: mark running trials as interrupted, and write everything. Slot time ends here."""
         self._end = self._now()
         self._log("finish")
         for trial_id in self._cut_off(self._end):
@@ -197,18 +198,21 @@ class TrialRecorder(tune.Callback):
         self.write()
 
     def write(self) -> None:
-        """Write what is known to ``trials.parquet`` and ``epochs.parquet``."""
+        """Write the records to ``trials.parquet`` and ``epochs.parquet``."""
         began = time.monotonic()
         try:
             write_trials(self.folder, self.trials, self._provenance, self.slot_time)
-        except OSError as error:  # the journal has it all
+        except OSError as error:  # the journal has every event
             self._on_fault(describe_error(error))
         self._written = time.monotonic()
         self._is_unwritten = False
         self._write_seconds = self._written - began
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks, for nobody to read: an open file and a live display cannot be."""
+        """Return no state, since an open file and a live display cannot be pickled.
+
+        Tune pickles its callbacks, but nothing reads the pickles.
+        """
         return {}
 
     # ---- events ----
@@ -220,7 +224,10 @@ class TrialRecorder(tune.Callback):
         about: Mapping[str, Any] = types.MappingProxyType({}),
         metrics: EpochMetrics | None = None,
     ) -> bool:
-        """Keep an event. False where it could not be: what is not in the journal does not count."""
+        """Write an event to the journal, then apply it; return whether that succeeded.
+
+        An event that is not in the journal does not count.
+        """
         with self._lock:
             event = {"event": kind, "at": self._now(), **({} if trial_id is None else {"trial_id": trial_id}), **about}
             try:
@@ -254,9 +261,9 @@ class TrialRecorder(tune.Callback):
             self._record(trial_id, event["at"], status=TrialStatus(event["status"]), error=error)
 
     def _add(self, event: Mapping[str, Any]) -> None:
-        """Note a trial in the order of submission: workers start in any order, and ties are broken by it."""
+        """Add a trial in the order of submission, which breaks ties: workers start in any order."""
         if event["trial_id"] in self._records:
-            return  # submitted once more, by a search that goes on
+            return  # submitted again by a resumed search
         config = build_from(TrialConfig, event["config"])
         self._records[event["trial_id"]] = TrialRecord(
             trial_id=event["trial_id"],
@@ -274,7 +281,7 @@ class TrialRecorder(tune.Callback):
         self._places[trial_id] = self._workers.setdefault(event["worker"], len(self._workers) + 1)
         self._slots = max(self._slots, len(self._places))  # nodes may have joined
         self._running.add(trial_id)
-        if trial_id in self._cut:  # what lies between is no time of the trial's
+        if trial_id in self._cut:  # the time between does not count as the trial's
             self._cut.discard(trial_id)
             self._began[trial_id] = event["at"] - self._find(trial_id).wall_seconds
         if trial_id not in self._began:
@@ -300,7 +307,7 @@ class TrialRecorder(tune.Callback):
         )
 
     def _cut_off(self, now: float | None = None) -> list[str]:
-        """Whatever runs was interrupted, by the end of the search or of its process."""
+        """Mark running trials as interrupted by the end of the search or of its process, and return their ids."""
         now = self._past if now is None else now
         cut = [trial_id for trial_id in self._records if trial_id in self._running]
         for trial_id in cut:
@@ -311,7 +318,7 @@ class TrialRecorder(tune.Callback):
         return cut
 
     def _end_trial(self, trial: Any, status: TrialStatus, error: str | None = None) -> None:
-        # Nothing reads Tune's running means of a trial that is over, and they stay for as long as the search lasts.
+        # Nothing reads Tune's running means of a trial that is over, but they stay in memory until the search ends.
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
         if self._log("end", trial.trial_id, {"status": str(status), "error": error}):
@@ -326,7 +333,7 @@ class TrialRecorder(tune.Callback):
         return self._records[trial_id]
 
     def _record(self, trial_id: str, now: float, **changes: Any) -> None:
-        """Change the record of a trial that has begun, now at the latest: its worker may have died before that."""
+        """Change the record of a trial, which begins now at the latest: its worker may have died before its start."""
         seconds = now - self._began.setdefault(trial_id, now)
         self._records[trial_id] = dataclasses.replace(self._find(trial_id), wall_seconds=seconds, **changes)
 
@@ -343,15 +350,16 @@ class TrialRecorder(tune.Callback):
 
 
 def place_epoch(epochs: Sequence[EpochMetrics], metrics: EpochMetrics, *, is_last: bool) -> tuple[EpochMetrics, ...]:
-    """The epochs of a trial after one more report.
+    """Return the epochs of a trial after one more report.
 
-    A trial that was tried again reports epochs anew. Each takes the place of its first report, and those that are still
-    to come keep theirs until then: whatever was reported stands once. Past the end of the trial there are none.
+    A retried trial reports epochs again. Each report replaces the earlier one of the same epoch, and epochs that it has
+    yet to reach keep theirs until then, so every reported epoch stands once. None stand after the last epoch of a trial
+    that has ended.
 
     Args:
-        epochs: so far, in order.
+        epochs: the epochs so far, in order.
         metrics: the report.
-        is_last: whether the trial came to its end with it.
+        is_last: whether the trial ended with it.
     """
     before = [earlier for earlier in epochs if earlier.epoch < metrics.epoch]
     after = [] if is_last else [earlier for earlier in epochs if earlier.epoch > metrics.epoch]
