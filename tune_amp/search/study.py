@@ -1,7 +1,7 @@
-"""How a trial's outcome is told to Optuna.
+"""Reports the outcome of each trial to Optuna.
 
-Ray's OptunaSearch tells every trial that ASHA stopped as complete, leaves one whose metric is NaN running for ever, and
-tells a crash as a failure that the sampler forgets. Each outcome is told here for what it is.
+Ray's OptunaSearch reports every trial that ASHA stopped as complete, leaves one whose metric is NaN running for ever,
+and reports a crash as a failure that the sampler forgets. Here each outcome is reported as what it is.
 """
 
 import contextlib
@@ -43,51 +43,51 @@ SUGGESTED_BY_ATTRIBUTE = "suggested by run"
 OF_RUN_ATTRIBUTE = "of run"
 RETURNED_ATTRIBUTE = "returned trials"
 FIXED_PARAMS = "fixed_params"
-"""Optuna's own name for what a trial was enqueued with."""
+"""Optuna's own name for the parameters with which a trial was enqueued."""
 CONSTRAINTS_PREFIX = "constraints:"
-"""That of Optuna's own names for a trial's constraints."""
+"""Prefix of Optuna's own names for a trial's constraints."""
 HOPELESS_CONSTRAINT = "hopeless"
-"""1 where a trial was hopeless, 0 where it was not. One name for every reason: GPSampler wants the same constraints of
-all trials."""
+"""Name of the constraint that is 1 if a trial was hopeless, else 0. It is the same for every reason, as GPSampler
+requires the same constraints of all trials."""
 
-# A hopeless trial's values for GP where no trial has completed yet: worse than chance, but on the scale of real values.
+# A hopeless trial's values for GP if no trial has completed yet: worse than chance, but on the scale of real values.
 UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "peak_memory_bytes": 0.0}
 
-# Of a study that is rebuilt: those of a warm start, and those that were submitted again.
+# Trials that a rebuilt study may lack: those of a warm start, and those that were submitted again.
 MOST_LOST_TRIALS = 10_000
 
 
 class AmpSearch(OptunaSearch):
-    """OptunaSearch with an honest end for every trial.
+    """OptunaSearch that reports the true end of every trial.
 
     - completed: its values, at the full budget;
     - stopped: pruned, with the epoch it reached and its values on the way;
-    - diverged, out of memory, or failed by the settings' fault (refused by our own checks, or the same error twice):
-      complete with the worst value and an infeasible constraint, which TPE ranks below every other trial (a pruned
-      one's rank would depend on how long it ran);
+    - diverged, out of memory, or failed through the fault of its settings (refused by tune_amp's checks, or the same
+      error twice): complete with the worst value and an infeasible constraint, which TPE ranks below every other trial
+      (the rank of a pruned one would depend on how long it ran);
     - failed otherwise, or interrupted: failed, which the sampler does not count, since the settings are not to blame.
 
-    The first trial has the settings that everybody starts from, or the nearest that the space has: no search should end
-    worse than they do. Those of a warm start come next, and its old trials stand in the study from the beginning; no
-    one but the sampler sees them.
+    The first trial has the default settings, or the nearest that the space has: no search should end worse than they
+    do. The suggestions of a warm start come next. Its old trials are in the study from the beginning, and only the
+    sampler uses them.
 
-    A search that goes on finds its study where it left it: trials that are over stay what they are, those that were cut
-    off run on, and what the sampler draws is what it would have drawn. A study that is gone is rebuilt from the past
-    trials; what CMA-ES and NSGA-II keep in it, and what a warm start put there, is not.
+    A resumed search finds its study as it left it: trials that ended keep their state, those that were cut off stay
+    running, and the sampler draws what it would have drawn. A lost study is rebuilt from the past trials, but without
+    what CMA-ES and NSGA-II keep in it, and without what a warm start put there.
 
     Args:
         space: what is searched.
         shared: the ``TrialConfig`` fields that all trials have in common.
         train_images: images of the training split, by which relative settings are counted.
-        objectives: what is optimized, of ``OBJECTIVES``; several are sought as a Pareto set.
-        seed: of the sampler.
-        folder: where the study is kept, in Optuna's own journal file, for ``optuna-dashboard`` to open.
+        objectives: what is optimized, of ``OBJECTIVES``; for several, the result is a Pareto set.
+        seed: seed of the sampler.
+        folder: folder of the study, which is in Optuna's own journal file, for ``optuna-dashboard`` to open.
         study_name: the run's name.
         sampler: one of ``SAMPLERS``.
-        num_samples: trials of the whole search as it was begun.
-        warm_start: what is taken over from an earlier run, if anything is.
-        past: the trials that were submitted before the search was cut off; their study has been through ``mend_run``.
-        on_fault: is told, in a line, that the study could not be written; None: the OSError is raised.
+        num_samples: trials of the whole search as it was started.
+        warm_start: what is used of an earlier run, if anything is.
+        past: the trials that were submitted before the search was cut off; ``mend_run`` has checked their study.
+        on_fault: is called with a line if the study cannot be written; None: the OSError is raised.
 
     Raises:
         InputError: the sampler does not apply, or a past trial has settings that the space cannot give.
@@ -109,9 +109,9 @@ class AmpSearch(OptunaSearch):
         past: Sequence[PastTrial] = (),
         on_fault: Callable[[str], None] | None = None,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce every study and trial
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna would log every study and trial
         path = folder / STUDY_FILE
-        if not past:  # cut off before its first trial, a study may hold half of what is enqueued below
+        if not past:  # a search cut off before its first trial may have enqueued half of what is enqueued below
             path.unlink(missing_ok=True)
         built = build_sampler(sampler, space, seed=seed, objectives=objectives, num_samples=num_samples)
         self._objectives = tuple(objectives)
@@ -122,7 +122,7 @@ class AmpSearch(OptunaSearch):
         self._on_fault = on_fault
         modes = [objective_mode(name) for name in objectives]
         super().__init__(
-            # The standard pickle must take it: no lambda.
+            # No lambda, which the standard pickle does not accept.
             functools.partial(suggest_config, space, dict(shared), train_images),
             metric=list(objectives) if len(objectives) > 1 else objectives[0],
             mode=modes if len(objectives) > 1 else modes[0],
@@ -147,14 +147,14 @@ class AmpSearch(OptunaSearch):
         return cast("optuna.Study", self._ot_study)  # made by OptunaSearch, as it was given a space
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The settings of the next trial: every field of ``TrialConfig``, and nothing else.
+        """Return the settings of the next trial: every field of ``TrialConfig``, and nothing else.
 
         Raises:
             OSError: the study cannot be written.
         """
         reseed(self.study.sampler, self._sampler_seed, self._suggested)
         with warnings.catch_warnings():
-            # Ray suspects training where a suggestion takes over a second; on a busy machine GPSampler's can.
+            # Ray suspects training if a suggestion takes over a second; on a busy machine GPSampler's can.
             warnings.filterwarnings("ignore", "Define-by-run function passed in the `space` argument took")
             suggested = super().suggest(trial_id)
         assert suggested is not None  # only a searcher that limits concurrency itself suggests nothing
@@ -162,35 +162,35 @@ class AmpSearch(OptunaSearch):
         return {field.name: suggested[field.name] for field in dataclasses.fields(TrialConfig)}
 
     def find_number(self, trial_id: str) -> int:
-        """Optuna's number of a trial."""
+        """Return Optuna's number of a trial."""
         return int(self._ot_trials[trial_id].number)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell the value of an epoch."""
+        """Report the first objective of an epoch to the study."""
         value = result.get(self._objectives[0])
         if is_finite(value) and trial_id not in self._completed_trials:
             with self._telling_faults():
                 self._report(trial_id, value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell how a trial ended."""
+        """Tell the study how a trial ended."""
         if trial_id not in self._completed_trials:
             cause = self._causes.pop(trial_id, "")
             self._end(trial_id, result, find_status(result, error=error, cause=cause))
 
     def note_worker_death(self, trial: Any) -> None:
-        """Remember why a trial's worker died; Tune will only say that it did, and only if it is not tried again."""
+        """Record why a trial's worker died. Tune reports only that it did, and only if the trial is not retried."""
         self._causes[trial.trial_id] = find_cause(trial)
 
     def close(self) -> None:
-        """Tell every trial that was never told as interrupted: nothing stays running in the study."""
+        """Tell the study that every unfinished trial was interrupted, so that none stays running in it."""
         for trial_id in self._ot_trials.keys() - self._completed_trials:
             self.on_trial_complete(trial_id)
 
     def _rebuild(self, past: Sequence[PastTrial], space: SearchSpace, train_images: int) -> None:
         """Add each past trial under its number, as it ran, to a study that was lost.
 
-        What stood under other numbers was no trial of this run, or was taken back.
+        Other numbers stood for no trial of this run, or for one that was withdrawn; they get failed trials.
         """
         by_number = {trial.number: trial for trial in past}
         last = max(by_number)
@@ -206,7 +206,7 @@ class AmpSearch(OptunaSearch):
         suggestion = find_suggestion(past.config, space, train_images, **sizes)
         epochs = [build_from(EpochMetrics, told) for told in past.reports.values()]
         reports = {epoch.epoch: getattr(epoch, self._objectives[0]) for epoch in epochs}
-        if past.last_result is not None and past.last_result["done"]:  # its end says whether that epoch counts
+        if past.last_result is not None and past.last_result["done"]:  # its end decides whether that epoch counts
             reports.pop(past.last_result.get("epoch", 0), None)
         return optuna.trial.create_trial(
             state=TrialState.RUNNING,
@@ -216,14 +216,17 @@ class AmpSearch(OptunaSearch):
         )
 
     def _go_on(self, past: Sequence[PastTrial]) -> None:
-        """Find each past trial in the study. Trials that a killed process left running would be taken for bad ones."""
+        """Find each past trial in the study, and withdraw those that the journal lacks.
+
+        The sampler would take trials that a killed process left running for bad ones.
+        """
         stored = self.study.get_trials(deepcopy=False)
         ours, known = {trial.number for trial in past}, {trial.trial_id for trial in past}
         for trial in past:
             self._find_again(trial, stored[trial.number])
         for told in stored:
             unheard = told.state is TrialState.RUNNING and told.number not in ours
-            # Told of its end, though the journal could not be told of its beginning: the disk was full.
+            # The study has its end, but the journal lacks its beginning: the disk was full.
             ended = told.state is TrialState.FAIL and told.user_attrs.get("trial_id", "") not in known | {""}
             if unheard or ended:
                 self._give_back(told)
@@ -239,13 +242,13 @@ class AmpSearch(OptunaSearch):
             self._end(past.trial_id, past.last_result, past.status)
 
     def _submit_again(self, past: PastTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
-        """A trial that goes on after it was told runs once more in the study, beside what was told."""
+        """Add a resumed trial, whose end was told, to the study once more as running, and return the new trial."""
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=told.params,
             distributions=told.distributions,
             intermediate_values=told.intermediate_values,
-            # NSGA-II keeps a trial's generation there. What a trial was enqueued with is not asked for twice.
+            # NSGA-II keeps a trial's generation there. The parameters of an enqueued trial are not requested twice.
             system_attrs={
                 name: value
                 for name, value in told.system_attrs.items()
@@ -254,22 +257,21 @@ class AmpSearch(OptunaSearch):
             user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)
-        if told.state is TrialState.RUNNING:  # the process was killed while it told
+        if told.state is TrialState.RUNNING:  # the process was killed during the tell
             self.study.tell(told.number, state=TrialState.FAIL)
         again: optuna.trial.FrozenTrial = self.study.get_trials(deepcopy=False)[-1]
         past.number = again.number
         return again
 
     def _give_back(self, orphan: optuna.trial.FrozenTrial) -> None:
-        """A trial that nobody had heard of when the process was killed: what it was enqueued with comes again, once."""
+        """Fail a trial that the journal lacks; if it was enqueued, enqueue its parameters again, once."""
         fixed = orphan.system_attrs.get(FIXED_PARAMS)
         returned = self.study.user_attrs.get(RETURNED_ATTRIBUTE, [])
         if fixed and orphan.number not in returned:
             kept = {name: value for name, value in orphan.user_attrs.items() if name == SUGGESTED_BY_ATTRIBUTE}
             waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if fixed not in [
-                trial.system_attrs.get(FIXED_PARAMS) for trial in waiting
-            ]:  # or killed before the next line
+            # They wait already if the process was killed between the next two writes.
+            if fixed not in [trial.system_attrs.get(FIXED_PARAMS) for trial in waiting]:
                 self.study.enqueue_trial(fixed, user_attrs=kept)
             self.study.set_user_attr(RETURNED_ATTRIBUTE, [*returned, orphan.number])
         if orphan.state is TrialState.RUNNING:
@@ -302,11 +304,11 @@ class AmpSearch(OptunaSearch):
             self.study.tell(trial, state=TrialState.FAIL)
 
     def _take_over(self, warm_start: WarmStart) -> None:
-        """Enqueue an earlier run's winners, and add its trials with an honest end for each, as ours are told."""
+        """Enqueue an earlier run's winners, and add its trials with their true ends, as for trials of this run."""
         run = warm_start.donor.provenance.run
         for suggestion in warm_start.suggestions:
             self.study.enqueue_trial(dict(suggestion), user_attrs={SUGGESTED_BY_ATTRIBUTE: run})
-        # Hopeless ones last: what GP is told of them depends on the others.
+        # Hopeless ones last: their values for GP depend on the others.
         for old in sorted(warm_start.old_trials, key=_is_old_hopeless):
             self._add_old_trial(old, {OF_RUN_ATTRIBUTE: run, "trial_id": old.record.trial_id})
 
@@ -327,7 +329,7 @@ class AmpSearch(OptunaSearch):
         )
 
     def _select_reports(self, reports: Mapping[int, float | None]) -> dict[int, float]:
-        """Optuna knows no values on the way where there are several objectives."""
+        """Return the finite reports; none for several objectives, where Optuna takes no intermediate values."""
         return {} if len(self._objectives) > 1 else {e: value for e, value in reports.items() if is_finite(value)}
 
     def _tell_result(self, trial_id: str, result: dict[str, Any], *, stopped: bool) -> None:
@@ -336,10 +338,10 @@ class AmpSearch(OptunaSearch):
         if is_hopeless(result):
             self._tell_hopeless(trial)
         elif len(values) < len(self._objectives) or (stopped and len(values) > 1):
-            # Not measured; or stopped among several objectives, where Optuna keeps no value of a trial cut short.
+            # Not measured; or stopped with several objectives, where Optuna keeps no value of a trial cut short.
             self.study.tell(trial, state=TrialState.FAIL)
         else:
-            # Tune tells of a trial's end instead of its last epoch, so that epoch is reported here.
+            # Tune passes on a trial's end instead of its last epoch, so that epoch is reported here.
             self._report(trial_id, values[0], result["epoch"])
             if stopped:
                 self.study.tell(trial, state=TrialState.PRUNED)
@@ -354,18 +356,18 @@ class AmpSearch(OptunaSearch):
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
         with warnings.catch_warnings():
-            # Where the search was cut off between these two lines, it is there already.
+            # If the search was cut off between the constraint and the tell, the constraint is there already.
             warnings.filterwarnings("ignore", "The constraint value is ignored")
             trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
-            # It need not: CMA-ES ranks trials by value, and the worst value says the same.
+            # CMA-ES does not need them: it ranks trials by value, and the worst value has the same effect.
             warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler will not use them")
             self.study.tell(trial, values)
 
     def _find_worst(self) -> list[float]:
-        """For each objective the worst value of a completed trial so far.
+        """Return for each objective the worst value of a completed trial so far.
 
         GPSampler fits the values themselves, in units of their standard deviation: beside one value of 1e9 all others
-        are the same. There the constraint alone says that a trial was hopeless.
+        are the same. So for GP only the constraint marks a trial as hopeless.
         """
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         told = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
@@ -375,17 +377,17 @@ class AmpSearch(OptunaSearch):
         return [min(column) if objective_mode(name) == "max" else max(column) for name, column in columns]
 
     def _report(self, trial_id: str, value: float, epoch: int) -> None:
-        """Report an epoch once: a trial that is tried again repeats some, and Optuna keeps the first value."""
-        # Optuna knows no values on the way where there are several objectives: report raises.
+        """Report an epoch once: a retried trial repeats some, and Optuna keeps the first value."""
+        # Optuna takes no intermediate values for several objectives: report raises.
         if len(self._objectives) == 1 and epoch > self._reported_epochs.get(trial_id, 0):
             self._reported_epochs[trial_id] = epoch
             self._ot_trials[trial_id].report(value, epoch)
 
 
 def _is_taken_back(told: optuna.trial.FrozenTrial, past: PastTrial) -> bool:
-    """Whether a trial goes on that was told as interrupted, or as out of memory for the deaths of its workers.
+    """Return whether a resumed trial was told as interrupted, or as out of memory for the deaths of its workers.
 
-    The journal hears of a trial's last report before the study does, and of what a worker's death means after it.
+    The journal gets a trial's last report before the study does, but the meaning of a worker's death after it.
     """
     died = told.user_attrs.get(STATUS_ATTRIBUTE) == TrialStatus.OUT_OF_MEMORY and past.unheard_end is None
     return told.state is TrialState.FAIL or died
@@ -397,22 +399,22 @@ def _is_old_hopeless(old: OldTrial) -> bool:
 
 
 class NoLock(BaseJournalFileLock):
-    """No lock: a run's own journal has one already.
+    """No lock, since a run's own journal has one already.
 
-    Optuna's is a file beside the study, made and removed with each write. One that cannot be removed, because the
-    folder must not be written any more, would be waited for without an end.
+    Optuna's lock is a file beside the study, made and removed with each write. If it cannot be removed, because the
+    folder is no longer writable, Optuna waits for it without end.
     """
 
     def acquire(self) -> bool:
-        """Nothing."""
+        """Do nothing, and return success."""
         return True
 
     def release(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class WholeLines(JournalFileBackend):
-    """Optuna's journal, in which a full disk leaves no half of a line behind: the next would be glued to it."""
+    """Optuna's journal, in which a full disk leaves no half line behind: the next line would be joined to it."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append, or raise OSError and leave the file as it was."""
@@ -426,13 +428,13 @@ class WholeLines(JournalFileBackend):
 
 
 def open_storage(path: Path) -> optuna.storages.JournalStorage:
-    """The journal at ``path``, made where there is none."""
+    """Open the journal at ``path``, or create it."""
     return optuna.storages.JournalStorage(WholeLines(str(path), NoLock()))
 
 
 def suggest_config(
     space: SearchSpace, shared: Mapping[str, Any], train_images: int, trial: optuna.trial.BaseTrial
 ) -> dict[str, Any]:
-    """All settings of a trial: the searched and fixed ones of the space, the shared ones, defaults for the rest."""
+    """Return a trial's settings: the searched and fixed ones of the space, the shared ones, defaults for the rest."""
     suggested = space.suggest(trial, train_images=train_images, max_epochs=shared["max_epochs"])
     return vars(TrialConfig(**{**shared, **suggested})).copy()
