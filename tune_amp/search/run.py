@@ -1,4 +1,4 @@
-"""Puts the parts together: one call searches a space on a data set and leaves a run folder behind."""
+"""Runs a search: one call searches a space on a data set and leaves a run folder behind."""
 
 import concurrent.futures
 import contextlib
@@ -54,29 +54,29 @@ class SearchResult:
     ranked: Sequence[TrialRecord]
     """The best first, as in ``best.parquet``: at most ``top_k``, or the Pareto set; empty where none has a result."""
     importance: ImportanceResult
-    """Which parameters mattered for the first objective, as written to ``importance.parquet``, or why none is told."""
+    """Which parameters mattered for the first objective, as in ``importance.parquet``, or why that is unknown."""
     provenance: Provenance
     interrupted: bool
     """Whether something ended the search before its trials did: a signal, a full disk, the end of Ray."""
     reason: str | None = None
-    """What that was."""
+    """Why the search was asked to end; None if it was not."""
     failing: bool = False
     """Whether the reason is that the first trials all failed with the same error."""
     slot_time: SlotTime
-    """Slots, and seconds until the last trial was over."""
+    """Slots, and seconds until the last trial ended."""
     wrap_up_seconds: float
-    """From then until everything was written and the importance of the parameters measured."""
+    """Seconds from then until everything was written and the importance of the parameters was measured."""
     confirmation: ConfirmResult | None = None
-    """What fresh seeds say of the best, or None where they were not asked."""
+    """Results of the best on fresh seeds; None if there was no confirmation."""
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether there is something to go on with: trials, or the runs that confirm them."""
+        """Whether there is something to resume: trials, or the runs that confirm them."""
         return self.interrupted or (self.confirmation is not None and self.confirmation.interrupted)
 
     @property
     def best_path(self) -> Path:
-        """``best.parquet``; it exists where ``ranked`` is not empty."""
+        """Path of ``best.parquet``, which exists if ``ranked`` is not empty."""
         return self.folder / BEST_FILE
 
 
@@ -101,33 +101,33 @@ def run_search(
 ) -> SearchResult:
     """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
 
-    Call it inside ``session.ray_session``. Trials see the training and validation split only. Unless it was
+    Call it inside ``session.ray_session``. Trials see only the training and validation split. Unless the search was
     interrupted, the best are then confirmed on fresh seeds: see ``confirm``.
 
-    Whatever ends it, another call goes on from ``reports.journal`` in ``folder``: trials that are over keep their
-    results, study and scheduler know what they knew, and those that were cut off go on from their last checkpoint.
+    However it ends, another call resumes it from ``reports.journal`` in ``folder``. Trials that ended keep their
+    results, study and scheduler regain their state, and trials that were cut off resume from their last checkpoint.
 
     Args:
         space: what is searched.
         dataset: its test split stays here, unread. Trials record how imbalanced ``data.make_long_tail`` made it.
         options: how much is searched, and with what.
-        folder: an empty folder from ``options.run_folder``; that of ``past`` where there is one.
-        observer: is told of everything that happens.
+        folder: an empty folder from ``options.run_folder``, or that of ``past`` if there is one.
+        observer: is notified of everything that happens.
         command: the command line, for the record.
         storage_path: where Ray keeps checkpoints, a path or URL that all nodes can write; None for the run folder.
         started: ``time.monotonic()`` when the command began, from which slot time counts; None: it counts from now.
         resources: from ``plan_resources``; None to plan them here.
         warm_start: from ``adapt_donor``; None to start from nothing.
-        past: from ``past.open_past``: the run that goes on, with the same space, data and options.
-        arguments: the command line by ``argparse``'s names, for whoever goes on with this run.
+        past: from ``history.open_past``: the run to resume, with the same space, data and options.
+        arguments: the command line by ``argparse``'s names, recorded for resuming this run.
         stop: asks the search to end; None: a KeyboardInterrupt does.
         trackers: from ``trackers.build_trackers``.
-        announce: is told, in a line, what of the run was not as the search had left it.
+        announce: is called with a line for each part of the run that is not as the search left it.
         checked: whether ``preflight.check_fit`` has found that space, data and model fit together.
 
     Raises:
         InputError: space, data, model and options do not fit together; nothing has been trained.
-        OSError: a file cannot be written, the disk is full for example; what was reported is in the journal.
+        OSError: a file cannot be written, for example to a full disk; what was reported is in the journal.
     """
     resources = resources or plan_resources(options, space, dataset)
     if not checked:
@@ -163,9 +163,9 @@ def run_search(
             on_failure=functools.partial(stop_if_failing, options, stop),
         )
         if past is not None:
-            recorder.replay(past.events)  # and refuses what no search writes, before anyone else is told of it
+            recorder.replay(past.events)  # also refuses what no search writes, before anything else uses it
         build = functools.partial(_build_searcher, space, dataset, options, folder, provenance, warm_start, past, stop)
-        # Whatever ends the block, no trial stays running in the study.
+        # However the block ends, no trial stays running in the study.
         with stop.heard(), contextlib.closing(build()) as searcher:
             scheduler = schedule(options, searcher, resources)
             if past is not None:
@@ -217,7 +217,7 @@ def run_search(
 def _open_storage(
     storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None
 ) -> RunStorage:
-    """Where checkpoints go, found to be one place for all nodes."""
+    """Return the storage for checkpoints, checked to be one place for all nodes."""
     nodes, earlier = len(list_nodes()), past.storages if past else None
     storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=earlier)
     if nodes > 1:
@@ -252,7 +252,7 @@ def _build_searcher(
 
 
 def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
-    """Write down how a run begins, before anything of it happens."""
+    """Record how a run begins, before anything else of it happens; return its open journal."""
     check_free(folder, *RUN_FILES)
     journal = Journal(folder / JOURNAL_FILE)
     write_atomically(folder / SPACE_FILE, lambda file: file.write(space.text.encode()), replace=False)
@@ -277,10 +277,10 @@ def _describe_progress(folder: Path, dataset: Dataset, options: SearchOptions) -
 
 
 def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
-    """Tell everyone of a trial that had come to its end when the search was cut off, before anyone said so."""
+    """Pass on the end of a trial that had ended when the search was cut off, before that was recorded."""
     if trial.unheard_end is None:
         return
-    assert trial.last_result is not None  # it tells of its end
+    assert trial.last_result is not None  # it is the report that ended the trial
     scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial_id=trial.trial_id)), trial.last_result)
     searcher.on_trial_complete(trial.trial_id, trial.last_result)
     recorder.end_unheard(trial.trial_id, trial.unheard_end)
@@ -288,20 +288,21 @@ def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch,
 
 
 def stop_if_failing(options: SearchOptions, stop: StopRequest, trials: Sequence[TrialRecord]) -> None:
-    """Stop a search that fails, as long as there are trials that it can spare."""
+    """Stop a search whose trials fail, if that spares it trials."""
     reason = find_failing(trials, options.max_failures)
     if reason is not None and len(trials) < options.num_samples:
         stop.ask(reason)
 
 
 def find_failing(trials: Sequence[TrialRecord], most: int) -> str | None:
-    """Why a search should stop whose first trials all failed with the same error; None where it should not.
+    """Return why a search should stop: its first trials all failed with the same error. None if it should not.
 
-    One that is still running may yet do better. Running out of memory is one setting's fault or another's.
+    A trial that is still running may yet do better. Trials that ran out of memory are left out, since that is the fault
+    of one setting or another.
 
     Args:
         trials: in order of submission.
-        most: so many of them.
+        most: number of first trials that must have failed.
     """
     if any(trial.epochs for trial in trials):
         return None
@@ -321,7 +322,7 @@ def _conclude(
     provenance: Provenance,
     stop: StopRequest,
 ) -> SearchResult:
-    """Rank the trials of a search that is over, and write what follows from them."""
+    """Rank the trials of a search that is over, and write the best and the importance of the parameters."""
     begun = time.monotonic()
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
     if ranked:
@@ -380,18 +381,18 @@ def _confirm(
 
 
 def was_interrupted(trials: Sequence[TrialRecord], options: SearchOptions, seconds: float) -> bool:
-    """Whether the search ended before its trials did, other than by its time budget."""
+    """Return whether the search ended before its trials did, other than by its time budget."""
     within_budget = options.time_budget is None or seconds < options.time_budget
     return is_unfinished(trials, options) and within_budget
 
 
 def is_unfinished(trials: Sequence[TrialRecord], options: SearchOptions) -> bool:
-    """Whether there are trials that a search could go on with, or make."""
+    """Return whether there are trials that a search could resume or create."""
     return len(trials) < options.num_samples or any(trial.status is TrialStatus.INTERRUPTED for trial in trials)
 
 
 def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
-    """End the process where Tune cannot be ended, everything written."""
+    """Write everything, then end the process, for the case that Tune cannot be ended."""
     try:
         with contextlib.closing(searcher), _finished(recorder):
             pass
@@ -401,7 +402,7 @@ def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> N
 
 @contextlib.contextmanager
 def _finished(recorder: TrialRecorder) -> Iterator[None]:
-    """Whatever ends the ``with`` block, every report is on disk."""
+    """Write every report to disk at the end of the ``with`` block, however it ends."""
     try:
         yield
     finally:

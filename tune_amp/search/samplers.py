@@ -1,4 +1,4 @@
-"""Which of Optuna's samplers suggests the settings, and where each of them applies."""
+"""Builds the Optuna sampler that suggests the settings, and refuses one that does not apply to the search."""
 
 import logging
 import warnings
@@ -17,16 +17,16 @@ from tune_amp.trial.config import SAMPLERS, InputError, shown
 
 
 class FeasibleGPSampler(GPSampler):
-    """GPSampler with one repair: it draws at random until some trial is feasible.
+    """GPSampler with one fix: it draws at random until some trial is feasible.
 
-    Where all constraints are alike, because the first trials all ran out of memory for example, every probability of
-    being feasible is zero to Optuna's own: it divides by it, warns, and takes the study for converged.
+    If all constraints are alike, for example because the first trials all ran out of memory, Optuna's sampler computes
+    a probability of zero that any settings are feasible. It divides by it, warns, and takes the study for converged.
     """
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The next settings, or none, which leaves them to chance."""
+        """Return the next settings, or none, which leaves them to random draws."""
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if not any(all(value <= 0 for value in told.constraints.values()) for told in completed):
             return {}
@@ -37,13 +37,13 @@ class FeasibleGPSampler(GPSampler):
 def build_sampler(
     name: str, space: SearchSpace, *, seed: int, objectives: Sequence[str], num_samples: int
 ) -> BaseSampler:
-    """One of Optuna's own samplers, fit for this space and these objectives.
+    """Return one of Optuna's samplers, set up for this space and these objectives.
 
     Args:
         name: one of ``SAMPLERS``.
         space: what is searched.
-        seed: of the sampler; samplers know 2^32 of them.
-        objectives: what is optimized; CMA-ES knows one only.
+        seed: seed of the sampler, taken modulo 2^32, as samplers accept no other.
+        objectives: what is optimized; CMA-ES takes only one.
         num_samples: trials of the whole search, by which starting phases and populations are sized.
 
     Raises:
@@ -53,7 +53,7 @@ def build_sampler(
         raise InputError(f"--sampler: must be one of {', '.join(SAMPLERS)}, got {shown(name)}")
     seed %= 2**32
     with warnings.catch_warnings():
-        # Optuna calls options experimental for years (group since 2.8): what we rely on, our tests cover.
+        # Optuna calls options experimental for years (group since 2.8). Our tests cover those that we rely on.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "random":
             return RandomSampler(seed=seed)
@@ -64,21 +64,21 @@ def build_sampler(
         if name == "nsga2":
             return _build_nsga2(space, seed, num_samples)
         # Multivariate TPE (Falkner et al. 2018, arXiv:1807.01774) models a conditional space group by group;
-        # ungrouped it would sample it parameter by parameter.
+        # without groups it would sample it parameter by parameter.
         return TPESampler(seed=seed, multivariate=True, group=space.is_conditional, constant_liar=True)
 
 
 def reseed(sampler: BaseSampler, seed: int, number: int) -> None:
-    """Let what a sampler draws next depend on nothing but the seed, the number of the trial and what the study holds.
+    """Make a sampler's next draws depend only on the seed, the number of the trial and what the study holds.
 
-    Else a search that goes on in a new process would draw what it drew at its beginning, and not what it would have
-    drawn. ``BaseSampler.reseed_rng`` takes no seed. CMA-ES mixes in Optuna's number of the trial, which is another
-    where a trial was submitted again.
+    Otherwise a search that resumes in a new process would repeat the draws of its beginning, instead of making those
+    that it would have made next. ``BaseSampler.reseed_rng`` takes no seed. CMA-ES mixes in Optuna's number of the
+    trial, which differs if a trial was submitted again.
 
     Args:
-        sampler: one of ``build_sampler``'s.
-        seed: of the search.
-        number: of the trial in the search.
+        sampler: from ``build_sampler``.
+        seed: seed of the search.
+        number: number of the trial in the search.
     """
     seeds = np.random.SeedSequence((seed % 2**32, number))
     for generator in _list_generators(sampler):
@@ -86,7 +86,7 @@ def reseed(sampler: BaseSampler, seed: int, number: int) -> None:
 
 
 def _list_generators(sampler: BaseSampler) -> Iterator[LazyRandomState]:
-    """A sampler's generators, that of its random sampler first: all samplers begin with the same random draws."""
+    """Yield a sampler's generators, its random sampler's first, so that all samplers begin with the same draws."""
     parts = vars(sampler).values()
     for part in parts:
         if isinstance(part, BaseSampler):
@@ -95,10 +95,10 @@ def _list_generators(sampler: BaseSampler) -> Iterator[LazyRandomState]:
 
 
 def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
-    """Bayesian optimization with a Gaussian process, for training results, which are noisy.
+    """Return Bayesian optimization with a Gaussian process, for training results, which are noisy.
 
-    It models the parameters that all trials have in common. What some trials lack Optuna would draw at random, with a
-    line of warning for each, so conditional spaces are refused.
+    It models the parameters that all trials have in common. Optuna would draw the others at random, with a line of
+    warning for each, so conditional spaces are refused.
     """
     if space.is_conditional:
         raise InputError(f"--sampler: gp cannot model conditions, got `when` for {_list_conditional(space)}")
@@ -109,20 +109,20 @@ def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
         seed=seed,
         n_startup_trials=startup,
         deterministic_objective=False,
-        warn_independent_sampling=False,  # it would, of settings left to chance until some trial is feasible
+        warn_independent_sampling=False,  # it would warn of random draws until some trial is feasible
     )
 
 
 def _build_cmaes(space: SearchSpace, seed: int, objectives: Sequence[str]) -> BaseSampler:
-    """CMA-ES with margin (Hamano et al. 2022, arXiv:2205.13482): powers of two are whole numbers of few values.
+    """Return CMA-ES with margin (Hamano et al. 2022, arXiv:2205.13482), as powers of two are integers of few values.
 
-    Optuna draws choices and whatever some trials lack at random beside CMA-ES. Then a generation is ranked by what
-    CMA-ES does not see, and the user has half a random search without having asked for it, so both are refused.
+    Beside CMA-ES, Optuna draws choices, and parameters that some trials lack, at random. Then a generation is ranked by
+    what CMA-ES does not see, and half of the search is random, which the user did not ask for. So both are refused.
 
-    Stopped trials count with their last value: else CMA-ES, whose generation must be told in full, would wait for
-    others in the place of every one of them. They rank among the completed by that value. Constraints it does not know;
-    it uses ranks only, so that the worst value says all. Its state is in the study as a pickle: continue studies of
-    trusted origin only.
+    Stopped trials count with their last value, by which they rank among the completed ones. Otherwise CMA-ES, which
+    needs results of a full generation, would wait for another trial in place of each of them. It ignores constraints,
+    but it uses only ranks, so the worst value has the same effect. The study holds its state as a pickle: continue only
+    studies of trusted origin.
     """
     if len(objectives) > 1:
         raise InputError(f"--sampler: cmaes takes one objective, got {', '.join(objectives)}")
@@ -138,14 +138,15 @@ def _build_cmaes(space: SearchSpace, seed: int, objectives: Sequence[str]) -> Ba
 
 
 def _build_nsga2(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
-    """NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017), also for one objective.
+    """Return NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017), also for one objective.
 
-    On average one setting of a child is drawn anew: where only one is searched, nothing is inherited. In a conditional
-    space, what some trials lack is not inherited either.
+    On average one setting of a child is drawn anew: if only one is searched, nothing is inherited. In a conditional
+    space, parameters that some trials lack are not inherited either.
     """
     if len(space.parameters) < 2:
         raise InputError(f"--sampler: nsga2 needs at least two parameters to search, got {space.parameters[0].name}")
-    # A child has parents from the second generation on: Optuna's 50 would leave a search of 32 trials random.
+    # Only from the second generation on has a child parents: with Optuna's default of 50 for the population, a search
+    # of 32 trials would be random.
     return NSGAIISampler(population_size=min(50, max(4, num_samples // 4)), seed=seed)
 
 
@@ -154,9 +155,9 @@ def _list_conditional(space: SearchSpace) -> str:
 
 
 def _is_no_chatter(record: logging.LogRecord) -> bool:
-    """Whether a warning of Optuna's GP is more than a remark on how it optimizes its acquisition function.
+    """Return whether a warning of Optuna's GP is more than a remark on how it optimizes its acquisition function.
 
-    Without the package greenlet it goes from one starting point after another, at 0.2 to 0.5 s a suggestion; close to
+    Without the package greenlet it tries starting points one after another, at 0.2 to 0.5 s a suggestion; close to
     convergence it has fewer of them. Neither changes what a user could do.
     """
     remarks = ("The 'greenlet' package is unavailable", "Study already converged")

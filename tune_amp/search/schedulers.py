@@ -1,4 +1,4 @@
-"""Early stopping by epoch: Ray's own schedulers, in which a trial that diverged ranks last, and is stopped."""
+"""Early stopping by epoch: Ray's schedulers, changed so that a trial that diverged ranks last and is stopped."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from tune_amp.search.history import result_of
 from tune_amp.trial.config import MORE_IS_BETTER, RANKING_OBJECTIVES, RUNNING, SCHEDULERS, TrialStatus
 
 LOOK_SECONDS = 0.1
-"""How long Tune may sleep where all of its trials wait."""
+"""Seconds that Tune sleeps if all of its trials wait."""
 
 # Finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is infinite.
 WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "peak_memory_bytes": 1e15}
@@ -23,27 +23,27 @@ WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "pea
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialKey:
-    """A trial as far as schedulers remember it: they look at nothing but its id."""
+    """Stands for a trial in calls of schedulers, which use only its id."""
 
     trial_id: str
 
 
 class DivergenceAware(FIFOScheduler):
-    """Stops nothing but trials that diverged; before one of Ray's rules, in the order of bases, it mends that rule.
+    """Stops only trials that diverged. Listed before one of Ray's rules in the bases, it corrects that rule.
 
-    Ray's rules compare by ``<``, which is false for NaN: a trial whose metric is NaN goes on, and the others are not
-    measured by it. Here a result counts as the worst there is where its validation loss or accuracy is not finite, or
-    where the trial says that it diverged; a training loss that is not finite says only that some batches overflowed.
+    Ray's rules compare by ``<``, which is false for NaN: a trial whose metric is NaN continues, and the others are not
+    compared with it. Here a result counts as the worst possible if its validation loss or accuracy is not finite, or if
+    the trial reports that it diverged. A training loss that is not finite shows only that some batches overflowed.
 
-    A report without an epoch, which is that of a failure, changes nothing. Of a trial that is tried again, the rule
-    sees every epoch once.
+    A report without an epoch, which is that of a failure, changes nothing. The rule sees every epoch of a retried trial
+    once.
 
     Args:
         objective: ``val_accuracy`` or ``val_loss``.
-        on_worker_death: is called with the trial whose worker died, also where that trial will be tried again; may say
-            how many seconds the trial waits before that.
-        clock: tells seconds.
-        rule: what Ray's class takes.
+        on_worker_death: is called with the trial whose worker died, even if that trial will be retried; may return the
+            seconds that the trial waits before the retry.
+        clock: returns seconds.
+        rule: arguments of Ray's class.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class DivergenceAware(FIFOScheduler):
         self._to_stop: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Continue or stop."""
+        """Return whether the trial continues or stops."""
         if trial.trial_id in self._to_stop:
-            # The worker died before the stop reached it: saving comes first. Ray's median rule would fail here, and
-            # its ASHA would let the trial go on to the next rung.
+            # The worker died before the stop reached it, since saving comes first. Ray's median rule would fail here,
+            # and its ASHA would let the trial continue to the next rung.
             return TrialScheduler.STOP
         if result.get("epoch", 0) <= self._seen_epochs.get(trial.trial_id, 0):
             return TrialScheduler.CONTINUE
@@ -80,27 +80,27 @@ class DivergenceAware(FIFOScheduler):
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
-        """In the ``with`` block, results are seen whose decisions are known: this rule need not find them."""
+        """In the ``with`` block, the decisions on all results are known, so this rule need not make them."""
         yield
 
     def remember_stop(self, trial_id: str) -> None:
-        """A trial was stopped."""
+        """Record that a trial was stopped."""
         self._to_stop.add(trial_id)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Record a trial's last value, the worst there is where it diverged."""
+        """Record a trial's last value, or the worst possible if it diverged."""
         if "epoch" in result:
             super().on_trial_complete(tune_controller, trial, self._ranked(result))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass on that the trial's worker died, and let the trial wait where it has to."""
+        """Pass on that the trial's worker died, and make the trial wait if it has to."""
         seconds = self._on_worker_death(trial)
         if seconds:
             self._waiting[trial.trial_id] = self._clock() + seconds
         super().on_trial_error(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The next trial, none that waits. Tune starts pending ones by itself, so that those that wait are paused."""
+        """Return the next trial that need not wait. Waiting ones are paused, as Tune starts pending ones by itself."""
         now = self._clock()
         self._waiting = {trial_id: until for trial_id, until in self._waiting.items() if until > now}
         if self._waiting:
@@ -109,7 +109,7 @@ class DivergenceAware(FIFOScheduler):
                 if trial.trial_id in self._waiting and trial.status == Trial.PENDING:
                     tune_controller._set_trial_status(trial, Trial.PAUSED)  # noqa: SLF001 - Ray's own schedulers do
             if not any(trial.status in (Trial.PENDING, Trial.RUNNING) for trial in live):
-                time.sleep(LOOK_SECONDS)  # Tune waits for events of workers: without one, its loop spins
+                time.sleep(LOOK_SECONDS)  # Tune waits for events of workers: without a worker, its loop spins
         chosen = super().choose_trial_to_run(tune_controller)
         return None if chosen is not None and chosen.trial_id in self._waiting else chosen
 
@@ -118,15 +118,15 @@ class DivergenceAware(FIFOScheduler):
 
 
 class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
-    """ASHA, or asynchronous HyperBand with more brackets than one (Li et al. 2020, arXiv:1810.05934).
+    """ASHA, or asynchronous HyperBand if there is more than one bracket (Li et al. 2020, arXiv:1810.05934).
 
-    Ray draws a trial's bracket from numpy's global generator, and anew where the trial is tried again, which leaves its
-    values in two brackets. Here the n-th trial of a search has always the same bracket, and keeps it.
+    Ray draws a trial's bracket from numpy's global generator, and draws again if the trial is retried, which leaves its
+    values in two brackets. Here the n-th trial of a search always has the same bracket, and keeps it.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._draws = np.random.RandomState(0).get_state()  # the kind that Ray draws from
+        self._draws = np.random.RandomState(0).get_state()  # the kind of generator that Ray draws from
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Give a new trial its bracket."""
@@ -136,7 +136,7 @@ class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
-        """In the ``with`` block, rungs record values and look for no cutoff: with 10,000 trials that took 5 s."""
+        """In the ``with`` block, rungs record values without finding a cutoff, which took 5 s with 10,000 trials."""
         for bracket in self._brackets:
             bracket.cutoff = _find_no_cutoff  # type: ignore[method-assign]
         try:
@@ -147,7 +147,7 @@ class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
 
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Inside, numpy's global generator is this scheduler's own."""
+        """In the ``with`` block, numpy's global generator has this scheduler's own state."""
         outside = np.random.get_state()  # noqa: NPY002
         np.random.set_state(self._draws)  # noqa: NPY002
         try:
@@ -158,14 +158,14 @@ class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
 
 
 def _find_no_cutoff(recorded: Mapping[str, float]) -> None:
-    """In the place of the bracket's own."""
+    """Return no cutoff, in place of the bracket's own method."""
 
 
 class MedianByTrialId(MedianStoppingRule):
-    """Ray's median rule, which remembers trials by their id, not as objects: those do not outlive a process."""
+    """Ray's median rule, which remembers trials by id, not as objects, since objects do not outlive a process."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Continue or stop."""
+        """Return whether the trial continues or stops."""
         return super().on_trial_result(tune_controller, TrialKey(trial_id=trial.trial_id), result)  # type: ignore[arg-type]
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -189,20 +189,20 @@ def build_scheduler(
     reduction_factor: float,
     on_worker_death: Callable[[Any], float | None],
 ) -> DivergenceAware:
-    """The scheduler of a search.
+    """Return the scheduler of a search.
 
-    HyperBand is the asynchronous one. Ray's synchronous ``HyperBandScheduler`` opens a bracket only when the trials
-    that are alive fill the one before, and its first bracket runs all of them to the end: of 40 trials with a budget of
-    8 epochs, 4 at a time, it stopped none.
+    HyperBand is the asynchronous one. Ray's synchronous ``HyperBandScheduler`` opens a bracket only when live trials
+    fill the one before, and its first bracket runs all of them to the end: of 40 trials with a budget of 8 epochs, 4 at
+    a time, it stopped none.
 
     Args:
         name: one of ``config.SCHEDULERS``.
         objective: the first objective of the search; the scheduler sees no other.
         max_epochs: a trial's full budget.
         grace_period: epochs that every trial gets.
-        reduction_factor: one trial in so many goes on from rung to rung, of ASHA and HyperBand.
-        on_worker_death: is called with a trial whose worker died, also where it will be tried again; may say how
-            many seconds the trial waits before that.
+        reduction_factor: one trial in so many passes a rung of ASHA or HyperBand.
+        on_worker_death: is called with a trial whose worker died, even if it will be retried; may return the seconds
+            that the trial waits before the retry.
     """
     assert name in SCHEDULERS
     assert objective in RANKING_OBJECTIVES
@@ -212,24 +212,24 @@ def build_scheduler(
     shared |= {"time_attr": "epoch", "metric": objective, "mode": objective_mode(objective)}
     shared |= {"grace_period": grace_period}
     if name == "median":
-        # Before it has enough trials to compare, Ray would pause those that run whenever others wait; never, with an
-        # infinite slice. A paused trial is saved and given another worker, only to be continued the same way.
+        # Before it has enough trials to compare, Ray would pause running trials whenever others wait; with an infinite
+        # slice it never does. A paused trial is saved and gets another worker, only to continue the same way.
         return DivergenceAwareMedian(**shared, hard_stop=True, min_time_slice=math.inf)
     brackets = count_brackets(max_epochs, grace_period, reduction_factor) if name == "hyperband" else 1
     return DivergenceAwareHyperBand(**shared, max_t=max_epochs, reduction_factor=reduction_factor, brackets=brackets)
 
 
 def replay(scheduler: DivergenceAware, events: Iterable[Mapping[str, Any]]) -> None:
-    """Let a new scheduler see what the one before it saw, in the same order: rungs and averages come back as they were.
+    """Replay to a new scheduler what the previous one saw, in the same order, which restores rungs and averages.
 
-    ``Tuner.restore`` brings a scheduler back empty (ray-project/ray#30838).
+    ``Tuner.restore`` restores a scheduler empty (ray-project/ray#30838).
 
     Args:
         scheduler: from ``build_scheduler``, with the same arguments.
-        events: of the run's journal.
+        events: events of the run's journal.
     """
     results: dict[str, dict[str, Any]] = {}
-    controller: Any = None  # no rule of ours asks it anything
+    controller: Any = None  # none of these rules uses it
     with scheduler.replaying():
         for event in events:
             key: Any = TrialKey(trial_id=event.get("trial_id", ""))
@@ -238,18 +238,18 @@ def replay(scheduler: DivergenceAware, events: Iterable[Mapping[str, Any]]) -> N
                 scheduler.on_trial_add(controller, key)
             elif event["event"] == "report":
                 last = results[key.trial_id] = result_of(event)
-                if last["status"] == RUNNING:  # of a report that ends the trial, Tune tells as its end alone
+                if last["status"] == RUNNING:  # a report that ends the trial reaches on_trial_complete only
                     scheduler.on_trial_result(controller, key, last)
-                    if last["done"]:  # so the scheduler said
+                    if last["done"]:  # by the scheduler's decision
                         scheduler.remember_stop(key.trial_id)
             elif event["event"] == "end" and last.get("done"):
                 scheduler.on_trial_complete(controller, key, last)
 
 
 def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) -> int:
-    """HyperBand's number of brackets, 1 + floor(log(max_epochs / grace_period) / log(reduction_factor)).
+    """Return HyperBand's number of brackets, 1 + floor(log(max_epochs / grace_period) / log(reduction_factor)).
 
-    At most one for each epoch at which a trial can be stopped first: a factor near 1 would ask for thousands.
+    There is at most one for each epoch at which a trial can first be stopped: a factor near 1 would give thousands.
     """
     brackets = 1
     while brackets <= max_epochs - grace_period and grace_period * reduction_factor**brackets <= max_epochs:
@@ -258,12 +258,12 @@ def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) 
 
 
 def is_hopeless(result: dict[str, Any]) -> bool:
-    """Whether a result with an epoch is that of a trial that diverged."""
+    """Return whether a result with an epoch is that of a trial that diverged."""
     values = [result[name] for name in RANKING_OBJECTIVES if name in result]
     finite = all(value is not None and math.isfinite(value) for value in values)
     return not finite or result.get("status") == TrialStatus.DIVERGED
 
 
 def objective_mode(objective: str) -> str:
-    """Tune's word for which way is better."""
+    """Return Tune's mode for an objective: ``max`` or ``min``."""
     return "max" if objective in MORE_IS_BETTER else "min"

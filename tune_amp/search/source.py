@@ -1,4 +1,4 @@
-"""Where Tune gets its trials: those left over from before the search was cut off, then new ones of the searcher."""
+"""Gives Tune its trials: first those left over from before the search was cut off, then new ones of the searcher."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -15,17 +15,17 @@ from tune_amp.trial.config import describe_error
 
 
 class TrialSource(SearchGenerator):
-    """Submits trials, never more at a time than there are slots now.
+    """Submits trials, never more at a time than there are slots at that moment.
 
-    Ray's own wrapper gives a trial that goes on a new id, under which nobody would know it, and its limit of trials at
-    a time is that of the beginning, whatever nodes join or leave.
+    Ray's own wrapper gives a resumed trial a new id, which neither study nor journal holds. Its limit of trials at a
+    time stays as it was at the start, even if nodes join or leave.
 
     Args:
-        searcher: suggests.
-        count_slots: says how many trials may run now.
-        on_submit: is told of each trial, and of its Optuna number.
-        on_fault: is told, in a line, that there will be no more, because the study cannot be written.
-        past: trials that were submitted before the search was cut off; those that are over are counted only.
+        searcher: suggests the settings.
+        count_slots: returns how many trials may run now.
+        on_submit: is called with each trial and its Optuna number.
+        on_fault: is called with a line if the study cannot be written, after which no trial is submitted.
+        past: trials that were submitted before the search was cut off; those that ended are only counted.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class TrialSource(SearchGenerator):
         self._live: set[str] = set()
 
     def create_trial_if_possible(self, experiment_spec: dict[str, Any]) -> Trial | None:
-        """The next trial, or None where no slot is free."""
-        # Where there is none, because a node has left, one is asked for: Tune would sleep instead of looking again.
+        """Return the next trial, or None if no slot is free."""
+        # If a node has left and there are no slots, one is requested: else Tune would sleep instead of looking again.
         if len(self._live) >= max(1, self._count_slots()):
             return None
         if self._left_over:
@@ -64,12 +64,12 @@ class TrialSource(SearchGenerator):
         return self._submit(experiment_spec, trial_id, self._submitted, settings)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial is over, and its slot free."""
+        """Free the slot of a trial that is over."""
         self._live.discard(trial_id)
         super().on_trial_complete(trial_id, result, error)
 
     def save_to_dir(self, dirpath: str, session_str: str = "", **kwargs: Any) -> None:
-        """Save nothing: a search goes on from its own journal."""
+        """Save nothing: a search resumes from its own journal."""
 
     def _submit(self, spec: dict[str, Any], trial_id: str, place: int, settings: dict[str, Any]) -> Trial:
         trial: Trial = _create_trial_from_spec(

@@ -1,4 +1,4 @@
-"""Ends a trial that hangs: kills its worker where it takes longer than a trial may."""
+"""Ends a trial that hangs: kills its worker once the trial exceeds its time limit."""
 
 import time
 from collections.abc import Callable
@@ -13,16 +13,16 @@ LOOK_SECONDS = 0.5
 
 
 class TimeLimit(tune.Callback):
-    """Kills the worker of a trial that has taken too long, and sees to it that the trial is not tried again.
+    """Kills the worker of a trial that has taken too long, and prevents a retry of the trial.
 
     A worker that hangs in a system call or an endless kernel reports nothing and cannot be asked to end.
 
     Args:
-        seconds: what a trial may take in its workers, attempts added up, since the search began or went on; None for
-            any time.
-        find_cause: says why a worker died that was not killed here.
+        seconds: limit of a trial's time in its workers, attempts added up, since the search started or resumed; None
+            for no limit.
+        find_cause: returns why a worker died that was not killed here.
         kill: ends a worker.
-        clock: tells seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -41,24 +41,24 @@ class TimeLimit(tune.Callback):
         self._looked = -LOOK_SECONDS
 
     def explain_death(self, trial: Any) -> str:
-        """Why a trial's worker died, in a line."""
+        """Return why a trial's worker died, in a line."""
         if trial.trial_id in self._killed:
             return describe_limit(self._seconds or 0.0)
         return self._find_cause(trial)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial got its worker, perhaps not for the first time."""
+        """Start the clock of a trial that got a worker, perhaps not its first."""
         self._running[trial.trial_id] = trial, self._clock()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial is over, or waits for its next worker."""
+        """Stop the clock of a trial that is over, or waits for its next worker."""
         _, since = self._running.pop(trial.trial_id, (trial, self._clock()))
         self._spent[trial.trial_id] = self._spent.get(trial.trial_id, 0.0) + self._clock() - since
 
     on_trial_error = on_trial_recover = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look after every round of Tune's, several a second."""
+        """Kill the workers of trials over the limit. Tune calls this after each round, several times a second."""
         now = self._clock()
         if self._seconds is None or now - self._looked < LOOK_SECONDS:
             return
