@@ -52,7 +52,7 @@ class SearchResult:
     """The run folder: ``trials.parquet``, ``epochs.parquet``, ``space.yaml``, ``best.parquet`` if any trial counts."""
     trials: Sequence[TrialRecord]
     ranked: Sequence[TrialRecord]
-    """The best first, as in ``best.parquet``: at most ``top_k``, or the Pareto set; empty where none has a result."""
+    """The best first, as in ``best.parquet``: at most ``top_k``, or the Pareto set; empty if none has a result."""
     importance: ImportanceResult
     """Which parameters mattered for the first objective, as in ``importance.parquet``, or why that is unknown."""
     provenance: Provenance

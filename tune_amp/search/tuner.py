@@ -1,4 +1,4 @@
-"""How a search is put to Ray Tune: the trainable, the scheduler, what a worker's death means, and how it ends."""
+"""Sets up Ray Tune for a search: the trainable, the scheduler, the handling of workers' deaths, and the end."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ from tune_amp.trial.config import TrialConfig, describe_error, format_scale
 def bind_trainable(
     dataset: Dataset, resources: TrialResources, storage: RunStorage, past: PastRun | None = None
 ) -> type[AmpTrainable]:
-    """The trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
+    """Return the trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
     left = past.unfinished if past else ()
     checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.last_checkpoints] for trial in left}
     worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
@@ -48,7 +48,7 @@ def bind_trainable(
 
 
 def name_trial(trial: Any) -> str:
-    """A name people can read: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
+    """Return a readable name of a trial: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
     config = TrialConfig(**trial.config)
     number = int(trial.experiment_tag.split("_")[0])
     name = f"{number:02d}-{config.precision}-lr{config.lr:.2g}-b{config.batch_size}"
@@ -60,7 +60,7 @@ def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
 
 
 def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> DivergenceAware:
-    """The scheduler that ``options`` name; it tells ``searcher`` of each worker that died."""
+    """Return the scheduler that ``options`` name; it notifies ``searcher`` of each worker that died."""
     return build_scheduler(
         options.scheduler,
         objective=options.objectives[0],
@@ -72,13 +72,13 @@ def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResour
 
 
 def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, announced: set[str], trial: Any) -> float:
-    """Hear of a worker's death, from the scheduler, before Tune asks for resources to try the trial again.
+    """Prepare a trial whose worker died for its retry. The scheduler calls this before Tune requests the resources.
 
-    A trial that ran out of its share of a GPU gets twice the share. One whose node's memory others hold waits, and
-    that is said once. One whose retries are used up has ended, and nothing is changed.
+    A trial that ran out of its share of a GPU gets twice the share. A trial whose node has memory held by others waits,
+    and a message says so once. A trial whose retries are used up has ended, and nothing is changed.
 
     Returns:
-        Seconds until the trial may be tried again.
+        Seconds until the trial may be retried.
     """
     searcher.note_worker_death(trial)
     cause = find_cause(trial)
@@ -105,16 +105,16 @@ def build_tuner(
     num_samples: int,
     time_left: float | None,
 ) -> tune.Tuner:
-    """Everything that Tune is told.
+    """Return the Tuner with all of its settings.
 
     Args:
         trainable: from ``bind_trainable``.
-        source: the trials, those of the past first.
+        source: the trials, past ones first.
         scheduler: from ``schedule``.
         storage: where checkpoints go.
         stop: ends all trials once the search is asked to end.
         callbacks: in the order in which they are called.
-        num_samples: trials, those of the past included.
+        num_samples: number of trials, past ones included.
         time_left: seconds until Tune ends all trials; None: never.
     """
     tune_config = tune.TuneConfig(
@@ -146,23 +146,23 @@ class Asked(tune.Stopper):
         self._stop = stop
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial is ended by its result."""
+        """Return False: no trial is ended by its result."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether Tune should end."""
+        """Return whether Tune should end."""
         return self._stop.reason is not None
 
 
 def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
-    """Run the trials. Where something broke that all depends on, Tune may fail in its turn: that is one fault."""
-    # Tune's snapshots are for Tuner.restore, which nobody calls: a traceback for one that found no room is no news. Nor
-    # are a checkpoint that was gone when it was to be replaced, and the trials that failed: they are told of as rows.
+    """Run the trials. An error of Tune that follows from a fault already reported to ``stop`` is not raised again."""
+    # Tune's snapshots are for Tuner.restore, which is never called, so a traceback for one that found no room is noise.
+    # So are those for a checkpoint that was gone when it was to be replaced, and for failed trials, which are rows.
     for name in ("ray.tune.execution.experiment_state", "ray.tune.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
-        # Tune would take SIGUSR1 for itself, and keep it after its end: it would no longer end the confirmation.
+        # Tune would handle SIGUSR1, and keep its handler after its end: the signal would not end the confirmation.
         signals = patch.object(tune_module, "_setup_signal_catching", threading.Event)
         with deaths_taken_right(stop.ask), callbacks_uncounted(), signals:
             tuner.fit()
@@ -177,9 +177,9 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def callbacks_uncounted() -> Iterator[None]:
-    """In the ``with`` block, Tune does not count callbacks for Ray's makers where they are told nothing.
+    """In the ``with`` block, Tune does not count callbacks for usage statistics if these are turned off.
 
-    To know the classes it imports MLflow and W&B, used or not, where they are installed: a second of each search.
+    To recognize the classes, it imports MLflow and W&B if they are installed, used or not: a second of each search.
     """
     if usage_stats_enabled():
         yield
@@ -190,15 +190,15 @@ def callbacks_uncounted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
-    """In the ``with`` block, a worker's death costs its trial what it should, and nobody else anything.
+    """In the ``with`` block, a worker's death costs its own trial the retries that it should, and no other trial any.
 
-    Ray 2.60 errs twice there. For a worker that the memory monitor killed in a task, it raises ``OutOfMemoryError``:
-    that is no ``RayActorError``, so that Tune ends with all trials, "Caught unexpected exception". And a worker that
-    dies between two trials is heard of as Tune resets it for the next one, which is still pending: Tune queues it
-    again, and then ends it for good, because its task has failed too.
+    Ray 2.60 has two errors here. For a worker that the memory monitor killed in a task, it raises ``OutOfMemoryError``,
+    which is no ``RayActorError``, so that Tune ends with all trials, "Caught unexpected exception". And the death of a
+    worker between two trials shows only as Tune resets it for the next one, which is still pending: Tune queues that
+    trial again, and then ends it for good, because its task has failed too.
 
     Args:
-        on_fault: is told, in a line, that Tune found no room for the reason of a death: its own folder is in the
+        on_fault: is called with a line if Tune found no room to write the reason of a death: its own folder is in the
             temporary one.
     """
     take, count = RayActorManager._actor_task_failed, Trial.handle_error  # noqa: SLF001
@@ -217,7 +217,7 @@ def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
             count(self, exc)
         except OSError as error:
             on_fault(describe_error(error))
-        # A trial of which the time limit said that it is not tried again has no retries to be spared.
+        # A trial whose retries the time limit has prevented has none to spare.
         if self.max_failures and blameless.holds(self, find_reason(str(exc))):
             self.run_metadata.num_failures = failures
 
@@ -229,18 +229,18 @@ def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
 
 
 class BlamelessDeaths:
-    """Which deaths of workers cost a trial none of its ``WORKER_RETRIES``.
+    """Decides which deaths of workers cost a trial none of its ``WORKER_RETRIES``.
 
-    Those of a trial that needs a larger share of a GPU, and of one whose node is lost or full of other programs: unless
-    that happens more often than ``count_free_retries`` says without one more epoch, as behind a network that keeps
-    breaking.
+    These are the deaths of a trial that needs a larger share of a GPU, and of one whose node is lost or full of other
+    programs. The latter cost a retry once they happen more often than ``count_free_retries`` says without one more
+    epoch, as behind a network that keeps breaking.
     """
 
     def __init__(self) -> None:
         self._lost: dict[str, tuple[int, int]] = {}
 
     def holds(self, trial: Any, cause: str) -> bool:
-        """Whether this death, of which the trial has just died, is one of them."""
+        """Return whether the death that has just ended the trial's worker is one of them."""
         most = count_free_retries(cause)
         if most == 0:
             return LARGER_SHARE_SIGN in cause
@@ -252,11 +252,11 @@ class BlamelessDeaths:
 
 
 def _spare_pending_trial(task: Any) -> None:
-    """Where the worker of a task died before its trial began, let the trial be queued again, and no more than that."""
+    """If the worker of a task died before its trial began, only let the trial be queued again."""
     actor = task._tracked_actor  # noqa: SLF001
     controller = getattr(actor._on_error, "__self__", None)  # noqa: SLF001
     if isinstance(controller, TuneController):
         trial = controller._actor_to_trial.get(actor)  # noqa: SLF001
         if trial in controller._pending_trials:  # noqa: SLF001
-            controller._resetting_trials.discard(trial)  # noqa: SLF001 - or it would wait for its reset for ever
+            controller._resetting_trials.discard(trial)  # noqa: SLF001 - else it would wait for its reset for ever
             task._on_error = None  # noqa: SLF001

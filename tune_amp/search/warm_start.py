@@ -1,9 +1,9 @@
-"""What a search takes over from an earlier run: its winners as suggestions, and its trials where they count here.
+"""Selects what a search reuses of an earlier run: its winners as suggestions, and its trials if they count here.
 
-A winner is suggested where this search could have suggested it: every setting that is searched lies in its range or
-among its choices, every other one has the value that all trials have here. A trial's value is told to the sampler only
-where this search would have measured the same, but for chance. Everything else is a suggestion and no more, and a
-search is told so in one line. Nothing that a file names is run: neither a model nor a data set of a user's own.
+A winner is suggested if this search could have suggested it: every searched setting lies in its range or among its
+choices, and every other one has the value that all trials have here. The sampler gets a trial's value only if this
+search would have measured the same, but for chance. Otherwise there are only suggestions, and one line says so. Nothing
+that a file names is run: neither a user's own model nor a user's own data set.
 """
 
 import dataclasses
@@ -39,19 +39,19 @@ from tune_amp.trial.config import (
 )
 
 DECISIVE_VERSIONS = ("torch", "tune_amp")
-"""Compared up to their minor version: they decide what becomes of given settings. Ray and Optuna decide which are
-tried."""
+"""Packages compared up to their minor version: they decide the result of given settings. Ray and Optuna only decide
+which settings are tried."""
 
 LEARNING_SAMPLERS = ("tpe", "gp")
-"""CMA-ES and NSGA-II learn from generations of their own, and random search from nothing."""
+"""Samplers that learn from old trials. CMA-ES and NSGA-II learn from their own generations, and random from nothing."""
 
 COMPARABLE = (TrialStatus.COMPLETED, TrialStatus.STOPPED, TrialStatus.DIVERGED)
-"""Ends that these settings would have here too. Memory runs out on one machine and not on another."""
+"""Ends that the same settings would have here too. Memory runs out on one machine and not on another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Donor:
-    """An earlier run, as a search can start from it."""
+    """An earlier run from which a search can start."""
 
     path: Path
     """The file that was read."""
@@ -60,7 +60,7 @@ class Donor:
     winners: tuple[TrialRecord, ...]
     """Best first."""
     trials: tuple[TrialRecord, ...]
-    """All of its trials; empty where only the winners are known."""
+    """All of its trials; empty if only the winners are known."""
     provenance: Provenance
 
     @property
@@ -80,20 +80,20 @@ class OldTrial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """What a search takes over."""
+    """What a search reuses of an earlier run."""
 
     donor: Donor
     suggestions: tuple[Mapping[str, Any], ...]
-    """Best first, in the words of the study."""
+    """Best first, as parameters of the study."""
     left_out: tuple[str, ...]
     """A line for each winner that is not suggested: which, and why."""
     old_trials: tuple[OldTrial, ...]
-    """Those that the sampler learns from."""
+    """Trials that the sampler learns from."""
     obstacle: str | None
-    """Why there are none; None where they count."""
+    """Why there are none; None if they count."""
 
     def describe(self) -> list[str]:
-        """One line on what is done and why, and one for each winner that is left out."""
+        """Return one line on what is done and why, and one for each winner that is left out."""
         count = len(self.suggestions)
         suggestions = f"{count or 'no'} suggestion{'s' if count != 1 else ''} from {self.donor.path}"
         if self.obstacle is None:
@@ -103,7 +103,7 @@ class WarmStart:
         return [f"{suggestions}; {trials}", *self.left_out]
 
     def describe_as_json(self) -> dict[str, Any]:
-        """The same for programs."""
+        """Return the same for programs."""
         return {
             "path": str(self.donor.path),
             "run": self.donor.provenance.run,
@@ -121,13 +121,13 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
     """Read an earlier run.
 
     Args:
-        path: ``best.parquet``, whose ranked rows are the winners, and its run's trials where they lie beside it;
-            ``trials.parquet``; or a run's folder, where the former is preferred.
-        objectives: what this search is for: of ``trials.parquet`` the best by it are the winners.
-        top_k: at most so many.
+        path: ``best.parquet``, whose ranked rows are the winners, read with its run's trials if they lie beside it;
+            ``trials.parquet``; or a run's folder, in which the former is preferred.
+        objectives: objectives of this search, by which the best of ``trials.parquet`` are the winners.
+        top_k: largest number of winners.
 
     Raises:
-        InputError: a file is missing, damaged, not ours, or of another kind or version.
+        InputError: a file is missing, damaged, not from tune_amp, or of another kind or version.
     """
     path = locate(path, "best", "trials")
     kind = read_kind(path)
@@ -147,7 +147,7 @@ def _load_winners(path: Path) -> list[TrialRecord]:
 
 
 def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
-    """The trials of the run that ``path`` holds the winners of; none where they do not lie beside it."""
+    """Return the trials of the run whose winners ``path`` holds; none if they do not lie beside it."""
     beside = path.with_name(TRIALS_FILE)
     if not beside.exists():
         return []
@@ -169,13 +169,13 @@ def plan_warm_start(
     objectives: Sequence[str],
     sampler: str,
 ) -> WarmStart:
-    """Decide what a search takes over from ``donor``.
+    """Decide what a search reuses of ``donor``.
 
     Args:
         donor: from ``load_donor``.
         space: what is searched here.
         shared: the ``TrialConfig`` fields that all trials have in common here.
-        data_hash: of the data set here.
+        data_hash: hash of the data set here.
         train_images: images of the training split here.
         objectives: what is optimized here.
         sampler: one of ``SAMPLERS``.
@@ -196,7 +196,7 @@ def plan_warm_start(
 def _choose_suggestions(
     donor: Donor, space: SearchSpace, sizes: Mapping[str, int]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the study suggests for each winner, and a line for each of those that it does not."""
+    """Return what the study suggests for each winner, and a line for each winner that it does not suggest."""
     tried = [space.find_defaults(**sizes)]
     left_out = [] if donor.winners else [f"{donor.path} has no winner"]
     for rank, trial in enumerate(donor.winners, start=1):
@@ -217,13 +217,13 @@ def _choose_suggestions(
 def find_suggestion(
     config: TrialConfig, space: SearchSpace, old_train_images: int, *, train_images: int, max_epochs: int
 ) -> optuna.trial.FixedTrial:
-    """What a study of ``space`` suggests for exactly the settings of ``config``, with parameters and distributions.
+    """Return what a study of ``space`` suggests for exactly the settings of ``config``: parameters and distributions.
 
-    An interval that the space counts relative to the trial is carried over as such: half a trial stays half a trial,
-    where a trial has another number of steps here.
+    An interval that the space counts relative to the trial stays relative: half a trial stays half a trial, even if a
+    trial has another number of steps here.
 
     Args:
-        config: of an earlier run.
+        config: settings of an earlier run's trial.
         space: what is searched here.
         old_train_images: images of the training split there.
         train_images: images of the training split here.
@@ -251,7 +251,7 @@ def find_suggestion(
 
 
 def _rescale(config: TrialConfig, space: SearchSpace, old_steps: int, steps: int) -> TrialConfig:
-    """``config`` with its growth interval in the steps of a trial here, where the space counts it relative to them."""
+    """Return ``config`` with its growth interval in steps of a trial here, if the space counts it relative to them."""
     relative = any(parameter.fraction_of_trial for parameter in space.parameters)
     if not relative or config.growth_interval is None or old_steps == steps:
         return config
@@ -273,7 +273,7 @@ def _describe_values(parameter: Parameter, steps: int) -> str:
 def _list_obstacles(
     donor: Donor, space: SearchSpace, shared: Mapping[str, Any], here: Mapping[str, str], sampler: str
 ) -> Iterator[str]:
-    """Why the values of the donor's trials would not be measured here, or serve nobody."""
+    """Yield the reasons why the values of the donor's trials would not be measured here, or are of no use."""
     old = donor.provenance
     if not donor.trials:
         yield "no trials.parquet of its run lies beside it"
@@ -293,12 +293,12 @@ def _list_obstacles(
 
 
 def _is_same_space(old: Provenance, space: SearchSpace) -> bool:
-    """Whether it says the same: comments and the order of parameters are nothing to a study."""
+    """Return whether both spaces say the same. Comments and the order of parameters do not matter to a study."""
     if old.space_text == space.text:
         return True
     try:
         theirs = parse_space(old.space_source, old.space_text) if len(old.space_text) <= MAX_BYTES else None
-    except InputError:  # it was one to the version that wrote the file
+    except InputError:  # it was valid for the version that wrote the file
         return False
     return theirs is not None and _summarize(theirs) == _summarize(space)
 
@@ -308,7 +308,7 @@ def _summarize(space: SearchSpace) -> tuple[dict[str, Parameter], dict[str, Any]
 
 
 def _list_differing_settings(trials: Sequence[TrialRecord], shared: Mapping[str, Any]) -> Iterator[str]:
-    """Fields that all trials have in common, here and there, but for the seed: its effect is chance."""
+    """Yield the differences in fields that all trials of a run share, except for the seed, whose effect is chance."""
     for name, value in shared.items():
         old = getattr(trials[0].config, name)
         if name != "seed" and old != value:
@@ -333,7 +333,7 @@ def _cut_version(version: str) -> list[str]:
 def _choose_old_trials(
     donor: Donor, space: SearchSpace, sizes: Mapping[str, int], objectives: Sequence[str]
 ) -> list[OldTrial]:
-    """Those whose outcome can be told to a study. What failed on another machine may run here."""
+    """Return the trials whose outcome a study can use. What failed on another machine may run here."""
     chosen = []
     for record in donor.trials:
         if not _has_outcome(record, objectives):
@@ -348,7 +348,7 @@ def _choose_old_trials(
 
 def _has_outcome(record: TrialRecord, objectives: Sequence[str]) -> bool:
     if record.status not in COMPARABLE or (record.status is TrialStatus.STOPPED and len(objectives) > 1):
-        return False  # Optuna keeps no value of a trial cut short, where there are several objectives
+        return False  # with several objectives, Optuna keeps no value of a trial cut short
     return record.status is TrialStatus.DIVERGED or all(
         getattr(record.last, name, None) is not None for name in objectives
     )
