@@ -51,9 +51,11 @@ def test_there_are_pages() -> None:
         "cluster",
         "monitoring",
         "own-model-and-data",
+        "performance",
         "reading-results",
         "resuming",
         "trackers",
+        "trust",
     ]
     assert [page.stem for page in PAGES] == names
 
@@ -65,7 +67,7 @@ def test_every_block_is_of_a_kind_that_is_tried(page: Path) -> None:
     assert "@@" not in page.read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", BLOCK.sub("", page.read_text())):
         if target.startswith("http"):

@@ -1,4 +1,4 @@
-"""What lies in ``results/reference``: recorded runs on real MNIST whose end is known, and the tables of the README."""
+"""What lies in ``results/reference``: recorded runs on real MNIST whose end is known, and the tables of the pages."""
 
 import re
 from pathlib import Path
@@ -61,14 +61,40 @@ def test_recorded_configurations_are_those_that_their_space_and_seed_give(curves
     assert tuple(sampled) == curves.configs
 
 
-def test_readme_quotes_the_measured_tables_as_they_are() -> None:
-    readme = (ROOT / "README.md").read_text()
-    tables = re.findall(r"<!-- ([\w-]+\.md) -->", readme)
+def test_pages_quote_the_measured_tables_as_they_are() -> None:
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("performance.md", "trust.md"))
+    tables = re.findall(r"<!-- ([\w-]+\.md) -->", pages)
     assert len(tables) == len(set(tables))
-    assert {"search-quality.md", "search-speed.md", "loop.md", "scale.md", "extensions.md"} <= set(tables)
+    expected = {"search-quality.md", "search-speed.md", "loop.md", "scale.md", "load.md", "telemetry.md"}
+    assert set(tables) == expected | {"extensions.md"}
     for name in tables:
         measured = set((REFERENCE / name).read_text().splitlines())
-        [section] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end -->", readme, re.DOTALL)
+        [section] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end -->", pages, re.DOTALL)
         rows = [line for line in section.splitlines() if line.startswith("|") and not line.startswith("|-")]
         assert len(rows) >= 3
         assert [row for row in rows if row not in measured] == []
+
+
+def read_rows(name: str) -> list[list[str]]:
+    """The cells of each row of a measured table's file."""
+    lines = (REFERENCE / name).read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_readme_keeps_three_measured_answers() -> None:
+    answers = re.findall(r"^\| [^|]+\? \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    quality, speed, faults = answers
+
+    text = (REFERENCE / "search-quality.md").read_text().partition("### mnist_amp, val_accuracy")[2]
+    means = re.findall(r"^\|(?: tune_amp| stock Ray Tune \+ Optuna) \|.*", text, re.MULTILINE)[:2]
+    ours, stock = (row.split("|")[7].strip() for row in means)
+    assert ours in quality
+    assert [number for number in re.findall(r"-?\d\.\d{3}", stock) if number not in quality] == []
+
+    ratios = {tuple(row[:2]): row[6] for row in read_rows("search-speed.md")}
+    assert [number for number in re.findall(r"\d+\.\d", ratios["bf16", "64"]) if number not in speed] == []
+    assert ratios["fp16", "16"].partition("x")[0] in speed
+
+    harmed = [row for row in read_rows("faults.md") if row[1].isdigit()]
+    assert f"{sum(int(row[1]) for row in harmed)} deliberate faults" in faults
+    assert {(row[7], row[8]) for row in harmed} == {("0", "0")}  # lost, doubled
