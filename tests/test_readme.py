@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 def blocks(language: str) -> list[str]:
     return [text for kind, text in BLOCKS if kind == language]
+
+
+def entry_point(program: str) -> list[str]:
+    """What the installed script of that name runs, without the current folder on the path (``-P``), as it does."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts[program].partition(":")
+    return [sys.executable, "-P", "-c", f"import sys, {module}; sys.exit({module}.{function}())"]
 
 
 def test_the_first_screen_is_short() -> None:
@@ -73,8 +81,7 @@ def test_your_own_model_and_data_are_eight_lines(tmp_path: Path) -> None:
     lines = [line for text in blocks("bash") for line in text.splitlines() if "--model mine:net" in line]
     program, *arguments = shlex.split(lines[0])
     assert program == "tune-amp"
-    installed = str(Path(sys.executable).with_name(program))
-    command = [installed, *arguments]
+    command = [*entry_point(program), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "results" / "mine"
@@ -84,7 +91,7 @@ def test_your_own_model_and_data_are_eight_lines(tmp_path: Path) -> None:
     # The printed command names both functions, which is the consent to run them.
     reuse = shlex.split(re.search(r"^reuse +(.*)$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
     assert reuse[0] == program
-    command = [installed, *reuse[1:], "--max-epochs", "1"]
+    command = [*entry_point(program), *reuse[1:], "--max-epochs", "1"]
     trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert trained.returncode == 0, trained.stderr
     assert "test accuracy" in trained.stdout
