@@ -1,4 +1,7 @@
-"""Doors of the rooms: names that are imported when they are first used, because much of it takes long to load."""
+"""Lazy imports for the packages of tune_amp: a module is imported when one of its names is first used.
+
+Some of the modules take long to load.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -6,11 +9,11 @@ from typing import Any
 
 
 def open_door(room: str, **names: tuple[str, ...]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a room (PEP 562).
+    """Return the ``__getattr__`` of a package (PEP 562).
 
     Args:
         room: name of the package.
-        names: module of the room -> what others may import of it.
+        names: module of the package -> the names that other packages may import from it.
     """
     modules = {name: module for module, of_module in names.items() for name in of_module}
 

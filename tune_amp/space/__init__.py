@@ -1,4 +1,4 @@
-"""What is searched: reads a search space from YAML, checks it, and suggests the settings of a trial."""
+"""Search spaces: read from YAML, checked, and used to suggest the settings of a trial."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Settings that cannot act in a trial, however well it goes: searching them there tells nothing.
+"""Finds inert settings: those that no training step of a trial depends on, so that searching them is pointless.
 
-Inert are only settings of which the code proves that no training step depends on them, not those that rarely matter.
-Scaler settings outside fp16 would be inert too, but no trial has any: ``TrialConfig`` refuses them there.
+A setting is inert only if the code proves that no training step depends on it; one that rarely matters is not inert.
+Scaler settings outside fp16 would be inert too, but no trial has any: ``TrialConfig`` refuses them.
 """
 
 import collections
@@ -14,13 +14,14 @@ from tune_amp.trial.curricula import count_drawn_images
 
 
 def find_inert(config: TrialConfig, train_images: int) -> tuple[str, ...]:
-    """Names of the settings that cannot act in a trial of ``config``, even at its full budget.
+    """Return the names of the settings that cannot act in a trial of ``config``, even at its full budget.
 
-    - ``growth_interval``, ``growth_factor``: the interval is not shorter than the trial. ``GradScaler`` grows at the
-      update in which as many steps without overflow have passed, and the last update serves no step any more.
-    - ``backoff_factor``: the trial has a single step, so that no scale that came down is ever used.
-    - ``curriculum``: it is on, but every epoch draws from all images. ``none`` is off, which is not inert.
-    - ``class_weighting``: it is balanced, but cross entropy divides by the weights of the batch, which is one image.
+    - ``growth_interval``, ``growth_factor``: the interval is not shorter than the trial. ``GradScaler`` grows the scale
+      in the update that completes an interval without overflow, and no step uses the scale after the last update.
+    - ``backoff_factor``: the trial has a single step, so no step uses a reduced scale.
+    - ``curriculum``: it is on, but every epoch draws from all images. ``none`` is off, which does not count as inert.
+    - ``class_weighting``: it is balanced, but cross entropy divides by the sum of the weights of the batch, and the
+      batch is one image.
 
     https://docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
 
@@ -42,7 +43,10 @@ def find_inert(config: TrialConfig, train_images: int) -> tuple[str, ...]:
 
 
 def count_steps(config: TrialConfig, train_images: int) -> int:
-    """Training steps of a trial at its full budget, skipped ones included. A curriculum's first epochs have fewer."""
+    """Return the training steps of a trial at its full budget, skipped steps included.
+
+    The first epochs of a curriculum have fewer steps.
+    """
     draws = _count_drawn_images(config.curriculum, config.max_epochs, config.batch_size, train_images)
     full_epochs = config.max_epochs - len(draws)
     return sum(images // config.batch_size for images in draws) + full_epochs * (train_images // config.batch_size)
@@ -51,9 +55,9 @@ def count_steps(config: TrialConfig, train_images: int) -> int:
 def estimate_inert(
     space: SearchSpace, *, train_images: int, max_epochs: int, samples: int = 500, seed: int = 0
 ) -> dict[str, float]:
-    """For each searched or fixed setting: the share of ``samples`` random suggestions in which it is inert.
+    """Return for each searched or fixed setting the share of ``samples`` random suggestions in which it is inert.
 
-    500 suggestions take 0.1 s on a free core and tell a share to within 5 points (two standard errors).
+    500 suggestions take 0.1 s on an idle core and estimate a share to within 5 points (two standard errors).
     """
     counts = collections.Counter[str]()
     for settings in space.sample(samples, seed=seed, train_images=train_images, max_epochs=max_epochs):
@@ -63,7 +67,7 @@ def estimate_inert(
 
 
 def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_images: int, max_epochs: int) -> list[str]:
-    """One line for each setting that is inert in some of the space's trials: in how many, why, and what would help.
+    """Return a line for each setting that is inert in some of the space's trials: in how many, why, and a remedy.
 
     Args:
         shares: from :func:`estimate_inert`.
@@ -87,20 +91,20 @@ def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_ima
     ]
 
 
-@functools.lru_cache(maxsize=16)  # trial after trial has one of a few batch sizes, and each needs a loop over epochs
+@functools.lru_cache(maxsize=16)  # trials share a few batch sizes, and each call loops over the epochs
 def _count_drawn_images(curriculum: str, max_epochs: int, batch_size: int, train_images: int) -> tuple[int, ...]:
-    """Images that each of a curriculum's growing epochs draws from."""
+    """Return the number of images that each growing epoch of a curriculum draws from."""
     growing_epochs = 0 if curriculum == "none" else max_epochs // 2
     sizes = {"batch_size": batch_size, "train_images": train_images}
     return tuple(count_drawn_images(curriculum, epoch, max_epochs, **sizes) for epoch in range(growing_epochs))
 
 
 def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: int) -> str:
-    """Steps of a full trial with the largest batch: ``424 steps at batch_size 1024 x 8 epochs``."""
+    """Describe a full trial with the largest batch: ``424 steps at batch_size 1024 x 8 epochs``."""
     searched = {parameter.name: parameter for parameter in space.parameters}
     bounds = space.bounds("batch_size")
     batch_size = TrialConfig.batch_size if bounds is None else int(bounds[1])
-    if "batch_size" in searched and searched["batch_size"].when:  # elsewhere it has its default
+    if "batch_size" in searched and searched["batch_size"].when:  # a trial without it has the default
         batch_size = max(batch_size, TrialConfig.batch_size)
     curricula = searched["curriculum"].choices if "curriculum" in searched else (space.fixed.get("curriculum", "none"),)
     steps, curriculum = min(
@@ -112,7 +116,7 @@ def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: 
 
 
 def _describe_remedy(space: SearchSpace) -> str:
-    """What to do about an interval that is too long, unless that is meant: then the loss scale is static."""
+    """Return the remedy for an interval that is too long, which may be intended: it makes the loss scale static."""
     interval = next((parameter for parameter in space.parameters if parameter.name == "growth_interval"), None)
     if interval is not None and interval.fraction_of_trial:
         return "fractions above 1 make the loss scale static, those well below 1 let it grow"
@@ -123,5 +127,5 @@ def _describe_remedy(space: SearchSpace) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share above 0 as a whole percentage: at least 1, and 100 only where it is all."""
+    """Format a share above 0 as a whole percentage: at least 1, and 100 only if the share is 1."""
     return f"{100 if share == 1 else min(max(round(100 * share), 1), 99)} %"

@@ -1,4 +1,4 @@
-"""One searched field of a search space: which values it can have, and how Optuna suggests one of them."""
+"""A searched field of a search space: its possible values, and how Optuna suggests one of them."""
 
 import dataclasses
 import math
@@ -26,21 +26,24 @@ class Parameter:
     """Whether the numbers are fractions of the trial's training steps."""
     choices: tuple[Any, ...] = ()
     when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    """Active where each of these searched fields is active and has one of its values. Fixed fields are settled."""
+    """Searched field -> values: the parameter is active if each of these fields is active and has one of its values.
+
+    Conditions on fixed fields are resolved when the space is read.
+    """
 
     @property
     def optuna_name(self) -> str:
-        """The name in the study: it says so where the number suggested is an exponent or a fraction."""
+        """The name in the study, which shows if the suggested number is an exponent or a fraction."""
         if self.fraction_of_trial:
             return f"{self.name}/trial_steps"
         return f"log2({self.name})" if self.power_of_two else self.name
 
     def is_active(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the conditions hold, given the settings of every parent that is active."""
+        """Return whether the conditions hold, given the settings of every active parent."""
         return all(parent in settings and settings[parent] in values for parent, values in self.when.items())
 
     def listed(self) -> tuple[Any, ...]:
-        """Every value that can be suggested: the choices or the powers of two; empty for ranges and fractions."""
+        """Return every value that can be suggested: the choices or powers of two; empty for ranges and fractions."""
         if self.fraction_of_trial:
             return ()
         if not self.power_of_two:
@@ -49,7 +52,7 @@ class Parameter:
         return tuple(self._power(exponent) for exponent in range(lowest, highest + 1))
 
     def suggest(self, trial: optuna.trial.BaseTrial, *, trial_steps: int) -> Any:
-        """A value, of the TrialConfig field's type, for a trial of ``trial_steps`` training steps."""
+        """Return a value of the TrialConfig field's type for a trial of ``trial_steps`` training steps."""
         if self.power_of_two:
             return self._power(trial.suggest_int(self.optuna_name, *self._exponents()))
         number = self._suggest_number(trial)
@@ -58,9 +61,9 @@ class Parameter:
         return max(1, round(min(number * trial_steps, LONGEST_INTERVAL)))
 
     def find_nearest(self, value: Any, *, trial_steps: int) -> dict[str, Any]:
-        """What the study has to suggest, under its name there, for the value nearest to ``value``.
+        """Return the suggestion, under its name in the study, that gives the value nearest to ``value``.
 
-        Empty where none is near: ``value`` is a text that is no choice, or None.
+        It is empty if no value is near: ``value`` is None, or a string that is not a choice.
         """
         if value in self.choices and not self.fraction_of_trial:
             return {self.optuna_name: value}
@@ -76,7 +79,7 @@ class Parameter:
         return {self.optuna_name: round(math.log2(within)) if self.power_of_two else within}
 
     def _suggest_number(self, trial: optuna.trial.BaseTrial) -> Any:
-        """A choice or a number, as it stands in the study."""
+        """Return a choice or a number, as the study stores it."""
         if self.choices:
             return trial.suggest_categorical(self.optuna_name, self.choices)
         assert self.low is not None
@@ -96,5 +99,5 @@ class Parameter:
 
 
 def exponent_of(value: float) -> int:
-    """The largest whole number that 2 can be raised to without exceeding ``value``, which is greater than 0."""
+    """Return the largest integer that 2 can be raised to without exceeding ``value``, which is greater than 0."""
     return math.frexp(value)[1] - 1

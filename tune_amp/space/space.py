@@ -1,4 +1,4 @@
-"""Search spaces: a YAML file says what is searched, and each trial's settings are suggested from it.
+"""Search spaces: a YAML file defines what is searched, and the settings of each trial are suggested from it.
 
 .. code-block:: yaml
 
@@ -11,14 +11,14 @@
     fixed:                             # what every trial shares
       backoff_factor: 0.25             # a scaler field: reaches fp16 trials only
 
-``when`` makes a parameter active only in trials whose named fields all have (one of) the given values; elsewhere it is
-left out and TrialConfig's default applies. A number may be written as the text ``2^N``.
+``when`` makes a parameter active only in trials whose named fields all have (one of) the given values; other trials
+omit it, and TrialConfig's default applies. A number may be written as the string ``2^N``.
 Powers of two are suggested by their exponent, under the name ``log2(init_scale)``.
 
-``fraction_of_trial`` is for ``growth_interval`` alone: numbers are fractions of the trial's training steps, which are
-(training images // ``batch_size``) * ``max_epochs``, and the interval is rounded to whole steps, at least one. The same
-2,000 steps are a quarter of a trial at batch size 64 and more than all of one at 1,024, where an interval never acts.
-With a fraction above 1 it never acts in any trial: the loss scale is static, and changes by overflows alone.
+``fraction_of_trial`` is for ``growth_interval`` alone. Its numbers are fractions of the trial's training steps, which
+are (training images // ``batch_size``) * ``max_epochs``; the interval is rounded to whole steps, at least one. A fixed
+interval of 2,000 steps is a quarter of a trial at batch size 64, but longer than a trial at 1,024, where it never acts.
+A fraction above 1 never acts in any trial: the loss scale is static and changes only at overflows.
 Fractions are suggested under the name ``growth_interval/trial_steps``, so that no study mixes them with steps.
 """
 
@@ -47,7 +47,7 @@ from tune_amp.trial.config import (
     value_type,
 )
 
-MAX_BYTES = 2**16  # a space has some hundred; PyYAML needs seconds for a megabyte
+MAX_BYTES = 2**16  # a space has a few hundred bytes; PyYAML needs seconds for a megabyte
 
 FLAGS = {
     "model": "--model",
@@ -57,7 +57,7 @@ FLAGS = {
     "seed": "--seed",
 }
 SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
-RELATIVE = "growth_interval"  # the one field that is counted in training steps
+RELATIVE = "growth_interval"  # the only field counted in training steps
 
 _POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
 _TOO_LARGE = "is larger than 64 KiB, too large for a search space"
@@ -66,30 +66,30 @@ _SHAPE = "must be a mapping with low and high, or with choices"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """What a search varies and what its trials share. Made by :func:`load_space`, which checks it."""
+    """What a search varies and what its trials share; :func:`load_space` builds and checks it."""
 
     source: str
     """File or bundled name, as shown in messages."""
     text: str
     """The YAML, verbatim."""
     parameters: tuple[Parameter, ...]
-    """Parents precede children, and the batch size precedes what is relative to the trial."""
+    """Searched fields: parents before children, and the batch size before fractions of the trial."""
     fixed: Mapping[str, Any]
     """Settings of every trial; scaler fields among them apply to fp16 trials only."""
 
     @property
     def is_conditional(self) -> bool:
-        """Whether some parameter is left out of some trials."""
+        """Whether some trials omit a parameter."""
         return any(parameter.when for parameter in self.parameters)
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those that trials can have: searched, fixed, or else TrialConfig's default."""
+        """Precisions that trials can have: those searched, the fixed one, or TrialConfig's default."""
         return self._list_choices("precision")
 
     @property
     def optimizers(self) -> tuple[str, ...]:
-        """As ``precisions``."""
+        """Optimizers that trials can have: those searched, the fixed one, or TrialConfig's default."""
         return self._list_choices("optimizer")
 
     def _list_choices(self, name: str) -> tuple[str, ...]:
@@ -100,7 +100,10 @@ class SearchSpace:
         return (default,)
 
     def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
-        """TrialConfig field -> value: fixed and active searched ones; the rest keep TrialConfig's defaults."""
+        """Return TrialConfig field -> value for the fixed and the active searched fields.
+
+        The other fields keep TrialConfig's defaults.
+        """
         settings = dict(self.fixed)
         for parameter in self.parameters:
             if parameter.is_active(settings):
@@ -111,10 +114,10 @@ class SearchSpace:
         return {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
 
     def find_defaults(self, *, train_images: int, max_epochs: int) -> dict[str, Any]:
-        """The settings that everybody starts from, or the nearest that the space has, as a study suggests them.
+        """Return the usual default settings, or the nearest that the space has, as a study suggests them.
 
-        They are TrialConfig's own defaults in fp16: those of PyTorch's GradScaler and of its AMP tutorials. What has no
-        near value, a text that is no choice, is left out.
+        They are TrialConfig's own defaults in fp16: those of PyTorch's GradScaler and of its AMP tutorials. A setting
+        without a nearest value, which is a string that is not a choice, is omitted.
         """
         places = self.locate(TrialConfig(precision="fp16"), train_images=train_images, max_epochs=max_epochs)
         return {name: value for _, nearest, _ in places for name, value in nearest.items()}
@@ -122,9 +125,9 @@ class SearchSpace:
     def locate(
         self, config: TrialConfig, *, train_images: int, max_epochs: int
     ) -> Iterator[tuple[Parameter, dict[str, Any], Any]]:
-        """For each parameter that is active near ``config``: what a study suggests there, and which setting that is.
+        """Yield each parameter that is active near ``config``, with the study's suggestion and the setting it gives.
 
-        Where ``config`` has a text that is no choice, nothing is near: the suggestion is empty and the setting None.
+        If ``config`` has a string that is not a choice, no value is near: the suggestion is empty, the setting None.
         """
         settings = dict(self.fixed)
         for parameter in self.parameters:
@@ -136,16 +139,16 @@ class SearchSpace:
                 yield parameter, nearest, settings.get(parameter.name)
 
     def sample(self, count: int, *, seed: int, train_images: int, max_epochs: int) -> Iterator[dict[str, Any]]:
-        """Random suggestions, drawn independently of each other."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
+        """Yield random suggestions, drawn independently of each other."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs the creation of the study at INFO
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
         for _ in range(count):
             yield self.suggest(study.ask(), train_images=train_images, max_epochs=max_epochs)
 
     def bounds(self, name: str) -> tuple[float | int, float | int] | None:
-        """Smallest and largest number that the space itself gives to field ``name``.
+        """Return the smallest and largest number that the space itself gives to field ``name``.
 
-        None where the field is neither searched nor fixed, is not a number, or depends on the length of the trial.
+        None if the field is neither searched nor fixed, is not a number, or depends on the length of the trial.
         """
         values: Iterable[Any] = (self.fixed.get(name),)
         for parameter in self.parameters:
@@ -156,13 +159,13 @@ class SearchSpace:
 
 
 def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:
-    """Training steps of a trial. What asks for them comes after the batch size, which is settled by then."""
+    """Return the training steps of a trial; the batch size precedes the parameters that depend on the steps."""
     batch_size: int = settings.get("batch_size", TrialConfig.batch_size)
     return train_images // batch_size * max_epochs
 
 
 def load_space(source: str) -> SearchSpace:
-    """Reads and checks a search space: a file, or the name of a bundled one (``mnist_amp``) where no such file exists.
+    """Read and check a search space: a file, or the name of a bundled one (``mnist_amp``) if no such file exists.
 
     Raises:
         InputError: one line with the source, the line or key path, the rule and the value.
@@ -176,7 +179,7 @@ def load_space(source: str) -> SearchSpace:
 
 
 def parse_space(source: str, text: str) -> SearchSpace:
-    """Checks a search space that was read before, from ``source``: a run's files hold the text of theirs.
+    """Check the text of a search space that was read from ``source`` before: a run's files hold the text.
 
     Raises:
         InputError: one line with the source, the line or key path, the rule and the value.
@@ -252,7 +255,7 @@ def _read_fixed(entries: Any) -> dict[str, Any]:
 
 
 def _read_parameter(name: str, entry: Any) -> Parameter:
-    """The parameter, still without its conditions."""
+    """Return the parameter without its conditions, which are read later."""
     path = f"parameters.{name}"
     check(path, entry, isinstance(entry, dict), _SHAPE)
     _check_keys(path, entry, ("low", "high", "log", "power_of_two", "fraction_of_trial", "choices", "when"))
@@ -312,7 +315,7 @@ def _read_range(path: str, name: str, entry: Mapping[str, Any], *, relative: boo
 def _read_when(
     path: str, raw: Any, parameters: Mapping[str, Parameter], fixed: Mapping[str, Any]
 ) -> dict[str, tuple[Any, ...]]:
-    """Conditions on searched fields: those on fixed fields are settled here."""
+    """Return the conditions on searched fields; those on fixed fields are resolved here."""
     check(path, raw, isinstance(raw, dict) and bool(raw), "must be a mapping of fields to the values they must have")
     conditions: dict[str, tuple[Any, ...]] = {}
     for parent, given in raw.items():
@@ -345,10 +348,10 @@ def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None
 def _list_predecessors(
     parameters: Mapping[str, Parameter], conditions: Mapping[str, Mapping[str, tuple[Any, ...]]]
 ) -> dict[str, list[str]]:
-    """For each parameter, those that must be settled before it."""
+    """Return for each parameter those that must be suggested before it."""
     predecessors = {name: list(when) for name, when in conditions.items()}
     for name, parameter in parameters.items():
-        if parameter.fraction_of_trial and "batch_size" in parameters:  # closes no circle: it is nobody's parent
+        if parameter.fraction_of_trial and "batch_size" in parameters:  # closes no cycle: a fraction has no children
             predecessors[name].append("batch_size")
     return predecessors
 
@@ -356,9 +359,9 @@ def _list_predecessors(
 def _collect_needs(
     conditions: Mapping[str, Mapping[str, tuple[Any, ...]]], predecessors: Mapping[str, Iterable[str]]
 ) -> dict[str, dict[str, tuple[Any, ...]]]:
-    """For each parameter, parents first: the values that each ancestor must have for it to be active.
+    """Return for each parameter, parents first, the values that each ancestor must have for it to be active.
 
-    Conditions only ever say "and", so a set of values an ancestor is all there is to know, and the check is exact.
+    Conditions are only combined by "and", so one set of values per ancestor describes them fully: the check is exact.
     """
     try:
         order = list(graphlib.TopologicalSorter(predecessors).static_order())
@@ -376,7 +379,7 @@ def _collect_needs(
 
 
 def _narrow(needs: dict[str, tuple[Any, ...]], name: str, allowed: tuple[Any, ...], path: str) -> None:
-    """Adds "``name`` has one of the values ``allowed``" to what a parameter needs."""
+    """Add "``name`` has one of the values ``allowed``" to what a parameter needs."""
     before = needs.get(name, allowed)
     needs[name] = tuple(value for value in before if value in allowed)
     if not needs[name]:
@@ -390,12 +393,12 @@ def _check_scaler_fields(
     fixed: Mapping[str, Any],
     needs: Mapping[str, Mapping[str, tuple[Any, ...]]],
 ) -> None:
-    """TrialConfig refuses scaler fields outside fp16: no space may suggest them there, or for nothing."""
+    """Refuse scaler fields that could be suggested outside fp16, where TrialConfig refuses them, or have no effect."""
     precisions: tuple[Any, ...] = (fixed.get("precision", TrialConfig.precision),)
     if "precision" in parameters:
         precisions = parameters["precision"].choices
         if needs["precision"] and TrialConfig.precision not in precisions:
-            precisions += (TrialConfig.precision,)  # what a trial gets where the precision itself is inactive
+            precisions += (TrialConfig.precision,)  # the precision of a trial in which it is inactive
     for name in SCALER_DEFAULTS:
         path = f"parameters.{name}" if name in parameters else f"fixed.{name}"
         if name not in parameters and name not in fixed:
@@ -408,22 +411,22 @@ def _check_scaler_fields(
 
 
 def _read_value(path: str, name: str, raw: Any, *, expected: Any = None) -> Any:
-    """``raw`` as a value of field ``name`` of TrialConfig, checked by its rule."""
-    if expected is None:  # null is a setting for grad_clip, but says nothing for a scaler field
+    """Return ``raw`` as a value of field ``name`` of TrialConfig, checked by its rule."""
+    if expected is None:  # null is a setting of grad_clip, but not of a scaler field
         expected = value_type(name) if name in SCALER_DEFAULTS else FIELD_TYPES[name]
     value = checked_type(path, _read_power_of_two(raw, value_type(name)), expected)
     return checked_field(path, value, TrialConfig, name)
 
 
 def _read_fraction(path: str, raw: Any) -> float:
-    """``raw`` as a fraction of a trial's steps; more than 1 is an interval that never ends within the trial."""
+    """Return ``raw`` as a fraction of a trial's steps; above 1, the interval never ends within the trial."""
     fraction: float = checked_type(path, _read_power_of_two(raw, float), float)
     check(path, fraction, fraction > 0, "must be greater than 0")
     return fraction
 
 
 def _read_power_of_two(raw: Any, number: type) -> Any:
-    """The number for a text like ``2^24``; anything else unchanged."""
+    """Return the number that a string like ``2^24`` stands for; anything else unchanged."""
     match = _POWER_OF_TWO.fullmatch(raw) if isinstance(raw, str) and number is not str else None
     if not match:
         return raw
@@ -432,7 +435,7 @@ def _read_power_of_two(raw: Any, number: type) -> Any:
 
 
 def _is_power_of_two(value: float) -> bool:
-    # compared as a number: frexp rounds an int above 2^53
+    # Compared as a number, because frexp rounds an int above 2^53.
     return value > 0 and value == math.ldexp(1.0, exponent_of(value))
 
 

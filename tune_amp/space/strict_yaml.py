@@ -1,4 +1,4 @@
-"""Reads YAML 1.2 strictly: what PyYAML lets pass in silence, or what could hurt, is an error with its line."""
+"""Reads YAML 1.2 strictly: input that PyYAML accepts silently, or that could do harm, is an error with its line."""
 
 import re
 from typing import Any
@@ -7,12 +7,12 @@ import yaml
 
 from tune_amp.trial.config import InputError, shown
 
-# A space needs 6 levels; PyYAML recurses, and would run out of stack some hundred levels down.
+# A space needs 6 levels; PyYAML recurses and would overflow the stack after a few hundred levels.
 MAX_DEPTH = 10
 
 
-# YAML 1.2.2, section 10.3.2: tag, what a scalar of it looks like, and how it begins; any other scalar is a text.
-# PyYAML's own are those of YAML 1.1, to which 1e-4 is a text, no is false, 010 is 8 and 1:30 is 90.
+# YAML 1.2.2, section 10.3.2: a tag, the pattern of its scalars, and their first characters; any other scalar is a
+# string. PyYAML implements YAML 1.1, which reads 1e-4 as a string, no as false, 010 as 8 and 1:30 as 90.
 CORE_SCHEMA = (
     ("null", "null|Null|NULL|~|", ["n", "N", "~", ""]),
     ("bool", "true|True|TRUE|false|False|FALSE", ["t", "T", "f", "F"]),
@@ -26,9 +26,9 @@ CORE_SCHEMA = (
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without anchors (a few lines of aliases can stand for gigabytes), tags or deep nesting."""
+    """A YAML loader without anchors (a few lines of aliases can expand to gigabytes), tags or deep nesting."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012  # a class's own, as in yaml.resolver
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # an attribute of the class, as in yaml.resolver
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -46,7 +46,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def convert(self, node: yaml.Node | None) -> Any:
-        """The node as Python values; unlike PyYAML's own conversion, refuses a key that stands twice."""
+        """Return the node as Python values; unlike PyYAML's own conversion, refuse a duplicate key."""
         if isinstance(node, yaml.SequenceNode):
             return [self.convert(child) for child in node.value]
         if isinstance(node, yaml.ScalarNode):
@@ -67,7 +67,7 @@ class _PlainLoader(yaml.SafeLoader):
         return mapping
 
     def read_int(self, node: yaml.ScalarNode) -> int:
-        """The number that CORE_SCHEMA found to be one."""
+        """Return the value of a scalar that matches the pattern of integers in ``CORE_SCHEMA``."""
         return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
 
 
@@ -77,10 +77,10 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.read_int)
 
 
 def read_yaml(text: str) -> Any:
-    """The document as dictionaries, lists, texts and numbers.
+    """Return the document as dictionaries, lists, strings and numbers.
 
     Raises:
-        InputError: not YAML, a key that stands twice or is no text, anchors, tags, or nesting beyond ``MAX_DEPTH``.
+        InputError: not YAML, a key that is duplicate or not a string, anchors, tags, or nesting beyond ``MAX_DEPTH``.
     """
     try:
         loader = _PlainLoader(text)
@@ -95,5 +95,5 @@ def read_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise InputError(f"line {line}: not valid YAML: {error.problem or error.context}") from None
-    except (ValueError, OverflowError):  # PyYAML's scanner trusts numbers: "\UFFFFFFFF", a directive's version
+    except (ValueError, OverflowError):  # PyYAML's scanner does not check numbers: "\UFFFFFFFF", a directive's version
         raise InputError(f"line {loader.line + 1}: not valid YAML: a number out of range") from None
