@@ -1,6 +1,6 @@
-"""One trial in plain values: what it depends on, what it reports, how it ends, and texts that can be shown.
+"""A trial in plain values: its configuration, its reports, how it ends, and text that is safe to show.
 
-The lowest room: it imports nothing but the standard library.
+The lowest package: it imports only the standard library.
 """
 
 from typing import TYPE_CHECKING

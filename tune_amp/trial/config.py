@@ -1,6 +1,6 @@
-"""The words every other file uses: what a trial depends on, what it reports, and how it can end.
+"""The vocabulary of all other files: what a trial depends on, what it reports, and how it can end.
 
-Needs nothing but the standard library, so that a Parquet file can be read without torch, Ray or Optuna.
+Imports only the standard library, so that a Parquet file can be read without torch, Ray or Optuna.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple, TypeGuard
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""That end a command: Ctrl-C, a scheduler of jobs, a terminal that is closed, and SLURM's warning before the end."""
+"""Signals that end a command: Ctrl-C, a job scheduler, a closed terminal, and SLURM's warning before the end."""
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MODELS = ("simple_net", "conv_net", "vit")
 DATASETS = ("mnist", "fashion_mnist", "kmnist", "digits")
@@ -33,11 +33,11 @@ PICKLING_SAMPLERS = ("cmaes",)
 """Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
 
 MOST_SECONDS = 1e12
-"""That a file can hold: far more than a search takes, and a number that fills no line."""
+"""Largest duration in a file, in seconds: far longer than a search, but still short to print."""
 LARGEST_SHARE = 100.0
-"""That a file can hold: an accuracy is 1 at most, but the interval of a mean over two seeds goes beyond."""
+"""Largest share in a file: an accuracy is at most 1, but the interval of a mean over two seeds exceeds that."""
 
-# torch.amp.GradScaler's own defaults: what fp16 gets where nothing else is said.
+# torch.amp.GradScaler's own defaults, which fp16 uses unless a value is given.
 SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
     {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 )
@@ -52,7 +52,7 @@ _FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class InputError(ValueError):
-    """Something a user can get wrong: one line that names the place, the rule and the value. Exit code 2."""
+    """An error in the user's input; its one-line message names the place, the rule and the value. Exit code 2."""
 
 
 class TrialStatus(StrEnum):
@@ -63,7 +63,7 @@ class TrialStatus(StrEnum):
     STOPPED = "stopped"
     """Ended early by the scheduler."""
     DIVERGED = "diverged"
-    """Ended as soon as training was past saving: see ``HOPELESS_STATES``."""
+    """Ended as soon as training was beyond recovery: see ``HOPELESS_STATES``."""
     OUT_OF_MEMORY = "out_of_memory"
     FAILED = "failed"
     """Ended by any other exception, or by the death of its worker."""
@@ -72,22 +72,22 @@ class TrialStatus(StrEnum):
 
 
 RUNNING = "running"
-"""``status`` in the reports of a trial that goes on. Every other value is a ``TrialStatus``."""
+"""``status`` in the reports of a trial that continues. Every other value is a ``TrialStatus``."""
 
 HOPELESS_STATUSES = (TrialStatus.DIVERGED, TrialStatus.OUT_OF_MEMORY)
-"""Ends that the trial's settings are to blame for."""
+"""Statuses that the trial's settings cause."""
 
 
 class TrainingState(StrEnum):
-    """How loss scaling and training stand after an epoch."""
+    """State of loss scaling and training after an epoch."""
 
     CALIBRATING = "calibrating"
-    """Most steps of the epoch were skipped while the scale came down to where gradients do not overflow."""
+    """Most steps of the epoch were skipped while the scale dropped to a value at which gradients do not overflow."""
     STEADY = "steady"
     STARVED = "starved"
-    """Gradients underflow: they are zero in fp16 where those of fp32 are not. A growing scale can mend that."""
+    """Gradients underflow: they are zero in fp16 where those of fp32 are not. A growing scale can fix that."""
     COLLAPSED = "collapsed"
-    """Nothing learned, and no scale within reach lets it, or no weight gets a gradient even in fp32."""
+    """The trial learned nothing, and no scale within reach lets it learn, or no weight gets a gradient even in fp32."""
     DIVERGED = "diverged"
     """Weights, or the validation loss, are no longer finite."""
 
@@ -96,25 +96,25 @@ HOPELESS_STATES = (TrainingState.COLLAPSED, TrainingState.DIVERGED)
 
 
 class Rule(NamedTuple):
-    """What a value must fulfil beside its type."""
+    """A condition that a value must fulfil, in addition to its type."""
 
     text: str
-    """How a message says it."""
+    """The condition as messages state it."""
     holds: Callable[[Any], bool]
 
 
 def at_least(least: float) -> Rule:
-    """The rule of a number that has a smallest value."""
+    """Return the rule of a number with an included lower bound."""
     return Rule(f"must be at least {least}", lambda value: value >= least)
 
 
 def more_than(bound: float) -> Rule:
-    """The rule of a number that has an excluded lower bound."""
+    """Return the rule of a number with an excluded lower bound."""
     return Rule(f"must be greater than {bound}", lambda value: value > bound)
 
 
 def one_of(*known: str, function: bool = False) -> Rule:
-    """The rule of a name; with ``function``, the user's own ``module:function`` is allowed too."""
+    """Return the rule of a name; with ``function``, the user's own ``module:function`` is allowed too."""
     names = ", ".join(known) + (", or module:function" if function else "")
     return Rule(f"must be one of {names}", lambda value: value in known or (function and is_function_name(value)))
 
@@ -123,7 +123,7 @@ MODEL_RULE = one_of(*MODELS, function=True)
 SEED_RULE = Rule("must be between 0 and 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 _FRACTION_RULE = Rule("must be between 0 and 1, both excluded", lambda fraction: 0 < fraction < 1)
 # GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
-# It does not check that, and takes 0, negative, infinite and NaN scales without a word.
+# It does not check that, and silently accepts 0, negative, infinite and NaN scales.
 _SCALE_RULE = Rule(
     "must be between 2^-126 and 2^127 (fp32's normal range)", lambda scale: SMALLEST_SCALE <= scale <= LARGEST_SCALE
 )
@@ -132,9 +132,9 @@ _SCALE_RULE = Rule(
 def described(
     doc: str, default: Any = dataclasses.MISSING, rule: Rule | None = None, *, unit: str = "", epoch_only: bool = False
 ) -> Any:
-    """A dataclass field with its description and unit, from which the Arrow schema is built, and its rule.
+    """Return a dataclass field with its rule, and its description and unit, from which the Arrow schema is built.
 
-    ``epoch_only`` keeps a field out of ``trials.parquet``, whose rows are trials.
+    ``epoch_only`` excludes a field from ``trials.parquet``, whose rows are trials.
     """
     metadata = {"doc": doc, "rule": rule, "unit": unit, "epoch_only": epoch_only}
     return dataclasses.field(default=default, metadata=metadata)
@@ -144,7 +144,7 @@ def described(
 class TrialConfig:
     """Everything that one trial depends on, checked on construction.
 
-    The four scaler fields are None unless ``precision`` is ``fp16``; one left out there gets GradScaler's default.
+    The four scaler fields are None unless ``precision`` is ``fp16``; in fp16, an omitted one gets GradScaler's default.
 
     Raises:
         InputError: a field breaks its rule; the message says which field, the rule and the value.
@@ -190,14 +190,14 @@ class TrialConfig:
 
 
 def list_settings(config: TrialConfig) -> dict[str, Any]:
-    """The fields of a configuration that do something; what is off is left out."""
+    """Return the fields of a configuration that have an effect, without those that are off."""
     off: tuple[tuple[str, Any], ...] = (("class_weighting", "none"), ("curriculum", "none"), ("imbalance", 1.0))
     return {name: value for name, value in vars(config).items() if value is not None and (name, value) not in off}
 
 
 @functools.cache
 def field_types(owner: type) -> Mapping[str, Any]:
-    """The type of each field of a dataclass."""
+    """Return the type of each field of a dataclass."""
     return types.MappingProxyType(typing.get_type_hints(owner))
 
 
@@ -205,7 +205,7 @@ FIELD_TYPES = field_types(TrialConfig)
 
 
 def value_type(name: str, owner: type = TrialConfig) -> type:
-    """``float``, ``int`` or ``str``: the field's type, null apart."""
+    """Return the field's type without null: ``float``, ``int`` or ``str``."""
     expected = field_types(owner)[name]
     return next(option for option in (float, int, str) if option in (typing.get_args(expected) or (expected,)))
 
@@ -214,7 +214,7 @@ def value_type(name: str, owner: type = TrialConfig) -> type:
 class EpochMetrics:
     """What a trial reports after an epoch.
 
-    Counts and seconds are cumulative, so that the last report tells the whole trial: Tune keeps no other.
+    Counts and seconds are cumulative, so that the last report covers the whole trial: Tune keeps no other.
     """
 
     epoch: int = described("epochs trained", unit="epochs")
@@ -261,7 +261,7 @@ class EpochMetrics:
 
 
 def check_fields(record: object) -> None:
-    """Check a dataclass by the types and rules of its fields; an int becomes a float where a float is due.
+    """Check a dataclass by the types and rules of its fields; convert an int to a float if the field is a float.
 
     Raises:
         InputError: a field breaks its rule.
@@ -272,7 +272,7 @@ def check_fields(record: object) -> None:
 
 
 def checked_field(place: str, value: Any, owner: type, name: str) -> Any:
-    """``value`` as the field ``name`` of the dataclass ``owner``, checked by its type and rule.
+    """Return ``value`` as the field ``name`` of the dataclass ``owner``, checked by its type and rule.
 
     Raises:
         InputError: the value breaks the rule; the message names ``place``.
@@ -285,7 +285,7 @@ def checked_field(place: str, value: Any, owner: type, name: str) -> Any:
 
 
 def checked_type(place: str, value: Any, expected: Any) -> Any:
-    """``value`` as the type: an int becomes a float where a float is due; nothing else is converted.
+    """Return ``value`` as the type: an int becomes a float if a float is expected; nothing else is converted.
 
     Raises:
         InputError: the value has another type, or is a float that is not finite; the message names ``place``.
@@ -312,7 +312,7 @@ def check(place: str, value: Any, holds: bool, rule: str) -> None:
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
-    """Whether a value is there and is a finite number."""
+    """Return whether a value is not None and is a finite number."""
     try:
         return value is not None and math.isfinite(value)
     except OverflowError:  # an int beyond the largest float
@@ -320,7 +320,7 @@ def is_finite(value: float | None) -> TypeGuard[float]:
 
 
 def shown(value: Any) -> str:
-    """``repr`` of a user's value for a one-line message, shortened where it is long."""
+    """Return ``repr`` of a user's value for a one-line message, shortened if it is long."""
     try:
         return reprlib.repr(value)
     except ValueError:  # Python refuses to print an int of more than 4,300 digits
@@ -328,7 +328,7 @@ def shown(value: Any) -> str:
 
 
 def format_scale(scale: float | None) -> str:
-    """A loss scale as people say it: ``2^16`` where it is a power of two."""
+    """Format a loss scale: ``2^16`` if it is a power of two, else four significant digits."""
     if scale is None:
         return ""
     mantissa, exponent = math.frexp(scale)
@@ -336,21 +336,22 @@ def format_scale(scale: float | None) -> str:
 
 
 def is_function_name(name: str) -> bool:
-    """Whether ``name`` has the form ``package.module:function``."""
+    """Return whether ``name`` has the form ``package.module:function``."""
     return _FUNCTION_NAME.fullmatch(name) is not None
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """``text`` with every white space as one blank, cut to ``limit`` characters where it is longer.
+    """Return ``text`` with each run of white space as one blank, cut to ``limit`` characters if it is longer.
 
-    What a terminal would act on, and what no encoding knows (file names can hold it), becomes a replacement character.
+    Characters that control a terminal, or that no encoding has (file names can hold them), become a replacement
+    character.
     """
     line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
 def code_span(text: str) -> str:
-    """``text`` of a file as Markdown shows it: on one line, as inline code, in which neither Markdown nor HTML acts."""
+    """Return ``text`` of a file on one line as Markdown inline code, in which Markdown and HTML have no effect."""
     line = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if not line or "`" in (line[0], line[-1]) else ""
@@ -358,10 +359,10 @@ def code_span(text: str) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception's type and text on one line: some libraries write paragraphs."""
+    """Return an exception's type and text on one line: some libraries write paragraphs."""
     return one_line(f"{type(error).__name__}: {error}")
 
 
 def generalize_error(text: str) -> str:
-    """The text of an error without numbers and addresses: errors that differ in nothing else are the same error."""
+    """Return an error's text without numbers and addresses: errors that differ only in these are the same error."""
     return _NUMBER.sub("#", text)

@@ -1,4 +1,4 @@
-"""Imports a user's own code, and only the code that the user named: files may come from anybody."""
+"""Imports user code, and only code that the user has named: input files are not trusted."""
 
 import argparse
 import contextlib
@@ -16,50 +16,53 @@ _SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[2] / "scripts")
 
 
 class _Consent:
-    """Which code this process may load."""
+    """The code that this process may load."""
 
     def __init__(self) -> None:
         self.given: set[str] = set()
-        """What the user named."""
+        """Names that the user gave."""
         self.is_asked_for = False
-        """Whether nothing else may be loaded: in our commands and workers. A program names its own code as it calls."""
+        """Whether nothing else may be loaded, as in tune_amp's commands and workers.
+
+        Otherwise a program consents to its own code by calling ``load_function``.
+        """
         self.of_files: set[str] = set()
-        """What files named, which a program may not load either."""
+        """Names from files, which need consent even if ``is_asked_for`` is False."""
 
 
 _consent = _Consent()
 
 
 def consent_to(*names: str | None) -> None:
-    """Record what the user named, on a command line or in Python: code that only a file names is never loaded.
+    """Record the names that the user gave on a command line or in Python: code that only a file names is never loaded.
 
-    The record belongs to the process, and from the first call on nothing else is loaded in it. Whoever starts a worker
-    sends it ``list_consented()``.
+    The record belongs to the process, and after the first call the process loads nothing else. The process that starts
+    a worker sends it ``list_consented()``.
     """
     _consent.is_asked_for = True
     _consent.given.update(name for name in names if name is not None)
 
 
 def distrust(name: str) -> None:
-    """Record that a file named ``name``: where it is code, it takes the user's consent to load it."""
+    """Record that a file contains ``name``: if it names code, loading it needs the user's consent."""
     if is_function_name(name):
         _consent.of_files.add(name)
 
 
 def list_consented() -> tuple[str, ...]:
-    """Everything that the user named so far."""
+    """Return all names that the user has given so far."""
     return tuple(sorted(_consent.given))
 
 
 def check_consent(place: str, **named: str) -> None:
-    """Refuse code that only a file names: files may come from anybody.
+    """Refuse code that only a file names: files are not trusted.
 
     Args:
-        place: where the names stand, for the message.
-        named: flag, without its dashes, and its value in the file.
+        place: where the names are, for the message.
+        named: flag without its dashes -> its value in the file.
 
     Raises:
-        InputError: a value is code, and the user has not named it.
+        InputError: a value names code that the user has not named.
     """
     for flag, name in named.items():
         if name in _consent.given:
@@ -72,11 +75,11 @@ def check_consent(place: str, **named: str) -> None:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that a user names as ``package.module:function``; modules in the current folder count too.
+    """Import and return the function ``package.module:function``; the module may be in the current folder.
 
     Raises:
-        InputError: the user has not consented to it, or the module cannot be imported, holds no such function, or hides
-            one in the current folder.
+        InputError: the user has not consented to it, or the module cannot be imported, has no such function, or hides
+            a module of the same name in the current folder.
     """
     if not is_function_name(name):
         raise InputError(f"{shown(name)}: must have the form module:function")
@@ -85,30 +88,30 @@ def load_function(name: str) -> Callable[..., Any]:
         raise InputError(f"{name}: code that only a file names is not run; name it on the command line, or, {way}")
     _consent.given.add(name)
     folder = str(Path.cwd())
-    # Python puts the folder of a script first: there, a user's train.py would find ours.
+    # Python puts the folder of a script first on the path: tune_amp's train.py would shadow a user's.
     sys.path[:] = [entry for entry in sys.path if entry != _SCRIPTS_FOLDER]
     if folder not in sys.path:
-        sys.path.append(folder)  # last: a file of the user's must not shadow an installed module that others import
+        sys.path.append(folder)  # last: a file there must not shadow an installed module that others import
     module_name, function_name = name.split(":")
     try:
         with _no_command_line(module_name):
             function = getattr(importlib.import_module(module_name), function_name, None)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything, a script without a guard exits
+    except (Exception, SystemExit) as error:  # user code may raise anything, and a script without a main guard exits
         raise InputError(f"{name}: importing {module_name} failed ({describe_error(error)})") from error
     _check_not_hidden(name, folder)
     if not callable(function):
         got = "no such name" if function is None else f"a value of type {type(function).__name__}"
         raise InputError(f"{name}: {module_name} must hold a function {function_name}, got {got}")
-    return function  # type: ignore[no-any-return]  # callable() tells no signature
+    return function  # type: ignore[no-any-return]  # callable() shows no signature
 
 
 @contextlib.contextmanager
 def _no_command_line(module_name: str) -> Iterator[None]:
-    """In the ``with`` block, the command line is not ours: a module that is imported may not take its settings there.
+    """Hide the command line in the ``with`` block: an imported module must not take its settings from it.
 
-    What parses it and ignores what it does not know (``parse_known_args``) gets its defaults, in every process.
+    Code that parses it and ignores unknown arguments (``parse_known_args``) gets its defaults, in every process.
     """
-    from unittest.mock import patch  # it takes 40 ms to import
+    from unittest.mock import patch  # takes 40 ms to import
 
     def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         guard = "put that below if __name__ == '__main__'"
@@ -122,9 +125,9 @@ def _no_command_line(module_name: str) -> Iterator[None]:
 
 
 def _check_not_hidden(name: str, folder: str) -> None:
-    """Refuse a module of the standard library, or an installed one, where a file in ``folder`` has its name.
+    """Refuse a module of the standard library, or an installed one, if a file in ``folder`` has its name.
 
-    The file cannot be had instead: all that imports the other one by that name would get it too.
+    The file cannot be loaded instead: all code that imports the other module by that name would get the file.
     """
     top = name.partition(":")[0].partition(".")[0]
     own = importlib.machinery.PathFinder.find_spec(top, [folder])

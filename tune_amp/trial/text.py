@@ -1,11 +1,11 @@
-"""Makes texts safe to show: credentials out of a command line, control characters out of what a file says."""
+"""Makes text safe to show: removes credentials from command lines and control characters from file contents."""
 
 import re
 
 HIDDEN = "***"
-"""Stands where a secret stood."""
+"""Replacement of a secret."""
 
-# A user with a password, behind a scheme or without one. Azure's `blob_storage_authority` is no secret.
+# A user with a password, with or without a scheme. Azure's `blob_storage_authority` is not a secret.
 _USER = re.compile(r"(://)[^?\s]*@|(?<![^\s='\"])[^\s/@:=]+:[^\s/@]+@")
 _SECRET = re.compile(
     r"(?<![\w.%-])([\w.%-]*(?:auth(?!or(?!iz))|cookie|cred|jwt|key|pass|pwd|sas|secret|sig|token)[\w.%-]*)=[^&\s]*",
@@ -14,10 +14,10 @@ _SECRET = re.compile(
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, without what a terminal would act on: a file may come from anybody, with its texts."""
+    """Return ``text`` on one line, without characters that control a terminal: files are not trusted."""
     return "".join(character for character in text.replace("\n", " ") if character.isprintable())
 
 
 def hide_credentials(text: str) -> str:
-    """``text`` without users, passwords and keys, of URLs and of assignments: for messages, and for the record."""
+    """Return ``text`` without the users, passwords and keys in URLs and assignments, for messages and records."""
     return _SECRET.sub(rf"\1={HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))
