@@ -1,6 +1,6 @@
-"""The run folder: records, Parquet files and journal, and what they tell: ranks, gain, importance.
+"""The run folder (records, Parquet files, journal) and the results computed from it: ranks, gain, importance.
 
-Imports neither torch nor Ray: a run can be read wherever pyarrow is.
+Imports neither torch nor Ray: a run can be read wherever pyarrow is installed.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-"""What the confirmation of a search's winners leaves behind: the words of ``confirm.parquet`` and ``best.parquet``.
+"""Results of confirming the winners of a search: the columns of ``confirm.parquet`` and ``best.parquet``.
 
-Imports nothing heavy, so that a report or a card can be made wherever pyarrow is.
+Imports nothing heavy, so that a report or a card can be made wherever pyarrow is installed.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import dataclasses
 from tune_amp.trial.config import TrialStatus, described
 
 DEFAULT_ID = "default"
-"""``trial_id`` of the tutorial's configuration, which is confirmed beside the winners."""
+"""``trial_id`` of the tutorial's configuration, which is confirmed along with the winners."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class ConfirmedRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """What fresh seeds say about a configuration: the columns that ``best.parquet`` has beyond the trial's.
+    """Results of a configuration on fresh seeds: the columns that ``best.parquet`` has in addition to the trial's.
 
     Means, deviations and intervals are over the seeds, on the same images (``intervals.mean_interval``). They are null
-    where a run did not complete: a configuration that diverges on one seed is not scored by the others.
+    if a run did not complete: a configuration that diverges on one seed is not scored by the others.
     """
 
     confirm_seeds: tuple[int, ...] = described("seeds on which the configuration was trained again")

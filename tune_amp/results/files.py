@@ -1,4 +1,4 @@
-"""Files and folders that a command writes: whole or not at all, and never in the place of somebody else's."""
+"""Writes files whole or not at all, and claims folders so that no other process's files are overwritten."""
 
 import contextlib
 import errno
@@ -13,17 +13,17 @@ from tune_amp.trial.config import InputError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
-    """Let ``write`` fill ``path`` whole or not at all; on return it is on the disk.
+    """Write ``path`` whole or not at all; on return, the file is on the disk.
 
     The file has no name until it is complete, so that a killed process leaves nothing behind.
 
     Args:
         path: the file.
-        write: is called with the open file.
-        replace: False: a file that is there stays, and FileExistsError is raised.
+        write: called with the open file to write its content.
+        replace: False: an existing file stays, and FileExistsError is raised.
 
     Raises:
-        OSError: nothing was written; what was at ``path`` is still there.
+        OSError: nothing was written; what was at ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -32,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, replace
             file.flush()
             os.fsync(file.fileno())
             if not temporary.exists():
-                # Without a descriptor of a folder, Python would link to the link.
+                # Without src_dir_fd, Python would hard-link the symbolic link in /proc itself.
                 descriptor = file.fileno()
                 os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor, follow_symlinks=True)
         if not replace and os.path.lexists(path):
@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, replace
 
 
 def _open_unnamed(path: Path) -> BinaryIO:
-    """Open a new file in the folder of ``path``: without a name, or with that one where the file system needs one."""
+    """Open a new file in the folder of ``path``: without a name, or as ``path`` if the file system requires a name."""
     try:
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
     except OSError:  # NFS, for example
@@ -66,7 +66,7 @@ def claimed_folder(folder: Path) -> Iterator[Path]:
     """Claim the folder of ``--output`` for the ``with`` block: see :func:`claim_folder`.
 
     Raises:
-        InputError: it is a file or holds files, another process has it, or it cannot be made.
+        InputError: it is a file or contains files, another process holds it, or it cannot be created.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -81,19 +81,19 @@ def claimed_folder(folder: Path) -> Iterator[Path]:
 
 
 def claim_folder(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Make ``folder``, which must not exist or be empty, and keep it ours until ``stack`` is closed.
+    """Create ``folder``, which must be missing or empty, and hold a lock on it until ``stack`` is closed.
 
-    Left empty, it is removed then, with the parents that were made for it; a folder that was there before stays. A
-    killed process leaves an empty folder at most, which the same command takes again.
+    If it is empty then, it is removed with the parents that were created for it; a folder that existed before stays. A
+    killed process leaves at most an empty folder, which the same command can claim again.
 
     Raises:
-        FileExistsError: it is a file or holds files.
-        BlockingIOError: another process has it.
-        OSError: it cannot be made.
+        FileExistsError: it is a file or contains files.
+        BlockingIOError: another process holds it.
+        OSError: it cannot be created.
     """
     for place in reversed([folder, *folder.parents]):
         if not place.exists():
-            with contextlib.suppress(FileExistsError):  # another process was faster, and it is that one's
+            with contextlib.suppress(FileExistsError):  # another process created it first, and owns it
                 place.mkdir()
                 stack.callback(_remove_empty, place)
     if not folder.is_dir():
@@ -101,17 +101,17 @@ def claim_folder(folder: Path, stack: contextlib.ExitStack) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends, however it ends
     except BlockingIOError:
         raise
     except OSError:
-        pass  # NFS locks no folder: there, two at once are told apart by their files
+        pass  # NFS cannot lock a folder: there, only files in the folder show another process
     if any(folder.iterdir()):
         raise FileExistsError
 
 
 def check_free(folder: Path, *names: str) -> None:
-    """Raise InputError where one of ``names`` is in a folder of ours before we have written it."""
+    """Raise InputError if one of ``names`` exists in a claimed folder before this process has written it."""
     for path in (folder / name for name in names):
         if os.path.lexists(path):
             raise InputError(f"{path}: was put there by another program, and is left alone; choose another folder")

@@ -1,12 +1,13 @@
 """Judges from runs on fresh seeds whether searching gained anything over the tutorial's default configuration.
 
-Two stages, after the screening procedures of ranking and selection (Nelson, Swann, Goldsman and Song 2001,
-doi:10.1287/opre.49.6.950.10019; with common random numbers: Nelson and Matejcik 1995, doi:10.1287/mnsc.41.12.1935).
-All configurations are trained on the first seeds, and the best of them but the default becomes the challenger. Only if
-it leads are challenger and default trained on further seeds. The gain is their paired difference, seed by seed: no
-other configuration widens its interval. The same runs chose the challenger, so its interval is widened by Bonferroni's
-correction (Dunn 1961): one that is no better than the default passes for better in at most 5 of 100 searches. Stopping
-where the challenger does not lead can only lower that number.
+The procedure has two stages, after the screening procedures of ranking and selection (Nelson, Swann, Goldsman and Song
+2001, doi:10.1287/opre.49.6.950.10019; with common random numbers: Nelson and Matejcik 1995,
+doi:10.1287/mnsc.41.12.1935). All configurations are trained on the first seeds, and the best one other than the default
+becomes the challenger. Challenger and default are trained on further seeds only if the challenger leads. The gain is
+their paired difference, seed by seed, so that no other configuration widens its interval. The same runs chose the
+challenger, so the interval is widened by Bonferroni's correction (Dunn 1961): a challenger that is no better than the
+default is judged better in at most 5 of 100 searches. Stopping when the challenger does not lead can only lower that
+number.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ FIRST_SEEDS = 3
 """Seeds on which every configuration is trained."""
 
 MARGINS = {"val_accuracy": 0.002, "val_loss": 0.005}
-"""Differences below this are taken for none: 0.2 points of accuracy, or nats."""
+"""Differences below this count as none: 0.2 points of accuracy, or nats."""
 RESOLUTIONS = {"val_accuracy": 0.01, "val_loss": 0.025}
 """An interval that leaves a gain of this size possible is too wide to call two configurations indistinguishable."""
 
@@ -30,7 +31,7 @@ OBJECTIVE_NAMES = {"val_accuracy": "validation accuracy", "val_loss": "validatio
 
 
 class VerdictKind(enum.StrEnum):
-    """What fresh seeds show of the challenger, beside the default configuration."""
+    """The challenger compared with the default configuration, on fresh seeds."""
 
     BETTER = "better"
     INDISTINGUISHABLE = "indistinguishable"
@@ -45,35 +46,36 @@ class Gain:
     difference: float
     """Mean of the paired differences."""
     low: float
-    """Lower end of its 95 % interval, which allows for the choice of the challenger."""
+    """Lower end of its 95 % interval, corrected for the choice of the challenger."""
     high: float
     seeds: int
-    """On which both were trained."""
+    """Number of seeds on which both were trained."""
     equivalent: bool
     """Whether the two are shown to differ by less than ``MARGINS``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether to use what the search found."""
+    """Whether to use the configuration that the search found."""
 
     kind: VerdictKind
     challenger: str | None
-    """``trial_id`` of the best configuration but the default; None where none is complete."""
+    """``trial_id`` of the best configuration other than the default; None if none is complete."""
     recommended: str
     """``trial_id`` of the configuration to use."""
     gain: Gain | None = None
-    """None where a run did not complete, or there are too few."""
+    """The measured gain; None if a run did not complete, or if there are too few runs."""
     reason: str = ""
-    """Why there is no number."""
+    """Why there is no gain."""
 
 
 def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> Verdict:
     """Judge whether the best of ``configs`` is better than the default configuration among them.
 
     Args:
-        configs: trial id -> what was trained again, best first by the search; ``DEFAULT_ID`` where it was trained too.
-        runs: of ``confirm.parquet``.
+        configs: trial id -> configuration that was trained again, in the search's order, best first; includes
+            ``DEFAULT_ID`` if the default was trained.
+        runs: rows of ``confirm.parquet``.
         objective: one of ``RANKING_OBJECTIVES``.
     """
     challenger = choose_challenger(configs, runs, objective)
@@ -103,25 +105,25 @@ def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun],
 def choose_challenger(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> str | None:
     """Return the id with the best mean on the first seeds, among those that differ from the default in a setting.
 
-    Runs on later seeds decide nothing, or the choice would change as they come in.
+    Runs on later seeds do not count, because the choice would change as they complete.
     """
     scores = _list_rival_scores(configs, runs, objective)
     return max(scores, key=lambda name: _sign(objective) * statistics.fmean(scores[name]), default=None)
 
 
 def may_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> bool:
-    """Return whether more seeds of challenger and default could show a gain: it leads, and by more than nothing."""
+    """Return whether more seeds could show a gain: the challenger leads and is not equivalent to the default."""
     gain = judge_gain(configs, runs, objective).gain
     return gain is not None and _sign(objective) * gain.difference > 0 and not gain.equivalent
 
 
 def without_seed(config: TrialConfig) -> TrialConfig:
-    """The configuration itself: the same for two trials that differ in nothing but the seed."""
+    """Return the configuration with seed 0: it is equal for two trials that differ only in the seed."""
     return dataclasses.replace(config, seed=0)
 
 
 def score_runs(trial_id: str, runs: Sequence[ConfirmedRun], objective: str) -> dict[int, float] | None:
-    """Return the value of ``objective`` on each seed; None where a run did not complete, or there is none.
+    """Return the value of ``objective`` on each seed; None if a run did not complete, or if there is no run.
 
     The mean of the runs that completed would reward a configuration that diverges on every other seed.
     """
@@ -138,8 +140,8 @@ def describe_verdict(
 
     Args:
         verdict: from ``judge_gain``.
-        objective: that it was judged by.
-        ranks: trial id -> rank, by which the challenger is named.
+        objective: objective of the verdict.
+        ranks: trial id -> rank, by which the sentence names the challenger.
         several: whether the search had more objectives, which were not measured again.
     """
     rank = ranks.get(verdict.challenger or "")
@@ -164,7 +166,7 @@ def describe_verdict(
 
 
 def show_difference(difference: float, objective: str) -> str:
-    """Return a difference as tables show it: in points of accuracy, or in nats."""
+    """Format a difference for tables: in points of accuracy, or in nats."""
     return f"{100 * difference:+.2f}" if objective in MORE_IS_BETTER else f"{difference:+.4f}"
 
 
@@ -179,7 +181,7 @@ def _describe_gain(gain: Gain, objective: str) -> str:
 
 
 def _judge(gain: Gain, objective: str) -> VerdictKind:
-    """Compare the interval with 0; the better the configuration, the larger are ``worst`` and ``best``."""
+    """Compare the interval with 0; ``worst`` and ``best`` are larger for a better configuration."""
     worst, best = sorted((_sign(objective) * gain.low, _sign(objective) * gain.high))
     if worst > 0:
         return VerdictKind.BETTER
@@ -191,13 +193,13 @@ def _judge(gain: Gain, objective: str) -> VerdictKind:
 def _measure_gain(
     challenger: str, configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str
 ) -> Gain | None:
-    """The gain on all seeds that both were trained on; None where a run did not complete, or there are too few."""
+    """Return the gain on all seeds that both were trained on; None if a run did not complete, or with too few runs."""
     ours, theirs = score_runs(challenger, runs, objective), score_runs(DEFAULT_ID, runs, objective)
     seeds = sorted({*(ours or ())} & {*(theirs or ())})
     if ours is None or theirs is None or len(seeds) < 2:
         return None
     rivals = {tuple(values) for values in _list_rival_scores(configs, runs, objective).values()}  # copies count once
-    # One-sided, for only a challenger that seems better is acted on: with one rival or two, as without a choice.
+    # One-sided, because only a challenger that seems better is acted on: one or two rivals need no correction.
     confidence = max(CONFIDENCE, 1 - 2 * (1 - CONFIDENCE) / len(rivals))
     pair = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
     found, inner = paired_interval(*pair, confidence), paired_interval(*pair, EQUIVALENCE_CONFIDENCE)
@@ -208,7 +210,7 @@ def _measure_gain(
 def _list_rival_scores(
     configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str
 ) -> dict[str, list[float]]:
-    """Trial id -> values on the first seeds, of those that completed on them and are not the default itself."""
+    """Return trial id -> values on the first seeds, without configurations that failed on one or are the default."""
     first = sorted({run.seed for run in runs})[:FIRST_SEEDS]
     on_first = [run for run in runs if run.seed in first]
     scores = {name: score_runs(name, on_first, objective) for name in configs}
@@ -220,7 +222,7 @@ def _list_rival_scores(
 
 
 def _count_failures(trial_id: str, runs: Sequence[ConfirmedRun]) -> str:
-    """``2 of 3 seeds`` on which a configuration did not complete; empty where there are none."""
+    """Return ``2 of 3 seeds`` if a configuration did not complete on 2 of them; empty if all completed."""
     own = [run for run in runs if run.trial_id == trial_id]
     failed = sum(run.status is not TrialStatus.COMPLETED for run in own)
     return f"{failed} of {len(own)} seeds" if failed else ""
@@ -235,5 +237,5 @@ def _is_default(config: TrialConfig, configs: Mapping[str, TrialConfig]) -> bool
 
 
 def _sign(objective: str) -> int:
-    """1 where more is better, else -1."""
+    """Return 1 if more is better, else -1."""
     return 1 if objective in MORE_IS_BETTER else -1

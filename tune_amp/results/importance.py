@@ -1,7 +1,7 @@
-"""How much each searched parameter mattered for reaching the best trials, and which cannot be told from noise.
+"""Measures the importance of each searched parameter for the best trials, and tests it against noise.
 
-Trials are compared at one epoch that nearly all of them reached. Values of several budgets side by side would credit
-whatever the trials that ran longest have in common.
+Trials are compared at one epoch that nearly all of them reached. Comparing values at different budgets would credit
+what the longest trials have in common.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ from tune_amp.trial.config import (
 # Optuna's 0.1 leaves 4 of 32 trials to estimate a density from. In 60 simulated TPE searches of 32 trials, a learning
 # rate that explains nearly all of the values passed p <= 0.01 in 83 % with a third, 37 % with a quarter, 12 % with 0.1.
 TARGET_QUANTILE = 1 / 3
-# Optuna asks for 5 trials at least in the target: a third of 15.
+# Optuna requires at least 5 trials in the target: a third of 15.
 FEWEST_TRIALS = 15
-# Samplers move while they learn, so a setting that does nothing may drift along with one that does. In the same
+# Samplers move while they learn, so a setting without effect may drift along with one that has an effect. In the same
 # searches, three such settings passed p <= 0.05 in 8 % when permuted among all trials, in 4 % (standard error 2) when
 # permuted among neighbours in time. The learning rate would have passed in 90 % instead of 83 %.
 BLOCK_TRIALS = 8
-# The smallest p-value, 1/200, still passes Holm's first step with 10 parameters; with more of them, more are made. All
-# searched parameters together take about a second of the driver's time at 32 trials.
+# The smallest p-value, 1/200, still passes Holm's first step with 10 parameters; more parameters get more permutations.
+# All searched parameters together take about a second of the driver's time at 32 trials.
 PERMUTATIONS = 199
 LEVEL = 0.05
 
@@ -62,14 +62,14 @@ class ParameterImportance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportanceResult:
-    """What :func:`measure_importance` found for one objective."""
+    """The result of :func:`measure_importance` for one objective."""
 
     objective: str = described("what the trials are compared by: " + " or ".join(OBJECTIVES))
     epoch: int | None = described("the epoch at which all trials are compared", unit="epochs")
     trials: int = described("trials compared, those that ended hopeless before that epoch included")
     method: str = described("how importance and null are computed")
     rows: tuple[ParameterImportance, ...] = ()
-    """Most important first."""
+    """Importance of each parameter, most important first."""
     reason: str | None = None
     """Why there are no rows."""
 
@@ -86,7 +86,7 @@ def measure_importance(
     permutations: int | None = None,
     seed: int = 0,
 ) -> ImportanceResult:
-    """Importance of each searched parameter for being among the best third of the trials at one epoch.
+    """Measure the importance of each searched parameter for being among the best third of the trials at one epoch.
 
     PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255; conditional parameters: arXiv:2601.20800) compares the density of
     a parameter in the best third with that in all trials, one parameter at a time: effects that only show in
@@ -103,9 +103,9 @@ def measure_importance(
         space: what was searched.
         trials: in order of submission.
         objective: one of ``OBJECTIVES``.
-        train_images: images in the training split, by which intervals relative to the trial are told.
-        permutations: how often each parameter's values are permuted; None for as often as needed.
-        seed: of the permutations.
+        train_images: images in the training split, from which intervals relative to the trial are restored.
+        permutations: number of permutations of each parameter's values; None for as many as needed.
+        seed: seed of the permutations.
 
     Raises:
         InputError: an unknown objective.
@@ -117,7 +117,7 @@ def measure_importance(
     epoch = _find_common_epoch(trials)
     losses = [math.nan if epoch is None else _find_loss(trial, objective, epoch) for trial in trials]
     counted = [index for index, loss in enumerate(losses) if not math.isnan(loss)]
-    # Ranks, because infinity, the worst there is, would be left out; equal values keep equal ranks.
+    # Ranks, because Optuna would omit infinity, the worst value; equal values get equal ranks.
     ranks = np.unique([losses[index] for index in counted], return_inverse=True)[1]
     result = ImportanceResult(
         objective=objective, epoch=epoch, trials=len(counted), method=_describe_method(permutations)
@@ -135,19 +135,19 @@ def measure_importance(
 
 
 def _find_common_epoch(trials: Sequence[TrialRecord]) -> int | None:
-    """The largest epoch that nine tenths of the completed and stopped trials reached; None where there are none."""
+    """Return the largest epoch that nine tenths of the completed and stopped trials reached; None if there are none."""
     statuses = (TrialStatus.COMPLETED, TrialStatus.STOPPED)
     reached = sorted(trial.last.epoch for trial in trials if trial.last and trial.status in statuses)
     return reached[len(reached) // 10] if reached else None
 
 
 def _find_loss(trial: TrialRecord, objective: str, epoch: int) -> float:
-    """The trial's value at ``epoch``, lower is better; infinity: worse than any, NaN: it does not count."""
+    """Return the trial's value at ``epoch``, lower is better; infinity: worse than any, NaN: the trial is excluded."""
     if trial.status is TrialStatus.FAILED and not trial.config_fault:
         return math.nan
     report = next((report for report in trial.epochs if report.epoch == epoch), None)
     if report is None:
-        # A scheduler stops only trials that stand badly.
+        # A scheduler stops only trials with bad values.
         is_worst = trial.config_fault or trial.status in (*HOPELESS_STATUSES, TrialStatus.STOPPED)
         return math.inf if is_worst else math.nan
     value = getattr(report, objective)
@@ -159,7 +159,7 @@ def _find_loss(trial: TrialRecord, objective: str, epoch: int) -> float:
 
 
 def _find_obstacle(ranks: NDArray[np.intp]) -> str | None:
-    """Why importance cannot be measured, or None."""
+    """Return why importance cannot be measured, or None."""
     if len(ranks) < FEWEST_TRIALS:
         return f"needs at least {FEWEST_TRIALS} trials with a value at one epoch, got {len(ranks)}"
     last_of_best = math.ceil(TARGET_QUANTILE * len(ranks)) - 1
@@ -169,12 +169,12 @@ def _find_obstacle(ranks: NDArray[np.intp]) -> str | None:
 
 
 def _restore_suggestion(space: SearchSpace, config: TrialConfig, train_images: int) -> optuna.trial.FixedTrial:
-    """What Optuna suggested for a trial of ``config``: parameters and distributions, only of those active in it."""
+    """Restore Optuna's suggestion for a trial of ``config``: parameters and distributions of the active ones only."""
     sizes = {"train_images": train_images, "max_epochs": config.max_epochs}
     # Rounding to whole steps is not undone.
     values = {name: value for _, nearest, _ in space.locate(config, **sizes) for name, value in nearest.items()}
     suggestion = optuna.trial.FixedTrial(values)
-    space.suggest(suggestion, **sizes)  # asks for the active ones
+    space.suggest(suggestion, **sizes)  # suggests only the active parameters
     return suggestion
 
 
@@ -185,17 +185,17 @@ def _measure_parameter(
     permutations: int,
     rng: np.random.Generator,
 ) -> tuple[float, NDArray[np.float64]]:
-    """Importance of a parameter, and of as many permutations of its values among the trials where it is active."""
+    """Measure the importance of a parameter, and of each permutation of its values among the trials with it active."""
     active = [index for index, suggestion in enumerate(suggestions) if name in suggestion.params]
     if not active:
         return 0.0, np.zeros(permutations)
     values = [suggestions[index].params[name] for index in active]
     distribution = suggestions[active[0]].distributions[name]
     orders = [np.arange(len(active)), *(_permute_blocks(len(active), rng) for _ in range(permutations))]
-    # Each permutation is a parameter of its own, which Optuna assesses one by one: one study instead of hundreds.
+    # Each permutation is a separate parameter, and Optuna assesses parameters one by one: one study replaces hundreds.
     names = [str(number) for number in range(len(orders))]
     columns = {
-        index: [values[order[place]] for order in orders]  # indexed as a list: numpy would change the types of choices
+        index: [values[order[place]] for order in orders]  # lists, because numpy would change the types of choices
         for place, index in enumerate(active)
     }
     trials = [
@@ -211,26 +211,26 @@ def _measure_parameter(
 
 
 def _permute_blocks(count: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """A random order of ``count`` trials in which each stays within its block of ``BLOCK_TRIALS`` or somewhat more."""
+    """Return a random order of ``count`` trials; each stays within its block of ``BLOCK_TRIALS`` or slightly more."""
     blocks = np.array_split(np.arange(count), max(1, count // BLOCK_TRIALS))
     return np.concatenate([rng.permutation(block) for block in blocks])
 
 
 def _evaluate(trials: Sequence[optuna.trial.FrozenTrial]) -> dict[str, float]:
-    """Optuna's importance of each parameter for a low value."""
-    from optuna.importance import PedAnovaImportanceEvaluator  # brings scikit-learn: seconds
+    """Return Optuna's importance of each parameter for a low value."""
+    from optuna.importance import PedAnovaImportanceEvaluator  # imports scikit-learn, which takes seconds
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would announce the study
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs the creation of the study at INFO
     study = optuna.create_study()
     study.add_trials(trials)
     with warnings.catch_warnings():
-        # Of a parameter active in a single trial: it comes out as 0, and is said to be noise.
+        # About a parameter active in a single trial: its importance is 0, which is reported as noise.
         warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
         return PedAnovaImportanceEvaluator(target_quantile=TARGET_QUANTILE).evaluate(study)
 
 
 def _judge(measured: Mapping[str, tuple[float, NDArray[np.float64]]]) -> tuple[ParameterImportance, ...]:
-    """Shares, null bands and verdicts, most important first."""
+    """Return shares, null percentiles and verdicts, most important first."""
     p_values = {name: (1 + int((null >= raw).sum())) / (1 + len(null)) for name, (raw, null) in measured.items()}
     told = _select_by_holm(p_values)
     total = sum(raw for raw, _ in measured.values()) or 1.0
@@ -238,7 +238,7 @@ def _judge(measured: Mapping[str, tuple[float, NDArray[np.float64]]]) -> tuple[P
         ParameterImportance(
             parameter=name,
             importance=raw / total,
-            # A percentile that is one of the permutations: an importance above it has a p-value of at most 0.05.
+            # The percentile is the value of a permutation: an importance above it has a p-value of at most 0.05.
             null_95=float(np.quantile(null, 0.95, method="inverted_cdf")) / total,
             p_value=p_values[name],
             told_from_noise=name in told,
@@ -250,9 +250,9 @@ def _judge(measured: Mapping[str, tuple[float, NDArray[np.float64]]]) -> tuple[P
 
 
 def _select_by_holm(p_values: Mapping[str, float]) -> set[str]:
-    """Names that pass Holm's step-down test (1979) at ``LEVEL``: the smallest p-value first, up to the first to fail.
+    """Return the names that pass Holm's step-down test (1979) at ``LEVEL``: by p-value, up to the first that fails.
 
-    Holm, not Benjamini-Hochberg: with a handful of parameters a single false finding misleads.
+    Holm's and not Benjamini-Hochberg's, because with a handful of parameters a single false finding misleads.
     """
     ordered = sorted(p_values, key=lambda name: p_values[name])
     passes = itertools.takewhile(
@@ -265,7 +265,7 @@ def _select_by_holm(p_values: Mapping[str, float]) -> set[str]:
 
 
 def describe_importance(result: ImportanceResult) -> str:
-    """One line: what is compared, or why nothing is."""
+    """Return a line that says what is compared, or why nothing is."""
     if result.reason:
         return f"importance: not measured: {result.reason}"
     if not any(row.told_from_noise for row in result.rows):
@@ -283,14 +283,14 @@ def _describe_method(permutations: int) -> str:
 # ---- write and read ----
 
 SCHEMA = pa.schema([*build_columns(ImportanceResult), *build_columns(ParameterImportance)])
-"""Columns of the result, the same in each row, before those of the row."""
+"""Columns of the result, equal in all rows, before the columns of the row."""
 
 
 def write_importance(folder: Path, result: ImportanceResult, provenance: Provenance) -> None:
-    """Writes ``importance.parquet`` into ``folder``: one row a parameter, most important first.
+    """Write ``importance.parquet`` into ``folder``: one row a parameter, most important first.
 
     Raises:
-        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
     """
     assert result.rows, "an importance file without a row is not written"
     rows = [vars(result) | vars(row) for row in result.rows]
@@ -299,10 +299,10 @@ def write_importance(folder: Path, result: ImportanceResult, provenance: Provena
 
 
 def load_importance(path: str | Path) -> ImportanceResult:
-    """What :func:`write_importance` wrote; ``path`` is the file or its run's folder.
+    """Load what :func:`write_importance` wrote; ``path`` is the file or its run's folder.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "importance")
     rows = read_rows(path, "importance", SCHEMA)

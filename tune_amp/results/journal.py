@@ -1,7 +1,7 @@
-"""The journal of a run: one line an event, on disk before it counts. A search that was killed goes on from it.
+"""The journal of a run: one line an event, written to disk before it counts; a killed search resumes from it.
 
-Each line is a CRC-32 and JSON. A line that a killed process or a full disk left half written is no event, and is cut
-off before the next is appended; damage anywhere else is refused. Nothing that is read is unpickled or evaluated.
+Each line is a CRC-32 and JSON. A last line that a killed process or a full disk left incomplete is not an event, and is
+cut off before the next is appended; damage anywhere else is refused. Nothing that is read is unpickled or evaluated.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ JOURNAL_VERSION = 2
 
 
 class Journal:
-    """The open journal of a run, ours alone as long as this process lives. Use it as a context manager.
+    """The open journal of a run, locked by this process for as long as it lives. Use it as a context manager.
 
     Args:
-        path: made where it is not there.
+        path: the file, created if it does not exist.
 
     Raises:
-        InputError: it cannot be written, or another process has it.
+        InputError: it cannot be written, or another process holds it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class Journal:
         """Write an event and wait until it is on disk.
 
         Raises:
-            OSError: it is not; the journal is as it was.
+            OSError: it could not be written; the journal is unchanged.
         """
         line = _encode(event)
         try:
@@ -66,13 +66,13 @@ class Journal:
         self._end += len(line)
 
     def cut_torn_line(self) -> None:
-        """Cut off what a killed process left half written."""
+        """Cut off a last line that a killed process left incomplete."""
         cut_torn_line(self._path)
         self._end = self._path.stat().st_size
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All events, but for a last one that was left half written.
+    """Return all events, without a last one that is incomplete.
 
     Raises:
         InputError: there is no journal, or it is damaged; the message names the line.
@@ -91,7 +91,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut a file of lines after the last that is whole."""
+    """Cut a file of lines after its last complete line."""
     with path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         for begin in _step_back(end):
@@ -113,12 +113,12 @@ def _step_back(end: int) -> Iterator[int]:
 
 
 def _write_all(file: IO[bytes], line: bytes) -> None:
-    while line:  # a disk that is nearly full takes a part, and then raises
+    while line:  # a nearly full disk accepts a part, and raises at the next write
         line = line[file.write(line) :]
 
 
 def _encode(event: Mapping[str, Any]) -> bytes:
-    text = json.dumps(event, separators=(",", ":")).encode()  # NaN and infinity as Python's json knows them
+    text = json.dumps(event, separators=(",", ":")).encode()  # NaN and infinity as Python's json writes them
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
