@@ -1,9 +1,9 @@
-"""How much a Parquet file would expand to, told before any of it is: a kilobyte can stand for gigabytes.
+"""Limits how far a Parquet file may expand, checked before it is read: a kilobyte can expand to gigabytes.
 
-A file's footer may say what it likes. What a reader allocates follows from the header of each page, and from how often
-a text of a dictionary is repeated; both are looked at here, and a file that would become far larger than it is, is
-refused. The headers are read here and not by pyarrow, whose ``FileMetaData`` shows no page, and aborts the process
-where a row group or a column is damaged. https://parquet.apache.org/docs/file-format/ and
+The footer of a file can claim anything. What a reader allocates follows from the header of each page, and from how
+often a string of a dictionary is repeated. This module checks both, and refuses a file that would become far larger
+than it is. It reads the headers itself: pyarrow's ``FileMetaData`` does not show pages, and aborts the process if a row
+group or a column is damaged. https://parquet.apache.org/docs/file-format/ and
 https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
 """
 
@@ -20,26 +20,26 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from tune_amp.trial.config import InputError
 
 MOST_FOOTER_BYTES = 2**20
-"""Ours have tens of kilobytes; a million columns have hundreds of megabytes."""
+"""Footers of tune_amp's files have tens of kilobytes; those of a million columns have hundreds of megabytes."""
 FREE_BYTES = 2**26
 MOST_EXPANSION = 100
-"""A file may become ``FREE_BYTES`` plus so many times its size, in Arrow's memory. Of ours, the most repetitive that
-was measured becomes 21 times its size."""
+"""A file may take up to ``FREE_BYTES`` plus this many times its size in Arrow's memory. The most repetitive file of
+tune_amp that was measured takes 21 times its size."""
 
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 8  # length of the footer, and the magic
-_HEADER_WINDOW = 2**16  # of a page; ours have at most two texts of 4 KiB in it
+_HEADER_WINDOW = 2**16  # bytes read for a page header; in tune_amp's files it has at most two strings of 4 KiB
 _MOST_DEPTH = 20
 _BYTE_ARRAY = 6
-_PLAIN_ENCODINGS = {0, 2, 3, 8}  # PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY: what pyarrow writes by itself
+_PLAIN_ENCODINGS = {0, 2, 3, 8}  # PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY: what pyarrow writes by default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColumnPages:
-    """Where the values of a column are, for one group of rows."""
+    """The position of the values of a column, for one row group."""
 
     path: str
-    """``inert.list.element``; of a column that is no list its name."""
+    """Name of the column; of a list column ``inert.list.element``."""
     is_text: bool
     rows: int
     values: int
@@ -51,19 +51,19 @@ def check_footer(path: Path) -> None:
     """Refuse a footer that would take long to read.
 
     Raises:
-        InputError: it is too large. What is no Parquet file at all is left to pyarrow to refuse.
+        InputError: it is too large. A file that is not Parquet is left to pyarrow to refuse.
     """
     with path.open("rb") as file:
         _find_footer(file)
 
 
 def list_pages(path: Path, columns: Collection[str]) -> list[ColumnPages]:
-    """The places of ``columns`` in a file.
+    """Return the positions of ``columns`` in a file.
 
     Raises:
         InputError: the footer is too large, or values are in another file.
         ValueError: the footer cannot be read.
-        OSError: the file cannot.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         start, length = _find_footer(file)
@@ -74,12 +74,12 @@ def list_pages(path: Path, columns: Collection[str]) -> list[ColumnPages]:
 
 
 def check_pages(path: Path, columns: Collection[ColumnPages]) -> None:
-    """Refuse columns that would expand beyond all measure, by what their pages say.
+    """Refuse columns that would expand beyond the limit according to their page headers.
 
     Raises:
-        InputError: they would, or use an encoding that we never write.
+        InputError: they would, or they use an encoding that tune_amp never writes.
         ValueError: a page header cannot be read.
-        OSError: the file cannot.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -94,16 +94,16 @@ def check_pages(path: Path, columns: Collection[ColumnPages]) -> None:
 
 
 def check_texts(path: Path, table: pa.Table) -> None:
-    """Refuse texts that, written out, would expand beyond all measure; ``table`` has them as dictionaries yet.
+    """Refuse strings that would expand beyond the limit when decoded; ``table`` still has them as dictionaries.
 
     Raises:
-        InputError: they would.
+        InputError: the strings would expand beyond the limit.
     """
     _check_growth(path.stat().st_size, sum(map(_count_bytes, table.columns)), "texts")
 
 
 def _find_footer(file: BinaryIO) -> tuple[int, int]:
-    """Where it begins, and its length."""
+    """Return the position of the footer and its length, or 0 and 0 if there is none."""
     size = os.fstat(file.fileno()).st_size
     if size < _TAIL_BYTES:
         return 0, 0
@@ -163,9 +163,9 @@ def _count_array_bytes(array: pa.Array) -> int:
 
 
 def _read_pages(file: BinaryIO, size: int, column: ColumnPages) -> Iterator[tuple[int, int]]:
-    """Of each page: bytes when decompressed, and values."""
+    """Yield for each page its decompressed bytes and its number of values."""
     if column.values <= 0:
-        return  # pyarrow reads none either
+        return  # pyarrow reads no page either
     at = column.start
     if not 0 < at <= column.end <= size:
         raise ValueError(f"pages from {at} to {column.end} of a file of {size} bytes")
@@ -180,7 +180,7 @@ def _read_pages(file: BinaryIO, size: int, column: ColumnPages) -> Iterator[tupl
 
 
 _PAGE_KINDS = ((5, 2), (7, 2), (8, 4))
-"""Fields of a page header for pages of data, of a dictionary, and of data in version 2; where each has its encoding."""
+"""Fields of a page header for data, dictionary and version-2 data pages, each with its field for the encoding."""
 
 
 def _count_values(header: dict[int, Any], kind: int, encoding_field: int) -> int:
@@ -193,9 +193,10 @@ def _count_values(header: dict[int, Any], kind: int, encoding_field: int) -> int
 
 
 class _CompactReader:
-    """Thrift's compact protocol, as Parquet uses it. Stricter than others, so that none of them reads anything else.
+    """A reader of Thrift's compact protocol as Parquet uses it.
 
-    No field may stand twice, and no number may have more bits than its type.
+    It is stricter than other readers, so that none of them can read the same bytes differently: no field may occur
+    twice, and no number may have more bits than its type.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -203,7 +204,7 @@ class _CompactReader:
         self.at = 0
 
     def read_struct(self, depth: int = 0) -> dict[int, Any]:
-        """Values by the number of their field."""
+        """Return field number -> value."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self._read_byte():
@@ -217,7 +218,7 @@ class _CompactReader:
     def _read_value(self, kind: int, depth: int) -> Any:
         if depth == _MOST_DEPTH:
             raise ValueError("structures are nested too deep")
-        if kind in (1, 2, 3):  # booleans, of which a list has one a byte, and bytes
+        if kind in (1, 2, 3):  # booleans, one a byte in a list, and bytes
             return self._read_byte()
         if kind in _NUMBER_BITS:
             return self._read_number(_NUMBER_BITS[kind])

@@ -1,6 +1,7 @@
-"""Parquet files that can be trusted: fixed schemas built from dataclasses, checksums, written whole or not at all.
+"""Reads and writes checked Parquet files: schemas built from dataclasses, checksums, written whole or not at all.
 
-Nothing that is read is unpickled or evaluated; what is damaged, not ours or of another version is refused by name.
+Nothing that is read is unpickled or evaluated. A file that is damaged, not from tune_amp or of another version is
+refused with the reason.
 """
 
 import contextlib
@@ -23,11 +24,11 @@ from tune_amp.trial.config import InputError, TrialStatus, shown
 
 SCHEMA_VERSION = 4
 OLDEST_VERSION = 2
-"""Files of this schema version are still read: the columns that they lack have a default, or can be null."""
+"""Oldest schema version that is still read: the columns that its files lack have a default, or can be null."""
 
 METADATA_KEY = "tune_amp"
 
-# A file that claims more is damaged or hostile: refused before anything of that size is allocated.
+# A file that claims more is damaged or hostile: it is refused before anything of that size is allocated.
 MOST_COLUMNS = 1_000
 MOST_ROWS = 10_000_000
 
@@ -48,7 +49,7 @@ _ARROW_TYPES: Mapping[Any, pa.DataType] = {
 
 
 def split_optional(hint: Any) -> tuple[Any, bool]:
-    """A field's type without ``None``, and whether ``None`` was part of it."""
+    """Return a field's type without ``None``, and whether ``None`` was part of it."""
     if not isinstance(hint, types.UnionType):
         return hint, False
     [plain] = set(typing.get_args(hint)) - {types.NoneType}
@@ -60,12 +61,12 @@ def _build_column(field: dataclasses.Field[Any], hint: Any, *, nullable: bool) -
     unit, description = field.metadata["unit"], field.metadata["doc"]
     metadata = {"description": description} | ({"unit": unit} if unit else {})
     if field.default not in (dataclasses.MISSING, None):
-        metadata["default"] = json.dumps(field.default)  # what files that are older than the column are read as
+        metadata["default"] = json.dumps(field.default)  # the value for files that are older than the column
     return pa.field(field.name, _ARROW_TYPES[plain], nullable=optional or nullable, metadata=metadata)
 
 
 def build_columns(source: type, *, of_trials: bool = False) -> list[pa.Field]:
-    """A column for each described field; ``of_trials``: nullable, as a trial may end before its first report."""
+    """Return a column for each described field; ``of_trials``: nullable, as a trial may end before its first report."""
     hints = typing.get_type_hints(source)
     return [
         _build_column(field, hints[field.name], nullable=of_trials)
@@ -84,14 +85,14 @@ def build_table(
     origin: Mapping[str, Any],
     slot_time: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """``rows`` under ``schema``: keys that are no column are left out, columns without a key are null.
+    """Return ``rows`` as a table of ``schema``: keys that are not columns are omitted, columns without a key are null.
 
     Args:
-        kind: what the file holds, as ``read_rows`` will ask for it.
+        kind: the kind of file, by which ``read_rows`` reads it.
         schema: from ``build_columns``.
         rows: column -> value.
-        origin: where the rows come from, as JSON can hold it.
-        slot_time: slots and seconds that the rows took to make, as JSON can hold them, if known.
+        origin: where the rows come from, in types that JSON has.
+        slot_time: slots and seconds that producing the rows took, in types that JSON has, if known.
     """
     table = pa.Table.from_pylist(rows, schema=schema)
     about = {
@@ -107,12 +108,12 @@ def build_table(
 
 
 def checksum(values: Any) -> int:
-    """CRC-32 of the values themselves: Parquet's page checksums cover neither page headers nor the footer."""
+    """Return the CRC-32 of the values: Parquet's page checksums cover neither page headers nor the footer."""
     return zlib.crc32(json.dumps(values, sort_keys=True, default=str).encode())
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Writes ``table`` to ``path`` whole or not at all; see :func:`files.write_atomically`."""
+    """Write ``table`` to ``path`` whole or not at all; see :func:`files.write_atomically`."""
     write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
 
 
@@ -120,7 +121,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def locate(path: str | Path, *kinds: str) -> Path:
-    """``path`` itself where it is a file, else the first file of ``kinds`` in that folder."""
+    """Return ``path`` itself if it is a file, else the first file of ``kinds`` in that folder."""
     path = Path(path)
     candidates = [path / f"{kind}.parquet" for kind in kinds] if path.is_dir() else [path]
     for candidate in candidates:
@@ -132,31 +133,31 @@ def locate(path: str | Path, *kinds: str) -> Path:
 
 
 def read_kind(path: Path) -> str:
-    """What a file holds, as ``build_table`` was told.
+    """Return the kind of a file, as passed to ``build_table``.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     with placed(path), _refusing_damage(), _opened(path) as file:
         return str(_read_about(file)["kind"])
 
 
 def read_origin(path: Path) -> dict[str, Any]:
-    """Where the rows of a file come from, as ``build_table`` was told.
+    """Return where the rows of a file come from, as passed to ``build_table``.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     return _read_part(path, "provenance")
 
 
 def read_slot_time(path: Path) -> dict[str, Any] | None:
-    """Return the slots and seconds that the rows of a file took to make; None if the file does not hold them.
+    """Return the slots and seconds that producing the rows of a file took; None if the file does not have them.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
-    # Files written before utilisation.py existed hold them in a part named "ledger", among other numbers.
+    # Files written before utilisation.py existed have them in a part named "ledger", among other numbers.
     return _read_part(path, "slot_time", optional=True) or _read_part(path, "ledger", optional=True)
 
 
@@ -165,7 +166,7 @@ def _read_part(path: Path, name: str) -> dict[str, Any]: ...
 @typing.overload
 def _read_part(path: Path, name: str, *, optional: bool) -> dict[str, Any] | None: ...
 def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, Any] | None:
-    """A checksummed part of what we wrote into a file's metadata."""
+    """Return a checksummed part of tune_amp's entry in a file's metadata."""
     with placed(path), _refusing_damage(), _opened(path) as file:
         about = _read_about(file)
         if optional and name not in about:
@@ -180,7 +181,7 @@ def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, An
 
 @contextlib.contextmanager
 def placed(path: Path, row: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Says in an InputError's message where it was: the file, and the trial where it is about a row."""
+    """Add the place to the message of an InputError: the file, and the trial if the error is about a row."""
     try:
         yield
     except InputError as error:
@@ -188,14 +189,14 @@ def placed(path: Path, row: Mapping[str, Any] | None = None) -> Iterator[None]:
         raise InputError(f"{path}: {trial}{error}") from error.__cause__
 
 
-# What pyarrow and json were seen to raise on damaged bytes; MemoryError: a length, RecursionError: nested JSON.
+# Exceptions seen from pyarrow and json on damaged bytes; MemoryError: a wrong length, RecursionError: nested JSON.
 _DECODING_ERRORS: tuple[type[BaseException], ...] = (pa.ArrowException, OSError, ValueError, TypeError, LookupError)
 _DECODING_ERRORS += (ArithmeticError, MemoryError, RecursionError)
 
 
 @contextlib.contextmanager
 def _refusing_damage() -> Iterator[None]:
-    """Makes an InputError of whatever pyarrow and json raise on bytes that they cannot decode."""
+    """Turn any exception that pyarrow and json raise on bytes that they cannot decode into an InputError."""
     try:
         yield
     except InputError:
@@ -206,12 +207,12 @@ def _refusing_damage() -> Iterator[None]:
 
 
 def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """The rows of a file of ``kind``, only the columns of ``schema``: others are nobody's business here.
+    """Return the rows of a file of ``kind``, with the columns of ``schema`` only.
 
-    Columns that a file of an older version does not have yet are filled with their default, else with null.
+    Columns that a file of an older version lacks are filled with their default, else with null.
 
     Raises:
-        InputError: the file is missing, damaged, not ours, of another kind or version.
+        InputError: the file is missing, damaged, not from tune_amp, or of another kind or version.
     """
     with placed(path), _refusing_damage(), _opened(path) as file:
         about = _read_about(file)
@@ -229,26 +230,26 @@ def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
 
 
 def _opened(path: Path) -> pq.ParquetFile:
-    """The file, its footer seen to be of a size that can be read."""
+    """Open the file after checking the size of its footer."""
     check_footer(path)
     return pq.ParquetFile(path)
 
 
 def _read_columns(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:
-    """The columns, seen to become no larger than files like ours do before they are."""
+    """Read the columns after checking that they do not expand beyond the limit."""
     pages = list_pages(path, names)
     check_pages(path, pages)
-    # As dictionaries first: a text that stands a million times is there once.
+    # As dictionaries first: a string that occurs a million times is stored once.
     texts = sorted({column.path for column in pages if column.is_text})
     with pq.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as again:
         table = again.read(columns=names)
     check_texts(path, table)
-    schema = file.schema_arrow  # is made anew each time that it is asked for
+    schema = file.schema_arrow  # each access builds it anew
     return pa.table({name: table[name].cast(schema.field(name).type) for name in names})
 
 
 def _read_about(file: pq.ParquetFile) -> dict[str, Any]:
-    """What we wrote into the file's metadata, its sizes and version checked."""
+    """Return tune_amp's entry in the file's metadata, after checking the file's sizes and version."""
     for what, most in {"columns": MOST_COLUMNS, "rows": MOST_ROWS}.items():
         count = getattr(file.metadata, f"num_{what}")
         if not 0 <= count <= most:
@@ -265,9 +266,9 @@ def _read_about(file: pq.ParquetFile) -> dict[str, Any]:
 
 
 def _list_filling(about: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """What to read the columns as that the writer of an older version did not know yet.
+    """Return the values of columns that are newer than the version that wrote the file.
 
-    A column that it knew, by the checksum that it left, and that is not there, is damage.
+    A missing column whose checksum is in the file is not new: the file is damaged.
     """
     if about["schema_version"] == SCHEMA_VERSION:
         return {}

@@ -337,7 +337,7 @@ def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
     """The runs on fresh seeds; ``path`` is a run's folder, or its ``confirm.parquet``.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "confirm")
     runs = []
@@ -370,7 +370,7 @@ def load_provenance(path: str | Path) -> Provenance:
     """Where a run comes from; ``path`` is any of its Parquet files or its folder.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "trials", "best", "epochs")
     origin = read_origin(path)
@@ -384,7 +384,7 @@ def load_slot_time(path: str | Path) -> SlotTime | None:
     None if the run was killed or is still running: it is written when a search is over.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "trials")
     spent = read_slot_time(path)
