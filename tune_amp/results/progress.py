@@ -1,4 +1,4 @@
-"""A search and its confirmation as they stand, in plain values, for whoever shows them."""
+"""The current state of a search and of its confirmation, in plain values, for the code that shows them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,25 @@ from tune_amp.trial.config import TrialConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchProgress:
-    """A search as it stands, for whoever shows it."""
+    """The current state of a search."""
 
     run: str
     model: str
     dataset: str
     objectives: tuple[str, ...]
     num_samples: int
-    """Trials that the search will make."""
+    """Number of trials that the search will run."""
     time_budget: float | None
-    """Seconds after which they are interrupted, or None."""
+    """Seconds after which running trials are interrupted, or None."""
     started: float
-    """``time.monotonic()`` when the search began, less what it had taken before it was resumed."""
+    """``time.monotonic()`` when the search began, minus the seconds that it had taken before it was resumed."""
     trials: Sequence[TrialRecord] = ()
-    """Every trial so far. One still running bears the status it would end with if all stopped now: interrupted."""
+    """All trials so far. A running trial has the status that it would end with if all stopped now: interrupted."""
     running: frozenset[str] = frozenset()
-    """Trial ids of the running ones."""
+    """Ids of the running trials."""
 
     def count_ended(self) -> int:
-        """Trials that are over."""
+        """Return the number of trials that have ended."""
         return len(self.trials) - len(self.running)
 
 
@@ -37,33 +37,33 @@ class Observer(Protocol):
     """Shows a search to its user."""
 
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-        """A trial started, reported, or (``ended``) came to its end."""
+        """Show that a trial started, reported or ended; ``ended`` is the trial if it ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfirmJob:
-    """A configuration to be trained on one seed."""
+    """A configuration to train on one seed."""
 
     trial_ids: tuple[str, ...]
-    """Whose it is: of several where they differ in nothing, which then share its run."""
+    """Ids of the trials with this configuration; trials with equal configurations share its run."""
     config: TrialConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfirmProgress:
-    """A confirmation as it stands, for whoever shows it."""
+    """The current state of a confirmation."""
 
     run: str
     """Name of the search's run."""
     names: Mapping[str, str]
-    """Trial id -> what to call it, best first."""
+    """Trial id -> displayed name, best first."""
     jobs: Sequence[ConfirmJob] = ()
-    """Those under way: all configurations on the first seeds, then two of them on further ones."""
+    """Current jobs: all configurations on the first seeds, then two of them on further seeds."""
     total: int = 0
-    """Trainings that will be made as far as is known; configurations that are alike share theirs."""
+    """Number of planned trainings as far as it is known; equal configurations share theirs."""
     done: int = 0
     runs: Sequence[ConfirmedRun] = ()
-    """Those that have ended."""
+    """Runs that have ended."""
     started: float
     """``time.monotonic()`` when the confirmation began."""
 
@@ -72,24 +72,24 @@ class ConfirmObserver(Protocol):
     """Shows a confirmation to its user."""
 
     def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
-        """The confirmation begins, or a run (``ended``) came to its end."""
+        """Show that the confirmation begins, or that the run ``ended`` has ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfirmResult:
-    """What a confirmation left behind."""
+    """The result of a confirmation."""
 
     rows: Sequence[BestRow]
-    """As in ``best.parquet``; empty where it was interrupted, and ``best.parquet`` is as the search wrote it."""
+    """Rows of ``best.parquet``; empty if interrupted, which leaves ``best.parquet`` as the search wrote it."""
     runs: Sequence[ConfirmedRun]
-    """As in ``confirm.parquet``."""
+    """Rows of ``confirm.parquet``."""
     progress: ConfirmProgress
-    """As it ended."""
+    """State at the end."""
     left_out: str | None
     """Why the default configuration was not trained, or None."""
     seconds: float
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it."""
+        """Whether Ctrl-C ended the confirmation."""
         return not self.rows

@@ -1,4 +1,4 @@
-"""Which trials are best, and which of them can be told apart: by the search alone, and confirmed on fresh seeds."""
+"""Ranks trials and finds ties, by the search's own results and by confirmation on fresh seeds."""
 
 import dataclasses
 import math
@@ -18,18 +18,18 @@ _ELIGIBLE_BY_ACCURACY = ((TrialStatus.COMPLETED, *_UNFINISHED),)
 
 
 def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k: int) -> list[TrialRecord]:
-    """The best trials at their last epoch, best first; fewer than asked for, or none, where fewer are eligible.
+    """Return the best trials by their last epoch, best first; fewer than ``top_k``, or none, if fewer are eligible.
 
     - One objective: the ``top_k`` trials by it. Of ``val_accuracy`` and ``val_loss``, the other one breaks ties.
-    - Several: the Pareto set, whatever its size, for it is the answer as a whole: ``top_k`` is ignored. In it are the
-      trials that no other dominates, that is, equals or betters in every objective and betters in one. The best by the
+    - Several: the whole Pareto set, because only the whole set is the answer; ``top_k`` is ignored. The set contains
+      the trials that no other trial dominates: equals or betters in every objective and betters in one. The best by the
       first objective comes first. Trials with the same values in all objectives are all kept.
 
-    By ``val_accuracy`` alone, trials that were stopped or interrupted are eligible beside the completed ones, with the
-    accuracy that they had: more epochs rarely lower it, and one that is ahead of a completed trial after fewer epochs
-    is worth more. Otherwise they are only where no trial completed: a validation loss rises again where training goes
-    on too long, and costs grow with every epoch. Loss, accuracy and all objectives must be finite. What is still tied
-    keeps the order of ``trials``.
+    By ``val_accuracy`` alone, stopped and interrupted trials are eligible like completed ones, with their last
+    accuracy: more epochs rarely lower it, and a trial that leads a completed one after fewer epochs is worth more. By
+    other objectives, they are eligible only if no trial completed: a validation loss rises again if training continues
+    too long, and costs grow with every epoch. Loss, accuracy and all objectives must be finite. Remaining ties keep the
+    order of ``trials``.
 
     Raises:
         InputError: an unknown objective.
@@ -52,7 +52,7 @@ def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k:
 
 
 def _score(trial: TrialRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:
-    """The last value of each objective, negated where more is better; None where one is missing or not finite."""
+    """Return the last value of each objective, negated if more is better; None if one is missing or not finite."""
     scores = []
     for name in objectives:
         value: float | None = getattr(trial.last, name, None)
@@ -63,10 +63,10 @@ def _score(trial: TrialRecord, objectives: Sequence[str]) -> tuple[float, ...] |
 
 
 def _pick_pareto_set(ranked: Sequence[tuple[tuple[float, ...], TrialRecord]]) -> list[TrialRecord]:
-    """Those that no other dominates; ``ranked`` is sorted, so that whatever dominates a trial stands before it."""
+    """Return the trials that no other dominates; ``ranked`` is sorted, so a trial's dominators come before it."""
     front: list[tuple[tuple[float, ...], TrialRecord]] = []
     for scores, trial in ranked:
-        # To compare with those that are in is enough: whatever dominates one that is out dominates what that dominates.
+        # Comparing with the set so far is enough: an excluded trial's dominator also dominates what that trial does.
         if not any(_dominates(better, scores) for better, _ in front):
             front.append((scores, trial))
     return [trial for _, trial in front]
@@ -77,17 +77,18 @@ def _dominates(scores: tuple[float, ...], others: tuple[float, ...]) -> bool:
 
 
 def accuracy_standard_error(accuracy: float, images: int) -> float:
-    """Binomial standard error of a share of ``images`` classified correctly: sqrt(p (1 - p) / n)."""
+    """Return the binomial standard error of a share of ``images`` classified correctly: sqrt(p (1 - p) / n)."""
     assert 0 <= accuracy <= 1
     assert images >= 1
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def count_ties(ranked: Sequence[TrialRecord], validation_images: int) -> int:
-    """How many of ``ranked``, from the top, cannot be told from the first by ``val_accuracy``; at least 1.
+    """Return how many of ``ranked``, from the top, are tied with the first by ``val_accuracy``; at least 1.
 
-    Told apart means: further apart than 2 standard errors of the difference, sqrt(se1^2 + se2^2), of unpaired samples.
-    All trials see the same images, so their errors are correlated and the true error is smaller: conservative.
+    Trials are tied unless they differ by more than 2 standard errors of the difference, sqrt(se1^2 + se2^2), of
+    unpaired samples. This is conservative: all trials see the same images, so their errors are correlated and the true
+    error is smaller.
     """
     accuracies = [_last_accuracy(trial) for trial in ranked]
     errors = [accuracy_standard_error(accuracy, validation_images) for accuracy in accuracies]
@@ -98,7 +99,7 @@ def count_ties(ranked: Sequence[TrialRecord], validation_images: int) -> int:
 
 
 def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
-    """What a ranking by accuracy, or a Pareto set, can and cannot tell; empty where nothing is known of that."""
+    """Return what a ranking by accuracy, or a Pareto set, does and does not show; empty if that is unknown."""
     if provenance.objectives != ("val_accuracy",) and ranked[0].status is not TrialStatus.COMPLETED:
         return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
     if len(provenance.objectives) > 1:
@@ -137,21 +138,21 @@ def rank_confirmed(
     runs: Sequence[ConfirmedRun],
     objectives: Sequence[str],
 ) -> list[BestRow]:
-    """Rank ``ranked`` and ``default`` as their runs on fresh seeds do.
+    """Rank ``ranked`` and ``default`` by their runs on fresh seeds.
 
-    - One objective: what ``gain.judge_gain`` recommends comes first, the others by their means over the seeds on
-      validation; of accuracy and loss, the other one breaks ties. Where a run did not complete there is no mean, and
-      the configuration comes after those with one. What is still tied keeps its order, the default last.
-    - Several objectives: the order of the search stays, for no other objective was measured again, and the default
-      gets no rank.
+    - One objective: the configuration that ``gain.judge_gain`` recommends comes first, the others follow by their means
+      over the seeds on validation; of accuracy and loss, the other one breaks ties. A configuration with a run that did
+      not complete has no mean, and comes after those with one. Remaining ties keep their order, with the default last.
+    - Several objectives: the order of the search is kept, because no other objective was measured again, and the
+      default gets no rank.
 
-    Test metrics are reported and decide nothing. Ties are told by ``intervals.list_possible_best``.
+    Test metrics are reported but do not affect the ranking. ``intervals.list_possible_best`` finds the ties.
 
     Args:
-        ranked: the search's own ranking, best first; those without runs are not confirmed.
-        default: the tutorial's configuration, where it was trained too.
-        runs: of each configuration one on each of its seeds.
-        objectives: what was searched for.
+        ranked: the search's own ranking, best first; trials without runs are not confirmed.
+        default: the tutorial's configuration, if it was trained.
+        runs: one run of each configuration on each of its seeds.
+        objectives: objectives of the search.
     """
     objective, several = objectives[0], len(objectives) > 1
     trials = [*ranked, *([default] if default else [])]
@@ -179,7 +180,7 @@ def _runs_of(trial: TrialRecord, runs: Iterable[ConfirmedRun]) -> list[Confirmed
 
 
 def _measure_means(runs: Sequence[ConfirmedRun]) -> Confirmation:
-    """Means and intervals of one configuration; none where a run did not complete."""
+    """Return the means and intervals of one configuration; none if a run did not complete."""
     failed = [run for run in runs if run.status is not TrialStatus.COMPLETED]
     failures = tuple(f"seed {run.seed}: {run.error or run.status}" for run in failed)
     columns = {} if failed else _measure_columns(runs)
@@ -195,7 +196,7 @@ def _measure_columns(runs: Sequence[ConfirmedRun]) -> dict[str, Any]:
 
 
 def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[float, ...]:
-    """What a configuration is sorted by, less is better; after all others where it has no means."""
+    """Return the sort key of a configuration, less is better; infinity, after all others, if it has no means."""
     keys = (objective, *(name for name in RANKING_OBJECTIVES if name != objective))
     means: list[float | None] = [getattr(confirmation, f"{name}_mean", None) for name in keys]
     known = [mean for mean in means if mean is not None]
@@ -205,11 +206,11 @@ def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[flo
 
 
 def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedRun], objective: str) -> set[str]:
-    """Trial ids of the configurations that may be the truly best."""
+    """Return the trial ids of the configurations that may be the true best."""
     sign = 1 if objective in MORE_IS_BETTER else -1
     of_trials = {trial.trial_id: score_runs(trial.trial_id, runs, objective) for trial in trials}
     scores = {name: {seed: sign * value for seed, value in of.items()} for name, of in of_trials.items() if of}
-    # A configuration counts once: its copies share its runs, and would pass for rivals.
+    # A configuration counts once: its copies share its runs, and would count as rivals.
     first_of = {without_seed(trial.config): trial.trial_id for trial in reversed(trials)}
     possible = list_possible_best({name: scores[name] for name in first_of.values() if name in scores})
     return {trial.trial_id for trial in trials if first_of[without_seed(trial.config)] in possible}
@@ -218,7 +219,7 @@ def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedR
 def _compare(
     trial: TrialRecord, means: Confirmation | None, possible: Collection[str], objective: str
 ) -> Confirmation | None:
-    """``means`` with what only a comparison tells: whether it may be the best, and how optimistic the search was."""
+    """Return ``means`` with the results of a comparison: whether it may be the best, and the search's optimism."""
     mean: float | None = getattr(means, f"{objective}_mean", None)
     if means is None or mean is None:
         return means

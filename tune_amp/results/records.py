@@ -1,9 +1,9 @@
-"""The files of a run: what they hold, written and read.
+"""Defines the contents of a run's Parquet files, and writes and reads them.
 
-A run's folder holds ``trials.parquet`` (one row a trial), ``epochs.parquet`` (one row a trial and epoch) and
-``best.parquet`` (the top k, ranked, and what fresh seeds say of them), ``confirm.parquet`` (one row a run on a fresh
-seed). Column names, units and types are those of the dataclasses. Imports no torch, Ray
-or Optuna: a configuration can be read wherever pyarrow is.
+A run's folder contains ``trials.parquet`` (one row a trial), ``epochs.parquet`` (one row a trial and epoch),
+``best.parquet`` (the top k, ranked, with their results on fresh seeds) and ``confirm.parquet`` (one row a run on a
+fresh seed). Column names, units and types are those of the dataclasses. Imports no torch, Ray or Optuna: a
+configuration can be read wherever pyarrow is installed.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """A trial as it ended: one row of ``trials.parquet``, with its rows of ``epochs.parquet``.
+    """An ended trial: one row of ``trials.parquet``, with its rows of ``epochs.parquet``.
 
     Raises:
         InputError: epochs do not increase, or ``started`` has no time zone.
@@ -99,7 +99,7 @@ class TrialRecord:
 
     @property
     def last(self) -> EpochMetrics | None:
-        """The last report, or None where the trial never reported."""
+        """The last report, or None if the trial never reported."""
         return self.epochs[-1] if self.epochs else None
 
 
@@ -111,12 +111,12 @@ class BestRow:
     """Place from 1; None for a row to compare with, which is the tutorial's default configuration."""
     trial: TrialRecord
     confirmation: Confirmation | None = None
-    """None where the search was not confirmed."""
+    """Results on fresh seeds; None if the search was not confirmed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a run's files come from; travels in each file's metadata, as JSON. No host or user names.
+    """The origin of a run's files, stored in each file's metadata as JSON. It has no host or user names.
 
     Raises:
         InputError: a field has another type than declared, or an objective is unknown.
@@ -141,7 +141,7 @@ class Provenance:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What was searched for, the first of which ranks the trials."""
+        """Objectives of the search; the first ranks the trials."""
         return tuple(self.objective.split(","))
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotTime:
-    """The time that a search which is over had in its slots, the places in which trials run at the same time.
+    """The slot time of an ended search; slots are the places in which trials run at the same time.
 
     Raises:
         InputError: a field has another type, or is out of range.
@@ -168,7 +168,7 @@ class SlotTime:
 
     slots: int
     wall_seconds: float
-    """From the beginning of the command until the last trial was over."""
+    """Seconds from the start of the command until the end of the last trial."""
 
     def __post_init__(self) -> None:
         if checked_type("slots", self.slots, int) < 1:
@@ -178,15 +178,15 @@ class SlotTime:
 
 
 def list_versions(*packages: str) -> dict[str, str]:
-    """The version of each installed package, and of Python."""
+    """Return the version of each installed package, and of Python."""
     return {name: find_version(name) for name in (*packages, "python")}
 
 
 def find_version(package: str) -> str:
-    """The version of a package or of ``python``; ``not installed`` where it is not."""
+    """Return the version of a package or of ``python``, or ``not installed``."""
     if package == "python":
         return platform.python_version()
-    if package == "tune_amp":  # sent to a cluster, it is not installed there
+    if package == "tune_amp":  # on a cluster, the package is sent and not installed
         return __version__
     try:
         return importlib.metadata.version(package)
@@ -203,7 +203,7 @@ def _check_texts(name: str, value: Iterable[Any], is_container: bool) -> None:
 
 
 def _build_trial_columns() -> list[pa.Field]:
-    """TrialRecord's columns in its own order, ``config`` and ``epochs`` (their last) spread out in place."""
+    """Return TrialRecord's columns in order, with ``config`` and the last of ``epochs`` spread out in place."""
     spread = {"config": build_columns(TrialConfig), "epochs": build_columns(EpochMetrics, of_trials=True)}
     own = {column.name: [column] for column in build_columns(TrialRecord)}
     return [column for field in dataclasses.fields(TrialRecord) for column in (own | spread)[field.name]]
@@ -236,12 +236,12 @@ SCHEMAS: Mapping[str, pa.Schema] = types.MappingProxyType(_build_schemas())
 def write_trials(
     folder: Path, trials: Sequence[TrialRecord], provenance: Provenance, slot_time: SlotTime | None = None
 ) -> None:
-    """Writes ``trials.parquet`` and ``epochs.parquet`` into ``folder``, in the order given (that of submission).
+    """Write ``trials.parquet`` and ``epochs.parquet`` into ``folder``, in the order given (that of submission).
 
-    The slot time of a search that is over goes into the metadata of ``trials.parquet``.
+    The slot time of an ended search is stored in the metadata of ``trials.parquet``.
 
     Raises:
-        OSError: the folder is missing, or the disk is full; files that were there are as they were.
+        OSError: the folder is missing, or the disk is full; existing files are unchanged.
     """
     assert len({trial.trial_id for trial in trials}) == len(trials), "trial ids must be unique"
     epochs = [{"trial_id": trial.trial_id} | vars(epoch) for trial in trials for epoch in trial.epochs]
@@ -251,10 +251,10 @@ def write_trials(
 
 
 def write_best(folder: Path, rows: Sequence[BestRow], provenance: Provenance) -> None:
-    """Writes ``best.parquet`` into ``folder``, in the order given.
+    """Write ``best.parquet`` into ``folder``, in the order given.
 
     Raises:
-        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
     """
     assert any(row.rank is not None for row in rows), "a best file without a ranked trial is not written"
     written = [
@@ -264,15 +264,15 @@ def write_best(folder: Path, rows: Sequence[BestRow], provenance: Provenance) ->
 
 
 def rank_trials(ranked: Sequence[TrialRecord]) -> list[BestRow]:
-    """``ranked`` as ranks 1, 2, ..., not confirmed."""
+    """Return ``ranked`` as rows of ranks 1, 2, ..., not confirmed."""
     return [BestRow(rank=rank, trial=trial) for rank, trial in enumerate(ranked, start=1)]
 
 
 def write_confirmed(folder: Path, runs: Sequence[ConfirmedRun], provenance: Provenance) -> None:
-    """Writes ``confirm.parquet`` into ``folder``, in the order given.
+    """Write ``confirm.parquet`` into ``folder``, in the order given.
 
     Raises:
-        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
     """
     _write(folder, "confirm", [vars(run).copy() for run in runs], provenance)
 
@@ -293,10 +293,10 @@ def _to_row(trial: TrialRecord) -> dict[str, Any]:
 
 
 def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
-    """The configuration of ``rank`` in ``best.parquet``; ``path`` is that file or its run's folder.
+    """Load the configuration of ``rank`` from ``best.parquet``; ``path`` is that file or its run's folder.
 
     Raises:
-        InputError: the file is missing, damaged, not ours or of another version, or has no such rank.
+        InputError: the file is missing, damaged, not from tune_amp or of another version, or has no such rank.
     """
     path = locate(path, "best")
     row = _pick_rank(path, rank)
@@ -305,7 +305,7 @@ def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
 
 
 def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
-    """The trial of ``rank`` in ``best.parquet``, with its epochs where ``epochs.parquet`` lies beside, else its last.
+    """Load the trial of ``rank`` from ``best.parquet``, with its epochs if ``epochs.parquet`` exists, else its last.
 
     Raises:
         InputError: as for `load_best`.
@@ -317,11 +317,11 @@ def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
 
 
 def load_best_rows(path: str | Path, *, all_epochs: bool = True) -> list[BestRow]:
-    """All of ``best.parquet``, each trial with its epochs where ``epochs.parquet`` lies beside, else its last.
+    """Load all rows of ``best.parquet``, each trial with its epochs if ``epochs.parquet`` exists, else its last.
 
     Args:
         path: the file or its run's folder.
-        all_epochs: False: the last of each trial will do, and ``epochs.parquet`` is not read.
+        all_epochs: False: only the last epoch of each trial is loaded, and ``epochs.parquet`` is not read.
 
     Raises:
         InputError: as for `load_best`.
@@ -334,7 +334,7 @@ def load_best_rows(path: str | Path, *, all_epochs: bool = True) -> list[BestRow
 
 
 def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
-    """The runs on fresh seeds; ``path`` is a run's folder, or its ``confirm.parquet``.
+    """Load the runs on fresh seeds; ``path`` is a run's folder, or its ``confirm.parquet``.
 
     Raises:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
@@ -348,14 +348,14 @@ def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
 
 
 def load_trials(path: str | Path, *, all_epochs: bool = True) -> list[TrialRecord]:
-    """All trials of a run in order of submission; ``path`` is its folder, or its ``trials.parquet``.
+    """Load all trials of a run in order of submission; ``path`` is its folder, or its ``trials.parquet``.
 
     Args:
         path: the folder or the file.
-        all_epochs: False: the last of each trial will do, and ``epochs.parquet`` is not read.
+        all_epochs: False: only the last epoch of each trial is loaded, and ``epochs.parquet`` is not read.
 
     Raises:
-        InputError: a file is missing, damaged, not ours or of another version, or the two do not belong together.
+        InputError: a file is missing, damaged, not from tune_amp or of another version, or the two do not match.
     """
     path = locate(path, "trials")
     rows = read_rows(path, "trials", SCHEMAS["trials"])
@@ -367,7 +367,7 @@ def load_trials(path: str | Path, *, all_epochs: bool = True) -> list[TrialRecor
 
 
 def load_provenance(path: str | Path) -> Provenance:
-    """Where a run comes from; ``path`` is any of its Parquet files or its folder.
+    """Load the origin of a run; ``path`` is any of its Parquet files or its folder.
 
     Raises:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
@@ -381,7 +381,7 @@ def load_provenance(path: str | Path) -> Provenance:
 def load_slot_time(path: str | Path) -> SlotTime | None:
     """Return the slot time of a run; ``path`` is its folder, or its ``trials.parquet``.
 
-    None if the run was killed or is still running: it is written when a search is over.
+    None if the run was killed or is still running: the slot time is written when a search ends.
 
     Raises:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
@@ -410,7 +410,7 @@ def _read_epochs(path: Path) -> dict[str, list[EpochMetrics]]:
 
 
 def _to_record(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> TrialRecord:
-    """The trial of a row, with its own of ``epochs``; None: only the last epoch is known, from the row itself."""
+    """Return the trial of a row with its ``epochs``; if ``epochs`` is None, with the last epoch from the row itself."""
     with placed(path, row):
         nested = {"config": build_from(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
         return build_from(TrialRecord, row | nested | {"status": _read_status(row)})
@@ -430,7 +430,7 @@ def _read_status(row: Mapping[str, Any]) -> TrialStatus:
 
 
 def _select_epochs(row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> tuple[EpochMetrics, ...]:
-    """A trial's epochs up to the last that its row knows: after a crash ``epochs.parquet`` may be one write ahead."""
+    """Return a trial's epochs up to its row's last: after a crash, ``epochs.parquet`` may be one write ahead."""
     last = row["epoch"]
     if last is None:
         return ()
@@ -443,7 +443,7 @@ def _select_epochs(row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]]
 
 
 def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
-    """A ``source`` from those of ``values`` that are its fields; lists become tuples.
+    """Build a ``source`` from those ``values`` that are its fields; lists become tuples.
 
     Raises:
         InputError: a field is absent, or null where it cannot be, or breaks a rule of ``source``.
@@ -456,7 +456,7 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
         if value is None and not optional:
             raise InputError(f"{name}: must be there, got null")
         if name in _TIMES and isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be none, a clock cannot
+            raise InputError(f"{name}: must be a finite number, got {value}")  # a loss may be NaN, a time cannot
         if isinstance(value, float) and abs(value) > _LIMITS.get(name, math.inf):
             raise InputError(f"{name}: must be at most {_LIMITS[name]:g}, got {value:g}")
         if isinstance(value, str):
@@ -466,7 +466,7 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
 
 
 def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
-    """Of each field: whether it may be None, and whether it has a default."""
+    """Return for each field whether it may be None, and whether it has a default."""
     hints = typing.get_type_hints(source)
     defaults = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(source)}
     return {name: (split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}

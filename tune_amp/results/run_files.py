@@ -1,23 +1,23 @@
-"""The names of the files in a run folder, for whoever reads or writes one, with Ray and torch or without."""
+"""The names of the files in a run folder, importable without Ray and torch."""
 
 TRIALS_FILE = "trials.parquet"
 """One row a trial."""
 EPOCHS_FILE = "epochs.parquet"
 """One row a trial and epoch."""
 BEST_FILE = "best.parquet"
-"""The best, ranked."""
+"""The best trials, ranked."""
 CONFIRM_FILE = "confirm.parquet"
-"""The best on fresh seeds, one row a run."""
+"""The best trials on fresh seeds, one row a run."""
 IMPORTANCE_FILE = "importance.parquet"
-"""Which parameters mattered."""
+"""Importance of the parameters."""
 SPACE_FILE = "space.yaml"
-"""The search space as it was when the run was begun."""
+"""The search space at the start of the run."""
 JOURNAL_FILE = "reports.journal"
-"""All that happened, an event a line: a run goes on from it."""
+"""All events, one a line, from which a run resumes."""
 STUDY_FILE = "study.journal"
 """Optuna's study."""
 REPORT_FILE = "report.html"
-"""The page with pictures."""
+"""The HTML page with figures."""
 
 RUN_FILES = (
     BEST_FILE,
@@ -30,4 +30,4 @@ RUN_FILES = (
     JOURNAL_FILE,
     REPORT_FILE,
 )
-"""All, those first that a user asks for first."""
+"""All files, in the order in which a user needs them."""

@@ -1,4 +1,4 @@
-"""What repeated runs say about accuracies: intervals of means, ties, equivalence. Plain numbers in, plain numbers out.
+"""Statistics of repeated runs: intervals of means, ties and equivalence, with plain numbers in and out.
 
 Runs on the same seeds share initial weights and the order of data, so configurations are compared seed by seed.
 """
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 CONFIDENCE = 0.95
 EQUIVALENCE_CONFIDENCE = 0.90
-"""Of the interval that two one-sided tests at 5 % look at."""
+"""Confidence of the interval that corresponds to two one-sided tests at 5 %."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanInterval:
-    """The mean of ``n`` values and where the mean of all such values is to be expected."""
+    """The mean of ``n`` values, with a confidence interval of the true mean."""
 
     mean: float
     std: float
@@ -28,24 +28,24 @@ class MeanInterval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """What paired differences say about being the same within a margin."""
+    """The result of an equivalence test of paired values within a margin."""
 
     difference: MeanInterval
-    """Of the paired differences, with its 95 % interval."""
+    """Mean of the paired differences, with its 95 % interval."""
     margin: float
     equivalent: bool
-    """Shown to be within the margin: the 90 % interval of the difference lies inside it."""
+    """Whether the difference is shown to be within the margin: its 90 % interval lies inside it."""
     differs: bool
-    """Shown to be other than 0: the 95 % interval excludes it."""
+    """Whether the difference is shown not to be 0: its 95 % interval excludes 0."""
     smallest_effect: float
-    """The smallest true difference that these runs would have told from 0 with a probability of 80 %."""
+    """The smallest true difference that these runs would have distinguished from 0 with a probability of 80 %."""
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> MeanInterval:
-    """Mean of at least two values with Student's t interval (Student 1908, "The probable error of a mean").
+    """Return the mean of at least two values with Student's t interval (Student 1908, "The probable error of a mean").
 
-    It assumes independent values from a normal distribution; of accuracies over seeds it tells what further seeds would
-    give on the same images, not what other images would.
+    The interval assumes independent values from a normal distribution. For accuracies over seeds, it describes further
+    seeds on the same images, not other images.
     """
     assert len(values) >= 2
     mean, std = statistics.fmean(values), statistics.stdev(values)
@@ -54,16 +54,17 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Me
 
 
 def paired_interval(values: Sequence[float], others: Sequence[float], confidence: float = CONFIDENCE) -> MeanInterval:
-    """Interval of the mean of ``values - others``, pair by pair."""
+    """Return the interval of the mean of ``values - others``, pair by pair."""
     return mean_interval([value - other for value, other in zip(values, others, strict=True)], confidence)
 
 
 def wilson_interval(share: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Where the true share lies that ``n`` independent draws estimate, of which ``share`` were hits.
+    """Return the interval of the true share, estimated from ``n`` independent draws of which ``share`` were hits.
 
-    Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953): unlike the textbook's, it is no point
-    where the share is 1, and covers what it should near 0 and 1, where accuracies are (Brown, Cai, DasGupta 2001,
-    doi:10.1214/ss/1009213286). Of an accuracy it tells what other images of the same kind would give, not other seeds.
+    Wilson's score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953): unlike the textbook's interval, it does
+    not shrink to a point at a share of 1, and its coverage is right near 0 and 1, where accuracies are (Brown, Cai,
+    DasGupta 2001, doi:10.1214/ss/1009213286). For an accuracy, it describes other images of the same kind, not other
+    seeds.
     """
     assert 0 <= share <= 1
     assert n >= 1
@@ -74,11 +75,11 @@ def wilson_interval(share: float, n: int, confidence: float = CONFIDENCE) -> tup
 
 
 def judge_equivalence(values: Sequence[float], others: Sequence[float], margin: float) -> Equivalence:
-    """Whether ``values`` and ``others`` are the same within ``margin``, pair by pair.
+    """Test whether ``values`` and ``others`` are the same within ``margin``, pair by pair.
 
-    Two one-sided t tests at 5 % (Schuirmann 1987, doi:10.1007/BF01068419): equivalent where the 90 % interval of the
-    mean difference lies within the margin. Values that are not shown to be equivalent need not differ: the runs may be
-    too few to tell, which ``smallest_effect`` shows.
+    Two one-sided t tests at 5 % (Schuirmann 1987, doi:10.1007/BF01068419): the values are equivalent if the 90 %
+    interval of the mean difference lies within the margin. Values that are not shown to be equivalent need not differ:
+    the runs may be too few, which ``smallest_effect`` shows.
     """
     inner = paired_interval(values, others, EQUIVALENCE_CONFIDENCE)
     difference = paired_interval(values, others)
@@ -92,15 +93,15 @@ def judge_equivalence(values: Sequence[float], others: Sequence[float], margin: 
 
 
 def smallest_effect(std: float, n: int, power: float = 0.8, confidence: float = CONFIDENCE) -> float:
-    """The smallest true mean difference that a t test of ``n`` differences would find with probability ``power``.
+    """Return the smallest true mean difference that a t test of ``n`` differences finds with probability ``power``.
 
-    From the noncentral t distribution (Cohen 1988, "Statistical power analysis for the behavioral sciences").
+    Based on the noncentral t distribution (Cohen 1988, "Statistical power analysis for the behavioral sciences").
 
     Args:
         std: standard deviation of the differences.
         n: number of differences, at least two.
-        power: probability of finding it.
-        confidence: of the two-sided test.
+        power: probability of finding the difference.
+        confidence: confidence of the two-sided test.
     """
     from scipy import optimize, stats  # type: ignore[import-untyped]  # takes a second to import
 
@@ -114,17 +115,17 @@ def smallest_effect(std: float, n: int, power: float = 0.8, confidence: float = 
 
 
 def list_possible_best(scores: Mapping[str, Mapping[int, float]], confidence: float = CONFIDENCE) -> set[str]:
-    """Return the names of those that may be the truly best: that no other is shown to be better than.
+    """Return the names that may be the true best: no other is shown to be better.
 
-    Subset selection (Gupta 1965, doi:10.1080/00401706.1965.10490251) with paired one-sided t tests on the seeds that
-    two have in common, and Bonferroni's correction for all others: each pair has its own spread, and nothing is
-    assumed of those of the rest. The truly best is among the names with ``confidence``.
+    Subset selection (Gupta 1965, doi:10.1080/00401706.1965.10490251) with paired one-sided t tests on the seeds that a
+    pair has in common, and Bonferroni's correction for all other names. Each pair has its own spread, and nothing is
+    assumed about the spreads of other pairs. The true best is among the names with ``confidence``.
 
     Args:
-        scores: name -> seed -> value; more is better. Two with less than two seeds in common are not compared.
-        confidence: with which the truly best is not left out.
+        scores: name -> seed -> value; more is better. Pairs with fewer than two common seeds are not compared.
+        confidence: probability that the true best is included.
     """
-    level = 2 * (1 - confidence) / max(1, len(scores) - 1)  # of a two-sided interval, of which one side is looked at
+    level = 2 * (1 - confidence) / max(1, len(scores) - 1)  # of a two-sided interval, of which one side is used
 
     def is_beaten(name: str, other: str) -> bool:
         seeds = sorted({*scores[name]} & {*scores[other]})

@@ -1,4 +1,4 @@
-"""What the slots of a search were used for, computed from the columns of its trials.
+"""Computes the use of a search's slots from the columns of its trials.
 
 A slot is one of the places in which trials run at the same time.
 """
@@ -11,7 +11,7 @@ from tune_amp.trial.config import HOPELESS_STATUSES, TrialStatus
 
 
 class SlotUse(StrEnum):
-    """What slot time was used for."""
+    """The use of slot time."""
 
     USEFUL = "useful training"
     """Training steps of trials that completed."""
@@ -26,7 +26,7 @@ class SlotUse(StrEnum):
 
 
 def utilisation(trials: Iterable[TrialRecord], slot_time: SlotTime) -> dict[SlotUse, float]:
-    """Return the slot-seconds of each use. They add up to those of ``slot_time``."""
+    """Return the slot-seconds of each use, which add up to those of ``slot_time``."""
     seconds = dict.fromkeys(SlotUse, 0.0)
     for trial in trials:
         if trial.status in (*HOPELESS_STATUSES, TrialStatus.FAILED):
