@@ -89,18 +89,18 @@ def measure_importance(
     """Measure the importance of each searched parameter for being among the best third of the trials at one epoch.
 
     PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255; conditional parameters: arXiv:2601.20800) compares the density of
-    a parameter in the best third with that in all trials, one parameter at a time: effects that only show in
-    combinations are not seen. The null is the same number after the parameter's values were permuted among the
-    trials in which it is active. Holm's correction keeps the chance that any parameter is falsely told from noise at
-    5 %, if suggestions do not depend on each other. Those of a sampler that learns do, and the chance is then somewhat
+    a parameter in the best third with that in all trials, one parameter at a time, and misses effects that appear only
+    in combinations. The null is the same number after the parameter's values were permuted among the trials in which it
+    is active. Holm's correction limits the probability that any parameter is falsely distinguished from noise to 5 %,
+    if suggestions do not depend on each other. Those of a sampler that learns do, and the probability is then somewhat
     larger.
 
-    Trials that ended hopeless before the epoch count as worse than all others, as do those that the scheduler stopped
-    before it. Trials that failed through no fault of their settings do not count, nor do those interrupted before the
-    epoch.
+    Trials that diverged, ran out of memory or were stopped by the scheduler before the epoch count as worse than all
+    others. Trials are excluded if their failure was not caused by their settings, or if they were interrupted before
+    the epoch.
 
     Args:
-        space: what was searched.
+        space: the search space.
         trials: in order of submission.
         objective: one of ``OBJECTIVES``.
         train_images: images in the training split, from which intervals relative to the trial are restored.
