@@ -56,13 +56,13 @@ if TYPE_CHECKING:
 PAGE_FILE = "compare.md"
 CPU_SEEDS, CUDA_SEEDS = 3, 5
 QUIET_SECONDS = 10.0
-"""Longer runs tell their epochs too."""
+"""Seconds without a line after which a run also reports its epochs."""
 BUSY_SHARE = 0.25
-"""Of the cores: from there on, what other programs take is told."""
+"""Share of the cores from which the load of other programs is reported."""
 
 
 def compare_command(arguments: Sequence[str] | None = None, program: str = "scripts/compare.py") -> int:
-    """Compare the precisions on a configuration from a Parquet file. Returns the exit code."""
+    """Compare the precisions on a configuration from a Parquet file. Return the exit code."""
     command = tuple(sys.argv[1:] if arguments is None else arguments)
 
     def run() -> int:
@@ -97,26 +97,26 @@ def _compare_parser(program: str) -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What the flags ask for, checked as far as they can be without the data."""
+    """The values of the flags, checked as far as possible without the data."""
 
     precisions: tuple[str, ...]
     seeds: int | None
     max_epochs: int | None
     models: tuple[str, ...]
-    """Empty where the map is not asked for, or keeps the configuration's."""
+    """Models of the map; empty if there is no map, or if it keeps the configuration's model."""
     batch_sizes: tuple[int, ...]
 
     @property
     def has_map(self) -> bool:
-        """Whether a map is asked for."""
+        """Whether the flags ask for a map."""
         return bool(self.models or self.batch_sizes)
 
 
 def read_wishes(arguments: argparse.Namespace) -> Wishes:
-    """The flags that need reading.
+    """Return the flags, parsed and checked.
 
     Raises:
-        InputError: one breaks its rule.
+        InputError: a flag breaks its rule.
     """
     precisions, models = _split("--precisions", arguments.precisions), _split("--models", arguments.models)
     for name in precisions:
@@ -172,7 +172,7 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     console = open_console()
     from tune_amp.reuse.precision_runs import cpu_threads
 
-    # As many threads as the trial had: with one for each core, a busy machine lets them wait for each other.
+    # As many threads as the trial had: with one thread a core, threads wait for each other on a busy machine.
     with cpu_threads(record.num_threads), claimed_folder(arguments.output or _default_output(arguments)) as folder:
         origin = _describe_origin(arguments, command, wishes, record, provenance, dataset, device)
         return Comparison(wishes, record.config, dataset, device, origin, folder, console).make()
@@ -209,7 +209,7 @@ def _describe_origin(
     dataset: "Dataset",
     device: "torch.device",
 ) -> ComparisonOrigin:
-    """All that is known before anything is timed."""
+    """Return the facts that are known before anything is timed."""
     import torch
 
     from tune_amp.results.records import list_versions
@@ -250,7 +250,7 @@ def _explain_tf32(device: "torch.device") -> str:
 
 
 def _describe_load() -> str | None:
-    """What a clock must be told of: other programs that were running before the first step was timed."""
+    """Return a notice if other programs load the machine before the first step is timed, since they affect times."""
     busy, cores = os.getloadavg()[0], os.cpu_count() or 1
     if busy < BUSY_SHARE * cores:
         return None
@@ -258,16 +258,16 @@ def _describe_load() -> str | None:
 
 
 class Comparison:
-    """A comparison on its way: what was measured so far, on the disk at any time.
+    """A comparison in progress. Its files hold everything measured so far.
 
     Args:
-        wishes: what is asked for.
+        wishes: the values of the flags.
         config: the chosen configuration.
-        dataset: what it was chosen on.
+        dataset: the data set that ``config`` was chosen on.
         device: where to train.
-        origin: what is known of the comparison before it begins.
-        folder: for its files.
-        console: for its lines.
+        origin: the facts that are known before the comparison begins.
+        folder: where its files are written.
+        console: where its lines are printed.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class Comparison:
         self._is_written = False
 
     def make(self) -> int:
-        """Measure, write and print. Returns the exit code."""
+        """Measure, write and print. Return the exit code."""
         try:
             self._print_start()
             self._run_all()
@@ -408,7 +408,7 @@ class Comparison:
     def _print_end(self) -> None:
         if not self._runs:
             return
-        self._write()  # once more: an interruption may have come between a run and its file
+        self._write()  # again: an interruption may have come between a run and its file
         self._console.print()
         page = (self._folder / PAGE_FILE).read_text(encoding="utf-8")
         for line in page.splitlines():
@@ -418,12 +418,12 @@ class Comparison:
 
 
 class Progress:
-    """A line for every run that ends, and in long runs one for an epoch now and then.
+    """Prints a line when a run ends, and in long runs a line for an epoch now and then.
 
     Args:
         console: where to print.
-        epochs: of a run.
-        clock: seconds.
+        epochs: number of epochs of a run.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, console: Console, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -434,17 +434,17 @@ class Progress:
         self._told = clock()
 
     def begin(self, name: str) -> None:
-        """A run begins."""
+        """Begin a run."""
         self._name = name
         self._told = self._clock()
 
     def on_epoch(self, metrics: "EpochMetrics") -> None:
-        """An epoch of it is over."""
+        """Print the epoch that has ended, if no line was printed for ``QUIET_SECONDS``."""
         if self._clock() - self._told >= QUIET_SECONDS and metrics.epoch < self._epochs:
             self._print(f"epoch {metrics.epoch}/{self._epochs}  {metrics.samples_per_second:,.0f} images/s")
 
     def end(self, result: str) -> None:
-        """The run is over."""
+        """Print the result of the run."""
         self._print(result)
 
     def _print(self, text: str) -> None:
@@ -453,7 +453,7 @@ class Progress:
 
 
 def describe_run(run: ComparedRun) -> str:
-    """A run that is over, in one line."""
+    """Return a finished run in one line."""
     parts = [] if run.status is TrialStatus.COMPLETED else [f"{run.status}: {run.error}"]
     if run.epoch_seconds is not None:
         parts.append(f"epoch {run.epoch_seconds:.3g} s  {run.samples_per_second:,.0f} images/s")
@@ -467,7 +467,7 @@ def describe_run(run: ComparedRun) -> str:
 
 
 def describe_cells(cells: Sequence[MapCell]) -> str:
-    """A cell of the map, in one line."""
+    """Return a cell of the map in one line."""
     import statistics
 
     told = [
@@ -477,7 +477,7 @@ def describe_cells(cells: Sequence[MapCell]) -> str:
 
 
 def _explain_epochs(plan: "ComparisonPlan", config: TrialConfig, wanted: int | None) -> list[str]:
-    """Why the runs have another length than the trial had; nothing where the user chose it."""
+    """Return why the runs differ in length from the trial; nothing if the user chose their length."""
     from tune_amp.reuse.precision_runs import BUDGET_SECONDS
 
     if wanted is not None or plan.epochs == config.max_epochs:

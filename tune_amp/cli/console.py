@@ -1,6 +1,7 @@
-"""What the commands share: one-line errors, exit codes, sentences, and the data set with what its loader has to say.
+"""Shared by the commands: one-line errors, exit codes, printing, and loading the data set with its loader's notice.
 
-The commands import torch, Ray and Optuna inside their functions: ``--help`` and a mistyped flag answer at once.
+The commands import torch, Ray and Optuna inside their functions, so that ``--help`` and a mistyped flag return at
+once.
 """
 
 import argparse
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from tune_amp.training.data import Dataset
 
 MOST_CHARACTERS = 2_000
-"""Of the line that refuses an input, which may name paths."""
+"""Longest error line for a bad input, in characters; it may name paths."""
 EXIT_DONE, EXIT_NO_RESULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line, like every other wrong input, not a page of usage."""
+    """An argument parser whose errors are one line, like those of all other bad input, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong with the arguments."""
+        """Raise the parser's message as InputError."""
         if message.endswith("expected one argument"):
             flag = message.split()[1].rstrip(":")
             message += f"; one that begins with - is joined by =, as in {flag}=-x"
@@ -43,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def read_path(text: str) -> Path:
-    """Return the path that an argument names, ``~`` expanded: a shell leaves it in ``--output=~/x``."""
+    """Return the path that an argument names, with ``~`` expanded: a shell does not expand it in ``--output=~/x``."""
     return Path(read_place(text))
 
 
@@ -51,7 +52,7 @@ def read_place(text: str) -> str:
     """Return an argument that may be a path or a name; see ``read_path``.
 
     Raises:
-        ArgumentTypeError: it is empty, or nobody knows the home folder that it begins with.
+        ArgumentTypeError: it is empty, or begins with an unknown home folder.
     """
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
@@ -63,30 +64,30 @@ def read_place(text: str) -> str:
 
 
 def answer_bad_input(command: Callable[[], int]) -> int:
-    """Run ``command``; answer an input that it refuses with one line and exit code 2."""
+    """Run ``command``. If it refuses an input, print one line and return exit code 2."""
     mend_streams()
     try:
         return command()
     except InputError as error:
         message, code = f"error: {one_line(str(error), limit=MOST_CHARACTERS)}", EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # whatever was to be read or written, its path came from the user
+        if error.errno != errno.ENAMETOOLONG:  # a path that long came from the user
             raise
         message, code = f"error: {describe_error(error)}", EXIT_BAD_INPUT
     except KeyboardInterrupt:
         message, code = "interrupted", EXIT_INTERRUPTED
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # standard error has no reader
         print(message, file=sys.stderr)  # noqa: T201
     return code
 
 
 SPELLINGS = {"±": "+-", "…": "..."}
-"""What is printed in place of a character that the encoding of a stream does not have; of any other, ``?``."""
+"""Replacements for characters that a stream's encoding lacks; all others become ``?``."""
 
 
 def mend_streams() -> None:
-    """Make standard output and standard error take every text, closed ones (``>&-``) by dropping it."""
-    # A closed descriptor would become that of the next file opened, and receive what libraries print.
+    """Make standard output and standard error accept every text; closed ones (``>&-``) drop it."""
+    # The next file opened would take the number of a closed descriptor, and receive what libraries print.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -94,7 +95,7 @@ def mend_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # it stays open
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  # stays open
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="tune_amp.spell")
 
@@ -102,35 +103,35 @@ def mend_streams() -> None:
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
     character = error.object[error.start]
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is no text: printed as it is
+    if "\udc80" <= character <= "\udcff":  # an undecodable byte of a file name: printed unchanged
         return bytes([ord(character) - 0xDC00]), error.start + 1
     return SPELLINGS.get(character, "?"), error.start + 1
 
 
 class LastingConsole(Console):
-    """Goes on where the reader of a pipe is gone (``| head``): rich would end the process, and a search with it."""
+    """A console that survives a closed pipe (``| head``): rich would end the process, and with it a search."""
 
     def on_broken_pipe(self) -> None:
-        """Print into the void from now on: the files are what counts."""
+        """Discard all further output: the files are what counts."""
         self.quiet = True
         _print_into_the_void(self.file)
 
 
 def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console for prose, in which numbers are not coloured."""
+    """Return a console for prose, in which numbers are not coloured."""
     return LastingConsole(stderr=stderr, quiet=quiet, highlight=False)
 
 
 def _print_into_the_void(stream: IO[str]) -> None:
-    with Path(os.devnull).open("wb") as nowhere:  # or Python complains on its exit
+    with Path(os.devnull).open("wb") as nowhere:  # otherwise Python complains when it exits
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
 def ignoring_closed_pipe() -> Iterator[None]:
-    """Where standard output cannot be written, print into the void: the files are what counts.
+    """Discard output if standard output cannot be written: the files are what counts.
 
-    The reader of a pipe is gone (``| head``), or the terminal, or the disk of a log is full.
+    The reader of a pipe (``| head``) or the terminal is gone, or the disk of a log is full.
     """
     try:
         yield
@@ -140,27 +141,27 @@ def ignoring_closed_pipe() -> Iterator[None]:
 
 
 def show_cursor() -> None:
-    """Give a terminal its cursor back, which a live table hides, where the process leaves without ending the table."""
+    """Show the terminal's cursor again: a live table hides it, and the process may exit without ending the table."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stdout.isatty():
-            os.write(sys.stdout.fileno(), b"\x1b[?25h")  # not through its buffer, in whose write a signal may have come
+            os.write(sys.stdout.fileno(), b"\x1b[?25h")  # unbuffered: a signal may have come in a buffered write
 
 
 def say(console: Console, prose: str, style: str | None = None) -> None:
-    """Print a sentence: wrapped between words in a terminal, on one line in a log. See :func:`printable`."""
+    """Print a sentence, wrapped between words in a terminal, on one line in a log. See :func:`printable`."""
     console.print(printable(prose), style=style, markup=False, soft_wrap=not is_screen(console))
 
 
 def is_screen(console: Console) -> bool:
-    """Return whether a terminal shows it. To rich, ``FORCE_COLOR``, which asks for colour, makes a log one too."""
+    """Return whether the console is a terminal. rich also takes a log for one if ``FORCE_COLOR`` asks for colour."""
     return console.is_interactive and console.file.isatty()
 
 
 def name_beside(best: Path, name: str) -> Path:
-    """The folder ``name`` beside a run's file, or in its folder, for what a command writes where nobody said.
+    """Return the default output folder: ``name`` beside a run's file, or in the run's folder.
 
     Raises:
-        InputError: it is a link: in a run that somebody else packed, it may lead anywhere.
+        InputError: the folder is a link, which in a copied run may lead anywhere.
     """
     folder = (best if best.is_dir() else best.parent) / name
     if folder.is_symlink():
@@ -169,7 +170,7 @@ def name_beside(best: Path, name: str) -> Path:
 
 
 def load_announced(name: str, data_dir: Path | None) -> "Dataset":
-    """The data set, and loudly what its loader has to say."""
+    """Return the data set, and print its loader's notice on standard error."""
     from tune_amp.training.data import load_dataset
 
     dataset = load_dataset(name, data_dir)
@@ -179,14 +180,14 @@ def load_announced(name: str, data_dir: Path | None) -> "Dataset":
 
 
 def take_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
-    """Take the flags as consent to the code that they name, and refuse a file that names other code.
+    """Accept the flags as consent to the code that they name, and refuse a file that names other code.
 
     Args:
-        arguments: ``best``, the file; ``model`` and ``dataset``, the flags.
+        arguments: ``best`` is the file, ``model`` and ``dataset`` are the flags.
         config: read from the file.
 
     Raises:
-        InputError: a flag is missing, or names something else.
+        InputError: a flag is missing, or names other code.
     """
     for flag, named in (("model", config.model), ("dataset", config.dataset)):
         given = getattr(arguments, flag)
@@ -197,10 +198,10 @@ def take_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
 
 
 def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dataset":
-    """The data set ``name``, which must be the very data of the search.
+    """Return the data set ``name``, which must hold the same data as in the search.
 
     Raises:
-        InputError: it has another hash than ``data_hash``.
+        InputError: its hash is not ``data_hash``.
     """
     dataset = load_announced(name, data_dir)
     check_same_data(dataset, data_hash)
@@ -208,7 +209,7 @@ def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dat
 
 
 def check_same_data(dataset: "Dataset", data_hash: str) -> None:
-    """Raise InputError where the data set has another hash than ``data_hash``."""
+    """Raise InputError if the data set's hash is not ``data_hash``."""
     if dataset.content_hash != data_hash:
         raise InputError(
             f"--data-dir: must hold the data that the search used (sha256 {data_hash[:12]}...), "
@@ -217,12 +218,13 @@ def check_same_data(dataset: "Dataset", data_hash: str) -> None:
 
 
 def find_run(run: str, results_dir: Path) -> Path:
-    """What ``run`` names as a path, or by its name in ``results_dir``: a run's folder before a file or another folder.
+    """Return the path that ``run`` names, either as a path or as a name in ``results_dir``.
 
-    Where there is nothing of this name, the path is returned for what reads it to refuse.
+    A run's folder is preferred to a file, and a file to another folder. If nothing has this name, ``run`` is returned
+    as a path, so that its reader refuses it.
     """
     places = (Path(run), results_dir / run)
-    with contextlib.suppress(OSError):  # a name that is too long for a file
+    with contextlib.suppress(OSError):  # a name too long for a file
         for is_meant in (_is_run, Path.is_file, Path.is_dir):
             for place in places:
                 if is_meant(place):
@@ -235,10 +237,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:
-    """The folder of what ``find_run`` finds.
+    """Return the folder of the path that ``find_run`` finds.
 
     Raises:
-        InputError: there is none; the message names ``flag``.
+        InputError: the path does not exist; the message names ``flag``.
     """
     place = find_run(run, results_dir)
     with contextlib.suppress(OSError):
@@ -248,10 +250,10 @@ def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device of ``--device``: auto, cpu or cuda.
+    """Return the device of ``--device``: auto, cpu or cuda.
 
     Raises:
-        InputError: CUDA is asked for and not there.
+        InputError: ``name`` is cuda, and CUDA is not available.
     """
     import torch
 

@@ -11,12 +11,12 @@ from tune_amp.trial.config import InputError
 
 
 def grafana_command(arguments: Sequence[str] | None = None, program: str = "tune-amp grafana") -> int:
-    """Print or write the dashboard that Grafana imports. Returns the exit code."""
+    """Print or write the dashboard that Grafana imports. Return the exit code."""
     return answer_bad_input(lambda: _grafana(_grafana_parser(program).parse_args(arguments)))
 
 
 def read_dashboard() -> str:
-    """The dashboard, ``tune_amp/monitor/grafana/tune_amp.json`` in the package."""
+    """Return the dashboard, ``tune_amp/monitor/grafana/tune_amp.json`` in the package."""
     file = importlib.resources.files("tune_amp.monitor") / "grafana" / "tune_amp.json"
     return file.read_text(encoding="utf-8")
 
@@ -49,6 +49,6 @@ def _grafana(arguments: argparse.Namespace) -> int:
 
 
 def _write_dashboard(path: Path, content: bytes) -> None:
-    """Write it, unless it is there already; a dashboard that somebody has edited is not ours any more."""
+    """Write the dashboard unless the same file exists. An edited dashboard is never replaced: it is the user's file."""
     if not (path.is_file() and path.read_bytes() == content):
         write_atomically(path, lambda file: file.write(content), replace=False)

@@ -14,7 +14,7 @@ from tune_amp.cli.train import train_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``tune-amp``: search, train, compare, report, show, or grafana.
+    """Run a command of ``tune-amp``: search, train, compare, report, show, or grafana.
 
     Returns:
         The exit code: 0 done, 1 no result, 2 bad input, 130 interrupted.

@@ -7,7 +7,7 @@ from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, ign
 
 
 def report_command(arguments: Sequence[str] | None = None, program: str = "scripts/report.py") -> int:
-    """Make the report of a run again and print where it is. Returns the exit code."""
+    """Write the report of a run again and print its path. Return the exit code."""
     return answer_bad_input(lambda: _report(_report_parser(program).parse_args(arguments)))
 
 

@@ -1,4 +1,4 @@
-"""The command ``tune-amp show``: prints a run again, from its files alone."""
+"""The command ``tune-amp show``: prints a run again, from the run's files alone."""
 
 import argparse
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def show_command(arguments: Sequence[str] | None = None, program: str = "tune-amp show") -> int:
-    """Print a run again: what was searched on what, and what came out. Returns the exit code."""
+    """Print a run again: what was searched, the data, and the result. Return the exit code."""
     return answer_bad_input(lambda: _show(_show_parser(program).parse_args(arguments)))
 
 
@@ -77,7 +77,7 @@ def _print_start(console: Console, outcome: "Outcome") -> None:
 
 
 def _name_reuse_command(outcome: "Outcome") -> str:
-    """As the search named it, but for the program: ``tune-amp`` is there, where the scripts are is not known."""
+    """Return the search's reuse command, but with ``tune-amp``: the folder of the scripts is not known here."""
     from tune_amp.cli.outcome import name_reuse_command
 
     recorded = OneLineParser(prog="tune-amp search", add_help=False, allow_abbrev=False)

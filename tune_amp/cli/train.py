@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 
 
 MOST_RECALLS = 10
-"""Classes named in a line; the file has them all."""
+"""Most classes named in a line; the file has them all."""
 
 
 def train_command(arguments: Sequence[str] | None = None, program: str = "scripts/train.py") -> int:
-    """Train a configuration from a Parquet file and print its test accuracy. Returns the exit code."""
+    """Train a configuration from a Parquet file and print its test accuracy. Return the exit code."""
 
     def run() -> int:
         with interrupted_by_signals():
@@ -85,7 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from tune_amp.results.records import load_best_record, load_best_rows, load_provenance
 
     record = load_best_record(arguments.best, arguments.rank)
-    best = load_best_rows(arguments.best)  # now: a confirmation that is under way will rank it anew
+    best = load_best_rows(arguments.best)  # read now: a confirmation in progress will rank it anew
     take_consent(arguments, record.config)
     provenance = load_provenance(arguments.best)
     dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
@@ -139,7 +139,7 @@ def _train_final(
 
 
 def _check_own_model(config: TrialConfig, dataset: "Dataset", device: "torch.device") -> None:
-    """Refuse, before anything is written, a model that was changed since the search, or does not run here."""
+    """Refuse a user's own model that changed since the search or does not run here, before anything is written."""
     from tune_amp.search.preflight import check_training
 
     if is_function_name(config.model):
@@ -163,7 +163,7 @@ def _print_training(
 
 
 def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:
-    """Train as the trial did and compare every epoch with the record."""
+    """Repeat the trial and compare every epoch with its record. Return the exit code."""
     import torch
 
     from tune_amp.results.parquet import locate
@@ -176,7 +176,7 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
             )
     if not record.epochs:
         raise InputError(f"--replay: rank {arguments.rank} is the default configuration, which was no trial to repeat")
-    torch.set_num_threads(record.num_threads)  # sums are split among threads: another number, other last bits
+    torch.set_num_threads(record.num_threads)  # sums are split among threads: their number changes the last bits
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
     beside = locate(arguments.best, "best").with_name(EPOCHS_FILE)
@@ -207,7 +207,7 @@ def _describe_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
 
 
 def describe_recalls(recalls: Sequence[float]) -> str:
-    """One line: the share of each class's images that was classified correctly, the worst first, ten at most."""
+    """Return one line with the share of correctly classified images of each class, worst first, ten classes at most."""
     found = sorted((recall, label) for label, recall in enumerate(recalls) if not math.isnan(recall))
     shown = ", ".join(f"{label}: {recall:.2%}" for recall, label in found[:MOST_RECALLS])
     left = f", {len(found) - MOST_RECALLS} better ones" if len(found) > MOST_RECALLS else ""
