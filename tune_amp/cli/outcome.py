@@ -1,6 +1,6 @@
-"""What a search came to, as its own end and ``tune-amp show`` print it: the same lines from the same code.
+"""The result of a search, as the search itself and ``tune-amp show`` print it: the same lines from the same code.
 
-Imports neither torch nor Ray, so that a run is shown at once, and wherever pyarrow and Optuna are.
+Imports neither torch nor Ray, so that a run is shown at once, on any machine with pyarrow and Optuna.
 """
 
 import collections
@@ -38,30 +38,30 @@ from tune_amp.trial.text import printable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What is shown of a search that is over."""
+    """The result of a search, as it is printed."""
 
     folder: Path
     """The run folder."""
     trials: Sequence[TrialRecord]
-    """All of them, in order of submission."""
+    """All trials, in order of submission."""
     ranked: Sequence[TrialRecord]
-    """The best by the search's own numbers; empty where no trial produced a result."""
+    """The best trials by the search's own numbers; empty if no trial produced a result."""
     best: Sequence[BestRow]
-    """As in ``best.parquet``; empty where there is none."""
+    """Rows of ``best.parquet``; empty if there is none."""
     confirmed_runs: Sequence[ConfirmedRun] = ()
-    """Of the best, on fresh seeds."""
+    """Runs of the best configurations on fresh seeds."""
     provenance: Provenance
     importance: ImportanceResult
     slot_time: SlotTime | None
-    """None where the search was killed, or still goes on."""
+    """None if the search was killed, or is still running."""
     interrupted: bool = False
-    """Whether a signal ended the search; its files do not tell that from a time budget that was used up."""
+    """Whether a signal ended the search. Its files do not distinguish this from an exhausted time budget."""
     wrap_up_seconds: float | None = None
-    """What followed the last trial's end; None where that is not known any more."""
+    """Seconds from the last trial's end until files and importance were written; None if no longer known."""
     confirm_seconds: float | None = None
-    """What fresh seeds took; None where there were none, or that is not known any more."""
+    """Seconds spent on fresh seeds; None if there were none, or if no longer known."""
     ranking_wanted: bool = False
-    """Whether the search's own ranking is shown even where fresh seeds know better."""
+    """Whether the search's own ranking is shown even if fresh seeds give a better one."""
 
     @property
     def is_confirmed(self) -> bool:
@@ -70,14 +70,14 @@ class Outcome:
 
 
 def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
-    """What the files of a run tell, which may have been killed: then some are missing.
+    """Return the result of a run from its files. Some are missing if the run was killed.
 
     Args:
         folder: the run folder.
-        top_k: how many of the best are ranked; None for as many as the search ranked, or 3 where it was killed.
+        top_k: how many of the best are ranked; None for as many as the search ranked, or 3 if it was killed.
 
     Raises:
-        InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file damaged or of another version.
+        InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file is damaged or of another version.
     """
     trials = load_trials(folder)
     provenance = load_provenance(folder / TRIALS_FILE)
@@ -99,7 +99,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
 
 
 def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
-    """As the search wrote it; else measured as the search would have, which mostly tells why it did not."""
+    """Return the importance that the search wrote, or measure it likewise, which mostly says why none was written."""
     if (folder / IMPORTANCE_FILE).exists():
         return load_importance(folder)
     space = parse_space(provenance.space_source, provenance.space_text)
@@ -108,14 +108,14 @@ def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Pr
 
 
 def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None, model: str, dataset: str) -> str:
-    """The line that trains the winner: with the same data, and with consent to the user's own code.
+    """Return the command that trains the winner, with the same data, and with consent to the user's own code.
 
     Args:
         train: the command that trains, such as ``("tune-amp", "train")``.
         best: ``best.parquet``.
-        data_dir: where the search found its data; None where nobody said.
-        model: of the search.
-        dataset: of the search.
+        data_dir: the search's ``--data-dir``; None if it was not given.
+        model: the search's model.
+        dataset: the search's data set.
     """
     parts = [*train, name_path(best)]
     if data_dir is not None:
@@ -127,13 +127,13 @@ def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None
 
 
 def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
-    """Print counts, ranking and ties or what confirmed them, importance, slot time, files and how to go on.
+    """Print counts, ranking with ties or confirmation, importance, slot time, files and the command for reuse.
 
     Args:
-        console: what was found goes here.
-        outcome: what is shown.
-        reuse: the line that trains the winner.
-        errors: why nothing was found goes here.
+        console: where the result is printed.
+        outcome: the result.
+        reuse: the command that trains the winner.
+        errors: where the reasons for having no result are printed.
     """
     console.print(describe_counts(outcome.trials))
     if outcome.interrupted:
@@ -170,9 +170,9 @@ def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Prove
     """Print the table of the confirmed configurations and the sentences below it, the verdict last.
 
     Args:
-        console: where to.
-        rows: of ``best.parquet``, those without confirmation included.
-        provenance: of the run.
+        console: where to print.
+        rows: the rows of ``best.parquet``, including those without confirmation.
+        provenance: the run's provenance.
     """
     console.print(render_confirmed(rows, provenance))
     for sentence in describe_confirmed(rows, provenance):
@@ -187,7 +187,7 @@ def _print_ranking(console: Console, outcome: Outcome) -> None:
 
 
 def _describe_runs(outcome: Outcome) -> str:
-    """How many configurations were trained on which fresh seeds, and how long that took where it is known."""
+    """Return how many configurations were trained on which fresh seeds, and how long that took, if known."""
     seeds = sorted({run.seed for run in outcome.confirmed_runs})
     count = len({run.trial_id for run in outcome.confirmed_runs})
     took = "" if outcome.confirm_seconds is None else f" in {outcome.confirm_seconds:.0f} s"
@@ -208,7 +208,7 @@ def _print_slot_time(console: Console, outcome: Outcome) -> None:
 
 
 def _print_no_result(console: Console, outcome: Outcome) -> None:
-    """Say why there is no winner: the commonest reasons first."""
+    """Print why there is no winner, the commonest reasons first."""
     console.print("[bold red]no trial produced a result[/]:")
     reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
     for reason, count in reasons.most_common(3):

@@ -1,4 +1,4 @@
-"""How ``--resume`` reads a command line: what may be another than when the run was begun, and what must not."""
+"""How ``--resume`` reads a command line: which arguments may differ from those the run began with, and which not."""
 
 import argparse
 import dataclasses
@@ -18,9 +18,10 @@ from tune_amp.trial.consent import check_consent, consent_to
 from tune_amp.trial.text import HIDDEN, hide_credentials
 
 LEADS_OUT = ("address", "storage_path", "tracker")
-"""What takes data, code and tokens to other machines, or deletes elsewhere: never on the word of a run alone."""
+"""Arguments that send data, code and tokens to other machines, or delete elsewhere. A run's record alone never sets
+them."""
 OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
-"""Arguments that are not remembered."""
+"""Arguments that apply to one call and are not recorded."""
 
 _HINTS = {
     **field_types(SearchOptions),
@@ -33,7 +34,7 @@ _HINTS = {
 
 
 def remember(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that a run goes on with, wherever that is, as JSON can hold them."""
+    """Return the arguments for resuming the run from any folder, as values that JSON can hold."""
     kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
     kept["address"] = arguments.address and hide_credentials(arguments.address)
     kept["storage_path"] = _name_from_anywhere(arguments.storage_path)
@@ -42,22 +43,23 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _name_from_anywhere(storage_path: str | None) -> str | None:
-    """The place of checkpoints without secrets, and not as seen from the current folder."""
+    """Return the place of checkpoints without secrets, and independent of the current folder."""
     if storage_path is None or "://" in storage_path:
         return storage_path and hide_credentials(storage_path)
     return str(Path(storage_path).expanduser().absolute())
 
 
 def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: PastRun) -> argparse.Namespace:
-    """The arguments of a run that goes on: those that it was begun with, but for what the command line says now.
+    """Return the arguments of a resumed run: those that it began with, overridden by the command line.
 
     Args:
-        parser: of the command.
-        command: its arguments, ``--resume`` among them.
+        parser: the command's parser.
+        command: the command's arguments, ``--resume`` among them.
         past: the run.
 
     Raises:
-        InputError: an argument would change what the run has in common, or names nobody's code where the run needs it.
+        InputError: an argument would change what all trials of the run have in common, or the run needs the user's own
+            code and no argument names it.
     """
     absent = object()
     given = parser.parse_args(command, argparse.Namespace(address=absent, storage_path=absent))
@@ -68,7 +70,7 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
         raise InputError("--resume: the run was cut off before its warm start was taken over; begin it anew")
     recorded = _read_recorded(past)
     _check_way_out([name for name in LEADS_OUT if getattr(given, name) in (absent, [])], recorded)
-    recorded["tracker"] = []  # those given take the place of those before
+    recorded["tracker"] = []  # the given trackers replace the recorded ones
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
     if HIDDEN in (arguments.storage_path or ""):
         raise InputError(
@@ -84,7 +86,7 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
 
 
 def _read_recorded(past: PastRun) -> dict[str, Any]:
-    """What the run was begun with: an argument each, of its type. A journal may come from anybody."""
+    """Return the arguments that the run began with, each checked for its type: the journal is not trusted."""
     recorded = {}
     for name, hint in _HINTS.items():
         if name not in past.arguments:
@@ -99,14 +101,14 @@ def _read_recorded(past: PastRun) -> dict[str, Any]:
 
 
 def _check_way_out(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:
-    """Whoever packed a run may have named a cluster, a place or trackers of theirs: ours are named by us again."""
+    """Refuse recorded values of ``LEADS_OUT`` that are not given again: a copied run may name those of its packer."""
     missing = _name_ways_out({name: recorded[name] for name in left_out})
     if missing:
         raise InputError(f"--resume: must be given once more, each as it was or as {NONE}: {shlex.join(missing)}")
 
 
 def _name_ways_out(arguments: Mapping[str, Any]) -> list[str]:
-    """The flags of ``LEADS_OUT`` that are set, each with its value."""
+    """Return the flags of ``LEADS_OUT`` that are set, each with its value."""
     parts = []
     for name in LEADS_OUT:
         if arguments.get(name):
@@ -134,7 +136,7 @@ def _check_space(given: str | None, past: PastRun) -> None:
 
 
 def _check_trials(arguments: argparse.Namespace, past: PastRun) -> None:
-    """Refuse a journal whose trials have other settings than the run in what all trials have in common."""
+    """Refuse a journal whose trials differ from the run in a setting that all trials share."""
     shared = {name: getattr(arguments, name) for name in ("model", "dataset", "imbalance", "max_epochs", "seed")}
     for trial in past.trials:
         for name, expected in shared.items():
@@ -145,7 +147,7 @@ def _check_trials(arguments: argparse.Namespace, past: PastRun) -> None:
 
 
 def describe_changes(past: PastRun, folder: Path) -> list[str]:
-    """What is another than when the run was begun, and what that means, in lines.
+    """Return a line for each change since the run began, with its consequence.
 
     Raises:
         InputError: the run's own copy of the space was edited.
@@ -168,7 +170,7 @@ def describe_changes(past: PastRun, folder: Path) -> list[str]:
 
 
 def _read_text(path: Path) -> str | None:
-    """What a space's file says; None where there is none, or it cannot be one."""
+    """Return the text of a space's file; None if there is no file, or if it cannot be a space."""
     try:
         is_space = path.is_file() and path.stat().st_size <= MAX_BYTES
         return path.read_text(encoding="utf-8", errors="replace") if is_space else None
@@ -177,7 +179,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def describe_standing(past: PastRun, num_samples: int, time_budget: float | None = None) -> str:
-    """Where a run that goes on stands, in a line."""
+    """Return the progress of a resumed run in one line."""
     over = len(past.trials) - len(past.unfinished)
     kept = sum(trial.last_result is not None for trial in past.unfinished)
     cut = f", {len(past.unfinished)} were cut off ({kept} of them after a report)" if past.unfinished else ""
@@ -187,14 +189,14 @@ def describe_standing(past: PastRun, num_samples: int, time_budget: float | None
 
 
 def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, arguments: Mapping[str, Any]) -> str:
-    """The line that goes on with a run.
+    """Return the command that resumes a run.
 
     Args:
         search: the command that searches, such as ``("tune-amp", "search")``.
-        folder: of the run.
-        default_dir: where it is looked for without being told.
-        arguments: from ``remember``. The user's own code is named again, as consent to run it, and so is what leads out
-            of the run folder.
+        folder: the run's folder.
+        default_dir: the results folder that the command searches by default.
+        arguments: from ``remember``. The command names the user's own code again, as consent to run it, and also the
+            arguments of ``LEADS_OUT`` that are set.
     """
     parts = [*search, "--resume", name_run(folder, default_dir)]
     for name in ("model", "dataset", "sampler"):

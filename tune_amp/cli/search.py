@@ -74,15 +74,15 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the command line asks for, found to make sense."""
+    """The request of a command line, checked."""
 
     arguments: argparse.Namespace
     space: "SearchSpace"
     donor: "Donor | None" = None
     past: "PastRun | None" = None
-    """The run that goes on, or None for a new one."""
+    """The run to resume; None for a new run."""
     notes: Sequence[str] = ()
-    """What is another than when it was begun."""
+    """Changes since the resumed run began."""
     command: Sequence[str]
     """The program and its arguments."""
     begun: float
@@ -90,16 +90,16 @@ class Task:
 
     @property
     def options(self) -> SearchOptions:
-        """How much is searched."""
+        """The options of the search."""
         return build_options(vars(self.arguments))
 
 
 WORKER_MODULES = ("tune_amp.cluster.trainable",)
-"""What workers import as they start, with all that it imports in its turn."""
+"""Modules that workers import at start, with all modules that these import."""
 
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
-    """Run a search and print what it found. Returns the exit code."""
+    """Run a search and print its result. Return the exit code."""
     begun = time.monotonic()
     command = sys.argv[1:] if arguments is None else list(arguments)
     return answer_bad_input(lambda: _search(command, program, begun))
@@ -135,7 +135,7 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     arguments.tracker = check_trackers(arguments.tracker)
     name = arguments.space or DEFAULT_SPACE
     space = load_space(name)
-    # Only to be refused, if it must be: before Ray starts, and before data are loaded and perhaps downloaded.
+    # Built only to refuse bad options early: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
     donor = None
     if arguments.warm_start is not None:
@@ -150,7 +150,7 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
 
 
 def _run(task: Task, folder: Path) -> int:
-    """Search, print what was found, and how to go on where something ended it."""
+    """Search, print the result, and print how to resume if the search was cut off. Return the exit code."""
     from tune_amp.cluster.session import StartError
 
     arguments, stdout = task.arguments, sys.stdout
@@ -163,22 +163,22 @@ def _run(task: Task, folder: Path) -> int:
             os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
 
     stop = StopRequest(leave)
-    # For programs, standard output holds our lines and nothing else; Ray and a user's own code print there too.
+    # Programs read standard output, so it holds only this command's lines. Ray and a user's own code print there too.
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     try:
         with pure, stopping_on_signals(stop):
             result = _search_with_ray(task, folder, stop, stdout)
-    except StartError as error:  # nothing was begun that could go on: the same command may be given again
+    except StartError as error:  # nothing began that could be resumed: the same command can be run again
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
     except (OSError, KeyboardInterrupt) as error:  # a full disk, most often, or Ctrl-C
         reason = describe_error(error) if isinstance(error, OSError) else stop.reason or "interrupted"
         return _say_cut_off(reason, task, folder)
     except SystemExit as error:
-        if error.code != signal.SIGTERM:  # Ray's own answer to SIGTERM while it starts
+        if error.code != signal.SIGTERM:  # raised by Ray's own SIGTERM handler while it starts
             raise
         return _say_cut_off("SIGTERM", task, folder)
-    except Exception as error:  # a fault of ours or of Ray's: its traceback follows, but the run is not lost
+    except Exception as error:  # a bug here or in Ray: its traceback follows, but the run is not lost
         if not isinstance(error, InputError):
             code = _say_cut_off(describe_error(error), task, folder)
             if _is_gone(folder):
@@ -196,13 +196,13 @@ def _run(task: Task, folder: Path) -> int:
 
 
 def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
-    """Say what ended a run before its time, and how to go on with it. Return the exit code."""
+    """Print what cut a run off, and how to resume it. Return the exit code."""
     if _is_gone(folder):
         text = f"error: {folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # standard error has no reader
             print(text, file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # standard error has no reader
         print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
         if _can_go_on(task, folder):
             print(f"resume   {printable(_resume_command(task, folder))}", file=sys.stderr)  # noqa: T201
@@ -210,12 +210,12 @@ def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
 
 
 def _is_gone(folder: Path) -> bool:
-    """Return whether a run folder was removed or moved away. Ray and we may have made parts of it again."""
+    """Return whether a run folder was removed or moved. Ray and this process may have recreated parts of it."""
     return not folder.exists() or (any(folder.iterdir()) and not (folder / JOURNAL_FILE).exists())
 
 
 def _can_go_on(task: Task, folder: Path) -> bool:
-    """Whether there is something to go on with. What a run takes over from another, it does with its first trial."""
+    """Return whether the run can be resumed. A warm start is recorded with the first trial, so it needs one."""
     path = folder / JOURNAL_FILE
     if not path.exists() or path.stat().st_size == 0:
         return False
@@ -226,12 +226,12 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     from tune_amp.cluster.session import ray_session, resolve_address
 
     arguments, space, options, past = task.arguments, task.space, task.options, task.past
-    if arguments.address is not None:  # to be refused, if it must be, before data are loaded
+    if arguments.address is not None:  # a bad address is refused before data are loaded
         resolve_address(arguments.address)
     console = open_console(quiet=arguments.quiet or arguments.json)
     theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
-    # Ray's start is mostly waiting, and takes as long as the data and the imports: 2 s less until the first trial.
-    # A user's own code is run in the main thread, where it may expect to be.
+    # Ray's start is mostly waiting, and takes as long as the data and the imports. Side by side, they bring the first
+    # trial forward by 2 s. A user's own code runs in the main thread, as it may expect.
     load = functools.partial(_load_checked, task)
     find_checked = _call(load, in_background=not theirs)
     modules = _user_modules(arguments.model)
@@ -243,7 +243,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         preload=WORKER_MODULES,
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
-        stop.heed()  # Ray has begun to answer SIGTERM, by an end at once
+        stop.heed()  # again: Ray has installed a SIGTERM handler that ends at once
         if session.exposure:
             say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
         dataset, unfit = find_checked()
@@ -279,7 +279,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 announce=lambda line: say(console, f"note       {line}", style="yellow"),
             )
         _write_report(result.folder)
-        with ignoring_closed_pipe():  # now: Ray takes another second to end
+        with ignoring_closed_pipe():  # before the session closes: Ray takes another second to end
             print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
     return result
 
@@ -295,7 +295,7 @@ def _announce(
     resources: "TrialResources",
     warm_start: "WarmStart | None",
 ) -> None:
-    """Say how the search begins, or goes on."""
+    """Print how the search starts or resumes."""
     from tune_amp.cli.resume import describe_standing
     from tune_amp.monitor.trackers import describe_tracker
 
@@ -317,7 +317,7 @@ def _announce(
 
 
 def _write_report(folder: Path) -> None:
-    """The report can be made again, so that what goes wrong with it is no reason to lose the run."""
+    """Write the report. Print an error instead of raising it: the report can be made again, and the run is kept."""
     from tune_amp.report.report import write_report
 
     try:
@@ -327,7 +327,7 @@ def _write_report(folder: Path) -> None:
 
 
 def _load_checked(task: Task) -> "tuple[Dataset, dict[str, str]]":
-    """The data set, found to fit, and ``check_fit``'s answer; what the search will import is imported meanwhile."""
+    """Return the data set, checked to fit, and the result of ``check_fit``. Also import the search's modules early."""
     import torch
 
     from tune_amp.search.preflight import check_fit
@@ -348,7 +348,7 @@ def _call(function: Callable[[], _T], *, in_background: bool) -> Callable[[], _T
     """Call ``function``, here or in a thread that does not outlive the program.
 
     Returns:
-        What gives its result; that of a thread is waited for, and its exception raised there.
+        A function that returns the result. It waits for the thread, and raises an exception of the thread.
     """
     future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
@@ -366,9 +366,9 @@ def _call(function: Callable[[], _T], *, in_background: bool) -> Callable[[], _T
 
 
 def _count_usable_gpus() -> int:
-    """GPUs that a Ray of our own may offer: none that this torch cannot use, or trials would train on the CPU.
+    """Return how many GPUs a local Ray may offer: only those that torch can use, or trials would train on the CPU.
 
-    torch is asked only where Ray finds a GPU: importing it takes a second.
+    torch is queried only if Ray finds a GPU, since importing it takes a second.
     """
     from ray._private.accelerators import get_accelerator_manager_for_resource
 
@@ -383,9 +383,9 @@ def _count_usable_gpus() -> int:
 
 
 def _user_modules(model: str) -> tuple[ModuleType, ...]:
-    """What the workers of a joined cluster need of a user's own model, and do not have.
+    """Return the modules of a user's own model that the workers of a joined cluster lack.
 
-    That is its top-level package or file, and what has been imported from beside it.
+    These are its top-level package or file, and the modules imported from the same folder.
     """
     if not is_function_name(model):
         return ()
@@ -393,14 +393,14 @@ def _user_modules(model: str) -> tuple[ModuleType, ...]:
     named = sys.modules[model.partition(":")[0].partition(".")[0]]
     folder = _find_folder(named)
     installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
-    if folder in installed:  # as it has to be on the nodes, with all the others
+    if folder in installed:  # the nodes need it installed too, with all the other packages
         return (named,)
     known = [module for name, module in sys.modules.items() if "." not in name and name not in ("__main__", "tune_amp")]
     return tuple(module for module in known if module is named or _find_folder(module) == folder)
 
 
 def _find_folder(module: ModuleType) -> Path | None:
-    """The folder in which a package or a single module lies; None for what is built in."""
+    """Return the folder that holds a package or a single module; None for a built-in module."""
     places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
     return Path(places[0]).resolve().parent if places[0] else None
 
@@ -423,7 +423,7 @@ def _resume_command(task: Task, folder: Path) -> str:
 
 
 def _name_python() -> str:
-    """This interpreter as the user can type it: ``python`` where that is the one, else its path."""
+    """Return this interpreter as the user can type it: ``python`` if that is this one, else its path."""
     executable = Path(sys.executable)
     if shutil.which("python") == str(executable):
         return "python"

@@ -12,7 +12,7 @@ DEFAULT_SPACE = "mnist_amp"
 
 
 def search_parser(program: str) -> argparse.ArgumentParser:
-    """Parses them; ``program`` is named in the help."""
+    """Return the parser of the arguments; its help names ``program``."""
     parser = OneLineParser(
         prog=program,
         description="Search for the settings under which mixed-precision training works best.",
@@ -64,5 +64,5 @@ def _unless_none(text: str) -> str | None:
 
 def _storage_place(text: str) -> str | None:
     if "://" not in text:
-        read_place(text)  # to be refused, if it must be
+        read_place(text)  # refuses a bad path
     return _unless_none(text)

@@ -1,4 +1,4 @@
-"""What ``tune-amp search`` prints: how a search begins and ends, for people and, as JSON lines, for programs."""
+"""The output of ``tune-amp search`` at start and end: text for people, JSON lines for programs."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ SLOW_EPOCH_SECONDS = 120.0
 def choose_observer(
     arguments: argparse.Namespace, console: Console, stdout: IO[str]
 ) -> "contextlib.AbstractContextManager[SearchObserver]":
-    """What shows a search while it runs, as the command line asks for it."""
+    """Return the observer that shows the running search as the command line asks, in a context manager."""
     from tune_amp.monitor.terminal import JsonLines, LiveTable, PlainLines, Quiet
 
     if arguments.json:
@@ -45,17 +45,17 @@ def print_start(
     session: "RaySession",
     resources: "TrialResources",
 ) -> None:
-    """Say what is searched, on what, with what, and where it can be watched."""
+    """Print model, data, space, resources and the dashboard's address, with warnings."""
     import torch
 
     from tune_amp.training.amp import describe_hardware
     from tune_amp.training.data import describe_tail
 
     if console.quiet:
-        return  # nor is a step timed for nothing
+        return  # nothing would be shown, so no step is timed either
     sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
     reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
-    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"  # names, checked as such
+    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"  # both are checked names
     console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
     say(console, f"space      {space.source}: {', '.join(p.name for p in space.parameters)}")
     for line in list_inert(space, dataset, options):
@@ -70,7 +70,7 @@ def print_start(
     else:
         say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
     if resources.gpus and not torch.cuda.is_available():
-        return  # the GPUs are other nodes': nothing here can tell what they lack
+        return  # the GPUs are on other nodes: what they lack is not known here
     device = torch.device("cuda" if resources.gpus else "cpu")
     for precision in space.precisions:
         notice = describe_hardware(precision, device)
@@ -81,14 +81,14 @@ def print_start(
 
 
 def describe_unfit(model: str, precision: str, reason: str, resources: "TrialResources") -> str:
-    """What it means that ``model`` does not run in ``precision`` on this machine's CPU."""
+    """Return the consequence of ``model`` not running in ``precision`` on this machine's CPU."""
     if resources.gpus:
         return f"{precision}: {model} does not run on this machine's CPU ({reason}); trials run on GPUs"
     return f"{precision}: {model} does not run here ({reason}): such trials are recorded as infeasible"
 
 
 def list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions) -> list[str]:
-    """Settings that would be searched for nothing."""
+    """Return a line for each searched setting that has no effect."""
     from tune_amp.space.no_effect import describe_inert, estimate_inert
 
     sizes = {"train_images": len(dataset.train), "max_epochs": options.max_epochs}
@@ -96,7 +96,7 @@ def list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions)
 
 
 def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
-    """Hours of waiting should not come as a surprise: a step is timed before the search."""
+    """Time a step before the search and warn of slow epochs, so that hours of waiting come as no surprise."""
     import torch
 
     from tune_amp.training.run import estimate_epoch_seconds
@@ -105,7 +105,7 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
     config = TrialConfig(model=model, precision=precision)
     try:
         seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
-    except Exception:  # a user's model may raise anything in training: its trials will say what
+    except Exception:  # a user's model may raise anything in training: its trials record it
         return
     if seconds >= SLOW_EPOCH_SECONDS:
         text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
@@ -113,7 +113,7 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
 
 
 def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
-    """Say what was found, with ``reuse``, the line that trains the winner."""
+    """Print the result, with ``reuse``, the command that trains the winner."""
     from tune_amp.cli.outcome import Outcome, print_outcome
     from tune_amp.results.records import rank_trials
 
@@ -133,7 +133,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     )
     if confirmation and confirmation.left_out:
         say(console, confirmation.left_out, style="yellow")
-    # Why there is no winner is said whatever the verbosity.
+    # The reasons for having no winner are printed at every verbosity.
     print_outcome(console, outcome, reuse, errors=open_console(stderr=True))
 
 
@@ -146,7 +146,7 @@ def print_json_start(
     unfit: Mapping[str, str],
     warm: Mapping[str, Any] | None,
 ) -> None:
-    """The first line for a program: where the run is, and what it begins with."""
+    """Write the first JSON line: where the run is, and what it starts with."""
     from tune_amp.monitor.terminal import JsonLines
 
     token = None if session.token_path is None else str(session.token_path)
@@ -157,7 +157,7 @@ def print_json_start(
 
 
 def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:
-    """The last line for a program: what was found; with ``resume``, the line that goes on where something is left."""
+    """Write the last JSON line: the result, and ``resume``, the command that resumes the run, if it was cut off."""
     from tune_amp.monitor.terminal import JsonLines, describe_as_json, describe_confirmation_as_json
     from tune_amp.results.utilisation import utilisation
 
