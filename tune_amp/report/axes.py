@@ -1,7 +1,7 @@
-"""The axes of a report's figures, on which what matters lies apart.
+"""The axes of a report's figures, scaled so that the differences that matter are visible.
 
-Every axis is drawn as a linear one, on which a value has the place that the axis gives it: plotly knows no axis for
-powers of two, nor one for accuracies, where 97 % and 99 % are further apart than 50 % and 52 %.
+Every axis is drawn as a linear one, at the positions that ``Axis.place`` returns: plotly has no axis for powers of two,
+nor one for accuracies, on which 97 % and 99 % are further apart than 50 % and 52 %.
 """
 
 import dataclasses
@@ -21,24 +21,24 @@ ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.99
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Where values lie, and what stands beside them."""
+    """A scale that gives values positions, with its title and ticks."""
 
     title: str
     place: Callable[[Any], float | None]
-    """A value's position; None where it has none."""
+    """Function from a value to its position; None if it has none."""
     show: Callable[[Any], str]
     ticks: tuple[tuple[float, str], ...]
-    """Positions and what they are called."""
+    """Positions and their labels."""
     low: float
     high: float
-    """Ends of the axis, a margin included."""
+    """Ends of the axis, including a margin."""
 
     def place_all(self, values: Iterable[Any]) -> list[float | None]:
-        """The position of each value."""
+        """Return the position of each value."""
         return [self.place(value) for value in values]
 
     def as_plotly(self, **changes: Any) -> dict[str, Any]:
-        """The axis as plotly takes it."""
+        """Return the axis as a dict for plotly, updated with ``changes``."""
         return {
             "title": {"text": self.title},
             "tickmode": "array",
@@ -49,22 +49,22 @@ class Axis:
         }
 
     def replace(self, **changes: Any) -> "Axis":
-        """The same axis but for ``changes``."""
+        """Return a copy of the axis with ``changes``."""
         return dataclasses.replace(self, **changes)
 
     def share(self, value: Any) -> float | None:
-        """A value's position as a share of the axis, from 0 to 1."""
+        """Return a value's position as a share of the axis, from 0 to 1."""
         position = self.place(value)
         return None if position is None else (position - self.low) / (self.high - self.low)
 
 
 def objective_axis(name: str, values: Iterable[float | None], images: int) -> Axis:
-    """The axis of an objective: accuracies by the logarithm of the error rate, the others by their own logarithm.
+    """Return the axis of an objective: the logarithm of the error rate for accuracies, of the value for the others.
 
     Args:
         name: one of ``config.OBJECTIVES``.
-        values: what it has to show.
-        images: that an accuracy was measured on; an error rate is at least half an image.
+        values: the values to show.
+        images: number of images that an accuracy was measured on; an error rate is at least half an image.
     """
     if name == "val_accuracy":
         return accuracy_axis(objective_title(name), values, images)
@@ -72,13 +72,13 @@ def objective_axis(name: str, values: Iterable[float | None], images: int) -> Ax
 
 
 def objective_title(name: str) -> str:
-    """An objective in words, with its unit."""
+    """Return an objective in words, with its unit."""
     return "validation accuracy" if name == "val_accuracy" else _COSTS[name][0]
 
 
 def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:
-    """Equal steps are equal factors of the error rate: the best trials are not squeezed together by the worst."""
-    least = 0.5 / max(1, images)  # a file may say anything
+    """Return an axis on which equal steps are equal factors of the error rate, so that the best trials stay apart."""
+    least = 0.5 / max(1, images)  # a file may hold any number
 
     def place(value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
@@ -93,7 +93,7 @@ def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Ax
 
 
 def log_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
-    """A logarithmic axis; what is not above 0 has no place on it."""
+    """Return a logarithmic axis. Values that are not above 0 have no position."""
 
     def place(value: float | None) -> float | None:
         if value is None or not math.isfinite(value) or value <= 0:
@@ -113,7 +113,7 @@ def log_axis(title: str, values: Iterable[float | None], show: Callable[[float],
 
 
 def power_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
-    """Powers of two, evenly spaced."""
+    """Return an axis on which powers of two are evenly spaced."""
 
     def place(value: float | None) -> float | None:
         if value is None or not math.isfinite(value) or value <= 0:
@@ -131,7 +131,7 @@ def power_axis(title: str, values: Iterable[float | None], show: Callable[[float
 
 
 def linear_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
-    """An ordinary axis."""
+    """Return a linear axis."""
 
     def place(value: float | None) -> float | None:
         return None if value is None or not math.isfinite(value) else float(value)
@@ -144,7 +144,7 @@ def linear_axis(title: str, values: Iterable[float | None], show: Callable[[floa
 
 
 def choice_axis(title: str, choices: Sequence[Any]) -> Axis:
-    """Choices side by side."""
+    """Return an axis with the choices side by side."""
 
     def place(value: Any) -> float | None:
         return float(choices.index(value)) if value in choices else None
@@ -154,7 +154,7 @@ def choice_axis(title: str, choices: Sequence[Any]) -> Axis:
 
 
 def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
-    """The axis of a searched setting, as the space has it."""
+    """Return the axis of a searched setting, scaled as in the search space."""
     title = f"{parameter.name} / steps of the trial" if parameter.fraction_of_trial else parameter.name
     if parameter.choices:
         return choice_axis(title, parameter.choices)
@@ -164,12 +164,12 @@ def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
 
 
 def count_step(count: int) -> int:
-    """Between the marks of an axis of whole numbers up to ``count``."""
+    """Return the distance between ticks of an axis of whole numbers up to ``count``."""
     return math.ceil(_round_step(max(1.0, count / 10)))
 
 
 def raise_to_power(value: float) -> str:
-    """A power of two as figures show it."""
+    """Return a power of two as figures show it."""
     return f"2<sup>{round(math.log2(value))}</sup>"
 
 
@@ -182,7 +182,7 @@ def _count(value: float) -> str:
 
 
 def show_percent(value: float) -> str:
-    """An accuracy."""
+    """Return an accuracy as figures show it."""
     return f"{value:.2%}"
 
 
@@ -209,7 +209,7 @@ def _place_percent(place: Callable[[float], float | None]) -> list[tuple[float, 
 
 
 def _add_margin(positions: Iterable[float | None], least: float = 0.0) -> tuple[float, float]:
-    """The range of ``positions`` with a margin on either side, of half of ``least`` at least."""
+    """Return the range of ``positions`` with a margin on either side, at least half of ``least``."""
     known = [position for position in positions if position is not None] or [0.0]
     low, high = min(known), max(known)
     margin = max(0.06 * (high - low), least / 2) or 0.05  # a single value
@@ -221,11 +221,11 @@ def _spread(low: float, high: float) -> tuple[float, ...]:
 
 
 def _thin(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
-    """As many of them as fit, evenly."""
+    """Return as many ticks as fit, evenly spaced."""
     return tuple(ticks[:: math.ceil(len(ticks) / MOST_TICKS)]) if ticks else ()
 
 
 def _round_step(step: float) -> float:
-    """The smallest of 1, 2, 5, 10, ... times a power of ten that is not below ``step``."""
+    """Return the smallest of 1, 2, 5, 10, ... times a power of ten that is not below ``step``."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))

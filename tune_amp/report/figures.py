@@ -1,6 +1,7 @@
-"""The figures of a report about its trials as a whole: how they went, what they cost, what fresh seeds say.
+"""A report's figures of all trials: history, epochs, validation curves, confirmation on fresh seeds, and slot time.
 
-Drawn by plotly itself: the plots of ``optuna.visualization`` do not tell how a trial ended, nor after how many epochs.
+plotly draws them directly: the plots of ``optuna.visualization`` show neither how a trial ended nor after how many
+epochs.
 """
 
 import collections
@@ -20,9 +21,9 @@ from tune_amp.trial.config import MORE_IS_BETTER, TrialStatus
 
 HEIGHT = 420
 MOST_BARS = 200
-"""Of a figure of epochs: with more of them, a bar stands for several."""
+"""Most bars of the figure of epochs; with more epochs, a bar stands for several."""
 
-# Colour and opacity of each use of the slots: what training was for in blue, waste as its status, the rest in grey.
+# Colour and opacity of each use of the slots: useful training in blue, waste in its status's colour, the rest in grey.
 USE_COLOURS: Mapping[SlotUse, tuple[str, float]] = types.MappingProxyType(
     {
         SlotUse.USEFUL: ("completed", 1.0),
@@ -38,7 +39,7 @@ USE_COLOURS: Mapping[SlotUse, tuple[str, float]] = types.MappingProxyType(
 
 
 def draw_history(run: Run) -> go.Figure:
-    """The objective of every trial in the order of their start; those without a value stand in a row below."""
+    """Draw the objective of every trial in order of start; trials without a value are in a row below."""
     axis = _with_place_for_none(build_objective_axis(run, run.objective), run)
     numbers = {trial.trial_id: number for number, trial in enumerate(run.trials, start=1)}
     traces = [_draw_best_so_far(run, axis, numbers)]
@@ -60,7 +61,7 @@ def draw_history(run: Run) -> go.Figure:
 
 
 def draw_pareto(run: Run, other: str) -> go.Figure:
-    """The first objective against another one, with the Pareto set ringed."""
+    """Draw the first objective against another one, with the Pareto set ringed."""
     y, x = build_objective_axis(run, run.objective), build_objective_axis(run, other)
     traces = []
     for status in list_statuses(run.trials):
@@ -82,7 +83,7 @@ def draw_trials(
     name: str,
     also: tuple[str, Axis] | None = None,
 ) -> go.Scatter:
-    """Trials of one status as points: their first objective against ``xs``."""
+    """Draw trials of one status as points: their first objective against ``xs``."""
     status = trials[0].status if trials else TrialStatus.COMPLETED
     told = [(run.objective, axis)] + ([also] if also else [])
     return go.Scatter(
@@ -97,13 +98,13 @@ def draw_trials(
 
 
 def build_objective_axis(run: Run, name: str) -> Axis:
-    """The axis of an objective with all trials on it."""
+    """Return the axis of an objective, spanning all trials."""
     values = [find_value(trial, name) for trial in run.trials]
     return objective_axis(name, values, run.provenance.validation_images)
 
 
 def _with_place_for_none(axis: Axis, run: Run) -> Axis:
-    """Where trials have no value, the axis goes on below to a place for them."""
+    """Return ``axis``, extended below by a place for trials without a value if there are any."""
     missing = [find_value(trial, run.objective) is None for trial in run.trials]
     if not any(missing):
         return axis
@@ -121,10 +122,10 @@ def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Sc
     xs: list[float] = []
     for trial in list_rankable(run):
         value = find_value(trial, run.objective)
-        assert value is not None  # or it would not be ranked
+        assert value is not None  # otherwise it would not be ranked
         values.append(best(values[-1], value) if values else value)
         xs.append(numbers[trial.trial_id])
-    if values:  # to the end, however long ago that was
+    if values:  # extended to the last trial
         values.append(values[-1])
         xs.append(len(run.trials) + 0.5)
     line = {"shape": "hv", "color": colour_of("muted"), "width": 1.5}
@@ -146,10 +147,10 @@ def _tell_values(trial: TrialRecord, told: Sequence[tuple[str, Axis]]) -> Iterat
 
 
 def draw_epochs(run: Run) -> go.Figure:
-    """How many trials reached each epoch, and what became of them there."""
+    """Draw how many trials reached each epoch, and how those that ended there ended."""
     last = [trial.last.epoch for trial in run.trials if trial.last]
     most = max(1, *last)
-    each = -(-most // MOST_BARS)  # epochs that a bar stands for, named by the last of them
+    each = -(-most // MOST_BARS)  # epochs of a bar, labelled by the last of them
     epochs = range(each, most + each, each)
     bars = []
     for status in list_statuses([trial for trial in run.trials if trial.last]):
@@ -175,7 +176,7 @@ def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: 
 
 
 def draw_curves(run: Run) -> go.Figure | None:
-    """Validation by epoch, the winner on top; None where no trial was validated."""
+    """Draw validation by epoch, the winner on top; None if no trial was validated."""
     name = "val_loss" if run.objective == "val_loss" else "val_accuracy"
     values = [getattr(report, name) for trial in run.trials for report in trial.epochs]
     if all(value is None for value in values):
@@ -212,7 +213,7 @@ def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> g
 
 
 def draw_confirmed(run: Run) -> go.Figure:
-    """Mean and interval of every confirmed configuration, its single runs, and what the search had said."""
+    """Draw mean and interval of every confirmed configuration, its single runs, and the search's own value."""
     rows = [row for row in run.listed if row.confirmation]
     names = [name_row(row) for row in rows]
     places = {name: float(-index) for index, name in enumerate(names)}
@@ -230,7 +231,7 @@ def draw_confirmed(run: Run) -> go.Figure:
 
 
 def name_row(row: BestRow) -> str:
-    """``rank 1``, ``rank 1, default`` or ``default``."""
+    """Return ``rank 1``, ``rank 1, default`` or ``default``."""
     names = [f"rank {row.rank}"] * (row.rank is not None) + [DEFAULT_ID] * (row.trial.trial_id == DEFAULT_ID)
     return ", ".join(names)
 
@@ -304,7 +305,7 @@ def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) ->
 
 
 def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
-    """One bar: the whole of the slot time."""
+    """Draw the slot time as one bar, divided by use."""
     bars = [
         go.Bar(
             x=[100 * share],

@@ -1,4 +1,4 @@
-"""The sections of a report about what was found: the settings that mattered, what fresh seeds say, time and origin."""
+"""A report's sections of results: importance, settings, confirmation on fresh seeds, slot time and origin."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +18,7 @@ from tune_amp.results.utilisation import describe_utilisation, find_shares, util
 
 
 def write_importance(run: Run) -> Section:
-    """Which parameters mattered."""
+    """Write which parameters mattered."""
     result = run.importance
     if result is None:
         return Section([_tell_why_no_importance(run)])
@@ -48,7 +48,7 @@ def _tell_why_no_importance(run: Run) -> str:
 
 
 def write_parameters(run: Run) -> Section:
-    """Slices and parallel coordinates."""
+    """Write the slices and parallel coordinates."""
     if all(find_value(trial, run.objective) is None for trial in run.trials):
         return Section(["No trial has a value to show against its settings."])
     slices = {
@@ -79,7 +79,7 @@ def write_parameters(run: Run) -> Section:
 
 
 def write_confirmed(run: Run) -> Section:
-    """What fresh seeds say of the best."""
+    """Write the confirmation of the best on fresh seeds."""
     if not run.rows:
         return Section(["No trial produced a result that could be ranked."])
     if not any(row.confirmation for row in run.rows):
@@ -183,7 +183,7 @@ def _list_failures(run: Run) -> Iterator[Table]:
 
 
 def list_words(given: Sequence[str]) -> list[str]:
-    """A command as it is typed; ``given`` names it first: a script, or the program and its command in one word."""
+    """Return a command as it is typed. ``given`` begins with a script, or with program and command in one word."""
     if not given:
         return []
     first = given[0].split() if given[0].startswith("tune-amp ") else [given[0]]
@@ -191,7 +191,7 @@ def list_words(given: Sequence[str]) -> list[str]:
 
 
 def write_utilisation(run: Run) -> Section:
-    """What the slots were used for."""
+    """Write what the slots were used for."""
     if run.slot_time is None:
         trouble = run.troubles.get(TRIALS_FILE)
         reason = f"the slot time cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
@@ -208,7 +208,7 @@ def write_utilisation(run: Run) -> Section:
 
 
 def find_origin(run: Run, version: str) -> Origin:
-    """Where all of this comes from."""
+    """Return the origin of the report's data."""
     origin = run.provenance
     pairs = [
         ("run", origin.run),

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no network, and the plain values that its template is filled with.
+"""The page of a report: one HTML file that needs no network, and the plain values that fill its template.
 
 ``templates/report.html`` escapes every text.
 """
@@ -19,7 +19,7 @@ from tune_amp.report.style import PALETTE
 from tune_amp.trial.text import printable
 
 MARK = '<meta name="generator" content="tune_amp report">'
-"""In the head of each report: only a file that has it is replaced by another report."""
+"""Tag in the head of each report; a new report replaces only a file that has it."""
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,34 +38,34 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Swatch]]
     winner: int | None = None
-    """Index of the row that stands out."""
+    """Index of the highlighted row."""
     long: str | None = None
     """Column whose texts are wrapped."""
     heading: str = ""
     summary: str = ""
-    """Line that opens the table, which is closed at first."""
+    """Line that opens the table, which is collapsed at first."""
     note: str = ""
-    """Paragraph below."""
+    """Paragraph below the table."""
     narrow: bool = False
 
 
 class LineKey(NamedTuple):
-    """The lines of a figure, by which a reader shows or hides them."""
+    """The key of a figure's lines, with which a reader shows or hides them."""
 
     groups: Sequence[tuple[str, str]]
-    """Colour, which is also the traces' ``legendgroup``, and name."""
+    """Colour (also the traces' ``legendgroup``) and name of each group of lines."""
     winner: bool
-    """Whether a thick line stands out."""
+    """Whether a thick line marks the winner."""
     marks: str | None = None
     """Name of the marks on the lines."""
 
 
 class Figure(NamedTuple):
-    """One or several plots, and below how to read them."""
+    """One or several plots, with a caption below on how to read them."""
 
     caption: str
     plots: Mapping[str, tuple[str, go.Figure]]
-    """Id that no other has -> what the plot shows, for those who cannot see it, and the plot."""
+    """Unique id -> alternative text and plot."""
     layout: str = ""
     """CSS class of the grid of several plots."""
     key: LineKey | None = None
@@ -81,48 +81,48 @@ class Section(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A sentence of the first screen."""
+    """A sentence on the first screen."""
 
     text: str
     is_warning: bool = False
 
 
 class Summary(NamedTuple):
-    """The first screen: what was searched, and what came out."""
+    """The first screen: what was searched, and the result."""
 
     searched: Sequence[tuple[str, str]]
     statuses: Sequence[Swatch]
-    """How many trials ended in which way."""
+    """Number of trials of each status."""
     merit: str
     """The figure of merit, in large type."""
     measured: str = ""
-    """What that figure is."""
+    """Description of that figure."""
     settings: str = ""
-    """Of rank 1."""
+    """Settings of rank 1."""
     findings: Sequence[Finding] = ()
     reuse: Sequence[str] = ()
-    """The command that trains rank 1, word by word."""
+    """Words of the command that trains rank 1."""
     unranked: str = ""
-    """Why there is no such command."""
+    """Reason why there is no such command."""
 
 
 class Origin(NamedTuple):
-    """Where the report's data come from."""
+    """The origin of the report's data."""
 
     facts: Sequence[tuple[str, str]]
     command: Sequence[str]
-    """Word by word."""
+    """Words of the search's command."""
     space_source: str
     space_text: str
 
 
 def quote_words(words: Iterable[str]) -> list[str]:
-    """The words of a command line, quoted for a shell, without characters that hide or reverse a part of it."""
+    """Return a command line's words, quoted for a shell, without characters that hide or reverse a part of it."""
     return [printable(shlex.quote(word)) for word in words]
 
 
 def is_page(path: Path) -> bool:
-    """Whether ``path`` is a file that ``render_page`` made, and no link."""
+    """Return whether ``path`` is a file that ``render_page`` made, and not a link."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -130,7 +130,7 @@ def is_page(path: Path) -> bool:
 
 
 def render_page(**values: Any) -> str:
-    """Fill ``templates/report.html``, whose policy lets a browser run the two scripts of the page and no other."""
+    """Fill ``templates/report.html``. Its policy lets a browser run only the page's two scripts."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -138,7 +138,7 @@ def render_page(**values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # plotly writes null for a number that JSON does not know: a search writes none where figures look, a file may.
+    # plotly writes null for a number that JSON lacks. A search writes none into the plotted columns, but a file may.
     environment.policies.update({"json.dumps_function": to_json_plotly, "json.dumps_kwargs": {}})
     library, drawing = get_plotlyjs(), (TEMPLATES / "report.js").read_text(encoding="utf-8")
     policy = (

@@ -1,4 +1,4 @@
-"""The figures of a report about the searched parameters: their importance, each alone, and all together."""
+"""A report's figures of the searched parameters: their importance, each alone, and all together."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ ROW_HEIGHT = 92
 
 
 def draw_importance(result: ImportanceResult) -> go.Figure:
-    """A bar for each parameter, and where permuted values of it would end."""
-    rows = list(reversed(result.rows))  # plotly begins at the bottom
+    """Draw a bar for each parameter, with a mark for the importance that permuted values reach."""
+    rows = list(reversed(result.rows))  # plotly draws from the bottom up
     names = [row.parameter for row in rows]
     bars = go.Bar(
         x=[row.importance for row in rows],
@@ -48,7 +48,7 @@ def draw_importance(result: ImportanceResult) -> go.Figure:
 
 
 def draw_slices(run: Run) -> dict[str, go.Figure]:
-    """For each searched parameter: the first objective of every trial against it."""
+    """Draw, for each searched parameter, the first objective of every trial against it."""
     y = build_objective_axis(run, run.objective)
     return {parameter.name: _draw_slice(run, parameter, y) for parameter in run.parameters}
 
@@ -61,7 +61,7 @@ def _draw_slice(run: Run, parameter: Parameter, y: Axis) -> go.Figure:
         group = [trial for trial in run.trials if trial.status is status and settings[trial.trial_id] is not None]
         xs = x.place_all(settings[trial.trial_id] for trial in group)
         traces.append(draw_trials(run, group, xs, y, name=say_status(status)))
-    if run.winner and run.winner.trial.last:  # the default configuration was no trial
+    if run.winner and run.winner.trial.last:  # the default configuration was not a trial
         trial = run.winner.trial
         ring = {"symbol": "circle-open", "size": 16, "color": colour_of("ink"), "line": {"width": 2}}
         traces.append(
@@ -80,10 +80,10 @@ def _draw_slice(run: Run, parameter: Parameter, y: Axis) -> go.Figure:
 
 
 def draw_parallel(run: Run) -> go.Figure:
-    """Each trial as a line through its settings, from row to row, to what came out in the last.
+    """Draw each trial as a line through its settings, one a row, to its objective in the last row.
 
-    Rows instead of plotly's own upright axes: they can be read on a narrow screen, show choices and settings that some
-    trials do not have, and need no WebGL.
+    Rows replace plotly's own upright axes: they are readable on a narrow screen, show choices and settings that some
+    trials lack, and need no WebGL.
     """
     axes = {
         parameter.name: setting_axis(parameter, [run.find_setting(parameter, trial.config) for trial in run.trials])

@@ -1,6 +1,7 @@
 """The report of a run: one HTML file with figures, made from its Parquet files alone and readable without a network.
 
-plotly.js, 4.8 MB of JavaScript, is in the file: the report of years ago still opens. Nothing here imports torch or Ray.
+The file contains plotly.js, 4.8 MB of JavaScript, so that a report still opens years later. Nothing here imports torch
+or Ray.
 """
 
 import os
@@ -30,22 +31,23 @@ SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.Mappin
         "time": ("slot time", "What the slots' time went into", write_utilisation),
     }
 )
-"""Anchor -> name in the contents, heading, and what writes it."""
+"""Anchor -> name in the contents, heading, and the function that writes the section."""
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Make the report of the run in ``folder``.
+    """Write the report of the run in ``folder``.
 
     Args:
-        folder: a run's folder; only ``trials.parquet`` must be in it.
-        output: the file to write, ``report.html`` in ``folder`` if None. An earlier report is replaced, nothing else.
+        folder: a run's folder; only ``trials.parquet`` is required.
+        output: the file to write, ``report.html`` in ``folder`` if None. It replaces an earlier report, but no other
+            file.
 
     Returns:
         The file written.
 
     Raises:
-        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version; the file cannot be written,
-            or is there and is no report.
+        InputError: ``trials.parquet`` is missing, damaged, not written by tune_amp or of another version; the file
+            cannot be written, or exists and is not a report.
     """
     run = load_run(Path(folder))
     path = run.folder / REPORT_FILE if output is None else Path(output)
@@ -62,7 +64,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 def build_report(run: Run) -> str:
-    """The report as HTML."""
+    """Return the report as HTML."""
     return render_page(
         subject=name_subject(run),
         run=run.provenance.run,

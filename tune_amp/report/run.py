@@ -1,4 +1,4 @@
-"""What a report is made of: a run as its Parquet files tell it, with a reason for each part that they do not."""
+"""The data of a report: a run as read from its Parquet files, with a reason for each missing part."""
 
 import dataclasses
 import functools
@@ -31,81 +31,82 @@ _T = TypeVar("_T")
 
 MISSING = "is missing"
 
-# A run that was killed has no best.parquet: as many are ranked here as a search ranks by default.
+# How many trials are ranked here, since a killed run has no best.parquet: as many as a search ranks by default.
 TOP_K = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder, read."""
+    """The contents of a run folder."""
 
     folder: Path
     provenance: Provenance
     trials: tuple[TrialRecord, ...]
     """In order of submission."""
     rows: tuple[BestRow, ...]
-    """Of ``best.parquet``, or ranked here where that cannot be read."""
+    """Rows of ``best.parquet``, or ranked here if it cannot be read."""
     importance: ImportanceResult | None
     confirmed: tuple[ConfirmedRun, ...]
     slot_time: SlotTime | None
     parameters: tuple[Parameter, ...]
-    """What was searched."""
+    """Searched parameters."""
     troubles: Mapping[str, str]
-    """File -> why its part is missing: ``is missing``, or the line with which it was refused."""
+    """File -> why its part is missing: ``is missing``, or the error message of reading it."""
 
     @property
     def objective(self) -> str:
-        """What ranks the trials: the first objective."""
+        """The first objective, by which trials are ranked."""
         return self.provenance.objectives[0]
 
     @functools.cached_property
     def ranked(self) -> tuple[BestRow, ...]:
-        """The rows that have a rank, the best first; the default too, where it competed."""
+        """The rows with a rank, best first; including the default if it competed."""
         ranked = [(row.rank, row) for row in self.rows if row.rank is not None]
         return tuple(row for _, row in sorted(ranked, key=lambda pair: pair[0]))
 
     @property
     def winner(self) -> BestRow | None:
-        """Rank 1; None where no trial produced a result."""
+        """Rank 1; None if no trial produced a result."""
         return self.ranked[0] if self.ranked else None
 
     @property
     def default(self) -> BestRow | None:
-        """The tutorial's configuration, where it was confirmed beside the winners."""
+        """The tutorial's configuration; None unless it was confirmed beside the winners."""
         return next((row for row in self.rows if row.trial.trial_id == DEFAULT_ID), None)
 
     @property
     def listed(self) -> tuple[BestRow, ...]:
-        """The ranked rows, and the default where it has no rank."""
+        """The ranked rows, and the default if it has no rank."""
         return self.ranked if self.default is None or self.default.rank else (*self.ranked, self.default)
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether fresh seeds say something of the winner."""
+        """Whether the winner was confirmed on fresh seeds."""
         return self.winner is not None and self.winner.confirmation is not None
 
     def is_winner(self, trial: TrialRecord) -> bool:
-        """Whether ``trial`` is that of rank 1."""
+        """Return whether ``trial`` is rank 1."""
         return self.winner is not None and trial.trial_id == self.winner.trial.trial_id
 
     def find_setting(self, parameter: Parameter, config: TrialConfig) -> Any:
-        """A searched setting as it was searched: relative to the trial where the space says so. None: not active.
+        """Return a setting as it was searched: relative to the trial if the space says so; None if it is not active.
 
-        An interval is whole steps, so that dividing gives the fraction back only about: a choice is the nearest one.
+        An interval is rounded to whole steps, so division recovers its fraction only approximately. For a choice, the
+        nearest one is returned.
         """
         value = getattr(config, parameter.name)
         if value is None or not parameter.fraction_of_trial:
             return value
-        # The steps that the space counts: a curriculum's shorter epochs are full ones to it.
+        # Steps as the space counts them: it counts a curriculum's shorter epochs as full ones.
         steps = self.provenance.train_images // config.batch_size * config.max_epochs
         return parameter.find_nearest(value, trial_steps=steps).get(parameter.optuna_name)
 
 
 def load_run(folder: Path) -> Run:
-    """Read what a run left behind. Only ``trials.parquet`` must be there.
+    """Read a run's files. Only ``trials.parquet`` is required.
 
     Raises:
-        InputError: ``trials.parquet`` is missing, damaged, not ours or of another version.
+        InputError: ``trials.parquet`` is missing, damaged, not written by tune_amp or of another version.
     """
     if folder.is_file():
         folder = folder.parent
@@ -130,7 +131,7 @@ def load_run(folder: Path) -> Run:
 
 
 def _attempt(troubles: dict[str, str], folder: Path, name: str, load: Callable[[], _T]) -> _T | None:
-    """What ``load`` returns, or None and the reason under ``name``."""
+    """Return the result of ``load``; on failure return None and record the reason under ``name`` in ``troubles``."""
     if not (folder / name).is_file():
         troubles[name] = MISSING
         return None
@@ -142,7 +143,7 @@ def _attempt(troubles: dict[str, str], folder: Path, name: str, load: Callable[[
 
 
 def _find_parameters(provenance: Provenance, trials: list[TrialRecord]) -> tuple[Parameter, ...]:
-    """What the space searches; where its text is of another version, what differs among the trials."""
+    """Return the space's parameters; if its text is of another version, the settings that differ among the trials."""
     try:
         return parse_space(provenance.space_source, provenance.space_text).parameters
     except InputError:
@@ -153,13 +154,13 @@ def _find_parameters(provenance: Provenance, trials: list[TrialRecord]) -> tuple
 
 
 def find_value(trial: TrialRecord, objective: str) -> float | None:
-    """The last value of an objective; None where there is none, or it is not finite."""
+    """Return the last value of an objective; None if there is none, or if it is not finite."""
     value: float | None = getattr(trial.last, objective, None)
     return value if value is not None and math.isfinite(value) else None
 
 
 def list_rankable(run: Run) -> list[TrialRecord]:
-    """The trials that the ranking by the first objective considers, in order of submission."""
+    """Return the trials that the ranking by the first objective considers, in order of submission."""
     ranked = choose_best(run.trials, (run.objective,), len(run.trials)) if run.trials else []
     ids = {trial.trial_id for trial in ranked}
     return [trial for trial in run.trials if trial.trial_id in ids]

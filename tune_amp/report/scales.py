@@ -1,7 +1,7 @@
-"""The loss scale of every trial, step by step, with a mark at every overflow: each is a training step that was lost.
+"""The loss scale of every trial, step by step, with a mark at every overflow, which is a lost training step.
 
-``epochs.parquet`` holds each change of the scale with the step from which it was in force. ``GradScaler`` lowers the
-scale only where a gradient overflowed, and skips that step: a change downwards at step n is an overflow in step n - 1.
+``epochs.parquet`` holds each change of the scale with the first step at the new scale. ``GradScaler`` lowers the scale
+only after a gradient overflowed, and skips that step: a decrease at step n is an overflow in step n - 1.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from tune_amp.report.style import build_figure, colour_of, tell_trial
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrialStatus, format_scale
 
-# The first steps have a panel of their own: that is where a scale that begins too high comes down, one step at a time.
+# The first steps have their own panel: in them, a scale that starts too high comes down, one step at a time.
 FEWEST_FIRST_STEPS, MOST_FIRST_STEPS = 20, 64
 
-# Of a trial that overflows at every other step, no more than so many ups and downs can be seen, and so many marks.
+# Columns of the figure for scales and for marks: if a trial overflows at every other step, no more can be seen.
 COLUMNS, MARK_COLUMNS = 240, 100
 
 HEIGHT = 520
@@ -29,15 +29,15 @@ HEIGHT = 520
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalePoint:
-    """A moment from which a loss scale was in force, or at which a step overflowed under it."""
+    """The first step at a loss scale, or a step that overflowed at it."""
 
     step: int
-    """From 1."""
+    """Training step, from 1."""
     epoch: float
-    """The same moment in epochs, from 0: what makes trials of different batch sizes comparable."""
+    """The same moment in epochs, from 0, which makes trials of different batch sizes comparable."""
     scale: float
     count: int = 1
-    """How many overflows it stands for, where they are too dense to be shown one by one."""
+    """Number of overflows that it stands for, if they are too dense to be shown one by one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,11 @@ class Trajectory:
     points: tuple[ScalePoint, ...]
     """Every change, and the end of every epoch."""
     overflows: tuple[ScalePoint, ...]
-    """Every step that was skipped, with the scale that was too high."""
+    """Every skipped step, with the scale that was too high."""
 
 
 def trace_scale(trial: TrialRecord) -> Trajectory:
-    """How the loss scale of a trial went; without points where it had none, or none was recorded."""
+    """Return the loss scale of a trial over its steps; without points if it had none, or if none was recorded."""
     points: list[ScalePoint] = []
     overflows: list[ScalePoint] = []
     last_epoch, last_steps = 0, 0
@@ -77,12 +77,12 @@ def trace_scale(trial: TrialRecord) -> Trajectory:
 
 
 def trace_scales(run: Run) -> list[Trajectory]:
-    """All trials of which a loss scale was recorded."""
+    """Return the loss scales of all trials that recorded one."""
     return [trajectory for trajectory in map(trace_scale, run.trials) if trajectory.points]
 
 
 def count_first_steps(trajectories: Sequence[Trajectory]) -> int:
-    """How many steps the panel of the first steps shows: until nine in ten of the trials took one."""
+    """Return how many steps the first panel shows: enough for nine in ten trials to apply one."""
     firsts = sorted(
         trajectory.trial.last.first_applied_step or 0 for trajectory in trajectories if trajectory.trial.last
     )
@@ -94,7 +94,7 @@ def count_first_steps(trajectories: Sequence[Trajectory]) -> int:
 
 
 def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure, go.Figure]:
-    """The first steps by step, and the whole trials by epoch, on the same axis of powers of two."""
+    """Draw the first steps by step, and whole trials by epoch, on the same axis of powers of two."""
     values = [point.scale for trajectory in trajectories for point in trajectory.points]
     axis = power_axis("loss scale", values, raise_to_power)
     steps = count_first_steps(trajectories)
@@ -107,7 +107,7 @@ def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure
 
 
 def _draw_panel(run: Run, trajectories: Sequence[Trajectory], axis: Axis, *, by_step: bool) -> go.Figure:
-    # The winner last, on top of all others; those that completed above those that did not.
+    # The winner is drawn last, on top of all others; completed trials are above the rest.
     order = {status: place for place, status in enumerate((TrialStatus.STOPPED, *TrialStatus, TrialStatus.COMPLETED))}
     drawn = sorted(trajectories, key=lambda of: (run.is_winner(of.trial), order[of.trial.status]))
     lines = [_draw_line(trajectory, axis, run.is_winner(trajectory.trial), by_step=by_step) for trajectory in drawn]
@@ -164,7 +164,7 @@ def _places(points: Iterable[ScalePoint], *, by_step: bool) -> list[float]:
 
 
 def _say_scale(scale: float) -> str:
-    """``2^16``; of a scale between powers of two the exponent too."""
+    """Return ``2^16``; for a scale between powers of two, the value and its exponent."""
     text = format_scale(scale)
     return text if text.startswith("2^") or scale <= 0 else f"{text} (2^{math.log2(scale):.1f})"
 
@@ -177,7 +177,7 @@ def _tell_count(point: ScalePoint) -> str:
 
 
 def _cut(trajectory: Trajectory, steps: int) -> Trajectory:
-    """Its first ``steps``, with the scale that is then in force."""
+    """Return its first ``steps``, with the scale in force at their end."""
     points = [point for point in trajectory.points if point.step <= steps]
     if points and points[-1].step < min(steps, trajectory.points[-1].step):
         end = min(steps + 1, trajectory.points[-1].step)
@@ -187,7 +187,7 @@ def _cut(trajectory: Trajectory, steps: int) -> Trajectory:
 
 
 def _thin(trajectory: Trajectory, width: float) -> Trajectory:
-    """In each column of a figure ``width`` epochs wide, at most four points (first, extremes, last), and one mark."""
+    """Keep at most four points (first, extremes, last) and one mark in a column of a figure ``width`` epochs wide."""
     return dataclasses.replace(
         trajectory,
         points=tuple(

@@ -1,4 +1,4 @@
-"""The sections of a report about its trials: a heading, a sentence or two, a figure, and how to read it."""
+"""A report's sections of trials: a heading, a sentence or two, a figure, and how to read it."""
 
 import types
 from collections.abc import Mapping, Sequence
@@ -30,18 +30,18 @@ _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
 
 
 def tell_trouble(trouble: str) -> str:
-    """Why a file is not used, after its name."""
+    """Return why a file is not used, in words that follow its name."""
     return trouble if trouble == MISSING else f"cannot be read ({trouble})"
 
 
 def write_key(run: Run, trials: Sequence[TrialRecord], *, marks: str | None = None) -> LineKey:
-    """The key of a figure in which each of ``trials`` is a line."""
+    """Return the key of a figure in which each of ``trials`` is a line."""
     groups = [(str(status), say_status(status)) for status in list_statuses(trials)]
     return LineKey(groups, winner=any(map(run.is_winner, trials)), marks=marks)
 
 
 def tell_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
-    """Accuracy, loss, skipped steps and time as cells of a table."""
+    """Return accuracy, loss, skipped steps and time as cells of a table."""
     if last is None:
         return ("", "", "", "")
     accuracy = "" if last.val_accuracy is None else show_percent(last.val_accuracy)
@@ -50,7 +50,7 @@ def tell_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
 
 
 def tell_epochs(trial: TrialRecord) -> str:
-    """``2/8``."""
+    """Return epochs trained of the most allowed, such as ``2/8``."""
     return f"{trial.last.epoch if trial.last else 0}/{trial.config.max_epochs}"
 
 
@@ -58,7 +58,7 @@ def tell_epochs(trial: TrialRecord) -> str:
 
 
 def write_history(run: Run) -> Section:
-    """How the search went, trial by trial."""
+    """Write the search's history, trial by trial."""
     if not run.trials:
         return Section(["No trial was started."])
     caption = (
@@ -99,7 +99,7 @@ def _list_trials(run: Run) -> Table:
 
 
 def write_epochs(run: Run) -> Section:
-    """How many trials got how far."""
+    """Write how many trials reached which epoch."""
     if not any(trial.last for trial in run.trials):
         return Section(["No trial came to the end of an epoch."])
     silent = sum(trial.last is None for trial in run.trials)
@@ -123,7 +123,7 @@ def _explain_stops(run: Run) -> str:
 
 
 def describe_savings(run: Run) -> str:
-    """Epochs spent and saved, and by what."""
+    """Return the epochs spent and saved, and what saved them."""
     spent = sum(trial.last.epoch for trial in run.trials if trial.last)
     full = sum(trial.config.max_epochs for trial in run.trials)
     trained = f"{count_of(len(run.trials), 'trial')} trained {count_of(spent, 'epoch')}"
@@ -147,7 +147,7 @@ def _count_saved(run: Run, status: TrialStatus) -> int:
 
 
 def _estimate_rest(trial: TrialRecord) -> float:
-    """Seconds that the rest of a trial would have taken at its own pace."""
+    """Return the seconds that the rest of a trial would have taken at its own pace."""
     last = trial.last
     if last is None:
         return 0.0
@@ -155,7 +155,7 @@ def _estimate_rest(trial: TrialRecord) -> float:
 
 
 def write_scales(run: Run) -> Section:
-    """The loss scale of every trial."""
+    """Write the loss scale of every trial."""
     trajectories = trace_scales(run)
     if not trajectories:
         return Section([_tell_why_no_scale(run)])
@@ -198,7 +198,7 @@ def _tell_why_no_scale(run: Run) -> str:
 
 
 def write_curves(run: Run) -> Section:
-    """Validation by epoch."""
+    """Write validation by epoch."""
     plot = draw_curves(run)
     if plot is None:
         return Section(["No trial was validated."])

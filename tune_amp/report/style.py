@@ -1,4 +1,4 @@
-"""How a report's figures look: colours and symbols by meaning, and what all figures share."""
+"""The style of a report's figures: colours and symbols by meaning, and the shared layout."""
 
 import dataclasses
 import html
@@ -36,8 +36,8 @@ PALETTE: Mapping[str, Colour] = types.MappingProxyType(
         "interrupted": Colour(light="#087b6b", dark="#4cc2b0"),
     }
 )
-"""The names of statuses are among them. All but the grid's and the pale one have a contrast of at least 3 with the
-background, texts one of 4.5. Statuses are told apart by their symbols too."""
+"""Colour of each meaning; the names of statuses are among the keys. All but grid and pale have a contrast of at least 3
+with the background, texts one of 4.5. Symbols distinguish statuses too."""
 
 SYMBOLS: Mapping[TrialStatus, str] = types.MappingProxyType(
     {
@@ -56,21 +56,21 @@ CLEAR = "rgba(0,0,0,0)"
 
 
 def colour_of(name: str) -> str:
-    """The colour as figures hold it, that of the light scheme: the page puts that of the reader's in its place."""
+    """Return the colour in the light scheme, as figures hold it. The page replaces it by the reader's scheme."""
     return PALETTE[name].light
 
 
 def build_figure(
     traces: Sequence[Any], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any
 ) -> go.Figure:
-    """A figure as wide as its place on the page, in the page's own colours.
+    """Return a figure as wide as its place on the page, in the page's own colours.
 
     Args:
-        traces: what is drawn.
+        traces: the plotly traces.
         height: in pixels.
-        x: the horizontal axis, as plotly takes it.
-        y: the vertical one.
-        layout: what else differs from what all figures share.
+        x: the horizontal axis, as a dict for plotly.
+        y: the vertical axis.
+        layout: other differences from the shared layout.
     """
     return go.Figure(
         data=traces,
@@ -97,7 +97,7 @@ def build_figure(
 
 
 def style_axis(axis: Mapping[str, Any]) -> dict[str, Any]:
-    """An axis as all figures have it, with what ``axis`` says of its own."""
+    """Return the axis style that all figures share, overridden by ``axis``."""
     title = {"standoff": 10, "font": {"color": colour_of("muted"), "size": 13}, **axis.get("title", {})}
     shared = {
         "automargin": True,
@@ -111,22 +111,22 @@ def style_axis(axis: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_of(count: int, name: str) -> str:
-    """``1 trial``, ``24 trials``."""
+    """Return ``1 trial``, ``24 trials``."""
     return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def list_statuses(trials: Sequence[TrialRecord]) -> list[TrialStatus]:
-    """The statuses that occur, in their own order."""
+    """Return the statuses that occur, in the order of ``TrialStatus``."""
     return [status for status in TrialStatus if any(trial.status is status for trial in trials)]
 
 
 def say_status(status: TrialStatus) -> str:
-    """A status in words."""
+    """Return a status in words."""
     return str(status).replace("_", " ")
 
 
 def tell_trial(trial: TrialRecord) -> str:
-    """What a figure says of a trial under the pointer; names come from files, and plotly reads tags."""
+    """Return the hover text of a trial. Names are escaped: they come from files, and plotly interprets tags."""
     lines = [f"<b>{_text(trial.trial_name)}</b>", _text(_tell_end(trial))]
     config = trial.config
     lines.append(f"lr {config.lr:.3g}, batch {config.batch_size}, {_text(config.precision)}")

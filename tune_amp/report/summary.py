@@ -1,4 +1,4 @@
-"""The first screen of a report: what was searched on what, and what came out."""
+"""The first screen of a report: what was searched, the data, and the result."""
 
 import collections
 import datetime
@@ -18,13 +18,13 @@ from tune_amp.trial.config import FIELD_TYPES, format_scale, is_function_name
 
 
 def name_subject(run: Run) -> str:
-    """``simple_net on mnist``."""
+    """Return ``simple_net on mnist``."""
     models = sorted({trial.config.model for trial in run.trials})
     return f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
 
 
 def write_summary(run: Run) -> Summary:
-    """Both halves of the first screen."""
+    """Write both halves of the first screen."""
     searched, statuses = list(_list_searched(run)), _count_statuses(run.trials)
     if run.winner is None:
         reasons = [Finding(reason, is_warning=True) for reason in _list_reasons(run.trials)]
@@ -62,7 +62,7 @@ def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _tell_tail(trials: Sequence[TrialRecord]) -> str:
-    """How imbalanced the training classes were made, the same in all trials of a search."""
+    """Return how imbalanced the training classes were made; it is the same in all trials of a search."""
     imbalance = trials[0].config.imbalance if trials else 1
     return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
 
@@ -85,7 +85,7 @@ def _tell_seeds(run: Run) -> str:
 
 
 def say_moment(moment: str) -> str:
-    """``25 November 2026, 19:06 UTC`` of an ISO 8601 text, or the text where it is none."""
+    """Return ``25 November 2026, 19:06 UTC`` for an ISO 8601 text, or the text itself if it is none."""
     try:
         found = datetime.datetime.fromisoformat(moment).astimezone(datetime.UTC)
     except ValueError:
@@ -94,7 +94,7 @@ def say_moment(moment: str) -> str:
 
 
 def say_seconds(seconds: float) -> str:
-    """``42.0 s``, ``3 min 58 s`` or ``2 h 05 min``."""
+    """Return ``42.0 s``, ``3 min 58 s`` or ``2 h 05 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -105,13 +105,13 @@ def say_seconds(seconds: float) -> str:
 
 
 def _list_reasons(trials: Sequence[TrialRecord]) -> list[str]:
-    """The commonest reasons first."""
+    """Return why there is no winner, the commonest reasons first."""
     reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
     return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
 
 
 def _tell_merit(run: Run, winner: BestRow) -> tuple[str, str]:
-    """The figure of merit, and what it is."""
+    """Return the figure of merit and its description."""
     found = winner.confirmation
     if found and found.test_accuracy_mean is not None:
         interval = tell_interval(found.test_accuracy_low, found.test_accuracy_high)
@@ -125,14 +125,14 @@ def _tell_merit(run: Run, winner: BestRow) -> tuple[str, str]:
 
 
 def describe_settings(run: Run, trial: TrialRecord) -> str:
-    """The searched settings of a trial, and its precision."""
+    """Return the searched settings of a trial, and its precision."""
     names = [parameter.name for parameter in run.parameters]
     values = [(name, getattr(trial.config, name)) for name in FIELD_TYPES if name in (*names, "precision")]
     return ", ".join(f"{name} {say_setting(name, value)}" for name, value in values if value is not None)
 
 
 def say_setting(name: str, value: Any) -> str:
-    """A setting as people write it."""
+    """Return a setting as people write it."""
     if value is None:
         return ""
     if name == "init_scale":
@@ -205,14 +205,14 @@ def _enumerate(names: Sequence[str]) -> str:
 
 
 def _tell_verdict(run: Run, found: Confirmation) -> str:
-    """Whether searching gained anything over the configuration that everybody starts from, as the terminal said it."""
+    """Return whether the search gained anything over the usual default configuration, in the terminal's words."""
     verdict = (found.verdict or "").replace("number ", "rank ")
     settings = f" The defaults: {describe_settings(run, run.default.trial)}." if run.default else ""
     return f"Verdict: {verdict}.{settings}" if verdict else ""
 
 
 def tell_interval(low: float | None, high: float | None) -> str:
-    """``[97.61%, 98.02%]``."""
+    """Return ``[97.61%, 98.02%]``."""
     return "" if low is None or high is None else f"[{show_percent(low)}, {show_percent(high)}]"
 
 
@@ -220,7 +220,7 @@ def tell_interval(low: float | None, high: float | None) -> str:
 
 
 def _tell_unranked(run: Run) -> str:
-    """Why no command trains the winner."""
+    """Return why there is no command that trains the winner."""
     trouble = run.troubles.get(BEST_FILE)
     if not trouble:
         return ""
@@ -229,7 +229,7 @@ def _tell_unranked(run: Run) -> str:
 
 
 def list_reuse(run: Run) -> list[str]:
-    """The line that trains the winner: with the same data, and with consent to the user's own code."""
+    """Return the command that trains the winner, with the same data, and with consent to the user's own code."""
     assert run.winner is not None
     given = run.provenance.command
     installed = given[:1] != () and given[0].startswith("tune-amp")
@@ -246,7 +246,7 @@ def list_reuse(run: Run) -> list[str]:
 
 
 def _find_flag(command: Sequence[str], flag: str) -> str | None:
-    """What the search was given with ``flag``, in either way of writing it."""
+    """Return the value of ``flag`` in the search's command, in either way of writing it; None if it was not given."""
     for index, part in enumerate(command):
         if part == flag and index + 1 < len(command):
             return command[index + 1]
