@@ -1,4 +1,4 @@
-"""What is done with a winner: train it for use, replay its trial, compare precisions on it, describe it in a card."""
+"""Uses of a winner: train it for use, replay its trial, compare precisions on it, describe it in a card."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""The card of trained weights: what they are, on what they were trained, how good they are, and how to use them.
+"""The card of trained weights: their model, training data, accuracy, and use.
 
-After "Model cards for model reporting" (Mitchell et al. 2019, arXiv:1810.03993), kept to what is known here.
+It follows "Model cards for model reporting" (Mitchell et al. 2019, arXiv:1810.03993), limited to what is known here.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from tune_amp.reuse.markdown import render_markdown
 from tune_amp.trial.config import code_span, is_function_name, list_settings
 
 if TYPE_CHECKING:
-    from tune_amp.reuse.final import FinalResult  # brings torch
+    from tune_amp.reuse.final import FinalResult  # imports torch
 
 _NOISE = "2 standard errors of the validation images, one seed each"
 _PAIRED = "one-sided paired t tests over the confirmed configurations, corrected for their number, 95 %"
@@ -23,15 +23,15 @@ _PAIRED = "one-sided paired t tests over the confirmed configurations, corrected
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CardSource:
-    """Where the settings of trained weights come from."""
+    """The origin of the settings of trained weights."""
 
     best: Sequence[BestRow]
-    """All of ``best.parquet``."""
+    """All rows of ``best.parquet``."""
     rank: int
-    """Which of them was trained."""
+    """Rank of the row that was trained."""
     provenance: Provenance
     versions: Mapping[str, str]
-    """Of the libraries that trained the weights."""
+    """Versions of the libraries that trained the weights."""
 
     @property
     def row(self) -> BestRow:
@@ -45,12 +45,12 @@ class CardSource:
 
     @property
     def ranked(self) -> list[BestRow]:
-        """The rows that have a rank: the default has none beside several objectives."""
+        """The rows with a rank; the default has none in a search with several objectives."""
         return [row for row in self.best if row.rank is not None]
 
 
 def describe_card(result: "FinalResult", source: CardSource) -> str:
-    """The card, as Markdown: ``templates/card.md``, in which texts of files stand as inline code."""
+    """Return the card as Markdown, from ``templates/card.md``. Texts from files are inline code in it."""
     config, now, found = result.config, vars(result.config), source.row.trial.config
     low, high = wilson_interval(result.test_accuracy, result.test_images)
     return render_markdown(
@@ -72,7 +72,7 @@ def describe_card(result: "FinalResult", source: CardSource) -> str:
 
 
 def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[str]:
-    """What the search's confirmation found for these settings: with other weights, on other seeds."""
+    """Return the result of the search's confirmation of these settings, which had other weights and other seeds."""
     confirmation = source.row.confirmation
     if confirmation is None:
         return []

@@ -24,7 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "card.md"
 
-# What a clock or an allocator measured: all other fields of a replay must be equal to the last bit.
+# Fields that a clock or an allocator measured. All other fields of a replay must be equal to the last bit.
 MEASURED_FIELDS = (
     "train_seconds",
     "val_seconds",
@@ -41,12 +41,12 @@ class FinalResult:
 
     config: TrialConfig
     epochs: Sequence[EpochMetrics]
-    """Without validation metrics: the validation images were trained on."""
+    """Metrics of each epoch, without validation, since the validation images were trained on."""
     test_loss: float
     test_accuracy: float
     """Share of the test images classified correctly, in strict fp32."""
     test_recalls: tuple[float, ...]
-    """That share within each class; NaN for a class without a test image."""
+    """The same share within each class; NaN for a class without a test image."""
     train_images: int
     test_images: int
     device: str
@@ -55,10 +55,10 @@ class FinalResult:
     """Channels, height and width of an image."""
     num_classes: int
     input_shift: float
-    """The weights expect ``(pixel - input_shift) * input_factor`` in float32."""
+    """Shift of pixels: the weights expect ``(pixel - input_shift) * input_factor`` in float32."""
     input_factor: float
     num_parameters: int
-    """Trained numbers, those that two layers share counted once."""
+    """Number of trained values; a value that two layers share counts once."""
 
 
 class FinalTraining:
@@ -66,7 +66,7 @@ class FinalTraining:
 
     Args:
         config: from ``results.load_best``.
-        dataset: the data set that ``config`` was chosen on, as it was loaded.
+        dataset: the data set that ``config`` was chosen on, as loaded.
         device: where to train.
     """
 
@@ -82,19 +82,19 @@ class FinalTraining:
         self._epochs: list[EpochMetrics] = []
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Train, epoch by epoch."""
+        """Train, and yield the metrics of each epoch."""
         for metrics in self._run.epochs():
             self._epochs.append(metrics)
             yield metrics
 
     @property
     def divergence(self) -> str | None:
-        """Why the training is past saving, or None."""
+        """The reason why the training cannot recover, or None."""
         return self._run.hopeless
 
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""
-        assert len(self._epochs) == self._config.max_epochs  # epochs() ended, and not by divergence
+        assert len(self._epochs) == self._config.max_epochs  # epochs() ended, without divergence
         tested = self._run.evaluate(place_split(self._dataset.test, self._device))
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         return FinalResult(
@@ -118,11 +118,11 @@ class FinalTraining:
         """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card.
 
         Raises:
-            InputError: a file cannot be written, or is there already; what was in ``folder`` is as it was.
+            InputError: a file cannot be written, or exists already; the contents of ``folder`` are unchanged.
         """
         test_loss, *test_recalls = (
             value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)
-        )  # JSON knows no NaN
+        )  # JSON has no NaN
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
         metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
         with contextlib.ExitStack() as undo:
@@ -136,7 +136,7 @@ class FinalTraining:
             undo.pop_all()
 
     def _write_weights(self, file: BinaryIO) -> None:
-        with tempfile.TemporaryDirectory() as folder:  # safetensors wants a path, and writes beside it
+        with tempfile.TemporaryDirectory() as folder:  # safetensors needs a path, and writes beside it
             path = Path(folder, WEIGHTS_FILE)
             save_model(self._run.model, str(path))
             file.write(path.read_bytes())
@@ -147,30 +147,30 @@ def _writer(text: str) -> Callable[[BinaryIO], object]:
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
-    """Train as the trial did: the same split, seed and order of data, validation after every epoch."""
+    """Train as the trial did: with the same split, seed and data order, and validation after every epoch."""
     train = make_long_tail(dataset, config.imbalance).train
     return TrainingRun(config, TrainingData(train, dataset.validation, dataset.num_classes, device)).epochs()
 
 
 EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics) if field.metadata["epoch_only"])
-"""Those that only ``epochs.parquet`` has."""
+"""Fields that only ``epochs.parquet`` has."""
 
 
 def find_differences(recorded: EpochMetrics, again: EpochMetrics, left_out: Sequence[str] = ()) -> list[str]:
-    """The fields in which a replayed epoch differs from the recorded one, clocks and memory left out."""
+    """Return the fields in which a replayed epoch differs from the recorded one, except times and memory."""
     passed = (*MEASURED_FIELDS, *left_out)
     names = [field.name for field in dataclasses.fields(EpochMetrics) if field.name not in passed]
     return [name for name in names if not _equal(getattr(recorded, name), getattr(again, name))]
 
 
 def join_for_training(dataset: Dataset, imbalance: float) -> Split:
-    """Training and validation images together, the classes of both as imbalanced as those of the search's trials."""
+    """Join training and validation images, the classes of both as imbalanced as in the search's trials."""
     train = make_long_tail(dataset, imbalance).train
     return join_splits(train, thin_classes(dataset.validation, dataset.num_classes, imbalance))
 
 
 def join_splits(first: Split, second: Split) -> Split:
-    """Both splits as one."""
+    """Join both splits into one."""
     return Split(
         images=np.concatenate([first.images, second.images]), labels=np.concatenate([first.labels, second.labels])
     )

@@ -1,4 +1,4 @@
-"""Markdown pages from the templates in ``templates/``. A text that comes from a file stands in them as inline code."""
+"""Markdown pages from the templates in ``templates/``. Texts that come from files are inline code in them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from tune_amp.trial.config import code_span, is_function_name
 
 def render_markdown(name: str, **values: Any) -> str:
     """Fill the template ``name``."""
-    import jinja2  # takes longer than most commands
+    import jinja2  # its import takes longer than most commands
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=jinja2.select_autoescape(),  # of HTML only: Markdown has its own escape, the filter ``code``
+        autoescape=jinja2.select_autoescape(),  # escapes HTML only; the filter ``code`` escapes Markdown
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,6 +1,6 @@
-"""The page ``compare.md``, which the terminal shows too: tables, the claims' verdicts, and what the figures mean.
+"""The page ``compare.md``, also printed in the terminal: tables, verdicts on the claims, and how to read the figures.
 
-Made from the rows of the Parquet files and their metadata alone.
+It is made from the rows of the Parquet files and their metadata alone.
 """
 
 import statistics
@@ -30,7 +30,7 @@ CPU_MEANING = (
 
 
 def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell] = ()) -> str:
-    """The whole page, Markdown: ``templates/compare.md``."""
+    """Return the whole page as Markdown, from ``templates/compare.md``."""
     arms = [summarise_arm(runs, precision) for precision in _list_measured(origin, runs)]
     return render_markdown(
         "compare.md",
@@ -50,7 +50,7 @@ def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cel
 
 
 def describe_settings(origin: ComparisonOrigin) -> str:
-    """What is trained, in one line: precision and its scaler settings left out, since the precisions differ in them."""
+    """Return the trained settings in one line, without precision and its scaler settings, which differ between runs."""
     apart = {"precision", "seed", "max_epochs", "model", "dataset", *origin.scaler, "init_scale", "growth_interval"}
     apart |= {"growth_factor", "backoff_factor"}
     settings = [
@@ -64,12 +64,12 @@ def describe_settings(origin: ComparisonOrigin) -> str:
 
 
 def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
-    """A Markdown table whose columns line up in a terminal too.
+    """Return a Markdown table whose columns are also aligned in a terminal.
 
     Args:
-        titles: of the columns.
-        rows: cells without a bar, which would begin the next one.
-        texts: which columns stand to the left; the others, numbers, to the right.
+        titles: titles of the columns.
+        rows: cells, which must not contain a bar, since it would begin the next cell.
+        texts: indices of the left-aligned columns; the others are numbers and right-aligned.
     """
     widths = [max(3, *(len(row[column]) for row in [titles, *rows])) for column in range(len(titles))]
     ruler = ["-" * width if column in texts else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
@@ -131,7 +131,7 @@ def _accuracy_cells(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def describe_equivalence(gap: Equivalence) -> str:
-    """``yes``, ``no`` where the difference is shown to be beyond the margin, else ``cannot be told``."""
+    """Return ``yes``, ``no`` if the difference is shown to be beyond the margin, else ``cannot be told``."""
     if gap.equivalent:
         return "yes"
     beyond = gap.difference.low > gap.margin or gap.difference.high < -gap.margin
@@ -166,7 +166,7 @@ def _render_map(cells: Sequence[MapCell]) -> str:
 
 
 def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, MapCell]]:
-    """Each cell with that of fp32."""
+    """Return each cell with the fp32 cell of its model and batch size."""
     baselines = {(cell.model, cell.batch_size): cell for cell in cells if cell.precision == BASELINE}
     return [(cell, baselines[cell.model, cell.batch_size]) for cell in cells]
 
@@ -185,7 +185,7 @@ def _map_cells(cell: MapCell, baseline: MapCell) -> tuple[str, ...]:
 
 
 def _sum_up_map(cells: Sequence[MapCell]) -> dict[str, str]:
-    """Of each precision where it is faster and smaller than fp32, and where not."""
+    """Return, for each precision, where it is faster and needs less memory than fp32, and where not."""
     pairs = [pair for pair in _pair_cells(cells) if pair[0].precision != BASELINE]
     precisions = dict.fromkeys(cell.precision for cell, _ in pairs)
     return {

@@ -1,7 +1,7 @@
-"""Measures a chosen configuration in every precision: the same seeds, data order and initial weights for all.
+"""Measures a chosen configuration in every precision, with the same seeds, data order and initial weights for all.
 
-Runs have the device to themselves, one after the other, in an order that is shuffled within each seed, so that whatever
-the machine does in the course of time falls on all precisions. The test set is not read: choices see validation only.
+Runs have the device to themselves, one after the other. Their order is shuffled within each seed, so that drifts of the
+machine affect all precisions. The test set is not read: choices see validation only.
 """
 
 import contextlib
@@ -25,25 +25,26 @@ from tune_amp.training.run import TrainingData, TrainingRun, estimate_epoch_seco
 from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, describe_error
 
 BUDGET_SECONDS = 420.0
-"""What the runs may take where the number of epochs is ours to choose: 10 minutes with all else."""
+"""Seconds for all runs if the number of epochs is chosen here: 10 minutes with everything else."""
 LEAST_EPOCHS = 2
-"""The first epoch of a run is not timed: memory is allocated in it, and on a GPU a graph is captured."""
+"""Fewest epochs of a run. The first is not timed: it allocates memory, and on a GPU captures a graph."""
 WARM_UP_BATCHES = 20
 WARM_UP_EPOCHS = 4
 ESTIMATES = 3
 WARM_UP_IMAGES = 2048
-"""Most validation images of a warm-up."""
+"""Most validation images in a warm-up."""
 LONGEST_WARM_UP_SECONDS = 10.0
 
 TURNS = 6
-"""Of each precision in a cell of the map. That all six agree by chance has a probability of 3 % (the sign test)."""
+"""Turns of each precision in a cell of the map. All six agree by chance with a probability of 3 % (the sign test)."""
 TURN_SECONDS = 0.3
-"""As long as steps are not longer."""
+"""Seconds of a turn, unless a step takes longer."""
 PILOT_EPOCHS = 2
 LONGEST_CELL_SECONDS = 30.0
-"""A precision that would need more for a cell is left out: fp16 convolutions on a CPU without fp16 units."""
+"""Most seconds of a precision in a cell. One that would need more is left out, such as fp16 convolutions on a CPU
+without fp16 units."""
 ENDLESS_EPOCHS = 1_000_000
-"""A graph is captured only where enough steps are left."""
+"""Number of epochs of warm-ups and timed runs: a graph is captured only if enough steps are left."""
 
 COMPARE_FILE, MAP_FILE = "compare.parquet", "compare_map.parquet"
 SCHEMAS: Mapping[str, pa.Schema] = {
@@ -54,16 +55,16 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonPlan:
-    """What will be run."""
+    """The planned runs of a comparison."""
 
     arms: Mapping[str, TrialConfig]
-    """The configuration in each precision, fp32 first; seed and epochs are still the search's."""
+    """The configuration in each precision, fp32 first; seed and epochs are still those of the search."""
     left_out: Mapping[str, str]
-    """Precisions that would take too long, and why."""
+    """Precisions that would take too long, each with its reason."""
     seeds: tuple[int, ...]
     epochs: int
     seconds: float
-    """That all runs will take, as a warm-up tells."""
+    """Seconds that all runs will take, estimated by a warm-up."""
 
     @property
     def runs(self) -> list[tuple[int, str]]:
@@ -75,10 +76,10 @@ class ComparisonPlan:
 
 
 def choose_arms(config: TrialConfig, precisions: Sequence[str], device: torch.device) -> dict[str, TrialConfig]:
-    """The configuration in each of ``precisions`` and in fp32, which is first.
+    """Return the configuration in fp32, which is first, and in each of ``precisions``.
 
-    Scaler settings are the configuration's own where it is fp16, else GradScaler's defaults. On the CPU tf32 is left
-    out: it is the arithmetic of strict fp32.
+    Scaler settings are the configuration's own if it is fp16, else GradScaler's defaults. On the CPU tf32 is left out,
+    since its arithmetic is that of strict fp32.
     """
     same = (BASELINE, "tf32") if device.type == "cpu" else (BASELINE,)
     others = [precision for precision in precisions if precision not in same]
@@ -86,7 +87,7 @@ def choose_arms(config: TrialConfig, precisions: Sequence[str], device: torch.de
 
 
 def in_precision(config: TrialConfig, precision: str) -> TrialConfig:
-    """``config`` with another precision, all else the same."""
+    """Return ``config`` with another precision, all else the same."""
     keeps_scaler = precision == config.precision == "fp16"
     scaler = {} if keeps_scaler else dict.fromkeys(SCALER_DEFAULTS)
     return dataclasses.replace(config, precision=precision, **scaler)  # type: ignore[arg-type]
@@ -94,7 +95,7 @@ def in_precision(config: TrialConfig, precision: str) -> TrialConfig:
 
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Within, the CPU computes with ``count`` threads, or as many as there are CPUs for."""
+    """Compute on the CPU with ``count`` threads within the context, but no more than there are CPUs."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(count, count_cpus()))
     try:
@@ -104,13 +105,13 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def fresh_seeds(config: TrialConfig, count: int) -> tuple[int, ...]:
-    """Seeds after the trial's own, which chose this configuration in its precision and would flatter that one."""
+    """Return seeds after the trial's own. That one selected this configuration, and so would favour its precision."""
     assert count >= LEAST_SEEDS
     return tuple((config.seed + number) % 2**63 for number in range(1, count + 1))
 
 
 def list_runs(precisions: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str]]:
-    """Seed and precision of each run: seed by seed, so that early ends leave pairs, shuffled within each."""
+    """Return seed and precision of each run: seed by seed, so that an early end leaves pairs; shuffled within each."""
     return [(seed, precision) for seed in seeds for precision in _shuffle(precisions, seed)]
 
 
@@ -130,15 +131,15 @@ def plan_comparison(
     max_epochs: int | None = None,
     budget: float = BUDGET_SECONDS,
 ) -> ComparisonPlan:
-    """Warm every arm up, and from the time that takes choose how many epochs are trained.
+    """Warm up every arm, and choose the number of epochs from the time that takes.
 
     Args:
         arms: from ``choose_arms``.
-        dataset: what the configuration was chosen on.
+        dataset: the data set that the configuration was chosen on.
         device: where to train.
-        seeds: of the runs.
-        max_epochs: how many epochs; None: the configuration's own, as far as ``budget`` allows.
-        budget: seconds for all runs together, where ``max_epochs`` is None.
+        seeds: seeds of the runs.
+        max_epochs: number of epochs; None for the configuration's own, as far as ``budget`` allows.
+        budget: seconds for all runs together, if ``max_epochs`` is None.
     """
     epoch_seconds = {precision: _warm_up_or_not(config, dataset, device) for precision, config in arms.items()}
     left_out: dict[str, str] = {}
@@ -156,14 +157,15 @@ def plan_comparison(
 def fit_epochs(
     epoch_seconds: Mapping[str, float], *, seeds: int, wanted: int, budget: float
 ) -> tuple[int, tuple[str, ...]]:
-    """How many epochs can be had for ``budget``, and which precisions have to go for that, the slowest first.
+    """Return how many epochs fit into ``budget``, and the precisions dropped for that, slowest first.
 
-    None goes while two epochs of all can be had, nor do fp32 and the fastest of the others, whatever they take.
+    No precision is dropped while two epochs of all fit. fp32 and the fastest of the others are never dropped, however
+    long they take.
 
     Args:
-        epoch_seconds: of each precision.
-        seeds: runs of each precision.
-        wanted: no more epochs than that.
+        epoch_seconds: seconds of an epoch in each precision.
+        seeds: number of runs of each precision.
+        wanted: most epochs.
         budget: seconds for all runs together.
     """
     kept = dict(epoch_seconds)
@@ -178,15 +180,15 @@ def fit_epochs(
 
 
 def _warm_up_or_not(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
-    """Seconds of an epoch; 0 where training fails, which its runs will tell, and not for long."""
+    """Return the seconds of an epoch; 0 if training fails, since its runs will fail soon and record the error."""
     try:
         return warm_up(config, dataset, device)
-    except Exception:  # too little memory, or whatever a user's model raises
+    except Exception:  # out of memory, or anything that a user's model raises
         return 0.0
 
 
 def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
-    """Train and validate on a few images, as the runs will on all, so that libraries are loaded before any is timed.
+    """Train and validate on a few images as the runs do on all, so that libraries are loaded before any run is timed.
 
     Returns:
         Seconds that an epoch will take, validation and probe included.
@@ -216,21 +218,24 @@ def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> floa
 
 
 def _estimate_epoch(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
-    """The shortest of some: what other programs do for a moment must not cost a precision its place."""
+    """Return the shortest of several estimates, so that a brief load by other programs does not exclude a precision."""
     return min(estimate_epoch_seconds(config, dataset.train, dataset.num_classes, device) for _ in range(ESTIMATES))
 
 
 def _release(device: torch.device) -> None:
-    """Give memory of a GPU back, so that a run finds the device as the first one did.
+    """Release cached memory of a GPU, so that each run finds the device as the first one did.
 
-    On a CPU there is nothing to give, and looking for it takes a quarter of a second.
+    A CPU has nothing to release, and looking for it takes a quarter of a second.
     """
     if device.type == "cuda":
         release_memory(device)
 
 
 def _without_data_settings(config: TrialConfig) -> TrialConfig:
-    """A few images may lack a class that has to be weighed, and a curriculum would take still fewer of them."""
+    """Return ``config`` for training on few images, without class weights or curriculum, and with endless epochs.
+
+    Few images may lack a class that needs a weight, and a curriculum would take still fewer of them.
+    """
     return dataclasses.replace(config, class_weighting="none", curriculum="none", max_epochs=ENDLESS_EPOCHS)
 
 
@@ -244,13 +249,13 @@ def _take(split: Split, count: int) -> Split:
 def compare_runs(
     plan: ComparisonPlan, dataset: Dataset, device: torch.device, on_epoch: Callable[[EpochMetrics], None]
 ) -> Iterator[ComparedRun]:
-    """Make the planned runs, one after the other, on data that stay on the device.
+    """Train the planned runs, one after the other, on data that stay on the device.
 
     Args:
         plan: from ``plan_comparison``.
-        dataset: its training and validation images are used.
+        dataset: the data set, whose training and validation images are used.
         device: where to train.
-        on_epoch: told of each epoch as soon as it is over.
+        on_epoch: called with the metrics of each epoch at its end.
     """
     data = TrainingData(dataset.train, dataset.validation, dataset.num_classes, device)
     for place, (seed, precision) in enumerate(plan.runs, start=1):
@@ -266,7 +271,7 @@ def train_arm(
     place: int = 1,
     on_epoch: Callable[[EpochMetrics], None] = lambda _: None,
 ) -> ComparedRun:
-    """Train ``config`` to its end. A run that fails is a row with a status, never a stop of the comparison."""
+    """Train ``config`` to its end. A failed run is a row with a status, and never stops the comparison."""
     epochs: list[EpochMetrics] = []
     error = None
     try:
@@ -311,10 +316,10 @@ def measure_map(
     precisions: Sequence[str],
     turn_seconds: float,
 ) -> Iterator[list[MapCell]]:
-    """Time each model at each batch size in every precision for a moment: the precisions of one cell at a time.
+    """Time each model at each batch size briefly in every precision, and yield the precisions of one cell at a time.
 
-    All else is as in ``config``, but that each image is trained on alike. Accuracy is not asked: its learning rate was
-    chosen for another batch size.
+    All else is as in ``config``, except that each image is trained on alike. Accuracy is not measured: the learning
+    rate was chosen for another batch size.
     """
     for model, batch_size in itertools.product(models, batch_sizes):
         plain = dataclasses.replace(_without_data_settings(config), model=model, batch_size=batch_size)
@@ -325,7 +330,7 @@ def measure_map(
 def measure_cell(
     arms: Mapping[str, TrialConfig], dataset: Dataset, device: torch.device, turn_seconds: float
 ) -> list[MapCell]:
-    """Prepare every precision, then let them take turns; who begins rotates. Those that cannot run say why."""
+    """Prepare every precision, then time them in turns, each first in rotation. Those that cannot run have a reason."""
     reasons = dict.fromkeys(arms, "")
     timed: dict[str, TimedRun] = {}
     for precision, config in arms.items():
@@ -339,13 +344,13 @@ def measure_cell(
                 timed[precision].take_turn()
     cells = [_describe_cell(config, timed.get(name), reasons[name]) for name, config in arms.items()]
     timed.clear()
-    _release(device)  # graphs keep theirs
+    _release(device)  # graphs keep their memory
     return cells
 
 
 @contextlib.contextmanager
 def _noting_failure(precision: str, reasons: dict[str, str]) -> Iterator[None]:
-    """Within, too little memory, or whatever a user's model raises, becomes a reason: the others still run."""
+    """Record an exception (out of memory, or a user's model's) as a reason, so that the other precisions still run."""
     try:
         yield
     except Exception as error:
@@ -353,26 +358,26 @@ def _noting_failure(precision: str, reasons: dict[str, str]) -> Iterator[None]:
 
 
 def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device) -> str | None:
-    """Why a cell's precision shall be left out; None where its fewest steps can be waited for.
+    """Return why a precision is left out of a cell; None if its fewest steps are quick enough.
 
-    Asked on the CPU only: a GPU takes hardly longer for a batch than for the few images that are tried.
+    Only the CPU is checked: a GPU takes hardly longer for a batch than for the few images of the estimate.
     """
     if device.type != "cpu":
         return None
     epoch_seconds = _estimate_epoch(config, dataset, device)
-    steps = PILOT_EPOCHS + 1 + TURNS  # the one to warm up
+    steps = PILOT_EPOCHS + 1 + TURNS  # 1 is the warm-up
     seconds = epoch_seconds * steps * config.batch_size / len(dataset.train)
     return None if seconds <= LONGEST_CELL_SECONDS else f"skipped: {steps} steps would take about {seconds:,.0f} s"
 
 
 class TimedRun:
-    """A precision of a cell, warmed up and ready to be timed for a moment at a time.
+    """A precision of a cell, warmed up and ready to be timed turn by turn.
 
     Args:
         config: what to train.
-        dataset: as many of its training images are used as an epoch of ``turn_seconds`` needs.
+        dataset: the data set; as many of its training images are used as an epoch of ``turn_seconds`` needs.
         device: where to train.
-        turn_seconds: of a turn.
+        turn_seconds: seconds of a turn.
     """
 
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> None:
@@ -382,16 +387,16 @@ class TimedRun:
         self._turn_seconds = turn_seconds
         self.rates: list[float] = []
         """Training images a second of each turn."""
-        for _ in range(WARM_UP_STEPS + 1):  # of one step each at least: then a graph is captured, or never will be
+        for _ in range(WARM_UP_STEPS + 1):  # of at least one step each: by then a graph is captured, or never will be
             metrics = self._run.train_epoch()
             if device.type == "cpu" or metrics.loop == "graph":
                 break
-        # Before the cell's other precisions take memory on the device.
+        # Read before the cell's other precisions take memory on the device.
         self.peak_memory_bytes = metrics.peak_memory_bytes
         self.loop = metrics.loop
 
     def take_turn(self) -> None:
-        """Train whole epochs until the turn's seconds are over, also what is past saving: only its time is asked."""
+        """Train whole epochs until the turn's seconds are over, even if training diverged: only time is measured."""
         images, seconds = 0, 0.0
         while seconds < self._turn_seconds:
             seconds += self._images / self._run.train_epoch().samples_per_second
@@ -400,7 +405,7 @@ class TimedRun:
 
 
 def _choose_share(config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> Split:
-    """As many training images, in whole batches, as an epoch of about ``turn_seconds`` needs."""
+    """Return as many training images, in whole batches, as an epoch of about ``turn_seconds`` needs."""
     all_steps = len(dataset.train) // config.batch_size
     few = _take(dataset.train, config.batch_size)
     pilot = TrainingRun(config, TrainingData(few, None, dataset.num_classes, device), allow_graph=False)
@@ -430,7 +435,7 @@ def write_runs(folder: Path, runs: Sequence[ComparedRun], origin: ComparisonOrig
     """Write ``compare.parquet`` into ``folder``, in the order in which the runs were made.
 
     Raises:
-        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
     """
     _write(folder / COMPARE_FILE, "compare", runs, origin)
 
@@ -439,7 +444,7 @@ def write_map(folder: Path, cells: Sequence[MapCell], origin: ComparisonOrigin) 
     """Write ``compare_map.parquet`` into ``folder``.
 
     Raises:
-        OSError: the folder is missing, or the disk is full; a file that was there is as it was.
+        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
     """
     _write(folder / MAP_FILE, "compare_map", cells, origin)
 

@@ -1,6 +1,6 @@
-"""What a comparison of precisions leaves behind, and what follows from it: rows in, statistics and verdicts out.
+"""The rows of a comparison of precisions, and the statistics and verdicts computed from them.
 
-Imports nothing heavy: the words of ``compare.parquet`` and ``compare_map.parquet`` can be read without torch.
+Imports nothing heavy: the columns of ``compare.parquet`` and ``compare_map.parquet`` can be read without torch.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from tune_amp.results.statistics import Equivalence, MeanInterval, judge_equival
 from tune_amp.trial.config import TrialStatus, described
 
 BASELINE = "fp32"
-"""What the other precisions are compared with: strict fp32, not PyTorch's mixture of TF32 and fp32."""
+"""Precision that the others are compared with: strict fp32, not PyTorch's mixture of TF32 and fp32."""
 CLAIMED = ("bf16", "fp16")
-"""The precisions that the tutorial's claims are about."""
+"""Precisions that the tutorial's claims are about."""
 LEAST_SEEDS = 2
 
 MARGIN_POINTS = 0.2
-"""Percentage points of accuracy within which two precisions are the same: what one seed moves it by on MNIST."""
+"""Percentage points of accuracy within which two precisions are the same: the effect of one seed on MNIST."""
 CLAIMED_SPEED = 1.5
 """Lower end of "1.5 to 3 times"."""
 CLAIMED_MEMORY = 0.55
-"""What still counts as half: a half, and a tenth of it for what autocast keeps in fp32."""
+"""Largest memory ratio that counts as half: a half, and a tenth of it for what autocast keeps in fp32."""
 CLAIMED_LOSS_POINTS = 1.0
 
 SPEED_CLAIM, MEMORY_CLAIM, ACCURACY_CLAIM = "1.5 to 3 times faster", "half the memory", "under 1 % accuracy lost"
@@ -66,7 +66,7 @@ class ComparedRun:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapCell:
-    """A model at a batch size in one precision, timed for a moment: one row of ``compare_map.parquet``."""
+    """A model at a batch size in one precision, timed briefly: one row of ``compare_map.parquet``."""
 
     model: str = described("built-in model, or module:function")
     batch_size: int = described("images a training step", unit="images")
@@ -83,7 +83,7 @@ class MapCell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonOrigin:
-    """Where a comparison comes from; travels in its files' metadata, as JSON. No host or user names."""
+    """The origin of a comparison, stored as JSON in its files' metadata. It holds no host or user names."""
 
     run: str
     """Name of the search's run."""
@@ -91,14 +91,14 @@ class ComparisonOrigin:
     trial_id: str
     command: tuple[str, ...]
     created: str
-    """ISO 8601, UTC."""
+    """Date and time, ISO 8601, UTC."""
     config: Mapping[str, Any]
-    """The chosen configuration as the search had it."""
+    """The chosen configuration, as in the search."""
     scaler: Mapping[str, float | int]
-    """Settings of GradScaler in fp16; empty where fp16 is not measured."""
+    """Settings of GradScaler in fp16; empty if fp16 is not measured."""
     precisions: tuple[str, ...]
     left_out: Mapping[str, str]
-    """Precisions that were asked for and are not measured, and why."""
+    """Precisions that were requested but not measured, each with its reason."""
     seeds: tuple[int, ...]
     epochs: int
     dataset: str
@@ -106,24 +106,24 @@ class ComparisonOrigin:
     train_images: int
     validation_images: int
     data_bytes: int
-    """Both splits, as they stay on the device."""
+    """Bytes of both splits, as they stay on the device."""
     device: str
     """cpu, or the GPU's name."""
     num_threads: int
     notices: tuple[str, ...]
-    """What the device lacks, and what else a reader must know."""
+    """Notices for the reader, such as what the device lacks."""
     versions: Mapping[str, str]
 
     @property
     def place(self) -> str:
-        """The device as a figure is quoted with it."""
+        """The device, in the words with which a figure is quoted."""
         threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
         return f"cpu, {threads}" if self.device == "cpu" else self.device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RatioInterval:
-    """How many times larger one thing is than another, and where the ratio is to be expected over further seeds."""
+    """A ratio of two quantities, with the interval in which it is expected over further seeds."""
 
     ratio: float
     """Geometric mean of the paired ratios."""
@@ -134,26 +134,26 @@ class RatioInterval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmSummary:
-    """A precision over its seeds, and against fp32 on those seeds on which both completed.
+    """A precision over its seeds, and against fp32 on the seeds on which both completed.
 
-    Ratios and differences are None for fp32 itself, and where fewer than two seeds can be paired.
+    Ratios and differences are None for fp32 itself, and if fewer than two seeds can be paired.
     """
 
     precision: str
     runs: int
     completed: int
     diverged_alone: int
-    """Runs that diverged where fp32 completed on the same seed."""
+    """Number of runs that diverged while fp32 completed on the same seed."""
     epoch_seconds: float | None
-    """Median over the seeds."""
+    """Seconds of an epoch, median over the seeds."""
     samples_per_second: float | None
     peak_memory_bytes: float | None
     accuracy: MeanInterval | None
-    """In per cent."""
+    """Accuracy in per cent."""
     speed: RatioInterval | None
-    """Images a second over those of fp32."""
+    """Images a second divided by those of fp32."""
     memory: RatioInterval | None
-    """Peak memory over that of fp32."""
+    """Peak memory divided by that of fp32."""
     difference: Equivalence | None
     """Accuracy minus that of fp32, in points."""
     loss: MeanInterval | None
@@ -162,24 +162,24 @@ class ArmSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapRatio:
-    """Images a second of a cell over those of fp32 in the same turn."""
+    """Images a second of a cell divided by those of fp32 in the same turn."""
 
     median: float
     low: float
-    """Of the turns, the smallest."""
+    """Smallest ratio of the turns."""
     high: float
-    """Of the turns, the largest."""
+    """Largest ratio of the turns."""
 
     @property
     def word(self) -> str:
-        """What all turns agree on."""
+        """The result that all turns agree on."""
         if self.low > 1:
             return "faster"
         return "slower" if self.high < 1 else "no difference"
 
 
 class Answer(StrEnum):
-    """What numbers say about a claim."""
+    """The answer of the numbers to a claim."""
 
     HOLDS = "holds"
     FAILS = "does not hold"
@@ -201,17 +201,17 @@ class ClaimVerdict:
 
 
 def ratio_interval(values: Sequence[float], others: Sequence[float]) -> RatioInterval:
-    """Geometric mean of ``values / others``, pair by pair, with Student's 95 % interval of the mean log ratio.
+    """Return the geometric mean of the paired ``values / others``, with Student's 95 % interval of the mean log ratio.
 
-    The mean for ratios (Fleming & Wallace 1986, "How not to lie with statistics", doi:10.1145/5666.5673): turned round,
-    it and its interval are the reciprocals.
+    It is the mean for ratios (Fleming & Wallace 1986, "How not to lie with statistics", doi:10.1145/5666.5673): for the
+    inverted ratio, mean and interval are the reciprocals.
     """
     logs = mean_interval([math.log(value / other) for value, other in zip(values, others, strict=True)])
     return RatioInterval(ratio=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high), n=logs.n)
 
 
 def summarise_arm(runs: Sequence[ComparedRun], precision: str) -> ArmSummary:
-    """What ``runs``, those of fp32 among them, say about ``precision``."""
+    """Summarise ``precision`` over ``runs``, which include those of fp32."""
     own = [run for run in runs if run.precision == precision]
     completed = [run for run in own if run.status is TrialStatus.COMPLETED]
     baseline = {run.seed: run for run in runs if run.precision == BASELINE and run.status is TrialStatus.COMPLETED}
@@ -235,7 +235,7 @@ def summarise_arm(runs: Sequence[ComparedRun], precision: str) -> ArmSummary:
 
 
 def map_ratio(cell: MapCell, baseline: MapCell) -> MapRatio | None:
-    """How much faster ``cell`` trains than ``baseline``, turn by turn; None where one of them has no figure."""
+    """Return how much faster ``cell`` trains than ``baseline``, turn by turn; None if one of them has no figure."""
     if not cell.turn_rates or not baseline.turn_rates:
         return None
     ratios = [rate / other for rate, other in zip(cell.turn_rates, baseline.turn_rates, strict=True)]
@@ -243,7 +243,7 @@ def map_ratio(cell: MapCell, baseline: MapCell) -> MapRatio | None:
 
 
 def memory_ratio(cell: MapCell, baseline: MapCell) -> float | None:
-    """Peak memory of ``cell`` over that of ``baseline``; None where one of them is not known."""
+    """Return the peak memory of ``cell`` divided by that of ``baseline``; None if one of them is not known."""
     if not cell.peak_memory_bytes or not baseline.peak_memory_bytes:
         return None
     return cell.peak_memory_bytes / baseline.peak_memory_bytes
@@ -276,9 +276,9 @@ def _ratio_of(pairs: Sequence[tuple[ComparedRun, ComparedRun]], name: str) -> Ra
 
 
 def judge_speed(ratio: RatioInterval | None) -> Answer:
-    """Holds where the whole interval is at 1.5 or above, fails where all of it is below.
+    """Judge the claim on speed: it holds if the whole interval is at 1.5 or above, and fails if all of it is below.
 
-    Above 3 it holds too: nobody is let down.
+    Above 3 it holds too, since the promise is exceeded.
     """
     if ratio is None or ratio.low < CLAIMED_SPEED <= ratio.high:
         return Answer.UNKNOWN
@@ -286,21 +286,22 @@ def judge_speed(ratio: RatioInterval | None) -> Answer:
 
 
 def judge_memory(ratio: RatioInterval | None) -> Answer:
-    """Holds where the whole interval is at ``CLAIMED_MEMORY`` or below, fails where all of it is above."""
+    """Judge the claim on memory: it holds if all of the interval is at most ``CLAIMED_MEMORY``, fails if none is."""
     if ratio is None or ratio.low <= CLAIMED_MEMORY < ratio.high:
         return Answer.UNKNOWN
     return Answer.HOLDS if ratio.high <= CLAIMED_MEMORY else Answer.FAILS
 
 
 def judge_accuracy(loss: MeanInterval | None, diverged_alone: int = 0) -> Answer:
-    """Holds where the loss is shown to be under 1 point, fails where it is shown to be over.
+    """Judge the claim on accuracy: it holds if the loss is shown to be under 1 point, and fails if shown to be over.
 
-    Each by a one-sided test at 5 %, that of non-inferiority and its counterpart: see ``intervals.judge_equivalence``.
-    A run that diverged where fp32 completed on the same seed has lost everything: no mean over the others mends that.
+    Each is a one-sided test at 5 %, of non-inferiority and its counterpart: see ``intervals.judge_equivalence``. A run
+    that diverged while fp32 completed on the same seed fails the claim: it lost all accuracy, and the mean over the
+    other runs does not make up for that.
 
     Args:
         loss: points of accuracy lost, with its 90 % interval.
-        diverged_alone: such runs.
+        diverged_alone: number of runs that diverged while fp32 completed.
     """
     if diverged_alone:
         return Answer.FAILS
@@ -310,7 +311,7 @@ def judge_accuracy(loss: MeanInterval | None, diverged_alone: int = 0) -> Answer
 
 
 def judge_claims(runs: Sequence[ComparedRun], device: str) -> list[ClaimVerdict]:
-    """The tutorial's three claims for bf16 and fp16, as ``runs`` on ``device`` tell."""
+    """Judge the tutorial's three claims for bf16 and fp16 by ``runs`` on ``device``."""
     measured = {run.precision for run in runs}
     return [
         verdict
