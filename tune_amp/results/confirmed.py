@@ -32,7 +32,7 @@ class ConfirmedRun:
 class Confirmation:
     """Results of a configuration on fresh seeds: the columns that ``best.parquet`` has in addition to the trial's.
 
-    Means, deviations and intervals are over the seeds, on the same images (``intervals.mean_interval``). They are null
+    Means, deviations and intervals are over the seeds, on the same images (``statistics.mean_interval``). They are null
     if a run did not complete: a configuration that diverges on one seed is not scored by the others.
     """
 

@@ -146,7 +146,7 @@ def rank_confirmed(
     - Several objectives: the order of the search is kept, because no other objective was measured again, and the
       default gets no rank.
 
-    Test metrics are reported but do not affect the ranking. ``intervals.list_possible_best`` finds the ties.
+    Test metrics are reported but do not affect the ranking. ``statistics.list_possible_best`` finds the ties.
 
     Args:
         ranked: the search's own ranking, best first; trials without runs are not confirmed.

@@ -295,7 +295,7 @@ def judge_memory(ratio: RatioInterval | None) -> Answer:
 def judge_accuracy(loss: MeanInterval | None, diverged_alone: int = 0) -> Answer:
     """Judge the claim on accuracy: it holds if the loss is shown to be under 1 point, and fails if shown to be over.
 
-    Each is a one-sided test at 5 %, of non-inferiority and its counterpart: see ``intervals.judge_equivalence``. A run
+    Each is a one-sided test at 5 %, of non-inferiority and its counterpart: see ``statistics.judge_equivalence``. A run
     that diverged while fp32 completed on the same seed fails the claim: it lost all accuracy, and the mean over the
     other runs does not make up for that.
 
