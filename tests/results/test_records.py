@@ -198,7 +198,7 @@ def test_each_file_carries_the_provenance(run: Path, name: str) -> None:
     assert load_provenance(run / name) == PROVENANCE
     text = pq.read_metadata(run / name).metadata[b"tune_amp"]
     about = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    assert about["schema_version"] == 4
+    assert about["schema_version"] == 5
     assert about["kind"] == name.removesuffix(".parquet")
     assert about["provenance"]["space_text"] == PROVENANCE.space_text
 
@@ -531,12 +531,12 @@ def test_another_kind_than_expected_is_refused(run: Path) -> None:
     assert message_of(load_trials, path) == f"{path}: kind: must be trials, got 'best'"
 
 
-@pytest.mark.parametrize("version", [1, 5, "3", None])
+@pytest.mark.parametrize("version", [1, 6, "3", None])
 def test_another_schema_version_is_named(run: Path, version: object) -> None:
     path = run / "best.parquet"
     change_file(path, lambda table: table.drop_columns(["lr"]), schema_version=version)
     for read in (load_best, load_provenance):
-        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 4"
+        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 5"
         assert message_of(read, path) == message
 
 

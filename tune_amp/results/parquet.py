@@ -22,7 +22,7 @@ from tune_amp.results.files import write_atomically
 from tune_amp.results.page_limits import check_footer, check_pages, check_texts, list_pages
 from tune_amp.trial.config import InputError, TrialStatus, shown
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OLDEST_VERSION = 2
 """Oldest schema version that is still read: the columns that its files lack have a default, or can be null."""
 
