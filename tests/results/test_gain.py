@@ -191,8 +191,8 @@ def test_one_seed_has_no_interval() -> None:
 ])  # fmt: skip
 def test_more_seeds_are_spent_only_if_they_can_show_a_gain(challenger: Sequence[float], expected: bool) -> None:
     scores = {"a": challenger, DEFAULT_ID: BASE}
-    assert may_gain(make_configs(*scores), make_runs(scores), "val_accuracy") is expected
-    assert not may_gain(make_configs("a"), make_runs({"a": challenger}), "val_accuracy")
+    assert may_gain(judge(scores), "val_accuracy") is expected
+    assert not may_gain(judge({"a": challenger}), "val_accuracy")
 
 
 # ---- against simulated truth ----
@@ -228,7 +228,7 @@ def simulate(truth: Sequence[float], spreads: Sequence[float], seeds: int, seed:
         runs = make_runs({name: values[:FIRST_SEEDS] for name, values in scores.items()})
         challenger = choose_challenger(configs, runs, "val_accuracy")
         assert challenger is not None
-        if may_gain(configs, runs, "val_accuracy"):
+        if may_gain(judge_gain(configs, runs, "val_accuracy"), "val_accuracy"):
             runs = [run for run in runs if run.trial_id not in (challenger, DEFAULT_ID)]
             runs += make_runs({name: scores[name] for name in (challenger, DEFAULT_ID)})
         found = judge_gain(configs, runs, "val_accuracy")

@@ -14,7 +14,7 @@ from rich.console import Console
 from tune_amp.cli.console import say
 from tune_amp.monitor.tables import describe_confirmed, render_confirmed
 from tune_amp.monitor.terminal import describe_counts, render_importance, render_ranking
-from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.results.ranking import choose_best, describe_ties
 from tune_amp.results.records import (
@@ -84,7 +84,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
     best = load_best_rows(folder) if (folder / BEST_FILE).exists() else []
     wanted = top_k is not None
     if top_k is None:
-        top_k = sum(row.trial.trial_id != DEFAULT_ID for row in best) or 3
+        top_k = sum(not row.is_default for row in best) or 3
     return Outcome(
         folder=folder,
         trials=trials,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.results.gain import FIRST_SEEDS, choose_challenger, may_gain, without_seed
+from tune_amp.results.gain import FIRST_SEEDS, judge_gain, may_gain, without_seed
 from tune_amp.results.progress import ConfirmJob, ConfirmObserver, ConfirmProgress, ConfirmResult
 from tune_amp.results.ranking import rank_confirmed
 from tune_amp.results.records import BestRow, Provenance, TrialRecord, write_best, write_confirmed
@@ -68,10 +68,10 @@ class ConfirmPlan:
         Args:
             runs: the runs of ``first_jobs``.
         """
-        challenger = choose_challenger(self.configs, runs, self.objective)
-        if challenger is None or not may_gain(self.configs, runs, self.objective):
+        verdict = judge_gain(self.configs, runs, self.objective)
+        if verdict.challenger is None or not may_gain(verdict, self.objective):
             return []
-        pair = (challenger, DEFAULT_ID)
+        pair = (verdict.challenger, DEFAULT_ID)
         seconds = sum(run.train_seconds for run in runs if run.trial_id in pair) / FIRST_SEEDS
         further = self.seeds[FIRST_SEEDS:]
         return self._list_jobs(pair, further[: int(self.budget_seconds / seconds)] if seconds else further)

@@ -11,6 +11,7 @@ from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.results.gain import show_difference
 from tune_amp.results.records import BestRow, Provenance
 from tune_amp.trial.config import TrialConfig, format_scale
+from tune_amp.trial.text import join_names
 
 
 def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
@@ -26,7 +27,7 @@ def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
     for row in rows:
         if row.confirmation is not None:
             cells = _confirmed_cells(row.confirmation, objective)
-            style = "green" if row.rank == 1 else "dim" if row.trial.trial_id == DEFAULT_ID else None
+            style = "green" if row.rank == 1 else "dim" if row.is_default else None
             table.add_row(_name(row), *settings_cells(row.trial.config), *cells, style=style)
     return table
 
@@ -62,9 +63,11 @@ def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
     possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
     method = "(paired t tests, corrected for their number, 95 %)"
     if len(judged) > 1 and len(possible) > 1:
-        yield f"Any of {_join(possible)} may be the best: none is shown to be worse than another {method}."
+        yield f"Any of {join_names(possible)} may be the best: none is shown to be worse than another {method}."
     if len(judged) > 1 and behind:
-        yield f"Shown to be worse than another: {_join(behind)} {'' if len(possible) > 1 else method}".rstrip() + "."
+        yield (
+            f"Shown to be worse than another: {join_names(behind)} {'' if len(possible) > 1 else method}".rstrip() + "."
+        )
 
 
 def _confirmed_cells(confirmation: Confirmation, objective: str) -> tuple[str, str, str]:
@@ -84,17 +87,13 @@ def _show_mean(confirmation: Confirmation, name: str) -> str:
 
 def _name(row: BestRow) -> str:
     """Return the rank of a row, and mark the default configuration."""
-    if row.trial.trial_id != DEFAULT_ID:
+    if not row.is_default:
         return str(row.rank)
     return DEFAULT_ID if row.rank is None else f"{row.rank} {DEFAULT_ID}"
 
 
 def _title(row: BestRow) -> str:
-    return "The default configuration" if row.trial.trial_id == DEFAULT_ID else f"Number {row.rank}"
-
-
-def _join(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return "The default configuration" if row.is_default else f"Number {row.rank}"
 
 
 def _count_seeds(confirmed: Sequence[BestRow]) -> str:

@@ -232,7 +232,7 @@ def draw_confirmed(run: Run) -> go.Figure:
 
 def name_row(row: BestRow) -> str:
     """Return ``rank 1``, ``rank 1, default`` or ``default``."""
-    names = [f"rank {row.rank}"] * (row.rank is not None) + [DEFAULT_ID] * (row.trial.trial_id == DEFAULT_ID)
+    names = [f"rank {row.rank}"] * (row.rank is not None) + [DEFAULT_ID] * row.is_default
     return ", ".join(names)
 
 

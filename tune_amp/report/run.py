@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, load_importance
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import (
@@ -72,7 +72,7 @@ class Run:
     @property
     def default(self) -> BestRow | None:
         """The tutorial's configuration; None unless it was confirmed beside the winners."""
-        return next((row for row in self.rows if row.trial.trial_id == DEFAULT_ID), None)
+        return next((row for row in self.rows if row.is_default), None)
 
     @property
     def listed(self) -> tuple[BestRow, ...]:

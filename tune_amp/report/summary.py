@@ -10,11 +10,12 @@ from tune_amp.report.figures import build_objective_axis
 from tune_amp.report.page import Finding, Summary, Swatch, quote_words
 from tune_amp.report.run import MISSING, Run, find_value
 from tune_amp.report.style import count_of, list_statuses, say_status
-from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
+from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.ranking import describe_ties
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.run_files import BEST_FILE
 from tune_amp.trial.config import FIELD_TYPES, format_scale, is_function_name
+from tune_amp.trial.text import join_names
 
 
 def name_subject(run: Run) -> str:
@@ -191,17 +192,13 @@ def _tell_ties(run: Run) -> Finding:
         return Finding(
             f"{possible[0].capitalize()} is better than every other confirmed configuration{which} {method}."
         )
-    text = f"A tie: any of {_enumerate(possible)} may be the best {method}."
+    text = f"A tie: any of {join_names(possible)} may be the best {method}."
     return Finding(text, is_warning=True)
 
 
 def _name(row: BestRow) -> str:
-    default = "the tutorial's default" if row.trial.trial_id == DEFAULT_ID else ""
+    default = "the tutorial's default" if row.is_default else ""
     return f"rank {row.rank}{f' ({default})' if default else ''}" if row.rank else default
-
-
-def _enumerate(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _tell_verdict(run: Run, found: Confirmation) -> str:

@@ -79,12 +79,13 @@ def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun],
         objective: one of ``RANKING_OBJECTIVES``.
     """
     challenger = choose_challenger(configs, runs, objective)
-    has_default = DEFAULT_ID in configs and not _count_failures(DEFAULT_ID, runs)
+    default_failed = _count_failures(DEFAULT_ID, runs)
+    has_default = DEFAULT_ID in configs and not default_failed
     kind, gain, reason = VerdictKind.UNKNOWN, None, ""
     if DEFAULT_ID not in configs:
         reason = "the default configuration was not trained"
     elif not has_default:
-        reason = f"the defaults did not complete on {_count_failures(DEFAULT_ID, runs)}"
+        reason = f"the defaults did not complete on {default_failed}"
         # Settings are to blame for a divergence or for memory; a crash may have any cause.
         kind = VerdictKind.BETTER if challenger and _is_own_fault(DEFAULT_ID, runs) else kind
     elif all(_is_default(config, configs) for config in configs.values()):
@@ -108,13 +109,13 @@ def choose_challenger(configs: Mapping[str, TrialConfig], runs: Sequence[Confirm
     Runs on later seeds do not count, because the choice would change as they complete.
     """
     scores = _list_rival_scores(configs, runs, objective)
-    return max(scores, key=lambda name: _sign(objective) * statistics.fmean(scores[name]), default=None)
+    return max(scores, key=lambda name: find_sign(objective) * statistics.fmean(scores[name]), default=None)
 
 
-def may_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun], objective: str) -> bool:
-    """Return whether more seeds could show a gain: the challenger leads and is not equivalent to the default."""
-    gain = judge_gain(configs, runs, objective).gain
-    return gain is not None and _sign(objective) * gain.difference > 0 and not gain.equivalent
+def may_gain(verdict: Verdict, objective: str) -> bool:
+    """Return whether further seeds could show a gain: the challenger leads, and the two are not shown to be equal."""
+    gain = verdict.gain
+    return gain is not None and find_sign(objective) * gain.difference > 0 and not gain.equivalent
 
 
 def without_seed(config: TrialConfig) -> TrialConfig:
@@ -182,7 +183,7 @@ def _describe_gain(gain: Gain, objective: str) -> str:
 
 def _judge(gain: Gain, objective: str) -> VerdictKind:
     """Compare the interval with 0; ``worst`` and ``best`` are larger for a better configuration."""
-    worst, best = sorted((_sign(objective) * gain.low, _sign(objective) * gain.high))
+    worst, best = sorted((find_sign(objective) * gain.low, find_sign(objective) * gain.high))
     if worst > 0:
         return VerdictKind.BETTER
     if best < 0:
@@ -236,6 +237,6 @@ def _is_default(config: TrialConfig, configs: Mapping[str, TrialConfig]) -> bool
     return DEFAULT_ID in configs and without_seed(config) == without_seed(configs[DEFAULT_ID])
 
 
-def _sign(objective: str) -> int:
+def find_sign(objective: str) -> int:
     """Return 1 if more is better, else -1."""
     return 1 if objective in MORE_IS_BETTER else -1

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from tune_amp.results.confirmed import Confirmation, ConfirmedRun
-from tune_amp.results.gain import Verdict, describe_verdict, judge_gain, score_runs, without_seed
+from tune_amp.results.gain import Verdict, describe_verdict, find_sign, judge_gain, score_runs, without_seed
 from tune_amp.results.records import BestRow, Provenance, TrialRecord
 from tune_amp.results.statistics import list_possible_best, mean_interval
 from tune_amp.trial.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialStatus, shown
@@ -207,7 +207,7 @@ def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[flo
 
 def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedRun], objective: str) -> set[str]:
     """Return the trial ids of the configurations that may be the true best."""
-    sign = 1 if objective in MORE_IS_BETTER else -1
+    sign = find_sign(objective)
     of_trials = {trial.trial_id: score_runs(trial.trial_id, runs, objective) for trial in trials}
     scores = {name: {seed: sign * value for seed, value in of.items()} for name, of in of_trials.items() if of}
     # A configuration counts once: its copies share its runs, and would count as rivals.

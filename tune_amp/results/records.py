@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp import __version__
-from tune_amp.results.confirmed import Confirmation, ConfirmedRun
+from tune_amp.results.confirmed import DEFAULT_ID, Confirmation, ConfirmedRun
 from tune_amp.results.parquet import (
     build_columns,
     build_table,
@@ -112,6 +112,11 @@ class BestRow:
     trial: TrialRecord
     confirmation: Confirmation | None = None
     """Results on fresh seeds; None if the search was not confirmed."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether this is the tutorial's default configuration, which was no trial."""
+        return self.trial.trial_id == DEFAULT_ID
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tune_amp.results.confirmed import DEFAULT_ID
 from tune_amp.results.ranking import count_ties
 from tune_amp.results.records import BestRow, Provenance
 from tune_amp.results.statistics import wilson_interval
@@ -41,7 +40,7 @@ class CardSource:
     @property
     def is_default(self) -> bool:
         """Whether these are the tutorial's settings."""
-        return self.row.trial.trial_id == DEFAULT_ID
+        return self.row.is_default
 
     @property
     def ranked(self) -> list[BestRow]:
@@ -89,7 +88,7 @@ def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[st
     budget = source.row.trial.config.max_epochs
     if budget != result.config.max_epochs:
         lines.append(f"Those runs took {budget} epochs, this one {result.config.max_epochs}: not the same training.")
-    default = next((row.confirmation for row in source.best if row.trial.trial_id == DEFAULT_ID), None)
+    default = next((row.confirmation for row in source.best if row.is_default), None)
     if not source.is_default and default is not None and default.test_accuracy_mean is not None:
         reached = _percent(default.test_accuracy_mean)
         seeds = (

@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 
-from tune_amp.results.confirmed import DEFAULT_ID
 from tune_amp.results.parquet import locate, read_kind
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import (
@@ -142,7 +141,7 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
 
 
 def _load_winners(path: Path) -> list[TrialRecord]:
-    rows = [row for row in load_best_rows(path) if row.trial.trial_id != DEFAULT_ID]  # the defaults are tried anyway
+    rows = [row for row in load_best_rows(path) if not row.is_default]  # the defaults are tried anyway
     return [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)]
 
 

@@ -1,6 +1,7 @@
 """Makes text safe to show: removes credentials from command lines and control characters from file contents."""
 
 import re
+from collections.abc import Sequence
 
 HIDDEN = "***"
 """Replacement of a secret."""
@@ -16,6 +17,11 @@ _SECRET = re.compile(
 def printable(text: str) -> str:
     """Return ``text`` on one line, without characters that control a terminal: files are not trusted."""
     return "".join(character for character in text.replace("\n", " ") if character.isprintable())
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Return ``a``, ``a and b`` or ``a, b and c`` of at least one name."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def hide_credentials(text: str) -> str:
