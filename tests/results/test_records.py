@@ -54,6 +54,7 @@ from tune_amp.trial.config import (
     InputError,
     TrialConfig,
     TrialStatus,
+    field_types,
 )
 
 COMPLETED = make_trial()
@@ -85,6 +86,11 @@ counts = st.integers(0, 2**63 - 1)
 texts = st.text(max_size=20)
 
 
+def some_of(strategies: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Mappings with some of the names, in alphabetical order, as they are read back."""
+    return st.fixed_dictionaries({}, optional=strategies).map(lambda values: dict(sorted(values.items())))
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> TrialConfig:
     precision = draw(st.sampled_from(["fp32", "tf32", "bf16", "fp16"]))
@@ -109,6 +115,12 @@ def configs(draw: st.DrawFn) -> TrialConfig:
         curriculum=draw(st.sampled_from(CURRICULA)),
         max_epochs=draw(st.integers(1, 2**63 - 1)),
         seed=draw(counts),
+        accumulate=draw(st.integers(1, 2**63 - 1)),
+        task=draw(st.none() | st.just("my:Task")),
+        train=draw(st.none() | st.just("my:train")),
+        own=draw(
+            some_of({"act": texts, "dropout": st.floats(allow_nan=False, allow_infinity=False), "hidden": counts})
+        ),
         **({name: draw(values) for name, values in scaler.items()} if precision == "fp16" else {}),
     )
 
@@ -123,8 +135,9 @@ def metrics(epoch: int) -> st.SearchStrategy[EpochMetrics]:
         tuple[int, ...]: st.lists(counts, max_size=3).map(tuple),
         tuple[float, ...]: st.lists(any_float, max_size=3).map(tuple),
     }
-    values = {field.name: strategies[field.type] for field in dataclasses.fields(EpochMetrics)}
+    values = {name: strategies[kind] for name, kind in field_types(EpochMetrics).items()}
     values |= dict.fromkeys(values.keys() & CLOCKS, seconds)
+    values |= {"metrics": some_of({"perplexity": any_float, "val_f1": any_float})}
     values |= dict.fromkeys(("val_accuracy", "underflow_share"), st.none() | shares)
     return st.builds(EpochMetrics, **values | {"epoch": st.just(epoch)})
 
@@ -198,7 +211,7 @@ def test_each_file_carries_the_provenance(run: Path, name: str) -> None:
     assert load_provenance(run / name) == PROVENANCE
     text = pq.read_metadata(run / name).metadata[b"tune_amp"]
     about = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
-    assert about["schema_version"] == 5
+    assert about["schema_version"] == 6
     assert about["kind"] == name.removesuffix(".parquet")
     assert about["provenance"]["space_text"] == PROVENANCE.space_text
 
@@ -255,7 +268,7 @@ def test_trials_show_their_last_epoch_and_null_where_there_is_none(run: Path) ->
 
 
 def test_trials_start_with_these_columns_types_and_units() -> None:
-    first = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[:25]]
+    first = [(field.name, str(field.type), field.nullable, unit_of(field)) for field in list(SCHEMAS["trials"])[:28]]
     assert first == [
         ("trial_id", "string", False, None),
         ("status", "string", False, None),
@@ -277,6 +290,9 @@ def test_trials_start_with_these_columns_types_and_units() -> None:
         ("curriculum", "string", False, None),
         ("max_epochs", "int64", False, "epochs"),
         ("seed", "int64", False, None),
+        ("accumulate", "int64", False, "batches"),
+        ("task", "string", True, None),
+        ("train", "string", True, None),
         ("epoch", "int64", True, "epochs"),
         ("train_loss", "double", True, "nats"),
         ("val_loss", "double", True, "nats"),
@@ -531,12 +547,12 @@ def test_another_kind_than_expected_is_refused(run: Path) -> None:
     assert message_of(load_trials, path) == f"{path}: kind: must be trials, got 'best'"
 
 
-@pytest.mark.parametrize("version", [1, 6, "3", None])
+@pytest.mark.parametrize("version", [1, 7, "3", None])
 def test_another_schema_version_is_named(run: Path, version: object) -> None:
     path = run / "best.parquet"
     change_file(path, lambda table: table.drop_columns(["lr"]), schema_version=version)
     for read in (load_best, load_provenance):
-        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 5"
+        message = f"{path}: was written by schema version {version!r}; this tune_amp reads 2 to 6"
         assert message_of(read, path) == message
 
 

@@ -53,6 +53,10 @@ def test_default_configuration_is_the_tutorial_s() -> None:
         "curriculum": "none",
         "max_epochs": 5,
         "seed": 0,
+        "accumulate": 1,
+        "task": None,
+        "train": None,
+        "own": {},
     }
 
 

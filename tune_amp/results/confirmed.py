@@ -4,8 +4,9 @@ Imports nothing heavy, so that a report or a card can be made wherever pyarrow i
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-from tune_amp.trial.config import TrialStatus, described
+from tune_amp.trial.config import TrialStatus, described, spread
 
 DEFAULT_ID = "default"
 """``trial_id`` of the tutorial's configuration, which is confirmed along with the winners."""
@@ -26,6 +27,7 @@ class ConfirmedRun:
     test_recalls: tuple[float, ...] = described("test accuracy within each class", default=())
     train_seconds: float = described("time in training steps", unit="s", default=0.0)
     device: str = described("device the run computed on: cpu, or the GPU's name", default="cpu")
+    metrics: Mapping[str, float] = spread("values that the user's own task or training loop measured, a column each")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,3 +72,4 @@ class Confirmation:
         "lower end of its 95 % interval (paired t, corrected for the choice of the best)", default=None
     )
     gain_high: float | None = described("upper end of its 95 % interval", default=None)
+    means: Mapping[str, float] = spread("NAME_mean, _std, _low and _high of the user's own values, a column each")

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.results.files import write_atomically
 from tune_amp.results.page_limits import check_footer, check_pages, check_texts, list_pages
-from tune_amp.trial.config import InputError, TrialStatus, shown
+from tune_amp.trial.config import SPREAD, InputError, TrialStatus, shown
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 OLDEST_VERSION = 2
 """Oldest schema version that is still read: the columns that its files lack have a default, or can be null."""
 
@@ -71,8 +71,33 @@ def build_columns(source: type, *, of_trials: bool = False) -> list[pa.Field]:
     return [
         _build_column(field, hints[field.name], nullable=of_trials)
         for field in dataclasses.fields(source)
-        if field.metadata and not (of_trials and field.metadata["epoch_only"])
+        if field.metadata and field.name not in SPREAD and not (of_trials and field.metadata["epoch_only"])
     ]
+
+
+def _build_own_columns(rows: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[pa.Field]:
+    """Return a column for each name in the ``SPREAD`` fields of the rows; its metadata names that field.
+
+    Raises:
+        InputError: a name is that of another column, or its values are of different types.
+    """
+    kinds: dict[tuple[str, str], set[type]] = {}
+    for row in rows:
+        for field in SPREAD:
+            for name, value in row.get(field, {}).items():
+                kinds.setdefault((field, name), set()).add(type(value))
+    columns = []
+    for (field, name), found in sorted(kinds.items()):
+        column = f"{SPREAD[field]}{name}"
+        kind = float if found == {int, float} else next(iter(found)) if len(found) == 1 else None
+        if column in known or kind not in _OWN_TYPES:
+            got = "that of another column" if column in known else " and ".join(sorted(t.__name__ for t in found))
+            raise InputError(f"{column}: must be a name of its own with values of one type, got {got}")
+        columns.append(pa.field(column, _ARROW_TYPES[kind], metadata={"of": field}))
+    return columns
+
+
+_OWN_TYPES = (float, int, str)
 
 
 # ---- write ----
@@ -89,12 +114,17 @@ def build_table(
 
     Args:
         kind: the kind of file, by which ``read_rows`` reads it.
-        schema: from ``build_columns``.
-        rows: column -> value.
+        schema: from ``build_columns``; columns are added for what the ``SPREAD`` fields of the rows hold.
+        rows: column or ``SPREAD`` field -> value.
         origin: where the rows come from, in types that JSON has.
         slot_time: slots and seconds that producing the rows took, in types that JSON has, if known.
     """
-    table = pa.Table.from_pylist(rows, schema=schema)
+    own = _build_own_columns(rows, schema.names)
+    spread = [
+        {f"{SPREAD[field]}{name}": value for field in SPREAD for name, value in row.get(field, {}).items()} | row
+        for row in rows
+    ]
+    table = pa.Table.from_pylist(spread if own else rows, schema=pa.schema([*schema, *own]))
     about = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -207,7 +237,7 @@ def _refusing_damage() -> Iterator[None]:
 
 
 def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Return the rows of a file of ``kind``, with the columns of ``schema`` only.
+    """Return the rows of a file of ``kind``, with the columns of ``schema``, and the other ones in ``SPREAD`` fields.
 
     Columns that a file of an older version lacks are filled with their default, else with null.
 
@@ -220,13 +250,39 @@ def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
             raise InputError(f"kind: must be {kind}, got {shown(about['kind'])}")
         filling = _list_filling(about, schema)
         _check_columns(file.schema_arrow, [column for column in schema if column.name not in filling])
-        table = _read_columns(path, file, [name for name in schema.names if name not in filling])
+        own = _find_own_columns(file.schema_arrow, schema)
+        table = _read_columns(path, file, [*(name for name in schema.names if name not in filling), *own])
         columns = {name: table[name].to_pylist() for name in table.column_names}
         for name, values in columns.items():
             if checksum(values) != about["column_checksums"][name]:
                 raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
         columns |= {name: [value] * table.num_rows for name, value in filling.items()}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [_nest(row, own) for row in rows] if own else rows
+
+
+def _find_own_columns(found: pa.Schema, expected: pa.Schema) -> dict[str, tuple[str, str]]:
+    """Return column -> ``SPREAD`` field that it belongs to, and its name there."""
+    types_of_own = [_ARROW_TYPES[kind] for kind in _OWN_TYPES]
+    own = {}
+    for column in found:
+        field = (column.metadata or {}).get(b"of", b"").decode()
+        if field in SPREAD and column.name not in expected.names:
+            name = column.name.removeprefix(SPREAD[field])
+            if not name.isidentifier() or column.type not in types_of_own:
+                raise InputError(f"{shown(column.name)}: must be a name with numbers or texts, got {column.type}")
+            own[column.name] = field, name
+    return own
+
+
+def _nest(row: dict[str, Any], own: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Move the values of ``own`` columns into their ``SPREAD`` fields, without those that are null."""
+    nested: dict[str, dict[str, Any]] = {}
+    for column, (field, name) in own.items():
+        value = row.pop(column)
+        if value is not None:
+            nested.setdefault(field, {})[name] = value
+    return row | nested
 
 
 def _opened(path: Path) -> pq.ParquetFile:

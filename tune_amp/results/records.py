@@ -40,12 +40,15 @@ from tune_amp.trial.config import (
     OBJECTIVES,
     SAMPLERS,
     SCHEDULERS,
+    SPREAD,
     EpochMetrics,
     InputError,
+    OwnValue,
     TrialConfig,
     TrialStatus,
     checked_type,
     described,
+    field_types,
     shown,
 )
 from tune_amp.trial.consent import distrust
@@ -453,7 +456,7 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
     Raises:
         InputError: a field is absent, or null where it cannot be, or breaks a rule of ``source``.
     """
-    arguments = {}
+    arguments: dict[str, Any] = {name: _check_own(values[name]) for name in _SPREAD_OF[source] if name in values}
     for name, (optional, has_default) in _FIELD_RULES[source].items():
         if name not in values and has_default:
             continue
@@ -472,9 +475,21 @@ def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:
 
 def _list_field_rules(source: type) -> dict[str, tuple[bool, bool]]:
     """Return for each field whether it may be None, and whether it has a default."""
-    hints = typing.get_type_hints(source)
+    hints = field_types(source)
     defaults = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(source)}
-    return {name: (split_optional(hints[name])[1], has_default) for name, has_default in defaults.items()}
+    return {name: (split_optional(hint)[1], defaults[name]) for name, hint in hints.items()}
+
+
+def _check_own(values: Any) -> dict[str, Any]:
+    """Return a mapping from names to numbers or texts, as a file holds it."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"own values: must be a mapping, got {shown(values)}")
+    for name, value in values.items():
+        if isinstance(value, str):
+            distrust(value)
+        elif not isinstance(value, float):  # a measured value may be NaN
+            checked_type(name, value, OwnValue)
+    return dict(values)
 
 
 _TIMES = {
@@ -495,4 +510,7 @@ _LIMITS = dict.fromkeys((*_TIMES, "optimism"), MOST_SECONDS) | {
 _FIELD_RULES: Mapping[type, Mapping[str, tuple[bool, bool]]] = {
     source: _list_field_rules(source)
     for source in (TrialConfig, EpochMetrics, TrialRecord, Confirmation, ConfirmedRun, Provenance, SlotTime)
+}
+_SPREAD_OF: Mapping[type, list[str]] = {
+    source: [field.name for field in dataclasses.fields(source) if field.name in SPREAD] for source in _FIELD_RULES
 }

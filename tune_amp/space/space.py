@@ -55,6 +55,8 @@ FLAGS = {
     "imbalance": "--imbalance",
     "max_epochs": "--max-epochs",
     "seed": "--seed",
+    "task": "--task",
+    "train": "--train",
 }
 SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
 RELATIVE = "growth_interval"  # the only field counted in training steps

@@ -120,6 +120,7 @@ def one_of(*known: str, function: bool = False) -> Rule:
 
 
 MODEL_RULE = one_of(*MODELS, function=True)
+_OWN_CODE_RULE = Rule("must have the form module:name", lambda name: is_function_name(name))  # noqa: PLW0108 (defined below)
 SEED_RULE = Rule("must be between 0 and 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 _FRACTION_RULE = Rule("must be between 0 and 1, both excluded", lambda fraction: 0 < fraction < 1)
 # GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
@@ -138,6 +139,19 @@ def described(
     """
     metadata = {"doc": doc, "rule": rule, "unit": unit, "epoch_only": epoch_only}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def spread(doc: str) -> Any:
+    """Return a dataclass field that holds values by name, each of which is a column; by default it holds none.
+
+    It does not count for the hash of a frozen dataclass, which a mapping does not have.
+    """
+    metadata = {"doc": doc, "rule": None, "unit": "", "epoch_only": False}
+    return dataclasses.field(default_factory=dict, hash=False, metadata=metadata)
+
+
+OwnValue = float | int | str
+"""A value of a user's own parameter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,9 +192,15 @@ class TrialConfig:
     )
     max_epochs: int = described("epochs of a trial that is not stopped", 5, at_least(1), unit="epochs")
     seed: int = described("seed of weights and data order", 0, SEED_RULE)
+    accumulate: int = described("batches whose gradients are summed before a step", 1, at_least(1), unit="batches")
+    task: str | None = described("the user's own task, module:Class", None, _OWN_CODE_RULE)
+    train: str | None = described("the user's own training loop, module:function", None, _OWN_CODE_RULE)
+    own: Mapping[str, OwnValue] = spread("the user's own parameters: columns own.NAME")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, value in self.own.items():
+            checked_type(f"own.{name}", value, OwnValue)
         for name, default in SCALER_DEFAULTS.items():
             value = getattr(self, name)
             if self.precision != "fp16":
@@ -190,15 +210,35 @@ class TrialConfig:
 
 
 def list_settings(config: TrialConfig) -> dict[str, Any]:
-    """Return the fields of a configuration that have an effect, without those that are off."""
-    off: tuple[tuple[str, Any], ...] = (("class_weighting", "none"), ("curriculum", "none"), ("imbalance", 1.0))
-    return {name: value for name, value in vars(config).items() if value is not None and (name, value) not in off}
+    """Return the fields of a configuration that have an effect, without those that are off; ``own.NAME`` for own ones.
+
+    Of a user's own training, the model and the data set have the name of the task or of the loop.
+    """
+    off = {"class_weighting": "none", "curriculum": "none", "imbalance": 1.0, "accumulate": 1}
+    settings = {name: value for name, value in list_values(config).items() if value not in (None, off.get(name))}
+    own_code = config.train or config.task
+    return {name: value for name, value in settings.items() if own_code is None or value != own_code} | (
+        {"train" if config.train else "task": own_code} if own_code else {}
+    )
+
+
+def list_values(record: object) -> dict[str, Any]:
+    """Return the columns of a ``TrialConfig`` or ``EpochMetrics`` with their values, own ones after the others."""
+    values = dict(vars(record))
+    for name, prefix in SPREAD.items():
+        values |= {f"{prefix}{key}": value for key, value in values.pop(name, {}).items()}
+    return values
+
+
+SPREAD = types.MappingProxyType({"own": "own.", "metrics": "", "means": ""})
+"""Fields that hold values by name -> prefix of the columns of these values."""
 
 
 @functools.cache
 def field_types(owner: type) -> Mapping[str, Any]:
-    """Return the type of each field of a dataclass."""
-    return types.MappingProxyType(typing.get_type_hints(owner))
+    """Return the type of each field of a dataclass that is one column."""
+    hints = typing.get_type_hints(owner)
+    return types.MappingProxyType({name: hint for name, hint in hints.items() if name not in SPREAD})
 
 
 FIELD_TYPES = field_types(TrialConfig)
@@ -258,6 +298,7 @@ class EpochMetrics:
         default=(),
         epoch_only=True,
     )
+    metrics: Mapping[str, float] = spread("values that the user's own task or training loop measured, a column each")
 
 
 def check_fields(record: object) -> None:
