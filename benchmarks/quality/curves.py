@@ -16,11 +16,15 @@ from tune_amp.results.parquet import build_table, locate, read_origin, read_rows
 from tune_amp.results.records import SCHEMAS, list_versions
 from tune_amp.space.space import SearchSpace
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types
 
 # Curves are of the data as they are, with an imbalance of 1; files recorded before there was one have no such column.
-_CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(TrialConfig) if field.name != "imbalance")
-_EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochMetrics) if not f.metadata["epoch_only"])
+_CONFIG_FIELDS = tuple(
+    name for name in field_types(TrialConfig) if name not in ("imbalance", "accumulate", "task", "train")
+)
+_EPOCH_FIELDS = tuple(
+    name for name in field_types(EpochMetrics) if not EpochMetrics.__dataclass_fields__[name].metadata["epoch_only"]
+)
 _CURVE = pa.field("curve", pa.int64(), nullable=False, metadata={"description": "number of the configuration, from 0"})
 SCHEMA = pa.schema(
     [

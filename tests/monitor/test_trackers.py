@@ -1,7 +1,6 @@
 """What TensorBoard, MLflow and Weights & Biases are told of a search, read back with readers of their own formats."""
 
 import contextlib
-import dataclasses
 import http.server
 import json
 import os
@@ -39,7 +38,7 @@ from tune_amp.search.options import TRACKERS, SearchOptions, check_trackers
 from tune_amp.search.run import SearchResult, run_search
 from tune_amp.space.space import load_space
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types
 from tune_amp.trial.consent import consent_to
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -578,7 +577,7 @@ def test_only_finite_numbers_are_told() -> None:
     assert values["val_accuracy"] == 0.9
     assert values["skipped_steps"] == 3
     told_all = select_values(make_epoch(3, peak_memory_bytes=1))
-    fields = {field.name for field in dataclasses.fields(EpochMetrics)}
+    fields = {*field_types(EpochMetrics)}
     texts_and_lists = {"state", "loop", "loss_scale_steps", "loss_scale_values", "val_recalls"}
     assert told_all.keys() == fields - texts_and_lists - {"epoch"} | {"training_iteration"}
     assert told_all.keys() - values.keys() == {"val_loss", "train_loss", "loss_scale", "peak_memory_bytes"}

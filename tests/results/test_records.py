@@ -323,7 +323,7 @@ def test_trials_end_with_the_columns_of_the_record() -> None:
 
 
 def test_best_is_a_rank_before_the_columns_of_trials_and_what_fresh_seeds_say_after_them() -> None:
-    confirmation = [field.name for field in dataclasses.fields(Confirmation)]
+    confirmation = [*field_types(Confirmation)]
     assert SCHEMAS["best"].names == ["rank", *SCHEMAS["trials"].names, *confirmation]
     assert {"confirm_seeds", "val_accuracy_mean", "test_accuracy_high", "tied_with_best", "optimism"} <= {*confirmation}
     assert all(SCHEMAS["best"].field(name).nullable for name in confirmation)
@@ -363,7 +363,7 @@ def test_runs_on_fresh_seeds_come_back_as_they_were(run: Path) -> None:
 
 
 def test_epochs_hold_the_trial_id_and_every_metric() -> None:
-    assert SCHEMAS["epochs"].names == ["trial_id", *(field.name for field in dataclasses.fields(EpochMetrics))]
+    assert SCHEMAS["epochs"].names == ["trial_id", *field_types(EpochMetrics)]
     assert not SCHEMAS["epochs"].field("train_loss").nullable
     assert SCHEMAS["epochs"].field("val_loss").nullable
     assert str(SCHEMAS["epochs"].field("loss_scale_steps").type) == "list<element: int64 not null>"

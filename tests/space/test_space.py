@@ -21,7 +21,7 @@ from tune_amp.trial.config import CURRICULA, FIELD_TYPES, INPUT_SCALINGS, SCALER
 BUNDLED = ("extensions", "mnist_amp", "precision", "quick", "stress")
 KNOWN = (
     "lr, batch_size, precision, init_scale, growth_factor, backoff_factor, growth_interval, optimizer, weight_decay, "
-    "grad_clip, input_scaling, class_weighting, curriculum"
+    "grad_clip, input_scaling, class_weighting, curriculum, accumulate"
 )
 TRIAL = {"train_images": 55_000, "max_epochs": 8}  # MNIST: 6,872 steps at batch size 64, 424 at 1,024
 LR = "lr: {low: 1.0e-4, high: 0.1}"

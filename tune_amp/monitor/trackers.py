@@ -28,7 +28,7 @@ from ray.tune.logger import LoggerCallback
 
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import metrics_of
-from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, describe_error
+from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, describe_error, list_values
 from tune_amp.trial.text import hide_credentials
 
 _Event = Callable[[Any], None]
@@ -178,7 +178,7 @@ class Tracker(tune.Callback):
         self._put(lambda callback: callback.log_trial_end(ended, failed=failed))
 
     def _describe(self, trial: Any) -> TrackedTrial:
-        settings = vars(TrialConfig(**trial.config))
+        settings = list_values(TrialConfig(**trial.config))
         return TrackedTrial(
             trial_id=trial.trial_id,
             name=str(trial),
@@ -295,7 +295,7 @@ def select_values(metrics: EpochMetrics) -> dict[str, Any]:
     """
     values = {
         name: value
-        for name, value in vars(metrics).items()
+        for name, value in list_values(metrics).items()
         if name != "epoch" and isinstance(value, int | float) and math.isfinite(value)
     }
     return {**values, TRAINING_ITERATION: metrics.epoch}
