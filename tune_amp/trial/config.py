@@ -25,7 +25,8 @@ INPUT_SCALINGS = ("minmax", "standard")
 CLASS_WEIGHTINGS = ("none", "balanced")
 CURRICULA = ("none", "linear", "root", "step")
 RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
-OBJECTIVES = (*RANKING_OBJECTIVES, "train_seconds", "peak_memory_bytes")
+COST_OBJECTIVES = ("train_seconds", "peak_memory_bytes")
+OBJECTIVES = (*RANKING_OBJECTIVES, *COST_OBJECTIVES)
 MORE_IS_BETTER = ("val_accuracy",)
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
@@ -299,6 +300,19 @@ class EpochMetrics:
         epoch_only=True,
     )
     metrics: Mapping[str, float] = spread("values that the user's own task or training loop measured, a column each")
+
+
+COMMON_METRICS = ("train_loss", "val_loss", "val_accuracy")
+"""Metrics that have a column in every run, and that a user's own training may report too."""
+
+RESERVED_NAMES = frozenset({*field_types(TrialConfig), *field_types(EpochMetrics)} - {*COMMON_METRICS}) | {
+    *("trial_id", "status", "trial_name", "error", "config_fault", "inert", "started", "wall_seconds", "setup_seconds"),
+    *("checkpoint_seconds", "worker", "device", "num_threads", "rank", "confirm_seeds", "confirm_failures"),
+    *("tied_with_best", "optimism", "verdict", "verdict_kind", "gain", "gain_low", "gain_high", "test_recalls"),
+    *("config", "metrics", "done", "date", "timestamp", "pid", "hostname", "node_ip", "experiment_tag"),  # Ray Tune's
+    *("training_iteration", "time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore"),
+}
+"""Names that a user's own metric must not have: columns of the run's files, and keys of Ray Tune's results."""
 
 
 def check_fields(record: object) -> None:

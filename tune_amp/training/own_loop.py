@@ -1,0 +1,455 @@
+"""Trains a configuration by the user's own loop: a generator that yields its metrics after every epoch.
+
+The loop gets a ``Trial``: device, settings, a loss scaler that records its telemetry, and autocast. Everything else is
+the user's own: models, optimizers, data, schedules.
+
+.. code-block:: python
+
+    def train(trial):
+        model = Net(trial.own["hidden"]).to(trial.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=trial.lr)
+        trial.keep(model=model, optimizer=optimizer)
+        scaler = trial.scaler
+        for epoch in trial.epochs():
+            for x, y in batches(trial.batch_size):
+                optimizer.zero_grad()
+                with trial.autocast():
+                    loss = loss_function(model(x), y)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            yield {"val_loss": ..., "val_f1": ...}
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tune_amp.training.amp import AUTOCAST_DTYPES, ScalerTelemetry, all_finite, fp32_arithmetic, summarise_steps
+from tune_amp.training.generators import Generators, write_generators
+from tune_amp.training.own_code import exits_as_errors
+from tune_amp.training.run import MemoryMeter
+from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch, look_ahead
+from tune_amp.trial.config import (
+    COMMON_METRICS,
+    COST_OBJECTIVES,
+    RESERVED_NAMES,
+    SCALER_DEFAULTS,
+    EpochMetrics,
+    InputError,
+    TrainingState,
+    TrialConfig,
+    shown,
+)
+
+TrainFunction = Callable[["Trial"], Any]
+"""A user's own loop: a generator of mappings from names to numbers."""
+
+TEST_PREFIX = "test_"
+"""Prefix of the metrics of the test set, which a loop yields only if ``Trial.confirming``."""
+
+_COMPACTED_STEPS = 1024
+
+
+class TelemetryScaler(torch.amp.GradScaler):
+    """``torch.amp.GradScaler`` with a trial's settings, whose ``update`` also records the overflow and the scale.
+
+    Both stay on the device until ``read``, so that recording never waits for it. Each call of ``update`` counts as one
+    step, in every precision. The step counts as skipped if a gradient of any optimizer overflowed.
+
+    Args:
+        config: source of the precision and the scaler settings. The scaler is disabled unless the precision is fp16.
+        device: device of the losses.
+    """
+
+    def __init__(self, config: TrialConfig, device: torch.device) -> None:
+        is_fp16 = config.precision == "fp16"
+        settings = {name: getattr(config, name) for name in SCALER_DEFAULTS} if is_fp16 else {"enabled": False}
+        super().__init__(device.type, **settings)
+        self._overflows: list[Tensor] = []
+        self._scales: list[Tensor] = []
+        self._updates = 0
+        scale = float(np.float32(config.init_scale)) if config.init_scale is not None else None
+        self.telemetry = ScalerTelemetry(loss_scale=scale, min_loss_scale=scale, max_loss_scale=scale)
+        """Telemetry as of the last ``read``."""
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Update the scale as ``torch.amp.GradScaler.update`` does, and record the step."""
+        self._updates += 1
+        if not self.is_enabled():
+            return
+        flags = [
+            flag for state in self._per_optimizer_states.values() for flag in state["found_inf_per_device"].values()
+        ]
+        super().update(new_scale)
+        scale = self._get_scale_async()
+        assert scale is not None
+        if len(flags) != 1:  # several optimizers or devices, or a scale that the user sets
+            flags = [torch.stack([torch.zeros_like(scale), *(flag.to(scale.device) for flag in flags)]).amax()]
+        self._overflows += flags  # the scaler allocates new flags every step, but changes its scale in place
+        self._scales.append(scale.clone())
+        if len(self._scales) == _COMPACTED_STEPS:  # each small tensor takes 512 bytes of a GPU
+            self._compact()
+
+    def _compact(self) -> None:
+        self._overflows = [torch.cat([flag.reshape(-1) for flag in self._overflows])]
+        self._scales = [torch.cat([scale.reshape(-1) for scale in self._scales])]
+
+    def read(self) -> ScalerTelemetry:
+        """Add the steps since the last call to the telemetry, and return it. Waits for the device."""
+        if self.is_enabled():
+            scales, overflows = np.empty(0, np.float32), np.empty(0, np.bool_)
+            if self._scales:
+                self._compact()
+                scales, overflows = self._scales[0].cpu().numpy(), self._overflows[0].cpu().numpy() != 0
+            self.telemetry = summarise_steps(self.telemetry, scales, overflows)
+        else:
+            steps = self.telemetry.steps + self._updates
+            self.telemetry = ScalerTelemetry(steps=steps, applied_steps=steps, first_applied_step=1 if steps else None)
+        self._overflows, self._scales, self._updates = [], [], 0
+        return self.telemetry
+
+
+class Trial:
+    """The arguments of a user's own training loop: one configuration, and what measures it.
+
+    ``list(train(tune_amp.Trial(config)))`` runs a loop without Ray.
+
+    Args:
+        config: the configuration. A loop may read any of its fields; a search varies those in its space.
+        device: device to train on; None for CUDA if there is a GPU, else the CPU.
+        confirming: whether the configuration is being confirmed. Only then a loop yields metrics of the test set.
+    """
+
+    def __init__(
+        self, config: TrialConfig, device: torch.device | str | None = None, *, confirming: bool = False
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.confirming = confirming
+        self.scaler = TelemetryScaler(config, self.device)
+        """A ``torch.amp.GradScaler`` with the trial's settings, disabled unless it trains in fp16."""
+        self._kept: dict[str, Any] = {}
+        self._watched: list[nn.Module] = []
+        self._initial: dict[Tensor, Tensor] = {}
+        self._state: Mapping[str, Any] | None = None  # from a checkpoint, until it is restored
+        self._first_epoch = 0
+
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+        return self.config.lr
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a training step."""
+        return self.config.batch_size
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of a trial that is not stopped."""
+        return self.config.max_epochs
+
+    @property
+    def seed(self) -> int:
+        """Seed of the trial. The global generators of torch, NumPy and Python are seeded with it before the loop."""
+        return self.config.seed
+
+    @property
+    def own(self) -> Mapping[str, Any]:
+        """The user's own parameters, from the section ``own`` of the search space."""
+        return types.MappingProxyType(self.config.own)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context for forward pass and loss: fp16 or bf16 where safe, else fp32; off for fp32 and tf32."""
+        dtype = AUTOCAST_DTYPES.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the numbers of the epochs to train, from 0; after a checkpoint was restored, those that are left."""
+        if self._state is not None:  # everything that draws random numbers before the first epoch has drawn them again
+            write_generators(self._state["generators"], self.device)
+            self._state = None
+        yield from range(self._first_epoch, self.max_epochs)
+
+    def keep(self, **named: Any) -> None:
+        """Keep models, optimizers, schedules or generators in checkpoints; restore them if the trial is resumed.
+
+        Call it once, before ``epochs``. The scaler and the global generators are always kept. A trial that keeps
+        nothing starts from its beginning when it is interrupted. Models are watched, see ``watch``.
+
+        Args:
+            named: name -> object with ``state_dict`` and ``load_state_dict``, or a ``torch.Generator``.
+
+        Raises:
+            InputError: an object has no state, or was not kept when the checkpoint was written.
+        """
+        for name, value in named.items():
+            if not isinstance(value, torch.Generator) and not hasattr(value, "load_state_dict"):
+                rule = "must have state_dict and load_state_dict, or be a torch.Generator"
+                raise InputError(f"trial.keep: {name}: {rule}, got {type(value).__name__}")
+            if self._state is not None:
+                if name not in self._state["kept"]:
+                    raise InputError(
+                        f"trial.keep: {name}: is not in the checkpoint, which holds {_join(self._state['kept'])}"
+                    )
+                _restore(value, self._state["kept"][name])
+            self._kept[name] = value
+            if isinstance(value, nn.Module):
+                self.watch(value)
+
+    def watch(self, model: nn.Module) -> None:
+        """End the trial as diverged once a weight of ``model`` is not finite; find out whether any weight moves."""
+        if model not in self._watched:
+            self._watched.append(model)
+            if self._first_epoch == 0:
+                self._initial |= {p: p.detach().to("cpu", copy=True) for p in model.parameters()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``read_state``, called before the loop starts."""
+        self._state, self._first_epoch = state, state["epoch"]
+        self.scaler.telemetry = ScalerTelemetry(**state["telemetry"])
+        if self.scaler.is_enabled():
+            current = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
+            self.scaler.load_state_dict(self.scaler.state_dict() | current)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the loop keeps anything, so that the trial can be resumed from a checkpoint."""
+        return bool(self._kept)
+
+    def read_state(self, epoch: int, generators: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the state after ``epoch`` epochs, as tensors and plain values; None if the loop keeps nothing."""
+        if not self.keeps_state:
+            return None
+        return {
+            "epoch": epoch,
+            "kept": {name: _read(value) for name, value in self._kept.items()},
+            "scaler": self.scaler.state_dict(),
+            "telemetry": dataclasses.asdict(self.scaler.telemetry),
+            "generators": generators,
+        }
+
+    def are_weights_finite(self) -> bool:
+        """Return whether every weight of the watched models is finite."""
+        return all(
+            all_finite(list(model.parameters())) for model in self._watched if any(True for _ in model.parameters())
+        )
+
+    def have_weights_moved(self) -> bool:
+        """Return whether a weight of a watched model differs from its first value; without models, it is assumed."""
+        if not self._initial or any(not torch.equal(now.detach().cpu(), then) for now, then in self._initial.items()):
+            self._initial = {}  # until a weight moves, every epoch compares them
+        return not self._initial
+
+
+class OwnRun:
+    """A configuration that trains by a user's own loop: the same interface as ``TrainingRun``.
+
+    Args:
+        config: the configuration.
+        function: the user's loop; ``config.train`` is its name in messages.
+        device: device to train on.
+        objectives: metrics that the loop must yield.
+        confirming: whether the loop may yield metrics of the test set.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        function: TrainFunction,
+        device: torch.device,
+        *,
+        objectives: Sequence[str] = (),
+        confirming: bool = False,
+    ) -> None:
+        self._config = config
+        self._function = function
+        self._device = device
+        self._objectives = objectives
+        self._generators = Generators(config.seed, device)
+        self._memory = MemoryMeter(device)
+        self._trial = Trial(config, device, confirming=confirming)
+        self._loop: Any = None
+        self._names: frozenset[str] | None = None
+        self._seconds = 0.0
+        self.epoch = 0
+        """Number of epochs trained so far."""
+        self.hopeless: str | None = None
+        """Reason why training is past saving after the last epoch; None while it may still get better."""
+        self.tested: Mapping[str, float] = {}
+        """Metrics of the test set after the last epoch; empty unless confirming."""
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train the epochs left of ``max_epochs``, and stop early if the run is past saving."""
+        while self.epoch < self._config.max_epochs and self.hopeless is None:
+            yield self.train_epoch()
+
+    @exits_as_errors()
+    def train_epoch(self) -> EpochMetrics:
+        """Run the loop until it yields the metrics of an epoch.
+
+        Raises:
+            InputError: the loop is no generator, ends too early, or yields something else than metrics.
+        """
+        before = self._trial.scaler.telemetry
+        started = time.perf_counter()
+        with self._generators.in_use(), self._memory.measure(), fp32_arithmetic(self._config.precision):
+            with torch.enable_grad():
+                yielded = self._advance()
+            telemetry = self._trial.scaler.read()
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        metrics = self._check(yielded)
+        self.epoch += 1
+        self.tested = {name: value for name, value in metrics.items() if name.startswith(TEST_PREFIX)}
+        verdict = self._judge(metrics, before, telemetry)
+        self.hopeless = verdict.hopeless
+        steps = telemetry.steps - before.steps
+        return EpochMetrics(
+            epoch=self.epoch,
+            train_loss=metrics.get("train_loss", math.nan),
+            val_loss=metrics.get("val_loss"),
+            val_accuracy=metrics.get("val_accuracy"),
+            **vars(telemetry),
+            train_seconds=self._seconds,
+            val_seconds=0.0,
+            data_seconds=0.0,
+            samples_per_second=steps * self._config.batch_size * self._config.accumulate / seconds,
+            peak_memory_bytes=self._memory.peak_bytes,
+            state=str(verdict.state),
+            underflow_share=None,
+            probe_seconds=0.0,
+            loop="own" if self._trial.keeps_state else "own: keeps nothing, starts again if interrupted",
+            metrics={name: metrics[name] for name in metrics if name not in (*COMMON_METRICS, *self.tested)},
+        )
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the state to resume from, as tensors and plain values; None if the loop keeps nothing."""
+        state = self._trial.read_state(self.epoch, self._generators.state)
+        return (
+            None if state is None else state | {"seconds": self._seconds, "peak_memory_bytes": self._memory.peak_bytes}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from ``state_dict``, before the first epoch."""
+        self.epoch, self._seconds = state["epoch"], state["seconds"]
+        self._memory.peak_bytes = state["peak_memory_bytes"]
+        self._trial.restore(state)
+
+    def close(self) -> None:
+        """End the loop, so that it releases what it holds, such as the workers of a DataLoader."""
+        if self._loop is not None and hasattr(self._loop, "close"):
+            with contextlib.suppress(Exception):  # the user's own clean-up; the trial has ended
+                self._loop.close()
+
+    def _advance(self) -> Any:
+        if self._loop is None:
+            self._loop = self._function(self._trial)
+            if not isinstance(self._loop, Iterator):
+                got = type(self._loop).__name__
+                raise InputError(f"{self._config.train}: must yield its metrics after every epoch, but returns {got}")
+        try:
+            return next(self._loop)
+        except StopIteration:
+            most = self._config.max_epochs
+            raise InputError(
+                f"{self._config.train}: must yield once for each of trial.epochs(), {most} times, got {self.epoch}"
+            ) from None
+
+    def _check(self, yielded: Any) -> dict[str, float]:
+        """Return the metrics of an epoch as numbers.
+
+        Raises:
+            InputError: a name or a value is not allowed, the objective is missing, or the names have changed.
+        """
+        place = f"{self._config.train}: epoch {self.epoch + 1}"
+        if not isinstance(yielded, Mapping):
+            raise InputError(f"{place}: must yield a mapping of names to numbers, got {shown(yielded)}")
+        metrics = {name: _read_number(f"{place}: {shown(name)}", value) for name, value in yielded.items()}
+        for name in metrics:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise InputError(f"{place}: {shown(name)}: must be a name of letters, digits and _")
+            if name in RESERVED_NAMES:
+                raise InputError(f"{place}: {name}: is the name of another column, choose another name")
+            if name.startswith(TEST_PREFIX) and not self._trial.confirming:
+                raise InputError(
+                    f"{place}: {name}: must be yielded only if trial.confirming: no choice sees the test set"
+                )
+        for objective in self._objectives:
+            if objective not in metrics and objective not in COST_OBJECTIVES:
+                raise InputError(f"{place}: must yield the objective {objective}, got {_join(metrics)}")
+        if self._names is not None and metrics.keys() != self._names:
+            raise InputError(f"{place}: must yield the names of epoch 1, {_join(self._names)}, got {_join(metrics)}")
+        self._names = frozenset(metrics)
+        return metrics
+
+    def _judge(self, metrics: Mapping[str, float], before: ScalerTelemetry, telemetry: ScalerTelemetry) -> Verdict:
+        for name in (*self._objectives, "val_loss"):
+            if self._trial.are_weights_finite() and not math.isfinite(metrics.get(name, 0.0)):
+                return Verdict(state=TrainingState.DIVERGED, hopeless=f"{name} is {metrics[name]}")
+        scaler, config = self._trial.scaler, self._config
+        steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
+        outlook = None
+        if scaler.is_enabled():
+            state = scaler.state_dict()
+            outlook = look_ahead(
+                state["scale"],
+                telemetry.min_loss_scale or state["scale"],
+                state["_growth_tracker"],
+                steps * (config.max_epochs - self.epoch),
+                growth_factor=config.growth_factor or 2.0,
+                backoff_factor=config.backoff_factor or 0.5,
+                growth_interval=config.growth_interval or 1,
+            )
+        return judge_epoch(
+            EpochEvidence(
+                weights_finite=self._trial.are_weights_finite(),
+                weights_moved=self._trial.have_weights_moved(),
+                val_loss=None,
+                nan_buffer=None,
+                has_learned=False,
+                is_dead=False,
+                epoch_steps=steps,
+                epoch_skipped=skipped,
+                applied_steps=telemetry.applied_steps,
+                skipped_steps=telemetry.skipped_steps,
+                underflow_share=None,
+                outlook=outlook,
+                overflows_at_lowest=None,
+                vanishes_at_highest=None,
+                is_last_epoch=self.epoch >= config.max_epochs,
+            )
+        )
+
+
+def _read_number(place: str, value: Any) -> float:
+    if isinstance(value, str):
+        raise InputError(f"{place}: must be a number, got {shown(value)}")
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):  # float() of a tensor with several elements raises RuntimeError
+        raise InputError(f"{place}: must be a number, got {shown(value)}") from None
+
+
+def _read(value: Any) -> Any:
+    return value.get_state() if isinstance(value, torch.Generator) else value.state_dict()
+
+
+def _restore(value: Any, state: Any) -> None:
+    if isinstance(value, torch.Generator):
+        value.set_state(state)
+    else:
+        value.load_state_dict(state)
+
+
+def _join(names: Any) -> str:
+    return ", ".join(sorted(map(str, names))) or "nothing"
