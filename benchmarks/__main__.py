@@ -3,8 +3,8 @@
 ``search_speed`` times whole searches beside the obvious program, ``loop`` the training loop, ``scale`` the driver,
 ``load`` what it bears; ``gpu`` does all that can be done on one GPU without Ray and Optuna. ``record`` trains random
 configurations to their full budget and keeps their learning curves; ``search_quality`` replays searches over them;
-``warm_start`` measures what a search gains from an earlier run, ``telemetry`` what watching a training costs,
-``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
+``warm_start`` measures what a search gains from an earlier run, ``telemetry`` and ``own_scaler`` what watching a
+training costs, ``extensions`` what the tutorial's extensions change. Results lie in ``results/reference/``.
 """
 
 import argparse
@@ -195,6 +195,18 @@ def measure_telemetry_cost(arguments: argparse.Namespace) -> int:
     return _save_table(arguments.output / "telemetry.md", text)
 
 
+def measure_own_scaler(arguments: argparse.Namespace) -> int:
+    """Measure what the telemetry of a user's own loop adds to a step."""
+    import torch
+
+    from benchmarks.training.own_scaler import measure_overhead, render_overhead
+
+    _make_folder(arguments.output)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = render_overhead(measure_overhead(device), device)
+    return _save_table(arguments.output / "own-scaler.md", text)
+
+
 def measure_effects(arguments: argparse.Namespace) -> int:
     """Measure what each of the tutorial's extensions changes."""
     from benchmarks.training.extensions import measure_extensions, render_extensions, write_extensions
@@ -246,6 +258,9 @@ def _build_parser() -> argparse.ArgumentParser:
     telemetry = commands.add_parser("telemetry", help="what telemetry and probe cost of the training time")
     _add_data(telemetry)
     _add_output(telemetry, measure_telemetry_cost)
+
+    own_scaler = commands.add_parser("own_scaler", help="what telemetry adds to a step of a user's own loop")
+    _add_output(own_scaler, measure_own_scaler)
 
     extensions = commands.add_parser("extensions", help="class weights, curricula, scaling, a static scale: on and off")
     extensions.add_argument("--seeds", type=_several, default=10, metavar="N", help="of each side (%(default)s)")
