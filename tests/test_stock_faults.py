@@ -31,6 +31,7 @@ from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.records import load_trials
 from tune_amp.search.history import PastTrial
 from tune_amp.search.options import SearchOptions
+from tune_amp.search.plan import plan_search
 from tune_amp.search.run import run_search
 from tune_amp.search.schedulers import build_scheduler
 from tune_amp.search.study import AmpSearch
@@ -485,21 +486,16 @@ def test_result_of_a_trial_that_asha_stopped_knows_only_the_counters_of_its_last
 def test_our_record_of_a_trial_that_asha_stopped_counts_over_all_of_its_epochs(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     (tmp_path / "run").mkdir()
-    run_search(
-        load_space(str(tmp_path / "space.yaml")),
-        digits,
-        SearchOptions(
-            num_samples=2,
-            max_epochs=5,
-            grace_period=2,
-            max_concurrent=1,
-            gpus_per_trial=0.0,
-            seed=SEED_WITH_BAD,
-            confirm_seeds=0,
-        ),
-        folder=tmp_path / "run",
-        observer=Quiet(),
+    options = SearchOptions(
+        num_samples=2,
+        max_epochs=5,
+        grace_period=2,
+        max_concurrent=1,
+        gpus_per_trial=0.0,
+        seed=SEED_WITH_BAD,
+        confirm_seeds=0,
     )
+    run_search(plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run"), Quiet())
     finished, stopped = load_trials(tmp_path / "run")
     assert [finished.status, stopped.status] == [TrialStatus.COMPLETED, TrialStatus.STOPPED]
     assert (finished.config.lr, stopped.config.lr) == (1e-3, 1e-8)

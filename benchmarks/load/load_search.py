@@ -104,10 +104,12 @@ def search(plan: Plan, folder: Path) -> None:
             times["read"].append(time.perf_counter() - started)
         space, dataset = _load_inputs(folder)
         stack.enter_context(_start_ray(plan))
-        from tune_amp.search import run as searching
+        from tune_amp.search.plan import plan_search
+        from tune_amp.search.run import run_search
 
         stack.enter_context(timing(times))
-        searching.run_search(space, dataset, plan.options, folder=run, observer=Sampler(keep), past=past, started=begun)
+        planned = plan_search(space, dataset, plan.options, folder=run, history=past, begun=begun)
+        run_search(planned, Sampler(keep))
         said = {"times": times, "peak_memory_bytes": read_peak_memory()}
         (folder / TIMES_FILE).write_text(json.dumps(said), encoding="utf-8")
 
@@ -223,8 +225,8 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     from tune_amp.cluster.failures import find_cause
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.results.progress import SearchProgress
+    from tune_amp.search.plan import SearchPlan, list_shared
     from tune_amp.search.plan import describe_run as describe
-    from tune_amp.search.plan import list_shared
     from tune_amp.search.recorder import TrialRecorder
     from tune_amp.search.run import begin_run
     from tune_amp.search.schedulers import build_scheduler
@@ -234,7 +236,8 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     run, options = folder / RUN, dataclasses.replace(plan, trials=plan.trials + cut_off).options
     space, dataset = _load_inputs(folder)
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=CUT_OFF, reason="")
-    provenance = describe(space, dataset, options, run.name, (), resources)
+    planned = SearchPlan(space=space, dataset=dataset, options=options, folder=run, resources=resources, unfit={})
+    provenance = describe(planned)
     reports = _train_one(TrialConfig(**list_shared(dataset, options)), dataset)
     with begin_run(run, space, provenance, {}) as journal:
         progress = SearchProgress(

@@ -36,6 +36,7 @@ from tune_amp.monitor.trackers import (
 )
 from tune_amp.results.records import TrialRecord, load_trials
 from tune_amp.search.options import TRACKERS, SearchOptions, check_trackers
+from tune_amp.search.plan import plan_search
 from tune_amp.search.run import SearchResult, run_search
 from tune_amp.space.space import load_space
 from tune_amp.training.data import Dataset
@@ -93,14 +94,8 @@ def search(folder: Path, digits: Dataset, trackers: list[Any], *, num_samples: i
     folder.mkdir(exist_ok=True)
     (folder.parent / "space.yaml").write_text(SPACE)
     settings = {"num_samples": num_samples, "max_epochs": 3, "confirm_seeds": 0} | options
-    return run_search(
-        load_space(str(folder.parent / "space.yaml")),
-        digits,
-        SearchOptions(**settings),
-        folder=folder,
-        observer=Quiet(),
-        trackers=trackers,
-    )
+    plan = plan_search(load_space(str(folder.parent / "space.yaml")), digits, SearchOptions(**settings), folder=folder)
+    return run_search(plan, Quiet(), trackers=trackers)
 
 
 @pytest.fixture(scope="module")
