@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import past_runs as made
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
@@ -29,7 +30,7 @@ from benchmarks.quality.replay import SameDraws
 from tune_amp.cluster.session import RaySession, ray_session
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.records import load_trials
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import plan_search
 from tune_amp.search.run import run_search
@@ -56,7 +57,9 @@ MakeSearch = Callable[..., AmpSearch]
 
 @pytest.fixture
 def make_ours(tmp_path: Path) -> MakeSearch:
-    def make(space: SearchSpace, *, seed: int = 0, sampler: str = "tpe", past: Sequence[PastTrial] = ()) -> AmpSearch:
+    def make(
+        space: SearchSpace, *, seed: int = 0, sampler: str = "tpe", past: Sequence[RecordedTrial] = ()
+    ) -> AmpSearch:
         """Our searcher, which goes on where it has a past."""
         name = "run"
         (tmp_path / name).mkdir(exist_ok=True)
@@ -391,13 +394,7 @@ def test_stock_cannot_start_from_earlier_trials_of_a_conditional_space(make_ours
     with pytest.raises(TypeError, match="not yet supported when using `evaluated_rewards`"):
         make_stock(space, points_to_evaluate=points, evaluated_rewards=values)
     past = [
-        PastTrial(
-            trial_id=str(number),
-            place=number + 1,
-            number=earlier.find_number(str(number)),
-            config=TrialConfig(),
-            status=TrialStatus.COMPLETED,
-        )
+        made.recorded(str(number), earlier.find_number(str(number)), place=number + 1, status="completed")
         for number in range(12)
     ]
     ours = make_ours(space, past=past)

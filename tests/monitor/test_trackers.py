@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from past_runs import as_report
 from ray.tune.logger import LoggerCallback
 from records import INF, NAN, make_epoch
 
 from tune_amp.cli.main import main
 from tune_amp.cluster.session import ray_session
-from tune_amp.cluster.trainable import failure_report, progress_report
+from tune_amp.cluster.trainable import REPORT, failure_report, progress_report
 from tune_amp.monitor import trackers as trackers_module
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.monitor.trackers import (
@@ -376,7 +377,8 @@ MakeTracker = Callable[[LoggerCallback], Tracker]
 
 
 def report(tracker: Tracker, trial: FakeTrial, epoch: int, status: str = "running", **changes: Any) -> None:
-    trial.last_result = progress_report(make_epoch(epoch, **changes), status)
+    result = progress_report(make_epoch(epoch, **changes), status)
+    trial.last_result = {**result, REPORT: as_report(result)}
     tracker.on_trial_result(0, [], trial, trial.last_result)
 
 
@@ -404,7 +406,8 @@ def test_each_trial_is_told_how_it_ended(make_tracker: MakeTracker, listing: Lis
     report(tracker, stopped, 1)
     stopped.last_result["done"] = True  # as Tune does where the scheduler stops a trial
     tracker.on_trial_complete(0, [], stopped)
-    failed.last_result = failure_report(ValueError("no good"))
+    result = failure_report(ValueError("no good"))
+    failed.last_result = {**result, REPORT: as_report(result)}
     tracker.on_trial_result(0, [], failed, failed.last_result)
     tracker.on_trial_complete(0, [], failed)
     tracker.on_trial_error(0, [], dead)  # its worker died before it started

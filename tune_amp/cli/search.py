@@ -61,7 +61,7 @@ from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
     from tune_amp.cluster.session import RaySession
-    from tune_amp.search.history import PastRun
+    from tune_amp.search.history import RunHistory
     from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
     from tune_amp.search.warm_start import Donor
@@ -78,7 +78,7 @@ class Task:
     arguments: argparse.Namespace
     space: "SearchSpace"
     donor: "Donor | None" = None
-    past: "PastRun | None" = None
+    past: "RunHistory | None" = None
     """The run to resume; None for a new run."""
     notes: Sequence[str] = ()
     """Changes since the resumed run began."""
@@ -110,11 +110,11 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     if arguments.resume is None:
         return _begin(arguments, program, command, begun)
     from tune_amp.cli.resume import describe_changes, take_over
-    from tune_amp.search.history import open_past
+    from tune_amp.search.history import open_history
     from tune_amp.space.space import parse_space
 
     folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         arguments = take_over(parser, command, past)
         arguments.tracker = check_trackers(arguments.tracker)
         notes = describe_changes(past, folder)
@@ -274,7 +274,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 plan,
                 observer,
                 stop=stop,
-                trackers=build_trackers(arguments.tracker, folder, past=past.reported if past else {}),
+                trackers=build_trackers(arguments.tracker, folder, past=past.last_epochs if past else {}),
                 announce=lambda line: say(console, f"note       {line}", style="yellow"),
             )
         _write_report(result.folder)

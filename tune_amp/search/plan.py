@@ -13,7 +13,7 @@ import ray
 from tune_amp.cluster.gpu_sharing import find_largest
 from tune_amp.cluster.resources import TrialResources, allocate_resources, list_nodes, measure_with_ray
 from tune_amp.results.records import Provenance, list_versions
-from tune_amp.search.history import PastRun
+from tune_amp.search.history import RunHistory
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.preflight import check_fit
 from tune_amp.search.warm_start import Donor, WarmStart, plan_warm_start
@@ -48,8 +48,8 @@ class SearchPlan:
     """Path or URL for Ray's checkpoints that all nodes can write; None for the run folder."""
     warm_start: WarmStart | None = None
     """What is reused of an earlier run, from ``adapt_donor``."""
-    history: PastRun | None = None
-    """The run to resume, with the same space, data and options, from ``history.open_past``; None for a new run."""
+    history: RunHistory | None = None
+    """The run to resume, with the same space, data and options, from ``history.open_history``; None for a new run."""
     begun: float = dataclasses.field(default_factory=time.monotonic)
     """``time.monotonic()`` when the command began, from which slot time counts."""
 

@@ -27,12 +27,12 @@ from tune_amp.results.progress import ConfirmResult, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial, RunHistory
 from tune_amp.search.mending import mend_run
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import SearchPlan, describe_run, list_shared
 from tune_amp.search.recorder import TrialRecorder
-from tune_amp.search.schedulers import TrialKey, replay
+from tune_amp.search.schedulers import TrialKey, restore_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
@@ -119,7 +119,7 @@ class _OpenSearch:
     """The parts of a running search."""
 
     plan: SearchPlan
-    provenance: Provenance
+    history: RunHistory
     storage: RunStorage
     recorder: TrialRecorder
     limit: TimeLimit
@@ -134,25 +134,23 @@ class _OpenSearch:
 def _open_search(
     plan: SearchPlan, observer: SearchObserver, stop: StopRequest, announce: Callable[[str], object]
 ) -> Iterator[_OpenSearch]:
-    """Open the storage and the journal of a run, and restore the records of a resumed one."""
-    storage, past, vitals = _open_storage(plan), plan.history, Vitals()
+    """Open the storage of a run and its journal, which begins or continues."""
+    storage, history = _open_storage(plan), plan.history
     with contextlib.ExitStack() as stack:
-        if past is not None:
-            provenance, journal = past.provenance, past.journal
-            for line in mend_run(plan.folder, past):
-                announce(line)
+        if history is None:
+            history = begin_run(plan.folder, plan.space, describe_run(plan), plan.arguments)
+            stack.enter_context(history.journal)
         else:
-            provenance = describe_run(plan)
-            journal = stack.enter_context(begin_run(plan.folder, plan.space, provenance, plan.arguments))
+            for line in mend_run(plan.folder, history):
+                announce(line)
         gauges = Gauges(observer, slots=plan.resources.max_concurrent)
         remover = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         limit = TimeLimit(plan.options.trial_time_limit)
         recorder = TrialRecorder(
             plan.folder,
-            provenance,
+            history,
             _describe_progress(plan),
             gauges,
-            journal=journal,
             storage_root=storage.path,
             slots=plan.resources.max_concurrent,
             begin=plan.begun,
@@ -161,17 +159,15 @@ def _open_search(
             on_end=functools.partial(remover.submit, storage.remove_checkpoints),
             on_failure=functools.partial(stop_if_failing, plan.options, stop),
         )
-        if past is not None:
-            recorder.replay(past.events)  # also refuses what no search writes, before anything else uses it
         yield _OpenSearch(
             plan=plan,
-            provenance=provenance,
+            history=history,
             storage=storage,
             recorder=recorder,
             limit=limit,
             gauges=gauges,
             stop=stop,
-            vitals=vitals,
+            vitals=Vitals(),
             remover=remover,
         )
 
@@ -187,13 +183,12 @@ def _open_storage(plan: SearchPlan) -> RunStorage:
 
 def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce: Callable[[str], object]) -> None:
     """Run the trials until all are over or the search is asked to end."""
-    plan, storage, recorder, stop = search.plan, search.storage, search.recorder, search.stop
+    plan, history, storage, recorder, stop = search.plan, search.history, search.storage, search.recorder, search.stop
     time_left = plan.time_left
     # However the block ends, no trial stays running in the study.
     with stop.heard(), contextlib.closing(_build_searcher(search)) as searcher:
         scheduler = schedule(plan.options, searcher, plan.resources)
-        if plan.history is not None:
-            replay(scheduler, plan.history.events)
+        restore_scheduler(scheduler, [trial.trial_id for trial in history.trials], history.reports)
         for other in storage.list_foreign():
             announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")
         storage.claim()
@@ -205,24 +200,22 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
             arguments=dict(plan.arguments),
         )
         with search.gauges, _finished(recorder):
-            trials = plan.history.trials if plan.history else ()
-            for trial in trials:
-                _end_unheard(trial, recorder, searcher, scheduler)
+            for trial in history.trials:
+                _pass_on_end(trial, recorder, searcher, scheduler)
             resources = plan.resources
             source = TrialSource(
                 searcher,
                 count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=plan.options.max_concurrent),
                 on_submit=recorder.add_trial,
                 on_fault=stop.ask,
-                past=trials,
+                past=history.trials,
             )
             tuner = build_tuner(
-                bind_trainable(plan.dataset, resources, storage, plan.history),
+                bind_trainable(plan.dataset, resources, storage, history.unfinished),
                 source,
                 scheduler,
                 storage=storage,
                 stop=stop,
-                # The recorder comes last: it cuts each report down to what Tune needs.
                 callbacks=[search.limit, *trackers, recorder],
                 num_samples=plan.options.num_samples,
                 time_left=time_left,
@@ -233,8 +226,7 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
 
 
 def _build_searcher(search: _OpenSearch) -> AmpSearch:
-    plan = search.plan
-    past = plan.history
+    plan, history = search.plan, search.history
     return AmpSearch(
         plan.space,
         list_shared(plan.dataset, plan.options),
@@ -242,17 +234,17 @@ def _build_searcher(search: _OpenSearch) -> AmpSearch:
         objectives=plan.options.objectives,
         seed=plan.options.seed,
         folder=plan.folder,
-        study_name=search.provenance.run,  # the folder may have been renamed since
+        study_name=history.provenance.run,  # the folder may have been renamed since
         sampler=plan.options.sampler,
-        num_samples=(past.num_samples if past else None) or plan.options.num_samples,
+        num_samples=history.num_samples or plan.options.num_samples,
         warm_start=plan.warm_start,
-        past=past.trials if past else (),
+        past=history.trials,
         on_fault=search.stop.ask,
     )
 
 
-def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
-    """Record how a run begins, before anything else of it happens; return its open journal."""
+def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> RunHistory:
+    """Record how a run begins, before anything else of it happens; return its history, whose journal is open."""
     check_free(folder, *RUN_FILES)
     journal = Journal(folder / JOURNAL_FILE)
     write_atomically(folder / SPACE_FILE, lambda file: file.write(space.text.encode()), replace=False)
@@ -261,7 +253,7 @@ def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, argument
         stack.enter_context(journal)
         journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
         stack.pop_all()
-    return journal
+    return RunHistory(journal, provenance, arguments)
 
 
 def _describe_progress(plan: SearchPlan) -> SearchProgress:
@@ -276,15 +268,14 @@ def _describe_progress(plan: SearchPlan) -> SearchProgress:
     )
 
 
-def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
+def _pass_on_end(trial: RecordedTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
     """Pass on the end of a trial that had ended when the search was cut off, before that was recorded."""
-    if trial.unheard_end is None:
+    if trial.unrecorded_end is None:
         return
     assert trial.last_result is not None  # it is the report that ended the trial
     scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial_id=trial.trial_id)), trial.last_result)
     searcher.on_trial_complete(trial.trial_id, trial.last_result)
-    recorder.end_unheard(trial.trial_id, trial.unheard_end)
-    trial.status = trial.unheard_end
+    recorder.record_end(trial.trial_id, trial.unrecorded_end)
 
 
 def stop_if_failing(options: SearchOptions, stop: StopRequest, trials: Sequence[TrialRecord]) -> None:
@@ -320,12 +311,12 @@ def _conclude(search: _OpenSearch) -> SearchResult:
     plan, options, recorder, stop = search.plan, search.plan.options, search.recorder, search.stop
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
     if ranked:
-        write_best(plan.folder, rank_trials(ranked), search.provenance)
+        write_best(plan.folder, rank_trials(ranked), search.history.provenance)
     importance = measure_importance(
         plan.space, recorder.trials, options.objectives[0], train_images=len(plan.dataset.train), seed=options.seed
     )
     if importance.rows:
-        write_importance(plan.folder, importance, search.provenance)
+        write_importance(plan.folder, importance, search.history.provenance)
     slot_time = recorder.slot_time
     assert slot_time is not None  # the search is over
     return SearchResult(
@@ -333,7 +324,7 @@ def _conclude(search: _OpenSearch) -> SearchResult:
         trials=recorder.trials,
         ranked=ranked,
         importance=importance,
-        provenance=search.provenance,
+        provenance=search.history.provenance,
         interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, slot_time.wall_seconds),
         reason=stop.reason,
         failing=stop.reason is not None and stop.reason == find_failing(recorder.trials, options.max_failures),
