@@ -34,7 +34,7 @@ from tune_amp.results.records import (
     write_trials,
 )
 from tune_amp.results.run_files import JOURNAL_FILE
-from tune_amp.search.history import open_past
+from tune_amp.search.history import open_history
 from tune_amp.search.recorder import TrialRecorder
 from tune_amp.space.space import load_space
 from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, read_idx
@@ -139,28 +139,27 @@ def read_past(data: bytes, folder: Path) -> None:
     path.write_bytes(lines)
 
     def go_on() -> None:
-        with open_past(folder) as past:
+        with open_history(folder) as history:
             recorder = TrialRecorder(
                 folder,
-                past.provenance,
+                history,
                 SearchProgress(
                     run="run",
                     model="simple_net",
                     dataset="digits",
-                    objectives=past.provenance.objectives,
-                    num_samples=past.num_samples or 1,
+                    objectives=history.provenance.objectives,
+                    num_samples=history.num_samples or 1,
                     time_budget=None,
                     started=0.0,
                 ),
                 Quiet(),
-                journal=past.journal,
                 storage_root="/",
                 slots=1,
                 begin=0.0,
                 explain_death=str,
                 on_fault=print,
             )
-            recorder.replay(past.events)
+            assert recorder.trials == history.records
 
     accept(go_on)
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from records import PROVENANCE, make_epoch
+from records import PROVENANCE, make_epoch, make_trial
 
+from tune_amp.cluster.trainable import read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal
 from tune_amp.results.run_files import JOURNAL_FILE
-from tune_amp.search.history import PastRun, open_past
-from tune_amp.trial.config import TrialConfig
+from tune_amp.search.history import RecordedTrial, RunHistory, open_history
+from tune_amp.trial.config import TrialConfig, TrialReport, TrialStatus
 
 STORAGE = {"place": None, "name": "ray"}
 
@@ -56,8 +57,33 @@ def write_journal(folder: Path, events: Sequence[Mapping[str, Any]]) -> Path:
 
 
 @contextlib.contextmanager
-def written_past(folder: Path, *events: Mapping[str, Any]) -> Iterator[PastRun]:
+def written_past(folder: Path, *events: Mapping[str, Any]) -> Iterator[RunHistory]:
     """A run whose journal holds these events after its beginning."""
     write_journal(folder, [beginning(), *events])
-    with open_past(folder) as past:
-        yield past
+    with open_history(folder) as history:
+        yield history
+
+
+def recorded(
+    trial_id: str,
+    number: int,
+    *,
+    place: int = 1,
+    config: TrialConfig | None = None,
+    status: str | None = None,
+    last: Mapping[str, Any] | None = None,
+) -> RecordedTrial:
+    """A trial as read from a journal; ``last`` is its last result."""
+    return RecordedTrial(
+        place=place,
+        number=number,
+        record=make_trial(trial_id, config=config or TrialConfig(), epochs=()),
+        status=None if status is None else TrialStatus(status),
+        report=None if last is None else as_report(last),
+    )
+
+
+def as_report(result: Mapping[str, Any]) -> TrialReport:
+    """A result of a trial as a worker sends it; what is missing has some value."""
+    worker = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.1, "checkpoint_seconds": 0.0, "error": None}
+    return read_report({**worker, **(vars(make_epoch()) if "epoch" in result else {}), **result})

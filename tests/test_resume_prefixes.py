@@ -21,17 +21,17 @@ from records import PROVENANCE, make_epoch
 from small_runs import untimed
 
 from tune_amp.cluster.failures import find_cause
-from tune_amp.cluster.trainable import WORKER_RETRIES, failure_report, progress_report
+from tune_amp.cluster.trainable import REPORT, WORKER_RETRIES, failure_report, progress_report, read_report
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
 from tune_amp.results.records import Provenance
 from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
-from tune_amp.search.history import PastRun, open_past
+from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.mending import mend_run
 from tune_amp.search.recorder import TrialRecorder
-from tune_amp.search.run import _end_unheard
-from tune_amp.search.schedulers import build_scheduler, replay
+from tune_amp.search.run import _pass_on_end
+from tune_amp.search.schedulers import build_scheduler, restore_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.space.space import load_space
@@ -95,19 +95,17 @@ class Loop:
         folder: the run folder.
         mode: how is searched.
         disk: what was there before.
-        past: where the search was cut off.
-        journal: open.
+        history: of the run.
     """
 
-    def __init__(self, folder: Path, mode: Mode, disk: Disk, journal: Journal, past: PastRun | None = None) -> None:
-        self.folder, self.disk, self.past = folder, disk, past
+    def __init__(self, folder: Path, mode: Mode, disk: Disk, history: RunHistory) -> None:
+        self.folder, self.disk, self.history = folder, disk, history
         space = load_space(str(folder.parent / "space.yaml"))
-        if past is not None:
-            lines = mend_run(folder, past)
-            assert lines == [] or not past.trials  # half of its first line tells no study from another file
+        lines = mend_run(folder, history)
+        assert lines == [] or not history.trials  # half of its first line tells no study from another file
         self.recorder = TrialRecorder(
             folder,
-            describe(mode),
+            history,
             SearchProgress(
                 run=STUDY_NAME,
                 model="simple_net",
@@ -118,7 +116,6 @@ class Loop:
                 started=0.0,
             ),
             Quiet(),
-            journal=journal,
             storage_root=str(folder),
             slots=mode.slots,
             begin=0.0,
@@ -135,7 +132,7 @@ class Loop:
             study_name=STUDY_NAME,
             sampler=mode.sampler,
             num_samples=NUM_SAMPLES,
-            past=past.trials if past else (),
+            past=history.trials,
         )
         self.scheduler: Any = build_scheduler(
             mode.scheduler,
@@ -145,18 +142,16 @@ class Loop:
             reduction_factor=2,
             on_worker_death=self.searcher.note_worker_death,
         )
-        if past is not None:
-            self.recorder.replay(past.events)
-            replay(self.scheduler, past.events)
+        restore_scheduler(self.scheduler, [trial.trial_id for trial in history.trials], history.reports)
         self.recorder.open_session(num_samples=NUM_SAMPLES, slots=mode.slots, arguments={}, storage=STORAGE)
-        for trial in past.trials if past else ():
-            _end_unheard(trial, self.recorder, self.searcher, self.scheduler)
+        for trial in history.trials:
+            _pass_on_end(trial, self.recorder, self.searcher, self.scheduler)
         self.source: Any = TrialSource(
             self.searcher,
             count_slots=lambda: mode.slots,
             on_submit=self.recorder.add_trial,
             on_fault=pytest.fail,
-            past=past.trials if past else (),
+            past=history.trials,
         )
         experiment = Experiment("ray", run=Training, num_samples=NUM_SAMPLES, storage_path=str(folder))
         self.source.add_configurations(experiment)
@@ -183,9 +178,8 @@ class Loop:
     def start(self, trial: Trial) -> None:
         trial.set_status(Trial.RUNNING)
         trial.temporary_state.ray_actor = cast("Any", f"worker {len(self.disk.struck)}")
-        left = [known for known in (self.past.trials if self.past else ()) if known.trial_id == trial.trial_id]
-        paths = [path for known in left for path in known.checkpoints]
-        self.at.setdefault(trial.trial_id, self.disk.saved[paths[-1]] if paths else 0)
+        paths = self.history.find(trial.trial_id).checkpoints
+        self.at.setdefault(trial.trial_id, self.disk.saved[paths[0]] if paths else 0)
         self.recorder.on_trial_start(0, [], trial)
 
     def step(self, trial: Trial) -> None:
@@ -212,7 +206,8 @@ class Loop:
         else:
             told = progress_report(metrics, TrialStatus.COMPLETED if epoch == MAX_EPOCHS else RUNNING)
         about = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.0, "checkpoint_seconds": 0.0}
-        return told | about | {"training_iteration": epoch, "time_total_s": 0.0}
+        told |= about
+        return told | {"training_iteration": epoch, "time_total_s": 0.0, REPORT: read_report(told)}
 
     def report(self, trial: Trial, result: dict[str, Any]) -> None:
         result["trial_id"] = trial.trial_id
@@ -274,15 +269,15 @@ def begin(folder: Path, mode: Mode, disk: Disk) -> Loop:
     with Journal(folder / JOURNAL_FILE) as journal:
         about = {"arguments": {}, "provenance": dataclasses.asdict(describe(mode))}
         journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
-        loop = Loop(folder, mode, disk, journal)
+        loop = Loop(folder, mode, disk, RunHistory(journal, describe(mode), {}))
         loop.run()
     return loop
 
 
 def go_on(folder: Path, mode: Mode, disk: Disk) -> Loop:
     """One that was cut off, to its end."""
-    with open_past(folder) as past:
-        loop = Loop(folder, mode, disk, past.journal, past)
+    with open_history(folder) as history:
+        loop = Loop(folder, mode, disk, history)
         loop.run()
     return loop
 
@@ -412,7 +407,7 @@ def test_search_cut_off_anywhere_ends_as_if_it_had_not_been(
         folder = tmp_path / f"cut {number}" / STUDY_NAME
         disk = recorded.cut_off(folder, moment)
         if moment.sizes[JOURNAL_FILE] < recorded.moments[0].sizes[JOURNAL_FILE]:
-            with pytest.raises(InputError, match="start it anew"):
+            with pytest.raises(InputError, match="start it again"):
                 go_on(folder, mode, disk)
             continue
         loop = go_on(folder, mode, disk)
@@ -458,5 +453,5 @@ def test_search_whose_study_is_lost_ends_as_if_it_had_not_been(
         loop = go_on(folder, mode, disk)
         assert summarize(loop) == recorded.end, f"cut at {moment.sizes}"
         check_no_needless_work(read_journal(folder / JOURNAL_FILE))
-        with open_past(folder) as past:
+        with open_history(folder) as past:
             assert mend_run(folder, past) == []  # the journal's numbers are those of the rebuilt study

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import past_runs as made
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
@@ -29,8 +30,9 @@ from benchmarks.quality.replay import SameDraws
 from tune_amp.cluster.session import RaySession, ray_session
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.records import load_trials
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.options import SearchOptions
+from tune_amp.search.plan import plan_search
 from tune_amp.search.run import run_search
 from tune_amp.search.schedulers import build_scheduler
 from tune_amp.search.study import AmpSearch
@@ -55,7 +57,9 @@ MakeSearch = Callable[..., AmpSearch]
 
 @pytest.fixture
 def make_ours(tmp_path: Path) -> MakeSearch:
-    def make(space: SearchSpace, *, seed: int = 0, sampler: str = "tpe", past: Sequence[PastTrial] = ()) -> AmpSearch:
+    def make(
+        space: SearchSpace, *, seed: int = 0, sampler: str = "tpe", past: Sequence[RecordedTrial] = ()
+    ) -> AmpSearch:
         """Our searcher, which goes on where it has a past."""
         name = "run"
         (tmp_path / name).mkdir(exist_ok=True)
@@ -390,13 +394,7 @@ def test_stock_cannot_start_from_earlier_trials_of_a_conditional_space(make_ours
     with pytest.raises(TypeError, match="not yet supported when using `evaluated_rewards`"):
         make_stock(space, points_to_evaluate=points, evaluated_rewards=values)
     past = [
-        PastTrial(
-            trial_id=str(number),
-            place=number + 1,
-            number=earlier.find_number(str(number)),
-            config=TrialConfig(),
-            status=TrialStatus.COMPLETED,
-        )
+        made.recorded(str(number), earlier.find_number(str(number)), place=number + 1, status="completed")
         for number in range(12)
     ]
     ours = make_ours(space, past=past)
@@ -485,21 +483,16 @@ def test_result_of_a_trial_that_asha_stopped_knows_only_the_counters_of_its_last
 def test_our_record_of_a_trial_that_asha_stopped_counts_over_all_of_its_epochs(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     (tmp_path / "run").mkdir()
-    run_search(
-        load_space(str(tmp_path / "space.yaml")),
-        digits,
-        SearchOptions(
-            num_samples=2,
-            max_epochs=5,
-            grace_period=2,
-            max_concurrent=1,
-            gpus_per_trial=0.0,
-            seed=SEED_WITH_BAD,
-            confirm_seeds=0,
-        ),
-        folder=tmp_path / "run",
-        observer=Quiet(),
+    options = SearchOptions(
+        num_samples=2,
+        max_epochs=5,
+        grace_period=2,
+        max_concurrent=1,
+        gpus_per_trial=0.0,
+        seed=SEED_WITH_BAD,
+        confirm_seeds=0,
     )
+    run_search(plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run"), Quiet())
     finished, stopped = load_trials(tmp_path / "run")
     assert [finished.status, stopped.status] == [TrialStatus.COMPLETED, TrialStatus.STOPPED]
     assert (finished.config.lr, stopped.config.lr) == (1e-3, 1e-8)

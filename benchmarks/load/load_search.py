@@ -95,19 +95,22 @@ def search(plan: Plan, folder: Path) -> None:
             samples.write(json.dumps(dataclasses.asdict(sample)) + "\n")
             samples.flush()
 
-        from tune_amp.search.history import open_past
+        from tune_amp.search import history as reading
 
         past = None
         if (run / JOURNAL_FILE).exists():
             started = time.perf_counter()
-            past = stack.enter_context(open_past(run))
-            times["read"].append(time.perf_counter() - started)
+            with _timing_one(reading, "read_journal", times["read"]):
+                past = stack.enter_context(reading.open_history(run))
+            times["replay"].append(time.perf_counter() - started - times["read"][-1])
         space, dataset = _load_inputs(folder)
         stack.enter_context(_start_ray(plan))
-        from tune_amp.search import run as searching
+        from tune_amp.search.plan import plan_search
+        from tune_amp.search.run import run_search
 
         stack.enter_context(timing(times))
-        searching.run_search(space, dataset, plan.options, folder=run, observer=Sampler(keep), past=past, started=begun)
+        planned = plan_search(space, dataset, plan.options, folder=run, history=past, begun=begun)
+        run_search(planned, Sampler(keep))
         said = {"times": times, "peak_memory_bytes": read_peak_memory()}
         (folder / TIMES_FILE).write_text(json.dumps(said), encoding="utf-8")
 
@@ -134,9 +137,8 @@ def timing(times: dict[str, list[float]]) -> Iterator[None]:
     from tune_amp.search.study import AmpSearch
 
     steps: Mapping[str, tuple[Any, str]] = {
-        "replay": (TrialRecorder, "replay"),
         "write": (TrialRecorder, "write"),
-        "rungs": (searching, "replay"),
+        "rungs": (searching, "restore_scheduler"),
         "study": (AmpSearch, "__init__"),
         "suggest": (AmpSearch, "suggest"),
     }
@@ -223,8 +225,8 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     from tune_amp.cluster.failures import find_cause
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.results.progress import SearchProgress
+    from tune_amp.search.plan import SearchPlan, list_shared
     from tune_amp.search.plan import describe_run as describe
-    from tune_amp.search.plan import list_shared
     from tune_amp.search.recorder import TrialRecorder
     from tune_amp.search.run import begin_run
     from tune_amp.search.schedulers import build_scheduler
@@ -234,9 +236,11 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     run, options = folder / RUN, dataclasses.replace(plan, trials=plan.trials + cut_off).options
     space, dataset = _load_inputs(folder)
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=CUT_OFF, reason="")
-    provenance = describe(space, dataset, options, run.name, (), resources)
+    planned = SearchPlan(space=space, dataset=dataset, options=options, folder=run, resources=resources, unfit={})
+    provenance = describe(planned)
     reports = _train_one(TrialConfig(**list_shared(dataset, options)), dataset)
-    with begin_run(run, space, provenance, {}) as journal:
+    history = begin_run(run, space, provenance, {})
+    with history.journal:
         progress = SearchProgress(
             run=run.name,
             model=options.model,
@@ -248,10 +252,9 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
         )
         recorder = TrialRecorder(
             run,
-            provenance,
+            history,
             progress,
             Sampler(lambda _: None),
-            journal=journal,
             storage_root=str(run),
             slots=resources.max_concurrent,
             begin=time.monotonic(),
@@ -298,7 +301,7 @@ def _fabricate_trial(
     """Tell everyone of a trial; one with as many reports as it has epochs ends, or where the scheduler stops it."""
     from ray.tune.schedulers import TrialScheduler
 
-    from tune_amp.cluster.trainable import progress_report
+    from tune_amp.cluster.trainable import REPORT, progress_report, read_report
 
     trial_id = f"{place:08x}"
     trial = FabricatedTrial(place, searcher.suggest(trial_id))
@@ -314,7 +317,7 @@ def _fabricate_trial(
         if not is_last and not is_cut_off and scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
             result["done"] = True
         own = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.01, "checkpoint_seconds": 0.0}
-        recorder.on_trial_result(0, [], trial, result | own)
+        recorder.on_trial_result(0, [], trial, result | {REPORT: read_report(result | own)})
         if result["done"]:
             trial.last_result = result
             scheduler.on_trial_complete(None, trial, result)

@@ -200,11 +200,12 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
         space = load_small_space(Path(results))
         dataset = load_images()
         with ray_session(num_gpus=0):
-            from tune_amp.search.plan import plan_resources
+            from tune_amp.search.plan import plan_search
             from tune_amp.search.run import run_search
 
-            slots = plan_resources(options).max_concurrent
-            run_search(space, dataset, options, folder=folder, observer=Sampler(samples.append))
+            plan = plan_search(space, dataset, options, folder=folder)
+            slots = plan.resources.max_concurrent
+            run_search(plan, Sampler(samples.append))
         journal_bytes = (folder / STUDY_FILE).stat().st_size
     kept = [dataclasses.asdict(sample) for sample in samples]
     return {"samples": kept, "slots": slots, "journal_bytes": journal_bytes}

@@ -38,7 +38,7 @@ from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, TrialRecord, list_versions
 from tune_amp.results.statistics import MeanInterval, paired_interval
 from tune_amp.search.options import SearchOptions
-from tune_amp.search.plan import adapt_donor
+from tune_amp.search.plan import adapt_donor, plan_search
 from tune_amp.search.run import run_search
 from tune_amp.search.warm_start import DECISIVE_VERSIONS, Donor, WarmStart, load_donor, plan_warm_start
 from tune_amp.space.space import parse_space
@@ -246,7 +246,7 @@ def search_arms(
         warm_start = None if donor is None else adapt_donor(donor, space, on, own)
         (folder / name).mkdir()
         tracer = _Tracer()
-        run_search(space, on, own, folder=folder / name, observer=tracer, warm_start=warm_start)
+        run_search(plan_search(space, on, own, folder=folder / name, warm_start=warm_start), tracer)
         return SearchPath(accuracies=tracer.accuracies, warm_start=warm_start)
 
     def load(name: str) -> Donor:

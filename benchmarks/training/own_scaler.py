@@ -53,12 +53,11 @@ def measure_overhead(device: torch.device, pairs: int = PAIRS) -> list[OverheadR
         "784-1024-1024-10, batch 64": (_wide_net, 64),
     }
     with one_thread(device):
-        for name, (build, batch_size) in cases.items():
-            for fused in (False, True):
-                rows.append(
-                    _compare(f"{name}, Adam{' fused' if fused else ''}", build, batch_size, fused, device, pairs)
-                )
-    return rows
+        return [
+            _compare(f"{name}, Adam{' fused' if fused else ''}", build, batch_size, fused, device, pairs)
+            for name, (build, batch_size) in cases.items()
+            for fused in (False, True)
+        ]
 
 
 def render_overhead(rows: list[OverheadRow], device: torch.device) -> str:

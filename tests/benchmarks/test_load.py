@@ -17,7 +17,7 @@ from benchmarks.load.load_table import PARTS, LoadResult, LoadRow, render_load, 
 from tune_amp.results.journal import read_journal
 from tune_amp.results.records import load_trials
 from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
-from tune_amp.search.history import open_past
+from tune_amp.search.history import open_history
 from tune_amp.search.study import open_storage
 
 TRIALS = 40
@@ -93,10 +93,10 @@ def test_trial_that_the_study_was_told_of_twice_is_noticed(run: Path) -> None:
 def test_fabricated_run_that_was_cut_off_is_one_that_a_search_can_go_on_with(tmp_path: Path) -> None:
     (tmp_path / RUN).mkdir()
     fabricate(Plan(part="resume", trials=30, epochs=3, slots=2), tmp_path)
-    with open_past(tmp_path / RUN) as past:
+    with open_history(tmp_path / RUN) as past:
         assert (len(past.trials), len(past.unfinished)) == (30, CUT_OFF)
         assert past.num_samples == 30 + CUT_OFF
-        assert set(past.reported.values()) == {1}
+        assert set(past.last_epochs.values()) == {1}
 
 
 def make_events(*kinds: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from tune_amp.cli.resume import describe_changes, describe_standing, name_resume
 from tune_amp.cli.search_arguments import search_parser
 from tune_amp.results.journal import Journal
 from tune_amp.results.records import list_versions
-from tune_amp.search.history import PastRun, open_past
+from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.options import build_options, check_trackers
 from tune_amp.space.space import MAX_BYTES, load_space
 from tune_amp.trial.config import InputError
@@ -42,7 +42,7 @@ def begin(folder: Path, *command: str, trial: dict[str, Any] | None = None, **ab
 
 
 def resume(folder: Path, *command: str) -> argparse.Namespace:
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         return take_over(parser(), ["--resume", str(folder), *command], past)
 
 
@@ -108,7 +108,7 @@ def test_what_was_changed_once_stays_for_the_next_time(tmp_path: Path) -> None:
         journal.append(made.session(5.0, num_samples=9, arguments=remember(longer)))
     again = resume(folder)
     assert (again.num_samples, again.time_budget) == (9, 60.0)
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         assert past.num_samples == 4  # samplers are sized as the run was begun
 
 
@@ -221,7 +221,7 @@ def test_arguments_that_no_search_leaves_are_refused_in_a_line(
     changes: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     folder = begin(tmp_path)
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         arguments = dict(past.arguments)
     with Journal(folder / "reports.journal") as journal:
         journal.append(made.session(5.0, arguments=arguments | changes))
@@ -237,7 +237,7 @@ def test_arguments_that_no_search_leaves_are_refused_in_a_line(
 
 def test_what_is_told_once_is_not_taken_from_a_journal(tmp_path: Path) -> None:
     folder = begin(tmp_path)
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         arguments = dict(past.arguments) | {"json": True, "results_dir": "/", "unknown": 1}
     with Journal(folder / "reports.journal") as journal:
         journal.append(made.session(5.0, arguments=arguments))
@@ -250,7 +250,7 @@ def test_paths_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     folder = begin(tmp_path / "run", "--storage-path", "checkpoints")
     monkeypatch.chdir("/")
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         assert past.arguments["storage_path"] == str(tmp_path / "checkpoints")
         assert past.arguments["data_dir"] == str(tmp_path / "somewhere")
     given = parser().parse_args([*BEGUN, "--storage-path", "checkpoints"])
@@ -258,7 +258,7 @@ def test_paths_are_kept_as_seen_from_anywhere(tmp_path: Path, monkeypatch: pytes
 
 
 def changes(folder: Path) -> list[str]:
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         return describe_changes(past, folder)
 
 
@@ -355,7 +355,7 @@ def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path
 
 
 def test_what_is_remembered_is_plain(tmp_path: Path) -> None:
-    with open_past(begin(tmp_path)) as past:
-        assert isinstance(past, PastRun)
+    with open_history(begin(tmp_path)) as past:
+        assert isinstance(past, RunHistory)
         assert json.loads(json.dumps(past.arguments)) == past.arguments
         assert not {"resume", "name", "results_dir", "warm_start", "quiet", "json"} & past.arguments.keys()

@@ -19,21 +19,23 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS
 from tune_amp.cluster.trainable import (
     CHECKPOINT_FILE,
+    READ_BY_TUNE,
+    REPORT,
     AmpTrainable,
     LargerShareNeeded,
     MemoryHeldError,
     WorkerSetup,
     failure_report,
     is_checkpoint_due,
-    metrics_of,
     naming_memory_holders,
+    read_report,
     show_in_process_list,
 )
 from tune_amp.reuse.final import find_differences
 from tune_amp.training.data import Dataset
 from tune_amp.training.memory import is_out_of_memory
 from tune_amp.training.run import TrainingRun, release_memory
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig
 from tune_amp.trial.consent import list_consented
 
 MakeTrainable = Callable[..., Any]  # an AmpTrainable; Ray leaves train() and reset() without types
@@ -72,8 +74,19 @@ def train(trainable: Any, most: int = 10) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     while not reports or not reports[-1]["done"]:
         assert len(reports) < most
-        reports.append(trainable.train())
+        reports.append(train_once(trainable))
     return reports
+
+
+def train_once(trainable: Any) -> dict[str, Any]:
+    """A report and its epoch's metrics, with what Tune reads of the result."""
+    result: dict[str, Any] = trainable.train()
+    assert result.keys() <= READ_BY_TUNE | {REPORT}
+    report = dataclasses.asdict(result[REPORT])
+    metrics = report.pop("metrics")
+    told = (metrics or {}) | report
+    assert {name: told[name] for name in result.keys() & told.keys()}.items() <= result.items() or metrics is None
+    return told | result
 
 
 def test_epochs_are_reported_as_running_and_the_last_as_completed(make_trainable: MakeTrainable) -> None:
@@ -113,7 +126,7 @@ def test_trial_asks_for_a_checkpoint_when_enough_work_would_be_lost(
     trainable.save(str(tmp_path / "checkpoint"))
     assert trainable._unsaved_seconds == 0
     trainable._save_seconds.extend([1e6] * 5)
-    report = trainable.train()
+    report = train_once(trainable)
     assert not report[SHOULD_CHECKPOINT]
     assert report["checkpoint_seconds"] > 0
 
@@ -151,16 +164,18 @@ def test_larger_share_is_asked_for_once_and_only_for_want_of_gpu_memory(
 
 
 def test_report_holds_epoch_metrics_as_they_were(make_trainable: MakeTrainable) -> None:
-    report = make_trainable(precision="fp16", init_scale=2.0**30).train()
-    metrics = metrics_of(report)
-    assert metrics is not None
-    assert {name: report[name] for name in vars(metrics)} == vars(metrics)
+    result = make_trainable(precision="fp16", init_scale=2.0**30).train()
+    metrics = result[REPORT].metrics
+    assert {name: result[name] for name in (*OBJECTIVES, "epoch")}.items() <= vars(metrics).items()
+    assert sum(isinstance(value, int | float) for value in result.values()) <= 10  # of each, Tune keeps running means
     assert metrics.skipped_steps > 0
     assert len(metrics.loss_scale_values) > 1
 
 
 def test_report_without_an_epoch_holds_no_metrics() -> None:
-    assert metrics_of(failure_report(ValueError("x"))) is None
+    worker: dict[str, Any] = {"device": "cpu", "num_threads": 1, "setup_seconds": 0.0, "checkpoint_seconds": 0.0}
+    report = read_report(failure_report(ValueError("x")) | worker)
+    assert (report.metrics, report.status, report.error) == (None, "failed", "ValueError: x")
 
 
 def test_status_is_told_as_plain_text(make_trainable: MakeTrainable) -> None:
@@ -539,7 +554,7 @@ def test_worker_finds_functions_where_the_driver_does_and_runs_those_that_the_us
 def assert_same(reports: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     assert [report["status"] for report in reports] == [report["status"] for report in expected]
     for report, other in zip(reports, expected, strict=True):
-        mine, theirs = metrics_of(report), metrics_of(other)
+        mine, theirs = report[REPORT].metrics, other[REPORT].metrics
         assert mine is not None
         assert theirs is not None
         assert find_differences(theirs, mine) == []
@@ -635,7 +650,7 @@ def test_input_error_is_told_without_its_type() -> None:
 
 
 def test_every_metric_of_an_epoch_is_in_a_report(make_trainable: MakeTrainable) -> None:
-    report = make_trainable().train()
+    report = train_once(make_trainable())
     assert {field.name for field in dataclasses.fields(EpochMetrics)} <= report.keys()
     assert {"status", "error", "done", "device", "num_threads"} <= report.keys()
 

@@ -39,7 +39,7 @@ from tune_amp.results.records import (
 )
 from tune_amp.results.statistics import mean_interval
 from tune_amp.search.options import SearchOptions
-from tune_amp.search.plan import list_shared
+from tune_amp.search.plan import list_shared, plan_search
 from tune_amp.search.run import run_search
 from tune_amp.space.space import SearchSpace, load_space
 from tune_amp.training.data import Dataset, make_long_tail
@@ -719,9 +719,8 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
         model=f"{module}:Net", num_samples=4, max_epochs=2, top_k=4, confirm_seeds=2, scheduler="none", sampler="random"
     )
     with ray_session(num_cpus=2, num_gpus=0):
-        result = run_search(
-            load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run", observer=Quiet()
-        )
+        plan = plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run")
+        result = run_search(plan, Quiet())
     assert marker.exists()
     confirmation = result.confirmation
     assert confirmation is not None

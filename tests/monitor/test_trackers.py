@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from past_runs import as_report
 from ray.tune.logger import LoggerCallback
 from records import INF, NAN, make_epoch
 
 from tune_amp.cli.main import main
 from tune_amp.cluster.session import ray_session
-from tune_amp.cluster.trainable import failure_report, progress_report
+from tune_amp.cluster.trainable import REPORT, failure_report, progress_report
 from tune_amp.monitor import trackers as trackers_module
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.monitor.trackers import (
@@ -35,6 +36,7 @@ from tune_amp.monitor.trackers import (
 )
 from tune_amp.results.records import TrialRecord, load_trials
 from tune_amp.search.options import TRACKERS, SearchOptions, check_trackers
+from tune_amp.search.plan import plan_search
 from tune_amp.search.run import SearchResult, run_search
 from tune_amp.space.space import load_space
 from tune_amp.training.data import Dataset
@@ -92,14 +94,8 @@ def search(folder: Path, digits: Dataset, trackers: list[Any], *, num_samples: i
     folder.mkdir(exist_ok=True)
     (folder.parent / "space.yaml").write_text(SPACE)
     settings = {"num_samples": num_samples, "max_epochs": 3, "confirm_seeds": 0} | options
-    return run_search(
-        load_space(str(folder.parent / "space.yaml")),
-        digits,
-        SearchOptions(**settings),
-        folder=folder,
-        observer=Quiet(),
-        trackers=trackers,
-    )
+    plan = plan_search(load_space(str(folder.parent / "space.yaml")), digits, SearchOptions(**settings), folder=folder)
+    return run_search(plan, Quiet(), trackers=trackers)
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +376,8 @@ MakeTracker = Callable[[LoggerCallback], Tracker]
 
 
 def report(tracker: Tracker, trial: FakeTrial, epoch: int, status: str = "running", **changes: Any) -> None:
-    trial.last_result = progress_report(make_epoch(epoch, **changes), status)
+    result = progress_report(make_epoch(epoch, **changes), status)
+    trial.last_result = {**result, REPORT: as_report(result)}
     tracker.on_trial_result(0, [], trial, trial.last_result)
 
 
@@ -408,7 +405,8 @@ def test_each_trial_is_told_how_it_ended(make_tracker: MakeTracker, listing: Lis
     report(tracker, stopped, 1)
     stopped.last_result["done"] = True  # as Tune does where the scheduler stops a trial
     tracker.on_trial_complete(0, [], stopped)
-    failed.last_result = failure_report(ValueError("no good"))
+    result = failure_report(ValueError("no good"))
+    failed.last_result = {**result, REPORT: as_report(result)}
     tracker.on_trial_result(0, [], failed, failed.last_result)
     tracker.on_trial_complete(0, [], failed)
     tracker.on_trial_error(0, [], dead)  # its worker died before it started

@@ -10,7 +10,7 @@ from past_runs import written_past
 from records import PROVENANCE
 
 from tune_amp.results.journal import Journal
-from tune_amp.search.history import open_past
+from tune_amp.search.history import open_history
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
 
@@ -34,23 +34,23 @@ def test_a_run_is_told_as_its_journal_has_it(tmp_path: Path) -> None:
         assert (a.trial_id, a.place, a.number, a.status, a.config) == ("a", 1, 2, None, TrialConfig(lr=0.5))
         assert a.last_result is not None
         assert (a.last_result["epoch"], a.last_result["val_accuracy"]) == (2, 0.75)
-        assert a.last_checkpoints == ["ray/a/checkpoint_000000"]
+        assert a.checkpoints == ["ray/a/checkpoint_000000"]
         assert (b.place, b.status, b.last_result) == (2, TrialStatus.FAILED, None)
         assert past.unfinished == [a]
-        assert past.reported == {"a": 2}
+        assert past.last_epochs == {"a": 2}
 
 
 def test_checkpoints_that_may_be_left_are_the_newest_two_of_each_part(tmp_path: Path) -> None:
     paths = ["ray/a/c0", "ray/a/c1", "ray/a/c2", "ray-2/a/c0", "ray-2/a/c1", "ray-2/a/c2"]
     events = [checkpoint(path) for path in paths]
     with written_past(tmp_path, made.session(), made.trial("a", 0), *events) as past:
-        assert past.trials[0].last_checkpoints == ["ray-2/a/c2", "ray-2/a/c1", "ray/a/c2", "ray/a/c1"]
+        assert past.trials[0].checkpoints == ["ray-2/a/c2", "ray-2/a/c1", "ray/a/c2", "ray/a/c1"]
 
 
 def test_epochs_that_are_repeated_are_not_the_highest(tmp_path: Path) -> None:
     reports = [made.report("a", epoch) for epoch in (1, 2, 3, 2)]
     with written_past(tmp_path, made.session(), made.trial("a", 0), *reports) as past:
-        assert past.reported == {"a": 3}
+        assert past.last_epochs == {"a": 3}
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_end_that_nobody_had_heard_of_is_read_from_the_last_report(
 ) -> None:
     with written_past(tmp_path, made.session(), made.trial("a", 0), last) as past:
         [trial] = past.trials
-        assert trial.unheard_end == expected
+        assert trial.unrecorded_end == expected
         assert (trial in past.unfinished) == (expected is None)
         assert trial.last_result is not None
         assert math.isnan(trial.last_result["val_accuracy"]) == (last["metrics"] is None)
     with written_past(tmp_path, made.session(), made.trial("a", 0), last, made.end("a", "stopped")) as past:
-        assert past.trials[0].unheard_end is None
+        assert past.trials[0].unrecorded_end is None
 
 
 def checkpoint(path: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def checkpoint(path: str) -> dict[str, Any]:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(InputError) as caught, open_past(folder):
+    with pytest.raises(InputError) as caught, open_history(folder):
         pytest.fail("was opened")
     message = str(caught.value)
     assert message.startswith(f"{folder}/")
@@ -105,39 +105,63 @@ def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
     ("events", "expected"),
     [
         ([], "reports.journal: must hold how the run began"),
-        ([made.session()], "reports.journal: was written by journal version None; this tune_amp continues 2"),
-        ([made.beginning(version=1)], "reports.journal: was written by journal version 1; this tune_amp continues 2"),
-        ([made.beginning(), made.report("a", 1)], "reports.journal: must be the journal of a run (KeyError: 'a')"),
-        ([made.beginning(), {"event": "party", "at": 1.0}], "reports.journal: event: must be one that this tune_amp"),
-        ([made.beginning(), made.trial("a", 0), made.end("a", "fine")], "reports.journal: must be the journal of a"),
-        ([made.beginning(), made.session(5.0), made.trial("a", 0)], "reports.journal: at: must not go back, got 1.0"),
-        ([made.beginning(), made.session(10**300)], "reports.journal: at: must be at most 1e+12 seconds, got 1000000"),
-        ([made.beginning(), made.session(math.nan)], "reports.journal: at: must not go back, got nan"),
-        ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "reports.journal: lr: must be"),
-        ([made.beginning(), made.trial("a", 0) | {"config": 7}], "reports.journal: must be the journal of a run"),
+        ([made.session()], "reports.journal: was written by journal version None; this tune_amp resumes 2"),
+        ([made.beginning(version=1)], "reports.journal: was written by journal version 1; this tune_amp resumes 2"),
+        (
+            [made.beginning(), made.report("a", 1)],
+            "reports.journal: line 2: must be written by a search (KeyError: 'a')",
+        ),
+        (
+            [made.beginning(), {"event": "party", "at": 1.0}],
+            "reports.journal: line 2: event: must be one that this tune_amp",
+        ),
+        (
+            [made.beginning(), made.trial("a", 0), made.end("a", "fine")],
+            "reports.journal: line 3: must be written by a",
+        ),
+        (
+            [made.beginning(), made.session(5.0), made.trial("a", 0)],
+            "reports.journal: line 3: at: must not go back, got 1.0",
+        ),
+        (
+            [made.beginning(), made.session(10**300)],
+            "reports.journal: line 2: at: must be at most 1e+12 seconds, got 1000000",
+        ),
+        ([made.beginning(), made.session(math.nan)], "reports.journal: line 2: at: must not go back, got nan"),
+        ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "reports.journal: line 2: lr: must be"),
+        (
+            [made.beginning(), made.trial("a", 0) | {"config": 7}],
+            "reports.journal: line 2: must be written by a search",
+        ),
         (
             [made.beginning(), {"event": "session", "at": 0.0, "arguments": {}}],
-            "reports.journal: must be the journal of a run",
+            "reports.journal: line 2: must be written by a search",
         ),
         (
             [made.beginning(), made.session(storage={"place": 7, "name": "ray"})],
-            "reports.journal: storage.place: must be",
+            "reports.journal: line 2: storage.place: must be",
         ),
         (
             [made.beginning(), made.session(storage={"place": None, "name": ".."})],
-            "reports.journal: storage.name: must",
+            "reports.journal: line 2: storage.name: must",
         ),
         (
             [made.beginning(), made.session(storage={"place": None, "name": "a/b"})],
-            "reports.journal: storage.name: must",
+            "reports.journal: line 2: storage.name: must",
         ),
-        (placed(None, ""), "reports.journal: storage.name: must"),
+        (placed(None, ""), "reports.journal: line 2: storage.name: must"),
         (
             [made.beginning(), made.session(storage={"place": None, "name": "ray", "token": 7})],
-            "reports.journal: storage.token: must be",
+            "reports.journal: line 2: storage.token: must be",
         ),
-        ([made.beginning(), made.trial("a", 0), checkpoint("/etc")], "reports.journal: path: must lie in the run's"),
-        ([made.beginning(), made.trial("a", 0), checkpoint("ray/../..")], "reports.journal: path: must lie in the"),
+        (
+            [made.beginning(), made.trial("a", 0), checkpoint("/etc")],
+            "reports.journal: line 3: path: must lie in the run's",
+        ),
+        (
+            [made.beginning(), made.trial("a", 0), checkpoint("ray/../..")],
+            "reports.journal: line 3: path: must lie in the",
+        ),
         ([made.beginning(provenance={"run": 7})], "reports.journal: "),
     ],
 )
@@ -150,9 +174,9 @@ def test_what_no_search_writes_is_refused_on_one_line(
 
 
 def test_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught, open_past(tmp_path):
+    with pytest.raises(InputError) as caught, open_history(tmp_path):
         pytest.fail("was opened")
-    assert str(caught.value) == f"{tmp_path}: must hold reports.journal, from which a run goes on"
+    assert str(caught.value) == f"{tmp_path}: must hold reports.journal, from which a run resumes"
 
 
 def test_run_that_still_goes_on_is_refused(tmp_path: Path) -> None:
@@ -165,11 +189,11 @@ def test_half_a_line_at_the_end_is_no_event(tmp_path: Path) -> None:
     path = made.write_journal(tmp_path, [made.beginning(), made.session(), made.trial("a", 0)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
-    with open_past(tmp_path) as past:
+    with open_history(tmp_path) as past:
         past.journal.append(made.session(1.0))
         assert past.trials == []
         assert dataclasses.asdict(past.provenance) == dataclasses.asdict(PROVENANCE)
-    with open_past(tmp_path) as past:  # what came next is not glued to it
+    with open_history(tmp_path) as past:  # what came next is not glued to it
         assert len(past.sessions) == 2
 
 
@@ -185,7 +209,7 @@ def test_run_with_a_link_in_it_is_refused_and_what_the_link_leads_to_stays(name:
     made.write_journal(tmp_path / "run", [made.beginning()])
     (tmp_path / "run" / name).unlink(missing_ok=True)
     (tmp_path / "run" / name).symlink_to(mine)
-    expected = f"{name}: must be no link, which may lead anywhere, in a run that goes on"
+    expected = f"{name}: must not be a link in a run that is resumed, since a link may lead anywhere"
     assert refusal(tmp_path / "run") == expected
     assert mine.read_text() == "without a newline"
 

@@ -12,14 +12,14 @@ import pytest
 from past_runs import STORAGE
 from records import PROVENANCE, make_epoch
 
-from tune_amp.cluster.failures import find_cause, find_status
-from tune_amp.cluster.trainable import failure_report, progress_report
+from tune_amp.cluster.failures import find_cause
+from tune_amp.cluster.trainable import REPORT, failure_report, progress_report, read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
 from tune_amp.results.records import SlotTime, TrialRecord, load_slot_time, load_trials
 from tune_amp.results.run_files import JOURNAL_FILE
 from tune_amp.search import recorder as recorder_module
-from tune_amp.search.history import open_past
+from tune_amp.search.history import RunHistory, _read_history
 from tune_amp.search.recorder import TrialRecorder
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
@@ -109,10 +109,9 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
             )
             return TrialRecorder(
                 tmp_path,
-                PROVENANCE,
+                read_history(stack.enter_context(Journal(tmp_path / JOURNAL_FILE))),
                 progress,
                 watcher,
-                journal=stack.enter_context(Journal(tmp_path / JOURNAL_FILE)),
                 storage_root="/storage",
                 slots=2,
                 begin=clock.now,
@@ -138,7 +137,8 @@ def start(recorder: TrialRecorder, trial: FakeTrial) -> None:
 
 
 def report(recorder: TrialRecorder, trial: FakeTrial, result: dict[str, Any], **changes: Any) -> None:
-    trial.last_result = {"trial_id": trial.trial_id, **result, **WORKER, **changes}
+    told = {**result, **WORKER, **changes}
+    trial.last_result = {"trial_id": trial.trial_id, **told, REPORT: read_report(told)}
     recorder.on_trial_result(0, [], trial, trial.last_result)
 
 
@@ -185,22 +185,14 @@ def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder, clock:
     assert record.error is None
 
 
-def test_tune_is_left_with_what_it_needs_of_a_report(recorder: TrialRecorder) -> None:
-    """It keeps two queues and seven figures of every number, for as long as the search lasts."""
+def test_running_means_of_a_trial_that_ended_are_dropped_and_its_result_stays(recorder: TrialRecorder) -> None:
+    """Tune keeps two queues and seven figures of every number, for as long as the search lasts."""
     trial = FakeTrial("a")
     start(recorder, trial)
     report_epoch(recorder, trial, 1, "completed", val_accuracy=0.75)
-    assert only(recorder).epochs == (make_epoch(1, val_accuracy=0.75),)
-    left = trial.last_result
-    assert find_status(left, error=False) is TrialStatus.COMPLETED
-    assert {name: left[name] for name in ("val_accuracy", "epoch", "done")} == {
-        "val_accuracy": 0.75,
-        "epoch": 1,
-        "done": True,
-    }
-    assert {"config", "steps", "loss_scale_values"} & left.keys() == set()
-    assert sum(isinstance(value, int | float) for value in left.values()) <= 8
+    reported = dict(trial.last_result)
     finish(recorder, trial)
+    assert trial.last_result == reported
     assert (trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) == ({}, {})
 
 
@@ -524,7 +516,7 @@ def test_every_event_is_in_the_journal_before_anyone_is_told(
     report_epoch(recorder, trial, 1, "completed")
     finish(recorder, trial)
     assert seen == ["start", "report", "end"]
-    assert [event["event"] for event in read_journal(tmp_path / JOURNAL_FILE)] == ["session", "trial", *seen]
+    assert [event["event"] for event in read_journal(tmp_path / JOURNAL_FILE)] == ["run", "session", "trial", *seen]
 
 
 def test_checkpoints_are_noted_by_their_place_in_the_storage(recorder: TrialRecorder, tmp_path: Path) -> None:
@@ -553,7 +545,7 @@ def test_checkpoints_may_go_once_the_journal_says_that_their_trial_is_over(
     finish(recorder, completed)
     recorder.on_trial_error(0, [], dies)
     finish(recorder, cut)  # as Tune ends what still runs: it may go on
-    recorder.end_unheard("c", TrialStatus.STOPPED)
+    recorder.record_end("c", TrialStatus.STOPPED)
     recorder._is_broken = True
     recorder.on_trial_error(0, [], cut)
     assert seen == [("name-of-a", "end"), ("name-of-b", "end"), ("name-of-c", "end")]
@@ -566,8 +558,8 @@ def test_what_cannot_be_written_does_not_count_and_neither_does_anything_after_i
     trial = FakeTrial("a")
     start(recorder, trial)
     report_epoch(recorder, trial, 1)
-    full = FullDisk(recorder._journal)
-    recorder._journal = full  # type: ignore[assignment]
+    full = FullDisk(recorder._history.journal)
+    recorder._history.journal = full  # type: ignore[assignment]
     told = len(watcher.seen)
     report_epoch(recorder, trial, 2)
     full.is_full = False
@@ -597,7 +589,6 @@ def test_recorder_that_goes_on_knows_what_the_one_before_it_knew(
     make_recorder: MakeRecorder, clock: Clock, tmp_path: Path
 ) -> None:
     before = make_recorder()
-    before._journal.append(BEGINNING)
     before.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     done, dead, open_trial, waiting = (FakeTrial(name) for name in ("done", "dead", "open", "waiting"))
     clock.now += 7
@@ -614,7 +605,6 @@ def test_recorder_that_goes_on_knows_what_the_one_before_it_knew(
     report_epoch(before, open_trial, 2, loss_scale_values=(math.inf, 2.0), val_loss=math.nan)
 
     after = make_recorder()
-    go_on(after, tmp_path)
     assert repr(after.trials) == repr(before.trials)  # repr: NaN is not equal to itself
     assert [trial.trial_id for trial in after.trials] == ["done", "dead", "open"]
 
@@ -623,7 +613,6 @@ def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_betwee
     make_recorder: MakeRecorder, clock: Clock, tmp_path: Path, watcher: Watcher
 ) -> None:
     before = make_recorder()
-    before._journal.append(BEGINNING)
     before.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     trial = FakeTrial("a")
     clock.now += 7
@@ -633,7 +622,6 @@ def test_trial_that_goes_on_keeps_its_epochs_and_its_time_but_not_that_in_betwee
 
     clock.now += 1000
     after = make_recorder()
-    go_on(after, tmp_path)
     after.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
     clock.now += 20  # Ray starts
     trial.temporary_state.ray_actor = "Actor(AmpTrainable, 2)"
@@ -656,10 +644,6 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
     for epoch in (1, 2, 3):
         trial.temporary_state.ray_actor = f"Actor(AmpTrainable, {epoch})"
         recorder = make_recorder()
-        if epoch == 1:
-            recorder._journal.append(BEGINNING)
-        else:
-            go_on(recorder, tmp_path)
         recorder.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
         clock.now += 5
         start(recorder, trial)
@@ -680,9 +664,9 @@ BEGINNING = {
 }
 
 
-def go_on(recorder: TrialRecorder, folder: Path) -> None:
-    """Let a recorder take over what the journal of its run tells; it writes on in a journal of its own."""
-    recorder._journal.__exit__()  # which holds the lock
-    with open_past(folder) as past:
-        recorder.replay(past.events)
-    recorder._journal.__init__(folder / JOURNAL_FILE)  # type: ignore[misc]
+def read_history(journal: Journal) -> RunHistory:
+    """The history of the run whose journal this is, which begins where it is empty."""
+    path = journal._path
+    if not path.read_bytes():
+        journal.append(BEGINNING)
+    return _read_history(path, journal)

@@ -29,9 +29,9 @@ from tune_amp.results.records import TrialRecord, load_best, load_provenance, lo
 from tune_amp.results.run_files import JOURNAL_FILE, RUN_FILES, SPACE_FILE, STUDY_FILE
 from tune_amp.results.utilisation import SlotUse, utilisation
 from tune_amp.reuse.final import find_differences, replay_trial
-from tune_amp.search.history import open_past
+from tune_amp.search.history import open_history
 from tune_amp.search.options import SearchOptions
-from tune_amp.search.plan import list_shared, plan_resources
+from tune_amp.search.plan import SearchPlan, list_shared, plan_resources, plan_search
 from tune_amp.search.run import SearchResult, begin_run, find_failing, run_search, stop_if_failing, was_interrupted
 from tune_amp.search.study import AmpSearch
 from tune_amp.space.space import load_space, parse_space
@@ -76,14 +76,14 @@ def search_and_check(
     source.write_text(space_text)
     (folder / "run").mkdir(exist_ok=True)
     on_ctrl_c = signal.getsignal(signal.SIGINT)
-    result = run_search(
+    plan = plan_search(
         load_space(str(source)),
         dataset,
         SearchOptions(**{"num_samples": 4, "max_epochs": 2, "gpus_per_trial": 0.0, "confirm_seeds": 0, **options}),
         folder=folder / "run",
-        observer=observer,
         command=("scripts/search.py", "--seed", "3"),
     )
+    result = run_search(plan, observer)
     check_consistency(result)
     assert signal.getsignal(signal.SIGINT) is on_ctrl_c  # Tune leaves its own behind
     return result
@@ -409,7 +409,7 @@ def test_share_of_a_gpu_is_measured_and_the_reason_told(digits: Dataset, tmp_pat
 def resume_until(
     stage: str, digits: Dataset, folder: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes = b"", **arguments: Any
 ) -> None:
-    """Go on with a run whose only trial was cut off, without Ray, until ``stage`` of ``tune_amp.search.run`` fails."""
+    """Resume a run whose only trial was cut off, without Ray, until ``stage`` of ``tune_amp.search.run`` fails."""
     space = parse_space("x", "parameters:\n  lr: {low: 1.0e-3, high: 1.0e-2, log: true}\n")
     options = make_options(num_samples=4, max_epochs=2, confirm_seeds=0)
     sizes: dict[str, Any] = {
@@ -431,17 +431,18 @@ def resume_until(
     monkeypatch.setattr(f"tune_amp.search.run.{stage}", fail)
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason="")
     with past_runs.written_past(folder, past_runs.session(), *begun) as written:
-        past = dataclasses.replace(written, provenance=dataclasses.replace(written.provenance, run=folder.name))
+        written.provenance = dataclasses.replace(written.provenance, run=folder.name)
+        plan = SearchPlan(
+            space=space, dataset=digits, options=options, folder=folder, resources=resources, unfit={}, history=written
+        )
         with pytest.raises(InputError, match="line 7"):
-            run_search(
-                space, digits, options, folder=folder, observer=Quiet(), past=past, resources=resources, **arguments
-            )
+            run_search(plan, Quiet(), **arguments)
 
 
 def test_resume_that_fails_before_its_trials_run_leaves_none_running_in_the_study(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resume_until("replay", digits, tmp_path, monkeypatch)
+    resume_until("restore_scheduler", digits, tmp_path, monkeypatch)
     assert {trial.state for trial in load_study(tmp_path).trials} == {TrialState.FAIL}
     assert len(load_study(tmp_path).trials) == 2  # as interrupted, twice
     assert not (tmp_path / "ray").exists()
@@ -457,7 +458,7 @@ def test_resume_says_what_it_makes_anew_and_which_checkpoints_will_stay(
     assert study.startswith(f"{tmp_path}/study.journal: cannot be read (UnicodeDecodeError: ")
     assert checkpoints.startswith(f"{tmp_path}/ray was not made by this run folder")
     assert [trial.state for trial in load_study(tmp_path).trials] == [TrialState.FAIL]
-    with open_past(tmp_path) as past:
+    with open_history(tmp_path) as past:
         assert past.storages[1][:2] == (None, "ray-2")
         storage = prepare_storage(None, tmp_path, earlier=past.storages)
     assert storage.list_foreign() == [f"{tmp_path}/ray"]

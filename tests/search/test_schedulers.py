@@ -28,9 +28,9 @@ from tune_amp.search.schedulers import (
     build_scheduler,
     count_brackets,
     objective_mode,
-    replay,
+    restore_scheduler,
 )
-from tune_amp.trial.config import OBJECTIVES, RANKING_OBJECTIVES, SCHEDULERS
+from tune_amp.trial.config import OBJECTIVES, RANKING_OBJECTIVES, SCHEDULERS, TrialReport
 
 NAN, INF = math.nan, math.inf
 SETTINGS: dict[str, Any] = {"grace_period": 1, "reduction_factor": 2}
@@ -476,11 +476,12 @@ def test_brackets_depend_on_no_global_generator_and_leave_it_as_it_was() -> None
 # A search that goes on
 
 
-def told_events(steps: list[tuple[int, float]], scheduler: Any, events: list[dict[str, Any]]) -> list[str]:
-    """Let trials report to a scheduler as Tune does, and note what the journal would hold of it; what it said."""
-    said = []
+Reports = list[tuple[str, TrialReport | None]]
+
+
+def note_reports(steps: list[tuple[int, float]], scheduler: Any, reports: Reports) -> None:
+    """Let trials report to a scheduler as Tune does, and note what the history would hold of it."""
     trials = {number: add(scheduler, f"{number}") for number in range(8)}
-    events += [made.trial(f"{number}", number) for number in range(8)]
     epochs = dict.fromkeys(range(8), 0)
     over: set[int] = set()
     for number, value in steps:
@@ -491,15 +492,12 @@ def told_events(steps: list[tuple[int, float]], scheduler: Any, events: list[dic
         if epochs[number] == 8:  # of its own end, Tune asks no scheduler
             result |= {"status": "completed", "done": True}
         else:
-            said.append(scheduler.on_trial_result(None, trials[number], dict(result)))
-            result["done"] = said[-1] == "STOP"
-        told = {"error": None, "config_fault": False, **{name: result.pop(name) for name in ("status", "done")}}
-        events.append({"event": "report", "trial_id": f"{number}", "metrics": result, **told})
-        if told["done"]:
+            result["done"] = scheduler.on_trial_result(None, trials[number], dict(result)) == "STOP"
+        reports.append((f"{number}", made.as_report(result)))
+        if result["done"]:
             over.add(number)
-            scheduler.on_trial_complete(None, trials[number], {**result, **told})
-            events.append({"event": "end", "trial_id": f"{number}"})
-    return said
+            scheduler.on_trial_complete(None, trials[number], result)
+            reports.append((f"{number}", None))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -507,10 +505,10 @@ def told_events(steps: list[tuple[int, float]], scheduler: Any, events: list[dic
 def test_scheduler_that_goes_on_remembers_and_decides_as_if_it_had_never_been_cut_off(
     name: str, before: list[tuple[int, float]], after: list[tuple[int, float]]
 ) -> None:
-    events: list[dict[str, Any]] = []
+    reports: Reports = []
     straight, resumed = make_ours(name), make_ours(name)
-    told_events(before, straight, events)
-    replay(resumed, events)
+    note_reports(before, straight, reports)
+    restore_scheduler(resumed, [f"{number}" for number in range(8)], reports)
     assert remembered(resumed) == remembered(straight)
     for place, (number, value) in enumerate(after):
         result = make_result(number % 7 + 1, value)
@@ -527,31 +525,30 @@ def remembered(scheduler: Any) -> Any:
     return rungs, kept, scheduler._seen_epochs, scheduler._to_stop
 
 
-def run_live(scheduler: Any, first: int, last: int, budgets: Sequence[int]) -> list[dict[str, Any]]:
-    """Trials one after the other, each of so many reports; the events of their journal."""
+def run_live(scheduler: Any, first: int, last: int, budgets: Sequence[int]) -> Reports:
+    """Trials one after the other, each of so many reports; what the history holds of them."""
     random = np.random.default_rng(first)
-    events: list[dict[str, Any]] = []
+    reports: Reports = []
     for number, budget in zip(range(first, last), budgets, strict=True):
         trial = Trial(f"t{number}")
         scheduler.on_trial_add(None, trial)
-        events.append({"event": "trial", "trial_id": trial.trial_id})
         for epoch in range(1, budget + 1):
             metrics = {"epoch": epoch, "val_accuracy": float(random.random()), "val_loss": 1.0}
             is_last = epoch == 8
-            about = {"status": "completed" if is_last else "running", "error": None, "config_fault": False}
+            about = {"status": "completed" if is_last else "running", "config_fault": False}
             stopped = not is_last and scheduler.on_trial_result(None, trial, metrics | about) == "STOP"
             about["done"] = is_last or stopped
-            events.append({"event": "report", "trial_id": trial.trial_id, "metrics": metrics, **about})
+            reports.append((trial.trial_id, made.as_report(metrics | about)))
             if about["done"]:
                 scheduler.on_trial_complete(None, trial, metrics | about)
-                events.append({"event": "end", "trial_id": trial.trial_id})
+                reports.append((trial.trial_id, None))
                 break
-    return events
+    return reports
 
 
 def test_rungs_are_replayed_without_looking_for_their_cutoffs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sorts all values of a rung: for 10,000 trials that is seconds."""
-    events = run_live(make_ours(), 0, 30, [8] * 30)
+    reports = run_live(make_ours(), 0, 30, [8] * 30)
     again = make_ours()
     asked = 0
 
@@ -561,7 +558,7 @@ def test_rungs_are_replayed_without_looking_for_their_cutoffs(monkeypatch: pytes
         return 0.5
 
     monkeypatch.setattr(np, "nanpercentile", count)
-    replay(again, events)
+    restore_scheduler(again, [f"t{number}" for number in range(30)], reports)
     assert asked == 0
     run_live(again, 30, 32, [8] * 2)
     assert asked > 0

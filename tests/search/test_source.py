@@ -1,11 +1,12 @@
 from pathlib import Path
 from typing import Any
 
+import past_runs as made
 import pytest
 from ray import tune
 from ray.tune.experiment import Experiment, Trial
 
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.source import TrialSource
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
@@ -46,7 +47,7 @@ class Slots:
 class Desk:
     """A source with everything around it."""
 
-    def __init__(self, folder: Path, num_samples: int, past: list[PastTrial]) -> None:
+    def __init__(self, folder: Path, num_samples: int, past: list[RecordedTrial]) -> None:
         self.searcher, self.slots = Numbered(len(past)), Slots()
         self.searcher.numbers = {trial.trial_id: trial.number for trial in past}
         self.submitted: list[tuple[str, int]] = []
@@ -72,15 +73,15 @@ class Desk:
 
 @pytest.fixture
 def make_desk(tmp_path: Path) -> Any:
-    def make(num_samples: int = 4, past: list[PastTrial] | None = None) -> Desk:
+    def make(num_samples: int = 4, past: list[RecordedTrial] | None = None) -> Desk:
         return Desk(tmp_path, num_samples, past or [])
 
     return make
 
 
-def past_trial(trial_id: str, place: int, status: TrialStatus | None = None) -> PastTrial:
+def past_trial(trial_id: str, place: int, status: TrialStatus | None = None) -> RecordedTrial:
     config = TrialConfig(lr=place / 10)
-    return PastTrial(trial_id=trial_id, place=place, number=place - 1, config=config, status=status)
+    return made.recorded(trial_id, place - 1, place=place, config=config, status=status)
 
 
 def rates(trials: list[Trial]) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import past_runs as made
 import pytest
 from optuna.samplers import CmaEsSampler
 from optuna.samplers._tpe.sampler import _split_trials
@@ -21,7 +22,7 @@ from tune_amp.cluster.failures import OUT_OF_MEMORY_SIGN, find_cause, find_reaso
 from tune_amp.cluster.trainable import LargerShareNeeded
 from tune_amp.results.journal import cut_torn_line
 from tune_amp.results.run_files import STUDY_FILE
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.schedulers import WORST_VALUES
 from tune_amp.search.study import UNKNOWN_VALUES, AmpSearch
 from tune_amp.space.space import SearchSpace, load_space
@@ -44,7 +45,7 @@ def make_search(tmp_path: Path) -> MakeSearch:
         seed: int = 0,
         name: str = "run",
         sampler: str = "tpe",
-        past: Sequence[PastTrial] = (),
+        past: Sequence[RecordedTrial] = (),
         on_fault: Callable[[str], None] | None = None,
     ) -> AmpSearch:
         """A search in the folder ``name``, which goes on where it has a past."""
@@ -581,19 +582,12 @@ def seen_by_tpe(search: AmpSearch) -> list[Any]:
     return [(t.state, t.values, t.params, t.distributions, t.constraints, t.intermediate_values) for t in trials]
 
 
-def past_trial(search: AmpSearch, trial_id: str, place: int, last: dict[str, Any], status: str | None) -> PastTrial:
+def past_trial(search: AmpSearch, trial_id: str, place: int, last: dict[str, Any], status: str | None) -> RecordedTrial:
     """A trial as the journal of the killed search would tell of it."""
-    return PastTrial(
-        trial_id=trial_id,
-        place=place,
-        number=search.find_number(trial_id),
-        config=TrialConfig(),
-        status=None if status is None else TrialStatus(status),
-        last_result=last,
-    )
+    return made.recorded(trial_id, search.find_number(trial_id), place=place, status=status, last=last)
 
 
-def search_until_killed(search: AmpSearch, count: int) -> list[PastTrial]:
+def search_until_killed(search: AmpSearch, count: int) -> list[RecordedTrial]:
     """``count`` trials one after the other, every fourth of which diverged, and the last of which is still running."""
     past = []
     for number in range(count):

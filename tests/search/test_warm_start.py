@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import past_runs as made
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from curve_tables import make_stress_table
@@ -42,7 +43,7 @@ from tune_amp.results.records import (
 )
 from tune_amp.results.run_files import STUDY_FILE
 from tune_amp.results.statistics import paired_interval
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch, open_storage
 from tune_amp.search.warm_start import DECISIVE_VERSIONS, Donor, WarmStart, find_suggestion, load_donor, plan_warm_start
 from tune_amp.space.space import load_space, parse_space
@@ -131,7 +132,7 @@ def make_search(tmp_path: Path) -> MakeSearch:
         objectives: Sequence[str] = ("val_accuracy",),
         name: str = "run",
         seed: int = 3,
-        past: Sequence[PastTrial] = (),
+        past: Sequence[RecordedTrial] = (),
     ) -> AmpSearch:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
@@ -517,13 +518,7 @@ def test_a_search_that_goes_on_takes_nothing_over_again(make_search: MakeSearch)
     search = make_search(PLAIN, warm_start)
     finish(search, "mine", make_old("mine", 0.8))
     count = len(search.study.trials)
-    mine = PastTrial(
-        trial_id="mine",
-        place=1,
-        number=search.find_number("mine"),
-        config=TrialConfig(),
-        status=TrialStatus.COMPLETED,
-    )
+    mine = made.recorded("mine", search.find_number("mine"), status="completed")
     again = make_search(PLAIN, warm_start, past=[mine])
     assert len(again.study.trials) == count
     assert again.suggest("next")["lr"] == 0.01  # the best winner, which was waiting

@@ -10,7 +10,7 @@ from typing import Any
 
 from tune_amp.results.records import find_version
 from tune_amp.results.run_files import JOURNAL_FILE, SPACE_FILE
-from tune_amp.search.history import PastRun
+from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
 from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, checked_type, field_types, is_function_name, shown
@@ -49,7 +49,7 @@ def _name_from_anywhere(storage_path: str | None) -> str | None:
     return str(Path(storage_path).expanduser().absolute())
 
 
-def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: PastRun) -> argparse.Namespace:
+def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: RunHistory) -> argparse.Namespace:
     """Return the arguments of a resumed run: those that it began with, overridden by the command line.
 
     Args:
@@ -85,7 +85,7 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Pas
     return arguments
 
 
-def _read_recorded(past: PastRun) -> dict[str, Any]:
+def _read_recorded(past: RunHistory) -> dict[str, Any]:
     """Return the arguments that the run began with, each checked for its type: the journal is not trusted."""
     recorded = {}
     for name, hint in _HINTS.items():
@@ -117,7 +117,7 @@ def _name_ways_out(arguments: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: PastRun) -> None:
+def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: RunHistory) -> None:
     now, then = build_options(vars(arguments)), build_options(recorded)
     fixed = [field.name for field in dataclasses.fields(SearchOptions) if "fixed" in field.metadata]
     changes = {name: (getattr(then, name), getattr(now, name)) for name in fixed}
@@ -129,13 +129,13 @@ def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], pas
         raise InputError(f"--num-samples: must be at least the {len(past.trials)} of the run, got {now.num_samples}")
 
 
-def _check_space(given: str | None, past: PastRun) -> None:
+def _check_space(given: str | None, past: RunHistory) -> None:
     if given is not None and load_space(given).text != past.provenance.space_text:
         source = past.provenance.space_source
         raise InputError(f"SPACE: must stay {source} as it was in a run that goes on, got {given}, which differs")
 
 
-def _check_trials(arguments: argparse.Namespace, past: PastRun) -> None:
+def _check_trials(arguments: argparse.Namespace, past: RunHistory) -> None:
     """Refuse a journal whose trials differ from the run in a setting that all trials share."""
     shared = {name: getattr(arguments, name) for name in ("model", "dataset", "imbalance", "max_epochs", "seed")}
     for trial in past.trials:
@@ -146,7 +146,7 @@ def _check_trials(arguments: argparse.Namespace, past: PastRun) -> None:
                 raise InputError(f"{place}: {name}: must be {expected}, as in the whole run, got {shown(value)}")
 
 
-def describe_changes(past: PastRun, folder: Path) -> list[str]:
+def describe_changes(past: RunHistory, folder: Path) -> list[str]:
     """Return a line for each change since the run began, with its consequence.
 
     Raises:
@@ -178,10 +178,10 @@ def _read_text(path: Path) -> str | None:
         return None
 
 
-def describe_standing(past: PastRun, num_samples: int, time_budget: float | None = None) -> str:
+def describe_standing(past: RunHistory, num_samples: int, time_budget: float | None = None) -> str:
     """Return the progress of a resumed run in one line."""
     over = len(past.trials) - len(past.unfinished)
-    kept = sum(trial.last_result is not None for trial in past.unfinished)
+    kept = sum(trial.report is not None for trial in past.unfinished)
     cut = f", {len(past.unfinished)} were cut off ({kept} of them after a report)" if past.unfinished else ""
     used_up = time_budget is not None and time_budget <= past.seconds
     budget = f", all of --time-budget {time_budget:g}" if used_up else ""

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -38,7 +38,6 @@ from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cli.search_output import (
     choose_observer,
     describe_unfit,
-    list_inert,
     print_end,
     print_json_end,
     print_json_start,
@@ -61,11 +60,11 @@ from tune_amp.trial.consent import consent_to, load_function
 from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
-    from tune_amp.cluster.resources import TrialResources
     from tune_amp.cluster.session import RaySession
-    from tune_amp.search.history import PastRun
+    from tune_amp.search.history import RunHistory
+    from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
-    from tune_amp.search.warm_start import Donor, WarmStart
+    from tune_amp.search.warm_start import Donor
     from tune_amp.space.space import SearchSpace
     from tune_amp.training.data import Dataset
 
@@ -79,7 +78,7 @@ class Task:
     arguments: argparse.Namespace
     space: "SearchSpace"
     donor: "Donor | None" = None
-    past: "PastRun | None" = None
+    past: "RunHistory | None" = None
     """The run to resume; None for a new run."""
     notes: Sequence[str] = ()
     """Changes since the resumed run began."""
@@ -111,11 +110,11 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     if arguments.resume is None:
         return _begin(arguments, program, command, begun)
     from tune_amp.cli.resume import describe_changes, take_over
-    from tune_amp.search.history import open_past
+    from tune_amp.search.history import open_history
     from tune_amp.space.space import parse_space
 
     folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
-    with open_past(folder) as past:
+    with open_history(folder) as past:
         arguments = take_over(parser, command, past)
         arguments.tracker = check_trackers(arguments.tracker)
         notes = describe_changes(past, folder)
@@ -249,33 +248,33 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         dataset, unfit = find_checked()
         from tune_amp.cli.resume import remember
         from tune_amp.monitor.trackers import build_trackers
-        from tune_amp.search.plan import adapt_donor, plan_resources
+        from tune_amp.search.plan import SearchPlan, adapt_donor, plan_resources
         from tune_amp.search.run import run_search
 
-        resources = plan_resources(
-            options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
+        plan = SearchPlan(
+            space=space,
+            dataset=dataset,
+            options=options,
+            folder=folder,
+            resources=plan_resources(
+                options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
+            ),
+            unfit=unfit,
+            command=tuple(map(hide_credentials, task.command)),
+            arguments=remember(arguments),
+            storage_path=arguments.storage_path,
+            warm_start=None if task.donor is None else adapt_donor(task.donor, space, dataset, options),
+            history=past,
+            begun=task.begun,
         )
-        warm_start = None if task.donor is None else adapt_donor(task.donor, space, dataset, options)
         with ignoring_closed_pipe():
-            _announce(task, folder, console, stdout, dataset, unfit, session, resources, warm_start)
+            _announce(task, plan, console, stdout, session)
         with choose_observer(arguments, console, stdout) as observer:
-            trackers = build_trackers(arguments.tracker, folder, past=past.reported if past else {})
             result = run_search(
-                space,
-                dataset,
-                options,
-                folder=folder,
-                observer=observer,
-                command=tuple(map(hide_credentials, task.command)),
-                storage_path=arguments.storage_path,
-                started=task.begun,
-                resources=resources,
-                warm_start=warm_start,
-                past=past,
-                arguments=remember(arguments),
+                plan,
+                observer,
                 stop=stop,
-                trackers=trackers,
-                checked=True,
+                trackers=build_trackers(arguments.tracker, folder, past=past.last_epochs if past else {}),
                 announce=lambda line: say(console, f"note       {line}", style="yellow"),
             )
         _write_report(result.folder)
@@ -284,36 +283,29 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
     return result
 
 
-def _announce(
-    task: Task,
-    folder: Path,
-    console: Console,
-    stdout: IO[str],
-    dataset: "Dataset",
-    unfit: Mapping[str, str],
-    session: "RaySession",
-    resources: "TrialResources",
-    warm_start: "WarmStart | None",
-) -> None:
+def _announce(task: Task, plan: "SearchPlan", console: Console, stdout: IO[str], session: "RaySession") -> None:
     """Print how the search starts or resumes."""
     from tune_amp.cli.resume import describe_standing
     from tune_amp.monitor.trackers import describe_tracker
 
-    arguments, space, options, past = task.arguments, task.space, task.options, task.past
-    print_start(console, space, dataset, options, session, resources)
-    for precision, reason in unfit.items():
-        say(console, f"note       {describe_unfit(options.model, precision, reason, resources)}", style="yellow")
-    for line in [] if warm_start is None else warm_start.describe():
+    print_start(console, plan, session)
+    for precision, reason in plan.unfit.items():
+        say(
+            console,
+            f"note       {describe_unfit(plan.options.model, precision, reason, plan.resources)}",
+            style="yellow",
+        )
+    for line in [] if plan.warm_start is None else plan.warm_start.describe():
         say(console, f"warm       {line}")
-    if past is not None:
-        say(console, f"resumed    {describe_standing(past, options.num_samples, options.time_budget)}")
+    if plan.history is not None:
+        standing = describe_standing(plan.history, plan.options.num_samples, plan.options.time_budget)
+        say(console, f"resumed    {standing}")
     for line in task.notes:
         say(console, f"note       {line}", style="yellow")
-    for name in arguments.tracker:
-        say(console, f"tracker    {describe_tracker(name, folder)}")
-    if arguments.json:
-        warm = None if warm_start is None else warm_start.describe_as_json()
-        print_json_start(stdout, folder, dataset, session, list_inert(space, dataset, options), unfit, warm)
+    for name in task.arguments.tracker:
+        say(console, f"tracker    {describe_tracker(name, plan.folder)}")
+    if task.arguments.json:
+        print_json_start(stdout, plan, session)
 
 
 def _write_report(folder: Path) -> None:

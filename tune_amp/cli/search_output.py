@@ -2,23 +2,20 @@
 
 import argparse
 import contextlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from tune_amp.cli.console import is_screen, open_console, say
-from tune_amp.search.options import SearchOptions
 from tune_amp.trial.config import TrialConfig
 
 if TYPE_CHECKING:
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.cluster.session import RaySession
     from tune_amp.monitor.prometheus import SearchObserver
+    from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
-    from tune_amp.space.space import SearchSpace
     from tune_amp.training.data import Dataset
 
 SLOW_EPOCH_SECONDS = 120.0
@@ -37,14 +34,7 @@ def choose_observer(
     return LiveTable(console) if is_screen(console) else contextlib.nullcontext(PlainLines(console))
 
 
-def print_start(
-    console: Console,
-    space: "SearchSpace",
-    dataset: "Dataset",
-    options: SearchOptions,
-    session: "RaySession",
-    resources: "TrialResources",
-) -> None:
+def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> None:
     """Print model, data, space, resources and the dashboard's address, with warnings."""
     import torch
 
@@ -53,12 +43,13 @@ def print_start(
 
     if console.quiet:
         return  # nothing would be shown, so no step is timed either
+    space, dataset, options, resources = plan.space, plan.dataset, plan.options, plan.resources
     sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
     reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"  # both are checked names
     console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
     say(console, f"space      {space.source}: {', '.join(p.name for p in space.parameters)}")
-    for line in list_inert(space, dataset, options):
+    for line in list_inert(plan):
         say(console, f"inert      {line}", style="yellow")
     console.print(f"resources  {resources.reason}", soft_wrap=True)
     if "train_seconds" in options.objectives and resources.max_concurrent > 1:
@@ -87,12 +78,12 @@ def describe_unfit(model: str, precision: str, reason: str, resources: "TrialRes
     return f"{precision}: {model} does not run here ({reason}): such trials are recorded as infeasible"
 
 
-def list_inert(space: "SearchSpace", dataset: "Dataset", options: SearchOptions) -> list[str]:
+def list_inert(plan: "SearchPlan") -> list[str]:
     """Return a line for each searched setting that has no effect."""
     from tune_amp.space.no_effect import describe_inert, estimate_inert
 
-    sizes = {"train_images": len(dataset.train), "max_epochs": options.max_epochs}
-    return describe_inert(estimate_inert(space, **sizes), space, **sizes)
+    sizes = {"train_images": len(plan.dataset.train), "max_epochs": plan.options.max_epochs}
+    return describe_inert(estimate_inert(plan.space, **sizes), plan.space, **sizes)
 
 
 def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
@@ -137,23 +128,15 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     print_outcome(console, outcome, reuse, errors=open_console(stderr=True))
 
 
-def print_json_start(
-    stdout: IO[str],
-    folder: Path,
-    dataset: "Dataset",
-    session: "RaySession",
-    inert: Sequence[str],
-    unfit: Mapping[str, str],
-    warm: Mapping[str, Any] | None,
-) -> None:
+def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession") -> None:
     """Write the first JSON line: where the run is, and what it starts with."""
     from tune_amp.monitor.terminal import JsonLines
 
     token = None if session.token_path is None else str(session.token_path)
-    where = {"folder": str(folder), "dashboard": session.dashboard_url, "token_path": token}
-    found = {"authenticated": session.authenticated, "inert": inert, "unfit": unfit, "warm_start": warm}
-    start = {"run": folder.name, "dataset": dataset.name, **where, **found}
-    JsonLines(stdout).write("start", start)
+    where = {"folder": str(plan.folder), "dashboard": session.dashboard_url, "token_path": token}
+    warm = None if plan.warm_start is None else plan.warm_start.describe_as_json()
+    found = {"authenticated": session.authenticated, "inert": list_inert(plan), "unfit": plan.unfit, "warm_start": warm}
+    JsonLines(stdout).write("start", {"run": plan.folder.name, "dataset": plan.dataset.name, **where, **found})
 
 
 def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:

@@ -27,7 +27,7 @@ from ray.air.constants import TRAINING_ITERATION
 from ray.tune.logger import LoggerCallback
 
 from tune_amp.cluster.failures import find_cause, find_status
-from tune_amp.cluster.trainable import metrics_of
+from tune_amp.cluster.trainable import REPORT
 from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, describe_error, list_values
 from tune_amp.trial.text import hide_credentials
 
@@ -72,7 +72,7 @@ class TrackedTrial:
 
 
 class Tracker(tune.Callback):
-    """Forwards events to one of Tune's own callbacks. Place it before ``TrialRecorder``, which shortens reports.
+    """Forwards events to one of Tune's own callbacks.
 
     The start and the end of each trial and each epoch are forwarded once. An epoch that a trial reports again, because
     its worker died, is skipped.
@@ -129,7 +129,7 @@ class Tracker(tune.Callback):
     ) -> None:
         """Forward the report of an epoch. A report of an exception has no epoch and is skipped."""
         told = self._begin(trial)
-        metrics = metrics_of(result)
+        metrics = result[REPORT].metrics
         if metrics is None or metrics.epoch <= self._epochs[trial.trial_id]:
             return
         self._epochs[trial.trial_id] = metrics.epoch

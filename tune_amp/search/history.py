@@ -1,21 +1,24 @@
-"""Reads from the journal of a run what a resumed search needs: how the run began, and the state of each trial."""
+"""Keeps the history of a run: read from the journal of a resumed run, and continued by each event of this session."""
 
 import contextlib
 import dataclasses
+import datetime
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
-from tune_amp.results.records import Provenance, build_from
+from tune_amp.results.records import Provenance, TrialRecord, build_from
 from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.space.no_effect import find_inert
 from tune_amp.trial.config import (
     MOST_SECONDS,
-    OBJECTIVES,
     RUNNING,
+    EpochMetrics,
     InputError,
     TrialConfig,
+    TrialReport,
     TrialStatus,
     checked_type,
     shown,
@@ -23,62 +26,97 @@ from tune_amp.trial.config import (
 
 
 @dataclasses.dataclass(kw_only=True)
-class PastTrial:
-    """A trial that was submitted before the search was cut off."""
+class RecordedTrial:
+    """A trial, with everything that was recorded of it."""
 
-    trial_id: str
     place: int
     """Its position in the order of submission, from 1."""
     number: int
     """Number of its Optuna trial; the latest one if it was submitted more than once."""
-    config: TrialConfig
+    record: TrialRecord
+    """What the Parquet files hold of it."""
     status: TrialStatus | None = None
     """How it ended; None if it has not ended."""
-    last_result: dict[str, Any] | None = None
-    """Its last report, in the form that Tune's schedulers and searchers receive."""
-    epoch: int = 0
-    """Highest epoch that it reported. A retried trial may not have reached it again."""
-    reports: dict[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Metrics of its first report of each epoch, as in the journal."""
-    checkpoints: list[str] = dataclasses.field(default_factory=list)
-    """Paths in the file system of the run's storage, the newest last. Most have been deleted since."""
+    report: TrialReport | None = None
+    """Its last report."""
+    first_metrics: dict[int, EpochMetrics] = dataclasses.field(default_factory=dict)
+    """Metrics of its first report of each epoch. A retried trial reports epochs again."""
+    checkpoints: Sequence[str] = ()
+    """Paths of the checkpoints that may still exist, the newest first, in the file system of the run's storage."""
+    began: float | None = None
+    """Search time at which it began, later by the time between sessions; None if it has not begun."""
 
     @property
-    def last_checkpoints(self) -> list[str]:
-        """Paths of the checkpoints that may still exist, the newest first.
-
-        Each session of a search has its own folder. It keeps one checkpoint of a trial there, or two if it was cut off
-        while it replaced one.
-        """
-        folders: dict[str, list[str]] = {}
-        for path in reversed(self.checkpoints):
-            folders.setdefault(path.split("/")[0], []).append(path)
-        return [path for paths in folders.values() for path in paths[:2]]
+    def trial_id(self) -> str:
+        """Ray Tune's id of the trial."""
+        return self.record.trial_id
 
     @property
-    def unheard_end(self) -> TrialStatus | None:
-        """Status of a trial that had ended when the search was cut off, if its end was not recorded; else None."""
-        if self.status is not None or self.last_result is None or not self.last_result["done"]:
+    def config(self) -> TrialConfig:
+        """Its settings."""
+        return self.record.config
+
+    @property
+    def last_result(self) -> dict[str, Any] | None:
+        """Its last report in the form that Tune's schedulers and searchers receive; None if there is none."""
+        return None if self.report is None else self.report.as_result()
+
+    @property
+    def unrecorded_end(self) -> TrialStatus | None:
+        """Status of a trial that ended with its last report, if its end was not recorded; else None."""
+        if self.status is not None or self.report is None or not self.report.done:
             return None
-        told = self.last_result["status"]
-        return TrialStatus.STOPPED if told == RUNNING else TrialStatus(told)
+        return TrialStatus.STOPPED if self.report.status == RUNNING else TrialStatus(self.report.status)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PastRun:
-    """A run as recorded in its journal."""
+class RunHistory:
+    """The history of a run. This is the only code that interprets the events of a journal.
 
-    journal: Journal
-    """The open journal, locked against other processes."""
-    events: Sequence[Mapping[str, Any]]
-    """All events of the journal but the first."""
-    arguments: Mapping[str, Any]
-    """Arguments of the command line, by ``argparse``'s names, with which the search was last started or resumed."""
-    provenance: Provenance
-    trials: Sequence[PastTrial]
-    """In the order of submission."""
-    sessions: Sequence[Mapping[str, Any]]
-    """One event for each time the search was started or resumed."""
+    Args:
+        journal: the open journal, locked against other processes.
+        provenance: how the run began.
+        arguments: arguments of the command line, by ``argparse``'s names, with which it began.
+    """
+
+    def __init__(self, journal: Journal, provenance: Provenance, arguments: Mapping[str, Any]) -> None:
+        self.journal = journal
+        self.provenance = provenance
+        self.arguments = arguments
+        """Arguments with which the search was last started or resumed."""
+        self.sessions: list[Mapping[str, Any]] = []
+        """One event for each time the search was started or resumed."""
+        self.seconds = 0.0
+        """Seconds that the earlier sessions took."""
+        self.reports: list[tuple[str, TrialReport | None]] = []
+        """Trial id and report of each report of the earlier sessions, in order; None stands for the trial's end."""
+        self.running: set[str] = set()
+        """Ids of the trials that have a worker, or wait for another one after theirs died."""
+        self.most_running = 0
+        """Largest number of trials that had a worker at the same time."""
+        self._trials: dict[str, RecordedTrial] = {}
+        self._cut_off: set[str] = set()  # trials that ran when a session ended and have not resumed yet
+        self._workers: dict[str, int] = {}  # number of each worker process, from 1
+        self._places: dict[str, int] = {}  # trial id -> number of the worker that runs it
+
+    @property
+    def trials(self) -> list[RecordedTrial]:
+        """All trials, in the order of submission."""
+        return list(self._trials.values())
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Records of all trials that have begun, in the order of submission."""
+        return [trial.record for trial in self._trials.values() if trial.began is not None]
+
+    @property
+    def unfinished(self) -> list[RecordedTrial]:
+        """Trials that a resumed search continues."""
+        return [trial for trial in self._trials.values() if trial.status is None and trial.unrecorded_end is None]
+
+    @property
+    def last_epochs(self) -> dict[str, int]:
+        """Highest reported epoch of each unfinished trial that has reported one, by trial id."""
+        return {trial.trial_id: max(trial.first_metrics) for trial in self.unfinished if trial.first_metrics}
 
     @property
     def num_samples(self) -> int | None:
@@ -94,24 +132,183 @@ class PastRun:
         storages = [session["storage"] for session in self.sessions]
         return [(storage["place"], storage["name"], storage.get("token")) for storage in storages]
 
-    @property
-    def seconds(self) -> float:
-        """Seconds that the search has taken so far."""
-        return float(self.events[-1]["at"]) if self.events else 0.0
+    def find(self, trial_id: str) -> RecordedTrial:
+        """Return a trial."""
+        return self._trials[trial_id]
 
-    @property
-    def reported(self) -> dict[str, int]:
-        """Highest reported epoch of each unfinished trial that has reported one, by trial id."""
-        return {trial.trial_id: trial.epoch for trial in self.unfinished if trial.epoch}
+    def read(self, event: Mapping[str, Any]) -> None:
+        """Apply an event of an earlier session."""
+        at = event["at"]
+        if not self.seconds <= at < math.inf:
+            raise InputError(f"at: must not go back, got {shown(at)} after {self.seconds}")
+        if at > MOST_SECONDS:
+            raise InputError(f"at: must be at most {MOST_SECONDS:g} seconds, got {shown(at)}")
+        self.seconds = float(at)
+        self.apply(event)
+        if event["event"] in ("report", "end"):
+            report = self.find(event["trial_id"]).report
+            self.reports.append((event["trial_id"], report if event["event"] == "report" else None))
 
-    @property
-    def unfinished(self) -> list[PastTrial]:
-        """Trials that a resumed search continues."""
-        return [trial for trial in self.trials if trial.status is None and trial.unheard_end is None]
+    def apply(self, event: Mapping[str, Any], value: Any = None) -> None:
+        """Apply an event.
+
+        Args:
+            event: as in the journal.
+            value: its ``TrialConfig`` or ``TrialReport``; None: it is built from the event.
+
+        Raises:
+            InputError: the event breaks a rule. So do LookupError, TypeError, ValueError, ArithmeticError and
+                AttributeError.
+        """
+        match event["event"]:
+            case "session":
+                self._start_session(event)
+            case "trial":
+                self._add_trial(event, value or build_from(TrialConfig, event["config"]))
+            case "start":
+                self._start_trial(self.find(event["trial_id"]), event)
+            case "report":
+                self._add_report(self.find(event["trial_id"]), event, value or _build_report(event))
+            case "checkpoint":
+                self._add_checkpoint(self.find(event["trial_id"]), checked_type("path", event["path"], str))
+            case "lost":
+                self._places.pop(event["trial_id"], None)
+            case "end":
+                self._end_trial(self.find(event["trial_id"]), event)
+            case "finish":
+                pass
+            case kind:
+                raise InputError(f"event: must be one that this tune_amp knows, got {shown(kind)}")
+
+    def cut_off(self, now: float) -> list[TrialRecord]:
+        """Mark running trials as interrupted by the end of a session, and return their records."""
+        cut = [trial for trial in self._trials.values() if trial.trial_id in self.running]
+        for trial in cut:
+            _change(trial, now)
+        self._cut_off |= self.running
+        self.running.clear()
+        self._places.clear()
+        return [trial.record for trial in cut]
+
+    def _start_session(self, event: Mapping[str, Any]) -> None:
+        checked_type("num_samples", event["num_samples"], int)
+        checked_type("storage.place", event["storage"]["place"], str | None)
+        checked_type("storage.token", event["storage"].get("token"), str | None)
+        name = checked_type("storage.name", event["storage"]["name"], str)
+        if PurePosixPath(name).name != name or name in ("", ".."):
+            raise InputError(f"storage.name: must name a folder, got {shown(name)}")
+        self.cut_off(event["at"])
+        self.arguments = dict(event["arguments"])
+        self.sessions.append(event)
+
+    def _add_trial(self, event: Mapping[str, Any], config: TrialConfig) -> None:
+        """Add a trial in the order of submission, which breaks ties: workers start in any order."""
+        for name, hint in (("trial_id", str), ("name", str), ("number", int)):
+            checked_type(name, event[name], hint)
+        known = self._trials.get(event["trial_id"])
+        if known is not None:  # submitted again by a resumed search
+            known.number = event["number"]
+            return
+        record = TrialRecord(
+            trial_id=event["trial_id"],
+            trial_name=event["name"],
+            status=TrialStatus.INTERRUPTED,
+            config=config,
+            epochs=(),
+            inert=find_inert(config, self.provenance.train_images),
+            wall_seconds=0.0,
+            device="",
+            num_threads=0,
+        )
+        place = len(self._trials) + 1
+        self._trials[record.trial_id] = RecordedTrial(place=place, number=event["number"], record=record)
+
+    def _start_trial(self, trial: RecordedTrial, event: Mapping[str, Any]) -> None:
+        self._places[trial.trial_id] = self._workers.setdefault(event["worker"], len(self._workers) + 1)
+        self.most_running = max(self.most_running, len(self._places))
+        self.running.add(trial.trial_id)
+        if trial.trial_id in self._cut_off:  # the time between sessions does not count as the trial's
+            self._cut_off.discard(trial.trial_id)
+            trial.began = event["at"] - trial.record.wall_seconds
+        if trial.began is None:
+            _change(trial, event["at"], started=datetime.datetime.fromtimestamp(event["time"], datetime.UTC))
+
+    def _add_report(self, trial: RecordedTrial, event: Mapping[str, Any], report: TrialReport) -> None:
+        trial.report = report
+        epochs = trial.record.epochs
+        if report.metrics is not None:
+            trial.first_metrics.setdefault(report.metrics.epoch, report.metrics)
+            is_last = report.status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED)
+            epochs = place_epoch(epochs, report.metrics, is_last=is_last)
+        _change(
+            trial,
+            event["at"],
+            epochs=epochs,
+            error=report.error,
+            config_fault=report.config_fault,
+            device=report.device,
+            num_threads=report.num_threads,
+            setup_seconds=report.setup_seconds,
+            checkpoint_seconds=report.checkpoint_seconds,
+            worker=self._places.get(trial.trial_id),
+        )
+
+    def _add_checkpoint(self, trial: RecordedTrial, path: str) -> None:
+        """Add the path of a checkpoint.
+
+        Each session has its own folder. It keeps one checkpoint of a trial there, or two if it was cut off while it
+        replaced one.
+        """
+        place = PurePosixPath(path)
+        if place.is_absolute() or ".." in place.parts:
+            raise InputError(f"path: must lie in the run's storage, got {shown(path)}")
+        here = [other for other in trial.checkpoints if PurePosixPath(other).parts[:1] == place.parts[:1]]
+        trial.checkpoints = [str(place), *here[:1], *(other for other in trial.checkpoints if other not in here)]
+
+    def _end_trial(self, trial: RecordedTrial, event: Mapping[str, Any]) -> None:
+        trial.status = TrialStatus(event["status"])
+        self.running.discard(trial.trial_id)
+        self._places.pop(trial.trial_id, None)
+        _change(trial, event["at"], status=trial.status, error=event["error"] or trial.record.error)
+
+
+def _change(trial: RecordedTrial, now: float, **changes: Any) -> None:
+    """Change the record of a trial, which begins now at the latest: its worker may have died before its start."""
+    if trial.began is None:
+        trial.began = now
+    trial.record = dataclasses.replace(trial.record, wall_seconds=now - trial.began, **changes)
+
+
+def _build_report(event: Mapping[str, Any]) -> TrialReport:
+    names = [field.name for field in dataclasses.fields(TrialReport) if field.name != "metrics"]
+    about = {name: event[name] for name in names}
+    if about["status"] != RUNNING:
+        TrialStatus(about["status"])
+    if not event["metrics"]:
+        return TrialReport(metrics=None, **about)
+    checked_type("epoch", event["metrics"]["epoch"], int)
+    return TrialReport(metrics=build_from(EpochMetrics, event["metrics"]), **about)
+
+
+def place_epoch(epochs: Sequence[EpochMetrics], metrics: EpochMetrics, *, is_last: bool) -> tuple[EpochMetrics, ...]:
+    """Return the epochs of a trial after one more report.
+
+    A retried trial reports epochs again. Each report replaces the earlier one of the same epoch, and epochs that it has
+    yet to reach keep theirs until then, so every reported epoch stands once. None stand after the last epoch of a trial
+    that has ended.
+
+    Args:
+        epochs: the epochs so far, in order.
+        metrics: the report.
+        is_last: whether the trial ended with it.
+    """
+    before = [earlier for earlier in epochs if earlier.epoch < metrics.epoch]
+    after = [] if is_last else [earlier for earlier in epochs if earlier.epoch > metrics.epoch]
+    return (*before, metrics, *after)
 
 
 @contextlib.contextmanager
-def open_past(folder: Path) -> Iterator[PastRun]:
+def open_history(folder: Path) -> Iterator[RunHistory]:
     """Read the journal of a run, and lock it against other processes in the ``with`` block.
 
     Raises:
@@ -121,82 +318,35 @@ def open_past(folder: Path) -> Iterator[PastRun]:
     path = folder / JOURNAL_FILE
     links = sorted(entry for entry in folder.iterdir() if entry.is_symlink())
     if links:
-        raise InputError(f"{links[0]}: must be no link, which may lead anywhere, in a run that goes on")
+        raise InputError(f"{links[0]}: must not be a link in a run that is resumed, since a link may lead anywhere")
     if not path.is_file():
-        raise InputError(f"{folder}: must hold {JOURNAL_FILE}, from which a run goes on")
+        raise InputError(f"{folder}: must hold {JOURNAL_FILE}, from which a run resumes")
     with Journal(path) as journal:
-        events = read_journal(path)
-        if not events:
-            raise InputError(f"{path}: must hold how the run began: it was cut off before, start it anew")
-        try:
-            past = _build_past(events, journal)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise InputError(f"{path}: must be the journal of a run ({type(error).__name__}: {error})") from None
+        history = _read_history(path, journal)
         journal.cut_torn_line()
-        yield past
+        yield history
 
 
-def _build_past(events: Sequence[Mapping[str, Any]], journal: Journal) -> PastRun:
-    begin, *rest = events
+def _read_history(path: Path, journal: Journal) -> RunHistory:
+    events = read_journal(path)
+    if not events:
+        raise InputError(f"{path}: must hold how the run began, but it was cut off before; start it again")
+    place = f"{path}"
+    try:
+        history = _begin_history(events[0], journal)
+        for number, event in enumerate(events[1:], start=2):
+            place = f"{path}: line {number}"
+            history.read(event)
+        history.cut_off(history.seconds)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(f"{place}: must be written by a search ({type(error).__name__}: {error})") from None
+    return history
+
+
+def _begin_history(begin: Mapping[str, Any], journal: Journal) -> RunHistory:
     if begin["event"] != "run" or begin["version"] != JOURNAL_VERSION:
         version = shown(begin.get("version"))
-        raise InputError(f"was written by journal version {version}; this tune_amp continues {JOURNAL_VERSION}")
-    trials: dict[str, PastTrial] = {}
-    at = 0.0
-    for event in rest:
-        if not at <= event["at"] < math.inf:
-            raise InputError(f"at: must not go back, got {shown(event['at'])} after {at}")
-        if event["at"] > MOST_SECONDS:
-            raise InputError(f"at: must be at most {MOST_SECONDS:g} seconds, got {shown(event['at'])}")
-        at = event["at"]
-        _take(event, trials)
-    sessions = [event for event in rest if event["event"] == "session"]
-    return PastRun(
-        journal=journal,
-        events=rest,
-        arguments=dict([begin, *sessions][-1]["arguments"]),
-        provenance=build_from(Provenance, begin["provenance"]),
-        trials=list(trials.values()),
-        sessions=sessions,
-    )
-
-
-def _take(event: Mapping[str, Any], trials: dict[str, PastTrial]) -> None:
-    kind = event["event"]
-    if kind == "session":
-        checked_type("num_samples", event["num_samples"], int)
-        checked_type("storage.place", event["storage"]["place"], str | None)
-        checked_type("storage.token", event["storage"].get("token"), str | None)
-        name = checked_type("storage.name", event["storage"]["name"], str)
-        if PurePosixPath(name).name != name or name in ("", ".."):
-            raise InputError(f"storage.name: must name a folder, got {shown(name)}")
-    elif kind == "trial":
-        for name, hint in (("trial_id", str), ("name", str), ("number", int)):
-            checked_type(name, event[name], hint)
-        config = build_from(TrialConfig, event["config"])
-        new = PastTrial(trial_id=event["trial_id"], place=len(trials) + 1, number=event["number"], config=config)
-        trials.setdefault(event["trial_id"], new).number = event["number"]
-    elif kind == "report":
-        trial = trials[event["trial_id"]]
-        trial.last_result = result_of(event)
-        if event["metrics"]:
-            epoch = checked_type("epoch", event["metrics"]["epoch"], int)
-            trial.epoch = max(trial.epoch, epoch)
-            trial.reports.setdefault(epoch, event["metrics"])
-    elif kind == "checkpoint":
-        path = PurePosixPath(checked_type("path", event["path"], str))
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"path: must lie in the run's storage, got {shown(str(path))}")
-        trials[event["trial_id"]].checkpoints.append(str(path))
-    elif kind == "end":
-        trials[event["trial_id"]].status = TrialStatus(event["status"])
-    elif kind not in ("start", "lost", "finish"):
-        raise InputError(f"event: must be one that this tune_amp knows, got {shown(kind)}")
-
-
-def result_of(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the report of an event as Tune passed it on; the report of an exception has NaN for its objectives."""
-    about = {name: event[name] for name in ("status", "error", "done", "config_fault")}
-    return (dict(event["metrics"]) if event["metrics"] else dict.fromkeys(OBJECTIVES, math.nan)) | about
+        raise InputError(f"was written by journal version {version}; this tune_amp resumes {JOURNAL_VERSION}")
+    return RunHistory(journal, build_from(Provenance, begin["provenance"]), dict(begin["arguments"]))

@@ -13,14 +13,14 @@ import optuna
 from tune_amp.results.journal import cut_torn_line
 from tune_amp.results.records import load_confirmed
 from tune_amp.results.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
-from tune_amp.search.history import PastRun, PastTrial
+from tune_amp.search.history import RecordedTrial, RunHistory
 from tune_amp.search.schedulers import objective_mode
 from tune_amp.search.study import open_storage
 from tune_amp.space.space import SearchSpace, parse_space
 from tune_amp.trial.config import InputError, describe_error
 
 
-def mend_run(folder: Path, past: PastRun) -> list[str]:
+def mend_run(folder: Path, past: RunHistory) -> list[str]:
     """Repair the study and the confirmed runs of a run, or set them aside; return a line for each file set aside.
 
     If a killed process left half a line at the end of the study, that half is removed. Call this only if no other
@@ -48,7 +48,7 @@ def _set_aside(path: Path) -> Path:
     raise AssertionError  # itertools.count does not end
 
 
-def _find_confirmed_fault(path: Path, past: PastRun) -> str | None:
+def _find_confirmed_fault(path: Path, past: RunHistory) -> str | None:
     try:
         load_confirmed(path)
     except InputError as error:
@@ -56,7 +56,7 @@ def _find_confirmed_fault(path: Path, past: PastRun) -> str | None:
     return None
 
 
-def _find_study_fault(path: Path, past: PastRun) -> str | None:
+def _find_study_fault(path: Path, past: RunHistory) -> str | None:
     """Return why Optuna's study at ``path`` cannot be that of the past trials; None if it can."""
     space = parse_space(past.provenance.space_source, past.provenance.space_text)
     try:
@@ -74,7 +74,7 @@ def _find_study_fault(path: Path, past: PastRun) -> str | None:
 
 
 def _find_trial_fault(
-    past: PastTrial, stored: list[optuna.trial.FrozenTrial], space: SearchSpace, train_images: int
+    past: RecordedTrial, stored: list[optuna.trial.FrozenTrial], space: SearchSpace, train_images: int
 ) -> str | None:
     if past.number >= len(stored):
         return f"has no trial {past.number}"

@@ -1,9 +1,11 @@
-"""Decides what a search needs before it starts: its resources, the settings its trials share, and its provenance."""
+"""Plans a search before it starts: checks that everything fits, and decides the resources of its trials."""
 
 import dataclasses
 import datetime
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,11 +13,78 @@ import ray
 from tune_amp.cluster.gpu_sharing import find_largest
 from tune_amp.cluster.resources import TrialResources, allocate_resources, list_nodes, measure_with_ray
 from tune_amp.results.records import Provenance, list_versions
-from tune_amp.search.history import PastRun
+from tune_amp.search.history import RunHistory
 from tune_amp.search.options import SearchOptions
+from tune_amp.search.preflight import check_fit
 from tune_amp.search.warm_start import Donor, WarmStart, plan_warm_start
 from tune_amp.space.space import SearchSpace
 from tune_amp.training.data import Dataset
+from tune_amp.trial.config import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """Everything that a search depends on.
+
+    Raises:
+        InputError: GPU memory is an objective, and trials get no GPU.
+    """
+
+    space: SearchSpace
+    dataset: Dataset
+    """Its test split stays on the driver, unread until the winners are confirmed."""
+    options: SearchOptions
+    folder: Path
+    """An empty folder from ``options.run_folder``, or that of ``history`` if there is one."""
+    resources: TrialResources
+    """Resources of each trial, from ``plan_resources``."""
+    unfit: Mapping[str, str]
+    """Precisions in which the model cannot be trained on this machine's CPU, with the reason, from ``check_fit``."""
+    command: Sequence[str] = ()
+    """The command line, for the record."""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The command line by ``argparse``'s names, recorded for resuming the run."""
+    storage_path: str | None = None
+    """Path or URL for Ray's checkpoints that all nodes can write; None for the run folder."""
+    warm_start: WarmStart | None = None
+    """What is reused of an earlier run, from ``adapt_donor``."""
+    history: RunHistory | None = None
+    """The run to resume, with the same space, data and options, from ``history.open_history``; None for a new run."""
+    begun: float = dataclasses.field(default_factory=time.monotonic)
+    """``time.monotonic()`` when the command began, from which slot time counts."""
+
+    def __post_init__(self) -> None:
+        if "peak_memory_bytes" in self.options.objectives and not self.resources.gpus:
+            raise InputError("--objective: peak_memory_bytes is measured on GPUs only, and trials get none here")
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the time budget is used up: 0 or less if it is, None if there is no budget."""
+        if self.history is None or self.options.time_budget is None:
+            return self.options.time_budget
+        return self.options.time_budget - self.history.seconds
+
+
+def plan_search(
+    space: SearchSpace, dataset: Dataset, options: SearchOptions, *, folder: Path, **more: Any
+) -> SearchPlan:
+    """Return the plan of a search, checked to fit. Call it inside ``session.ray_session``.
+
+    Args:
+        space: what is searched.
+        dataset: trials see only its training and validation split.
+        options: how much is searched, and with what.
+        folder: the run folder.
+        more: further fields of ``SearchPlan``.
+
+    Raises:
+        InputError: space, data, model, options and Ray's resources do not fit together.
+    """
+    resources = plan_resources(options, space, dataset)
+    unfit = check_fit(space, dataset, options, may_use_gpus=resources.gpus > 0)
+    return SearchPlan(
+        space=space, dataset=dataset, options=options, folder=folder, resources=resources, unfit=unfit, **more
+    )
 
 
 def plan_resources(
@@ -81,19 +150,12 @@ def adapt_donor(donor: Donor, space: SearchSpace, dataset: Dataset, options: Sea
     )
 
 
-def describe_run(
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
-    run: str,
-    command: Sequence[str],
-    resources: TrialResources,
-    warm_start: WarmStart | None = None,
-) -> Provenance:
+def describe_run(plan: SearchPlan) -> Provenance:
     """Return the provenance of this run's files."""
+    space, dataset, options = plan.space, plan.dataset, plan.options
     return Provenance(
-        run=run,
-        command=tuple(command),
+        run=plan.folder.name,
+        command=tuple(plan.command),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         space_source=space.source,
         space_text=space.text,
@@ -105,14 +167,7 @@ def describe_run(
         sampler=options.sampler,
         scheduler=options.scheduler,
         seed=options.seed,
-        device="cuda" if resources.gpus else "cpu",
+        device="cuda" if plan.resources.gpus else "cpu",
         versions=list_versions("tune_amp", "torch", "torchvision", "ray", "optuna", "pyarrow", "numpy", "scikit-learn"),
-        warm_start=None if warm_start is None else warm_start.donor.description,
+        warm_start=None if plan.warm_start is None else plan.warm_start.donor.description,
     )
-
-
-def find_time_left(options: SearchOptions, past: PastRun | None) -> float | None:
-    """Return the seconds until the time budget is used up: 0 or less if it is, None if there is no budget."""
-    if past is None or options.time_budget is None:
-        return options.time_budget
-    return options.time_budget - past.seconds

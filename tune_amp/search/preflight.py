@@ -17,8 +17,7 @@ from tune_amp.training.own_code import import_function, unchanged_process
 from tune_amp.training.run import TrainingData, TrainingRun, release_memory
 from tune_amp.trial.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
 
-if TYPE_CHECKING:  # these import Ray and Optuna, which training a winner does not need
-    from tune_amp.cluster.resources import TrialResources
+if TYPE_CHECKING:  # it imports Optuna, which training a winner does not need
     from tune_amp.space.space import SearchSpace
 
 CHECK_SECONDS = 10.0
@@ -167,13 +166,3 @@ def _silence(model: str) -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def check_objectives(options: SearchOptions, resources: "TrialResources") -> None:
-    """Refuse an objective that cannot be measured.
-
-    Raises:
-        InputError: GPU memory is an objective, and trials get no GPU.
-    """
-    if "peak_memory_bytes" in options.objectives and not resources.gpus:
-        raise InputError("--objective: peak_memory_bytes is measured on GPUs only, and trials get none here")

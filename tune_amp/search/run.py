@@ -1,4 +1,4 @@
-"""Runs a search: one call searches a space on a data set and leaves a run folder behind."""
+"""Runs a search as planned: open, run, conclude, confirm. It leaves a run folder behind."""
 
 import concurrent.futures
 import contextlib
@@ -16,7 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.cluster.health import Vitals
 from tune_amp.cluster.interrupt import StopRequest, watching
-from tune_amp.cluster.resources import SlotCounter, TrialResources, list_nodes
+from tune_amp.cluster.resources import SlotCounter, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, plan_confirmation
 from tune_amp.confirm.slots import train_on_slots
 from tune_amp.monitor.prometheus import Gauges, SearchObserver
@@ -27,20 +27,17 @@ from tune_amp.results.progress import ConfirmResult, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE
-from tune_amp.search.history import PastRun, PastTrial
+from tune_amp.search.history import RecordedTrial, RunHistory
 from tune_amp.search.mending import mend_run
 from tune_amp.search.options import SearchOptions
-from tune_amp.search.plan import describe_run, find_time_left, list_shared, plan_resources
-from tune_amp.search.preflight import check_fit, check_objectives
+from tune_amp.search.plan import SearchPlan, describe_run, list_shared
 from tune_amp.search.recorder import TrialRecorder
-from tune_amp.search.schedulers import TrialKey, replay
+from tune_amp.search.schedulers import TrialKey, restore_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
 from tune_amp.search.tuner import bind_trainable, build_tuner, fit, schedule
-from tune_amp.search.warm_start import WarmStart
 from tune_amp.space.space import SearchSpace
-from tune_amp.training.data import Dataset
 from tune_amp.trial.config import TrialStatus, generalize_error
 
 
@@ -81,178 +78,173 @@ class SearchResult:
 
 
 def run_search(
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
-    *,
-    folder: Path,
+    plan: SearchPlan,
     observer: SearchObserver,
-    command: Sequence[str] = (),
-    storage_path: str | None = None,
-    started: float | None = None,
-    resources: TrialResources | None = None,
-    warm_start: WarmStart | None = None,
-    past: PastRun | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    *,
     stop: StopRequest | None = None,
     trackers: Sequence[tune.Callback] = (),
     announce: Callable[[str], object] = lambda line: None,
-    checked: bool = False,
 ) -> SearchResult:
-    """Search ``space`` for the settings under which ``options.model`` trains best on ``dataset``.
+    """Search for the settings under which the plan's model trains best on its data set.
 
-    Call it inside ``session.ray_session``. Trials see only the training and validation split. Unless the search was
-    interrupted, the best are then confirmed on fresh seeds: see ``confirm``.
+    Call it inside ``session.ray_session``. Unless the search was interrupted, the best are then confirmed on fresh
+    seeds: see ``confirm``.
 
-    However it ends, another call resumes it from ``reports.journal`` in ``folder``. Trials that ended keep their
+    However it ends, another call resumes it from ``reports.journal`` in the run folder. Trials that ended keep their
     results, study and scheduler regain their state, and trials that were cut off resume from their last checkpoint.
 
     Args:
-        space: what is searched.
-        dataset: its test split stays here, unread. Trials record how imbalanced ``data.make_long_tail`` made it.
-        options: how much is searched, and with what.
-        folder: an empty folder from ``options.run_folder``, or that of ``past`` if there is one.
+        plan: from ``plan_search``.
         observer: is notified of everything that happens.
-        command: the command line, for the record.
-        storage_path: where Ray keeps checkpoints, a path or URL that all nodes can write; None for the run folder.
-        started: ``time.monotonic()`` when the command began, from which slot time counts; None: it counts from now.
-        resources: from ``plan_resources``; None to plan them here.
-        warm_start: from ``adapt_donor``; None to start from nothing.
-        past: from ``history.open_past``: the run to resume, with the same space, data and options.
-        arguments: the command line by ``argparse``'s names, recorded for resuming this run.
         stop: asks the search to end; None: a KeyboardInterrupt does.
         trackers: from ``trackers.build_trackers``.
         announce: is called with a line for each part of the run that is not as the search left it.
-        checked: whether ``preflight.check_fit`` has found that space, data and model fit together.
 
     Raises:
-        InputError: space, data, model and options do not fit together; nothing has been trained.
+        InputError: the run cannot be resumed, or its place for checkpoints is of no use; nothing has been trained.
         OSError: a file cannot be written, for example to a full disk; what was reported is in the journal.
     """
-    resources = resources or plan_resources(options, space, dataset)
-    if not checked:
-        check_fit(space, dataset, options, may_use_gpus=resources.gpus > 0)
-    check_objectives(options, resources)
-    stop, vitals = stop or StopRequest(), Vitals()
-    begin = time.monotonic() if started is None else started
-    time_left = find_time_left(options, past)
-    storage = _open_storage(storage_path, folder, resources, past)
+    with _open_search(plan, observer, stop or StopRequest(), announce) as search:
+        _run_trials(search, trackers, announce)
+        result = _conclude(search)
+        if not is_unfinished(result.trials, plan.options):
+            search.remover.submit(search.storage.remove_checkpoints)
+        if result.interrupted or not plan.options.confirm_seeds:
+            return result
+        return _confirm(search, result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OpenSearch:
+    """The parts of a running search."""
+
+    plan: SearchPlan
+    history: RunHistory
+    storage: RunStorage
+    recorder: TrialRecorder
+    limit: TimeLimit
+    gauges: Gauges
+    stop: StopRequest
+    vitals: Vitals
+    remover: concurrent.futures.Executor
+    """Removes checkpoints in the background: Tune does not wait for a slow disk."""
+
+
+@contextlib.contextmanager
+def _open_search(
+    plan: SearchPlan, observer: SearchObserver, stop: StopRequest, announce: Callable[[str], object]
+) -> Iterator[_OpenSearch]:
+    """Open the storage of a run and its journal, which begins or continues."""
+    storage, history = _open_storage(plan), plan.history
     with contextlib.ExitStack() as stack:
-        if past is not None:
-            provenance, journal = past.provenance, past.journal
-            for line in mend_run(folder, past):
-                announce(line)
+        if history is None:
+            history = begin_run(plan.folder, plan.space, describe_run(plan), plan.arguments)
+            stack.enter_context(history.journal)
         else:
-            provenance = describe_run(space, dataset, options, folder.name, command, resources, warm_start)
-            journal = stack.enter_context(begin_run(folder, space, provenance, arguments or {}))
-        gauges = Gauges(observer, slots=resources.max_concurrent)
-        remover = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))  # Tune does not wait for a slow disk
-        limit = TimeLimit(options.trial_time_limit)
+            for line in mend_run(plan.folder, history):
+                announce(line)
+        gauges = Gauges(observer, slots=plan.resources.max_concurrent)
+        remover = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        limit = TimeLimit(plan.options.trial_time_limit)
         recorder = TrialRecorder(
-            folder,
-            provenance,
-            _describe_progress(folder, dataset, options),
+            plan.folder,
+            history,
+            _describe_progress(plan),
             gauges,
-            journal=journal,
             storage_root=storage.path,
-            slots=resources.max_concurrent,
-            begin=begin,
+            slots=plan.resources.max_concurrent,
+            begin=plan.begun,
             explain_death=limit.explain_death,
             on_fault=stop.ask,
             on_end=functools.partial(remover.submit, storage.remove_checkpoints),
-            on_failure=functools.partial(stop_if_failing, options, stop),
+            on_failure=functools.partial(stop_if_failing, plan.options, stop),
         )
-        if past is not None:
-            recorder.replay(past.events)  # also refuses what no search writes, before anything else uses it
-        build = functools.partial(_build_searcher, space, dataset, options, folder, provenance, warm_start, past, stop)
-        # However the block ends, no trial stays running in the study.
-        with stop.heard(), contextlib.closing(build()) as searcher:
-            scheduler = schedule(options, searcher, resources)
-            if past is not None:
-                replay(scheduler, past.events)
-            for other in storage.list_foreign():
-                announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")
-            storage.claim()
-            recorder.open_session(
-                num_samples=options.num_samples,
-                slots=resources.max_concurrent,
-                storage={"place": storage.place, "name": storage.name, "token": storage.token},
-                command=list(command),
-                arguments=dict(arguments or {}),
-            )
-            with gauges, _finished(recorder):
-                trials = past.trials if past else ()
-                for trial in trials:
-                    _end_unheard(trial, recorder, searcher, scheduler)
-                source = TrialSource(
-                    searcher,
-                    count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
-                    on_submit=recorder.add_trial,
-                    on_fault=stop.ask,
-                    past=trials,
-                )
-                tuner = build_tuner(
-                    bind_trainable(dataset, resources, storage, past),
-                    source,
-                    scheduler,
-                    storage=storage,
-                    stop=stop,
-                    # The recorder comes last: it cuts each report down to what Tune needs.
-                    callbacks=[limit, *trackers, recorder],
-                    num_samples=options.num_samples,
-                    time_left=time_left,
-                )
-                if time_left is None or time_left > 0:
-                    with watching(stop, vitals.find_dead, functools.partial(_leave, searcher, recorder, stop)):
-                        fit(tuner, stop)
-        result = _conclude(recorder, space, dataset, options, provenance, stop)
-        if not is_unfinished(result.trials, options):
-            remover.submit(storage.remove_checkpoints)
-        if result.interrupted or not options.confirm_seeds:
-            return result
-        with gauges, watching(stop, vitals.find_dead, stop.leave):
-            return _confirm(result, space, dataset, options, resources, gauges)
+        yield _OpenSearch(
+            plan=plan,
+            history=history,
+            storage=storage,
+            recorder=recorder,
+            limit=limit,
+            gauges=gauges,
+            stop=stop,
+            vitals=Vitals(),
+            remover=remover,
+        )
 
 
-def _open_storage(
-    storage_path: str | None, folder: Path, resources: TrialResources, past: PastRun | None
-) -> RunStorage:
+def _open_storage(plan: SearchPlan) -> RunStorage:
     """Return the storage for checkpoints, checked to be one place for all nodes."""
-    nodes, earlier = len(list_nodes()), past.storages if past else None
-    storage = prepare_storage(storage_path, folder, nodes=nodes, earlier=earlier)
+    nodes, earlier = len(list_nodes()), plan.history.storages if plan.history else None
+    storage = prepare_storage(plan.storage_path, plan.folder, nodes=nodes, earlier=earlier)
     if nodes > 1:
-        check_from_nodes(storage, resources)
+        check_from_nodes(storage, plan.resources)
     return storage
 
 
-def _build_searcher(
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
-    folder: Path,
-    provenance: Provenance,
-    warm_start: WarmStart | None,
-    past: PastRun | None,
-    stop: StopRequest,
-) -> AmpSearch:
+def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce: Callable[[str], object]) -> None:
+    """Run the trials until all are over or the search is asked to end."""
+    plan, history, storage, recorder, stop = search.plan, search.history, search.storage, search.recorder, search.stop
+    time_left = plan.time_left
+    # However the block ends, no trial stays running in the study.
+    with stop.heard(), contextlib.closing(_build_searcher(search)) as searcher:
+        scheduler = schedule(plan.options, searcher, plan.resources)
+        restore_scheduler(scheduler, [trial.trial_id for trial in history.trials], history.reports)
+        for other in storage.list_foreign():
+            announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")
+        storage.claim()
+        recorder.open_session(
+            num_samples=plan.options.num_samples,
+            slots=plan.resources.max_concurrent,
+            storage={"place": storage.place, "name": storage.name, "token": storage.token},
+            command=list(plan.command),
+            arguments=dict(plan.arguments),
+        )
+        with search.gauges, _finished(recorder):
+            for trial in history.trials:
+                _pass_on_end(trial, recorder, searcher, scheduler)
+            resources = plan.resources
+            source = TrialSource(
+                searcher,
+                count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=plan.options.max_concurrent),
+                on_submit=recorder.add_trial,
+                on_fault=stop.ask,
+                past=history.trials,
+            )
+            tuner = build_tuner(
+                bind_trainable(plan.dataset, resources, storage, history.unfinished),
+                source,
+                scheduler,
+                storage=storage,
+                stop=stop,
+                callbacks=[search.limit, *trackers, recorder],
+                num_samples=plan.options.num_samples,
+                time_left=time_left,
+            )
+            if time_left is None or time_left > 0:
+                with watching(stop, search.vitals.find_dead, functools.partial(_leave, searcher, recorder, stop)):
+                    fit(tuner, stop)
+
+
+def _build_searcher(search: _OpenSearch) -> AmpSearch:
+    plan, history = search.plan, search.history
     return AmpSearch(
-        space,
-        list_shared(dataset, options),
-        train_images=len(dataset.train),
-        objectives=options.objectives,
-        seed=options.seed,
-        folder=folder,
-        study_name=provenance.run,  # the folder may have been renamed since
-        sampler=options.sampler,
-        num_samples=(past.num_samples if past else None) or options.num_samples,
-        warm_start=warm_start,
-        past=past.trials if past else (),
-        on_fault=stop.ask,
+        plan.space,
+        list_shared(plan.dataset, plan.options),
+        train_images=len(plan.dataset.train),
+        objectives=plan.options.objectives,
+        seed=plan.options.seed,
+        folder=plan.folder,
+        study_name=history.provenance.run,  # the folder may have been renamed since
+        sampler=plan.options.sampler,
+        num_samples=history.num_samples or plan.options.num_samples,
+        warm_start=plan.warm_start,
+        past=history.trials,
+        on_fault=search.stop.ask,
     )
 
 
-def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> Journal:
-    """Record how a run begins, before anything else of it happens; return its open journal."""
+def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> RunHistory:
+    """Record how a run begins, before anything else of it happens; return its history, whose journal is open."""
     check_free(folder, *RUN_FILES)
     journal = Journal(folder / JOURNAL_FILE)
     write_atomically(folder / SPACE_FILE, lambda file: file.write(space.text.encode()), replace=False)
@@ -261,30 +253,29 @@ def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, argument
         stack.enter_context(journal)
         journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
         stack.pop_all()
-    return journal
+    return RunHistory(journal, provenance, arguments)
 
 
-def _describe_progress(folder: Path, dataset: Dataset, options: SearchOptions) -> SearchProgress:
+def _describe_progress(plan: SearchPlan) -> SearchProgress:
     return SearchProgress(
-        run=folder.name,
-        model=options.model,
-        dataset=dataset.name,
-        objectives=options.objectives,
-        num_samples=options.num_samples,
-        time_budget=options.time_budget,
+        run=plan.folder.name,
+        model=plan.options.model,
+        dataset=plan.dataset.name,
+        objectives=plan.options.objectives,
+        num_samples=plan.options.num_samples,
+        time_budget=plan.options.time_budget,
         started=time.monotonic(),
     )
 
 
-def _end_unheard(trial: PastTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
+def _pass_on_end(trial: RecordedTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
     """Pass on the end of a trial that had ended when the search was cut off, before that was recorded."""
-    if trial.unheard_end is None:
+    if trial.unrecorded_end is None:
         return
     assert trial.last_result is not None  # it is the report that ended the trial
     scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial_id=trial.trial_id)), trial.last_result)
     searcher.on_trial_complete(trial.trial_id, trial.last_result)
-    recorder.end_unheard(trial.trial_id, trial.unheard_end)
-    trial.status = trial.unheard_end
+    recorder.record_end(trial.trial_id, trial.unrecorded_end)
 
 
 def stop_if_failing(options: SearchOptions, stop: StopRequest, trials: Sequence[TrialRecord]) -> None:
@@ -314,32 +305,26 @@ def find_failing(trials: Sequence[TrialRecord], most: int) -> str | None:
     return f"{what}; fix its cause and resume, or resume with a larger --max-failures"
 
 
-def _conclude(
-    recorder: TrialRecorder,
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
-    provenance: Provenance,
-    stop: StopRequest,
-) -> SearchResult:
+def _conclude(search: _OpenSearch) -> SearchResult:
     """Rank the trials of a search that is over, and write the best and the importance of the parameters."""
     begun = time.monotonic()
+    plan, options, recorder, stop = search.plan, search.plan.options, search.recorder, search.stop
     ranked = choose_best(recorder.trials, options.objectives, options.top_k)
     if ranked:
-        write_best(recorder.folder, rank_trials(ranked), provenance)
+        write_best(plan.folder, rank_trials(ranked), search.history.provenance)
     importance = measure_importance(
-        space, recorder.trials, options.objectives[0], train_images=len(dataset.train), seed=options.seed
+        plan.space, recorder.trials, options.objectives[0], train_images=len(plan.dataset.train), seed=options.seed
     )
     if importance.rows:
-        write_importance(recorder.folder, importance, provenance)
+        write_importance(plan.folder, importance, search.history.provenance)
     slot_time = recorder.slot_time
     assert slot_time is not None  # the search is over
     return SearchResult(
-        folder=recorder.folder,
+        folder=plan.folder,
         trials=recorder.trials,
         ranked=ranked,
         importance=importance,
-        provenance=provenance,
+        provenance=search.history.provenance,
         interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, slot_time.wall_seconds),
         reason=stop.reason,
         failing=stop.reason is not None and stop.reason == find_failing(recorder.trials, options.max_failures),
@@ -348,34 +333,30 @@ def _conclude(
     )
 
 
-def _confirm(
-    result: SearchResult,
-    space: SearchSpace,
-    dataset: Dataset,
-    options: SearchOptions,
-    resources: TrialResources,
-    observer: SearchObserver,
-) -> SearchResult:
+def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
+    """Train the best trials again on fresh seeds."""
     if not result.ranked:
         return result
+    dataset, options, resources = search.plan.dataset, search.plan.options, search.plan.resources
     plan = plan_confirmation(
         result.ranked,
-        build_default(space.precisions, **list_shared(dataset, options)),
+        build_default(search.plan.space.precisions, **list_shared(dataset, options)),
         train_images=len(dataset.train),
         top_k=options.top_k,
         seeds=options.confirm_seeds,
         objective=options.objectives[0],
         search_seconds=sum(trial.wall_seconds for trial in result.trials),
     )
-    confirmation = confirm(
-        plan,
-        lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),
-        done=load_confirmed(result.folder) if (result.folder / CONFIRM_FILE).exists() else (),
-        folder=result.folder,
-        provenance=result.provenance,
-        num_threads=resources.cpus,
-        observer=observer,
-    )
+    with search.gauges, watching(search.stop, search.vitals.find_dead, search.stop.leave):
+        confirmation = confirm(
+            plan,
+            lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),
+            done=load_confirmed(result.folder) if (result.folder / CONFIRM_FILE).exists() else (),
+            folder=result.folder,
+            provenance=result.provenance,
+            num_threads=resources.cpus,
+            observer=search.gauges,
+        )
     ranked = [row.trial for row in confirmation.rows if row.rank is not None]
     return dataclasses.replace(result, ranked=ranked or result.ranked, confirmation=confirmation)
 

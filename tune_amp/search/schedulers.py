@@ -11,8 +11,14 @@ import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from tune_amp.search.history import result_of
-from tune_amp.trial.config import MORE_IS_BETTER, RANKING_OBJECTIVES, RUNNING, SCHEDULERS, TrialStatus
+from tune_amp.trial.config import (
+    MORE_IS_BETTER,
+    RANKING_OBJECTIVES,
+    RUNNING,
+    SCHEDULERS,
+    TrialReport,
+    TrialStatus,
+)
 
 LOOK_SECONDS = 0.1
 """Seconds that Tune sleeps if all of its trials wait."""
@@ -219,31 +225,34 @@ def build_scheduler(
     return DivergenceAwareHyperBand(**shared, max_t=max_epochs, reduction_factor=reduction_factor, brackets=brackets)
 
 
-def replay(scheduler: DivergenceAware, events: Iterable[Mapping[str, Any]]) -> None:
-    """Replay to a new scheduler what the previous one saw, in the same order, which restores rungs and averages.
+def restore_scheduler(
+    scheduler: DivergenceAware, trial_ids: Iterable[str], reports: Iterable[tuple[str, TrialReport | None]]
+) -> None:
+    """Pass to a new scheduler what the previous one received, in the same order, which restores rungs and averages.
 
     ``Tuner.restore`` restores a scheduler empty (ray-project/ray#30838).
 
     Args:
         scheduler: from ``build_scheduler``, with the same arguments.
-        events: events of the run's journal.
+        trial_ids: all trials, in the order of submission.
+        reports: all reports, from ``RunHistory.reports``.
     """
     results: dict[str, dict[str, Any]] = {}
     controller: Any = None  # none of these rules uses it
+    keys: dict[str, Any] = {trial_id: TrialKey(trial_id=trial_id) for trial_id in trial_ids}
+    for key in keys.values():
+        scheduler.on_trial_add(controller, key)
     with scheduler.replaying():
-        for event in events:
-            key: Any = TrialKey(trial_id=event.get("trial_id", ""))
-            last = results.get(key.trial_id, {})
-            if event["event"] == "trial":
-                scheduler.on_trial_add(controller, key)
-            elif event["event"] == "report":
-                last = results[key.trial_id] = result_of(event)
-                if last["status"] == RUNNING:  # a report that ends the trial reaches on_trial_complete only
-                    scheduler.on_trial_result(controller, key, last)
-                    if last["done"]:  # by the scheduler's decision
-                        scheduler.remember_stop(key.trial_id)
-            elif event["event"] == "end" and last.get("done"):
+        for trial_id, report in reports:
+            key, last = keys[trial_id], results.get(trial_id, {})
+            if report is None and last.get("done"):
                 scheduler.on_trial_complete(controller, key, last)
+            elif report is not None:
+                last = results[trial_id] = report.as_result()
+                if report.status == RUNNING:  # a report that ends the trial reaches on_trial_complete only
+                    scheduler.on_trial_result(controller, key, last)
+                    if report.done:  # by the scheduler's decision
+                        scheduler.remember_stop(trial_id)
 
 
 def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) -> int:

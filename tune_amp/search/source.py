@@ -9,7 +9,7 @@ from ray.tune.experiment.config_parser import _create_trial_from_spec
 from ray.tune.search import SearchGenerator
 from ray.tune.search.variant_generator import format_vars
 
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
 from tune_amp.trial.config import describe_error
 
@@ -35,12 +35,12 @@ class TrialSource(SearchGenerator):
         count_slots: Callable[[], int],
         on_submit: Callable[[Trial, int], None],
         on_fault: Callable[[str], None],
-        past: Sequence[PastTrial] = (),
+        past: Sequence[RecordedTrial] = (),
     ) -> None:
         super().__init__(searcher)
         self._suggest, self._find_number = searcher.suggest, searcher.find_number
         self._count_slots, self._on_submit, self._on_fault = count_slots, on_submit, on_fault
-        self._left_over = [trial for trial in past if trial.status is None]
+        self._left_over = [trial for trial in past if trial.status is None and trial.unrecorded_end is None]
         self._counter = len(past) - len(self._left_over)
         self._submitted = len(past)
         self._live: set[str] = set()

@@ -20,16 +20,14 @@ from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from tune_amp.cluster.failures import find_cause, find_status
-from tune_amp.results.records import build_from
 from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
-from tune_amp.search.history import PastTrial
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.samplers import build_sampler, reseed
 from tune_amp.search.schedulers import WORST_VALUES, is_hopeless, objective_mode
 from tune_amp.search.warm_start import OldTrial, WarmStart, find_suggestion
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
     HOPELESS_STATUSES,
-    EpochMetrics,
     InputError,
     TrialConfig,
     TrialStatus,
@@ -106,7 +104,7 @@ class AmpSearch(OptunaSearch):
         sampler: str = "tpe",
         num_samples: int,
         warm_start: WarmStart | None = None,
-        past: Sequence[PastTrial] = (),
+        past: Sequence[RecordedTrial] = (),
         on_fault: Callable[[str], None] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna would log every study and trial
@@ -187,7 +185,7 @@ class AmpSearch(OptunaSearch):
         for trial_id in self._ot_trials.keys() - self._completed_trials:
             self.on_trial_complete(trial_id)
 
-    def _rebuild(self, past: Sequence[PastTrial], space: SearchSpace, train_images: int) -> None:
+    def _rebuild(self, past: Sequence[RecordedTrial], space: SearchSpace, train_images: int) -> None:
         """Add each past trial under its number, as it ran, to a study that was lost.
 
         Other numbers stood for no trial of this run, or for one that was withdrawn; they get failed trials.
@@ -199,15 +197,14 @@ class AmpSearch(OptunaSearch):
         for number in range(last + 1):
             self.study.add_trial(self._recreate(by_number.get(number), space, train_images))
 
-    def _recreate(self, past: PastTrial | None, space: SearchSpace, train_images: int) -> optuna.trial.FrozenTrial:
+    def _recreate(self, past: RecordedTrial | None, space: SearchSpace, train_images: int) -> optuna.trial.FrozenTrial:
         if past is None:
             return optuna.trial.create_trial(state=TrialState.FAIL)
         sizes = {"train_images": train_images, "max_epochs": past.config.max_epochs}
         suggestion = find_suggestion(past.config, space, train_images, **sizes)
-        epochs = [build_from(EpochMetrics, told) for told in past.reports.values()]
-        reports = {epoch.epoch: getattr(epoch, self._objectives[0]) for epoch in epochs}
-        if past.last_result is not None and past.last_result["done"]:  # its end decides whether that epoch counts
-            reports.pop(past.last_result.get("epoch", 0), None)
+        reports = {epoch: getattr(metrics, self._objectives[0]) for epoch, metrics in past.first_metrics.items()}
+        if past.report is not None and past.report.done and past.report.metrics is not None:
+            reports.pop(past.report.metrics.epoch, None)  # the end decides whether that epoch counts
         return optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=suggestion.params,
@@ -215,7 +212,7 @@ class AmpSearch(OptunaSearch):
             intermediate_values=self._select_reports(reports),
         )
 
-    def _go_on(self, past: Sequence[PastTrial]) -> None:
+    def _go_on(self, past: Sequence[RecordedTrial]) -> None:
         """Find each past trial in the study, and withdraw those that the journal lacks.
 
         The sampler would take trials that a killed process left running for bad ones.
@@ -231,7 +228,7 @@ class AmpSearch(OptunaSearch):
             if unheard or ended:
                 self._give_back(told)
 
-    def _find_again(self, past: PastTrial, stored: optuna.trial.FrozenTrial) -> None:
+    def _find_again(self, past: RecordedTrial, stored: optuna.trial.FrozenTrial) -> None:
         if past.status is None and _is_taken_back(stored, past):
             stored = self._submit_again(past, stored)
         self._ot_trials[past.trial_id] = optuna.trial.Trial(self.study, stored._trial_id)  # noqa: SLF001 - Optuna's own way
@@ -241,7 +238,7 @@ class AmpSearch(OptunaSearch):
         elif past.status is not None:
             self._end(past.trial_id, past.last_result, past.status)
 
-    def _submit_again(self, past: PastTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    def _submit_again(self, past: RecordedTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
         """Add a resumed trial, whose end was told, to the study once more as running, and return the new trial."""
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
@@ -384,12 +381,12 @@ class AmpSearch(OptunaSearch):
             self._ot_trials[trial_id].report(value, epoch)
 
 
-def _is_taken_back(told: optuna.trial.FrozenTrial, past: PastTrial) -> bool:
+def _is_taken_back(told: optuna.trial.FrozenTrial, past: RecordedTrial) -> bool:
     """Return whether a resumed trial was told as interrupted, or as out of memory for the deaths of its workers.
 
     The journal gets a trial's last report before the study does, but the meaning of a worker's death after it.
     """
-    died = told.user_attrs.get(STATUS_ATTRIBUTE) == TrialStatus.OUT_OF_MEMORY and past.unheard_end is None
+    died = told.user_attrs.get(STATUS_ATTRIBUTE) == TrialStatus.OUT_OF_MEMORY and past.unrecorded_end is None
     return told.state is TrialState.FAIL or died
 
 

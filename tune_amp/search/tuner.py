@@ -24,7 +24,7 @@ from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
 from tune_amp.cluster.resources import TrialResources, double_share
 from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
-from tune_amp.search.history import PastRun
+from tune_amp.search.history import RecordedTrial
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.schedulers import DivergenceAware, build_scheduler
 from tune_amp.search.source import TrialSource
@@ -34,11 +34,10 @@ from tune_amp.trial.config import TrialConfig, describe_error, format_scale
 
 
 def bind_trainable(
-    dataset: Dataset, resources: TrialResources, storage: RunStorage, past: PastRun | None = None
+    dataset: Dataset, resources: TrialResources, storage: RunStorage, unfinished: Sequence[RecordedTrial]
 ) -> type[AmpTrainable]:
     """Return the trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
-    left = past.unfinished if past else ()
-    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.last_checkpoints] for trial in left}
+    checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.checkpoints] for trial in unfinished}
     worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
     with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
     trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
