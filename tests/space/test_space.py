@@ -213,7 +213,7 @@ SHAPE_ERRORS = [
     ("", "parameters: must name at least one field to search"),
     ("[]", "must be a mapping with the keys parameters and fixed, got []"),
     ("lr", "must be a mapping with the keys parameters and fixed, got 'lr'"),
-    ("lr: {low: 1, high: 2}", "lr: unknown key (known: parameters, fixed)"),
+    ("lr: {low: 1, high: 2}", "lr: unknown key (known: parameters, fixed, own)"),
     ("parameters:", "parameters: must name at least one field to search"),
     ("parameters: {}", "parameters: must name at least one field to search"),
     ("fixed: {lr: 1}", "parameters: must name at least one field to search"),
@@ -543,7 +543,7 @@ def test_example_in_the_documentation_is_a_valid_space(load: Load) -> None:
     example = space_module.__doc__.split(".. code-block:: yaml\n")[1].split("\n``when``")[0]
     space = load(textwrap.dedent(example))
     names = {parameter.name for parameter in space.parameters}
-    assert names == {"lr", "batch_size", "precision", "init_scale", "growth_interval"}
+    assert names == {"lr", "batch_size", "precision", "init_scale", "growth_interval", "own.hidden", "own.dropout"}
     assert space.fixed == {"backoff_factor": 0.25}
 
 
@@ -1109,3 +1109,64 @@ def test_every_bundled_space_contains_the_defaults_and_a_study_takes_them(name: 
     defaults = vars(TrialConfig(precision="fp16"))
     assert settings == {key: defaults[key] for key in settings}
     assert TrialConfig(**settings | {"precision": "fp16"}) == TrialConfig(precision="fp16")
+
+
+# Own parameters
+
+OWN_SPACE = """
+parameters: {lr: {low: 1.0e-4, high: 0.1, log: true}}
+own:
+  hidden: {choices: [64, 128]}
+  width: {low: 8, high: 128, power_of_two: true}
+  layers: {low: 1, high: 4}
+  dropout: {low: 0, high: 0.5, default: 0.1}
+  decay: {low: 1.0e-4, high: 1.0, log: true}
+  act: {choices: [relu, gelu], default: gelu}
+  slope: {low: 0.0, high: 0.2, when: {act: [relu]}}
+"""
+
+
+def test_own_parameters_are_suggested_with_the_types_of_their_values(load: Load) -> None:
+    space = load(OWN_SPACE.replace("{act:", "{own.act:"))
+    suggestions = list(space.sample(200, seed=0, train_images=0, max_epochs=1))
+    types = {name: {type(s["own"][name]) for s in suggestions if name in s["own"]} for name in suggestions[0]["own"]}
+    expected = {"hidden": int, "width": int, "layers": int, "dropout": float, "decay": float, "act": str}
+    assert {name: types[name] for name in expected} == {name: {kind} for name, kind in expected.items()}
+    assert {s["own"]["width"] for s in suggestions} == {8, 16, 32, 64, 128}
+    assert {s["own"]["layers"] for s in suggestions} == {1, 2, 3, 4}
+    assert all(("slope" in s["own"]) == (s["own"]["act"] == "relu") for s in suggestions)
+    assert all(TrialConfig(**settings).own == settings["own"] for settings in suggestions)
+
+
+def test_defaults_of_own_parameters_are_given_or_first_or_in_the_middle(load: Load) -> None:
+    space = load(OWN_SPACE.replace("{act:", "{own.act:"))
+    defaults = {"hidden": 64, "width": 32, "layers": 2, "dropout": 0.1, "decay": pytest.approx(0.01), "act": "gelu"}
+    assert space.own_defaults == defaults | {"slope": 0.1}
+    enqueued = space.find_defaults(train_images=0, max_epochs=1)
+    assert enqueued["log2(own.width)"] == 5
+    assert enqueued["own.dropout"] == 0.1
+    assert "own.slope" not in enqueued  # act is gelu there
+
+
+def test_a_space_of_own_parameters_alone_is_enough(load: Load) -> None:
+    assert [parameter.name for parameter in load("own: {hidden: {choices: [1, 2]}}").parameters] == ["own.hidden"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("own: {hidden: 3}", "own.hidden: must be a mapping with low and high, or with choices, got 3"),
+    ("own: {hidden: {low: 1}}", "own.hidden: must be a mapping with low and high, or with choices, got {'low': 1}"),
+    ("own: {hidden: {choices: [1, a]}}", "own.hidden: must all be numbers, or all be texts, got [1, 'a']"),
+    ("own: {hidden: {low: a, high: b}}", "own.hidden: must all be numbers, or all be texts, got ['a', 'b']"),
+    ("own: {hidden: {choices: [true, false]}}", "own.hidden: must all be numbers, or all be texts, got [True, False]"),
+    ("own: {hidden: {choices: []}}", "own.hidden: must all be numbers, or all be texts, got []"),
+    ("own: {hidden: {low: 3, high: 2}}", "own.hidden: low < high must hold, got low=3, high=2"),
+    ("own: {a-b: {choices: [1]}}", "own.'a-b': must be a name of letters, digits and _, got 'a-b'"),
+    ("own: {hidden: {choices: [1], default: x}}", "own.hidden.default: must be a whole number, got 'x'"),
+    ("own: {hidden: {choices: [1], step: 2}}",
+     "own.hidden.step: unknown key (known: low, high, log, power_of_two, choices, default, when)"),
+    ("own: [hidden]", "own: must be a mapping of names, got ['hidden']"),
+])  # fmt: skip
+def test_a_bad_own_parameter_is_refused_in_one_line(text: str, message: str, load: Load, file: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(text)
+    assert str(caught.value) == f"{file}: {message}"

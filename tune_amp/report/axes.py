@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tune_amp.space.parameter import Parameter
-from tune_amp.trial.config import value_type
 
 MOST_TICKS = 7
 
@@ -159,7 +158,7 @@ def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
     if parameter.choices:
         return choice_axis(title, parameter.choices)
     if parameter.power_of_two:
-        return power_axis(title, values, _count if value_type(parameter.name) is int else raise_to_power)
+        return power_axis(title, values, _count if parameter.value_type is int else raise_to_power)
     return (log_axis if parameter.log else linear_axis)(title, values, _short)
 
 

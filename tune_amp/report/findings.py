@@ -13,6 +13,7 @@ from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
 from tune_amp.results.records import BestRow
 from tune_amp.results.run_files import CONFIRM_FILE, IMPORTANCE_FILE, TRIALS_FILE
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
+from tune_amp.trial.config import read_setting
 
 # ---- the parameters ----
 
@@ -117,7 +118,7 @@ def _tell_early(run: Run) -> str:
 
 def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
     for parameter in run.parameters:
-        yield say_setting(parameter.name, getattr(row.trial.config, parameter.name))
+        yield say_setting(parameter.name, read_setting(row.trial.config, parameter.name))
 
 
 def _list_ranked(run: Run) -> Table:

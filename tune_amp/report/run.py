@@ -25,7 +25,7 @@ from tune_amp.results.records import (
 from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, EPOCHS_FILE, IMPORTANCE_FILE, TRIALS_FILE
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import SEARCHABLE, parse_space
-from tune_amp.trial.config import InputError, TrialConfig
+from tune_amp.trial.config import InputError, TrialConfig, read_setting
 
 _T = TypeVar("_T")
 
@@ -94,7 +94,7 @@ class Run:
         An interval is rounded to whole steps, so division recovers its fraction only approximately. For a choice, the
         nearest one is returned.
         """
-        value = getattr(config, parameter.name)
+        value = read_setting(config, parameter.name)
         if value is None or not parameter.fraction_of_trial:
             return value
         # Steps as the space counts them: it counts a curriculum's shorter epochs as full ones.

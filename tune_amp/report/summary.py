@@ -14,7 +14,7 @@ from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.ranking import describe_ties
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.run_files import BEST_FILE
-from tune_amp.trial.config import FIELD_TYPES, format_scale, is_function_name
+from tune_amp.trial.config import format_scale, is_function_name, list_values
 from tune_amp.trial.text import join_names
 
 
@@ -128,7 +128,7 @@ def _tell_merit(run: Run, winner: BestRow) -> tuple[str, str]:
 def describe_settings(run: Run, trial: TrialRecord) -> str:
     """Return the searched settings of a trial, and its precision."""
     names = [parameter.name for parameter in run.parameters]
-    values = [(name, getattr(trial.config, name)) for name in FIELD_TYPES if name in (*names, "precision")]
+    values = [(name, value) for name, value in list_values(trial.config).items() if name in (*names, "precision")]
     return ", ".join(f"{name} {say_setting(name, value)}" for name, value in values if value is not None)
 
 

@@ -29,11 +29,13 @@ from tune_amp.results.run_files import TRIALS_FILE
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import MAX_BYTES, SEARCHABLE, SearchSpace, parse_space
 from tune_amp.trial.config import (
+    OWN,
     RANKING_OBJECTIVES,
     InputError,
     TrialConfig,
     TrialStatus,
     is_function_name,
+    read_setting,
     shown,
 )
 
@@ -236,16 +238,16 @@ def find_suggestion(
     sizes = {"train_images": train_images, "max_epochs": max_epochs}
     suggested: dict[str, Any] = {}
     for parameter, nearest, setting in space.locate(wanted, **sizes):
-        value = getattr(wanted, parameter.name)
+        value = read_setting(wanted, parameter.name)
         if not nearest or setting != value:
             raise InputError(f"{parameter.name}: must be {_describe_values(parameter, steps)}, got {shown(value)}")
         suggested |= nearest
     suggestion = optuna.trial.FixedTrial(suggested)
     here = TrialConfig(**space.suggest(suggestion, **sizes))
-    for name in SEARCHABLE:
-        if getattr(wanted, name) != getattr(here, name):
-            rule = f"must be {shown(getattr(here, name))}, as it is not searched here"
-            raise InputError(f"{name}: {rule}, got {shown(getattr(wanted, name))}")
+    for name in (*SEARCHABLE, *(f"{OWN}{name}" for name in {**wanted.own, **here.own})):
+        ours, theirs = read_setting(here, name), read_setting(wanted, name)
+        if ours != theirs:
+            raise InputError(f"{name}: must be {shown(ours)}, as it is not searched here, got {shown(theirs)}")
     return suggestion
 
 

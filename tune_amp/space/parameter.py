@@ -1,4 +1,4 @@
-"""A searched field of a search space: its possible values, and how Optuna suggests one of them."""
+"""A searched setting of a search space: its possible values, and how Optuna suggests one of them."""
 
 import dataclasses
 import math
@@ -14,10 +14,14 @@ LONGEST_INTERVAL = 2.0**62  # TrialConfig takes 64 bits, and a fraction may be a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One searched field: a range from ``low`` to ``high`` (both included) or ``choices``."""
+    """One searched setting: a range from ``low`` to ``high`` (both included) or ``choices``."""
 
     name: str
-    """The TrialConfig field."""
+    """The TrialConfig field, or ``own.NAME`` for a user's own parameter."""
+    own_type: type | None = None
+    """Type of the values of a user's own parameter; None for a field, which has a type."""
+    own_default: Any = None
+    """Value of a user's own parameter in the default configuration; None for a field, which has a default."""
     low: float | int | None = None
     high: float | int | None = None
     log: bool = False
@@ -30,6 +34,11 @@ class Parameter:
 
     Conditions on fixed fields are resolved when the space is read.
     """
+
+    @property
+    def value_type(self) -> type:
+        """Type of the values: float, int or str."""
+        return self.own_type or value_type(self.name)
 
     @property
     def optuna_name(self) -> str:
@@ -52,7 +61,7 @@ class Parameter:
         return tuple(self._power(exponent) for exponent in range(lowest, highest + 1))
 
     def suggest(self, trial: optuna.trial.BaseTrial, *, trial_steps: int) -> Any:
-        """Return a value of the TrialConfig field's type for a trial of ``trial_steps`` training steps."""
+        """Return a value of the setting's type for a trial of ``trial_steps`` training steps."""
         if self.power_of_two:
             return self._power(trial.suggest_int(self.optuna_name, *self._exponents()))
         number = self._suggest_number(trial)
@@ -84,7 +93,7 @@ class Parameter:
             return trial.suggest_categorical(self.optuna_name, self.choices)
         assert self.low is not None
         assert self.high is not None
-        if value_type(self.name) is int and not self.fraction_of_trial:
+        if self.value_type is int and not self.fraction_of_trial:
             return trial.suggest_int(self.optuna_name, int(self.low), int(self.high), log=self.log)
         return float(trial.suggest_float(self.optuna_name, self.low, self.high, log=self.log))
 
@@ -94,7 +103,7 @@ class Parameter:
         return exponent_of(self.low), exponent_of(self.high)
 
     def _power(self, exponent: int) -> float | int:
-        value: float | int = value_type(self.name)(math.ldexp(1.0, exponent))  # exact, however small
+        value: float | int = self.value_type(math.ldexp(1.0, exponent))  # exact, however small
         return value
 
 

@@ -10,6 +10,9 @@
       growth_interval: {low: 0.005, high: 0.5, log: true, fraction_of_trial: true, when: {precision: fp16}}
     fixed:                             # what every trial shares
       backoff_factor: 0.25             # a scaler field: reaches fp16 trials only
+    own:                               # the user's own parameters, in the same syntax
+      hidden: {choices: [64, 128, 256]}
+      dropout: {low: 0.0, high: 0.5, default: 0.1}
 
 ``when`` makes a parameter active only in trials whose named fields all have (one of) the given values; other trials
 omit it, and TrialConfig's default applies. A number may be written as the string ``2^N``.
@@ -20,14 +23,19 @@ are (training images // ``batch_size``) * ``max_epochs``; the interval is rounde
 interval of 2,000 steps is a quarter of a trial at batch size 64, but longer than a trial at 1,024, where it never acts.
 A fraction above 1 never acts in any trial: the loss scale is static and changes only at overflows.
 Fractions are suggested under the name ``growth_interval/trial_steps``, so that no study mixes them with steps.
+
+Own parameters reach a model function as keyword arguments, and a train function as ``trial.own``. They are whole
+numbers if both bounds are, else numbers; choices are all numbers or all texts. ``default`` is the value in the
+configuration that a search has to beat: the first choice, or the middle of the range, unless it is given.
 """
 
 import dataclasses
 import difflib
+import functools
 import graphlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +45,15 @@ from tune_amp.space.parameter import Parameter, exponent_of
 from tune_amp.space.strict_yaml import read_yaml
 from tune_amp.trial.config import (
     FIELD_TYPES,
+    OWN,
     SCALER_DEFAULTS,
     InputError,
     TrialConfig,
     check,
     checked_field,
     checked_type,
+    nest_own,
+    read_setting,
     shown,
     value_type,
 )
@@ -80,6 +91,15 @@ class SearchSpace:
     """Settings of every trial; scaler fields among them apply to fp16 trials only."""
 
     @property
+    def own_defaults(self) -> dict[str, Any]:
+        """The user's own parameters in the default configuration, by name without ``own.``."""
+        return {
+            parameter.name.removeprefix(OWN): parameter.own_default
+            for parameter in self.parameters
+            if parameter.own_type
+        }
+
+    @property
     def is_conditional(self) -> bool:
         """Whether some trials omit a parameter."""
         return any(parameter.when for parameter in self.parameters)
@@ -102,7 +122,7 @@ class SearchSpace:
         return (default,)
 
     def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
-        """Return TrialConfig field -> value for the fixed and the active searched fields.
+        """Return the arguments of TrialConfig for the fixed and the active searched settings.
 
         The other fields keep TrialConfig's defaults.
         """
@@ -111,9 +131,9 @@ class SearchSpace:
             if parameter.is_active(settings):
                 steps = _count_steps(settings, train_images, max_epochs)
                 settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
-        if settings.get("precision") == "fp16":
-            return settings
-        return {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
+        if settings.get("precision") != "fp16":
+            settings = {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
+        return nest_own(settings)
 
     def find_defaults(self, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """Return the usual default settings, or the nearest that the space has, as a study suggests them.
@@ -121,7 +141,9 @@ class SearchSpace:
         They are TrialConfig's own defaults in fp16: those of PyTorch's GradScaler and of its AMP tutorials. A setting
         without a nearest value, which is a string that is not a choice, is omitted.
         """
-        places = self.locate(TrialConfig(precision="fp16"), train_images=train_images, max_epochs=max_epochs)
+        places = self.locate(
+            TrialConfig(precision="fp16", own=self.own_defaults), train_images=train_images, max_epochs=max_epochs
+        )
         return {name: value for _, nearest, _ in places for name, value in nearest.items()}
 
     def locate(
@@ -135,7 +157,7 @@ class SearchSpace:
         for parameter in self.parameters:
             if parameter.is_active(settings):
                 steps = _count_steps(settings, train_images, max_epochs)
-                nearest = parameter.find_nearest(getattr(config, parameter.name), trial_steps=steps)
+                nearest = parameter.find_nearest(read_setting(config, parameter.name), trial_steps=steps)
                 if nearest:
                     settings[parameter.name] = parameter.suggest(optuna.trial.FixedTrial(nearest), trial_steps=steps)
                 yield parameter, nearest, settings.get(parameter.name)
@@ -227,20 +249,23 @@ def _find_file(source: str) -> Path:
 def _build_space(source: str, text: str, document: Any) -> SearchSpace:
     if not isinstance(document, dict):
         raise InputError(f"must be a mapping with the keys parameters and fixed, got {shown(document)}")
-    _check_keys("", document, ("parameters", "fixed"))
+    _check_keys("", document, ("parameters", "fixed", "own"))
     fixed = _read_fixed(document.get("fixed"))
-    entries = document.get("parameters")
-    if not entries:
+    searched = document.get("parameters") or {}
+    check("parameters", searched, isinstance(searched, dict), "must be a mapping of fields")
+    _check_fields("parameters", searched)
+    own = document.get("own") or {}
+    check("own", own, isinstance(own, dict), "must be a mapping of names")
+    if not searched and not own:
         raise InputError("parameters: must name at least one field to search")
-    check("parameters", entries, isinstance(entries, dict), "must be a mapping of fields")
-    _check_fields("parameters", entries)
-    parameters = {name: _read_parameter(name, entry) for name, entry in entries.items()}
+    parameters = {name: _read_parameter(name, entry) for name, entry in searched.items()}
     for name in parameters:
         if name in fixed:
             raise InputError(f"fixed.{name}: must not be searched as well (parameters.{name})")
+    parameters |= {f"{OWN}{name}": _read_own(name, entry) for name, entry in own.items()}
     conditions = {
-        name: _read_when(f"parameters.{name}.when", entry["when"], parameters, fixed) if "when" in entry else {}
-        for name, entry in entries.items()
+        name: _read_when(f"{_place(name)}.when", entry["when"], parameters, fixed) if "when" in entry else {}
+        for name, entry in (searched | {f"{OWN}{name}": entry for name, entry in own.items()}).items()
     }
     needs = _collect_needs(conditions, _list_predecessors(parameters, conditions))
     _check_scaler_fields(parameters, fixed, needs)
@@ -273,32 +298,72 @@ def _read_parameter(name: str, entry: Any) -> Parameter:
     return _read_range(path, name, entry, relative=relative)
 
 
+def _place(name: str) -> str:
+    """Return the place of a parameter in the document."""
+    return name if name.startswith(OWN) else f"parameters.{name}"
+
+
+def _read_own(name: str, entry: Any) -> Parameter:
+    """Return a parameter of the user's own, whose type follows from its values; conditions are read later."""
+    path = _join("own", name)
+    check(path, name, str(name).isidentifier(), "must be a name of letters, digits and _")
+    check(path, entry, isinstance(entry, dict), _SHAPE)
+    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "choices", "default", "when"))
+    bounds = [entry[key] for key in ("low", "high") if key in entry]
+    raw = entry.get("choices", bounds)
+    check(f"{path}.choices", raw, isinstance(raw, list), "must be a list of at least one value")
+    kinds = {type(_read_power_of_two(value, float)) for value in raw}
+    expected = float if kinds == {int, float} else next(iter(kinds)) if len(kinds) == 1 else None
+    rule = "must all be numbers, or all be texts"
+    check(path, raw, expected in (float, int) or (expected is str and "choices" in entry), rule)
+    read = functools.partial(_read_own_value, expected=expected)
+    if "choices" in entry:
+        choices = _read_choices(f"{path}.choices", name, raw, relative=False, read=read)
+        parameter = Parameter(name=f"{OWN}{name}", own_type=expected, own_default=choices[0], choices=choices)
+    else:
+        check(path, entry, len(bounds) == 2, _SHAPE)
+        parameter = _read_range(path, f"{OWN}{name}", entry, relative=False, own_type=expected)
+    if "default" not in entry:
+        return parameter
+    default = read(f"{path}.default", name, entry["default"])
+    return dataclasses.replace(parameter, own_default=default)
+
+
+def _read_own_value(path: str, name: str, raw: Any, *, expected: Any) -> Any:
+    return checked_type(path, _read_power_of_two(raw, expected), expected)
+
+
 def _read_flag(path: str, entry: Mapping[str, Any], key: str) -> bool:
     flag = entry.get(key, False)
     check(f"{path}.{key}", flag, isinstance(flag, bool), "must be true or false")
     return bool(flag)
 
 
-def _read_choices(path: str, name: str, raw: Any, *, relative: bool) -> tuple[Any, ...]:
+def _read_choices(
+    path: str, name: str, raw: Any, *, relative: bool, read: Callable[..., Any] | None = None
+) -> tuple[Any, ...]:
     check(path, raw, isinstance(raw, list) and bool(raw), "must be a list of at least one value")
     choices: dict[Any, None] = {}
     for index, value in enumerate(raw):
         place = f"{path}[{index}]"
-        choice = _read_fraction(place, value) if relative else _read_value(place, name, value)
+        choice = _read_fraction(place, value) if relative else (read or _read_value)(place, name, value)
         if choice in choices:
             raise InputError(f"{place}: must not repeat a choice, got {shown(choice)} again")
         choices[choice] = None
     return tuple(choices)
 
 
-def _read_range(path: str, name: str, entry: Mapping[str, Any], *, relative: bool) -> Parameter:
-    number = value_type(name)
+def _read_range(
+    path: str, name: str, entry: Mapping[str, Any], *, relative: bool, own_type: type | None = None
+) -> Parameter:
+    number = own_type or value_type(name)
     if number is str:
         raise InputError(f"{path}: must have choices instead of low and high, because {name} is a text")
+    read = _read_own_value if own_type else _read_value
     low, high = (
         _read_fraction(f"{path}.{key}", entry[key])
         if relative
-        else _read_value(f"{path}.{key}", name, entry[key], expected=number)
+        else read(f"{path}.{key}", name, entry[key], expected=number)
         for key in ("low", "high")
     )
     if not low < high:
@@ -311,7 +376,13 @@ def _read_range(path: str, name: str, entry: Mapping[str, Any], *, relative: boo
     check(f"{path}.low", low, not log or low > 0, "must be greater than 0 where log is true")
     for key, bound in (("low", low), ("high", high)):
         check(f"{path}.{key}", bound, not power_of_two or _is_power_of_two(bound), "must be a power of two")
-    return Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two, fraction_of_trial=relative)
+    parameter = Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two, fraction_of_trial=relative)
+    if own_type is None:
+        return parameter
+    middle = math.sqrt(low * high) if log or power_of_two else (low + high) / 2
+    [default] = parameter.find_nearest(own_type(middle), trial_steps=1).values()
+    value = 2**default if power_of_two else default
+    return dataclasses.replace(parameter, own_type=own_type, own_default=own_type(value))
 
 
 def _read_when(
@@ -326,7 +397,9 @@ def _read_when(
             known = ", ".join((*parameters, *fixed))
             raise InputError(f"{place}: must be a field that is searched or fixed here ({known})")
         check(place, given, given != [], "must be a value or a list of at least one value")
-        values = tuple(_read_value(place, parent, value) for value in (given if isinstance(given, list) else [given]))
+        own_type = parameters[parent].own_type if parent in parameters else None
+        read = functools.partial(_read_own_value, expected=own_type) if own_type else _read_value
+        values = tuple(read(place, parent, value) for value in (given if isinstance(given, list) else [given]))
         if parent in parameters:
             _check_parent(place, parameters[parent], values)
             _narrow(conditions, parent, values, path)
@@ -369,14 +442,14 @@ def _collect_needs(
         order = list(graphlib.TopologicalSorter(predecessors).static_order())
     except graphlib.CycleError as error:
         circle = error.args[1]
-        path = f"parameters.{circle[-1]}.when"
+        path = f"{_place(circle[-1])}.when"
         raise InputError(f"{path}: conditions must not form a circle, got {' -> '.join(circle)}") from None
     needs: dict[str, dict[str, tuple[Any, ...]]] = {}
     for name in order:
         needs[name] = {}
         for parent, values in conditions[name].items():
             for ancestor, allowed in ((parent, values), *needs[parent].items()):
-                _narrow(needs[name], ancestor, allowed, f"parameters.{name}.when")
+                _narrow(needs[name], ancestor, allowed, f"{_place(name)}.when")
     return needs
 
 

@@ -223,6 +223,18 @@ def list_settings(config: TrialConfig) -> dict[str, Any]:
     )
 
 
+def read_setting(config: TrialConfig, name: str) -> Any:
+    """Return a setting by the name of its column; None for an own parameter that the configuration does not have."""
+    return config.own.get(name.removeprefix(OWN)) if name.startswith(OWN) else getattr(config, name)
+
+
+def nest_own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of ``TrialConfig``: settings by the names of their columns, own ones in the field ``own``."""
+    own = {name.removeprefix(OWN): value for name, value in settings.items() if name.startswith(OWN)}
+    rest = {name: value for name, value in settings.items() if not name.startswith(OWN)}
+    return rest | ({"own": own} if own else {})
+
+
 def list_values(record: object) -> dict[str, Any]:
     """Return the columns of a ``TrialConfig`` or ``EpochMetrics`` with their values, own ones after the others."""
     values = dict(vars(record))
@@ -231,7 +243,10 @@ def list_values(record: object) -> dict[str, Any]:
     return values
 
 
-SPREAD = types.MappingProxyType({"own": "own.", "metrics": "", "means": ""})
+OWN = "own."
+"""Prefix of the columns of a user's own parameters."""
+
+SPREAD = types.MappingProxyType({"own": OWN, "metrics": "", "means": ""})
 """Fields that hold values by name -> prefix of the columns of these values."""
 
 
