@@ -316,6 +316,12 @@ class EpochMetrics:
     )
     metrics: Mapping[str, float] = spread("values that the user's own task or training loop measured, a column each")
 
+    def find_value(self, objective: str) -> float | None:
+        """Return the value of an objective; None if it was not measured."""
+        name = objective.partition(":")[0]
+        value: float | None = self.metrics.get(name, getattr(self, name, None))
+        return value
+
 
 COMMON_METRICS = ("train_loss", "val_loss", "val_accuracy")
 """Metrics that have a column in every run, and that a user's own training may report too."""

@@ -1,0 +1,72 @@
+"""Objectives: the metrics that a search optimizes, each with the direction in which it is better.
+
+An objective is the name of a metric. Where the name does not say the direction, or says another, it follows a colon:
+``val_f1``, ``val_distance``, ``val_reading:max``.
+"""
+
+from collections.abc import Callable
+
+from tune_amp.trial.config import COST_OBJECTIVES, RESERVED_NAMES, InputError, check, shown
+
+MAX, MIN = "max", "min"
+MODES = (MAX, MIN)
+
+_BETTER_LARGE = ("accuracy", "acc", "auc", "bleu", "dice", "f1", "iou", "map", "precision", "psnr", "r2", "recall")
+_BETTER_LARGE += ("reward", "return", "score", "ssim")
+_BETTER_SMALL = ("bytes", "cer", "distance", "error", "fid", "loss", "mae", "mape", "mse", "perplexity", "ppl")
+_BETTER_SMALL += ("regret", "rmse", "seconds", "wer")
+
+
+def metric_of(objective: str) -> str:
+    """Return the name of the metric, without a direction."""
+    return objective.partition(":")[0]
+
+
+def is_maximized(objective: str) -> bool:
+    """Return whether more is better, by the direction after the colon or else by a word of the name."""
+    name, _, mode = objective.partition(":")
+    return (mode or guess_mode(name)) == MAX
+
+
+def guess_mode(name: str) -> str | None:
+    """Return the direction that a word of the name implies, the last one first: ``val_loss`` -> min; None if none."""
+    for word in reversed(name.lower().split("_")):
+        if word in _BETTER_LARGE:
+            return MAX
+        if word in _BETTER_SMALL:
+            return MIN
+    return None
+
+
+def read_objectives(place: str, text: str, mode: str | None, is_measured: Callable[[str], bool]) -> str:
+    """Return objectives, joined by commas, in their shortest form: with a direction only if the name implies another.
+
+    Args:
+        place: of the text, for messages.
+        text: names joined by commas, each with or without a direction.
+        mode: direction of those that have none; None: that which the name implies.
+        is_measured: whether trials report a metric of this name.
+
+    Raises:
+        InputError: a name is none, is repeated, is not measured, or its direction is unknown.
+    """
+    found: dict[str, str] = {}
+    for given in (part.strip() for part in text.split(",")):
+        name, colon, own = given.partition(":")
+        check(place, given, name.isidentifier(), "must be names of letters, digits and _, joined by commas")
+        check(place, given, not colon or own in MODES, "must end with :max or :min, if with a direction")
+        check(place, text, name not in found, "must name none twice")
+        check(place, given, is_measured(name), "must be a metric that trials report")
+        implied = guess_mode(name)
+        chosen = own or mode or implied
+        if chosen is None:
+            raise InputError(
+                f"{place}: {shown(name)} does not say whether more is better: add --mode max or --mode min"
+            )
+        found[name] = name if chosen == implied else f"{name}:{chosen}"
+    return ",".join(found.values())
+
+
+def is_own_metric(name: str) -> bool:
+    """Return whether a user's own training may report a metric of this name as an objective."""
+    return name.isidentifier() and (name not in RESERVED_NAMES or name in COST_OBJECTIVES)
