@@ -37,7 +37,7 @@ class FakeTrial:
 
     def __init__(self, trial_id: str, **config: Any) -> None:
         self.trial_id = trial_id
-        self.config = vars(dataclasses.replace(CONFIG, **config))
+        self.settings = dataclasses.replace(CONFIG, **config)
         self.last_result: dict[str, Any] = {}
         self.error_file: str | None = None
         self.run_metadata = types.SimpleNamespace(metric_analysis={"epoch": {}}, metric_n_steps={"epoch": {}})
@@ -132,7 +132,7 @@ def recorder(make_recorder: MakeRecorder) -> TrialRecorder:
 
 def start(recorder: TrialRecorder, trial: FakeTrial) -> None:
     """The trial is submitted, unless it was, and gets a worker."""
-    recorder.add_trial(trial, 0)
+    recorder.add_trial(trial, 0, trial.settings)
     recorder.on_trial_start(0, [], trial)
 
 
@@ -303,7 +303,7 @@ def test_trial_that_ends_before_it_got_a_worker_is_recorded(
     recorder: TrialRecorder, watcher: Watcher, dies: bool
 ) -> None:
     trial = FakeTrial("a")
-    recorder.add_trial(trial, 0)
+    recorder.add_trial(trial, 0, trial.settings)
     assert recorder.trials == []
     if dies:
         recorder.on_trial_error(0, [], trial)
@@ -317,7 +317,7 @@ def test_trials_keep_the_order_of_their_submission_however_their_workers_start(r
     """Ties in the ranking are broken by it."""
     c, a, b = trials = [FakeTrial(trial_id) for trial_id in ("c", "a", "b")]
     for number, trial in enumerate(trials):
-        recorder.add_trial(trial, number)
+        recorder.add_trial(trial, number, trial.settings)
     for trial in (a, b, c, c):  # the last is tried again
         start(recorder, trial)
     for trial in (b, c, a):
@@ -409,7 +409,7 @@ def test_written_files_hold_what_was_reported(recorder: TrialRecorder, tmp_path:
     done, open_trial, dead = FakeTrial("1e5"), FakeTrial("16076160"), FakeTrial("dead")
     start(recorder, done)
     start(recorder, open_trial)
-    recorder.add_trial(dead, 2)
+    recorder.add_trial(dead, 2, dead.settings)
     report_epoch(recorder, done, 1)
     report_epoch(recorder, done, 2, "diverged", train_loss=math.inf, val_loss=math.inf)
     finish(recorder, done)
@@ -593,7 +593,7 @@ def test_recorder_that_goes_on_knows_what_the_one_before_it_knew(
     done, dead, open_trial, waiting = (FakeTrial(name) for name in ("done", "dead", "open", "waiting"))
     clock.now += 7
     for number, trial in enumerate((done, dead, open_trial, waiting)):
-        before.add_trial(trial, number)
+        before.add_trial(trial, number, trial.settings)
     for trial in (open_trial, done, dead):
         before.on_trial_start(0, [], trial)
         clock.now += 1

@@ -28,7 +28,7 @@ from ray.tune.logger import LoggerCallback
 
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT
-from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, describe_error
+from tune_amp.trial.config import EpochMetrics, TrialStatus, describe_error
 from tune_amp.trial.text import hide_credentials
 
 _Event = Callable[[Any], None]
@@ -178,11 +178,10 @@ class Tracker(tune.Callback):
         self._put(lambda callback: callback.log_trial_end(ended, failed=failed))
 
     def _describe(self, trial: Any) -> TrackedTrial:
-        settings = vars(TrialConfig(**trial.config))
         return TrackedTrial(
             trial_id=trial.trial_id,
             name=str(trial),
-            config={name: value for name, value in settings.items() if value is not None},
+            config={name: value for name, value in trial.config.items() if value is not None},
             local_path=str(self._folder / str(trial)),
         )
 

@@ -92,9 +92,9 @@ class TrialRecorder(tune.Callback):
         """Record that the search starts or resumes."""
         self._log("session", about={"at": self._earlier_seconds, **about})
 
-    def add_trial(self, trial: Any, number: int) -> None:
+    def add_trial(self, trial: Any, number: int, config: TrialConfig) -> None:
         """Record a submitted trial, whose Optuna number is ``number``."""
-        self._log("trial", trial.trial_id, {"name": str(trial), "config": dict(trial.config), "number": number})
+        self._log("trial", trial.trial_id, {"name": str(trial), "config": vars(config), "number": number}, config)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial got a worker, perhaps not its first."""
