@@ -201,7 +201,7 @@ class FabricatedTrial:
         self.config = settings
         self.experiment_tag = str(place)
         self.last_result: dict[str, Any] = {}
-        self.run_metadata = types.SimpleNamespace(metric_analysis={}, metric_n_steps={})
+        self.run_metadata = types.SimpleNamespace(metric_analysis={}, metric_n_steps={}, last_result=None)
         self.temporary_state = types.SimpleNamespace(ray_actor=f"Actor {place % CUT_OFF}")
 
     def __str__(self) -> str:

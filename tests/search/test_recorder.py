@@ -12,7 +12,7 @@ import pytest
 from past_runs import STORAGE
 from records import PROVENANCE, make_epoch
 
-from tune_amp.cluster.failures import find_cause
+from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT, failure_report, progress_report, read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
@@ -40,7 +40,8 @@ class FakeTrial:
         self.settings = dataclasses.replace(CONFIG, **config)
         self.last_result: dict[str, Any] = {}
         self.error_file: str | None = None
-        self.run_metadata = types.SimpleNamespace(metric_analysis={"epoch": {}}, metric_n_steps={"epoch": {}})
+        kept: dict[str, Any] = {"metric_analysis": {"epoch": {}}, "metric_n_steps": {"epoch": {}}}
+        self.run_metadata = types.SimpleNamespace(**kept, last_result=None)
         self.temporary_state = types.SimpleNamespace(ray_actor="Actor(AmpTrainable, 1)")
 
     def __str__(self) -> str:
@@ -140,6 +141,7 @@ def report(recorder: TrialRecorder, trial: FakeTrial, result: dict[str, Any], **
     told = {**result, **WORKER, **changes}
     trial.last_result = {"trial_id": trial.trial_id, **told, REPORT: read_report(told)}
     recorder.on_trial_result(0, [], trial, trial.last_result)
+    trial.run_metadata.last_result = trial.last_result
 
 
 def report_epoch(
@@ -185,14 +187,18 @@ def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder, clock:
     assert record.error is None
 
 
-def test_running_means_of_a_trial_that_ended_are_dropped_and_its_result_stays(recorder: TrialRecorder) -> None:
+def test_result_stays_as_it_is_until_its_trial_has_ended_and_is_recorded(recorder: TrialRecorder) -> None:
     """Tune keeps two queues and seven figures of every number, for as long as the search lasts."""
     trial = FakeTrial("a")
     start(recorder, trial)
     report_epoch(recorder, trial, 1, "completed", val_accuracy=0.75)
+    assert only(recorder).epochs == (make_epoch(1, val_accuracy=0.75),)
     reported = dict(trial.last_result)
+    assert REPORT in reported
     finish(recorder, trial)
+    del reported[REPORT]
     assert trial.last_result == reported
+    assert find_status(trial.last_result, error=False) is TrialStatus.COMPLETED
     assert (trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) == ({}, {})
 
 
