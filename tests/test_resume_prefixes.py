@@ -183,7 +183,7 @@ class Loop:
         self.recorder.on_trial_start(0, [], trial)
 
     def step(self, trial: Trial) -> None:
-        epoch, place = self.at[trial.trial_id] + 1, int(trial.experiment_tag.split("_")[0])
+        epoch, place = self.at[trial.trial_id] + 1, int(trial.experiment_tag)
         if place == 5 and epoch == 2:
             self.die(trial)
             return

@@ -199,9 +199,9 @@ class FabricatedTrial:
     def __init__(self, place: int, settings: dict[str, Any]) -> None:
         self.trial_id = f"{place:08x}"
         self.config = settings
-        self.experiment_tag = f"{place}_"
+        self.experiment_tag = str(place)
         self.last_result: dict[str, Any] = {}
-        self.run_metadata = types.SimpleNamespace(metric_analysis={}, metric_n_steps={})
+        self.run_metadata = types.SimpleNamespace(metric_analysis={}, metric_n_steps={}, last_result=None)
         self.temporary_state = types.SimpleNamespace(ray_actor=f"Actor {place % CUT_OFF}")
 
     def __str__(self) -> str:
@@ -304,8 +304,9 @@ def _fabricate_trial(
     from tune_amp.cluster.trainable import REPORT, progress_report, read_report
 
     trial_id = f"{place:08x}"
-    trial = FabricatedTrial(place, searcher.suggest(trial_id))
-    recorder.add_trial(trial, searcher.find_number(trial_id))
+    config = searcher.suggest_config(trial_id)
+    trial = FabricatedTrial(place, vars(config).copy())
+    recorder.add_trial(trial, searcher.find_number(trial_id), config)
     scheduler.on_trial_add(None, trial)
     recorder.on_trial_start(0, [], trial)
     max_epochs = trial.config["max_epochs"]

@@ -12,7 +12,7 @@ import pytest
 from past_runs import STORAGE
 from records import PROVENANCE, make_epoch
 
-from tune_amp.cluster.failures import find_cause
+from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT, failure_report, progress_report, read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
@@ -37,10 +37,11 @@ class FakeTrial:
 
     def __init__(self, trial_id: str, **config: Any) -> None:
         self.trial_id = trial_id
-        self.config = vars(dataclasses.replace(CONFIG, **config))
+        self.settings = dataclasses.replace(CONFIG, **config)
         self.last_result: dict[str, Any] = {}
         self.error_file: str | None = None
-        self.run_metadata = types.SimpleNamespace(metric_analysis={"epoch": {}}, metric_n_steps={"epoch": {}})
+        kept: dict[str, Any] = {"metric_analysis": {"epoch": {}}, "metric_n_steps": {"epoch": {}}}
+        self.run_metadata = types.SimpleNamespace(**kept, last_result=None)
         self.temporary_state = types.SimpleNamespace(ray_actor="Actor(AmpTrainable, 1)")
 
     def __str__(self) -> str:
@@ -132,7 +133,7 @@ def recorder(make_recorder: MakeRecorder) -> TrialRecorder:
 
 def start(recorder: TrialRecorder, trial: FakeTrial) -> None:
     """The trial is submitted, unless it was, and gets a worker."""
-    recorder.add_trial(trial, 0)
+    recorder.add_trial(trial, 0, trial.settings)
     recorder.on_trial_start(0, [], trial)
 
 
@@ -140,6 +141,7 @@ def report(recorder: TrialRecorder, trial: FakeTrial, result: dict[str, Any], **
     told = {**result, **WORKER, **changes}
     trial.last_result = {"trial_id": trial.trial_id, **told, REPORT: read_report(told)}
     recorder.on_trial_result(0, [], trial, trial.last_result)
+    trial.run_metadata.last_result = trial.last_result
 
 
 def report_epoch(
@@ -185,14 +187,18 @@ def test_every_epoch_is_kept_exactly_as_reported(recorder: TrialRecorder, clock:
     assert record.error is None
 
 
-def test_running_means_of_a_trial_that_ended_are_dropped_and_its_result_stays(recorder: TrialRecorder) -> None:
+def test_result_stays_as_it_is_until_its_trial_has_ended_and_is_recorded(recorder: TrialRecorder) -> None:
     """Tune keeps two queues and seven figures of every number, for as long as the search lasts."""
     trial = FakeTrial("a")
     start(recorder, trial)
     report_epoch(recorder, trial, 1, "completed", val_accuracy=0.75)
+    assert only(recorder).epochs == (make_epoch(1, val_accuracy=0.75),)
     reported = dict(trial.last_result)
+    assert REPORT in reported
     finish(recorder, trial)
+    del reported[REPORT]
     assert trial.last_result == reported
+    assert find_status(trial.last_result, error=False) is TrialStatus.COMPLETED
     assert (trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps) == ({}, {})
 
 
@@ -303,7 +309,7 @@ def test_trial_that_ends_before_it_got_a_worker_is_recorded(
     recorder: TrialRecorder, watcher: Watcher, dies: bool
 ) -> None:
     trial = FakeTrial("a")
-    recorder.add_trial(trial, 0)
+    recorder.add_trial(trial, 0, trial.settings)
     assert recorder.trials == []
     if dies:
         recorder.on_trial_error(0, [], trial)
@@ -317,7 +323,7 @@ def test_trials_keep_the_order_of_their_submission_however_their_workers_start(r
     """Ties in the ranking are broken by it."""
     c, a, b = trials = [FakeTrial(trial_id) for trial_id in ("c", "a", "b")]
     for number, trial in enumerate(trials):
-        recorder.add_trial(trial, number)
+        recorder.add_trial(trial, number, trial.settings)
     for trial in (a, b, c, c):  # the last is tried again
         start(recorder, trial)
     for trial in (b, c, a):
@@ -409,7 +415,7 @@ def test_written_files_hold_what_was_reported(recorder: TrialRecorder, tmp_path:
     done, open_trial, dead = FakeTrial("1e5"), FakeTrial("16076160"), FakeTrial("dead")
     start(recorder, done)
     start(recorder, open_trial)
-    recorder.add_trial(dead, 2)
+    recorder.add_trial(dead, 2, dead.settings)
     report_epoch(recorder, done, 1)
     report_epoch(recorder, done, 2, "diverged", train_loss=math.inf, val_loss=math.inf)
     finish(recorder, done)
@@ -593,7 +599,7 @@ def test_recorder_that_goes_on_knows_what_the_one_before_it_knew(
     done, dead, open_trial, waiting = (FakeTrial(name) for name in ("done", "dead", "open", "waiting"))
     clock.now += 7
     for number, trial in enumerate((done, dead, open_trial, waiting)):
-        before.add_trial(trial, number)
+        before.add_trial(trial, number, trial.settings)
     for trial in (open_trial, done, dead):
         before.on_trial_start(0, [], trial)
         clock.now += 1

@@ -21,12 +21,12 @@ class Numbered(tune.search.Searcher):
         self.fault: OSError | None = None
         self.completed: list[str] = []
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
+    def suggest_config(self, trial_id: str) -> TrialConfig:
         if self.fault is not None:
             raise self.fault
         self.suggested += 1
         self.numbers[trial_id] = 100 * self.suggested
-        return vars(TrialConfig(lr=float(self.suggested))).copy()
+        return TrialConfig(lr=float(self.suggested))
 
     def find_number(self, trial_id: str) -> int:
         return self.numbers[trial_id]
@@ -55,13 +55,17 @@ class Desk:
         self.source = TrialSource(
             self.searcher,  # type: ignore[arg-type]
             count_slots=self.slots,
-            on_submit=lambda trial, number: self.submitted.append((trial.trial_id, number)),
+            on_submit=self.note,
             on_fault=self.faults.append,
             past=past,
         )
         self.source.add_configurations(
             Experiment("run", tune.Trainable, num_samples=num_samples, storage_path=str(folder))
         )
+
+    def note(self, trial: Trial, number: int, config: TrialConfig) -> None:
+        assert vars(config) == trial.config
+        self.submitted.append((trial.trial_id, number))
 
     def draw(self) -> list[Trial]:
         """Trials until there are none to be had now."""
@@ -89,7 +93,7 @@ def rates(trials: list[Trial]) -> list[float]:
 
 
 def tags(trials: list[Trial]) -> list[str]:
-    return [trial.experiment_tag.split("_")[0] for trial in trials]
+    return [trial.experiment_tag for trial in trials]
 
 
 def test_no_more_trials_run_than_there_are_slots(make_desk: Any) -> None:

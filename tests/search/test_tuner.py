@@ -33,7 +33,7 @@ class FakeTrial:
     ("trial", "name"),
     [
         (
-            FakeTrial("7_lr=0.003,batch_size=256", precision="fp16", lr=0.0031, batch_size=256, init_scale=4096.0),
+            FakeTrial("7", precision="fp16", lr=0.0031, batch_size=256, init_scale=4096.0),
             "07-fp16-lr0.0031-b256-scale2^12",
         ),
         (FakeTrial("123", lr=0.1, batch_size=64), "123-fp32-lr0.1-b64"),

@@ -25,7 +25,7 @@ from tune_amp.trial.config import (
 )
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class RecordedTrial:
     """A trial, with everything that was recorded of it."""
 

@@ -92,9 +92,9 @@ class TrialRecorder(tune.Callback):
         """Record that the search starts or resumes."""
         self._log("session", about={"at": self._earlier_seconds, **about})
 
-    def add_trial(self, trial: Any, number: int) -> None:
+    def add_trial(self, trial: Any, number: int, config: TrialConfig) -> None:
         """Record a submitted trial, whose Optuna number is ``number``."""
-        self._log("trial", trial.trial_id, {"name": str(trial), "config": dict(trial.config), "number": number})
+        self._log("trial", trial.trial_id, {"name": str(trial), "config": vars(config), "number": number}, config)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial got a worker, perhaps not its first."""
@@ -192,9 +192,7 @@ class TrialRecorder(tune.Callback):
             return not self._is_broken
 
     def _end_trial(self, trial: Any, status: TrialStatus, error: str | None = None) -> None:
-        # Nothing reads Tune's running means of a trial that is over, but they stay in memory until the search ends.
-        trial.run_metadata.metric_analysis.clear()
-        trial.run_metadata.metric_n_steps.clear()
+        _drop_details(trial)
         if self._log("end", trial.trial_id, {"status": str(status), "error": error}):
             self._is_unwritten = True
             if status is not TrialStatus.INTERRUPTED:
@@ -213,3 +211,13 @@ class TrialRecorder(tune.Callback):
     def _notify(self, ended: TrialRecord | None = None) -> None:
         now = dataclasses.replace(self._progress, trials=tuple(self.trials), running=frozenset(self._history.running))
         self._observer.on_progress(now, ended)
+
+
+def _drop_details(trial: Any) -> None:
+    """Drop what nothing reads of a trial that is over: its running means, and the report in its last result.
+
+    Tune keeps each trial until the search ends, in memory and as the text of a snapshot: 8.4 kB a trial, and 6.2 kB so.
+    """
+    trial.run_metadata.metric_analysis.clear()
+    trial.run_metadata.metric_n_steps.clear()
+    (trial.run_metadata.last_result or {}).pop(REPORT, None)

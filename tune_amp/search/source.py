@@ -7,11 +7,10 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec
 from ray.tune.search import SearchGenerator
-from ray.tune.search.variant_generator import format_vars
 
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
-from tune_amp.trial.config import describe_error
+from tune_amp.trial.config import TrialConfig, describe_error
 
 
 class TrialSource(SearchGenerator):
@@ -23,7 +22,7 @@ class TrialSource(SearchGenerator):
     Args:
         searcher: suggests the settings.
         count_slots: returns how many trials may run now.
-        on_submit: is called with each trial and its Optuna number.
+        on_submit: is called with each trial, its Optuna number and its configuration.
         on_fault: is called with a line if the study cannot be written, after which no trial is submitted.
         past: trials that were submitted before the search was cut off; those that ended are only counted.
     """
@@ -33,12 +32,12 @@ class TrialSource(SearchGenerator):
         searcher: AmpSearch,
         *,
         count_slots: Callable[[], int],
-        on_submit: Callable[[Trial, int], None],
+        on_submit: Callable[[Trial, int, TrialConfig], None],
         on_fault: Callable[[str], None],
         past: Sequence[RecordedTrial] = (),
     ) -> None:
         super().__init__(searcher)
-        self._suggest, self._find_number = searcher.suggest, searcher.find_number
+        self._suggest, self._find_number = searcher.suggest_config, searcher.find_number
         self._count_slots, self._on_submit, self._on_fault = count_slots, on_submit, on_fault
         self._left_over = [trial for trial in past if trial.status is None and trial.unrecorded_end is None]
         self._counter = len(past) - len(self._left_over)
@@ -52,16 +51,16 @@ class TrialSource(SearchGenerator):
             return None
         if self._left_over:
             past = self._left_over.pop(0)
-            return self._submit(experiment_spec, past.trial_id, past.place, vars(past.config).copy())
+            return self._submit(experiment_spec, past.trial_id, past.place, past.config)
         trial_id = Trial.generate_id()
         try:
-            settings = self._suggest(trial_id)
+            config = self._suggest(trial_id)
         except OSError as error:
             self._on_fault(describe_error(error))
             self._finished = True
             return None
         self._submitted += 1
-        return self._submit(experiment_spec, trial_id, self._submitted, settings)
+        return self._submit(experiment_spec, trial_id, self._submitted, config)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Free the slot of a trial that is over."""
@@ -71,15 +70,14 @@ class TrialSource(SearchGenerator):
     def save_to_dir(self, dirpath: str, session_str: str = "", **kwargs: Any) -> None:
         """Save nothing: a search resumes from its own journal."""
 
-    def _submit(self, spec: dict[str, Any], trial_id: str, place: int, settings: dict[str, Any]) -> Trial:
+    def _submit(self, spec: dict[str, Any], trial_id: str, place: int, config: TrialConfig) -> Trial:
         trial: Trial = _create_trial_from_spec(
-            copy.deepcopy(spec) | {"config": settings},
+            copy.deepcopy(spec) | {"config": vars(config).copy()},
             self._parser,
-            evaluated_params=settings,
-            experiment_tag=f"{place}_{format_vars(settings)}",
+            experiment_tag=str(place),  # of which Tune keeps several copies
             trial_id=trial_id,
         )
         self._counter += 1
         self._live.add(trial_id)
-        self._on_submit(trial, self._find_number(trial_id))
+        self._on_submit(trial, self._find_number(trial_id), config)
         return trial

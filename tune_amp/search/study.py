@@ -5,7 +5,6 @@ and reports a crash as a failure that the sampler forgets. Here each outcome is 
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import warnings
@@ -118,10 +117,10 @@ class AmpSearch(OptunaSearch):
         self._causes: dict[str, str] = {}
         self._sampler_seed, self._suggested = seed, len(past)
         self._on_fault = on_fault
+        self._build_config = functools.partial(_suggest_config, space, dict(shared), train_images)
         modes = [objective_mode(name) for name in objectives]
         super().__init__(
-            # No lambda, which the standard pickle does not accept.
-            functools.partial(suggest_config, space, dict(shared), train_images),
+            cast("Any", self._build_config),  # without a space, OptunaSearch makes no study
             metric=list(objectives) if len(objectives) > 1 else objectives[0],
             mode=modes if len(objectives) > 1 else modes[0],
             sampler=built,
@@ -150,14 +149,20 @@ class AmpSearch(OptunaSearch):
         Raises:
             OSError: the study cannot be written.
         """
+        return vars(self.suggest_config(trial_id)).copy()
+
+    def suggest_config(self, trial_id: str) -> TrialConfig:
+        """Return the configuration of the next trial.
+
+        Raises:
+            OSError: the study cannot be written.
+        """
         reseed(self.study.sampler, self._sampler_seed, self._suggested)
-        with warnings.catch_warnings():
-            # Ray suspects training if a suggestion takes over a second; on a busy machine GPSampler's can.
-            warnings.filterwarnings("ignore", "Define-by-run function passed in the `space` argument took")
-            suggested = super().suggest(trial_id)
-        assert suggested is not None  # only a searcher that limits concurrency itself suggests nothing
+        if trial_id not in self._ot_trials:
+            self._ot_trials[trial_id] = self.study.ask()
+        config = self._build_config(self._ot_trials[trial_id])
         self._suggested += 1
-        return {field.name: suggested[field.name] for field in dataclasses.fields(TrialConfig)}
+        return config
 
     def find_number(self, trial_id: str) -> int:
         """Return Optuna's number of a trial."""
@@ -429,9 +434,9 @@ def open_storage(path: Path) -> optuna.storages.JournalStorage:
     return optuna.storages.JournalStorage(WholeLines(str(path), NoLock()))
 
 
-def suggest_config(
+def _suggest_config(
     space: SearchSpace, shared: Mapping[str, Any], train_images: int, trial: optuna.trial.BaseTrial
-) -> dict[str, Any]:
-    """Return a trial's settings: the searched and fixed ones of the space, the shared ones, defaults for the rest."""
+) -> TrialConfig:
+    """Return a configuration: searched and fixed settings of the space, shared ones, and defaults for the rest."""
     suggested = space.suggest(trial, train_images=train_images, max_epochs=shared["max_epochs"])
-    return vars(TrialConfig(**{**shared, **suggested})).copy()
+    return TrialConfig(**{**shared, **suggested})

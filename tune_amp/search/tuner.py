@@ -30,7 +30,7 @@ from tune_amp.search.schedulers import DivergenceAware, build_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import TrialConfig, describe_error, format_scale
+from tune_amp.trial.config import describe_error, format_scale
 
 
 def bind_trainable(
@@ -48,10 +48,9 @@ def bind_trainable(
 
 def name_trial(trial: Any) -> str:
     """Return a readable name of a trial: ``07-fp16-lr0.0031-b256-scale2^12``, the number first."""
-    config = TrialConfig(**trial.config)
-    number = int(trial.experiment_tag.split("_")[0])
-    name = f"{number:02d}-{config.precision}-lr{config.lr:.2g}-b{config.batch_size}"
-    return f"{name}-scale{format_scale(config.init_scale)}" if config.init_scale is not None else name
+    settings = trial.config
+    name = f"{int(trial.experiment_tag):02d}-{settings['precision']}-lr{settings['lr']:.2g}-b{settings['batch_size']}"
+    return name if settings["init_scale"] is None else f"{name}-scale{format_scale(settings['init_scale'])}"
 
 
 def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
