@@ -9,7 +9,7 @@ from typing import Any
 from records import PROVENANCE, make_epoch
 
 from tune_amp.results.journal import JOURNAL_VERSION, Journal
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import PastRun, open_past
 from tune_amp.trial.config import TrialConfig
 
@@ -47,7 +47,7 @@ def end(trial_id: str, status: str, at: float = 3.0) -> dict[str, Any]:
 
 def write_journal(folder: Path, events: Sequence[Mapping[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / JOURNAL_FILE
+    path = RunFolder(folder).journal
     path.unlink(missing_ok=True)
     with Journal(path) as journal:
         for event in events:

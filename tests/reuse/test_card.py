@@ -15,7 +15,7 @@ from records import PROVENANCE, make_scored, make_trial
 from small_runs import TIED_MODEL, make_split
 
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
-from tune_amp.results.records import BestRow
+from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
 from tune_amp.reuse.card import CardSource, describe_card
 from tune_amp.reuse.final import FinalResult, FinalTraining
@@ -45,7 +45,8 @@ def make_confirmation(**changes: Any) -> Confirmation:
 
 def make_source(*rows: BestRow, rank: int = 1, **provenance: Any) -> CardSource:
     about = dataclasses.replace(PROVENANCE, **provenance)
-    return CardSource(best=rows, rank=rank, provenance=about, versions={"tune_amp": "0.1.0", "torch": "2.15.0"})
+    best = BestFile(path=Path("best.parquet"), rows=rows, provenance=about, has_epochs=False)
+    return CardSource(best=best, rank=rank, versions={"tune_amp": "0.1.0", "torch": "2.15.0"})
 
 
 def make_row(rank: int | None, accuracy: float = 0.97, **changes: Any) -> BestRow:

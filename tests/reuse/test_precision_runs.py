@@ -14,7 +14,7 @@ from small_runs import make_split
 
 import tune_amp.reuse.precision_runs
 from tune_amp.cli.compare import Comparison
-from tune_amp.results.parquet import read_origin, read_rows
+from tune_amp.results.parquet import read_file
 from tune_amp.reuse.precision_runs import (
     SCHEMAS,
     TURNS,
@@ -296,9 +296,9 @@ def test_files_hold_the_rows_and_where_they_come_from(tmp_path: Path) -> None:
     cells = [MapCell(model="vit", batch_size=64, precision="bf16", turn_rates=(3.0,), peak_memory_bytes=7)]
     write_runs(tmp_path, runs, ORIGIN)
     write_map(tmp_path, cells, ORIGIN)
-    [row] = read_rows(tmp_path / "compare.parquet", "compare", SCHEMAS["compare"])
+    [row], origin, _ = read_file(tmp_path / "compare.parquet", "compare", SCHEMAS["compare"])
     assert row == vars(runs[0]) | {"epoch_rates": [1.5, 2.5]}
-    assert read_origin(tmp_path / "compare.parquet")["left_out"] == {"tf32": "no"}
+    assert origin["left_out"] == {"tf32": "no"}
     table = pd.read_parquet(tmp_path / "compare_map.parquet")
     assert table[["model", "batch_size", "precision", "peak_memory_bytes"]].values.tolist() == [["vit", 64, "bf16", 7]]
     assert table["turn_rates"][0].tolist() == [3.0]

@@ -16,8 +16,8 @@ from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import failure_report, progress_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
-from tune_amp.results.records import SlotTime, TrialRecord, load_slot_time, load_trials
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.records import SlotTime, TrialRecord, load_trials, load_trials_file
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search import recorder as recorder_module
 from tune_amp.search.history import open_past
 from tune_amp.search.recorder import TrialRecorder
@@ -112,7 +112,7 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
                 PROVENANCE,
                 progress,
                 watcher,
-                journal=stack.enter_context(Journal(tmp_path / JOURNAL_FILE)),
+                journal=stack.enter_context(Journal(RunFolder(tmp_path).journal)),
                 storage_root="/storage",
                 slots=2,
                 begin=clock.now,
@@ -474,9 +474,9 @@ def test_slot_time_is_known_when_the_search_is_over_and_written_with_it(
     clock.now += 3
     assert recorder.slot_time is None
     recorder.write()
-    assert load_slot_time(tmp_path) is None
+    assert load_trials_file(tmp_path).slot_time is None
     recorder.finish()
-    assert recorder.slot_time == load_slot_time(tmp_path) == SlotTime(slots=2, wall_seconds=3.0)
+    assert recorder.slot_time == load_trials_file(tmp_path).slot_time == SlotTime(slots=2, wall_seconds=3.0)
 
 
 def test_slots_of_nodes_that_joined_count(recorder: TrialRecorder) -> None:
@@ -515,7 +515,7 @@ def test_every_event_is_in_the_journal_before_anyone_is_told(
 ) -> None:
     class Reader:
         def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-            seen.append(read_journal(tmp_path / JOURNAL_FILE)[-1]["event"])
+            seen.append(read_journal(RunFolder(tmp_path).journal)[-1]["event"])
 
     seen: list[str] = []
     recorder._observer = Reader()
@@ -524,14 +524,14 @@ def test_every_event_is_in_the_journal_before_anyone_is_told(
     report_epoch(recorder, trial, 1, "completed")
     finish(recorder, trial)
     assert seen == ["start", "report", "end"]
-    assert [event["event"] for event in read_journal(tmp_path / JOURNAL_FILE)] == ["session", "trial", *seen]
+    assert [event["event"] for event in read_journal(RunFolder(tmp_path).journal)] == ["session", "trial", *seen]
 
 
 def test_checkpoints_are_noted_by_their_place_in_the_storage(recorder: TrialRecorder, tmp_path: Path) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)
     recorder.on_checkpoint(0, [], trial, types.SimpleNamespace(path="/storage/ray/a/checkpoint_000000"))
-    assert read_journal(tmp_path / JOURNAL_FILE)[-1]["path"] == "ray/a/checkpoint_000000"
+    assert read_journal(RunFolder(tmp_path).journal)[-1]["path"] == "ray/a/checkpoint_000000"
 
 
 def test_checkpoints_may_go_once_the_journal_says_that_their_trial_is_over(
@@ -540,7 +540,7 @@ def test_checkpoints_may_go_once_the_journal_says_that_their_trial_is_over(
     recorder = make_recorder()
 
     def look(name: str) -> None:
-        seen.append((name, read_journal(tmp_path / JOURNAL_FILE)[-1]["event"]))
+        seen.append((name, read_journal(RunFolder(tmp_path).journal)[-1]["event"]))
 
     seen: list[tuple[str, str]] = []
     recorder._on_end = look
@@ -685,4 +685,4 @@ def go_on(recorder: TrialRecorder, folder: Path) -> None:
     recorder._journal.__exit__()  # which holds the lock
     with open_past(folder) as past:
         recorder.replay(past.events)
-    recorder._journal.__init__(folder / JOURNAL_FILE)  # type: ignore[misc]
+    recorder._journal.__init__(RunFolder(folder).journal)  # type: ignore[misc]

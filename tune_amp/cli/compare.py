@@ -159,10 +159,11 @@ def _read_size(text: str) -> int:
 
 def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     wishes = read_wishes(arguments)
-    from tune_amp.results.records import load_best_record, load_provenance
+    from tune_amp.results.records import load_best_file
     from tune_amp.training.data import make_long_tail
 
-    record, provenance = load_best_record(arguments.best, arguments.rank), load_provenance(arguments.best)
+    best = load_best_file(arguments.best)
+    record, provenance = best.pick(arguments.rank), best.provenance
     take_consent(arguments, record.config)
     consent_to(*wishes.models)
     given = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
@@ -392,7 +393,7 @@ class Comparison:
         from tune_amp.reuse.precision_runs import COMPARE_FILE, MAP_FILE, write_map, write_runs
 
         if not self._is_written:
-            check_free(self._folder, COMPARE_FILE, MAP_FILE, PAGE_FILE)
+            check_free(*(self._folder / name for name in (COMPARE_FILE, MAP_FILE, PAGE_FILE)))
             self._is_written = True
         write_runs(self._folder, self._runs, self._origin)
         if self._cells:

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from tune_amp.results.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import InputError, TrialConfig, describe_error, one_line
 from tune_amp.trial.consent import check_consent, consent_to
 from tune_amp.trial.text import printable
@@ -233,7 +233,8 @@ def find_run(run: str, results_dir: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (JOURNAL_FILE, TRIALS_FILE, BEST_FILE))
+    run = RunFolder(folder)
+    return any(path.is_file() for path in (run.journal, run.trials, run.best))
 
 
 def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:

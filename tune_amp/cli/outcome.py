@@ -24,11 +24,10 @@ from tune_amp.results.records import (
     TrialRecord,
     load_best_rows,
     load_confirmed,
-    load_provenance,
-    load_slot_time,
-    load_trials,
+    load_epochs,
+    load_trials_file,
 )
-from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import describe_utilisation
 from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path, name_run
 from tune_amp.space.space import parse_space
@@ -79,9 +78,10 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
     Raises:
         InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file is damaged or of another version.
     """
-    trials = load_trials(folder)
-    provenance = load_provenance(folder / TRIALS_FILE)
-    best = load_best_rows(folder) if (folder / BEST_FILE).exists() else []
+    run = RunFolder(folder)
+    ended = load_trials_file(folder)
+    trials, provenance = load_epochs(folder, ended.trials), ended.provenance
+    best = load_best_rows(folder) if run.best.exists() else []
     wanted = top_k is not None
     if top_k is None:
         top_k = sum(not row.is_default for row in best) or 3
@@ -90,17 +90,17 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
         trials=trials,
         ranked=choose_best(trials, provenance.objectives, top_k),
         best=best,
-        confirmed_runs=load_confirmed(folder) if (folder / CONFIRM_FILE).exists() else (),
+        confirmed_runs=load_confirmed(folder) if run.confirm.exists() else (),
         provenance=provenance,
         importance=_find_importance(folder, trials, provenance),
-        slot_time=load_slot_time(folder),
+        slot_time=ended.slot_time,
         ranking_wanted=wanted,
     )
 
 
 def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
     """Return the importance that the search wrote, or measure it likewise, which mostly says why none was written."""
-    if (folder / IMPORTANCE_FILE).exists():
+    if RunFolder(folder).importance.exists():
         return load_importance(folder)
     space = parse_space(provenance.space_source, provenance.space_text)
     train_images, seed = provenance.train_images, provenance.seed
@@ -160,9 +160,10 @@ def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Consol
     _print_slot_time(console, outcome)
     if outcome.is_confirmed:
         say(console, _describe_runs(outcome))
-    files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
+    run = RunFolder(outcome.folder)
+    files = [path.name for path in run.files if path.exists()]
     say(console, f"files    {outcome.folder}: {', '.join(files)}")
-    if (outcome.folder / BEST_FILE).exists():
+    if run.best.exists():
         console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
 
 
@@ -213,4 +214,4 @@ def _print_no_result(console: Console, outcome: Outcome) -> None:
     reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
     for reason, count in reasons.most_common(3):
         say(console, f"  {count} {reason}")
-    console.print(printable(f"every trial is in {outcome.folder / 'trials.parquet'}"), markup=False, soft_wrap=True)
+    console.print(printable(f"every trial is in {RunFolder(outcome.folder).trials}"), markup=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from tune_amp.cli.console import (
     read_place,
     say,
 )
-from tune_amp.results.run_files import BEST_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import DEFAULT_RESULTS_DIR
 from tune_amp.trial.config import check
 
@@ -85,7 +85,7 @@ def _name_reuse_command(outcome: "Outcome") -> str:
     arguments, _ = recorded.parse_known_args(outcome.provenance.command[1:])
     return name_reuse_command(
         ("tune-amp", "train"),
-        outcome.folder / BEST_FILE,
+        RunFolder(outcome.folder).best,
         data_dir=arguments.data_dir,
         model=outcome.trials[0].config.model if outcome.trials else "",
         dataset=outcome.provenance.dataset,

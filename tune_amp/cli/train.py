@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -26,7 +26,7 @@ from tune_amp.cli.console import (
 )
 from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.results.files import claimed_folder
-from tune_amp.results.run_files import EPOCHS_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import naming_flags
 from tune_amp.trial.config import (
     InputError,
@@ -42,7 +42,7 @@ from tune_amp.trial.text import printable
 if TYPE_CHECKING:
     import torch
 
-    from tune_amp.results.records import TrialRecord
+    from tune_amp.results.records import BestFile
     from tune_amp.training.data import Dataset
     from tune_amp.trial.config import EpochMetrics
 
@@ -82,28 +82,25 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from tune_amp.results.records import load_best_record, load_best_rows, load_provenance
+    from tune_amp.results.records import load_best_file
 
-    record = load_best_record(arguments.best, arguments.rank)
-    best = load_best_rows(arguments.best)  # read now: a confirmation in progress will rank it anew
+    best = load_best_file(arguments.best)  # read once: a confirmation in progress will rank it anew
+    record = best.pick(arguments.rank)
     take_consent(arguments, record.config)
-    provenance = load_provenance(arguments.best)
-    dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
+    dataset = load_searched_data(record.config.dataset, arguments.data_dir, best.provenance.data_hash)
     if arguments.replay:
-        return _replay(arguments, record, dataset)
-    source = {"best": best, "rank": arguments.rank, "provenance": provenance}
-    return _train_final(arguments, record.config, dataset, source)
+        return _replay(arguments, best, dataset)
+    return _train_final(arguments, best, dataset)
 
 
-def _train_final(
-    arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset", source: Mapping[str, Any]
-) -> int:
+def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
     import torch
 
     from tune_amp.results.records import list_versions
     from tune_amp.reuse.card import CardSource, describe_card
     from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
 
+    chosen = best.pick(arguments.rank).config
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
@@ -129,7 +126,7 @@ def _train_final(
             print(f"{config.model} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
         versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
-        card = describe_card(result, CardSource(**source, versions=versions))
+        card = describe_card(result, CardSource(best=best, rank=arguments.rank, versions=versions))
         training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     say(console, describe_recalls(result.test_recalls))
@@ -162,13 +159,13 @@ def _print_training(
         say(console, f"note: {notice}", style="yellow")
 
 
-def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:
+def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
     """Repeat the trial and compare every epoch with its record. Return the exit code."""
     import torch
 
-    from tune_amp.results.parquet import locate
     from tune_amp.reuse.final import EPOCH_FIELDS, find_differences, replay_trial
 
+    record = best.pick(arguments.rank)
     for flag in ("seed", "max_epochs", "output"):
         if getattr(arguments, flag) is not None:
             raise InputError(
@@ -179,9 +176,9 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
     torch.set_num_threads(record.num_threads)  # sums are split among threads: their number changes the last bits
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
-    beside = locate(arguments.best, "best").with_name(EPOCHS_FILE)
-    left_out = () if beside.exists() else EPOCH_FIELDS
+    left_out = () if best.has_epochs else EPOCH_FIELDS
     if left_out:
+        beside = RunFolder(best.path.parent).epochs
         say(console, f"note: {beside} is missing: only the last epoch is compared, without {', '.join(left_out)}")
     equal = True
     recorded_on = "cpu" if record.device == "cpu" else "cuda"

@@ -11,7 +11,6 @@ from tune_amp.report.sections import tell_epochs, tell_last, tell_trouble, write
 from tune_amp.report.summary import say_moment, say_setting, tell_interval
 from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
 from tune_amp.results.records import BestRow
-from tune_amp.results.run_files import CONFIRM_FILE, IMPORTANCE_FILE, TRIALS_FILE
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 
 # ---- the parameters ----
@@ -34,7 +33,7 @@ def write_importance(run: Run) -> Section:
 
 
 def _tell_why_no_importance(run: Run) -> str:
-    trouble = run.troubles.get(IMPORTANCE_FILE, MISSING)
+    trouble = run.troubles.get(run.folder.importance, MISSING)
     if trouble != MISSING:
         return f"Not shown: importance.parquet {tell_trouble(trouble)}."
     if len(run.trials) < FEWEST_TRIALS:
@@ -88,7 +87,7 @@ def write_confirmed(run: Run) -> Section:
             f"{run.provenance.validation_images:,} validation images: differences of some tenths of a point are noise."
         )
         return Section([text], tables=[_list_ranked(run)])
-    trouble = run.troubles.get(CONFIRM_FILE)
+    trouble = run.troubles.get(run.folder.confirm)
     notes = [f"Single runs are not shown: confirm.parquet {tell_trouble(trouble)}."] if trouble else []
     caption = (
         "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
@@ -193,9 +192,7 @@ def list_words(given: Sequence[str]) -> list[str]:
 def write_utilisation(run: Run) -> Section:
     """Write what the slots were used for."""
     if run.slot_time is None:
-        trouble = run.troubles.get(TRIALS_FILE)
-        reason = f"the slot time cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
-        return Section([f"Not known: {reason}."])
+        return Section(["Not known: the search was killed, or is still running."])
     text = describe_utilisation(run.trials, run.slot_time)
     caption = (
         "The whole bar is the time of all slots, places in which a trial runs. Useful is the training of trials that "
@@ -217,9 +214,9 @@ def find_origin(run: Run, version: str) -> Origin:
         ("seed", str(origin.seed)),
         ("device", origin.device),
         ("versions", ", ".join(f"{name} {number}" for name, number in sorted(origin.versions.items()))),
-        ("report", f"made from the Parquet files of {run.folder} by tune_amp {version}"),
+        ("report", f"made from the Parquet files of {run.folder.path} by tune_amp {version}"),
     ]
-    unused = [f"{name}: {trouble}" for name, trouble in run.troubles.items() if trouble != MISSING]
+    unused = [f"{path.name}: {trouble}" for path, trouble in run.troubles.items() if trouble != MISSING]
     if unused:
         pairs.append(("not used", "; ".join(unused)))
     return Origin(pairs, quote_words(list_words(origin.command)), origin.space_source, origin.space_text)

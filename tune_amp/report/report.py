@@ -16,7 +16,6 @@ from tune_amp.report.run import Run, load_run
 from tune_amp.report.sections import write_curves, write_epochs, write_history, write_scales
 from tune_amp.report.summary import name_subject, say_moment, write_summary
 from tune_amp.results.files import write_atomically
-from tune_amp.results.run_files import REPORT_FILE
 from tune_amp.trial.config import InputError
 
 SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.MappingProxyType(
@@ -50,7 +49,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
             cannot be written, or exists and is not a report.
     """
     run = load_run(Path(folder))
-    path = run.folder / REPORT_FILE if output is None else Path(output)
+    path = run.folder.report if output is None else Path(output)
     page = build_report(run).encode("utf-8", errors="replace")  # file names may hold surrogates
     try:
         if os.path.lexists(path) and not is_page(path):

@@ -11,7 +11,6 @@ from tune_amp.report.scales import Trajectory, draw_scales, trace_scales
 from tune_amp.report.style import count_of, list_statuses, say_status
 from tune_amp.report.summary import say_seconds
 from tune_amp.results.records import TrialRecord
-from tune_amp.results.run_files import EPOCHS_FILE
 from tune_amp.trial.config import EpochMetrics, TrialStatus
 
 _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
@@ -191,7 +190,7 @@ def _tell_overflows(trajectories: Sequence[Trajectory], overflows: int) -> str:
 def _tell_why_no_scale(run: Run) -> str:
     if all(trial.config.precision != "fp16" for trial in run.trials):
         return "No trial trained in fp16: only fp16 needs loss scaling, so there is no loss scale to show."
-    trouble = run.troubles.get(EPOCHS_FILE)
+    trouble = run.troubles.get(run.folder.epochs)
     if trouble:
         return f"The loss scales stand in epochs.parquet, which {tell_trouble(trouble)}."
     return "No trial in fp16 came to the end of an epoch, so that no loss scale is known."
@@ -202,7 +201,7 @@ def write_curves(run: Run) -> Section:
     plot = draw_curves(run)
     if plot is None:
         return Section(["No trial was validated."])
-    trouble = run.troubles.get(EPOCHS_FILE)
+    trouble = run.troubles.get(run.folder.epochs)
     notes = [f"Only last epochs are shown: epochs.parquet {tell_trouble(trouble)}."] if trouble else []
     caption = (
         "Each line is a trial, validated in fp32 after every epoch; the thick one is rank 1. Where a line ends, so "

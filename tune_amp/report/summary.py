@@ -13,7 +13,6 @@ from tune_amp.report.style import count_of, list_statuses, say_status
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.ranking import describe_ties
 from tune_amp.results.records import BestRow, TrialRecord
-from tune_amp.results.run_files import BEST_FILE
 from tune_amp.trial.config import FIELD_TYPES, format_scale, is_function_name
 from tune_amp.trial.text import join_names
 
@@ -36,7 +35,7 @@ def write_summary(run: Run) -> Summary:
         *_tell_merit(run, run.winner),
         settings=describe_settings(run, run.winner.trial),
         findings=list(_list_findings(run, run.winner)),
-        reuse=[] if BEST_FILE in run.troubles else quote_words(list_reuse(run)),
+        reuse=[] if run.folder.best in run.troubles else quote_words(list_reuse(run)),
         unranked=_tell_unranked(run),
     )
 
@@ -218,7 +217,7 @@ def tell_interval(low: float | None, high: float | None) -> str:
 
 def _tell_unranked(run: Run) -> str:
     """Return why there is no command that trains the winner."""
-    trouble = run.troubles.get(BEST_FILE)
+    trouble = run.troubles.get(run.folder.best)
     if not trouble:
         return ""
     reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
@@ -231,7 +230,7 @@ def list_reuse(run: Run) -> list[str]:
     given = run.provenance.command
     installed = given[:1] != () and given[0].startswith("tune-amp")
     parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
-    parts.append(str(run.folder / BEST_FILE))
+    parts.append(str(run.folder.best))
     data_dir = _find_flag(given, "--data-dir")
     if data_dir is not None:
         parts += ["--data-dir", data_dir]

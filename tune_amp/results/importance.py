@@ -16,9 +16,9 @@ import optuna
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from tune_amp.results.parquet import build_columns, build_table, locate, read_rows, write_parquet
+from tune_amp.results.parquet import build_columns, build_table, read_file, write_parquet
 from tune_amp.results.records import Provenance, TrialRecord
-from tune_amp.results.run_files import IMPORTANCE_FILE
+from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
     HOPELESS_STATES,
@@ -295,7 +295,7 @@ def write_importance(folder: Path, result: ImportanceResult, provenance: Provena
     assert result.rows, "an importance file without a row is not written"
     rows = [vars(result) | vars(row) for row in result.rows]
     table = build_table("importance", SCHEMA, rows, dataclasses.asdict(provenance))
-    write_parquet(table, folder / IMPORTANCE_FILE)
+    write_parquet(table, RunFolder(folder).importance)
 
 
 def load_importance(path: str | Path) -> ImportanceResult:
@@ -305,7 +305,7 @@ def load_importance(path: str | Path) -> ImportanceResult:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "importance")
-    rows = read_rows(path, "importance", SCHEMA)
+    rows = read_file(path, "importance", SCHEMA).rows
     if not rows:
         raise InputError(f"{path}: must hold at least one row")
     for name in SCHEMA.names:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.records import Provenance, build_from
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import (
     MOST_SECONDS,
     OBJECTIVES,
@@ -118,12 +118,12 @@ def open_past(folder: Path) -> Iterator[PastRun]:
         InputError: the journal is missing, held by another process, damaged, of another version, or holds what no
             search writes.
     """
-    path = folder / JOURNAL_FILE
+    path = RunFolder(folder).journal
     links = sorted(entry for entry in folder.iterdir() if entry.is_symlink())
     if links:
         raise InputError(f"{links[0]}: must be no link, which may lead anywhere, in a run that goes on")
     if not path.is_file():
-        raise InputError(f"{folder}: must hold {JOURNAL_FILE}, from which a run goes on")
+        raise InputError(f"{folder}: must hold reports.journal, from which a run goes on")
     with Journal(path) as journal:
         events = read_journal(path)
         if not events:

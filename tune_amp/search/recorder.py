@@ -21,7 +21,6 @@ from tune_amp.cluster.trainable import metrics_of
 from tune_amp.results.journal import Journal
 from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import Provenance, SlotTime, TrialRecord, build_from, write_trials
-from tune_amp.results.run_files import JOURNAL_FILE
 from tune_amp.space.no_effect import find_inert
 from tune_amp.trial.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus, describe_error
 
@@ -119,7 +118,7 @@ class TrialRecorder(tune.Callback):
             try:
                 self._take_over(event)
             except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-                raise InputError(f"{JOURNAL_FILE}: line {number}: {describe_error(error)}") from error
+                raise InputError(f"reports.journal: line {number}: {describe_error(error)}") from error
         self._cut_off()
         self._progress = dataclasses.replace(self._progress, started=self._progress.started - self._past)
 
