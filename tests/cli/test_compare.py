@@ -185,13 +185,13 @@ def test_every_number_on_the_page_follows_from_the_files(
 
     loss = t_interval(points["fp32"] - points["fp16"], 0.9)
     claims = [line for line in page.splitlines() if line.startswith('- fp16, "')]
-    answer = "holds" if ratio[1] >= 1.5 else "does not hold" if ratio[2] < 1.5 else "cannot be told here"
+    answer = "holds" if ratio[1] >= 1.5 else "does not hold" if ratio[2] < 1.5 else "undecided"
     assert claims[0] == (
         f'- fp16, "1.5 to 3 times faster": **{answer}**: {ratio[0]:.2f} times the images a second of fp32 '
         f"(95 % interval {ratio[1]:.2f} to {ratio[2]:.2f}, n = 3 seeds, cpu, 1 thread)."
     )
-    assert claims[1].startswith('- fp16, "half the memory": **cannot be told here**: ')
-    answer = "holds" if loss[2] < 1 else "does not hold" if loss[1] > 1 else "cannot be told here"
+    assert claims[1].startswith('- fp16, "half the memory": **undecided**: ')
+    answer = "holds" if loss[2] < 1 else "does not hold" if loss[1] > 1 else "undecided"
     assert claims[2] == (
         f'- fp16, "under 1 % accuracy lost": **{answer}**: {loss[0]:+.2f} points lost to fp32 '
         f"(one-sided 95 % bounds {loss[1]:+.2f} and {loss[2]:+.2f}, n = 3 seeds, cpu, 1 thread)."
@@ -260,7 +260,7 @@ def test_sigusr1_keeps_the_runs_that_ended(
     assert sorted(zip(runs.seed, runs.precision, strict=True)) == [(71, "bf16"), (71, "fp16"), (71, "fp32")]
     page = Path("compare-rank1/compare.md").read_text()
     assert "3 of 9 runs of 2 epochs" in page
-    assert page.count("**cannot be told here**") == 6
+    assert page.count("**undecided**") == 6
     assert sorted(path.name for path in Path("compare-rank1").iterdir()) == ["compare.md", "compare.parquet"]
 
 

@@ -55,7 +55,7 @@ def test_a_finished_run_is_shown_with_all_that_its_files_hold(tmp_path: Path) ->
     assert errors == ""
     assert lines[0] == "4 trials: 4 completed"
     assert ranks(text) == [["1", "93.00%"], ["2", "92.00%"]]
-    assert "Numbers 1 to 2 cannot be told apart on 5,000 validation images" in text
+    assert "Ranks 1 to 2 are indistinguishable on 5,000 validation images" in text
     assert "importance at epoch 2 (20 trials), and what permuted values reach in 5 %:" in lines
     assert ["lr", "1.00", "0.30", "0.010"] in [line.split() for line in lines]
     assert lines[-3] == "slot time  2 slots x 50.0 s: useful training 6.0%, validation and probes 1.0%, rest 93.0%"
@@ -78,7 +78,9 @@ def test_a_killed_run_is_shown_with_what_it_had_written(tmp_path: Path) -> None:
     assert "5 trials: 4 completed, 1 interrupted" in text
     assert ranks(text) == [["1", "97.00%"], ["2", "93.00%"], ["3", "92.00%"]]
     assert "importance: not measured: needs at least 15 trials" in text
-    assert "unfinished: the search was cut off, or still goes on; the line that it printed, or else --resume " in text
+    assert (
+        "unfinished: the search was cut off, or is still running; the line that it printed, or else --resume " in text
+    )
     assert "slot time" not in text
     assert "reuse" not in text  # there is no best.parquet to train from
 

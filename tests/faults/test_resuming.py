@@ -75,7 +75,7 @@ def test_half_written_checkpoint_is_not_used_and_of_two_processes_that_resume_at
     assert codes == [0, 2], [search.stderr for search in searches]
     search, refused = sorted(searches, key=lambda search: search.wait())
     assert refused.stderr.count("\n") == 1
-    assert "the run still goes on in another process" in refused.stderr
+    assert "the run is still active in another process" in refused.stderr
     assert read_end(run) == undisturbed("alone")
     assert notes.read_text() == "mine"
     notes.unlink()
@@ -189,7 +189,7 @@ def test_data_changed_in_the_run_do_not_harm_it_but_no_other_data_go_on(tmp_path
     second = follow(resume(tmp_path, *own))
     assert second.wait() == 2
     assert second.stderr.count("\n") == 1
-    assert "the run still goes on in another process" in second.stderr
+    assert "the run is still active in another process" in second.stderr
 
     assert search.wait() == 0, search.stderr
     assert len(load_trials(run)) == 3

@@ -99,7 +99,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
 
 
 def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
-    """Return the importance that the search wrote, or measure it likewise, which mostly says why none was written."""
+    """Return the importance that the search wrote, or measure it likewise, which mostly yields why none was written."""
     if RunFolder(folder).importance.exists():
         return load_importance(folder)
     space = parse_space(provenance.space_source, provenance.space_text)
@@ -199,8 +199,8 @@ def _print_slot_time(console: Console, outcome: Outcome) -> None:
     if outcome.slot_time is None:
         say(
             console,
-            "unfinished: the search was cut off, or still goes on; the line that it printed, or else "
-            f"--resume {shlex.quote(name_run(outcome.folder, DEFAULT_RESULTS_DIR))}, goes on with it",
+            "unfinished: the search was cut off, or is still running; the line that it printed, or else "
+            f"--resume {shlex.quote(name_run(outcome.folder, DEFAULT_RESULTS_DIR))}, resumes it",
             style="yellow",
         )
         return

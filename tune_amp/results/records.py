@@ -119,6 +119,13 @@ class BestRow:
         """Whether this is the tutorial's default configuration, which was no trial."""
         return self.trial.trial_id == DEFAULT_ID
 
+    @property
+    def name(self) -> str:
+        """``rank 1``, ``rank 1 (default)`` or ``default``."""
+        if self.rank is None:
+            return DEFAULT_ID
+        return f"rank {self.rank}{f' ({DEFAULT_ID})' if self.is_default else ''}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:

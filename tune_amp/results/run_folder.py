@@ -68,11 +68,6 @@ class RunFolder:
         return (*results, self.space, self.study, self.journal, self.report)
 
 
-def open_run_folder(path: Path) -> RunFolder:
-    """Return the run folder ``path``, or the one that contains the file ``path``."""
-    return RunFolder(path if path.is_dir() else path.parent)
-
-
 def locate(path: str | Path, *kinds: str) -> Path:
     """Return ``path`` itself if it is a file, else the first Parquet file of ``kinds`` in that run folder."""
     path = Path(path)

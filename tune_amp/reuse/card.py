@@ -97,8 +97,7 @@ def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[st
 
 
 def _list_verdicts(source: CardSource) -> list[str]:
-    verdicts = [row.confirmation.verdict for row in source.best.rows if row.confirmation and row.confirmation.verdict]
-    return [verdict.replace("number ", "rank ") for verdict in verdicts]
+    return [row.confirmation.verdict for row in source.best.rows if row.confirmation and row.confirmation.verdict]
 
 
 def _describe_tie(source: CardSource) -> str:
@@ -106,7 +105,7 @@ def _describe_tie(source: CardSource) -> str:
     if confirmation is None:
         return f"Not confirmed on fresh seeds. {_describe_search_tie(source)}"
     if confirmation.tied_with_best is None:
-        return "Whether it may be the best cannot be told: not all runs of its confirmation completed."
+        return "Whether it may be the best is unknown: not all runs of its confirmation completed."
     others = [row for row in source.ranked if row.rank != source.rank and row.confirmation]
     unknown = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best is None]
     left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""

@@ -131,11 +131,11 @@ def _accuracy_cells(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def describe_equivalence(gap: Equivalence) -> str:
-    """Return ``yes``, ``no`` if the difference is shown to be beyond the margin, else ``cannot be told``."""
+    """Return ``yes``, ``no`` if the difference is shown to be beyond the margin, else ``undecided``."""
     if gap.equivalent:
         return "yes"
     beyond = gap.difference.low > gap.margin or gap.difference.high < -gap.margin
-    return "no" if beyond else "cannot be told"
+    return "no" if beyond else "undecided"
 
 
 def _render_seeds(origin: ComparisonOrigin, arms: Sequence[ArmSummary], runs: Sequence[ComparedRun]) -> str:
