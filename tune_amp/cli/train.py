@@ -6,7 +6,6 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,12 +14,12 @@ from tune_amp.cli.console import (
     EXIT_DONE,
     EXIT_NO_RESULT,
     OneLineParser,
+    add_winner_arguments,
     answer_bad_input,
     choose_device,
+    choose_output,
     load_searched_data,
-    name_beside,
     open_console,
-    read_path,
     say,
     take_consent,
 )
@@ -67,16 +66,10 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
         description="Train a configuration that a search found on the whole training set, and test it once.",
         allow_abbrev=False,
     )
+    add_winner_arguments(parser, saved="what is saved (train-...")
     add = parser.add_argument
-    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
-    add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
     add("--seed", type=int, metavar="N", help="another seed than the trial's")
     add("--max-epochs", type=int, metavar="N", help="another number of epochs than the trial's")
-    add("--output", type=read_path, metavar="DIR", help="folder for what is saved (train-... beside BEST.parquet)")
-    add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
-    add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
-    add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
     add("--replay", action="store_true", help="repeat the trial instead, and compare it with the record bit by bit")
     return parser
 
@@ -107,7 +100,8 @@ def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Data
     device = choose_device(arguments.device)
     _check_own_model(config, dataset, device)
     console = open_console()
-    with claimed_folder(arguments.output or _default_output(arguments, config)) as output:
+    name = f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
+    with claimed_folder(choose_output(arguments, name)) as output:
         try:
             training = FinalTraining(config, dataset, device)
             _print_training(console, arguments, config, device)
@@ -209,7 +203,3 @@ def describe_recalls(recalls: Sequence[float]) -> str:
     shown = ", ".join(f"{label}: {recall:.2%}" for recall, label in found[:MOST_RECALLS])
     left = f", {len(found) - MOST_RECALLS} better ones" if len(found) > MOST_RECALLS else ""
     return f"recall by class, the worst first: {shown}{left}"
-
-
-def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
-    return name_beside(arguments.best, f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}")

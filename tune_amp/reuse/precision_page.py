@@ -1,11 +1,17 @@
-"""The page ``compare.md``, also printed in the terminal: tables, verdicts on the claims, and how to read the figures.
+"""The files of a comparison: its rows in Parquet, and ``compare.md`` with tables, verdicts and how to read them.
 
-It is made from the rows of the Parquet files and their metadata alone.
+The page is made from the rows of the Parquet files and their metadata alone.
 """
 
+import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from tune_amp.results.files import write_atomically
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.results.statistics import Equivalence
 from tune_amp.reuse.markdown import render_markdown
 from tune_amp.reuse.precision_verdicts import (
@@ -27,6 +33,31 @@ CPU_MEANING = (
     "On a CPU the arithmetic of bf16 and fp16 and the loss scaling are real, so that the accuracies count; the speed "
     "is this CPU's and says nothing about a GPU, and memory is not measured."
 )
+
+
+PAGE_FILE = "compare.md"
+FILES = ("compare.parquet", "compare_map.parquet", PAGE_FILE)
+SCHEMAS: Mapping[str, pa.Schema] = {
+    "compare": pa.schema(build_columns(ComparedRun)),
+    "compare_map": pa.schema(build_columns(MapCell)),
+}
+
+
+def write_comparison(
+    folder: Path, origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell]
+) -> str:
+    """Write ``compare.parquet``, ``compare_map.parquet`` if there is a map, and ``compare.md``; return the page.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that is not written is unchanged.
+    """
+    for kind, rows in {"compare": runs, "compare_map": cells}.items():
+        if rows:
+            table = build_table(kind, SCHEMAS[kind], [vars(row).copy() for row in rows], dataclasses.asdict(origin))
+            write_parquet(table, folder / f"{kind}.parquet")
+    page = render_comparison(origin, runs, cells)
+    write_atomically(folder / PAGE_FILE, lambda file: file.write(page.encode()))
+    return page
 
 
 def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell] = ()) -> str:
