@@ -8,10 +8,18 @@ import pytest
 from records import PROVENANCE, make_epoch, make_scored, make_trial
 from rich.console import Console
 
-from tune_amp.cli.outcome import load_outcome, name_reuse_command, print_outcome
+from tune_amp.cli.outcome import load_outcome, print_outcome
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.importance import ImportanceResult, ParameterImportance, write_importance
-from tune_amp.results.records import BestRow, SlotTime, TrialRecord, rank_trials, write_best, write_trials
+from tune_amp.results.records import (
+    BestRow,
+    SlotTime,
+    TrialRecord,
+    list_reuse_words,
+    rank_trials,
+    write_best,
+    write_trials,
+)
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
 SLOT_TIME = SlotTime(slots=2, wall_seconds=50.0)
@@ -125,8 +133,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         load_outcome(tmp_path)
 
 
-def test_the_line_that_trains_quotes_paths_and_consents_to_the_users_own_code_only() -> None:
-    line = name_reuse_command(
-        ("tune-amp", "train"), Path("my runs/best.parquet"), data_dir="my data", model="mine:net", dataset="mnist"
+def test_the_line_that_trains_names_the_data_and_consents_to_the_users_own_code_only() -> None:
+    words = list_reuse_words(
+        ("tune-amp", "train"), "my runs/best.parquet", data_dir="my data", model="mine:net", dataset="mnist"
     )
-    assert line == "tune-amp train 'my runs/best.parquet' --data-dir 'my data' --model mine:net"
+    assert words == ["tune-amp", "train", "my runs/best.parquet", "--data-dir", "my data", "--model", "mine:net"]

@@ -3,7 +3,6 @@
 Imports neither torch nor Ray, so that a run is shown at once, on any machine with pyarrow and Optuna.
 """
 
-import collections
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from tune_amp.monitor.tables import describe_confirmed, render_confirmed
 from tune_amp.monitor.terminal import describe_counts, render_importance, render_ranking
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
-from tune_amp.results.ranking import choose_best, describe_ties
+from tune_amp.results.ranking import choose_best, describe_ties, list_obstacles
 from tune_amp.results.records import (
     BestRow,
     Provenance,
@@ -29,9 +28,8 @@ from tune_amp.results.records import (
 )
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import describe_utilisation
-from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path, name_run
+from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_run
 from tune_amp.space.space import parse_space
-from tune_amp.trial.config import is_function_name
 from tune_amp.trial.text import printable
 
 
@@ -105,25 +103,6 @@ def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Pr
     space = parse_space(provenance.space_source, provenance.space_text)
     train_images, seed = provenance.train_images, provenance.seed
     return measure_importance(space, trials, provenance.objectives[0], train_images=train_images, seed=seed)
-
-
-def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None, model: str, dataset: str) -> str:
-    """Return the command that trains the winner, with the same data, and with consent to the user's own code.
-
-    Args:
-        train: the command that trains, such as ``("tune-amp", "train")``.
-        best: ``best.parquet``.
-        data_dir: the search's ``--data-dir``; None if it was not given.
-        model: the search's model.
-        dataset: the search's data set.
-    """
-    parts = [*train, name_path(best)]
-    if data_dir is not None:
-        parts += ["--data-dir", data_dir]
-    for flag, name in (("model", model), ("dataset", dataset)):
-        if is_function_name(name):
-            parts += [f"--{flag}", name]
-    return shlex.join(parts)
 
 
 def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
@@ -211,7 +190,6 @@ def _print_slot_time(console: Console, outcome: Outcome) -> None:
 def _print_no_result(console: Console, outcome: Outcome) -> None:
     """Print why there is no winner, the commonest reasons first."""
     console.print("[bold red]no trial produced a result[/]:")
-    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
-    for reason, count in reasons.most_common(3):
-        say(console, f"  {count} {reason}")
+    for line in list_obstacles(outcome.trials):
+        say(console, f"  {line}")
     console.print(printable(f"every trial is in {RunFolder(outcome.folder).trials}"), markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -53,6 +54,7 @@ from tune_amp.search.options import (
     build_options,
     check_trackers,
     make_run_name,
+    name_path,
     naming_flags,
     run_folder,
 )
@@ -406,12 +408,13 @@ def _find_folder(module: ModuleType) -> Path | None:
 
 
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
-    from tune_amp.cli.outcome import name_reuse_command
+    from tune_amp.results.records import list_reuse_words
 
     script = Path(sys.argv[0]).with_name("train.py")
     train = ("tune-amp", "train") if program.startswith("tune-amp") else (_name_python(), str(script))
     data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
-    return name_reuse_command(train, best, data_dir=data_dir, model=arguments.model, dataset=arguments.dataset)
+    model, dataset = arguments.model, arguments.dataset
+    return shlex.join(list_reuse_words(train, name_path(best), data_dir=data_dir, model=model, dataset=dataset))
 
 
 def _resume_command(task: Task, folder: Path) -> str:

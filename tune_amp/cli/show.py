@@ -1,6 +1,7 @@
 """The command ``tune-amp show``: prints a run again, from the run's files alone."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from tune_amp.cli.console import (
     say,
 )
 from tune_amp.results.run_folder import RunFolder
-from tune_amp.search.options import DEFAULT_RESULTS_DIR
+from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path
 from tune_amp.trial.config import check
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _show(arguments: argparse.Namespace) -> int:
     console = open_console()
     with ignoring_closed_pipe():
         _print_start(console, outcome)
-        print_outcome(console, outcome, _name_reuse_command(outcome), errors=console)
+        print_outcome(console, outcome, _describe_reuse(outcome), errors=console)
     return EXIT_DONE
 
 
@@ -76,17 +77,12 @@ def _print_start(console: Console, outcome: "Outcome") -> None:
     say(console, f"run        {about.run}, {about.created}, on {about.device}")
 
 
-def _name_reuse_command(outcome: "Outcome") -> str:
+def _describe_reuse(outcome: "Outcome") -> str:
     """Return the search's reuse command, but with ``tune-amp``: the folder of the scripts is not known here."""
-    from tune_amp.cli.outcome import name_reuse_command
+    from tune_amp.results.records import list_reuse_words
 
-    recorded = OneLineParser(prog="tune-amp search", add_help=False, allow_abbrev=False)
-    recorded.add_argument("--data-dir")
-    arguments, _ = recorded.parse_known_args(outcome.provenance.command[1:])
-    return name_reuse_command(
-        ("tune-amp", "train"),
-        RunFolder(outcome.folder).best,
-        data_dir=arguments.data_dir,
-        model=outcome.trials[0].config.model if outcome.trials else "",
-        dataset=outcome.provenance.dataset,
-    )
+    about = outcome.provenance
+    model = outcome.trials[0].config.model if outcome.trials else ""
+    best = name_path(RunFolder(outcome.folder).best)
+    train = ("tune-amp", "train")
+    return shlex.join(list_reuse_words(train, best, data_dir=about.data_dir, model=model, dataset=about.dataset))

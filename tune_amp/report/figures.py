@@ -13,7 +13,15 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.report.axes import Axis, count_step, linear_axis, objective_axis, show_percent
 from tune_amp.report.run import Run, find_value, list_rankable
-from tune_amp.report.style import SYMBOLS, build_figure, colour_of, describe_trial, format_status, list_statuses
+from tune_amp.report.style import (
+    SYMBOLS,
+    build_figure,
+    colour_of,
+    describe_trial,
+    format_status,
+    list_statuses,
+    style_line,
+)
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import SlotUse
 from tune_amp.trial.config import MORE_IS_BETTER, TrialStatus
@@ -48,7 +56,7 @@ def draw_history(run: Run) -> go.Figure:
         traces.append(draw_trials(run, group, xs, axis, name=format_status(status)))
     if run.winner and run.winner.trial.trial_id in numbers:
         trial = run.winner.trial
-        traces.append(_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
+        traces.append(draw_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
     count = len(run.trials)
     margin = 0.6 + 0.01 * count
     x = {
@@ -69,7 +77,7 @@ def draw_pareto(run: Run, other: str) -> go.Figure:
         traces.append(draw_trials(run, group, xs, y, name=format_status(status), also=(other, x)))
     front = [row.trial for row in run.ranked]
     xs = x.place_all(find_value(trial, other) for trial in front)
-    traces.append(_ring(xs, y.place_all(find_value(trial, run.objective) for trial in front), "Pareto set"))
+    traces.append(draw_ring(xs, y.place_all(find_value(trial, run.objective) for trial in front), "Pareto set"))
     return build_figure(traces, height=HEIGHT, x=x.as_plotly(), y=y.as_plotly())
 
 
@@ -131,7 +139,8 @@ def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Sc
     return go.Scatter(x=xs, y=axis.place_all(values), mode="lines", line=line, name="best so far", hoverinfo="skip")
 
 
-def _ring(xs: Sequence[float | None], ys: Sequence[float | None], name: str) -> go.Scatter:
+def draw_ring(xs: Sequence[float | None], ys: Sequence[float | None], name: str) -> go.Scatter:
+    """Draw a ring around points."""
     marker = {"symbol": "circle-open", "size": 17, "color": colour_of("ink"), "line": {"width": 2}}
     return go.Scatter(x=xs, y=ys, mode="markers", marker=marker, name=name, hoverinfo="skip")
 
@@ -193,12 +202,11 @@ def draw_curves(run: Run) -> go.Figure | None:
 def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> go.Scatter:
     values = [getattr(report, name) for report in trial.epochs]
     shown = ["no value" if value is None else axis.show(value) for value in values]
-    colour = colour_of("ink" if is_winner else trial.status)
     return go.Scatter(
         x=[report.epoch for report in trial.epochs],
         y=axis.place_all(values),
         mode="lines+markers",
-        line={"color": colour, "width": 3 if is_winner else 1.3},
+        line=style_line(trial, is_winner=is_winner),
         marker={"symbol": SYMBOLS[trial.status], "size": 7 if is_winner else 5},
         opacity=1.0 if is_winner else 0.6,
         customdata=shown,

@@ -9,6 +9,7 @@ from tune_amp.report.parameters import draw_importance, draw_parallel, draw_slic
 from tune_amp.report.run import MISSING, Run, find_value
 from tune_amp.report.sections import build_key, describe_trouble, format_epochs, format_last
 from tune_amp.report.summary import format_interval, format_moment, format_setting
+from tune_amp.results.gain import format_difference
 from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
 from tune_amp.results.records import BestRow
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
@@ -160,7 +161,7 @@ def _format_confirmed(run: Run, row: BestRow) -> Sequence[str]:
         _format_mean(found.test_accuracy_mean, found.test_accuracy_low, found.test_accuracy_high),
         _format_mean(found.val_accuracy_mean, found.val_accuracy_low, found.val_accuracy_high),
         in_search,
-        _format_optimism(run, found.optimism),
+        "" if found.optimism is None else format_difference(found.optimism, run.objective),
         str(len(found.confirm_seeds)),
         {None: "not known", True: "yes", False: "no"}[found.tied_with_best],
         *settings,
@@ -169,12 +170,6 @@ def _format_confirmed(run: Run, row: BestRow) -> Sequence[str]:
 
 def _format_mean(mean: float | None, low: float | None, high: float | None) -> str:
     return "not all completed" if mean is None else f"{show_percent(mean)} {format_interval(low, high)}"
-
-
-def _format_optimism(run: Run, optimism: float | None) -> str:
-    if optimism is None:
-        return ""
-    return f"{optimism:+.4f} nats" if run.objective == "val_loss" else f"{100 * optimism:+.2f} points"
 
 
 def _list_failures(run: Run) -> Iterator[Table]:

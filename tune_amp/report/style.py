@@ -125,6 +125,11 @@ def format_status(status: TrialStatus) -> str:
     return str(status).replace("_", " ")
 
 
+def style_line(trial: TrialRecord, *, is_winner: bool) -> dict[str, Any]:
+    """Return colour and width of a trial's line."""
+    return {"color": colour_of("ink" if is_winner else trial.status), "width": 3 if is_winner else 1.3}
+
+
 def describe_trial(trial: TrialRecord) -> str:
     """Return the hover text of a trial. Names are escaped: they come from files, and plotly interprets tags."""
     lines = [f"<b>{_text(trial.trial_name)}</b>", _text(_describe_end(trial))]

@@ -11,9 +11,10 @@ from tune_amp.report.page import Finding, Summary, Swatch, quote_words
 from tune_amp.report.run import MISSING, Run, find_value
 from tune_amp.report.style import count_of, format_status, list_statuses
 from tune_amp.results.confirmed import Confirmation
-from tune_amp.results.ranking import describe_ties
-from tune_amp.results.records import BestRow, TrialRecord
-from tune_amp.trial.config import FIELD_TYPES, format_scale, is_function_name
+from tune_amp.results.gain import format_difference
+from tune_amp.results.ranking import describe_ties, list_obstacles
+from tune_amp.results.records import BestRow, TrialRecord, list_reuse_words
+from tune_amp.trial.config import FIELD_TYPES, format_scale
 from tune_amp.trial.text import join_names
 
 
@@ -27,7 +28,7 @@ def build_summary(run: Run) -> Summary:
     """Build both halves of the first screen."""
     searched, statuses = list(_list_searched(run)), _count_statuses(run.trials)
     if run.winner is None:
-        reasons = [Finding(reason, is_warning=True) for reason in _list_reasons(run.trials)]
+        reasons = [Finding(reason, is_warning=True) for reason in list_obstacles(run.trials)]
         return Summary(searched, statuses, "No trial produced a result.", findings=reasons)
     return Summary(
         searched,
@@ -104,12 +105,6 @@ def format_seconds(seconds: float) -> str:
 # ---- what came out ----
 
 
-def _list_reasons(trials: Sequence[TrialRecord]) -> list[str]:
-    """Return why there is no winner, the commonest reasons first."""
-    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
-    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
-
-
 def _describe_merit(run: Run, winner: BestRow) -> tuple[str, str]:
     """Return the figure of merit and its description."""
     found = winner.confirmation
@@ -171,9 +166,7 @@ def _list_confirmation_findings(run: Run, found: Confirmation) -> Iterator[Findi
 def _describe_optimism(run: Run, found: Confirmation) -> str:
     if found.optimism is None:
         return ""
-    if run.objective == "val_loss":
-        return f"Search minus confirmed: {found.optimism:+.4f} nats of validation loss."
-    return f"Search minus confirmed: {100 * found.optimism:+.2f} points."
+    return f"Search minus confirmed: {format_difference(found.optimism, run.objective)}."
 
 
 def _describe_ties(run: Run) -> Finding:
@@ -218,27 +211,10 @@ def _explain_unranked(run: Run) -> str:
 
 
 def list_reuse(run: Run) -> list[str]:
-    """Return the command that trains the winner, with the same data, and with consent to the user's own code."""
+    """Return the words of the command that trains the winner."""
     assert run.winner is not None
-    given = run.provenance.command
-    installed = given[:1] != () and given[0].startswith("tune-amp")
-    parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
-    parts.append(str(run.folder.best))
-    data_dir = _find_flag(given, "--data-dir")
-    if data_dir is not None:
-        parts += ["--data-dir", data_dir]
-    config = run.winner.trial.config
-    for flag, name in (("--model", config.model), ("--dataset", config.dataset)):
-        if is_function_name(name):
-            parts += [flag, name]
-    return parts
-
-
-def _find_flag(command: Sequence[str], flag: str) -> str | None:
-    """Return the value of ``flag`` in the search's command, in either way of writing it; None if it was not given."""
-    for index, part in enumerate(command):
-        if part == flag and index + 1 < len(command):
-            return command[index + 1]
-        if part.startswith(f"{flag}="):
-            return part.removeprefix(f"{flag}=")
-    return None
+    about, config = run.provenance, run.winner.trial.config
+    installed = about.command[:1] != () and about.command[0].startswith("tune-amp")
+    train = ("tune-amp", "train") if installed else ("python", "scripts/train.py")
+    best = str(run.folder.best)
+    return list_reuse_words(train, best, data_dir=about.data_dir, model=config.model, dataset=config.dataset)

@@ -171,10 +171,15 @@ def show_difference(difference: float, objective: str) -> str:
     return f"{100 * difference:+.2f}" if objective in MORE_IS_BETTER else f"{difference:+.4f}"
 
 
+def format_difference(difference: float, objective: str) -> str:
+    """Return a difference with its unit, such as ``+0.35 points``."""
+    return f"{show_difference(difference, objective)} {'points' if objective in MORE_IS_BETTER else 'nats'}"
+
+
 def _describe_gain(gain: Gain, objective: str) -> str:
     low, high = show_difference(gain.low, objective), show_difference(gain.high, objective)
-    unit = "points of validation accuracy" if objective in MORE_IS_BETTER else "nats of validation loss"
-    number = f"{show_difference(gain.difference, objective)} {unit} (95 % interval {low} to {high}, {gain.seeds} seeds)"
+    difference = f"{format_difference(gain.difference, objective)} of {OBJECTIVE_NAMES[objective]}"
+    number = f"{difference} (95 % interval {low} to {high}, {gain.seeds} seeds)"
     if not gain.equivalent:
         return number
     margin = "0.2 points" if objective in MORE_IS_BETTER else f"{MARGINS[objective]} nats"

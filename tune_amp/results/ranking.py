@@ -1,5 +1,6 @@
 """Ranks trials and finds ties, by the search's own results and by confirmation on fresh seeds."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -74,6 +75,12 @@ def _pick_pareto_set(ranked: Sequence[tuple[tuple[float, ...], TrialRecord]]) ->
 
 def _dominates(scores: tuple[float, ...], others: tuple[float, ...]) -> bool:
     return scores != others and all(score <= other for score, other in zip(scores, others, strict=True))
+
+
+def list_obstacles(trials: Sequence[TrialRecord]) -> list[str]:
+    """Return why no trial could be ranked, each reason with its number of trials, the three commonest first."""
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
+    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
 
 
 def accuracy_standard_error(accuracy: float, images: int) -> float:

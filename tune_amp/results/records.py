@@ -47,6 +47,7 @@ from tune_amp.trial.config import (
     checked_type,
     described,
     field_types,
+    is_function_name,
     shown,
 )
 from tune_amp.trial.consent import distrust
@@ -157,6 +158,16 @@ class Provenance:
         """Objectives of the search; the first ranks the trials."""
         return tuple(self.objective.split(","))
 
+    @property
+    def data_dir(self) -> str | None:
+        """The search's ``--data-dir``; None if it was not given."""
+        for part, following in itertools.pairwise([*self.command, None]):
+            if part == "--data-dir":
+                return following
+            if part is not None and part.startswith("--data-dir="):
+                return part.removeprefix("--data-dir=")
+        return None
+
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Provenance).items():
             if hint in (str, int, str | None):
@@ -188,6 +199,22 @@ class SlotTime:
             raise InputError(f"slots: must be at least 1, got {shown(self.slots)}")
         if not 0 <= checked_type("wall_seconds", self.wall_seconds, float) <= MOST_SECONDS:
             raise InputError(f"wall_seconds: must be between 0 and {MOST_SECONDS:g}, got {shown(self.wall_seconds)}")
+
+
+def list_reuse_words(train: Sequence[str], best: str, *, data_dir: str | None, model: str, dataset: str) -> list[str]:
+    """Return the command that trains rank 1, with the same data, and with consent to the user's own code.
+
+    Args:
+        train: the command that trains, such as ``("tune-amp", "train")``.
+        best: path of ``best.parquet``.
+        data_dir: the search's ``--data-dir``; None if it was not given.
+        model: the search's model.
+        dataset: the search's data set.
+    """
+    words = [*train, best, *([] if data_dir is None else ["--data-dir", data_dir])]
+    for flag, name in (("--model", model), ("--dataset", dataset)):
+        words += [flag, name] if is_function_name(name) else []
+    return words
 
 
 def list_versions(*packages: str) -> dict[str, str]:
