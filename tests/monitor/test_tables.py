@@ -11,7 +11,7 @@ from typing import Any
 from records import PROVENANCE, make_scored, make_trial
 from rich.console import Console
 
-from tune_amp.cli.outcome import print_confirmed
+from tune_amp.cli.run_summary import print_confirmed
 from tune_amp.monitor.tables import describe_confirmed, render_confirmed
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.ranking import rank_confirmed

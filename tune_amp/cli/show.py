@@ -23,7 +23,7 @@ from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path
 from tune_amp.trial.config import check
 
 if TYPE_CHECKING:
-    from tune_amp.cli.outcome import Outcome
+    from tune_amp.cli.run_summary import RunSummary
 
 
 def show_command(arguments: Sequence[str] | None = None, program: str = "tune-amp show") -> int:
@@ -51,23 +51,23 @@ def _show_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from tune_amp.cli.outcome import load_outcome, print_outcome
+    from tune_amp.cli.run_summary import load_summary, print_summary
 
     check("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "must be at least 1")
-    outcome = load_outcome(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
+    summary = load_summary(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
     console = open_console()
     with ignoring_closed_pipe():
-        _print_start(console, outcome)
-        print_outcome(console, outcome, _describe_reuse(outcome), errors=console)
+        _print_start(console, summary)
+        print_summary(console, summary, _describe_reuse(summary), errors=console)
     return EXIT_DONE
 
 
-def _print_start(console: Console, outcome: "Outcome") -> None:
+def _print_start(console: Console, summary: "RunSummary") -> None:
     from tune_amp.space.space import parse_space
 
-    about = outcome.provenance
-    models = dict.fromkeys(trial.config.model for trial in outcome.trials)
-    tails = dict.fromkeys(trial.config.imbalance for trial in outcome.trials if trial.config.imbalance != 1)
+    about = summary.provenance
+    models = dict.fromkeys(trial.config.model for trial in summary.trials)
+    tails = dict.fromkeys(trial.config.imbalance for trial in summary.trials if trial.config.imbalance != 1)
     tail = "".join(f" (long tail {imbalance:g}:1)" for imbalance in tails)
     sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
     say(console, f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}")
@@ -77,12 +77,12 @@ def _print_start(console: Console, outcome: "Outcome") -> None:
     say(console, f"run        {about.run}, {about.created}, on {about.device}")
 
 
-def _describe_reuse(outcome: "Outcome") -> str:
+def _describe_reuse(summary: "RunSummary") -> str:
     """Return the search's reuse command, but with ``tune-amp``: the folder of the scripts is not known here."""
     from tune_amp.results.records import list_reuse_words
 
-    about = outcome.provenance
-    model = outcome.trials[0].config.model if outcome.trials else ""
-    best = name_path(RunFolder(outcome.folder).best)
+    about = summary.provenance
+    model = summary.trials[0].config.model if summary.trials else ""
+    best = name_path(RunFolder(summary.folder).best)
     train = ("tune-amp", "train")
     return shlex.join(list_reuse_words(train, best, data_dir=about.data_dir, model=model, dataset=about.dataset))

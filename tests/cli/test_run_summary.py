@@ -8,7 +8,7 @@ import pytest
 from records import PROVENANCE, make_epoch, make_scored, make_trial
 from rich.console import Console
 
-from tune_amp.cli.outcome import load_outcome, print_outcome
+from tune_amp.cli.run_summary import load_summary, print_summary
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.importance import ImportanceResult, ParameterImportance, write_importance
 from tune_amp.results.records import (
@@ -43,7 +43,7 @@ def shown(folder: Path, top_k: int | None = None) -> tuple[str, str]:
     """Standard output and what goes to the error stream."""
     streams = io.StringIO(), io.StringIO()
     console, errors = (Console(file=stream, width=100, highlight=False) for stream in streams)
-    print_outcome(console, load_outcome(folder, top_k), "the line that trains", errors)
+    print_summary(console, load_summary(folder, top_k), "the line that trains", errors)
     return streams[0].getvalue(), streams[1].getvalue()
 
 
@@ -123,14 +123,14 @@ def test_where_fresh_seeds_know_better_the_searchs_own_ranking_is_shown_only_on_
     means = {f"{name}_{what}": 0.91 for name in ("val_accuracy", "test_accuracy") for what in ("mean", "high")}
     confirmation = Confirmation(confirm_seeds=(1, 2, 3), tied_with_best=True, **means)  # type: ignore[arg-type]
     write_run(tmp_path, trials, [BestRow(rank=1, trial=trials[3], confirmation=confirmation)])
-    assert load_outcome(tmp_path).is_confirmed
+    assert load_summary(tmp_path).is_confirmed
     assert ["1", "93.00%"] not in ranks(shown(tmp_path)[0])
     assert ranks(shown(tmp_path, top_k=2)[0])[:2] == [["1", "93.00%"], ["2", "92.00%"]]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must hold trials\.parquet"):
-        load_outcome(tmp_path)
+        load_summary(tmp_path)
 
 
 def test_the_line_that_trains_names_the_data_and_consents_to_the_users_own_code_only() -> None:

@@ -34,7 +34,7 @@ from tune_amp.trial.text import printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunSummary:
     """The result of a search, as it is printed."""
 
     folder: Path
@@ -66,7 +66,7 @@ class Outcome:
         return any(row.confirmation is not None for row in self.best)
 
 
-def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
+def load_summary(folder: Path, top_k: int | None = None) -> RunSummary:
     """Return the result of a run from its files. Some are missing if the run was killed.
 
     Args:
@@ -83,7 +83,7 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
     wanted = top_k is not None
     if top_k is None:
         top_k = sum(not row.is_default for row in best) or 3
-    return Outcome(
+    return RunSummary(
         folder=folder,
         trials=trials,
         ranked=choose_best(trials, provenance.objectives, top_k),
@@ -105,43 +105,43 @@ def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Pr
     return measure_importance(space, trials, provenance.objectives[0], train_images=train_images, seed=seed)
 
 
-def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
+def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Console) -> None:
     """Print counts, ranking with ties or confirmation, importance, slot time, files and the command for reuse.
 
     Args:
         console: where the result is printed.
-        outcome: the result.
+        summary: the result.
         reuse: the command that trains the winner.
         errors: where the reasons for having no result are printed.
     """
-    console.print(describe_counts(outcome.trials))
-    if outcome.interrupted:
+    console.print(describe_counts(summary.trials))
+    if summary.interrupted:
         console.print("[magenta]interrupted[/]: everything that was reported is kept")
-    if not outcome.ranked:
-        _print_slot_time(console, outcome)
-        _print_no_result(errors, outcome)
+    if not summary.ranked:
+        _print_slot_time(console, summary)
+        _print_no_result(errors, summary)
         return
     console.print()
-    if outcome.ranking_wanted or not outcome.is_confirmed or len(outcome.provenance.objectives) > 1:
-        _print_ranking(console, outcome)
+    if summary.ranking_wanted or not summary.is_confirmed or len(summary.provenance.objectives) > 1:
+        _print_ranking(console, summary)
         console.print()
-    if outcome.is_confirmed:
-        print_confirmed(console, outcome.best, outcome.provenance)
+    if summary.is_confirmed:
+        print_confirmed(console, summary.best, summary.provenance)
         console.print()
-    elif outcome.confirmed_runs or outcome.confirm_seconds is not None:
-        kept = f"{len(outcome.confirmed_runs)} runs are kept; the ranking is the search's own"
+    elif summary.confirmed_runs or summary.confirm_seconds is not None:
+        kept = f"{len(summary.confirmed_runs)} runs are kept; the ranking is the search's own"
         console.print(f"[magenta]confirmation interrupted[/]: {kept}", soft_wrap=True)
         console.print()
-    say(console, describe_importance(outcome.importance))
-    if any(row.told_from_noise for row in outcome.importance.rows):
-        console.print(render_importance(outcome.importance))
+    say(console, describe_importance(summary.importance))
+    if any(row.told_from_noise for row in summary.importance.rows):
+        console.print(render_importance(summary.importance))
     console.print()
-    _print_slot_time(console, outcome)
-    if outcome.is_confirmed:
-        say(console, _describe_runs(outcome))
-    run = RunFolder(outcome.folder)
+    _print_slot_time(console, summary)
+    if summary.is_confirmed:
+        say(console, _describe_runs(summary))
+    run = RunFolder(summary.folder)
     files = [path.name for path in run.files if path.exists()]
-    say(console, f"files    {outcome.folder}: {', '.join(files)}")
+    say(console, f"files    {summary.folder}: {', '.join(files)}")
     if run.best.exists():
         console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
 
@@ -159,37 +159,37 @@ def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Prove
         say(console, sentence)
 
 
-def _print_ranking(console: Console, outcome: Outcome) -> None:
-    console.print(render_ranking(outcome.ranked, outcome.provenance.objectives))
-    ties = describe_ties(outcome.ranked, outcome.provenance)
+def _print_ranking(console: Console, summary: RunSummary) -> None:
+    console.print(render_ranking(summary.ranked, summary.provenance.objectives))
+    ties = describe_ties(summary.ranked, summary.provenance)
     if ties:
         say(console, ties)
 
 
-def _describe_runs(outcome: Outcome) -> str:
+def _describe_runs(summary: RunSummary) -> str:
     """Return how many configurations were trained on which fresh seeds, and how long that took, if known."""
-    seeds = sorted({run.seed for run in outcome.confirmed_runs})
-    count = len({run.trial_id for run in outcome.confirmed_runs})
-    took = "" if outcome.confirm_seconds is None else f" in {outcome.confirm_seconds:.0f} s"
+    seeds = sorted({run.seed for run in summary.confirmed_runs})
+    count = len({run.trial_id for run in summary.confirmed_runs})
+    took = "" if summary.confirm_seconds is None else f" in {summary.confirm_seconds:.0f} s"
     return f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}"
 
 
-def _print_slot_time(console: Console, outcome: Outcome) -> None:
-    if outcome.slot_time is None:
+def _print_slot_time(console: Console, summary: RunSummary) -> None:
+    if summary.slot_time is None:
         say(
             console,
             "unfinished: the search was cut off, or is still running; the line that it printed, or else "
-            f"--resume {shlex.quote(name_run(outcome.folder, DEFAULT_RESULTS_DIR))}, resumes it",
+            f"--resume {shlex.quote(name_run(summary.folder, DEFAULT_RESULTS_DIR))}, resumes it",
             style="yellow",
         )
         return
-    wrap_up = "" if outcome.wrap_up_seconds is None else f"; then {outcome.wrap_up_seconds:.1f} s to wrap up"
-    say(console, f"slot time  {describe_utilisation(outcome.trials, outcome.slot_time)}{wrap_up}")
+    wrap_up = "" if summary.wrap_up_seconds is None else f"; then {summary.wrap_up_seconds:.1f} s to wrap up"
+    say(console, f"slot time  {describe_utilisation(summary.trials, summary.slot_time)}{wrap_up}")
 
 
-def _print_no_result(console: Console, outcome: Outcome) -> None:
+def _print_no_result(console: Console, summary: RunSummary) -> None:
     """Print why there is no winner, the commonest reasons first."""
     console.print("[bold red]no trial produced a result[/]:")
-    for line in list_obstacles(outcome.trials):
+    for line in list_obstacles(summary.trials):
         say(console, f"  {line}")
-    console.print(printable(f"every trial is in {RunFolder(outcome.folder).trials}"), markup=False, soft_wrap=True)
+    console.print(printable(f"every trial is in {RunFolder(summary.folder).trials}"), markup=False, soft_wrap=True)
