@@ -59,7 +59,7 @@ from tune_amp.trial.config import (
 
 
 def load_best_record(path: Path, rank: int = 1) -> TrialRecord:
-    return load_best_file(path).pick(rank)
+    return load_best_file(path).pick(rank).trial
 
 
 COMPLETED = make_trial()

@@ -117,7 +117,7 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     from tune_amp.results.records import load_best_file
 
     best = load_best_file(arguments.best)
-    record = best.pick(arguments.rank)
+    record = best.pick(arguments.rank).trial
     config = record.config
     take_consent(arguments, config)
     consent_to(*options.models)

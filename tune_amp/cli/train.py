@@ -26,6 +26,7 @@ from tune_amp.cli.console import (
 from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.results.files import claimed_folder
 from tune_amp.results.run_folder import RunFolder
+from tune_amp.reuse.markdown import format_settings
 from tune_amp.search.options import naming_flags
 from tune_amp.trial.config import (
     InputError,
@@ -78,7 +79,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from tune_amp.results.records import load_best_file
 
     best = load_best_file(arguments.best)  # read once: a confirmation in progress will rank it anew
-    record = best.pick(arguments.rank)
+    record = best.pick(arguments.rank).trial
     take_consent(arguments, record.config)
     dataset = load_searched_data(record.config.dataset, arguments.data_dir, best.provenance.data_hash)
     if arguments.replay:
@@ -93,7 +94,7 @@ def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Data
     from tune_amp.reuse.card import CardSource, describe_card
     from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
 
-    chosen = best.pick(arguments.rank).config
+    chosen = best.pick(arguments.rank).trial.config
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
@@ -143,11 +144,8 @@ def _print_training(
 ) -> None:
     from tune_amp.training.amp import describe_hardware
 
-    listed = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in list_settings(config).items()
-    )
-    say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {listed}")
+    settings = format_settings(list_settings(config))
+    say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {settings}")
     notice = describe_hardware(config.precision, device)
     if notice:
         say(console, f"note: {notice}", style="yellow")
@@ -159,7 +157,7 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
 
     from tune_amp.reuse.final import EPOCH_FIELDS, find_differences, replay_trial
 
-    record = best.pick(arguments.rank)
+    record = best.pick(arguments.rank).trial
     for flag in ("seed", "max_epochs", "output"):
         if getattr(arguments, flag) is not None:
             raise InputError(

@@ -59,9 +59,9 @@ def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Itera
 
 
 def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
-    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
-    behind = [row.name for row in judged if row.confirmation and not row.confirmation.tied_with_best]
-    possible = [row.name for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    judged = [row for row in confirmed if row.may_be_best is not None]
+    behind = [row.name for row in judged if not row.may_be_best]
+    possible = [row.name for row in judged if row.may_be_best]
     method = "(paired t tests, corrected for their number, 95 %)"
     if len(judged) > 1 and len(possible) > 1:
         yield f"Any of {join_names(possible)} may be the best: none is shown to be worse than another {method}."

@@ -163,7 +163,7 @@ def _format_confirmed(run: Run, row: BestRow) -> Sequence[str]:
         in_search,
         "" if found.optimism is None else format_difference(found.optimism, run.objective),
         str(len(found.confirm_seeds)),
-        {None: "not known", True: "yes", False: "no"}[found.tied_with_best],
+        {None: "not known", True: "yes", False: "no"}[row.may_be_best],
         *settings,
     )
 

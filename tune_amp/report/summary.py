@@ -171,8 +171,8 @@ def _describe_optimism(run: Run, found: Confirmation) -> str:
 
 def _describe_ties(run: Run) -> Finding:
     confirmed = [row for row in run.listed if row.confirmation]
-    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
-    possible = [row.name for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    judged = [row for row in confirmed if row.may_be_best is not None]
+    possible = [row.name for row in judged if row.may_be_best]
     method = "(paired t tests, corrected for their number, 95%)"
     if len(confirmed) == 1:
         return Finding("It was confirmed alone: there is nothing to compare it with.")

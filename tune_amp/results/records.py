@@ -121,6 +121,11 @@ class BestRow:
         return self.trial.trial_id == DEFAULT_ID
 
     @property
+    def may_be_best(self) -> bool | None:
+        """Whether it may be the truly best one; None if it was not confirmed, or if a run did not complete."""
+        return self.confirmation.tied_with_best if self.confirmation else None
+
+    @property
     def name(self) -> str:
         """``rank 1``, ``rank 1 (default)`` or ``default``."""
         if self.rank is None:
@@ -342,13 +347,18 @@ class BestFile:
     has_epochs: bool
     """Whether the trials have all their epochs, from ``epochs.parquet``, and not just the last."""
 
-    def pick(self, rank: int) -> TrialRecord:
-        """Return the trial of ``rank``.
+    @property
+    def ranked(self) -> list[BestRow]:
+        """The rows with a rank; the default has none in a search with several objectives."""
+        return [row for row in self.rows if row.rank is not None]
+
+    def pick(self, rank: int) -> BestRow:
+        """Return the row of ``rank``.
 
         Raises:
             InputError: there is no such rank.
         """
-        return _pick_rank(self.path, {row.rank: row.trial for row in self.rows}, rank)
+        return _pick_rank(self.path, {row.rank: row for row in self.rows}, rank)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

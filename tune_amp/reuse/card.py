@@ -33,17 +33,7 @@ class CardSource:
     @property
     def row(self) -> BestRow:
         """The row whose settings were trained."""
-        return next(row for row in self.best.rows if row.rank == self.rank)
-
-    @property
-    def is_default(self) -> bool:
-        """Whether these are the tutorial's settings."""
-        return self.row.is_default
-
-    @property
-    def ranked(self) -> list[BestRow]:
-        """The rows with a rank; the default has none in a search with several objectives."""
-        return [row for row in self.best.rows if row.rank is not None]
+        return self.best.pick(self.rank)
 
 
 def describe_card(result: "FinalResult", source: CardSource) -> str:
@@ -87,7 +77,7 @@ def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[st
     if budget != result.config.max_epochs:
         lines.append(f"Those runs took {budget} epochs, this one {result.config.max_epochs}: not the same training.")
     default = next((row.confirmation for row in source.best.rows if row.is_default), None)
-    if not source.is_default and default is not None and default.test_accuracy_mean is not None:
+    if not source.row.is_default and default is not None and default.test_accuracy_mean is not None:
         reached = _percent(default.test_accuracy_mean)
         seeds = (
             f"{len(default.confirm_seeds)} of these seeds" if len(default.confirm_seeds) < count else "the same seeds"
@@ -106,26 +96,26 @@ def _describe_tie(source: CardSource) -> str:
         return f"Not confirmed on fresh seeds. {_describe_search_tie(source)}"
     if confirmation.tied_with_best is None:
         return "Whether it may be the best is unknown: not all runs of its confirmation completed."
-    others = [row for row in source.ranked if row.rank != source.rank and row.confirmation]
-    unknown = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best is None]
+    others = [row for row in source.best.ranked if row.rank != source.rank and row.confirmation]
+    unknown = [row.rank for row in others if row.may_be_best is None]
     left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""
     if len(unknown) == len(others):
         return f"Compared with no other ranked configuration.{left_out}"
     if not confirmation.tied_with_best:
         return f"Shown to be worse than another in {source.best.provenance.objectives[0]} ({_PAIRED}).{left_out}"
-    tied = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best]
+    tied = [row.rank for row in others if row.may_be_best]
     return f"{_name_ties(tied)} ({_PAIRED}).{left_out}"
 
 
 def _describe_search_tie(source: CardSource) -> str:
     if source.best.provenance.objectives != ("val_accuracy",):
         return "Whether others are as good was not tested."
-    count = count_ties([row.trial for row in source.ranked], source.best.provenance.validation_images)
+    count = count_ties([row.trial for row in source.best.ranked], source.best.provenance.validation_images)
     if 1 < source.rank <= count:
         return f"Tied with rank 1 ({_NOISE})."
     if source.rank > 1:
         return f"Worse than rank 1 ({_NOISE})."
-    return f"{_name_ties([row.rank for row in source.ranked[1:count]])} ({_NOISE})."
+    return f"{_name_ties([row.rank for row in source.best.ranked[1:count]])} ({_NOISE})."
 
 
 def _name_ties(ranks: Sequence[int | None]) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from tune_amp.results.files import write_atomically
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.results.statistics import Equivalence
-from tune_amp.reuse.markdown import render_markdown
+from tune_amp.reuse.markdown import format_settings, render_markdown
 from tune_amp.reuse.precision_verdicts import (
     BASELINE,
     MARGIN_POINTS,
@@ -84,14 +84,10 @@ def describe_settings(origin: ComparisonOrigin) -> str:
     """Return the trained settings in one line, without precision and its scaler settings, which differ between runs."""
     apart = {"precision", "seed", "max_epochs", "model", "dataset", *origin.scaler, "init_scale", "growth_interval"}
     apart |= {"growth_factor", "backoff_factor"}
-    settings = [
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in list_settings(TrialConfig(**origin.config)).items()
-        if name not in apart
-    ]
-    scaler = ", ".join(f"{name} {value:g}" for name, value in origin.scaler.items())
-    subject = f"{origin.config['model']} on {origin.dataset}: {', '.join(settings)}"
-    return f"{subject}; in fp16 {scaler}" if scaler else subject
+    settings = list_settings(TrialConfig(**origin.config))
+    shared = format_settings({name: value for name, value in settings.items() if name not in apart})
+    subject = f"{origin.config['model']} on {origin.dataset}: {shared}"
+    return f"{subject}; in fp16 {format_settings(origin.scaler)}" if origin.scaler else subject
 
 
 def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
