@@ -103,11 +103,8 @@ def fresh_seeds(config: TrialConfig, count: int) -> tuple[int, ...]:
 
 def list_runs(precisions: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str]]:
     """Return seed and precision of each run: seed by seed, so that an early end leaves pairs; shuffled within each."""
-    return [(seed, precision) for seed in seeds for precision in _shuffle(precisions, seed)]
-
-
-def _shuffle(precisions: Sequence[str], seed: int) -> list[str]:
-    return random.Random(seed).sample(list(precisions), len(precisions))  # noqa: S311 - no secret
+    orders = {seed: random.Random(seed).sample([*precisions], len(precisions)) for seed in seeds}  # noqa: S311 - no secret
+    return [(seed, precision) for seed, order in orders.items() for precision in order]
 
 
 # ---- how long it takes ----
