@@ -23,7 +23,7 @@ from small_runs import untimed
 
 from tune_amp.results.journal import read_journal
 from tune_amp.results.records import build_from, load_best_rows, load_confirmed, load_trials
-from tune_amp.results.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import EpochMetrics, TrialStatus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,7 +266,7 @@ def resume(folder: Path, *arguments: str, run: str = "run", **settings: Any) -> 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The journal so far; of a search that goes on, too."""
-    return read_journal(run / JOURNAL_FILE) if (run / JOURNAL_FILE).exists() else []
+    return read_journal(RunFolder(run).journal) if RunFolder(run).journal.exists() else []
 
 
 def count_events(run: Path, kind: str) -> int:
@@ -275,7 +275,7 @@ def count_events(run: Path, kind: str) -> int:
 
 def load_study_trials(run: Path) -> list[FrozenTrial]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(run / STUDY_FILE)))
+    storage = JournalStorage(JournalFileBackend(str(RunFolder(run).study)))
     return optuna.load_study(study_name=None, storage=storage).trials
 
 
@@ -304,7 +304,7 @@ def read_end(run: Path) -> Ended:
     places = {trial.trial_id: place for place, trial in enumerate(load_trials(run))}
     confirmed = [
         (places.get(known.trial_id), known.seed, str(known.status), known.val_accuracy, known.test_accuracy)
-        for known in (load_confirmed(run) if (run / CONFIRM_FILE).exists() else ())
+        for known in (load_confirmed(run) if RunFolder(run).confirm.exists() else ())
     ]
     return Ended(trials=tuple(trials), ranking=tuple(ranking), confirmed=tuple(confirmed))
 

@@ -27,13 +27,13 @@ from tune_amp.results.records import (
     load_best,
     load_best_rows,
     load_provenance,
-    load_slot_time,
     load_trials,
+    load_trials_file,
     rank_trials,
     write_best,
     write_trials,
 )
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import open_history
 from tune_amp.search.recorder import TrialRecorder
 from tune_amp.space.space import load_space
@@ -92,7 +92,7 @@ def read_parquet(data: bytes, folder: Path) -> None:
 
 KINDS = ("trials", "epochs", "best")
 READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
-    "trials": (load_trials, load_provenance, load_slot_time),
+    "trials": (load_trials, load_provenance, load_trials_file),
     "epochs": (load_trials,),
     "best": (load_best, load_best_rows),
 }
@@ -135,7 +135,7 @@ def read_ubyte(data: bytes, folder: Path) -> None:
 def read_past(data: bytes, folder: Path) -> None:
     """The journal of a run, and what a search that goes on makes of it; by the first byte, its checksums are mended."""
     lines = data[1:] if data[:1] < b"\x80" else b"".join(map(with_checksum, data[1:].splitlines()))
-    path = folder / JOURNAL_FILE
+    path = RunFolder(folder).journal
     path.write_bytes(lines)
 
     def go_on() -> None:

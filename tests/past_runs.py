@@ -10,7 +10,7 @@ from records import PROVENANCE, make_epoch, make_trial
 
 from tune_amp.cluster.trainable import read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial, RunHistory, open_history
 from tune_amp.trial.config import TrialConfig, TrialReport, TrialStatus
 
@@ -48,7 +48,7 @@ def end(trial_id: str, status: str, at: float = 3.0) -> dict[str, Any]:
 
 def write_journal(folder: Path, events: Sequence[Mapping[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / JOURNAL_FILE
+    path = RunFolder(folder).journal
     path.unlink(missing_ok=True)
     with Journal(path) as journal:
         for event in events:

@@ -17,7 +17,7 @@ from simulated_cluster import SimulatedCluster
 
 from tune_amp.results.journal import read_journal
 from tune_amp.results.records import TrialRecord, load_trials
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import TrialStatus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -179,7 +179,7 @@ def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path:
     search += f" --results-dir {results} --storage-path {tmp_path}/checkpoints"
     command = [*name_submission(cluster, tmp_path / "code", *options), *search.split()]
     subprocess.run(command, env={**os.environ, **cluster.environment}, check=True, capture_output=True, timeout=120)
-    events = results / "run" / JOURNAL_FILE
+    events = RunFolder(results / "run").journal
     wait_until(lambda: events.exists() and any(event["event"] == "report" for event in read_journal(events)))
     stop = [command[0], "job", "stop", "--address", f"http://{cluster.dashboard}", "stopped"]
     done = subprocess.run(

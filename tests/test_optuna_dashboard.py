@@ -9,7 +9,7 @@ import optuna
 import optuna_dashboard  # type: ignore[import-untyped]
 from optuna.storages.journal import JournalFileBackend
 
-from tune_amp.results.run_files import STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.study import AmpSearch
 from tune_amp.space.space import load_space
 
@@ -43,12 +43,12 @@ def test_dashboard_shows_a_study_live_and_after(tmp_path: Path) -> None:
     search.on_trial_complete("a", report | {"epoch": 3, "status": "completed", "done": True})
     search.on_trial_complete("b", report | {"done": True})
 
-    [study] = get(tmp_path / STUDY_FILE, "/api/studies")["study_summaries"]
+    [study] = get(RunFolder(tmp_path).study, "/api/studies")["study_summaries"]
     assert (study["study_name"], study["directions"]) == ("run", ["maximize"])
-    trials = get(tmp_path / STUDY_FILE, f"/api/studies/{study['study_id']}")["trials"]
+    trials = get(RunFolder(tmp_path).study, f"/api/studies/{study['study_id']}")["trials"]
     assert [trial["state"] for trial in trials] == ["Complete", "Pruned", "Running"]
     assert trials[0]["intermediate_values"] == [{"step": 1, "value": 0.5}, {"step": 3, "value": 0.5}]
 
     search.close()
-    trials = get(tmp_path / STUDY_FILE, f"/api/studies/{study['study_id']}")["trials"]
+    trials = get(RunFolder(tmp_path).study, f"/api/studies/{study['study_id']}")["trials"]
     assert [trial["state"] for trial in trials] == ["Complete", "Pruned", "Fail"]

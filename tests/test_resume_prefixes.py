@@ -26,7 +26,7 @@ from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
 from tune_amp.results.records import Provenance
-from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.mending import mend_run
 from tune_amp.search.recorder import TrialRecorder
@@ -266,7 +266,7 @@ class Staging:
 def begin(folder: Path, mode: Mode, disk: Disk) -> Loop:
     """A new search, to its end."""
     folder.mkdir()
-    with Journal(folder / JOURNAL_FILE) as journal:
+    with Journal(RunFolder(folder).journal) as journal:
         about = {"arguments": {}, "provenance": dataclasses.asdict(describe(mode))}
         journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
         loop = Loop(folder, mode, disk, RunHistory(journal, describe(mode), {}))
@@ -355,10 +355,10 @@ class Recorded:
             patch.setattr(os, "fsync", look)
             self.loop = run(folder, mode, disk)
         self.end = summarize(self.loop)
-        self.content = {name: (folder / name).read_bytes() for name in (JOURNAL_FILE, STUDY_FILE)}
+        self.content = {name: (folder / name).read_bytes() for name in ("reports.journal", "study.journal")}
 
     def _look(self) -> Moment:
-        paths = {name: self._folder / name for name in (JOURNAL_FILE, STUDY_FILE)}
+        paths = {name: self._folder / name for name in ("reports.journal", "study.journal")}
         sizes = {name: path.stat().st_size if path.exists() else 0 for name, path in paths.items()}
         return Moment(sizes=sizes, saved=dict(self._disk.saved), struck=frozenset(self._disk.struck))
 
@@ -406,14 +406,14 @@ def test_search_cut_off_anywhere_ends_as_if_it_had_not_been(
     for number, moment in enumerate(cuts[:: EVERY.get(name, 4)]):
         folder = tmp_path / f"cut {number}" / STUDY_NAME
         disk = recorded.cut_off(folder, moment)
-        if moment.sizes[JOURNAL_FILE] < recorded.moments[0].sizes[JOURNAL_FILE]:
+        if moment.sizes["reports.journal"] < recorded.moments[0].sizes["reports.journal"]:
             with pytest.raises(InputError, match="start it again"):
                 go_on(folder, mode, disk)
             continue
         loop = go_on(folder, mode, disk)
         assert summarize(loop) == recorded.end, f"cut at {moment.sizes}"
         assert [trial.state.name for trial in loop.searcher.study.trials if trial.state.name == "RUNNING"] == []
-        check_no_needless_work(read_journal(folder / JOURNAL_FILE))
+        check_no_needless_work(read_journal(RunFolder(folder).journal))
 
 
 @pytest.mark.timeout(600)
@@ -436,7 +436,7 @@ def test_search_cut_off_again_and_again_ends_as_if_it_had_not_been(
                 patch.setattr(os, "fsync", lambda descriptor: None)
                 loop = go_on(folder, mode, disk)
             assert summarize(loop) == recorded.end, f"cut at {moment.sizes}, then at {moment_again.sizes}"
-            check_no_needless_work(read_journal(folder / JOURNAL_FILE))
+            check_no_needless_work(read_journal(RunFolder(folder).journal))
 
 
 @pytest.mark.parametrize("name", ["tpe and asha, one slot", "random side by side"])
@@ -449,9 +449,9 @@ def test_search_whose_study_is_lost_ends_as_if_it_had_not_been(
     for number, moment in enumerate(recorded.list_cuts(torn=False)[5::7]):
         folder = tmp_path / f"cut {number}" / STUDY_NAME
         disk = recorded.cut_off(folder, moment)
-        (folder / STUDY_FILE).unlink(missing_ok=True)
+        RunFolder(folder).study.unlink(missing_ok=True)
         loop = go_on(folder, mode, disk)
         assert summarize(loop) == recorded.end, f"cut at {moment.sizes}"
-        check_no_needless_work(read_journal(folder / JOURNAL_FILE))
+        check_no_needless_work(read_journal(RunFolder(folder).journal))
         with open_history(folder) as past:
             assert mend_run(folder, past) == []  # the journal's numbers are those of the rebuilt study

@@ -26,8 +26,8 @@ from benchmarks.load.load_search import CUT_OFF, RUN, SAMPLES_FILE, TIMES_FILE, 
 from benchmarks.load.load_table import LAST_SUGGESTIONS, LoadResult, LoadRow
 from benchmarks.machine import describe_machine, describe_versions
 from tune_amp.results.journal import read_journal
-from tune_amp.results.records import build_from, load_slot_time, load_trials
-from tune_amp.results.run_files import EPOCHS_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE
+from tune_amp.results.records import build_from, load_trials_file
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import SlotUse, find_shares, utilisation
 from tune_amp.trial.config import EpochMetrics, TrialStatus
 
@@ -140,13 +140,13 @@ def load_samples(folder: Path) -> list[Sample]:
 def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
     """A row from the files of a run that is over, and from what its last process said of itself."""
     run = folder / RUN
-    events = read_journal(run / JOURNAL_FILE)
+    events = read_journal(RunFolder(run).journal)
     samples = load_samples(folder)
     said = json.loads((folder / TIMES_FILE).read_text(encoding="utf-8"))
     times: dict[str, list[float]] = said["times"]
-    slot_time = load_slot_time(run)
-    assert slot_time is not None  # the search is over
-    shares = find_shares(utilisation(load_trials(run, all_epochs=False), slot_time))
+    ended = load_trials_file(run)
+    assert ended.slot_time is not None  # the search is over
+    shares = find_shares(utilisation(ended.trials, ended.slot_time))
     resumed = sum(event["event"] == "session" for event in events) > 1
     at = _choose_samples(samples, plan.trials)
     made_up = plan.part == "resume"
@@ -163,7 +163,7 @@ def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
         workers=len({event["worker"] for event in events if event["event"] == "start"}),
         sessions=sum(event["event"] == "session" for event in events),
         **dataclasses.asdict(check_run(run, plan.trials)),
-        wall_seconds=slot_time.wall_seconds - (events[_find_last_session(events)]["at"] if made_up else 0.0),
+        wall_seconds=ended.slot_time.wall_seconds - (events[_find_last_session(events)]["at"] if made_up else 0.0),
         driver_seconds=samples[-1].driver,
         work_share=None if made_up else 1 - shares.get(SlotUse.REST, 0.0),
         memory_trials=tuple(sample.ended for sample in at),
@@ -177,8 +177,8 @@ def describe_run(plan: Plan, folder: Path, *, load_average: float) -> LoadRow:
         suggest_seconds=statistics.median(times["suggest"][-LAST_SUGGESTIONS:]) if times.get("suggest") else None,
         write_seconds=max(times["write"]),
         writes=len(times["write"]),
-        journal_bytes=(run / JOURNAL_FILE).stat().st_size,
-        study_bytes=(run / STUDY_FILE).stat().st_size,
+        journal_bytes=RunFolder(run).journal.stat().st_size,
+        study_bytes=RunFolder(run).study.stat().st_size,
         parquet_bytes=sum((run / f"{kind}.parquet").stat().st_size for kind in ("trials", "epochs")),
         load_average=load_average,
     )
@@ -192,13 +192,13 @@ def check_run(run: Path, trials: int) -> Kept:
         trials: that the search was to make.
     """
     reported: dict[tuple[str, int], str] = {}
-    for event in read_journal(run / JOURNAL_FILE):
+    for event in read_journal(RunFolder(run).journal):
         if event["event"] == "report" and event["metrics"]:
             metrics = build_from(EpochMetrics, event["metrics"])
             reported[event["trial_id"], metrics.epoch] = repr(metrics)
-    rows = pq.read_table(run / EPOCHS_FILE).to_pylist()
+    rows = pq.read_table(RunFolder(run).epochs).to_pylist()
     kept = {(row["trial_id"], row["epoch"]): repr(build_from(EpochMetrics, row)) for row in rows}
-    records = pq.read_table(run / TRIALS_FILE, columns=["trial_id", "status"]).to_pylist()
+    records = pq.read_table(RunFolder(run).trials, columns=["trial_id", "status"]).to_pylist()
     over = {row["trial_id"] for row in records if row["status"] != TrialStatus.INTERRUPTED}
     told = count_told(run)
     # One that nobody has heard of is neither in the files: it is missing from the number of trials.
@@ -219,7 +219,7 @@ def count_told(run: Path) -> collections.Counter[str]:
     from tune_amp.search.study import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.load_study(study_name=None, storage=open_storage(run / STUDY_FILE))
+    study = optuna.load_study(study_name=None, storage=open_storage(RunFolder(run).study))
     told: collections.Counter[str] = collections.Counter()
     for trial in study.get_trials(deepcopy=False):
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.load.instant import Sample, Sampler, load_images, load_small_space, read_peak_memory
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import SearchOptions
 from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus
 from tune_amp.trial.consent import consent_to
@@ -98,7 +98,7 @@ def search(plan: Plan, folder: Path) -> None:
         from tune_amp.search import history as reading
 
         past = None
-        if (run / JOURNAL_FILE).exists():
+        if RunFolder(run).journal.exists():
             started = time.perf_counter()
             with _timing_one(reading, "read_journal", times["read"]):
                 past = stack.enter_context(reading.open_history(run))

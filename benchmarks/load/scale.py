@@ -27,7 +27,7 @@ from benchmarks.machine import describe_machine, describe_versions, render_versi
 from benchmarks.markdown import judge, render_table
 from benchmarks.spread import render_spread
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
-from tune_amp.results.run_files import STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import SearchOptions, run_folder
 from tune_amp.trial.config import described
 
@@ -206,7 +206,7 @@ def search_small(trials: int, epochs: int) -> dict[str, Any]:
             plan = plan_search(space, dataset, options, folder=folder)
             slots = plan.resources.max_concurrent
             run_search(plan, Sampler(samples.append))
-        journal_bytes = (folder / STUDY_FILE).stat().st_size
+        journal_bytes = RunFolder(folder).study.stat().st_size
     kept = [dataclasses.asdict(sample) for sample in samples]
     return {"samples": kept, "slots": slots, "journal_bytes": journal_bytes}
 

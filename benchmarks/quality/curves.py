@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from tune_amp.results.parquet import build_table, locate, read_origin, read_rows, write_parquet
+from tune_amp.results.parquet import build_table, read_file, write_parquet
 from tune_amp.results.records import SCHEMAS, list_versions
+from tune_amp.results.run_folder import locate
 from tune_amp.space.space import SearchSpace
 from tune_amp.training.data import Dataset
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types
@@ -92,12 +93,13 @@ def load_curves(path: Path) -> Curves:
     path = locate(path, "curves")
     epochs: dict[int, list[EpochMetrics]] = {}
     configs: dict[int, TrialConfig] = {}
-    for row in read_rows(path, "curves", SCHEMA):
+    content = read_file(path, "curves", SCHEMA)
+    for row in content.rows:
         configs[row["curve"]] = TrialConfig(**{name: row[name] for name in _CONFIG_FIELDS})
         epochs.setdefault(row["curve"], []).append(EpochMetrics(**{name: row[name] for name in _EPOCH_FIELDS}))
     if not configs:
         raise InputError(f"{path}: must hold at least one curve")
-    return Curves(configs=tuple(configs.values()), epochs=tuple(map(tuple, epochs.values())), origin=read_origin(path))
+    return Curves(configs=tuple(configs.values()), epochs=tuple(map(tuple, epochs.values())), origin=content.origin)
 
 
 def describe_origin(space: SearchSpace, dataset: Dataset, *, seed: int) -> dict[str, Any]:

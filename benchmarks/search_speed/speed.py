@@ -32,7 +32,7 @@ from benchmarks.search_speed.speed_table import (
 )
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.results.records import TrialRecord, load_trials
-from tune_amp.results.run_files import SPACE_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.training.mnist_files import locate_files
 from tune_amp.trial.config import InputError
 
@@ -178,7 +178,7 @@ def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]
 
 def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
     """The search as a user runs it, with its space and its results below ``folder``."""
-    space = folder / SPACE_FILE
+    space = RunFolder(folder).space
     space.write_text(write_space(pairing.precision), encoding="utf-8")
     # The program tune-amp itself, also where its script is not on the path.
     program = [sys.executable, "-c", "from tune_amp.cli.main import main; raise SystemExit(main())", "search"]

@@ -11,7 +11,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from benchmarks.machine import render_versions
 from benchmarks.markdown import judge, render_table
 from benchmarks.spread import Spread, render_spread, summarise
-from tune_amp.results.parquet import build_columns, build_table, read_origin, read_rows, write_parquet
+from tune_amp.results.parquet import build_columns, build_table, read_file, write_parquet
 from tune_amp.trial.config import described
 
 OURS, OBVIOUS = "ours", "obvious"
@@ -114,9 +114,10 @@ def load_speed(path: Path) -> SpeedResult:
     Raises:
         InputError: the file is missing, damaged, or not this benchmark's.
     """
-    origin = read_origin(path)
-    rows = tuple(SpeedRow(**row) for row in read_rows(path, "speed", SCHEMA))
-    return SpeedResult(rows=rows, machine=origin["machine"], versions=origin["versions"])
+    rows, origin, _ = read_file(path, "speed", SCHEMA)
+    return SpeedResult(
+        rows=tuple(SpeedRow(**row) for row in rows), machine=origin["machine"], versions=origin["versions"]
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from benchmarks.load.load_search import CUT_OFF, RUN, Plan, fabricate
 from benchmarks.load.load_table import PARTS, LoadResult, LoadRow, render_load, write_load
 from tune_amp.results.journal import read_journal
 from tune_amp.results.records import load_trials
-from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import open_history
 from tune_amp.search.study import open_storage
 
@@ -46,7 +46,7 @@ def change_rows(path: Path, change: Callable[[list[dict[str, Any]]], object]) ->
 
 
 def count_reports(run: Path) -> int:
-    return sum(event["event"] == "report" for event in read_journal(run / JOURNAL_FILE))
+    return sum(event["event"] == "report" for event in read_journal(RunFolder(run).journal))
 
 
 def test_run_that_kept_everything_is_found_to(peaceful: Path) -> None:
@@ -80,12 +80,12 @@ def test_trials_that_were_never_made_are_missed(peaceful: Path) -> None:
 
 
 def test_trial_that_runs_in_the_study_for_ever_is_noticed(run: Path) -> None:
-    optuna.load_study(study_name=None, storage=open_storage(run / STUDY_FILE)).ask()
+    optuna.load_study(study_name=None, storage=open_storage(RunFolder(run).study)).ask()
     assert check_run(run, TRIALS).unended == 1
 
 
 def test_trial_that_the_study_was_told_of_twice_is_noticed(run: Path) -> None:
-    study = optuna.load_study(study_name=None, storage=open_storage(run / STUDY_FILE))
+    study = optuna.load_study(study_name=None, storage=open_storage(RunFolder(run).study))
     study.add_trial(study.trials[7])
     assert check_run(run, TRIALS).unended == 1
 

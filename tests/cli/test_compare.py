@@ -19,11 +19,13 @@ from records import PROVENANCE, make_epoch, make_trial
 from rich.console import Console
 from scipy import stats  # type: ignore[import-untyped]
 
-from tune_amp.cli.compare import Progress, compare_command
+from tune_amp.cli.compare import compare_command
+from tune_amp.cli.comparison import Progress
 from tune_amp.cli.main import main
 from tune_amp.results.records import rank_trials, write_best
 from tune_amp.results.statistics import judge_equivalence
 from tune_amp.reuse.precision_page import render_comparison
+from tune_amp.reuse.precision_runs import ComparisonPlan
 from tune_amp.reuse.precision_verdicts import ComparedRun, ComparisonOrigin
 from tune_amp.training.data import Dataset, make_long_tail
 from tune_amp.trial.config import TrialConfig, TrialStatus
@@ -60,7 +62,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: str) -> str:
     ("--precisions fp32,fp8", "--precisions: must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
     ("--precisions fp16,fp16", "--precisions: must name none twice, got 'fp16,fp16'"),
     ("--precisions fp16,", "--precisions: must be names joined by commas, got 'fp16,'"),
-    ("--seeds 1", "--seeds: must be at least 2 (one run tells nothing of noise), got 1"),
+    ("--seeds 1", "--seeds: must be at least 2 (one run does not show the noise), got 1"),
     ("--seeds 1000000000000000000", "--seeds: must be at most 1,000, got 1000000000000000000"),
     (f"--max-epochs {2**63}", "--max-epochs: must fit in 64 bits, got 9223372036854775808"),
     ("--seeds few", "argument --seeds: invalid int value: 'few' (see scripts/compare.py --help)"),
@@ -148,7 +150,7 @@ def t_interval(values: Any, confidence: float = 0.95) -> tuple[float, float, flo
 def test_every_number_on_the_page_follows_from_the_files(
     best: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tune_amp.reuse.precision_runs.TURN_SECONDS", 0.01)
+    monkeypatch.setattr("tune_amp.cli.comparison.TURN_SECONDS", 0.01)
     assert compare_command([str(best), "--batch-sizes", "64,1024", "--precisions", "fp32,tf32,fp16"]) == 0
     printed = capsys.readouterr().out
     page = Path("compare-rank1/compare.md").read_text()
@@ -185,13 +187,13 @@ def test_every_number_on_the_page_follows_from_the_files(
 
     loss = t_interval(points["fp32"] - points["fp16"], 0.9)
     claims = [line for line in page.splitlines() if line.startswith('- fp16, "')]
-    answer = "holds" if ratio[1] >= 1.5 else "does not hold" if ratio[2] < 1.5 else "cannot be told here"
+    answer = "holds" if ratio[1] >= 1.5 else "does not hold" if ratio[2] < 1.5 else "undecided"
     assert claims[0] == (
         f'- fp16, "1.5 to 3 times faster": **{answer}**: {ratio[0]:.2f} times the images a second of fp32 '
         f"(95 % interval {ratio[1]:.2f} to {ratio[2]:.2f}, n = 3 seeds, cpu, 1 thread)."
     )
-    assert claims[1].startswith('- fp16, "half the memory": **cannot be told here**: ')
-    answer = "holds" if loss[2] < 1 else "does not hold" if loss[1] > 1 else "cannot be told here"
+    assert claims[1].startswith('- fp16, "half the memory": **undecided**: ')
+    answer = "holds" if loss[2] < 1 else "does not hold" if loss[1] > 1 else "undecided"
     assert claims[2] == (
         f'- fp16, "under 1 % accuracy lost": **{answer}**: {loss[0]:+.2f} points lost to fp32 '
         f"(one-sided 95 % bounds {loss[1]:+.2f} and {loss[2]:+.2f}, n = 3 seeds, cpu, 1 thread)."
@@ -260,7 +262,7 @@ def test_sigusr1_keeps_the_runs_that_ended(
     assert sorted(zip(runs.seed, runs.precision, strict=True)) == [(71, "bf16"), (71, "fp16"), (71, "fp32")]
     page = Path("compare-rank1/compare.md").read_text()
     assert "3 of 9 runs of 2 epochs" in page
-    assert page.count("**cannot be told here**") == 6
+    assert page.count("**undecided**") == 6
     assert sorted(path.name for path in Path("compare-rank1").iterdir()) == ["compare.md", "compare.parquet"]
 
 
@@ -298,16 +300,16 @@ def test_a_comparison_without_fp32_has_no_result(
     assert "run 6 of 6" in capsys.readouterr().out
 
 
-def test_long_runs_tell_their_epochs() -> None:
+def test_long_runs_report_their_epochs() -> None:
     now, text = 0.0, io.StringIO()
-    progress = Progress(Console(file=text, width=200), epochs=3, clock=lambda: now)
-    progress.begin("run 1 of 2")
+    plan = ComparisonPlan(arms={"fp32": TrialConfig()}, left_out={}, seeds=(7, 8), epochs=3, seconds=60.0)
+    progress = Progress(Console(file=text, width=200), plan, clock=lambda: now)
     for epoch, now in ((1, 9.0), (2, 18.0), (3, 60.0)):  # noqa: B007 - the clock reads it
         progress.on_epoch(make_epoch(epoch, samples_per_second=1234.5))
-    progress.end("done")
+    progress.on_end(ComparedRun(precision="fp32", seed=7, place=1, status=TrialStatus.COMPLETED, val_accuracy=0.5))
     with contextlib.suppress(ValueError):
         text.seek(0)
     assert [line.split() for line in text.read().splitlines()] == [
-        ["run", "1", "of", "2", "epoch", "2/3", "1,234", "images/s"],
-        ["run", "1", "of", "2", "done"],
+        ["run", "1", "of", "2", "seed", "7", "fp32", "epoch", "2/3", "1,234", "images/s"],
+        ["run", "1", "of", "2", "seed", "7", "fp32", "val", "accuracy", "50.00", "%"],
     ]

@@ -100,7 +100,7 @@ def test_a_default_that_is_best_is_rank_1() -> None:
     first = rows[0].confirmation
     assert first is not None
     assert first.verdict is not None
-    assert first.verdict.startswith("no gain over the defaults: keep them; number 2 is worse: -3.00 points")
+    assert first.verdict.startswith("no gain over the defaults: keep them; rank 2 is worse: -3.00 points")
     assert first.verdict_kind == "worse"
     assert first.gain == pytest.approx(-0.03)
     found = mean_interval([0.94, 0.95, 0.96])
@@ -219,7 +219,7 @@ def test_of_several_objectives_the_order_of_the_search_stays_and_the_default_has
     first = rows[0].confirmation
     assert first is not None
     assert first.verdict is not None
-    assert first.verdict.startswith("number 2 is better than the defaults: +45.00 points")
+    assert first.verdict.startswith("rank 2 is better than the defaults: +45.00 points")
     assert rank_confirmed(ranked, None, runs, ["val_accuracy"])[0].trial.trial_id == "b"
 
 
@@ -617,7 +617,7 @@ def test_a_default_that_fails_says_so_in_its_row(tmp_path: Path) -> None:
     assert (row.rank, row.trial.status, row.trial.error) == (2, TrialStatus.DIVERGED, "E: no")
     first = result.rows[0].confirmation
     assert first is not None
-    assert first.verdict == "number 1 is better than the defaults: the defaults did not complete on 1 of 3 seeds"
+    assert first.verdict == "rank 1 is better than the defaults: the defaults did not complete on 1 of 3 seeds"
 
 
 TEN = tuple(range(1000, 1010))

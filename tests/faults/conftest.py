@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fault_runs import ALONE, SIDE_BY_SIDE, Ended, Follow, Search, Undisturbed, begin, check_run, prepare, read_end
 
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 
 RUNS = {"alone": ALONE, "side by side": SIDE_BY_SIDE, "confirmed": (*ALONE, "--confirm-seeds", "2")}
 
@@ -24,7 +24,7 @@ def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         run = folder / "results" / "run"
         with (shared / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other process may be making it
-            if not (run / JOURNAL_FILE).exists():
+            if not RunFolder(run).journal.exists():
                 search = begin(prepare(folder), *RUNS[name])
                 assert search.wait() == 0, search.stderr
                 assert search.find_left() == []

@@ -37,7 +37,7 @@ from fault_runs import (
 )
 
 from tune_amp.results.records import load_confirmed
-from tune_amp.results.run_files import CONFIRM_FILE
+from tune_amp.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
@@ -81,7 +81,7 @@ class Moment:
 
 
 def _count_confirmed(run: Path) -> int:
-    return len(load_confirmed(run)) if (run / CONFIRM_FILE).exists() else 0
+    return len(load_confirmed(run)) if RunFolder(run).confirm.exists() else 0
 
 
 def choose_phases(kills: int, draw: random.Random) -> list[list[str]]:

@@ -28,7 +28,7 @@ from fault_runs import (
 
 from tune_amp.cli.search import search_command
 from tune_amp.results.records import load_trials
-from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
@@ -67,7 +67,7 @@ def test_half_written_checkpoint_is_not_used_and_of_two_processes_that_resume_at
     notes, cache = run / ".trials.parquet.notes.tmp", run / ".cache.tmp"
     notes.write_text("mine")
     cache.mkdir()
-    with (run / JOURNAL_FILE).open("ab") as journal, (run / STUDY_FILE).open("ab") as study:
+    with RunFolder(run).journal.open("ab") as journal, RunFolder(run).study.open("ab") as study:
         journal.write(b'0123abcd {"event":"report","at":1')
         study.write(b'{"op_code": 8, "worker_id"')
     searches = [follow(resume(killed)) for _ in range(2)]
@@ -75,7 +75,7 @@ def test_half_written_checkpoint_is_not_used_and_of_two_processes_that_resume_at
     assert codes == [0, 2], [search.stderr for search in searches]
     search, refused = sorted(searches, key=lambda search: search.wait())
     assert refused.stderr.count("\n") == 1
-    assert "the run still goes on in another process" in refused.stderr
+    assert "the run is still active in another process" in refused.stderr
     assert read_end(run) == undisturbed("alone")
     assert notes.read_text() == "mine"
     notes.unlink()
@@ -113,7 +113,7 @@ def test_run_that_was_moved_and_renamed_goes_on_and_another_version_is_told(
     moved.parent.mkdir()
     (killed / "results" / "run").rename(moved)
     before = count_events(moved, "report")
-    rewrite_line(moved / JOURNAL_FILE, 0, lambda event: event["provenance"]["versions"].update(torch="1.2.3"))  # type: ignore[index]
+    rewrite_line(RunFolder(moved).journal, 0, lambda event: event["provenance"]["versions"].update(torch="1.2.3"))  # type: ignore[index]
     search = follow(resume(killed, run="elsewhere/other name"))
     assert search.wait() == 0, search.stderr
     assert re.search(r"^note +torch 1\.2\.3 then, \S+ now: trials from here on may differ", search.stdout, re.MULTILINE)
@@ -189,7 +189,7 @@ def test_data_changed_in_the_run_do_not_harm_it_but_no_other_data_go_on(tmp_path
     second = follow(resume(tmp_path, *own))
     assert second.wait() == 2
     assert second.stderr.count("\n") == 1
-    assert "the run still goes on in another process" in second.stderr
+    assert "the run is still active in another process" in second.stderr
 
     assert search.wait() == 0, search.stderr
     assert len(load_trials(run)) == 3
@@ -237,7 +237,7 @@ def test_finished_run_has_nothing_to_do_and_with_more_samples_runs_the_new_ones_
 def test_run_without_a_sound_journal_is_refused_in_a_line(
     damage: str, killed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = killed / "results" / "run" / JOURNAL_FILE
+    path = RunFolder(killed / "results" / "run").journal
     content = path.read_bytes()
     path.unlink()
     if damage == "an empty one":
@@ -252,4 +252,4 @@ def test_run_without_a_sound_journal_is_refused_in_a_line(
     assert search_command(["--resume", "run", "--model", "slow:net"]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert JOURNAL_FILE in told
+    assert "reports.journal" in told

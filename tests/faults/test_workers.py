@@ -23,7 +23,7 @@ from fault_runs import (
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
-from tune_amp.results.records import load_slot_time, load_trials
+from tune_amp.results.records import load_trials, load_trials_file
 from tune_amp.results.utilisation import utilisation
 from tune_amp.trial.config import TrialStatus
 
@@ -268,7 +268,7 @@ def test_clocks_that_jump_change_no_result_and_no_duration(
     assert search.wait() == 0, search.stderr
     assert read_end(run) == undisturbed("alone")
     count = check_run(run)
-    slot_time, trials = load_slot_time(run), load_trials(run)
+    slot_time, trials = load_trials_file(run).slot_time, load_trials(run)
     assert slot_time is not None
     assert 0 < slot_time.wall_seconds < 600
     seconds = utilisation(trials, slot_time)

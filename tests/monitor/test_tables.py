@@ -11,7 +11,7 @@ from typing import Any
 from records import PROVENANCE, make_scored, make_trial
 from rich.console import Console
 
-from tune_amp.cli.outcome import print_confirmed
+from tune_amp.cli.run_summary import print_confirmed
 from tune_amp.monitor.tables import describe_confirmed, render_confirmed
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.ranking import rank_confirmed
@@ -95,18 +95,16 @@ def test_the_default_has_its_place_and_what_may_be_the_best_is_named() -> None:
     sentences = list(describe_confirmed(rows, PROVENANCE))
     assert sentences[0].startswith("Means over 3 fresh seeds")
     assert sentences[1].startswith(
-        "Any of 1 default, 2 and 3 may be the best: none is shown to be worse than another ("
+        "Any of rank 1 (default), rank 2 and rank 3 may be the best: none is shown to be worse than another ("
     )
-    assert sentences[2] == "Shown to be worse than another: 4."
+    assert sentences[2] == "Shown to be worse than another: rank 4."
 
 
 def test_a_number_1_that_is_better_than_all_says_so() -> None:
     rows = make_rows({"a": SPREAD, "c": FAR}, FAR)
     sentences = list(describe_confirmed(rows, PROVENANCE))
-    assert sentences[1].startswith("Shown to be worse than another: 2 and 3 default (paired t tests")
-    assert sentences[-1].startswith(
-        "verdict  number 1 is better than the defaults: +5.97 points of validation accuracy"
-    )
+    assert sentences[1].startswith("Shown to be worse than another: rank 2 and rank 3 (default) (paired t tests")
+    assert sentences[-1].startswith("verdict  rank 1 is better than the defaults: +5.97 points of validation accuracy")
 
 
 def test_configurations_on_different_numbers_of_seeds_are_shown_as_such() -> None:
@@ -133,7 +131,7 @@ def test_what_failed_is_named_with_its_reason() -> None:
     rows = make_rows({"a": SPREAD, "b": CLOSE}, CLOSE, broken)
     text = show(rows)
     assert "1 of 3 failed" in text
-    assert "Number 3 has no mean: seed 1001: diverged: weights are not finite." in " ".join(text.split())
+    assert "Rank 3 has no mean: seed 1001: diverged: weights are not finite." in " ".join(text.split())
 
 
 def test_a_search_that_stopped_a_trial_early_says_what_its_optimism_compares() -> None:
@@ -171,7 +169,7 @@ def test_what_is_shown_from_the_files_is_what_was_shown_and_needs_neither_torch_
     write_best(tmp_path, rows, PROVENANCE)
     again = show(load_best_rows(tmp_path), load_provenance(tmp_path))
     assert again == show(rows, PROVENANCE)
-    assert "verdict  number 1 is better than the defaults" in again
+    assert "verdict  rank 1 is better than the defaults" in again
     code = "import sys, tune_amp.monitor.tables; print(sorted({'torch', 'ray', 'optuna'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -263,9 +263,9 @@ def test_ranking_has_a_heading_for_each_column() -> None:
     ("accuracies", "beginning"),
     [
         ([0.97], "One seed on 5,000 validation images: other seeds will differ"),
-        ([0.97, 0.50], "Number 1 leads by more than the noise of 5,000 validation images; one seed each"),
-        ([0.97, 0.969, 0.5], "Numbers 1 to 2 cannot be told apart on 5,000 validation images (2 standard errors)"),
-        ([0.97, 0.97, 0.97], "Numbers 1 to 3 cannot be told apart"),
+        ([0.97, 0.50], "Rank 1 leads by more than the noise of 5,000 validation images; one seed each"),
+        ([0.97, 0.969, 0.5], "Ranks 1 to 2 are indistinguishable on 5,000 validation images (2 standard errors)"),
+        ([0.97, 0.97, 0.97], "Ranks 1 to 3 are indistinguishable"),
     ],
 )
 def test_sentence_about_ties_says_what_the_ranking_can_tell(accuracies: list[float], beginning: str) -> None:
@@ -446,7 +446,7 @@ def test_json_lines_tell_each_run_and_the_result_what_was_confirmed() -> None:
     verdict = found["verdict"]
     assert (verdict["recommended"], verdict["verdict_kind"]) == ("a", "better")
     assert verdict["gain"] == pytest.approx(0.065)
-    assert verdict["verdict"].startswith("number 1 is better than the defaults: +6.50 points")
+    assert verdict["verdict"].startswith("rank 1 is better than the defaults: +6.50 points")
     assert (found["seconds"], found["interrupted"]) == (1.5, False)
 
 

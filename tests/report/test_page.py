@@ -21,8 +21,8 @@ HEADINGS = [
     "Validation by epoch",
     "Which settings mattered",
     "Settings and what they led to",
-    "The best, and what fresh seeds say of them",
-    "What the slots' time went into",
+    "The best, on fresh seeds",
+    "Use of the slot time",
     "Where this comes from",
 ]
 

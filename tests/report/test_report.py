@@ -141,16 +141,16 @@ def test_the_first_screen_tells_what_was_searched_and_an_unconfirmed_winner(tmp_
     assert "sampler tpe, scheduler asha" in text
     assert "9 of up to 4 epochs each 3 completed 2 stopped 1 diverged 1 out of memory 1 failed 1 interrupted" in text
     assert "97.60% validation accuracy of rank 1, from the search's one seed" in text
-    assert "Numbers 1 to 2 cannot be told apart on 5,000 validation images" in text
+    assert "Ranks 1 to 2 are indistinguishable on 5,000 validation images" in text
     assert "Not confirmed on fresh seeds" in text
     assert f"python scripts/train.py {tmp_path / 'best.parquet'}" in text
 
 
-def test_a_confirmed_winner_is_told_with_interval_optimism_ties_and_gain(tmp_path: Path) -> None:
+def test_a_confirmed_winner_is_shown_with_interval_difference_ties_and_gain(tmp_path: Path) -> None:
     text = read_report(write_full_run(tmp_path))
     assert "97.30% test accuracy of rank 1: mean of 3 fresh seeds, 95% interval [96.80%, 97.80%]" in text
     assert "Validation accuracy 97.10% [96.60%, 97.60%]." in text
-    assert "the search's own number was 0.50 points above that mean" in text
+    assert "Search minus confirmed: +0.50 points." in text
     assert "A tie: any of rank 1 and rank 2 may be the best (paired t tests" in text
     verdict = (
         "Verdict: rank 1 is better than the defaults: +0.50 points of validation accuracy (95 % interval +0.25 to +0.75"
@@ -205,7 +205,7 @@ def test_a_default_that_is_recommended_is_shown_and_reused_as_rank_1(tmp_path: P
     text = read_report(tmp_path)
     assert "97.30% test accuracy of rank 1: mean of 3 fresh seeds" in text
     assert "Verdict: no gain over the defaults: keep them; rank 2 is indistinguishable from them: -0.07 points" in text
-    assert "A tie: any of rank 1 (the tutorial's default) and rank 2 may be the best" in text
+    assert "A tie: any of rank 1 (default) and rank 2 may be the best" in text
     assert "settings lr 0.001, batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000" in text
     assert f"python scripts/train.py {tmp_path / 'best.parquet'}" in text
 
@@ -214,7 +214,7 @@ def test_a_confirmed_table_names_every_configuration(tmp_path: Path) -> None:
     text = section_of(write_full_run(tmp_path), "best")
     assert "rank 1 97.30% [96.80%, 97.80%] 97.10% [96.60%, 97.60%] 97.60% +0.50 points 3" in text
     assert re.search(r"rank 2 97\.23% .* yes", text)
-    assert re.search(r"rank 3, default 96\.80% .* no", text)
+    assert re.search(r"rank 3 \(default\) 96\.80% .* no", text)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
     assert describe_savings(run) == (
         "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained: 5 "
         "epochs of trials that were stopped, 2 epochs of trials that diverged, 4 epochs of trials that ran out of "
-        "memory, 4 epochs of trials that failed, 1 epoch of trials that were interrupted. At their own pace, those "
-        "that were stopped would have taken 8.8 s more of slot time."
+        "memory, 4 epochs of trials that failed, 1 epoch of trials that were interrupted. At their own pace, "
+        "stopped trials would have taken 8.8 s more of slot time."
     )
 
 
@@ -328,17 +328,17 @@ def test_trials_are_stopped_in_the_schedulers_own_way(scheduler: str, said: str,
 
 
 @pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
-def test_the_diamonds_distance_is_the_optimism_of_accuracies_alone(objective: str, tmp_path: Path) -> None:
+def test_the_diamonds_distance_is_search_minus_confirmed_of_accuracies_alone(objective: str, tmp_path: Path) -> None:
     text = section_of(write_full_run(tmp_path, objective=objective), "best")
-    assert ("distance from the grey dot is the search's optimism" in text) == (objective == "val_accuracy")
-    assert ("optimism is told of its objective, the loss" in text) == (objective == "val_loss")
+    assert ("distance from the grey dot is search minus confirmed" in text) == (objective == "val_accuracy")
+    assert ("the table has the difference of the objective, the loss" in text) == (objective == "val_loss")
 
 
 @pytest.mark.parametrize("epochs", [3, 4])
-def test_the_optimism_of_winners_that_ended_early_says_of_which_epoch(epochs: int, tmp_path: Path) -> None:
+def test_the_difference_of_winners_that_ended_early_says_of_which_epoch(epochs: int, tmp_path: Path) -> None:
     trials = [make_outcome(1, TrialStatus.STOPPED, 0.976, epochs), make_outcome(2, TrialStatus.COMPLETED, 0.96, 4)]
     text = section_of(write_full_run(tmp_path, trials), "best")
-    assert ("compares with the epoch they had reached" in text) == (epochs == 3)
+    assert ("compares with the epoch that they had reached" in text) == (epochs == 3)
 
 
 # ---- parts that are missing ----

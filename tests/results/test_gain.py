@@ -67,15 +67,15 @@ def test_copies_of_a_configuration_are_one_choice() -> None:
 
 
 @pytest.mark.parametrize(("challenger", "kind", "recommended", "text"), [
-    (HIGH, "better", "a", "number 1 is better than the defaults: +4.97 points of validation accuracy "
+    (HIGH, "better", "a", "rank 1 is better than the defaults: +4.97 points of validation accuracy "
      "(95 % interval +4.92 to +5.03, 3 seeds)"),
-    ([0.880, 0.884, 0.882], "worse", DEFAULT_ID, "no gain over the defaults: keep them; number 1 is worse: -2.00 "
+    ([0.880, 0.884, 0.882], "worse", DEFAULT_ID, "no gain over the defaults: keep them; rank 1 is worse: -2.00 "
      "points of validation accuracy (95 % interval -2.00 to -2.00, 3 seeds)"),
-    ([0.901, 0.903, 0.9025], "indistinguishable", DEFAULT_ID, "no gain over the defaults: keep them; number 1 is "
+    ([0.901, 0.903, 0.9025], "indistinguishable", DEFAULT_ID, "no gain over the defaults: keep them; rank 1 is "
      "indistinguishable from them: +0.02 points of validation accuracy (95 % interval -0.24 to +0.28, 3 seeds), shown "
      "to be less than 0.2 points apart"),
-    ([0.990, 0.890, 0.930], "unknown", DEFAULT_ID, "no gain over the defaults: keep them; whether number 1 is better "
-     "cannot be said, too few seeds: +3.47 points of validation accuracy (95 % interval -9.53 to +16.46, 3 seeds)"),
+    ([0.990, 0.890, 0.930], "unknown", DEFAULT_ID, "no gain over the defaults: keep them; whether rank 1 is better "
+     "is unknown, too few seeds: +3.47 points of validation accuracy (95 % interval -9.53 to +16.46, 3 seeds)"),
 ])  # fmt: skip
 def test_verdicts(challenger: Sequence[float], kind: str, recommended: str, text: str) -> None:
     scores = {"a": challenger, DEFAULT_ID: BASE}
@@ -89,7 +89,7 @@ def test_a_lower_loss_is_better() -> None:
     found = judge(scores, "val_loss")
     assert (found.kind, found.recommended, found.challenger) == ("better", "a", "a")
     assert describe(scores, "val_loss").startswith(
-        "number 1 is better than the defaults: -0.0997 nats of validation loss (95 % interval -0.1011 to -0.0982"
+        "rank 1 is better than the defaults: -0.0997 nats of validation loss (95 % interval -0.1011 to -0.0982"
     )
     assert judge({"a": scores["b"], DEFAULT_ID: scores["a"]}, "val_loss").kind == "worse"
 
@@ -104,12 +104,12 @@ def fail(runs: Sequence[ConfirmedRun], name: str, seed: int) -> list[ConfirmedRu
 
 
 @pytest.mark.parametrize(("failures", "kind", "recommended", "text"), [
-    ([(DEFAULT_ID, 1)], "better", "a", "number 1 is better than the defaults: the defaults did not complete on "
+    ([(DEFAULT_ID, 1)], "better", "a", "rank 1 is better than the defaults: the defaults did not complete on "
      "1 of 3 seeds"),
-    ([("a", 1)], "worse", DEFAULT_ID, "no gain over the defaults: keep them; number 2 is worse: "),
-    ([("a", 1), ("b", 2)], "unknown", DEFAULT_ID, "no gain over the defaults: keep them; more cannot be said: no other "
-     "configuration completed on every seed"),
-    ([("a", 1), ("b", 2), (DEFAULT_ID, 0)], "unknown", "a", "whether searching gained anything cannot be said: the "
+    ([("a", 1)], "worse", DEFAULT_ID, "no gain over the defaults: keep them; rank 2 is worse: "),
+    ([("a", 1), ("b", 2)], "unknown", DEFAULT_ID, "no gain over the defaults: keep them; nothing more is known: no "
+     "other configuration completed on every seed"),
+    ([("a", 1), ("b", 2), (DEFAULT_ID, 0)], "unknown", "a", "whether searching gained anything is unknown: the "
      "defaults did not complete on 1 of 3 seeds"),
 ])  # fmt: skip
 def test_what_fails_on_a_seed_does_not_win(
@@ -135,7 +135,7 @@ def test_a_default_that_crashed_is_not_said_to_be_worse() -> None:
     found = judge_gain(make_configs(*scores), runs, "val_accuracy")
     assert (found.kind, found.recommended) == ("unknown", "a")
     assert describe_verdict(found, "val_accuracy", RANKS) == (
-        "whether searching gained anything cannot be said: the defaults did not complete on 3 of 3 seeds"
+        "whether searching gained anything is unknown: the defaults did not complete on 3 of 3 seeds"
     )
 
 
@@ -169,14 +169,14 @@ def test_without_the_defaults_nothing_is_said_of_a_gain() -> None:
     found = judge({"a": BASE, "b": HIGH})
     assert (found.kind, found.recommended) == ("unknown", "b")
     assert describe({"a": BASE, "b": HIGH}) == (
-        "whether searching gained anything cannot be said: the default configuration was not trained"
+        "whether searching gained anything is unknown: the default configuration was not trained"
     )
 
 
 def test_of_several_objectives_the_others_are_not_decided() -> None:
     found = judge({"a": BASE, DEFAULT_ID: BASE})
     text = describe_verdict(found, "val_accuracy", RANKS, several=True)
-    assert text.startswith("no gain in validation accuracy over the defaults; number 1 is indistinguishable")
+    assert text.startswith("no gain in validation accuracy over the defaults; rank 1 is indistinguishable")
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -420,7 +420,7 @@ NOISE_ROWS = [make_row(name, 0.035, told_from_noise=False) for name in ("growth_
 def test_one_line_says_where_trials_are_compared() -> None:
     line = "importance at epoch 1 (32 trials), and what permuted values reach in 5 %:"
     assert describe_importance(make_result(LR_ROW, *NOISE_ROWS)) == line
-    line = "importance at epoch 1 (32 trials): no parameter can be told from noise"
+    line = "importance at epoch 1 (32 trials): no parameter is distinguishable from noise"
     assert describe_importance(make_result(*NOISE_ROWS)) == line
 
 

@@ -95,7 +95,7 @@ def test_missing_journal_is_one_line(tmp_path: Path) -> None:
 def test_journal_has_one_writer(path: Path) -> None:
     with Journal(path), pytest.raises(InputError) as caught:
         Journal(path)
-    assert str(caught.value) == f"{path}: is being written: the run still goes on in another process"
+    assert str(caught.value) == f"{path}: is being written: the run is still active in another process"
     Journal(path).__exit__()
 
 

@@ -26,19 +26,19 @@ from small_runs import CLOCKS
 
 from tune_amp.results import parquet
 from tune_amp.results.confirmed import Confirmation, ConfirmedRun
-from tune_amp.results.parquet import build_columns, read_rows, write_parquet
+from tune_amp.results.parquet import build_columns, read_file, write_parquet
 from tune_amp.results.records import (
     SCHEMAS,
     BestRow,
     SlotTime,
     TrialRecord,
     load_best,
-    load_best_record,
+    load_best_file,
     load_best_rows,
     load_confirmed,
     load_provenance,
-    load_slot_time,
     load_trials,
+    load_trials_file,
     rank_trials,
     write_best,
     write_confirmed,
@@ -56,6 +56,11 @@ from tune_amp.trial.config import (
     TrialStatus,
     field_types,
 )
+
+
+def load_best_record(path: Path, rank: int = 1) -> TrialRecord:
+    return load_best_file(path).pick(rank).trial
+
 
 COMPLETED = make_trial()
 DIVERGED = make_trial(
@@ -568,7 +573,7 @@ def test_columns_that_an_older_file_lacks_are_null_or_their_default(run: Path) -
         *(c.name for c in build_columns(Confirmation)),
     ]
     change_file(path, lambda table: table.drop_columns(lacking), schema_version=2)
-    filled = [{name: row[name] for name in lacking} for row in read_rows(path, "best", SCHEMAS["best"])]
+    filled = [{name: row[name] for name in lacking} for row in read_file(path, "best", SCHEMAS["best"]).rows]
     defaults = {"setup_seconds": 0.0, "config_fault": False, "weight_decay": 0.0, "confirm_failures": []}
     assert filled == [dict.fromkeys(lacking) | defaults] * 2
     assert [(row.trial.worker, row.confirmation) for row in load_best_rows(path)] == [(None, None)] * 2
@@ -579,7 +584,7 @@ def test_slot_time_is_read_from_the_ledger_of_an_older_file(run: Path) -> None:
     ledger = {"slots": 2, "wall_seconds": 9.5, "seconds": {"training": 12.0, "idle": 7.0}, "step_seconds": 14.0}
     about = {"ledger": ledger, "ledger_checksum": parquet.checksum(ledger)}
     change_file(run / "trials.parquet", lambda table: table, **about)
-    assert load_slot_time(run) == SlotTime(slots=2, wall_seconds=9.5)
+    assert load_trials_file(run).slot_time == SlotTime(slots=2, wall_seconds=9.5)
     assert len(load_trials(run)) == len(TRIALS)
 
 

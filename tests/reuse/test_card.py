@@ -15,7 +15,7 @@ from records import PROVENANCE, make_scored, make_trial
 from small_runs import TIED_MODEL, make_split
 
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
-from tune_amp.results.records import BestRow
+from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
 from tune_amp.reuse.card import CardSource, describe_card
 from tune_amp.reuse.final import FinalResult, FinalTraining
@@ -45,7 +45,8 @@ def make_confirmation(**changes: Any) -> Confirmation:
 
 def make_source(*rows: BestRow, rank: int = 1, **provenance: Any) -> CardSource:
     about = dataclasses.replace(PROVENANCE, **provenance)
-    return CardSource(best=rows, rank=rank, provenance=about, versions={"tune_amp": "0.1.0", "torch": "2.15.0"})
+    best = BestFile(path=Path("best.parquet"), rows=rows, provenance=about, has_epochs=False)
+    return CardSource(best=best, rank=rank, versions={"tune_amp": "0.1.0", "torch": "2.15.0"})
 
 
 def make_row(rank: int | None, accuracy: float = 0.97, **changes: Any) -> BestRow:
@@ -200,7 +201,7 @@ def test_settings_that_failed_on_a_fresh_seed_get_no_mean_of_the_others(result: 
     assert lines_of(card, "How good")[2:] == [
         "Of 2 runs of these settings on fresh seeds not all completed: `seed 12: diverged`."
     ]
-    assert "cannot be told" in told(result, make_row(1, confirmation=failed))
+    assert "Whether it may be the best is unknown" in told(result, make_row(1, confirmation=failed))
 
 
 def test_the_search_the_rank_and_the_trial_are_named(result: FinalResult) -> None:
@@ -221,7 +222,7 @@ def test_ties_of_the_search_are_told_where_nothing_was_confirmed(result: FinalRe
 
 
 def test_the_verdict_of_the_search_is_told_whichever_rank_was_trained(result: FinalResult) -> None:
-    verdict = "number 1 is better than the defaults: +0.50 points"
+    verdict = "rank 1 is better than the defaults: +0.50 points"
     rows = [make_row(1, confirmation=make_confirmation(verdict=verdict)), make_row(2, confirmation=make_confirmation())]
     for rank in (1, 2):
         line = "Verdict of the search: `rank 1 is better than the defaults: +0.50 points`."

@@ -13,10 +13,10 @@ import torch
 from small_runs import make_split
 
 import tune_amp.reuse.precision_runs
-from tune_amp.cli.compare import Comparison
-from tune_amp.results.parquet import read_origin, read_rows
+from tune_amp.cli.comparison import Comparison
+from tune_amp.results.parquet import read_file
+from tune_amp.reuse.precision_page import SCHEMAS, write_comparison
 from tune_amp.reuse.precision_runs import (
-    SCHEMAS,
     TURNS,
     ComparisonPlan,
     choose_arms,
@@ -29,8 +29,6 @@ from tune_amp.reuse.precision_runs import (
     measure_map,
     plan_comparison,
     train_arm,
-    write_map,
-    write_runs,
 )
 from tune_amp.reuse.precision_verdicts import ComparedRun, ComparisonOrigin, MapCell
 from tune_amp.training.data import Dataset
@@ -293,22 +291,28 @@ def test_files_hold_the_rows_and_where_they_come_from(tmp_path: Path) -> None:
     runs = [
         ComparedRun(precision="fp32", seed=2, place=1, status=TrialStatus.DIVERGED, error="x", epoch_rates=(1.5, 2.5))
     ]
-    cells = [MapCell(model="vit", batch_size=64, precision="bf16", turn_rates=(3.0,), peak_memory_bytes=7)]
-    write_runs(tmp_path, runs, ORIGIN)
-    write_map(tmp_path, cells, ORIGIN)
-    [row] = read_rows(tmp_path / "compare.parquet", "compare", SCHEMAS["compare"])
+    cells = [
+        MapCell(model="vit", batch_size=64, precision=precision, turn_rates=(3.0,), peak_memory_bytes=7)
+        for precision in ("bf16", "fp32")
+    ]
+    write_comparison(tmp_path, ORIGIN, runs, cells)
+    [row], origin, _ = read_file(tmp_path / "compare.parquet", "compare", SCHEMAS["compare"])
     assert row == vars(runs[0]) | {"epoch_rates": [1.5, 2.5]}
-    assert read_origin(tmp_path / "compare.parquet")["left_out"] == {"tf32": "no"}
+    assert origin["left_out"] == {"tf32": "no"}
     table = pd.read_parquet(tmp_path / "compare_map.parquet")
-    assert table[["model", "batch_size", "precision", "peak_memory_bytes"]].values.tolist() == [["vit", 64, "bf16", 7]]
+    assert table[["model", "batch_size", "precision", "peak_memory_bytes"]].values.tolist() == [
+        ["vit", 64, "bf16", 7],
+        ["vit", 64, "fp32", 7],
+    ]
     assert table["turn_rates"][0].tolist() == [3.0]
 
 
 @pytest.mark.parametrize("name", ["compare.parquet", "compare_map.parquet", "compare.md"])
 def test_file_that_was_put_there_before_the_first_was_written_is_left_alone(name: str, tmp_path: Path) -> None:
     unused: Any = None
-    comparison = Comparison(unused, unused, unused, unused, ORIGIN, tmp_path, unused)
-    comparison._runs.append(ComparedRun(precision="fp32", seed=2, place=1, status=TrialStatus.DIVERGED, error="x"))
+    names = ("config", "arms", "max_epochs", "models", "batch_sizes", "dataset", "device", "console")
+    comparison = Comparison(**dict.fromkeys(names, unused), origin=ORIGIN, folder=tmp_path)
+    comparison.runs.append(ComparedRun(precision="fp32", seed=2, place=1, status=TrialStatus.DIVERGED, error="x"))
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone"):
         comparison._write()

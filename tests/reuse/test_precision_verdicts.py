@@ -191,7 +191,7 @@ def test_seeds_are_paired_by_number_not_by_order() -> None:
     (0.0, 0.01, "yes"),
     (1.0, 0.01, "no"),
     (-1.0, 0.01, "no"),
-    (0.0, 1.0, "cannot be told"),
+    (0.0, 1.0, "undecided"),
 ])  # fmt: skip
 def test_equivalence_is_shown_refuted_or_open(shift: float, noise: float, word: str) -> None:
     gap = judge_equivalence([97 + shift + noise, 97 + shift - noise, 97 + shift], [97.0] * 3, 0.2)

@@ -182,7 +182,7 @@ def test_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
 def test_run_that_still_goes_on_is_refused(tmp_path: Path) -> None:
     path = made.write_journal(tmp_path, [made.beginning()])
     with Journal(path):
-        assert refusal(tmp_path) == "reports.journal: is being written: the run still goes on in another process"
+        assert refusal(tmp_path) == "reports.journal: is being written: the run is still active in another process"
 
 
 def test_half_a_line_at_the_end_is_no_event(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from past_runs import written_past
 from records import PROVENANCE
 from report_runs import write_full_run
 
-from tune_amp.results.run_files import CONFIRM_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.mending import mend_run
 from tune_amp.search.study import open_storage
 
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_whole_study_stays_and_half_a_line_of_it_is_cut_off(run: Path) -> None:
-    path = run / STUDY_FILE
+    path = RunFolder(run).study
     write_study(path)
     whole = path.read_bytes()
     assert mend(run) == []
@@ -74,11 +74,11 @@ def test_whole_study_stays_and_half_a_line_of_it_is_cut_off(run: Path) -> None:
 def test_study_that_cannot_be_that_of_the_journal_is_set_aside(
     damage: Callable[[Path], object], fault: str, run: Path
 ) -> None:
-    path = run / STUDY_FILE
+    path = RunFolder(run).study
     damage(path)
     content = path.read_bytes() if path.is_file() else None
     [line] = mend(run)
-    aside = run / f"{STUDY_FILE}.damaged"
+    aside = run / "study.journal.damaged"
     assert line.startswith(f"{path}: {fault}")
     assert line.endswith("; it is kept as study.journal.damaged, and made anew from reports.journal")
     assert "\n" not in line
@@ -88,18 +88,18 @@ def test_study_that_cannot_be_that_of_the_journal_is_set_aside(
 
 
 def test_study_whose_settings_are_not_those_of_the_journal_is_set_aside(run: Path) -> None:
-    write_study(run / STUDY_FILE)
+    write_study(RunFolder(run).study)
     [line] = mend(run, lrs=(*LRS[:2], 0.04))
     assert ": has another trial 2; " in line
-    write_study(run / STUDY_FILE)
+    write_study(RunFolder(run).study)
     [line] = mend(run, lrs=(*LRS, 0.04))
     assert ": has no trial 3; it is kept as study.journal.damaged-2, " in line
-    contents = [(run / f"{STUDY_FILE}.damaged{number}").read_bytes() for number in ("", "-2")]
+    contents = [(run / f"study.journal.damaged{number}").read_bytes() for number in ("", "-2")]
     assert [content.count(b"\n") for content in contents] == [contents[0].count(b"\n")] * 2
 
 
 def test_confirmed_runs_that_cannot_be_read_are_set_aside(run: Path) -> None:
-    path = write_full_run(run) / CONFIRM_FILE
+    path = RunFolder(write_full_run(run)).confirm
     whole = path.read_bytes()
     assert mend(run) == []
     assert path.read_bytes() == whole
@@ -108,5 +108,5 @@ def test_confirmed_runs_that_cannot_be_read_are_set_aside(run: Path) -> None:
         [line] = mend(run)
         assert f"; it is kept as confirm.parquet.damaged{number}, " in line
         assert "\n" not in line
-        assert path.with_name(f"{CONFIRM_FILE}.damaged{number}").read_bytes() == content
+        assert path.with_name(f"confirm.parquet.damaged{number}").read_bytes() == content
         assert not path.exists()

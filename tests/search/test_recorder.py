@@ -16,8 +16,8 @@ from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT, failure_report, progress_report, read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import SearchProgress
-from tune_amp.results.records import SlotTime, TrialRecord, load_slot_time, load_trials
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.records import SlotTime, TrialRecord, load_trials, load_trials_file
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search import recorder as recorder_module
 from tune_amp.search.history import RunHistory, _read_history
 from tune_amp.search.recorder import TrialRecorder
@@ -110,7 +110,7 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
             )
             return TrialRecorder(
                 tmp_path,
-                read_history(stack.enter_context(Journal(tmp_path / JOURNAL_FILE))),
+                read_history(stack.enter_context(Journal(RunFolder(tmp_path).journal))),
                 progress,
                 watcher,
                 storage_root="/storage",
@@ -472,9 +472,9 @@ def test_slot_time_is_known_when_the_search_is_over_and_written_with_it(
     clock.now += 3
     assert recorder.slot_time is None
     recorder.write()
-    assert load_slot_time(tmp_path) is None
+    assert load_trials_file(tmp_path).slot_time is None
     recorder.finish()
-    assert recorder.slot_time == load_slot_time(tmp_path) == SlotTime(slots=2, wall_seconds=3.0)
+    assert recorder.slot_time == load_trials_file(tmp_path).slot_time == SlotTime(slots=2, wall_seconds=3.0)
 
 
 def test_slots_of_nodes_that_joined_count(recorder: TrialRecorder) -> None:
@@ -513,7 +513,7 @@ def test_every_event_is_in_the_journal_before_anyone_is_told(
 ) -> None:
     class Reader:
         def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-            seen.append(read_journal(tmp_path / JOURNAL_FILE)[-1]["event"])
+            seen.append(read_journal(RunFolder(tmp_path).journal)[-1]["event"])
 
     seen: list[str] = []
     recorder._observer = Reader()
@@ -522,14 +522,15 @@ def test_every_event_is_in_the_journal_before_anyone_is_told(
     report_epoch(recorder, trial, 1, "completed")
     finish(recorder, trial)
     assert seen == ["start", "report", "end"]
-    assert [event["event"] for event in read_journal(tmp_path / JOURNAL_FILE)] == ["run", "session", "trial", *seen]
+    events = [event["event"] for event in read_journal(RunFolder(tmp_path).journal)]
+    assert events == ["run", "session", "trial", *seen]
 
 
 def test_checkpoints_are_noted_by_their_place_in_the_storage(recorder: TrialRecorder, tmp_path: Path) -> None:
     trial = FakeTrial("a")
     start(recorder, trial)
     recorder.on_checkpoint(0, [], trial, types.SimpleNamespace(path="/storage/ray/a/checkpoint_000000"))
-    assert read_journal(tmp_path / JOURNAL_FILE)[-1]["path"] == "ray/a/checkpoint_000000"
+    assert read_journal(RunFolder(tmp_path).journal)[-1]["path"] == "ray/a/checkpoint_000000"
 
 
 def test_checkpoints_may_go_once_the_journal_says_that_their_trial_is_over(
@@ -538,7 +539,7 @@ def test_checkpoints_may_go_once_the_journal_says_that_their_trial_is_over(
     recorder = make_recorder()
 
     def look(name: str) -> None:
-        seen.append((name, read_journal(tmp_path / JOURNAL_FILE)[-1]["event"]))
+        seen.append((name, read_journal(RunFolder(tmp_path).journal)[-1]["event"]))
 
     seen: list[tuple[str, str]] = []
     recorder._on_end = look

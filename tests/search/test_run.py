@@ -25,8 +25,8 @@ from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.journal import read_journal
 from tune_amp.results.progress import ConfirmProgress, SearchProgress
-from tune_amp.results.records import TrialRecord, load_best, load_provenance, load_slot_time, load_trials
-from tune_amp.results.run_files import JOURNAL_FILE, RUN_FILES, SPACE_FILE, STUDY_FILE
+from tune_amp.results.records import TrialRecord, load_best, load_provenance, load_trials, load_trials_file
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import SlotUse, utilisation
 from tune_amp.reuse.final import find_differences, replay_trial
 from tune_amp.search.history import open_history
@@ -105,12 +105,12 @@ def check_consistency(result: SearchResult) -> None:
         assert list(result.folder.rglob("checkpoint_*")) == []
     slot_seconds = result.slot_time.slots * result.slot_time.wall_seconds
     assert sum(utilisation(result.trials, result.slot_time).values()) == pytest.approx(slot_seconds, rel=0.01)
-    assert load_slot_time(result.folder) == result.slot_time
+    assert load_trials_file(result.folder).slot_time == result.slot_time
     assert list(result.folder.glob(".*")) == []  # no half-written file
 
 
 def load_study(folder: Path) -> optuna.Study:
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(RunFolder(folder).study)))
     return optuna.load_study(study_name=folder.name, storage=storage)
 
 
@@ -207,7 +207,7 @@ def test_winner_is_the_best_completed_trial_and_reads_back(finished: Finished) -
 @pytest.mark.slow
 def test_files_say_where_they_come_from(finished: Finished) -> None:
     result = finished[0]
-    assert (result.folder / SPACE_FILE).read_text() == SPACE
+    assert RunFolder(result.folder).space.read_text() == SPACE
     provenance = load_provenance(result.folder)
     assert provenance == result.provenance
     assert (provenance.run, provenance.device, provenance.seed) == ("run", "cpu", 3)
@@ -317,7 +317,7 @@ def test_trials_that_diverge_run_out_of_memory_or_raise_are_rows_and_the_search_
     assert errors[256] is None
     assert {trial.config.batch_size for trial in result.ranked} == {256}
     # A whole GPU each, and Ray believes in one: they took turns.
-    events = [event["event"] for event in read_journal(result.folder / JOURNAL_FILE)]
+    events = [event["event"] for event in read_journal(RunFolder(result.folder).journal)]
     assert [event for event in events if event in ("start", "end", "lost")] == ["start", "end"] * 8
 
 
@@ -421,7 +421,7 @@ def resume_until(
     searcher = AmpSearch(space, list_shared(digits, options), folder=folder, study_name=folder.name, **sizes)
     begun = [past_runs.trial("aaaaaaaa", 0) | {"config": searcher.suggest("aaaaaaaa")}, past_runs.start("aaaaaaaa")]
     searcher.close()
-    with (folder / STUDY_FILE).open("ab") as study:
+    with RunFolder(folder).study.open("ab") as study:
         study.write(damage)
     monkeypatch.setattr("tune_amp.search.run.list_nodes", lambda: [{"CPU": 2.0}])
 
@@ -501,7 +501,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(search: Search,
 # Without Ray
 
 
-@pytest.mark.parametrize("name", RUN_FILES)
+@pytest.mark.parametrize("name", [path.name for path in RunFolder(Path()).files])
 def test_file_that_was_put_into_the_folder_of_a_new_run_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone"):

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tune_amp.cluster.failures import OUT_OF_MEMORY_SIGN, find_cause, find_reason, find_status, is_node_lost
 from tune_amp.cluster.trainable import LargerShareNeeded
 from tune_amp.results.journal import cut_torn_line
-from tune_amp.results.run_files import STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.schedulers import WORST_VALUES
 from tune_amp.search.study import UNKNOWN_VALUES, AmpSearch
@@ -566,7 +566,7 @@ def test_journal_is_readable_by_another_study_while_the_search_goes_on(make_sear
     search = make_search()
     finish(search, "a", 0.5, end=report(2, NAN, "diverged"))
     search.suggest("b")
-    path = tmp_path / "run" / STUDY_FILE
+    path = RunFolder(tmp_path / "run").study
     other = optuna.load_study(study_name="run", storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))))
     assert [trial.state for trial in other.trials] == [TrialState.COMPLETE, TrialState.RUNNING]
     assert other.trials[0].constraints == {"hopeless": 1.0}
@@ -843,10 +843,10 @@ def test_killed_writer_leaves_neither_its_lock_nor_half_a_line_in_the_way(
 ) -> None:
     """Optuna itself would wait half a minute for the lock, and glue its next line to the torn one."""
     past = search_until_killed(make_search(), 3)
-    path = tmp_path / "run" / STUDY_FILE
+    path = RunFolder(tmp_path / "run").study
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"op_code":4,"worker')
-    path.with_name(f"{STUDY_FILE}.lock").symlink_to(path)
+    path.with_name("study.journal.lock").symlink_to(path)
     cut_torn_line(path)
     assert path.read_bytes() == whole
     started = time.monotonic()
@@ -861,7 +861,7 @@ def test_full_disk_is_told_and_leaves_the_study_readable(
     faults: list[str] = []
     search = make_search(on_fault=faults.append)
     search.suggest("a")
-    path = tmp_path / "run" / STUDY_FILE
+    path = RunFolder(tmp_path / "run").study
     whole = path.read_bytes()
 
     def write_half(backend: Any, logs: list[dict[str, Any]]) -> None:

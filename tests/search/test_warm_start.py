@@ -41,7 +41,7 @@ from tune_amp.results.records import (
     write_best,
     write_trials,
 )
-from tune_amp.results.run_files import STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.statistics import paired_interval
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch, open_storage
@@ -685,6 +685,6 @@ def test_a_search_starts_from_an_earlier_run(digits: Dataset, tmp_path: Path) ->
     assert len(load_trials(run)) == 4
     checksum = hashlib.sha256((tmp_path / "old" / "best.parquet").read_bytes()).hexdigest()
     assert load_provenance(run).warm_start == f"run old, best.parquet, sha256:{checksum}"
-    study = optuna.load_study(study_name="new", storage=open_storage(run / STUDY_FILE))
+    study = optuna.load_study(study_name="new", storage=open_storage(RunFolder(run).study))
     assert [trial.values for trial in study.trials if "of run" in trial.user_attrs] == [[0.5], [0.6]]
     assert all(trial.state.is_finished() for trial in study.trials)

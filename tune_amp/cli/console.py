@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from tune_amp.results.run_files import BEST_FILE, JOURNAL_FILE, TRIALS_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import InputError, TrialConfig, describe_error, one_line
 from tune_amp.trial.consent import check_consent, consent_to
 from tune_amp.trial.text import printable
@@ -157,13 +157,27 @@ def is_screen(console: Console) -> bool:
     return console.is_interactive and console.file.isatty()
 
 
-def name_beside(best: Path, name: str) -> Path:
-    """Return the default output folder: ``name`` beside a run's file, or in the run's folder.
+def add_winner_arguments(parser: argparse.ArgumentParser, saved: str) -> None:
+    """Add the arguments of a command that trains a ranked configuration; ``saved`` is what ``--output`` receives."""
+    add = parser.add_argument
+    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
+    add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
+    add("--output", type=read_path, metavar="DIR", help=f"folder for {saved} beside BEST.parquet)")
+    add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
+    add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
+    add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
+
+
+def choose_output(arguments: argparse.Namespace, name: str) -> Path:
+    """Return ``--output``, or else the folder ``name`` beside the run's file, or in the run's folder.
 
     Raises:
-        InputError: the folder is a link, which in a copied run may lead anywhere.
+        InputError: the default folder is a link, which in a copied run may lead anywhere.
     """
-    folder = (best if best.is_dir() else best.parent) / name
+    if arguments.output is not None:
+        return Path(arguments.output)
+    folder: Path = (arguments.best if arguments.best.is_dir() else arguments.best.parent) / name
     if folder.is_symlink():
         raise InputError(f"--output: {folder} is a link, which may lead anywhere; choose another folder")
     return folder
@@ -233,7 +247,8 @@ def find_run(run: str, results_dir: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (JOURNAL_FILE, TRIALS_FILE, BEST_FILE))
+    run = RunFolder(folder)
+    return any(path.is_file() for path in (run.journal, run.trials, run.best))
 
 
 def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.results.records import find_version
-from tune_amp.results.run_files import JOURNAL_FILE, SPACE_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
@@ -90,11 +90,11 @@ def _read_recorded(past: RunHistory) -> dict[str, Any]:
     recorded = {}
     for name, hint in _HINTS.items():
         if name not in past.arguments:
-            raise InputError(f"{JOURNAL_FILE}: arguments.{name}: must be there")
-        recorded[name] = checked_type(f"{JOURNAL_FILE}: arguments.{name}", past.arguments[name], hint)
+            raise InputError(f"reports.journal: arguments.{name}: must be there")
+        recorded[name] = checked_type(f"reports.journal: arguments.{name}", past.arguments[name], hint)
     trackers = past.arguments.get("tracker")
     if not isinstance(trackers, list) or not all(isinstance(name, str) for name in trackers):
-        raise InputError(f"{JOURNAL_FILE}: arguments.tracker: must be a list of names, got {shown(trackers)}")
+        raise InputError(f"reports.journal: arguments.tracker: must be a list of names, got {shown(trackers)}")
     if recorded["data_dir"] is not None:
         recorded["data_dir"] = Path(recorded["data_dir"])
     return recorded | {"dataset": past.provenance.dataset, "tracker": trackers}
@@ -142,7 +142,7 @@ def _check_trials(arguments: argparse.Namespace, past: RunHistory) -> None:
         for name, expected in shared.items():
             value = getattr(trial.config, name)
             if value != expected:
-                place = f"{JOURNAL_FILE}: trial {shown(trial.trial_id)}"
+                place = f"reports.journal: trial {shown(trial.trial_id)}"
                 raise InputError(f"{place}: {name}: must be {expected}, as in the whole run, got {shown(value)}")
 
 
@@ -153,7 +153,7 @@ def describe_changes(past: RunHistory, folder: Path) -> list[str]:
         InputError: the run's own copy of the space was edited.
     """
     about = past.provenance
-    copy, source = folder / SPACE_FILE, Path(about.space_source)
+    copy, source = RunFolder(folder).space, Path(about.space_source)
     if os.path.lexists(copy) and _read_text(copy) != about.space_text:
         raise InputError(
             f"{copy}: must stay as it was when the run was begun; to search another space, begin a new run"

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -45,13 +46,14 @@ from tune_amp.cli.search_output import (
 )
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.journal import read_journal
-from tune_amp.results.run_files import JOURNAL_FILE, REPORT_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import (
     DEFAULT_RESULTS_DIR,
     SearchOptions,
     build_options,
     check_trackers,
     make_run_name,
+    name_path,
     naming_flags,
     run_folder,
 )
@@ -210,12 +212,12 @@ def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
 
 def _is_gone(folder: Path) -> bool:
     """Return whether a run folder was removed or moved. Ray and this process may have recreated parts of it."""
-    return not folder.exists() or (any(folder.iterdir()) and not (folder / JOURNAL_FILE).exists())
+    return not folder.exists() or (any(folder.iterdir()) and not RunFolder(folder).journal.exists())
 
 
 def _can_go_on(task: Task, folder: Path) -> bool:
     """Return whether the run can be resumed. A warm start is recorded with the first trial, so it needs one."""
-    path = folder / JOURNAL_FILE
+    path = RunFolder(folder).journal
     if not path.exists() or path.stat().st_size == 0:
         return False
     return task.donor is None or any(event["event"] == "trial" for event in read_journal(path))
@@ -315,7 +317,7 @@ def _write_report(folder: Path) -> None:
     try:
         write_report(folder)
     except Exception as error:
-        print(f"{REPORT_FILE} was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+        print(f"report.html was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
 def _load_checked(task: Task) -> "tuple[Dataset, dict[str, str]]":
@@ -398,12 +400,13 @@ def _find_folder(module: ModuleType) -> Path | None:
 
 
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
-    from tune_amp.cli.outcome import name_reuse_command
+    from tune_amp.results.records import list_reuse_words
 
     script = Path(sys.argv[0]).with_name("train.py")
     train = ("tune-amp", "train") if program.startswith("tune-amp") else (_name_python(), str(script))
     data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
-    return name_reuse_command(train, best, data_dir=data_dir, model=arguments.model, dataset=arguments.dataset)
+    model, dataset = arguments.model, arguments.dataset
+    return shlex.join(list_reuse_words(train, name_path(best), data_dir=data_dir, model=model, dataset=dataset))
 
 
 def _resume_command(task: Task, folder: Path) -> str:

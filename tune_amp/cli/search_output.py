@@ -105,11 +105,11 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
 
 def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     """Print the result, with ``reuse``, the command that trains the winner."""
-    from tune_amp.cli.outcome import Outcome, print_outcome
+    from tune_amp.cli.run_summary import RunSummary, print_summary
     from tune_amp.results.records import rank_trials
 
     confirmation = result.confirmation
-    outcome = Outcome(
+    summary = RunSummary(
         folder=result.folder,
         trials=result.trials,
         ranked=result.ranked,
@@ -125,7 +125,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     if confirmation and confirmation.left_out:
         say(console, confirmation.left_out, style="yellow")
     # The reasons for having no winner are printed at every verbosity.
-    print_outcome(console, outcome, reuse, errors=open_console(stderr=True))
+    print_summary(console, summary, reuse, errors=open_console(stderr=True))
 
 
 def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession") -> None:

@@ -1,6 +1,7 @@
 """The command ``tune-amp show``: prints a run again, from the run's files alone."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,12 @@ from tune_amp.cli.console import (
     read_place,
     say,
 )
-from tune_amp.results.run_files import BEST_FILE
-from tune_amp.search.options import DEFAULT_RESULTS_DIR
+from tune_amp.results.run_folder import RunFolder
+from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path
 from tune_amp.trial.config import check
 
 if TYPE_CHECKING:
-    from tune_amp.cli.outcome import Outcome
+    from tune_amp.cli.run_summary import RunSummary
 
 
 def show_command(arguments: Sequence[str] | None = None, program: str = "tune-amp show") -> int:
@@ -50,23 +51,23 @@ def _show_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from tune_amp.cli.outcome import load_outcome, print_outcome
+    from tune_amp.cli.run_summary import load_summary, print_summary
 
     check("--top-k", arguments.top_k, arguments.top_k is None or arguments.top_k >= 1, "must be at least 1")
-    outcome = load_outcome(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
+    summary = load_summary(find_run_folder(arguments.run, arguments.results_dir, "RUN"), arguments.top_k)
     console = open_console()
     with ignoring_closed_pipe():
-        _print_start(console, outcome)
-        print_outcome(console, outcome, _name_reuse_command(outcome), errors=console)
+        _print_start(console, summary)
+        print_summary(console, summary, _describe_reuse(summary), errors=console)
     return EXIT_DONE
 
 
-def _print_start(console: Console, outcome: "Outcome") -> None:
+def _print_start(console: Console, summary: "RunSummary") -> None:
     from tune_amp.space.space import parse_space
 
-    about = outcome.provenance
-    models = dict.fromkeys(trial.config.model for trial in outcome.trials)
-    tails = dict.fromkeys(trial.config.imbalance for trial in outcome.trials if trial.config.imbalance != 1)
+    about = summary.provenance
+    models = dict.fromkeys(trial.config.model for trial in summary.trials)
+    tails = dict.fromkeys(trial.config.imbalance for trial in summary.trials if trial.config.imbalance != 1)
     tail = "".join(f" (long tail {imbalance:g}:1)" for imbalance in tails)
     sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
     say(console, f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}")
@@ -76,17 +77,12 @@ def _print_start(console: Console, outcome: "Outcome") -> None:
     say(console, f"run        {about.run}, {about.created}, on {about.device}")
 
 
-def _name_reuse_command(outcome: "Outcome") -> str:
+def _describe_reuse(summary: "RunSummary") -> str:
     """Return the search's reuse command, but with ``tune-amp``: the folder of the scripts is not known here."""
-    from tune_amp.cli.outcome import name_reuse_command
+    from tune_amp.results.records import list_reuse_words
 
-    recorded = OneLineParser(prog="tune-amp search", add_help=False, allow_abbrev=False)
-    recorded.add_argument("--data-dir")
-    arguments, _ = recorded.parse_known_args(outcome.provenance.command[1:])
-    return name_reuse_command(
-        ("tune-amp", "train"),
-        outcome.folder / BEST_FILE,
-        data_dir=arguments.data_dir,
-        model=outcome.trials[0].config.model if outcome.trials else "",
-        dataset=outcome.provenance.dataset,
-    )
+    about = summary.provenance
+    model = summary.trials[0].config.model if summary.trials else ""
+    best = name_path(RunFolder(summary.folder).best)
+    train = ("tune-amp", "train")
+    return shlex.join(list_reuse_words(train, best, data_dir=about.data_dir, model=model, dataset=about.dataset))

@@ -5,9 +5,8 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,18 +14,19 @@ from tune_amp.cli.console import (
     EXIT_DONE,
     EXIT_NO_RESULT,
     OneLineParser,
+    add_winner_arguments,
     answer_bad_input,
     choose_device,
+    choose_output,
     load_searched_data,
-    name_beside,
     open_console,
-    read_path,
     say,
     take_consent,
 )
 from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.results.files import claimed_folder
-from tune_amp.results.run_files import EPOCHS_FILE
+from tune_amp.results.run_folder import RunFolder
+from tune_amp.reuse.markdown import format_settings
 from tune_amp.search.options import naming_flags
 from tune_amp.trial.config import (
     InputError,
@@ -42,7 +42,7 @@ from tune_amp.trial.text import printable
 if TYPE_CHECKING:
     import torch
 
-    from tune_amp.results.records import TrialRecord
+    from tune_amp.results.records import BestFile
     from tune_amp.training.data import Dataset
     from tune_amp.trial.config import EpochMetrics
 
@@ -67,50 +67,42 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
         description="Train a configuration that a search found on the whole training set, and test it once.",
         allow_abbrev=False,
     )
+    add_winner_arguments(parser, saved="what is saved (train-...")
     add = parser.add_argument
-    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
-    add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
     add("--seed", type=int, metavar="N", help="another seed than the trial's")
     add("--max-epochs", type=int, metavar="N", help="another number of epochs than the trial's")
-    add("--output", type=read_path, metavar="DIR", help="folder for what is saved (train-... beside BEST.parquet)")
-    add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
-    add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
-    add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
     add("--replay", action="store_true", help="repeat the trial instead, and compare it with the record bit by bit")
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from tune_amp.results.records import load_best_record, load_best_rows, load_provenance
+    from tune_amp.results.records import load_best_file
 
-    record = load_best_record(arguments.best, arguments.rank)
-    best = load_best_rows(arguments.best)  # read now: a confirmation in progress will rank it anew
+    best = load_best_file(arguments.best)  # read once: a confirmation in progress will rank it anew
+    record = best.pick(arguments.rank).trial
     take_consent(arguments, record.config)
-    provenance = load_provenance(arguments.best)
-    dataset = load_searched_data(record.config.dataset, arguments.data_dir, provenance.data_hash)
+    dataset = load_searched_data(record.config.dataset, arguments.data_dir, best.provenance.data_hash)
     if arguments.replay:
-        return _replay(arguments, record, dataset)
-    source = {"best": best, "rank": arguments.rank, "provenance": provenance}
-    return _train_final(arguments, record.config, dataset, source)
+        return _replay(arguments, best, dataset)
+    return _train_final(arguments, best, dataset)
 
 
-def _train_final(
-    arguments: argparse.Namespace, chosen: TrialConfig, dataset: "Dataset", source: Mapping[str, Any]
-) -> int:
+def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
     import torch
 
     from tune_amp.results.records import list_versions
     from tune_amp.reuse.card import CardSource, describe_card
     from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
 
+    chosen = best.pick(arguments.rank).trial.config
     wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
     with naming_flags():
         config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
     device = choose_device(arguments.device)
     _check_own_model(config, dataset, device)
     console = open_console()
-    with claimed_folder(arguments.output or _default_output(arguments, config)) as output:
+    name = f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
+    with claimed_folder(choose_output(arguments, name)) as output:
         try:
             training = FinalTraining(config, dataset, device)
             _print_training(console, arguments, config, device)
@@ -129,7 +121,7 @@ def _train_final(
             print(f"{config.model} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
         versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
-        card = describe_card(result, CardSource(**source, versions=versions))
+        card = describe_card(result, CardSource(best=best, rank=arguments.rank, versions=versions))
         training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
     console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
     say(console, describe_recalls(result.test_recalls))
@@ -152,23 +144,20 @@ def _print_training(
 ) -> None:
     from tune_amp.training.amp import describe_hardware
 
-    listed = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in list_settings(config).items()
-    )
-    say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {listed}")
+    settings = format_settings(list_settings(config))
+    say(console, f"rank {arguments.rank} of {arguments.best} on {device}: {settings}")
     notice = describe_hardware(config.precision, device)
     if notice:
         say(console, f"note: {notice}", style="yellow")
 
 
-def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Dataset") -> int:
+def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
     """Repeat the trial and compare every epoch with its record. Return the exit code."""
     import torch
 
-    from tune_amp.results.parquet import locate
     from tune_amp.reuse.final import EPOCH_FIELDS, find_differences, replay_trial
 
+    record = best.pick(arguments.rank).trial
     for flag in ("seed", "max_epochs", "output"):
         if getattr(arguments, flag) is not None:
             raise InputError(
@@ -179,9 +168,9 @@ def _replay(arguments: argparse.Namespace, record: "TrialRecord", dataset: "Data
     torch.set_num_threads(record.num_threads)  # sums are split among threads: their number changes the last bits
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
-    beside = locate(arguments.best, "best").with_name(EPOCHS_FILE)
-    left_out = () if beside.exists() else EPOCH_FIELDS
+    left_out = () if best.has_epochs else EPOCH_FIELDS
     if left_out:
+        beside = RunFolder(best.path.parent).epochs
         say(console, f"note: {beside} is missing: only the last epoch is compared, without {', '.join(left_out)}")
     equal = True
     recorded_on = "cpu" if record.device == "cpu" else "cuda"
@@ -212,7 +201,3 @@ def describe_recalls(recalls: Sequence[float]) -> str:
     shown = ", ".join(f"{label}: {recall:.2%}" for recall, label in found[:MOST_RECALLS])
     left = f", {len(found) - MOST_RECALLS} better ones" if len(found) > MOST_RECALLS else ""
     return f"recall by class, the worst first: {shown}{left}"
-
-
-def _default_output(arguments: argparse.Namespace, config: TrialConfig) -> Path:
-    return name_beside(arguments.best, f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}")

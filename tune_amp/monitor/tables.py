@@ -3,11 +3,12 @@
 It needs only the content of a run's Parquet files, so a run can be shown again at any time.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
+from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.gain import show_difference
 from tune_amp.results.records import BestRow, Provenance
 from tune_amp.trial.config import TrialConfig, format_scale
@@ -28,7 +29,7 @@ def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
         if row.confirmation is not None:
             cells = _confirmed_cells(row.confirmation, objective)
             style = "green" if row.rank == 1 else "dim" if row.is_default else None
-            table.add_row(_name(row), *settings_cells(row.trial.config), *cells, style=style)
+            table.add_row(re.sub(r"rank |[()]", "", row.name), *settings_cells(row.trial.config), *cells, style=style)
     return table
 
 
@@ -48,7 +49,7 @@ def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Itera
     for row in confirmed:
         assert row.confirmation is not None
         if row.confirmation.confirm_failures:
-            yield f"{_title(row)} has no mean: {'; '.join(row.confirmation.confirm_failures)}."
+            yield f"{row.name.capitalize()} has no mean: {'; '.join(row.confirmation.confirm_failures)}."
     if any(row.trial.last and row.trial.last.epoch < row.trial.config.max_epochs for row in confirmed):
         yield "Optimism of those that ended early in the search compares with the epoch they had reached."
     for row in confirmed:
@@ -58,9 +59,9 @@ def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Itera
 
 
 def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
-    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
-    behind = [_name(row) for row in judged if row.confirmation and not row.confirmation.tied_with_best]
-    possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    judged = [row for row in confirmed if row.may_be_best is not None]
+    behind = [row.name for row in judged if not row.may_be_best]
+    possible = [row.name for row in judged if row.may_be_best]
     method = "(paired t tests, corrected for their number, 95 %)"
     if len(judged) > 1 and len(possible) > 1:
         yield f"Any of {join_names(possible)} may be the best: none is shown to be worse than another {method}."
@@ -83,17 +84,6 @@ def _show_mean(confirmation: Confirmation, name: str) -> str:
     if name == "val_loss":
         return f"{mean:.4f} ±{high - mean:.4f}"
     return f"{100 * mean:.2f} ±{100 * (high - mean):.2f}"
-
-
-def _name(row: BestRow) -> str:
-    """Return the rank of a row, and mark the default configuration."""
-    if not row.is_default:
-        return str(row.rank)
-    return DEFAULT_ID if row.rank is None else f"{row.rank} {DEFAULT_ID}"
-
-
-def _title(row: BestRow) -> str:
-    return "The default configuration" if row.is_default else f"Number {row.rank}"
 
 
 def _count_seeds(confirmed: Sequence[BestRow]) -> str:

@@ -78,12 +78,7 @@ def objective_title(name: str) -> str:
 def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:
     """Return an axis on which equal steps are equal factors of the error rate, so that the best trials stay apart."""
     least = 0.5 / max(1, images)  # a file may hold any number
-
-    def place(value: float | None) -> float | None:
-        if value is None or not math.isfinite(value):
-            return None
-        return -math.log10(max(1.0 - value, least))
-
+    place = _place_by(lambda value: -math.log10(max(1.0 - value, least)))
     low, high = _add_margin([place(value) for value in values])
     ticks = [(position, f"{value:.4g}%") for value, position in _place_percent(place) if low <= position <= high]
     if len(ticks) < 2:
@@ -93,12 +88,7 @@ def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Ax
 
 def log_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
     """Return a logarithmic axis. Values that are not above 0 have no position."""
-
-    def place(value: float | None) -> float | None:
-        if value is None or not math.isfinite(value) or value <= 0:
-            return None
-        return math.log10(value)
-
+    place = _place_by(math.log10, above=0.0)
     low, high = _add_margin([place(value) for value in values])
     decades = range(math.floor(low), math.ceil(high) + 1)
     fine = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
@@ -113,12 +103,7 @@ def log_axis(title: str, values: Iterable[float | None], show: Callable[[float],
 
 def power_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
     """Return an axis on which powers of two are evenly spaced."""
-
-    def place(value: float | None) -> float | None:
-        if value is None or not math.isfinite(value) or value <= 0:
-            return None
-        return math.log2(value)
-
+    place = _place_by(math.log2, above=0.0)
     low, high = _add_margin([place(value) for value in values], least=1.0)
     step = 1
     while high - low > 10 * step:
@@ -131,10 +116,7 @@ def power_axis(title: str, values: Iterable[float | None], show: Callable[[float
 
 def linear_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
     """Return a linear axis."""
-
-    def place(value: float | None) -> float | None:
-        return None if value is None or not math.isfinite(value) else float(value)
-
+    place = _place_by(float)
     low, high = _add_margin([place(value) for value in values])
     step = _round_step((high - low) / 5)
     places = range(math.ceil(low / step), math.floor(high / step) + 1)
@@ -200,6 +182,15 @@ _COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = types.MappingProxyTyp
         "peak_memory_bytes": ("peak memory", _mebibytes),
     }
 )
+
+
+def _place_by(scale: Callable[[float], float], above: float = -math.inf) -> Callable[[float | None], float | None]:
+    """Return a function from a value to its position; values that are not finite or not ``above`` have none."""
+
+    def place(value: float | None) -> float | None:
+        return scale(value) if value is not None and math.isfinite(value) and value > above else None
+
+    return place
 
 
 def _place_percent(place: Callable[[float], float | None]) -> list[tuple[float, float]]:

@@ -13,8 +13,15 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.report.axes import Axis, count_step, linear_axis, objective_axis, show_percent
 from tune_amp.report.run import Run, find_value, list_rankable
-from tune_amp.report.style import SYMBOLS, build_figure, colour_of, list_statuses, say_status, tell_trial
-from tune_amp.results.confirmed import DEFAULT_ID
+from tune_amp.report.style import (
+    SYMBOLS,
+    build_figure,
+    colour_of,
+    describe_trial,
+    format_status,
+    list_statuses,
+    style_line,
+)
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import SlotUse
 from tune_amp.trial.config import MORE_IS_BETTER, TrialStatus
@@ -46,10 +53,10 @@ def draw_history(run: Run) -> go.Figure:
     for status in list_statuses(run.trials):
         group = [trial for trial in run.trials if trial.status is status]
         xs = [float(numbers[trial.trial_id]) for trial in group]
-        traces.append(draw_trials(run, group, xs, axis, name=say_status(status)))
+        traces.append(draw_trials(run, group, xs, axis, name=format_status(status)))
     if run.winner and run.winner.trial.trial_id in numbers:
         trial = run.winner.trial
-        traces.append(_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
+        traces.append(draw_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
     count = len(run.trials)
     margin = 0.6 + 0.01 * count
     x = {
@@ -67,10 +74,10 @@ def draw_pareto(run: Run, other: str) -> go.Figure:
     for status in list_statuses(run.trials):
         group = [trial for trial in run.trials if trial.status is status and find_value(trial, other) is not None]
         xs = x.place_all(find_value(trial, other) for trial in group)
-        traces.append(draw_trials(run, group, xs, y, name=say_status(status), also=(other, x)))
+        traces.append(draw_trials(run, group, xs, y, name=format_status(status), also=(other, x)))
     front = [row.trial for row in run.ranked]
     xs = x.place_all(find_value(trial, other) for trial in front)
-    traces.append(_ring(xs, y.place_all(find_value(trial, run.objective) for trial in front), "Pareto set"))
+    traces.append(draw_ring(xs, y.place_all(find_value(trial, run.objective) for trial in front), "Pareto set"))
     return build_figure(traces, height=HEIGHT, x=x.as_plotly(), y=y.as_plotly())
 
 
@@ -85,14 +92,14 @@ def draw_trials(
 ) -> go.Scatter:
     """Draw trials of one status as points: their first objective against ``xs``."""
     status = trials[0].status if trials else TrialStatus.COMPLETED
-    told = [(run.objective, axis)] + ([also] if also else [])
+    axes = [(run.objective, axis)] + ([also] if also else [])
     return go.Scatter(
         x=xs,
         y=axis.place_all(find_value(trial, run.objective) for trial in trials),
         mode="markers",
         marker={"symbol": SYMBOLS[status], "size": 9, "color": colour_of(status), "opacity": 0.85},
         name=name,
-        text=["<br>".join([tell_trial(trial), *_tell_values(trial, told)]) for trial in trials],
+        text=["<br>".join([describe_trial(trial), *_describe_values(trial, axes)]) for trial in trials],
         hovertemplate="%{text}<extra></extra>",
     )
 
@@ -132,13 +139,14 @@ def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Sc
     return go.Scatter(x=xs, y=axis.place_all(values), mode="lines", line=line, name="best so far", hoverinfo="skip")
 
 
-def _ring(xs: Sequence[float | None], ys: Sequence[float | None], name: str) -> go.Scatter:
+def draw_ring(xs: Sequence[float | None], ys: Sequence[float | None], name: str) -> go.Scatter:
+    """Draw a ring around points."""
     marker = {"symbol": "circle-open", "size": 17, "color": colour_of("ink"), "line": {"width": 2}}
     return go.Scatter(x=xs, y=ys, mode="markers", marker=marker, name=name, hoverinfo="skip")
 
 
-def _tell_values(trial: TrialRecord, told: Sequence[tuple[str, Axis]]) -> Iterator[str]:
-    for name, axis in told:
+def _describe_values(trial: TrialRecord, axes: Sequence[tuple[str, Axis]]) -> Iterator[str]:
+    for name, axis in axes:
         value = find_value(trial, name)
         yield f"{axis.title} {'none' if value is None else axis.show(value)}"
 
@@ -156,7 +164,7 @@ def draw_epochs(run: Run) -> go.Figure:
     for status in list_statuses([trial for trial in run.trials if trial.last]):
         own = [trial.last.epoch for trial in run.trials if trial.last and trial.status is status]
         ended = collections.Counter(-(-epoch // each) * each for epoch in own)
-        name = say_status(status)
+        name = format_status(status)
         bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
     went_on = [sum(epoch > number for epoch in last) for number in epochs]
     bars.append(_draw_bars(epochs, went_on, "went on", colour_of("pale")))
@@ -194,16 +202,15 @@ def draw_curves(run: Run) -> go.Figure | None:
 def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> go.Scatter:
     values = [getattr(report, name) for report in trial.epochs]
     shown = ["no value" if value is None else axis.show(value) for value in values]
-    colour = colour_of("ink" if is_winner else trial.status)
     return go.Scatter(
         x=[report.epoch for report in trial.epochs],
         y=axis.place_all(values),
         mode="lines+markers",
-        line={"color": colour, "width": 3 if is_winner else 1.3},
+        line=style_line(trial, is_winner=is_winner),
         marker={"symbol": SYMBOLS[trial.status], "size": 7 if is_winner else 5},
         opacity=1.0 if is_winner else 0.6,
         customdata=shown,
-        meta=[tell_trial(trial), trial.trial_id],
+        meta=[describe_trial(trial), trial.trial_id],
         hovertemplate="%{meta[0]}<br>epoch %{x}: " + axis.title + " %{customdata}<extra></extra>",
         legendgroup=str(trial.status),
     )
@@ -215,7 +222,7 @@ def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> g
 def draw_confirmed(run: Run) -> go.Figure:
     """Draw mean and interval of every confirmed configuration, its single runs, and the search's own value."""
     rows = [row for row in run.listed if row.confirmation]
-    names = [name_row(row) for row in rows]
+    names = [row.name for row in rows]
     places = {name: float(-index) for index, name in enumerate(names)}
     traces = []
     for split, offset, colour in (("test", 0.14, "completed"), ("val", -0.14, "stopped")):
@@ -230,12 +237,6 @@ def draw_confirmed(run: Run) -> go.Figure:
     return build_figure(traces, height=140 + 78 * len(rows), x=x.as_plotly(tickangle=0), y=y)
 
 
-def name_row(row: BestRow) -> str:
-    """Return ``rank 1``, ``rank 1, default`` or ``default``."""
-    names = [f"rank {row.rank}"] * (row.rank is not None) + [DEFAULT_ID] * row.is_default
-    return ", ".join(names)
-
-
 def _draw_intervals(
     rows: Sequence[BestRow], split: str, offset: float, places: Mapping[str, float], colour: str
 ) -> go.Scatter:
@@ -244,7 +245,7 @@ def _draw_intervals(
     name = {"test": "test", "val": "validation"}[split]
     return go.Scatter(
         x=[mean for _, (mean, _, _) in drawn],
-        y=[places[name_row(row)] + offset for row, _ in drawn],
+        y=[places[row.name] + offset for row, _ in drawn],
         mode="markers",
         marker={"size": 10, "color": colour_of(colour)},
         error_x={
@@ -258,7 +259,7 @@ def _draw_intervals(
         },
         name=f"{name}: mean, 95% interval",
         text=[f"{show_percent(mean)} [{show_percent(low)}, {show_percent(high)}]" for _, (mean, low, high) in drawn],
-        customdata=[name_row(row) for row, _ in drawn],
+        customdata=[row.name for row, _ in drawn],
         hovertemplate=f"%{{customdata}}<br>{name} %{{text}}<extra></extra>",
     )
 
@@ -271,7 +272,7 @@ def _find_interval(row: BestRow, split: str) -> tuple[float, float, float] | Non
 def _draw_runs(
     run: Run, rows: Sequence[BestRow], split: str, offset: float, places: Mapping[str, float], colour: str
 ) -> go.Scatter:
-    names = {row.trial.trial_id: name_row(row) for row in rows}
+    names = {row.trial.trial_id: row.name for row in rows}
     drawn = [
         (names[one.trial_id], one.seed, value)
         for one in run.confirmed
@@ -291,14 +292,14 @@ def _draw_runs(
 
 
 def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) -> go.Scatter:
-    found = [(name_row(row), find_value(row.trial, "val_accuracy")) for row in rows]
+    found = [(row.name, find_value(row.trial, "val_accuracy")) for row in rows]
     drawn = [(name, value) for name, value in found if value is not None]
     return go.Scatter(
         x=[value for _, value in drawn],
         y=[places[name] - 0.14 for name, _ in drawn],
         mode="markers",
         marker={"symbol": "diamond-open", "size": 11, "color": colour_of("diverged"), "line": {"width": 2}},
-        name="what the search had said",
+        name="in the search",
         text=[show_percent(value) for _, value in drawn],
         hovertemplate="validation accuracy in the search: %{text}<extra></extra>",
     )

@@ -3,53 +3,53 @@
 from collections.abc import Iterator, Sequence
 
 from tune_amp.report.axes import objective_title, show_percent
-from tune_amp.report.figures import USE_COLOURS, draw_confirmed, draw_utilisation, name_row
+from tune_amp.report.figures import USE_COLOURS, draw_confirmed, draw_utilisation
 from tune_amp.report.page import Figure, Origin, Section, Swatch, Table, quote_words
 from tune_amp.report.parameters import draw_importance, draw_parallel, draw_slices
 from tune_amp.report.run import MISSING, Run, find_value
-from tune_amp.report.sections import tell_epochs, tell_last, tell_trouble, write_key
-from tune_amp.report.summary import say_moment, say_setting, tell_interval
+from tune_amp.report.sections import build_key, describe_trouble, format_epochs, format_last
+from tune_amp.report.summary import format_interval, format_moment, format_setting
+from tune_amp.results.gain import format_difference
 from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
 from tune_amp.results.records import BestRow
-from tune_amp.results.run_files import CONFIRM_FILE, IMPORTANCE_FILE, TRIALS_FILE
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 from tune_amp.trial.config import read_setting
 
 # ---- the parameters ----
 
 
-def write_importance(run: Run) -> Section:
-    """Write which parameters mattered."""
+def build_importance(run: Run) -> Section:
+    """Build the section on which parameters mattered."""
     result = run.importance
     if result is None:
-        return Section([_tell_why_no_importance(run)])
+        return Section([_explain_no_importance(run)])
     line = describe_importance(result).removeprefix("importance ")
     text = f"Importance for {result.objective} {line.rstrip(':')}."
     caption = (
         "A bar is a setting's share in what separates the best third of the trials from all of them, each setting by "
         "itself. The upright mark is what 5% of random permutations of its values reach. A bar that is not clearly "
-        f"beyond its mark cannot be told from noise, and is pale. {result.method}."
+        f"beyond its mark is indistinguishable from noise, and is pale. {result.method}."
     )
     label = "importance of each searched setting beside what permuted values reach"
     return Section([text], [Figure(caption, {"importance-plot": (label, draw_importance(result))})])
 
 
-def _tell_why_no_importance(run: Run) -> str:
-    trouble = run.troubles.get(IMPORTANCE_FILE, MISSING)
+def _explain_no_importance(run: Run) -> str:
+    trouble = run.troubles.get(run.folder.importance, MISSING)
     if trouble != MISSING:
-        return f"Not shown: importance.parquet {tell_trouble(trouble)}."
+        return f"Not shown: importance.parquet {describe_trouble(trouble)}."
     if len(run.trials) < FEWEST_TRIALS:
         return (
             f"Not measured: that needs {FEWEST_TRIALS} trials with a value at one epoch, there are {len(run.trials)}."
         )
     return (
-        "Not measured: too few trials had a value at one epoch, or most shared the worst one, or the search did not "
-        "come to its end."
+        "Not measured: too few trials had a value at one epoch, or most shared the worst one, or the search was cut "
+        "off."
     )
 
 
-def write_parameters(run: Run) -> Section:
-    """Write the slices and parallel coordinates."""
+def build_parameters(run: Run) -> Section:
+    """Build the section on the slices and parallel coordinates."""
     if all(find_value(trial, run.objective) is None for trial in run.trials):
         return Section(["No trial has a value to show against its settings."])
     slices = {
@@ -68,7 +68,7 @@ def write_parameters(run: Run) -> Section:
         "passed by."
     )
     paths = {"parallel-plot": ("every trial as a line through its settings to its result", draw_parallel(run))}
-    key = write_key(run, [trial for trial in run.trials if find_value(trial, run.objective) is not None])
+    key = build_key(run, [trial for trial in run.trials if find_value(trial, run.objective) is not None])
     figures = [
         Figure(about_slices, slices, layout="slices"),
         Figure(about_paths, paths, key=key, heading="All together"),
@@ -79,8 +79,8 @@ def write_parameters(run: Run) -> Section:
 # ---- fresh seeds ----
 
 
-def write_confirmed(run: Run) -> Section:
-    """Write the confirmation of the best on fresh seeds."""
+def build_confirmed(run: Run) -> Section:
+    """Build the section on the confirmation of the best on fresh seeds."""
     if not run.rows:
         return Section(["No trial produced a result that could be ranked."])
     if not any(row.confirmation for row in run.rows):
@@ -89,47 +89,47 @@ def write_confirmed(run: Run) -> Section:
             f"{run.provenance.validation_images:,} validation images: differences of some tenths of a point are noise."
         )
         return Section([text], tables=[_list_ranked(run)])
-    trouble = run.troubles.get(CONFIRM_FILE)
-    notes = [f"Single runs are not shown: confirm.parquet {tell_trouble(trouble)}."] if trouble else []
+    trouble = run.troubles.get(run.folder.confirm)
+    notes = [f"Single runs are not shown: confirm.parquet {describe_trouble(trouble)}."] if trouble else []
     caption = (
         "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
         "which each run read once, grey on the validation images. Small circles are the single runs. The diamond is "
-        f"what the search had said of the same configuration{_explain_optimism(run)}. "
-        "Overlapping intervals are not what makes a tie: all runs share their seeds, and the table says which may be "
-        "the best on the validation images. The default is the tutorial's configuration."
+        f"the accuracy of the same configuration in the search{_explain_diamond(run)}. "
+        "Overlapping intervals do not make a tie: all runs share their seeds, and the table says which may be the best "
+        "on the validation images. The default is the tutorial's configuration."
     )
     label = "accuracy of every confirmed configuration with its 95% interval"
     plot = Figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
     return Section(notes, [plot], [_list_confirmed(run), *_list_failures(run)])
 
 
-def _explain_optimism(run: Run) -> str:
+def _explain_diamond(run: Run) -> str:
     if run.objective == "val_loss":
-        return "; the search's optimism is told of its objective, the loss, in the table"
-    return ": its distance from the grey dot is the search's optimism"
+        return "; the table has the difference of the objective, the loss"
+    return ": its distance from the grey dot is search minus confirmed"
 
 
-def _tell_early(run: Run) -> str:
+def _describe_early_ends(run: Run) -> str:
     confirmed = [row.trial for row in run.rows if row.confirmation]
     if any(trial.last and trial.last.epoch < trial.config.max_epochs for trial in confirmed):
-        return "Optimism of those that ended early in the search compares with the epoch they had reached."
+        return "For trials that ended early, search minus confirmed compares with the epoch that they had reached."
     return ""
 
 
 def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
     for parameter in run.parameters:
-        yield say_setting(parameter.name, read_setting(row.trial.config, parameter.name))
+        yield format_setting(parameter.name, read_setting(row.trial.config, parameter.name))
 
 
 def _list_ranked(run: Run) -> Table:
     columns = ("", "trial", *(parameter.name for parameter in run.parameters), "epochs", "val. accuracy", "val. loss")
     rows = [
         (
-            name_row(row),
+            row.name,
             row.trial.trial_name,
             *_list_settings(run, row),
-            tell_epochs(row.trial),
-            *tell_last(row.trial.last)[:2],
+            format_epochs(row.trial),
+            *format_last(row.trial.last)[:2],
         )
         for row in run.ranked
     ]
@@ -138,44 +138,43 @@ def _list_ranked(run: Run) -> Table:
 
 def _list_confirmed(run: Run) -> Table:
     names = [parameter.name for parameter in run.parameters]
-    found = ("test accuracy", "validation accuracy", "in the search", "optimism", "seeds", "may be the best")
+    found = (
+        "test accuracy",
+        "validation accuracy",
+        "in the search",
+        "search minus confirmed",
+        "seeds",
+        "may be the best",
+    )
     columns = ("", *found, *names)
-    return Table(columns, [_tell_confirmed(run, row) for row in run.listed], winner=0, note=_tell_early(run))
+    return Table(columns, [_format_confirmed(run, row) for row in run.listed], winner=0, note=_describe_early_ends(run))
 
 
-def _tell_confirmed(run: Run, row: BestRow) -> Sequence[str]:
+def _format_confirmed(run: Run, row: BestRow) -> Sequence[str]:
     found = row.confirmation
     own = find_value(row.trial, "val_accuracy")
     in_search = "" if own is None else show_percent(own)
     settings = _list_settings(run, row)
     if found is None:
-        return (name_row(row), "", "", in_search, "", "", "", *settings)
+        return (row.name, "", "", in_search, "", "", "", *settings)
     return (
-        name_row(row),
-        _tell_mean(found.test_accuracy_mean, found.test_accuracy_low, found.test_accuracy_high),
-        _tell_mean(found.val_accuracy_mean, found.val_accuracy_low, found.val_accuracy_high),
+        row.name,
+        _format_mean(found.test_accuracy_mean, found.test_accuracy_low, found.test_accuracy_high),
+        _format_mean(found.val_accuracy_mean, found.val_accuracy_low, found.val_accuracy_high),
         in_search,
-        _tell_optimism(run, found.optimism),
+        "" if found.optimism is None else format_difference(found.optimism, run.objective),
         str(len(found.confirm_seeds)),
-        {None: "not known", True: "yes", False: "no"}[found.tied_with_best],
+        {None: "not known", True: "yes", False: "no"}[row.may_be_best],
         *settings,
     )
 
 
-def _tell_mean(mean: float | None, low: float | None, high: float | None) -> str:
-    return "not all completed" if mean is None else f"{show_percent(mean)} {tell_interval(low, high)}"
-
-
-def _tell_optimism(run: Run, optimism: float | None) -> str:
-    if optimism is None:
-        return ""
-    return f"{optimism:+.4f} nats" if run.objective == "val_loss" else f"{100 * optimism:+.2f} points"
+def _format_mean(mean: float | None, low: float | None, high: float | None) -> str:
+    return "not all completed" if mean is None else f"{show_percent(mean)} {format_interval(low, high)}"
 
 
 def _list_failures(run: Run) -> Iterator[Table]:
-    failures = [
-        (name_row(row), text) for row in run.rows if row.confirmation for text in row.confirmation.confirm_failures
-    ]
+    failures = [(row.name, text) for row in run.rows if row.confirmation for text in row.confirmation.confirm_failures]
     if failures:
         yield Table(("", "why"), failures, long="why", heading="Runs that did not complete")
 
@@ -191,12 +190,10 @@ def list_words(given: Sequence[str]) -> list[str]:
     return [*(["python"] if first[0].endswith(".py") else []), *first, *given[1:]]
 
 
-def write_utilisation(run: Run) -> Section:
-    """Write what the slots were used for."""
+def build_utilisation(run: Run) -> Section:
+    """Build the section on the use of the slot time."""
     if run.slot_time is None:
-        trouble = run.troubles.get(TRIALS_FILE)
-        reason = f"the slot time cannot be read ({trouble})" if trouble else "the search was killed, or still goes on"
-        return Section([f"Not known: {reason}."])
+        return Section(["Not known: the search was killed, or is still running."])
     text = describe_utilisation(run.trials, run.slot_time)
     caption = (
         "The whole bar is the time of all slots, places in which a trial runs. Useful is the training of trials that "
@@ -213,14 +210,14 @@ def find_origin(run: Run, version: str) -> Origin:
     origin = run.provenance
     pairs = [
         ("run", origin.run),
-        ("started", say_moment(origin.created)),
+        ("started", format_moment(origin.created)),
         ("data", f"{origin.dataset}, sha256 {origin.data_hash}"),
         ("seed", str(origin.seed)),
         ("device", origin.device),
         ("versions", ", ".join(f"{name} {number}" for name, number in sorted(origin.versions.items()))),
-        ("report", f"made from the Parquet files of {run.folder} by tune_amp {version}"),
+        ("report", f"made from the Parquet files of {run.folder.path} by tune_amp {version}"),
     ]
-    unused = [f"{name}: {trouble}" for name, trouble in run.troubles.items() if trouble != MISSING]
+    unused = [f"{path.name}: {trouble}" for path, trouble in run.troubles.items() if trouble != MISSING]
     if unused:
         pairs.append(("not used", "; ".join(unused)))
     return Origin(pairs, quote_words(list_words(origin.command)), origin.space_source, origin.space_text)

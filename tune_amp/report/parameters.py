@@ -6,9 +6,9 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.report.axes import Axis, setting_axis
-from tune_amp.report.figures import build_objective_axis, draw_trials
+from tune_amp.report.figures import build_objective_axis, draw_ring, draw_trials
 from tune_amp.report.run import Run, find_value
-from tune_amp.report.style import build_figure, colour_of, list_statuses, say_status, tell_trial
+from tune_amp.report.style import build_figure, colour_of, describe_trial, format_status, list_statuses, style_line
 from tune_amp.results.importance import ImportanceResult
 from tune_amp.results.records import TrialRecord
 from tune_amp.space.parameter import Parameter
@@ -30,7 +30,7 @@ def draw_importance(result: ImportanceResult) -> go.Figure:
             "opacity": [1.0 if row.told_from_noise else 0.55 for row in rows],
         },
         width=0.5,
-        customdata=[[row.p_value, "told from noise" if row.told_from_noise else "not told from noise"] for row in rows],
+        customdata=[[row.p_value, f"{'' if row.told_from_noise else 'in'}distinguishable from noise"] for row in rows],
         hovertemplate="%{y}: importance %{x:.2f}, p %{customdata[0]:.3f}<br>%{customdata[1]}<extra></extra>",
         showlegend=False,
     )
@@ -60,19 +60,11 @@ def _draw_slice(run: Run, parameter: Parameter, y: Axis) -> go.Figure:
     for status in list_statuses(run.trials):
         group = [trial for trial in run.trials if trial.status is status and settings[trial.trial_id] is not None]
         xs = x.place_all(settings[trial.trial_id] for trial in group)
-        traces.append(draw_trials(run, group, xs, y, name=say_status(status)))
+        traces.append(draw_trials(run, group, xs, y, name=format_status(status)))
     if run.winner and run.winner.trial.last:  # the default configuration was not a trial
         trial = run.winner.trial
-        ring = {"symbol": "circle-open", "size": 16, "color": colour_of("ink"), "line": {"width": 2}}
-        traces.append(
-            go.Scatter(
-                x=[x.place(run.find_setting(parameter, trial.config))],
-                y=[y.place(find_value(trial, run.objective))],
-                mode="markers",
-                marker=ring,
-                hoverinfo="skip",
-            )
-        )
+        place = x.place(run.find_setting(parameter, trial.config))
+        traces.append(draw_ring([place], [y.place(find_value(trial, run.objective))], "rank 1"))
     return build_figure(traces, height=300, x=x.as_plotly(), y=y.as_plotly(title={"text": ""}), showlegend=False)
 
 
@@ -114,16 +106,16 @@ def _draw_path(run: Run, trial: TrialRecord, axes: Mapping[str, Axis], outcome: 
     places = [axis.share(value) for axis, value in zip(axes.values(), settings, strict=True)]
     value = find_value(trial, run.objective)
     assert value is not None
-    told = [f"{axis.title} {axis.show(value)}" for axis, value in zip(axes.values(), settings, strict=True) if value]
+    shown = [f"{axis.title} {axis.show(value)}" for axis, value in zip(axes.values(), settings, strict=True) if value]
     return go.Scatter(
         x=[*places, outcome.share(value)],
         y=[-float(index) for index in range(len(places) + 1)],
         mode="lines",
-        line={"color": colour_of("ink" if is_winner else trial.status), "width": 3 if is_winner else 1.3},
+        line=style_line(trial, is_winner=is_winner),
         connectgaps=True,
         opacity=1.0 if is_winner else 0.5,
-        text=["<br>".join([*told, f"{outcome.title} {outcome.show(value)}"])] * (len(places) + 1),
-        meta=[tell_trial(trial), trial.trial_id],
+        text=["<br>".join([*shown, f"{outcome.title} {outcome.show(value)}"])] * (len(places) + 1),
+        meta=[describe_trial(trial), trial.trial_id],
         hovertemplate="%{meta[0]}<br>%{text}<extra></extra>",
         legendgroup=str(trial.status),
     )

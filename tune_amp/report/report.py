@@ -10,25 +10,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tune_amp import __version__
-from tune_amp.report.findings import find_origin, write_confirmed, write_importance, write_parameters, write_utilisation
+from tune_amp.report.findings import build_confirmed, build_importance, build_parameters, build_utilisation, find_origin
 from tune_amp.report.page import Section, is_page, render_page
 from tune_amp.report.run import Run, load_run
-from tune_amp.report.sections import write_curves, write_epochs, write_history, write_scales
-from tune_amp.report.summary import name_subject, say_moment, write_summary
+from tune_amp.report.sections import build_curves, build_epochs, build_history, build_scales
+from tune_amp.report.summary import build_summary, format_moment, name_subject
 from tune_amp.results.files import write_atomically
-from tune_amp.results.run_files import REPORT_FILE
 from tune_amp.trial.config import InputError
 
 SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.MappingProxyType(
     {
-        "history": ("history", "How the search went", write_history),
-        "epochs": ("early stopping", "What early stopping saved", write_epochs),
-        "scales": ("loss scales", "The loss scale of every trial", write_scales),
-        "curves": ("validation", "Validation by epoch", write_curves),
-        "importance": ("importance", "Which settings mattered", write_importance),
-        "parameters": ("settings", "Settings and what they led to", write_parameters),
-        "best": ("fresh seeds", "The best, and what fresh seeds say of them", write_confirmed),
-        "time": ("slot time", "What the slots' time went into", write_utilisation),
+        "history": ("history", "How the search went", build_history),
+        "epochs": ("early stopping", "What early stopping saved", build_epochs),
+        "scales": ("loss scales", "The loss scale of every trial", build_scales),
+        "curves": ("validation", "Validation by epoch", build_curves),
+        "importance": ("importance", "Which settings mattered", build_importance),
+        "parameters": ("settings", "Settings and what they led to", build_parameters),
+        "best": ("fresh seeds", "The best, on fresh seeds", build_confirmed),
+        "time": ("slot time", "Use of the slot time", build_utilisation),
     }
 )
 """Anchor -> name in the contents, heading, and the function that writes the section."""
@@ -50,7 +49,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
             cannot be written, or exists and is not a report.
     """
     run = load_run(Path(folder))
-    path = run.folder / REPORT_FILE if output is None else Path(output)
+    path = run.folder.report if output is None else Path(output)
     page = build_report(run).encode("utf-8", errors="replace")  # file names may hold surrogates
     try:
         if os.path.lexists(path) and not is_page(path):
@@ -68,8 +67,8 @@ def build_report(run: Run) -> str:
     return render_page(
         subject=name_subject(run),
         run=run.provenance.run,
-        started=say_moment(run.provenance.created),
-        summary=write_summary(run),
+        started=format_moment(run.provenance.created),
+        summary=build_summary(run),
         sections={anchor: (link, title, write(run)) for anchor, (link, title, write) in SECTIONS.items()},
         origin=find_origin(run, __version__),
     )

@@ -15,14 +15,13 @@ from tune_amp.results.records import (
     Provenance,
     SlotTime,
     TrialRecord,
-    load_best_rows,
+    load_best_file,
     load_confirmed,
-    load_provenance,
-    load_slot_time,
-    load_trials,
+    load_epochs,
+    load_trials_file,
     rank_trials,
 )
-from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, EPOCHS_FILE, IMPORTANCE_FILE, TRIALS_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import SEARCHABLE, parse_space
 from tune_amp.trial.config import InputError, TrialConfig, read_setting
@@ -39,7 +38,7 @@ TOP_K = 3
 class Run:
     """The contents of a run folder."""
 
-    folder: Path
+    folder: RunFolder
     provenance: Provenance
     trials: tuple[TrialRecord, ...]
     """In order of submission."""
@@ -50,7 +49,7 @@ class Run:
     slot_time: SlotTime | None
     parameters: tuple[Parameter, ...]
     """Searched parameters."""
-    troubles: Mapping[str, str]
+    troubles: Mapping[Path, str]
     """File -> why its part is missing: ``is missing``, or the error message of reading it."""
 
     @property
@@ -102,43 +101,41 @@ class Run:
         return parameter.find_nearest(value, trial_steps=steps).get(parameter.optuna_name)
 
 
-def load_run(folder: Path) -> Run:
-    """Read a run's files. Only ``trials.parquet`` is required.
+def load_run(path: Path) -> Run:
+    """Read the files of the run in the folder ``path``, or of the file ``path``. Only ``trials.parquet`` is required.
 
     Raises:
         InputError: ``trials.parquet`` is missing, damaged, not written by tune_amp or of another version.
     """
-    if folder.is_file():
-        folder = folder.parent
-    troubles: dict[str, str] = {}
-    few = load_trials(folder, all_epochs=False)
-    trials = _attempt(troubles, folder, EPOCHS_FILE, lambda: load_trials(folder)) or few
-    provenance = load_provenance(folder / TRIALS_FILE)
-    rows = _attempt(troubles, folder, BEST_FILE, lambda: load_best_rows(folder, all_epochs=False))
-    if rows is None:
-        rows = rank_trials(choose_best(trials, provenance.objectives, TOP_K))
+    folder = RunFolder(path.parent if path.is_file() else path)
+    troubles: dict[Path, str] = {}
+    ended = load_trials_file(folder.path)
+    provenance = ended.provenance
+    trials = _attempt(troubles, folder.epochs, lambda path: load_epochs(path.parent, ended.trials)) or ended.trials
+    best = _attempt(troubles, folder.best, lambda path: load_best_file(path, all_epochs=False))
+    rows = best.rows if best else rank_trials(choose_best(trials, provenance.objectives, TOP_K))
     return Run(
         folder=folder,
         provenance=provenance,
         trials=tuple(trials),
         rows=tuple(rows),
-        importance=_attempt(troubles, folder, IMPORTANCE_FILE, lambda: load_importance(folder)),
-        confirmed=tuple(_attempt(troubles, folder, CONFIRM_FILE, lambda: load_confirmed(folder)) or ()),
-        slot_time=_attempt(troubles, folder, TRIALS_FILE, lambda: load_slot_time(folder)),
+        importance=_attempt(troubles, folder.importance, load_importance),
+        confirmed=tuple(_attempt(troubles, folder.confirm, load_confirmed) or ()),
+        slot_time=ended.slot_time,
         parameters=_find_parameters(provenance, trials),
         troubles=troubles,
     )
 
 
-def _attempt(troubles: dict[str, str], folder: Path, name: str, load: Callable[[], _T]) -> _T | None:
-    """Return the result of ``load``; on failure return None and record the reason under ``name`` in ``troubles``."""
-    if not (folder / name).is_file():
-        troubles[name] = MISSING
+def _attempt(troubles: dict[Path, str], path: Path, load: Callable[[Path], _T]) -> _T | None:
+    """Return what ``load`` reads from ``path``; on failure return None and record the reason in ``troubles``."""
+    if not path.is_file():
+        troubles[path] = MISSING
         return None
     try:
-        return load()
+        return load(path)
     except InputError as error:
-        troubles[name] = str(error)
+        troubles[path] = str(error)
         return None
 
 

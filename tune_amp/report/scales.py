@@ -14,7 +14,7 @@ import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.report.axes import Axis, count_step, power_axis, raise_to_power
 from tune_amp.report.run import Run
-from tune_amp.report.style import build_figure, colour_of, tell_trial
+from tune_amp.report.style import build_figure, colour_of, describe_trial, style_line
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrialStatus, format_scale
 
@@ -127,10 +127,10 @@ def _draw_line(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: 
         x=_places(points, by_step=by_step),
         y=axis.place_all(point.scale for point in points),
         mode="lines",
-        line={"shape": "hv", **_line_style(trajectory.trial, is_winner)},
+        line={"shape": "hv", **style_line(trajectory.trial, is_winner=is_winner)},
         opacity=1.0 if is_winner else 0.6,
-        customdata=[[point.step, _say_scale(point.scale)] for point in points],
-        meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id],
+        customdata=[[point.step, _describe_scale(point.scale)] for point in points],
+        meta=[describe_trial(trajectory.trial), trajectory.trial.trial_id],
         hovertemplate="%{meta[0]}<br>from step %{customdata[0]}: %{customdata[1]}<extra></extra>",
         legendgroup=str(trajectory.trial.status),
     )
@@ -145,31 +145,30 @@ def _draw_overflows(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_s
         marker={
             "symbol": "x-thin",
             "size": 6,
-            "line": {"width": 1.5 if is_winner else 1.0, "color": _line_style(trajectory.trial, is_winner)["color"]},
+            "line": {
+                "width": 1.5 if is_winner else 1.0,
+                "color": colour_of("ink" if is_winner else trajectory.trial.status),
+            },
         },
         opacity=1.0 if is_winner else 0.8,
-        customdata=[[point.step, _say_scale(point.scale), _tell_count(point)] for point in points],
-        meta=[tell_trial(trajectory.trial), trajectory.trial.trial_id, "overflow"],
+        customdata=[[point.step, _describe_scale(point.scale), _describe_count(point)] for point in points],
+        meta=[describe_trial(trajectory.trial), trajectory.trial.trial_id, "overflow"],
         hovertemplate="%{meta[0]}<br>step %{customdata[0]} skipped at %{customdata[1]}%{customdata[2]}<extra></extra>",
         legendgroup=str(trajectory.trial.status),
     )
-
-
-def _line_style(trial: TrialRecord, is_winner: bool) -> dict[str, Any]:
-    return {"color": colour_of("ink" if is_winner else trial.status), "width": 3 if is_winner else 1.3}
 
 
 def _places(points: Iterable[ScalePoint], *, by_step: bool) -> list[float]:
     return [point.step if by_step else round(point.epoch, 5) for point in points]
 
 
-def _say_scale(scale: float) -> str:
+def _describe_scale(scale: float) -> str:
     """Return ``2^16``; for a scale between powers of two, the value and its exponent."""
     text = format_scale(scale)
     return text if text.startswith("2^") or scale <= 0 else f"{text} (2^{math.log2(scale):.1f})"
 
 
-def _tell_count(point: ScalePoint) -> str:
+def _describe_count(point: ScalePoint) -> str:
     return "" if point.count == 1 else f", and {point.count - 1} more until the next mark"
 
 

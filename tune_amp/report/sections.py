@@ -8,10 +8,9 @@ from tune_amp.report.figures import draw_curves, draw_epochs, draw_history, draw
 from tune_amp.report.page import Figure, LineKey, Section, Table
 from tune_amp.report.run import MISSING, Run, find_value
 from tune_amp.report.scales import Trajectory, draw_scales, trace_scales
-from tune_amp.report.style import count_of, list_statuses, say_status
-from tune_amp.report.summary import say_seconds
+from tune_amp.report.style import count_of, format_status, list_statuses
+from tune_amp.report.summary import format_seconds
 from tune_amp.results.records import TrialRecord
-from tune_amp.results.run_files import EPOCHS_FILE
 from tune_amp.trial.config import EpochMetrics, TrialStatus
 
 _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
@@ -29,18 +28,18 @@ _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
 # ---- shared ----
 
 
-def tell_trouble(trouble: str) -> str:
+def describe_trouble(trouble: str) -> str:
     """Return why a file is not used, in words that follow its name."""
     return trouble if trouble == MISSING else f"cannot be read ({trouble})"
 
 
-def write_key(run: Run, trials: Sequence[TrialRecord], *, marks: str | None = None) -> LineKey:
+def build_key(run: Run, trials: Sequence[TrialRecord], *, marks: str | None = None) -> LineKey:
     """Return the key of a figure in which each of ``trials`` is a line."""
-    groups = [(str(status), say_status(status)) for status in list_statuses(trials)]
+    groups = [(str(status), format_status(status)) for status in list_statuses(trials)]
     return LineKey(groups, winner=any(map(run.is_winner, trials)), marks=marks)
 
 
-def tell_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
+def format_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
     """Return accuracy, loss, skipped steps and time as cells of a table."""
     if last is None:
         return ("", "", "", "")
@@ -49,7 +48,7 @@ def tell_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
     return (accuracy, loss, f"{last.skipped_steps:,} of {last.steps:,}", f"{last.train_seconds:.3g} s")
 
 
-def tell_epochs(trial: TrialRecord) -> str:
+def format_epochs(trial: TrialRecord) -> str:
     """Return epochs trained of the most allowed, such as ``2/8``."""
     return f"{trial.last.epoch if trial.last else 0}/{trial.config.max_epochs}"
 
@@ -57,8 +56,8 @@ def tell_epochs(trial: TrialRecord) -> str:
 # ---- the trials ----
 
 
-def write_history(run: Run) -> Section:
-    """Write the search's history, trial by trial."""
+def build_history(run: Run) -> Section:
+    """Build the section on the search's history, trial by trial."""
     if not run.trials:
         return Section(["No trial was started."])
     caption = (
@@ -90,7 +89,8 @@ def _explain_axis(objective: str) -> str:
 def _list_trials(run: Run) -> Table:
     columns = ["trial", "status", "epochs", "val. accuracy", "val. loss", "skipped steps", "training"]
     rows = [
-        [trial.trial_name, say_status(trial.status), tell_epochs(trial), *tell_last(trial.last)] for trial in run.trials
+        [trial.trial_name, format_status(trial.status), format_epochs(trial), *format_last(trial.last)]
+        for trial in run.trials
     ]
     if any(trial.error for trial in run.trials):
         columns.append("error")
@@ -98,8 +98,8 @@ def _list_trials(run: Run) -> Table:
     return Table(columns, rows, long="error", summary=f"{count_of(len(rows), 'trial')} as a table")
 
 
-def write_epochs(run: Run) -> Section:
-    """Write how many trials reached which epoch."""
+def build_epochs(run: Run) -> Section:
+    """Build the section on how many trials reached which epoch."""
     if not any(trial.last for trial in run.trials):
         return Section(["No trial came to the end of an epoch."])
     silent = sum(trial.last is None for trial in run.trials)
@@ -136,9 +136,7 @@ def describe_savings(run: Run) -> str:
     seconds = sum(_estimate_rest(trial) for trial in run.trials if trial.status is TrialStatus.STOPPED)
     if not seconds:
         return text
-    return (
-        f"{text} At their own pace, those that were stopped would have taken {say_seconds(seconds)} more of slot time."
-    )
+    return f"{text} At their own pace, stopped trials would have taken {format_seconds(seconds)} more of slot time."
 
 
 def _count_saved(run: Run, status: TrialStatus) -> int:
@@ -154,11 +152,11 @@ def _estimate_rest(trial: TrialRecord) -> float:
     return (last.train_seconds + last.val_seconds) / max(1, last.epoch) * (trial.config.max_epochs - last.epoch)
 
 
-def write_scales(run: Run) -> Section:
-    """Write the loss scale of every trial."""
+def build_scales(run: Run) -> Section:
+    """Build the section on the loss scale of every trial."""
     trajectories = trace_scales(run)
     if not trajectories:
-        return Section([_tell_why_no_scale(run)])
+        return Section([_explain_no_scale(run)])
     overflows = sum(len(trajectory.overflows) for trajectory in trajectories)
     first, whole = draw_scales(run, trajectories)
     plots = {
@@ -166,8 +164,10 @@ def write_scales(run: Run) -> Section:
         "scales-whole": ("loss scale of every trial by epoch, with overflows marked", whole),
     }
     trials = [trajectory.trial for trajectory in trajectories]
-    key = write_key(run, trials, marks="overflow: step skipped" if overflows else None)
-    return Section([_tell_overflows(trajectories, overflows)], [Figure(_ABOUT_SCALES, plots, layout="panels", key=key)])
+    key = build_key(run, trials, marks="overflow: step skipped" if overflows else None)
+    return Section(
+        [_describe_overflows(trajectories, overflows)], [Figure(_ABOUT_SCALES, plots, layout="panels", key=key)]
+    )
 
 
 _ABOUT_SCALES = (
@@ -181,32 +181,32 @@ _ABOUT_SCALES = (
 )
 
 
-def _tell_overflows(trajectories: Sequence[Trajectory], overflows: int) -> str:
+def _describe_overflows(trajectories: Sequence[Trajectory], overflows: int) -> str:
     steps = sum(trajectory.trial.last.steps for trajectory in trajectories if trajectory.trial.last)
     trials = f"{count_of(len(trajectories), 'trial')} trained in fp16 with loss scaling"
     share = f"{overflows / max(1, steps):.1%}"
     return f"{trials}: {overflows:,} of {steps:,} training steps overflowed and were skipped ({share})."
 
 
-def _tell_why_no_scale(run: Run) -> str:
+def _explain_no_scale(run: Run) -> str:
     if all(trial.config.precision != "fp16" for trial in run.trials):
         return "No trial trained in fp16: only fp16 needs loss scaling, so there is no loss scale to show."
-    trouble = run.troubles.get(EPOCHS_FILE)
+    trouble = run.troubles.get(run.folder.epochs)
     if trouble:
-        return f"The loss scales stand in epochs.parquet, which {tell_trouble(trouble)}."
+        return f"The loss scales stand in epochs.parquet, which {describe_trouble(trouble)}."
     return "No trial in fp16 came to the end of an epoch, so that no loss scale is known."
 
 
-def write_curves(run: Run) -> Section:
-    """Write validation by epoch."""
+def build_curves(run: Run) -> Section:
+    """Build the section on validation by epoch."""
     plot = draw_curves(run)
     if plot is None:
         return Section(["No trial was validated."])
-    trouble = run.troubles.get(EPOCHS_FILE)
-    notes = [f"Only last epochs are shown: epochs.parquet {tell_trouble(trouble)}."] if trouble else []
+    trouble = run.troubles.get(run.folder.epochs)
+    notes = [f"Only last epochs are shown: epochs.parquet {describe_trouble(trouble)}."] if trouble else []
     caption = (
         "Each line is a trial, validated in fp32 after every epoch; the thick one is rank 1. Where a line ends, so "
         "did its trial. " + _explain_axis("val_loss" if run.objective == "val_loss" else "val_accuracy")
     )
-    key = write_key(run, [trial for trial in run.trials if trial.epochs])
+    key = build_key(run, [trial for trial in run.trials if trial.epochs])
     return Section(notes, [Figure(caption, {"curves-plot": ("validation by epoch of every trial", plot)}, key=key)])

@@ -120,14 +120,19 @@ def list_statuses(trials: Sequence[TrialRecord]) -> list[TrialStatus]:
     return [status for status in TrialStatus if any(trial.status is status for trial in trials)]
 
 
-def say_status(status: TrialStatus) -> str:
+def format_status(status: TrialStatus) -> str:
     """Return a status in words."""
     return str(status).replace("_", " ")
 
 
-def tell_trial(trial: TrialRecord) -> str:
+def style_line(trial: TrialRecord, *, is_winner: bool) -> dict[str, Any]:
+    """Return colour and width of a trial's line."""
+    return {"color": colour_of("ink" if is_winner else trial.status), "width": 3 if is_winner else 1.3}
+
+
+def describe_trial(trial: TrialRecord) -> str:
     """Return the hover text of a trial. Names are escaped: they come from files, and plotly interprets tags."""
-    lines = [f"<b>{_text(trial.trial_name)}</b>", _text(_tell_end(trial))]
+    lines = [f"<b>{_text(trial.trial_name)}</b>", _text(_describe_end(trial))]
     config = trial.config
     lines.append(f"lr {config.lr:.3g}, batch {config.batch_size}, {_text(config.precision)}")
     if config.init_scale is not None:
@@ -136,8 +141,8 @@ def tell_trial(trial: TrialRecord) -> str:
     return "<br>".join(lines)
 
 
-def _tell_end(trial: TrialRecord) -> str:
-    status = say_status(trial.status)
+def _describe_end(trial: TrialRecord) -> str:
+    status = format_status(trial.status)
     epochs = f"epoch {trial.last.epoch} of {trial.config.max_epochs}" if trial.last else "before its first report"
     return f"{status}, {epochs}"
 

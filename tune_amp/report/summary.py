@@ -9,12 +9,12 @@ from tune_amp.report.axes import show_percent
 from tune_amp.report.figures import build_objective_axis
 from tune_amp.report.page import Finding, Summary, Swatch, quote_words
 from tune_amp.report.run import MISSING, Run, find_value
-from tune_amp.report.style import count_of, list_statuses, say_status
+from tune_amp.report.style import count_of, format_status, list_statuses
 from tune_amp.results.confirmed import Confirmation
-from tune_amp.results.ranking import describe_ties
-from tune_amp.results.records import BestRow, TrialRecord
-from tune_amp.results.run_files import BEST_FILE
-from tune_amp.trial.config import format_scale, is_function_name, list_values
+from tune_amp.results.gain import format_difference
+from tune_amp.results.ranking import describe_ties, list_obstacles
+from tune_amp.results.records import BestRow, TrialRecord, list_reuse_words
+from tune_amp.trial.config import format_scale, list_values
 from tune_amp.trial.text import join_names
 
 
@@ -24,20 +24,20 @@ def name_subject(run: Run) -> str:
     return f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
 
 
-def write_summary(run: Run) -> Summary:
-    """Write both halves of the first screen."""
+def build_summary(run: Run) -> Summary:
+    """Build both halves of the first screen."""
     searched, statuses = list(_list_searched(run)), _count_statuses(run.trials)
     if run.winner is None:
-        reasons = [Finding(reason, is_warning=True) for reason in _list_reasons(run.trials)]
+        reasons = [Finding(reason, is_warning=True) for reason in list_obstacles(run.trials)]
         return Summary(searched, statuses, "No trial produced a result.", findings=reasons)
     return Summary(
         searched,
         statuses,
-        *_tell_merit(run, run.winner),
+        *_describe_merit(run, run.winner),
         settings=describe_settings(run, run.winner.trial),
         findings=list(_list_findings(run, run.winner)),
-        reuse=[] if BEST_FILE in run.troubles else quote_words(list_reuse(run)),
-        unranked=_tell_unranked(run),
+        reuse=[] if run.folder.best in run.troubles else quote_words(list_reuse(run)),
+        unranked=_explain_unranked(run),
     )
 
 
@@ -49,20 +49,20 @@ def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
     names = ", ".join(parameter.name for parameter in run.parameters)
     yield "space", f"{origin.space_source}: {names}"
     images = f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
-    yield "data", f"{images}{_tell_tail(run.trials)}"
+    yield "data", f"{images}{_describe_tail(run.trials)}"
     yield "objective", ", ".join(origin.objectives)
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
     epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
     yield "trials", f"{len(run.trials)}{epochs}"
     yield "device", "; ".join(_list_devices(run.trials)) or origin.device
-    yield "seeds", _tell_seeds(run)
+    yield "seeds", _describe_seeds(run)
     if run.slot_time:
         slots = count_of(run.slot_time.slots, "slot")
-        yield "time", f"{say_seconds(run.slot_time.wall_seconds)} in {slots}"
+        yield "time", f"{format_seconds(run.slot_time.wall_seconds)} in {slots}"
 
 
-def _tell_tail(trials: Sequence[TrialRecord]) -> str:
+def _describe_tail(trials: Sequence[TrialRecord]) -> str:
     """Return how imbalanced the training classes were made; it is the same in all trials of a search."""
     imbalance = trials[0].config.imbalance if trials else 1
     return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
@@ -70,7 +70,7 @@ def _tell_tail(trials: Sequence[TrialRecord]) -> str:
 
 def _count_statuses(trials: Sequence[TrialRecord]) -> list[Swatch]:
     counts = collections.Counter(trial.status for trial in trials)
-    return [Swatch(f"{counts[status]} {say_status(status)}", status) for status in list_statuses(trials)]
+    return [Swatch(f"{counts[status]} {format_status(status)}", status) for status in list_statuses(trials)]
 
 
 def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
@@ -78,14 +78,14 @@ def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
     return [f"{device}, {count_of(threads, 'CPU thread')} a trial" for device, threads in sorted(found)]
 
 
-def _tell_seeds(run: Run) -> str:
+def _describe_seeds(run: Run) -> str:
     text = f"{run.provenance.seed} for the sampler and all trials"
     if run.winner and run.winner.confirmation:
         text += f"; confirmed on {', '.join(map(str, run.winner.confirmation.confirm_seeds))}"
     return text
 
 
-def say_moment(moment: str) -> str:
+def format_moment(moment: str) -> str:
     """Return ``25 November 2026, 19:06 UTC`` for an ISO 8601 text, or the text itself if it is none."""
     try:
         found = datetime.datetime.fromisoformat(moment).astimezone(datetime.UTC)
@@ -94,7 +94,7 @@ def say_moment(moment: str) -> str:
     return f"{found.day} {found:%B %Y, %H:%M} UTC"
 
 
-def say_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Return ``42.0 s``, ``3 min 58 s`` or ``2 h 05 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -105,34 +105,28 @@ def say_seconds(seconds: float) -> str:
 # ---- what came out ----
 
 
-def _list_reasons(trials: Sequence[TrialRecord]) -> list[str]:
-    """Return why there is no winner, the commonest reasons first."""
-    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
-    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
-
-
-def _tell_merit(run: Run, winner: BestRow) -> tuple[str, str]:
+def _describe_merit(run: Run, winner: BestRow) -> tuple[str, str]:
     """Return the figure of merit and its description."""
     found = winner.confirmation
     if found and found.test_accuracy_mean is not None:
-        interval = tell_interval(found.test_accuracy_low, found.test_accuracy_high)
+        interval = format_interval(found.test_accuracy_low, found.test_accuracy_high)
         seeds = f"mean of {len(found.confirm_seeds)} fresh seeds, 95% interval {interval}"
         return show_percent(found.test_accuracy_mean), f"test accuracy of rank 1: {seeds}"
     axis = build_objective_axis(run, run.objective)
     value = find_value(winner.trial, run.objective)
-    told = "no value" if value is None else axis.show(value)
+    shown = "no value" if value is None else axis.show(value)
     which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
-    return told, f"{axis.title} {which}, from the search's one seed"
+    return shown, f"{axis.title} {which}, from the search's one seed"
 
 
 def describe_settings(run: Run, trial: TrialRecord) -> str:
     """Return the searched settings of a trial, and its precision."""
     names = [parameter.name for parameter in run.parameters]
     values = [(name, value) for name, value in list_values(trial.config).items() if name in (*names, "precision")]
-    return ", ".join(f"{name} {say_setting(name, value)}" for name, value in values if value is not None)
+    return ", ".join(f"{name} {format_setting(name, value)}" for name, value in values if value is not None)
 
 
-def say_setting(name: str, value: Any) -> str:
+def format_setting(name: str, value: Any) -> str:
     """Return a setting as people write it."""
     if value is None:
         return ""
@@ -146,7 +140,7 @@ def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
         text = describe_ties([row.trial for row in run.ranked], run.provenance)
         yield Finding(f"{text} {_WARNING}".strip(), is_warning=True)
         return
-    yield from _tell_confirmation(run, winner.confirmation)
+    yield from _list_confirmation_findings(run, winner.confirmation)
 
 
 _WARNING = (
@@ -155,33 +149,30 @@ _WARNING = (
 )
 
 
-def _tell_confirmation(run: Run, found: Confirmation) -> Iterator[Finding]:
-    verdict = _tell_verdict(run, found)
+def _list_confirmation_findings(run: Run, found: Confirmation) -> Iterator[Finding]:
+    verdict = _describe_verdict(run, found)
     if verdict:
         yield Finding(verdict)
     for failure in found.confirm_failures:
         yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
     if found.val_accuracy_mean is not None:
-        interval = tell_interval(found.val_accuracy_low, found.val_accuracy_high)
+        interval = format_interval(found.val_accuracy_low, found.val_accuracy_high)
         yield Finding(
-            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_tell_optimism(run, found)}"
+            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_describe_optimism(run, found)}"
         )
-    yield _tell_ties(run)
+    yield _describe_ties(run)
 
 
-def _tell_optimism(run: Run, found: Confirmation) -> str:
+def _describe_optimism(run: Run, found: Confirmation) -> str:
     if found.optimism is None:
         return ""
-    if run.objective == "val_loss":
-        return f"Optimism: the search's own loss differs from the confirmed mean by {found.optimism:+.4f} nats."
-    side = "above" if found.optimism >= 0 else "below"
-    return f"Optimism: the search's own number was {100 * abs(found.optimism):.2f} points {side} that mean."
+    return f"Search minus confirmed: {format_difference(found.optimism, run.objective)}."
 
 
-def _tell_ties(run: Run) -> Finding:
+def _describe_ties(run: Run) -> Finding:
     confirmed = [row for row in run.listed if row.confirmation]
-    judged = [row for row in confirmed if row.confirmation and row.confirmation.tied_with_best is not None]
-    possible = [_name(row) for row in judged if row.confirmation and row.confirmation.tied_with_best]
+    judged = [row for row in confirmed if row.may_be_best is not None]
+    possible = [row.name for row in judged if row.may_be_best]
     method = "(paired t tests, corrected for their number, 95%)"
     if len(confirmed) == 1:
         return Finding("It was confirmed alone: there is nothing to compare it with.")
@@ -196,19 +187,13 @@ def _tell_ties(run: Run) -> Finding:
     return Finding(text, is_warning=True)
 
 
-def _name(row: BestRow) -> str:
-    default = "the tutorial's default" if row.is_default else ""
-    return f"rank {row.rank}{f' ({default})' if default else ''}" if row.rank else default
-
-
-def _tell_verdict(run: Run, found: Confirmation) -> str:
+def _describe_verdict(run: Run, found: Confirmation) -> str:
     """Return whether the search gained anything over the usual default configuration, in the terminal's words."""
-    verdict = (found.verdict or "").replace("number ", "rank ")
     settings = f" The defaults: {describe_settings(run, run.default.trial)}." if run.default else ""
-    return f"Verdict: {verdict}.{settings}" if verdict else ""
+    return f"Verdict: {found.verdict}.{settings}" if found.verdict else ""
 
 
-def tell_interval(low: float | None, high: float | None) -> str:
+def format_interval(low: float | None, high: float | None) -> str:
     """Return ``[97.61%, 98.02%]``."""
     return "" if low is None or high is None else f"[{show_percent(low)}, {show_percent(high)}]"
 
@@ -216,37 +201,20 @@ def tell_interval(low: float | None, high: float | None) -> str:
 # ---- reuse ----
 
 
-def _tell_unranked(run: Run) -> str:
+def _explain_unranked(run: Run) -> str:
     """Return why there is no command that trains the winner."""
-    trouble = run.troubles.get(BEST_FILE)
+    trouble = run.troubles.get(run.folder.best)
     if not trouble:
         return ""
-    reason = "best.parquet is missing (the search did not come to its end)" if trouble == MISSING else trouble
+    reason = "best.parquet is missing (the search was cut off)" if trouble == MISSING else trouble
     return f"Ranked by this report: {reason}, so that no command trains the winner."
 
 
 def list_reuse(run: Run) -> list[str]:
-    """Return the command that trains the winner, with the same data, and with consent to the user's own code."""
+    """Return the words of the command that trains the winner."""
     assert run.winner is not None
-    given = run.provenance.command
-    installed = given[:1] != () and given[0].startswith("tune-amp")
-    parts = ["tune-amp", "train"] if installed else ["python", "scripts/train.py"]
-    parts.append(str(run.folder / BEST_FILE))
-    data_dir = _find_flag(given, "--data-dir")
-    if data_dir is not None:
-        parts += ["--data-dir", data_dir]
-    config = run.winner.trial.config
-    for flag, name in (("--model", config.model), ("--dataset", config.dataset)):
-        if is_function_name(name):
-            parts += [flag, name]
-    return parts
-
-
-def _find_flag(command: Sequence[str], flag: str) -> str | None:
-    """Return the value of ``flag`` in the search's command, in either way of writing it; None if it was not given."""
-    for index, part in enumerate(command):
-        if part == flag and index + 1 < len(command):
-            return command[index + 1]
-        if part.startswith(f"{flag}="):
-            return part.removeprefix(f"{flag}=")
-    return None
+    about, config = run.provenance, run.winner.trial.config
+    installed = about.command[:1] != () and about.command[0].startswith("tune-amp")
+    train = ("tune-amp", "train") if installed else ("python", "scripts/train.py")
+    best = str(run.folder.best)
+    return list_reuse_words(train, best, data_dir=about.data_dir, model=config.model, dataset=config.dataset)

@@ -110,9 +110,9 @@ def claim_folder(folder: Path, stack: contextlib.ExitStack) -> None:
         raise FileExistsError
 
 
-def check_free(folder: Path, *names: str) -> None:
-    """Raise InputError if one of ``names`` exists in a claimed folder before this process has written it."""
-    for path in (folder / name for name in names):
+def check_free(*paths: Path) -> None:
+    """Raise InputError if a file exists in a claimed folder before this process has written it."""
+    for path in paths:
         if os.path.lexists(path):
             raise InputError(f"{path}: was put there by another program, and is left alone; choose another folder")
 

@@ -146,24 +146,24 @@ def describe_verdict(
         several: whether the search had more objectives, which were not measured again.
     """
     rank = ranks.get(verdict.challenger or "")
-    challenger = f"number {rank}" if rank else "the best other configuration"
+    challenger = f"rank {rank}" if rank else "the best other configuration"
     number = _describe_gain(verdict.gain, objective) if verdict.gain else verdict.reason
     if verdict.kind is VerdictKind.BETTER:
         return f"{challenger} is better than the defaults: {number}"
     if verdict.recommended != DEFAULT_ID:
-        return f"whether searching gained anything cannot be said: {number}"
+        return f"whether searching gained anything is unknown: {number}"
     keep = f"no gain in {OBJECTIVE_NAMES[objective]} over the defaults" if several else "no gain over the defaults"
     keep += "" if several else ": keep them"
-    told = {
+    finding = {
         VerdictKind.INDISTINGUISHABLE: f"{challenger} is indistinguishable from them",
         VerdictKind.WORSE: f"{challenger} is worse",
-        VerdictKind.UNKNOWN: "more cannot be said"
+        VerdictKind.UNKNOWN: "nothing more is known"
         if verdict.gain is None
-        else f"whether {challenger} is better cannot be said, too few seeds",
+        else f"whether {challenger} is better is unknown, too few seeds",
     }[verdict.kind]
     if verdict.gain is None and verdict.kind is VerdictKind.INDISTINGUISHABLE:
         return f"{keep}; {number}"
-    return f"{keep}; {told}: {number}"
+    return f"{keep}; {finding}: {number}"
 
 
 def show_difference(difference: float, objective: str) -> str:
@@ -171,10 +171,15 @@ def show_difference(difference: float, objective: str) -> str:
     return f"{100 * difference:+.2f}" if objective in MORE_IS_BETTER else f"{difference:+.4f}"
 
 
+def format_difference(difference: float, objective: str) -> str:
+    """Return a difference with its unit, such as ``+0.35 points``."""
+    return f"{show_difference(difference, objective)} {'points' if objective in MORE_IS_BETTER else 'nats'}"
+
+
 def _describe_gain(gain: Gain, objective: str) -> str:
     low, high = show_difference(gain.low, objective), show_difference(gain.high, objective)
-    unit = "points of validation accuracy" if objective in MORE_IS_BETTER else "nats of validation loss"
-    number = f"{show_difference(gain.difference, objective)} {unit} (95 % interval {low} to {high}, {gain.seeds} seeds)"
+    difference = f"{format_difference(gain.difference, objective)} of {OBJECTIVE_NAMES[objective]}"
+    number = f"{difference} (95 % interval {low} to {high}, {gain.seeds} seeds)"
     if not gain.equivalent:
         return number
     margin = "0.2 points" if objective in MORE_IS_BETTER else f"{MARGINS[objective]} nats"

@@ -16,9 +16,9 @@ import optuna
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from tune_amp.results.parquet import build_columns, build_table, locate, read_rows, write_parquet
+from tune_amp.results.parquet import build_columns, build_table, read_file, write_parquet
 from tune_amp.results.records import Provenance, TrialRecord
-from tune_amp.results.run_files import IMPORTANCE_FILE
+from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
     HOPELESS_STATES,
@@ -232,7 +232,7 @@ def _evaluate(trials: Sequence[optuna.trial.FrozenTrial]) -> dict[str, float]:
 def _judge(measured: Mapping[str, tuple[float, NDArray[np.float64]]]) -> tuple[ParameterImportance, ...]:
     """Return shares, null percentiles and verdicts, most important first."""
     p_values = {name: (1 + int((null >= raw).sum())) / (1 + len(null)) for name, (raw, null) in measured.items()}
-    told = _select_by_holm(p_values)
+    found = _select_by_holm(p_values)
     total = sum(raw for raw, _ in measured.values()) or 1.0
     rows = [
         ParameterImportance(
@@ -241,7 +241,7 @@ def _judge(measured: Mapping[str, tuple[float, NDArray[np.float64]]]) -> tuple[P
             # The percentile is the value of a permutation: an importance above it has a p-value of at most 0.05.
             null_95=float(np.quantile(null, 0.95, method="inverted_cdf")) / total,
             p_value=p_values[name],
-            told_from_noise=name in told,
+            told_from_noise=name in found,
             raw=raw,
         )
         for name, (raw, null) in measured.items()
@@ -261,7 +261,7 @@ def _select_by_holm(p_values: Mapping[str, float]) -> set[str]:
     return {ordered[place] for place in passes}
 
 
-# ---- say ----
+# ---- describe ----
 
 
 def describe_importance(result: ImportanceResult) -> str:
@@ -269,7 +269,9 @@ def describe_importance(result: ImportanceResult) -> str:
     if result.reason:
         return f"importance: not measured: {result.reason}"
     if not any(row.told_from_noise for row in result.rows):
-        return f"importance at epoch {result.epoch} ({result.trials} trials): no parameter can be told from noise"
+        return (
+            f"importance at epoch {result.epoch} ({result.trials} trials): no parameter is distinguishable from noise"
+        )
     return f"importance at epoch {result.epoch} ({result.trials} trials), and what permuted values reach in 5 %:"
 
 
@@ -295,7 +297,7 @@ def write_importance(folder: Path, result: ImportanceResult, provenance: Provena
     assert result.rows, "an importance file without a row is not written"
     rows = [vars(result) | vars(row) for row in result.rows]
     table = build_table("importance", SCHEMA, rows, dataclasses.asdict(provenance))
-    write_parquet(table, folder / IMPORTANCE_FILE)
+    write_parquet(table, RunFolder(folder).importance)
 
 
 def load_importance(path: str | Path) -> ImportanceResult:
@@ -305,7 +307,7 @@ def load_importance(path: str | Path) -> ImportanceResult:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "importance")
-    rows = read_rows(path, "importance", SCHEMA)
+    rows = read_file(path, "importance", SCHEMA).rows
     if not rows:
         raise InputError(f"{path}: must hold at least one row")
     for name in SCHEMA.names:

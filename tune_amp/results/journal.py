@@ -39,7 +39,7 @@ class Journal:
         except OSError as error:
             self._file.close()
             if isinstance(error, BlockingIOError):
-                raise InputError(f"{path}: is being written: the run still goes on in another process") from None
+                raise InputError(f"{path}: is being written: the run is still active in another process") from None
             raise InputError(f"{path}: cannot be locked ({error.strerror}): choose another --results-dir") from error
         self._end = self._file.tell()
 

@@ -13,7 +13,7 @@ import typing
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -113,7 +113,7 @@ def build_table(
     """Return ``rows`` as a table of ``schema``: keys that are not columns are omitted, columns without a key are null.
 
     Args:
-        kind: the kind of file, by which ``read_rows`` reads it.
+        kind: the kind of file, by which ``read_file`` reads it.
         schema: from ``build_columns``; columns are added for what the ``SPREAD`` fields of the rows hold.
         rows: column or ``SPREAD`` field -> value.
         origin: where the rows come from, in types that JSON has.
@@ -150,18 +150,6 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 # ---- read ----
 
 
-def locate(path: str | Path, *kinds: str) -> Path:
-    """Return ``path`` itself if it is a file, else the first file of ``kinds`` in that folder."""
-    path = Path(path)
-    candidates = [path / f"{kind}.parquet" for kind in kinds] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        raise InputError(f"{path}: must hold {' or '.join(candidate.name for candidate in candidates)}")
-    raise InputError(f"{path}: must be a Parquet file or the folder of a run, but does not exist")
-
-
 def read_kind(path: Path) -> str:
     """Return the kind of a file, as passed to ``build_table``.
 
@@ -178,35 +166,18 @@ def read_origin(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
-    return _read_part(path, "provenance")
-
-
-def read_slot_time(path: Path) -> dict[str, Any] | None:
-    """Return the slots and seconds that producing the rows of a file took; None if the file does not have them.
-
-    Raises:
-        InputError: the file is missing, damaged, not from tune_amp or of another version.
-    """
-    # Files written before utilisation.py existed have them in a part named "ledger", among other numbers.
-    return _read_part(path, "slot_time", optional=True) or _read_part(path, "ledger", optional=True)
-
-
-@typing.overload
-def _read_part(path: Path, name: str) -> dict[str, Any]: ...
-@typing.overload
-def _read_part(path: Path, name: str, *, optional: bool) -> dict[str, Any] | None: ...
-def _read_part(path: Path, name: str, *, optional: bool = False) -> dict[str, Any] | None:
-    """Return a checksummed part of tune_amp's entry in a file's metadata."""
     with placed(path), _refusing_damage(), _opened(path) as file:
-        about = _read_about(file)
-        if optional and name not in about:
-            return None
-        if checksum(about[name]) != about[f"{name}_checksum"]:
-            raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
-        part = about[name]
-        if not isinstance(part, dict):
-            raise InputError(f"{name}: must be a mapping, got {shown(part)}")
-        return part
+        return _read_part(_read_about(file), "provenance")
+
+
+def _read_part(about: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a checksummed part of tune_amp's entry in a file's metadata."""
+    part = about[name]
+    if checksum(part) != about[f"{name}_checksum"]:
+        raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
+    if not isinstance(part, dict):
+        raise InputError(f"{name}: must be a mapping, got {shown(part)}")
+    return part
 
 
 @contextlib.contextmanager
@@ -236,8 +207,18 @@ def _refusing_damage() -> Iterator[None]:
         raise InputError(f"must be a readable, undamaged Parquet file of tune_amp ({reason})") from error
 
 
-def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Return the rows of a file of ``kind``, with the columns of ``schema``, and the other ones in ``SPREAD`` fields.
+class FileContent(NamedTuple):
+    """A file, read and checked."""
+
+    rows: list[dict[str, Any]]
+    origin: dict[str, Any]
+    """Where the rows come from, as passed to ``build_table``."""
+    slot_time: dict[str, Any] | None
+    """Slots and seconds that producing the rows took, if the file has them."""
+
+
+def read_file(path: Path, kind: str, schema: pa.Schema) -> FileContent:
+    """Read a file of ``kind``: the columns of ``schema``, those of ``SPREAD`` fields, and the metadata.
 
     Columns that a file of an older version lacks are filled with their default, else with null.
 
@@ -258,7 +239,11 @@ def read_rows(path: Path, kind: str, schema: pa.Schema) -> list[dict[str, Any]]:
                 raise InputError(f"{name}: must match its checksum: the file is damaged or was edited")
         columns |= {name: [value] * table.num_rows for name, value in filling.items()}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [_nest(row, own) for row in rows] if own else rows
+        if own:
+            rows = [_nest(row, own) for row in rows]
+        # Files written before utilisation.py existed have the slot time in a part named "ledger", with other numbers.
+        timed = next((name for name in ("slot_time", "ledger") if name in about), None)
+        return FileContent(rows, _read_part(about, "provenance"), _read_part(about, timed) if timed else None)
 
 
 def _find_own_columns(found: pa.Schema, expected: pa.Schema) -> dict[str, tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Ranks trials and finds ties, by the search's own results and by confirmation on fresh seeds."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -76,6 +77,12 @@ def _dominates(scores: tuple[float, ...], others: tuple[float, ...]) -> bool:
     return scores != others and all(score <= other for score, other in zip(scores, others, strict=True))
 
 
+def list_obstacles(trials: Sequence[TrialRecord]) -> list[str]:
+    """Return why no trial could be ranked, each reason with its number of trials, the three commonest first."""
+    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
+    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
+
+
 def accuracy_standard_error(accuracy: float, images: int) -> float:
     """Return the binomial standard error of a share of ``images`` classified correctly: sqrt(p (1 - p) / n)."""
     assert 0 <= accuracy <= 1
@@ -119,8 +126,8 @@ def _describe_accuracy_ties(ranked: Sequence[TrialRecord], validation_images: in
     if len(ranked) == 1:
         return f"One seed on {images}: other seeds will differ by some tenths of a point."
     if ties == 1:
-        return f"Number 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
-    return f"Numbers 1 to {ties} cannot be told apart on {images} (2 standard errors): a tie, one seed each."
+        return f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
+    return f"Ranks 1 to {ties} are indistinguishable on {images} (2 standard errors): a tie, one seed each."
 
 
 def _last_accuracy(trial: TrialRecord) -> float:
@@ -219,7 +226,7 @@ def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedR
 def _compare(
     trial: TrialRecord, means: Confirmation | None, possible: Collection[str], objective: str
 ) -> Confirmation | None:
-    """Return ``means`` with the results of a comparison: whether it may be the best, and the search's optimism."""
+    """Return ``means`` with the results of a comparison: whether it may be the best, and search minus confirmed."""
     mean: float | None = getattr(means, f"{objective}_mean", None)
     if means is None or mean is None:
         return means

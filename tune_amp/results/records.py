@@ -25,15 +25,13 @@ from tune_amp.results.confirmed import DEFAULT_ID, Confirmation, ConfirmedRun
 from tune_amp.results.parquet import (
     build_columns,
     build_table,
-    locate,
     placed,
+    read_file,
     read_origin,
-    read_rows,
-    read_slot_time,
     split_optional,
     write_parquet,
 )
-from tune_amp.results.run_files import EPOCHS_FILE
+from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.trial.config import (
     LARGEST_SHARE,
     MOST_SECONDS,
@@ -49,6 +47,7 @@ from tune_amp.trial.config import (
     checked_type,
     described,
     field_types,
+    is_function_name,
     shown,
 )
 from tune_amp.trial.consent import distrust
@@ -121,6 +120,18 @@ class BestRow:
         """Whether this is the tutorial's default configuration, which was no trial."""
         return self.trial.trial_id == DEFAULT_ID
 
+    @property
+    def may_be_best(self) -> bool | None:
+        """Whether it may be the truly best one; None if it was not confirmed, or if a run did not complete."""
+        return self.confirmation.tied_with_best if self.confirmation else None
+
+    @property
+    def name(self) -> str:
+        """``rank 1``, ``rank 1 (default)`` or ``default``."""
+        if self.rank is None:
+            return DEFAULT_ID
+        return f"rank {self.rank}{f' ({DEFAULT_ID})' if self.is_default else ''}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Provenance:
@@ -151,6 +162,16 @@ class Provenance:
     def objectives(self) -> tuple[str, ...]:
         """Objectives of the search; the first ranks the trials."""
         return tuple(self.objective.split(","))
+
+    @property
+    def data_dir(self) -> str | None:
+        """The search's ``--data-dir``; None if it was not given."""
+        for part, following in itertools.pairwise([*self.command, None]):
+            if part == "--data-dir":
+                return following
+            if part is not None and part.startswith("--data-dir="):
+                return part.removeprefix("--data-dir=")
+        return None
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Provenance).items():
@@ -183,6 +204,22 @@ class SlotTime:
             raise InputError(f"slots: must be at least 1, got {shown(self.slots)}")
         if not 0 <= checked_type("wall_seconds", self.wall_seconds, float) <= MOST_SECONDS:
             raise InputError(f"wall_seconds: must be between 0 and {MOST_SECONDS:g}, got {shown(self.wall_seconds)}")
+
+
+def list_reuse_words(train: Sequence[str], best: str, *, data_dir: str | None, model: str, dataset: str) -> list[str]:
+    """Return the command that trains rank 1, with the same data, and with consent to the user's own code.
+
+    Args:
+        train: the command that trains, such as ``("tune-amp", "train")``.
+        best: path of ``best.parquet``.
+        data_dir: the search's ``--data-dir``; None if it was not given.
+        model: the search's model.
+        dataset: the search's data set.
+    """
+    words = [*train, best, *([] if data_dir is None else ["--data-dir", data_dir])]
+    for flag, name in (("--model", model), ("--dataset", dataset)):
+        words += [flag, name] if is_function_name(name) else []
+    return words
 
 
 def list_versions(*packages: str) -> dict[str, str]:
@@ -290,7 +327,7 @@ def _write(
 ) -> None:
     spent = None if slot_time is None else dataclasses.asdict(slot_time)
     table = build_table(kind, SCHEMAS[kind], rows, dataclasses.asdict(provenance), spent)
-    write_parquet(table, folder / f"{kind}.parquet")
+    write_parquet(table, RunFolder(folder).table(kind))
 
 
 def _to_row(trial: TrialRecord) -> dict[str, Any]:
@@ -300,6 +337,41 @@ def _to_row(trial: TrialRecord) -> dict[str, Any]:
 # ---- read ----
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestFile:
+    """The content of ``best.parquet``."""
+
+    path: Path
+    rows: Sequence[BestRow]
+    provenance: Provenance
+    has_epochs: bool
+    """Whether the trials have all their epochs, from ``epochs.parquet``, and not just the last."""
+
+    @property
+    def ranked(self) -> list[BestRow]:
+        """The rows with a rank; the default has none in a search with several objectives."""
+        return [row for row in self.rows if row.rank is not None]
+
+    def pick(self, rank: int) -> BestRow:
+        """Return the row of ``rank``.
+
+        Raises:
+            InputError: there is no such rank.
+        """
+        return _pick_rank(self.path, {row.rank: row for row in self.rows}, rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialsFile:
+    """The content of ``trials.parquet``."""
+
+    trials: list[TrialRecord]
+    """In order of submission, each with its last epoch only."""
+    provenance: Provenance
+    slot_time: SlotTime | None
+    """None if the run was killed or is still running: the slot time is written when a search ends."""
+
+
 def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
     """Load the configuration of ``rank`` from ``best.parquet``; ``path`` is that file or its run's folder.
 
@@ -307,38 +379,39 @@ def load_best(path: str | Path, rank: int = 1) -> TrialConfig:
         InputError: the file is missing, damaged, not from tune_amp or of another version, or has no such rank.
     """
     path = locate(path, "best")
-    row = _pick_rank(path, rank)
+    row = _pick_rank(path, {row["rank"]: row for row in read_file(path, "best", SCHEMAS["best"]).rows}, rank)
     with placed(path, row):
         return build_from(TrialConfig, row)
 
 
-def load_best_record(path: str | Path, rank: int = 1) -> TrialRecord:
-    """Load the trial of ``rank`` from ``best.parquet``, with its epochs if ``epochs.parquet`` exists, else its last.
+def load_best_rows(path: str | Path) -> list[BestRow]:
+    """Load all rows of ``best.parquet``, each trial with its epochs if ``epochs.parquet`` exists, else its last.
 
     Raises:
         InputError: as for `load_best`.
     """
-    path = locate(path, "best")
-    row = _pick_rank(path, rank)
-    beside = path.with_name(EPOCHS_FILE)
-    return _to_record(path, row, _read_epochs(beside) if beside.exists() else None)
+    return list(load_best_file(path).rows)
 
 
-def load_best_rows(path: str | Path, *, all_epochs: bool = True) -> list[BestRow]:
-    """Load all rows of ``best.parquet``, each trial with its epochs if ``epochs.parquet`` exists, else its last.
+def load_best_file(path: str | Path, *, all_epochs: bool = True) -> BestFile:
+    """Load ``best.parquet``; ``path`` is that file or its run's folder.
 
     Args:
-        path: the file or its run's folder.
+        path: the file or the folder.
         all_epochs: False: only the last epoch of each trial is loaded, and ``epochs.parquet`` is not read.
 
     Raises:
-        InputError: as for `load_best`.
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "best")
-    rows = read_rows(path, "best", SCHEMAS["best"])
-    beside = path.with_name(EPOCHS_FILE)
-    epochs = _read_epochs(beside) if all_epochs and beside.exists() else None
-    return [_to_best_row(path, row, epochs) for row in rows]
+    content = read_file(path, "best", SCHEMAS["best"])
+    trials = [_to_record(path, row) for row in content.rows]
+    beside = RunFolder(path.parent).epochs
+    has_epochs = all_epochs and beside.exists()
+    if has_epochs:
+        trials = _add_epochs(path, trials, beside)
+    rows = [_to_best_row(path, row, trial) for row, trial in zip(content.rows, trials, strict=True)]
+    return BestFile(path=path, rows=rows, provenance=_to_provenance(path, content.origin), has_epochs=has_epochs)
 
 
 def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
@@ -349,29 +422,45 @@ def load_confirmed(path: str | Path) -> list[ConfirmedRun]:
     """
     path = locate(path, "confirm")
     runs = []
-    for row in read_rows(path, "confirm", SCHEMAS["confirm"]):
+    for row in read_file(path, "confirm", SCHEMAS["confirm"]).rows:
         with placed(path, row):
             runs.append(build_from(ConfirmedRun, row | {"status": _read_status(row)}))
     return runs
 
 
-def load_trials(path: str | Path, *, all_epochs: bool = True) -> list[TrialRecord]:
+def load_trials(path: str | Path) -> list[TrialRecord]:
     """Load all trials of a run in order of submission; ``path`` is its folder, or its ``trials.parquet``.
-
-    Args:
-        path: the folder or the file.
-        all_epochs: False: only the last epoch of each trial is loaded, and ``epochs.parquet`` is not read.
 
     Raises:
         InputError: a file is missing, damaged, not from tune_amp or of another version, or the two do not match.
     """
+    return load_epochs(path, load_trials_file(path).trials)
+
+
+def load_epochs(path: str | Path, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the ``trials`` of ``load_trials_file`` with all their epochs, from ``epochs.parquet``.
+
+    Raises:
+        InputError: the file is missing, damaged, not from tune_amp or of another version, or it does not match.
+    """
     path = locate(path, "trials")
-    rows = read_rows(path, "trials", SCHEMAS["trials"])
-    epochs = _read_epochs(locate(path.parent, "epochs")) if all_epochs else None
-    trials = [_to_record(path, row, epochs) for row in rows]
+    return _add_epochs(path, trials, locate(path.parent, "epochs"))
+
+
+def load_trials_file(path: str | Path) -> TrialsFile:
+    """Load ``trials.parquet``; ``path`` is that file or its run's folder.
+
+    Raises:
+        InputError: the file is missing, damaged, not from tune_amp or of another version.
+    """
+    path = locate(path, "trials")
+    content = read_file(path, "trials", SCHEMAS["trials"])
+    trials = [_to_record(path, row) for row in content.rows]
     if len({trial.trial_id for trial in trials}) < len(trials):
         raise InputError(f"{path}: trial_id: must be unique")
-    return trials
+    with placed(path):
+        slot_time = None if content.slot_time is None else build_from(SlotTime, content.slot_time)
+    return TrialsFile(trials=trials, provenance=_to_provenance(path, content.origin), slot_time=slot_time)
 
 
 def load_provenance(path: str | Path) -> Provenance:
@@ -381,51 +470,55 @@ def load_provenance(path: str | Path) -> Provenance:
         InputError: the file is missing, damaged, not from tune_amp or of another version.
     """
     path = locate(path, "trials", "best", "epochs")
-    origin = read_origin(path)
+    return _to_provenance(path, read_origin(path))
+
+
+def _pick_rank(path: Path, ranked: Mapping[int | None, _T], rank: int) -> _T:
+    ranks = {*ranked} - {None}
+    if rank not in ranks:
+        raise InputError(f"{path}: rank: must be one of 1..{len(ranks)}, got {shown(rank)}")
+    return ranked[rank]
+
+
+def _to_provenance(path: Path, origin: Mapping[str, Any]) -> Provenance:
     with placed(path):
         return build_from(Provenance, origin)
 
 
-def load_slot_time(path: str | Path) -> SlotTime | None:
-    """Return the slot time of a run; ``path`` is its folder, or its ``trials.parquet``.
-
-    None if the run was killed or is still running: the slot time is written when a search ends.
-
-    Raises:
-        InputError: the file is missing, damaged, not from tune_amp or of another version.
-    """
-    path = locate(path, "trials")
-    spent = read_slot_time(path)
-    if spent is None:
-        return None
-    with placed(path):
-        return build_from(SlotTime, spent)
-
-
-def _pick_rank(path: Path, rank: int) -> dict[str, Any]:
-    ranked = {row["rank"]: row for row in read_rows(path, "best", SCHEMAS["best"]) if row["rank"] is not None}
-    if rank not in ranked:
-        raise InputError(f"{path}: rank: must be one of 1..{len(ranked)}, got {shown(rank)}")
-    return ranked[rank]
-
-
-def _read_epochs(path: Path) -> dict[str, list[EpochMetrics]]:
+def _add_epochs(path: Path, trials: Sequence[TrialRecord], epochs_path: Path) -> list[TrialRecord]:
+    """Return the trials of the file ``path`` with all their epochs."""
     epochs: dict[str, list[EpochMetrics]] = {}
-    for row in read_rows(path, "epochs", SCHEMAS["epochs"]):
-        with placed(path, row):
+    for row in read_file(epochs_path, "epochs", SCHEMAS["epochs"]).rows:
+        with placed(epochs_path, row):
             epochs.setdefault(row["trial_id"], []).append(build_from(EpochMetrics, row))
-    return epochs
+    completed = []
+    for trial in trials:
+        with placed(path, {"trial_id": trial.trial_id}):
+            own = _select_epochs(trial, epochs.get(trial.trial_id, ()))
+            completed.append(dataclasses.replace(trial, epochs=own))
+    return completed
 
 
-def _to_record(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> TrialRecord:
-    """Return the trial of a row with its ``epochs``; if ``epochs`` is None, with the last epoch from the row itself."""
+def _select_epochs(trial: TrialRecord, epochs: Sequence[EpochMetrics]) -> tuple[EpochMetrics, ...]:
+    """Return a trial's epochs up to its last: after a crash, ``epochs.parquet`` may be one write ahead."""
+    if trial.last is None:
+        return ()
+    last = trial.last.epoch
+    own = tuple(epoch for epoch in epochs if epoch.epoch <= last)
+    if not own or own[-1].epoch != last:
+        raise InputError(f"epoch: epochs.parquet must hold epoch {last} of this trial: the files are of different runs")
+    return own
+
+
+def _to_record(path: Path, row: dict[str, Any]) -> TrialRecord:
+    """Return the trial of a row, with its last epoch."""
     with placed(path, row):
-        nested = {"config": build_from(TrialConfig, row), "epochs": _select_epochs(row, epochs)}
+        epochs = () if row["epoch"] is None else (build_from(EpochMetrics, row),)
+        nested = {"config": build_from(TrialConfig, row), "epochs": epochs}
         return build_from(TrialRecord, row | nested | {"status": _read_status(row)})
 
 
-def _to_best_row(path: Path, row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> BestRow:
-    trial = _to_record(path, row, epochs)
+def _to_best_row(path: Path, row: dict[str, Any], trial: TrialRecord) -> BestRow:
     with placed(path, row):
         confirmation = None if row["confirm_seeds"] is None else build_from(Confirmation, row)
     return BestRow(rank=row["rank"], trial=trial, confirmation=confirmation)
@@ -435,19 +528,6 @@ def _read_status(row: Mapping[str, Any]) -> TrialStatus:
     if row["status"] not in list(TrialStatus):
         raise InputError(f"status: must be one of {', '.join(TrialStatus)}, got {shown(row['status'])}")
     return TrialStatus(row["status"])
-
-
-def _select_epochs(row: dict[str, Any], epochs: Mapping[str, list[EpochMetrics]] | None) -> tuple[EpochMetrics, ...]:
-    """Return a trial's epochs up to its row's last: after a crash, ``epochs.parquet`` may be one write ahead."""
-    last = row["epoch"]
-    if last is None:
-        return ()
-    if epochs is None:
-        return (build_from(EpochMetrics, row),)
-    own = tuple(epoch for epoch in epochs.get(row["trial_id"], ()) if epoch.epoch <= last)
-    if not own or own[-1].epoch != last:
-        raise InputError(f"epoch: epochs.parquet must hold epoch {last} of this trial: the files are of different runs")
-    return own
 
 
 def build_from(source: type[_T], values: Mapping[str, Any]) -> _T:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tune_amp.results.ranking import count_ties
-from tune_amp.results.records import BestRow, Provenance
+from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
 from tune_amp.reuse.markdown import render_markdown
 from tune_amp.trial.config import code_span, is_function_name, list_settings
@@ -24,28 +24,16 @@ _PAIRED = "one-sided paired t tests over the confirmed configurations, corrected
 class CardSource:
     """The origin of the settings of trained weights."""
 
-    best: Sequence[BestRow]
-    """All rows of ``best.parquet``."""
+    best: BestFile
     rank: int
     """Rank of the row that was trained."""
-    provenance: Provenance
     versions: Mapping[str, str]
     """Versions of the libraries that trained the weights."""
 
     @property
     def row(self) -> BestRow:
         """The row whose settings were trained."""
-        return next(row for row in self.best if row.rank == self.rank)
-
-    @property
-    def is_default(self) -> bool:
-        """Whether these are the tutorial's settings."""
-        return self.row.is_default
-
-    @property
-    def ranked(self) -> list[BestRow]:
-        """The rows with a rank; the default has none in a search with several objectives."""
-        return [row for row in self.best if row.rank is not None]
+        return self.best.pick(self.rank)
 
 
 def describe_card(result: "FinalResult", source: CardSource) -> str:
@@ -88,8 +76,8 @@ def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[st
     budget = source.row.trial.config.max_epochs
     if budget != result.config.max_epochs:
         lines.append(f"Those runs took {budget} epochs, this one {result.config.max_epochs}: not the same training.")
-    default = next((row.confirmation for row in source.best if row.is_default), None)
-    if not source.is_default and default is not None and default.test_accuracy_mean is not None:
+    default = next((row.confirmation for row in source.best.rows if row.is_default), None)
+    if not source.row.is_default and default is not None and default.test_accuracy_mean is not None:
         reached = _percent(default.test_accuracy_mean)
         seeds = (
             f"{len(default.confirm_seeds)} of these seeds" if len(default.confirm_seeds) < count else "the same seeds"
@@ -99,8 +87,7 @@ def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[st
 
 
 def _list_verdicts(source: CardSource) -> list[str]:
-    verdicts = [row.confirmation.verdict for row in source.best if row.confirmation and row.confirmation.verdict]
-    return [verdict.replace("number ", "rank ") for verdict in verdicts]
+    return [row.confirmation.verdict for row in source.best.rows if row.confirmation and row.confirmation.verdict]
 
 
 def _describe_tie(source: CardSource) -> str:
@@ -108,27 +95,27 @@ def _describe_tie(source: CardSource) -> str:
     if confirmation is None:
         return f"Not confirmed on fresh seeds. {_describe_search_tie(source)}"
     if confirmation.tied_with_best is None:
-        return "Whether it may be the best cannot be told: not all runs of its confirmation completed."
-    others = [row for row in source.ranked if row.rank != source.rank and row.confirmation]
-    unknown = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best is None]
+        return "Whether it may be the best is unknown: not all runs of its confirmation completed."
+    others = [row for row in source.best.ranked if row.rank != source.rank and row.confirmation]
+    unknown = [row.rank for row in others if row.may_be_best is None]
     left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""
     if len(unknown) == len(others):
         return f"Compared with no other ranked configuration.{left_out}"
     if not confirmation.tied_with_best:
-        return f"Shown to be worse than another in {source.provenance.objectives[0]} ({_PAIRED}).{left_out}"
-    tied = [row.rank for row in others if row.confirmation and row.confirmation.tied_with_best]
+        return f"Shown to be worse than another in {source.best.provenance.objectives[0]} ({_PAIRED}).{left_out}"
+    tied = [row.rank for row in others if row.may_be_best]
     return f"{_name_ties(tied)} ({_PAIRED}).{left_out}"
 
 
 def _describe_search_tie(source: CardSource) -> str:
-    if source.provenance.objectives != ("val_accuracy",):
+    if source.best.provenance.objectives != ("val_accuracy",):
         return "Whether others are as good was not tested."
-    count = count_ties([row.trial for row in source.ranked], source.provenance.validation_images)
+    count = count_ties([row.trial for row in source.best.ranked], source.best.provenance.validation_images)
     if 1 < source.rank <= count:
         return f"Tied with rank 1 ({_NOISE})."
     if source.rank > 1:
         return f"Worse than rank 1 ({_NOISE})."
-    return f"{_name_ties([row.rank for row in source.ranked[1:count]])} ({_NOISE})."
+    return f"{_name_ties([row.rank for row in source.best.ranked[1:count]])} ({_NOISE})."
 
 
 def _name_ties(ranks: Sequence[int | None]) -> str:

@@ -1,5 +1,6 @@
 """Markdown pages from the templates in ``templates/``. Texts that come from files are inline code in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def render_markdown(name: str, **values: Any) -> str:
     )
     environment.filters |= {"code": code_span, "count": "{:,}".format, "value": _show_value}
     return environment.get_template(name).render(values)
+
+
+def format_settings(settings: Mapping[str, object]) -> str:
+    """Return settings in one line, such as ``lr 0.001, batch_size 64``."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
+    )
 
 
 def _show_value(value: object) -> str:

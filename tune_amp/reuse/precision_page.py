@@ -1,13 +1,19 @@
-"""The page ``compare.md``, also printed in the terminal: tables, verdicts on the claims, and how to read the figures.
+"""The files of a comparison: its rows in Parquet, and ``compare.md`` with tables, verdicts and how to read them.
 
-It is made from the rows of the Parquet files and their metadata alone.
+The page is made from the rows of the Parquet files and their metadata alone.
 """
 
+import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from tune_amp.results.files import write_atomically
+from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.results.statistics import Equivalence
-from tune_amp.reuse.markdown import render_markdown
+from tune_amp.reuse.markdown import format_settings, render_markdown
 from tune_amp.reuse.precision_verdicts import (
     BASELINE,
     MARGIN_POINTS,
@@ -27,6 +33,31 @@ CPU_MEANING = (
     "On a CPU the arithmetic of bf16 and fp16 and the loss scaling are real, so that the accuracies count; the speed "
     "is this CPU's and says nothing about a GPU, and memory is not measured."
 )
+
+
+PAGE_FILE = "compare.md"
+FILES = ("compare.parquet", "compare_map.parquet", PAGE_FILE)
+SCHEMAS: Mapping[str, pa.Schema] = {
+    "compare": pa.schema(build_columns(ComparedRun)),
+    "compare_map": pa.schema(build_columns(MapCell)),
+}
+
+
+def write_comparison(
+    folder: Path, origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell]
+) -> str:
+    """Write ``compare.parquet``, ``compare_map.parquet`` if there is a map, and ``compare.md``; return the page.
+
+    Raises:
+        OSError: the folder is missing, or the disk is full; a file that is not written is unchanged.
+    """
+    for kind, rows in {"compare": runs, "compare_map": cells}.items():
+        if rows:
+            table = build_table(kind, SCHEMAS[kind], [vars(row).copy() for row in rows], dataclasses.asdict(origin))
+            write_parquet(table, folder / f"{kind}.parquet")
+    page = render_comparison(origin, runs, cells)
+    write_atomically(folder / PAGE_FILE, lambda file: file.write(page.encode()))
+    return page
 
 
 def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell] = ()) -> str:
@@ -53,14 +84,10 @@ def describe_settings(origin: ComparisonOrigin) -> str:
     """Return the trained settings in one line, without precision and its scaler settings, which differ between runs."""
     apart = {"precision", "seed", "max_epochs", "model", "dataset", *origin.scaler, "init_scale", "growth_interval"}
     apart |= {"growth_factor", "backoff_factor"}
-    settings = [
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in list_settings(TrialConfig(**origin.config)).items()
-        if name not in apart
-    ]
-    scaler = ", ".join(f"{name} {value:g}" for name, value in origin.scaler.items())
-    subject = f"{origin.config['model']} on {origin.dataset}: {', '.join(settings)}"
-    return f"{subject}; in fp16 {scaler}" if scaler else subject
+    settings = list_settings(TrialConfig(**origin.config))
+    shared = format_settings({name: value for name, value in settings.items() if name not in apart})
+    subject = f"{origin.config['model']} on {origin.dataset}: {shared}"
+    return f"{subject}; in fp16 {format_settings(origin.scaler)}" if origin.scaler else subject
 
 
 def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
@@ -131,11 +158,11 @@ def _accuracy_cells(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def describe_equivalence(gap: Equivalence) -> str:
-    """Return ``yes``, ``no`` if the difference is shown to be beyond the margin, else ``cannot be told``."""
+    """Return ``yes``, ``no`` if the difference is shown to be beyond the margin, else ``undecided``."""
     if gap.equivalent:
         return "yes"
     beyond = gap.difference.low > gap.margin or gap.difference.high < -gap.margin
-    return "no" if beyond else "cannot be told"
+    return "no" if beyond else "undecided"
 
 
 def _render_seeds(origin: ComparisonOrigin, arms: Sequence[ArmSummary], runs: Sequence[ComparedRun]) -> str:

@@ -10,15 +10,12 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from tune_amp.cluster.cpus import count_cpus
-from tune_amp.results.parquet import build_columns, build_table, write_parquet
-from tune_amp.reuse.precision_verdicts import BASELINE, LEAST_SEEDS, ComparedRun, ComparisonOrigin, MapCell
+from tune_amp.reuse.precision_verdicts import BASELINE, LEAST_SEEDS, ComparedRun, MapCell
 from tune_amp.training.cuda_graph import WARM_UP_STEPS
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.run import TrainingData, TrainingRun, estimate_epoch_seconds, release_memory
@@ -45,12 +42,6 @@ LONGEST_CELL_SECONDS = 30.0
 without fp16 units."""
 ENDLESS_EPOCHS = 1_000_000
 """Number of epochs of warm-ups and timed runs: a graph is captured only if enough steps are left."""
-
-COMPARE_FILE, MAP_FILE = "compare.parquet", "compare_map.parquet"
-SCHEMAS: Mapping[str, pa.Schema] = {
-    "compare": pa.schema(build_columns(ComparedRun)),
-    "compare_map": pa.schema(build_columns(MapCell)),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +103,8 @@ def fresh_seeds(config: TrialConfig, count: int) -> tuple[int, ...]:
 
 def list_runs(precisions: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str]]:
     """Return seed and precision of each run: seed by seed, so that an early end leaves pairs; shuffled within each."""
-    return [(seed, precision) for seed in seeds for precision in _shuffle(precisions, seed)]
-
-
-def _shuffle(precisions: Sequence[str], seed: int) -> list[str]:
-    return random.Random(seed).sample(list(precisions), len(precisions))  # noqa: S311 - no secret
+    orders = {seed: random.Random(seed).sample([*precisions], len(precisions)) for seed in seeds}  # noqa: S311 - no secret
+    return [(seed, precision) for seed, order in orders.items() for precision in order]
 
 
 # ---- how long it takes ----
@@ -426,29 +414,3 @@ def _describe_cell(config: TrialConfig, timed: TimedRun | None, reason: str) -> 
         return cell
     memory = timed.peak_memory_bytes
     return dataclasses.replace(cell, turn_rates=tuple(timed.rates), peak_memory_bytes=memory, loop=timed.loop)
-
-
-# ---- files ----
-
-
-def write_runs(folder: Path, runs: Sequence[ComparedRun], origin: ComparisonOrigin) -> None:
-    """Write ``compare.parquet`` into ``folder``, in the order in which the runs were made.
-
-    Raises:
-        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
-    """
-    _write(folder / COMPARE_FILE, "compare", runs, origin)
-
-
-def write_map(folder: Path, cells: Sequence[MapCell], origin: ComparisonOrigin) -> None:
-    """Write ``compare_map.parquet`` into ``folder``.
-
-    Raises:
-        OSError: the folder is missing, or the disk is full; an existing file is unchanged.
-    """
-    _write(folder / MAP_FILE, "compare_map", cells, origin)
-
-
-def _write(path: Path, kind: str, rows: Sequence[ComparedRun] | Sequence[MapCell], origin: ComparisonOrigin) -> None:
-    table = build_table(kind, SCHEMAS[kind], [vars(row).copy() for row in rows], dataclasses.asdict(origin))
-    write_parquet(table, path)

@@ -183,7 +183,7 @@ class Answer(StrEnum):
 
     HOLDS = "holds"
     FAILS = "does not hold"
-    UNKNOWN = "cannot be told here"
+    UNKNOWN = "undecided"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

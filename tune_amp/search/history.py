@@ -10,7 +10,7 @@ from typing import Any
 
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.records import Provenance, TrialRecord, build_from
-from tune_amp.results.run_files import JOURNAL_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.space.no_effect import find_inert
 from tune_amp.trial.config import (
     MOST_SECONDS,
@@ -315,12 +315,12 @@ def open_history(folder: Path) -> Iterator[RunHistory]:
         InputError: the journal is missing, held by another process, damaged, of another version, or holds what no
             search writes.
     """
-    path = folder / JOURNAL_FILE
+    path = RunFolder(folder).journal
     links = sorted(entry for entry in folder.iterdir() if entry.is_symlink())
     if links:
         raise InputError(f"{links[0]}: must not be a link in a run that is resumed, since a link may lead anywhere")
     if not path.is_file():
-        raise InputError(f"{folder}: must hold {JOURNAL_FILE}, from which a run resumes")
+        raise InputError(f"{folder}: must hold {path.name}, from which a run resumes")
     with Journal(path) as journal:
         history = _read_history(path, journal)
         journal.cut_torn_line()

@@ -12,7 +12,7 @@ import optuna
 
 from tune_amp.results.journal import cut_torn_line
 from tune_amp.results.records import load_confirmed
-from tune_amp.results.run_files import CONFIRM_FILE, JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial, RunHistory
 from tune_amp.search.schedulers import objective_mode
 from tune_amp.search.study import open_storage
@@ -27,14 +27,14 @@ def mend_run(folder: Path, past: RunHistory) -> list[str]:
     process can have the files open.
     """
     lines = []
-    for name, find_fault in ((STUDY_FILE, _find_study_fault), (CONFIRM_FILE, _find_confirmed_fault)):
-        path = folder / name
+    run = RunFolder(folder)
+    for path, find_fault in ((run.study, _find_study_fault), (run.confirm, _find_confirmed_fault)):
         if os.path.lexists(path):
             fault = find_fault(path, past) if path.is_file() else "is no file"
             if fault is not None:
                 aside = _set_aside(path)
-                lines.append(f"{path}: {fault}; it is kept as {aside.name}, and made anew from {JOURNAL_FILE}")
-            elif name == STUDY_FILE:
+                lines.append(f"{path}: {fault}; it is kept as {aside.name}, and made anew from reports.journal")
+            elif path == run.study:
                 cut_torn_line(path)
     return lines
 

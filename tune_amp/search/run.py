@@ -26,7 +26,7 @@ from tune_amp.results.journal import JOURNAL_VERSION, Journal
 from tune_amp.results.progress import ConfirmResult, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
-from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, JOURNAL_FILE, RUN_FILES, SPACE_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial, RunHistory
 from tune_amp.search.mending import mend_run
 from tune_amp.search.options import SearchOptions
@@ -74,7 +74,7 @@ class SearchResult:
     @property
     def best_path(self) -> Path:
         """Path of ``best.parquet``, which exists if ``ranked`` is not empty."""
-        return self.folder / BEST_FILE
+        return RunFolder(self.folder).best
 
 
 def run_search(
@@ -245,9 +245,9 @@ def _build_searcher(search: _OpenSearch) -> AmpSearch:
 
 def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> RunHistory:
     """Record how a run begins, before anything else of it happens; return its history, whose journal is open."""
-    check_free(folder, *RUN_FILES)
-    journal = Journal(folder / JOURNAL_FILE)
-    write_atomically(folder / SPACE_FILE, lambda file: file.write(space.text.encode()), replace=False)
+    check_free(*RunFolder(folder).files)
+    journal = Journal(RunFolder(folder).journal)
+    write_atomically(RunFolder(folder).space, lambda file: file.write(space.text.encode()), replace=False)
     about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(journal)
@@ -351,7 +351,7 @@ def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
         confirmation = confirm(
             plan,
             lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),
-            done=load_confirmed(result.folder) if (result.folder / CONFIRM_FILE).exists() else (),
+            done=load_confirmed(result.folder) if RunFolder(result.folder).confirm.exists() else (),
             folder=result.folder,
             provenance=result.provenance,
             num_threads=resources.cpus,

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from tune_amp.cluster.failures import find_cause, find_status
-from tune_amp.results.run_files import JOURNAL_FILE, STUDY_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.samplers import build_sampler, reseed
 from tune_amp.search.schedulers import WORST_VALUES, is_hopeless, objective_mode
@@ -107,7 +107,7 @@ class AmpSearch(OptunaSearch):
         on_fault: Callable[[str], None] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna would log every study and trial
-        path = folder / STUDY_FILE
+        path = RunFolder(folder).study
         if not past:  # a search cut off before its first trial may have enqueued half of what is enqueued below
             path.unlink(missing_ok=True)
         built = build_sampler(sampler, space, seed=seed, objectives=objectives, num_samples=num_samples)
@@ -198,7 +198,7 @@ class AmpSearch(OptunaSearch):
         by_number = {trial.number: trial for trial in past}
         last = max(by_number)
         if last > MOST_LOST_TRIALS + 10 * len(past):  # each takes a write
-            raise InputError(f"{JOURNAL_FILE}: number: must be near the {len(past)} trials, got {last}")
+            raise InputError(f"reports.journal: number: must be near the {len(past)} trials, got {last}")
         for number in range(last + 1):
             self.study.add_trial(self._recreate(by_number.get(number), space, train_images))
 

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 
-from tune_amp.results.parquet import locate, read_kind
+from tune_amp.results.parquet import read_kind
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import (
     Provenance,
@@ -25,7 +25,7 @@ from tune_amp.results.records import (
     load_provenance,
     load_trials,
 )
-from tune_amp.results.run_files import TRIALS_FILE
+from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import MAX_BYTES, SEARCHABLE, SearchSpace, parse_space
 from tune_amp.trial.config import (
@@ -149,7 +149,7 @@ def _load_winners(path: Path) -> list[TrialRecord]:
 
 def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
     """Return the trials of the run whose winners ``path`` holds; none if they do not lie beside it."""
-    beside = path.with_name(TRIALS_FILE)
+    beside = RunFolder(path.parent).trials
     if not beside.exists():
         return []
     theirs = load_provenance(beside)

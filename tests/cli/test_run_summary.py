@@ -8,10 +8,18 @@ import pytest
 from records import PROVENANCE, make_epoch, make_scored, make_trial
 from rich.console import Console
 
-from tune_amp.cli.outcome import load_outcome, name_reuse_command, print_outcome
+from tune_amp.cli.run_summary import load_summary, print_summary
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.importance import ImportanceResult, ParameterImportance, write_importance
-from tune_amp.results.records import BestRow, SlotTime, TrialRecord, rank_trials, write_best, write_trials
+from tune_amp.results.records import (
+    BestRow,
+    SlotTime,
+    TrialRecord,
+    list_reuse_words,
+    rank_trials,
+    write_best,
+    write_trials,
+)
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
 SLOT_TIME = SlotTime(slots=2, wall_seconds=50.0)
@@ -35,7 +43,7 @@ def shown(folder: Path, top_k: int | None = None) -> tuple[str, str]:
     """Standard output and what goes to the error stream."""
     streams = io.StringIO(), io.StringIO()
     console, errors = (Console(file=stream, width=100, highlight=False) for stream in streams)
-    print_outcome(console, load_outcome(folder, top_k), "the line that trains", errors)
+    print_summary(console, load_summary(folder, top_k), "the line that trains", errors)
     return streams[0].getvalue(), streams[1].getvalue()
 
 
@@ -55,7 +63,7 @@ def test_a_finished_run_is_shown_with_all_that_its_files_hold(tmp_path: Path) ->
     assert errors == ""
     assert lines[0] == "4 trials: 4 completed"
     assert ranks(text) == [["1", "93.00%"], ["2", "92.00%"]]
-    assert "Numbers 1 to 2 cannot be told apart on 5,000 validation images" in text
+    assert "Ranks 1 to 2 are indistinguishable on 5,000 validation images" in text
     assert "importance at epoch 2 (20 trials), and what permuted values reach in 5 %:" in lines
     assert ["lr", "1.00", "0.30", "0.010"] in [line.split() for line in lines]
     assert lines[-3] == "slot time  2 slots x 50.0 s: useful training 6.0%, validation and probes 1.0%, rest 93.0%"
@@ -78,7 +86,9 @@ def test_a_killed_run_is_shown_with_what_it_had_written(tmp_path: Path) -> None:
     assert "5 trials: 4 completed, 1 interrupted" in text
     assert ranks(text) == [["1", "97.00%"], ["2", "93.00%"], ["3", "92.00%"]]
     assert "importance: not measured: needs at least 15 trials" in text
-    assert "unfinished: the search was cut off, or still goes on; the line that it printed, or else --resume " in text
+    assert (
+        "unfinished: the search was cut off, or is still running; the line that it printed, or else --resume " in text
+    )
     assert "slot time" not in text
     assert "reuse" not in text  # there is no best.parquet to train from
 
@@ -113,18 +123,18 @@ def test_where_fresh_seeds_know_better_the_searchs_own_ranking_is_shown_only_on_
     means = {f"{name}_{what}": 0.91 for name in ("val_accuracy", "test_accuracy") for what in ("mean", "high")}
     confirmation = Confirmation(confirm_seeds=(1, 2, 3), tied_with_best=True, **means)  # type: ignore[arg-type]
     write_run(tmp_path, trials, [BestRow(rank=1, trial=trials[3], confirmation=confirmation)])
-    assert load_outcome(tmp_path).is_confirmed
+    assert load_summary(tmp_path).is_confirmed
     assert ["1", "93.00%"] not in ranks(shown(tmp_path)[0])
     assert ranks(shown(tmp_path, top_k=2)[0])[:2] == [["1", "93.00%"], ["2", "92.00%"]]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must hold trials\.parquet"):
-        load_outcome(tmp_path)
+        load_summary(tmp_path)
 
 
-def test_the_line_that_trains_quotes_paths_and_consents_to_the_users_own_code_only() -> None:
-    line = name_reuse_command(
-        ("tune-amp", "train"), Path("my runs/best.parquet"), data_dir="my data", model="mine:net", dataset="mnist"
+def test_the_line_that_trains_names_the_data_and_consents_to_the_users_own_code_only() -> None:
+    words = list_reuse_words(
+        ("tune-amp", "train"), "my runs/best.parquet", data_dir="my data", model="mine:net", dataset="mnist"
     )
-    assert line == "tune-amp train 'my runs/best.parquet' --data-dir 'my data' --model mine:net"
+    assert words == ["tune-amp", "train", "my runs/best.parquet", "--data-dir", "my data", "--model", "mine:net"]

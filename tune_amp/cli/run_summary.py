@@ -3,7 +3,6 @@
 Imports neither torch nor Ray, so that a run is shown at once, on any machine with pyarrow and Optuna.
 """
 
-import collections
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from tune_amp.monitor.tables import describe_confirmed, render_confirmed
 from tune_amp.monitor.terminal import describe_counts, render_importance, render_ranking
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
-from tune_amp.results.ranking import choose_best, describe_ties
+from tune_amp.results.ranking import choose_best, describe_ties, list_obstacles
 from tune_amp.results.records import (
     BestRow,
     Provenance,
@@ -24,20 +23,18 @@ from tune_amp.results.records import (
     TrialRecord,
     load_best_rows,
     load_confirmed,
-    load_provenance,
-    load_slot_time,
-    load_trials,
+    load_epochs,
+    load_trials_file,
 )
-from tune_amp.results.run_files import BEST_FILE, CONFIRM_FILE, IMPORTANCE_FILE, RUN_FILES, TRIALS_FILE
+from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import describe_utilisation
-from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path, name_run
+from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_run
 from tune_amp.space.space import parse_space
-from tune_amp.trial.config import is_function_name
 from tune_amp.trial.text import printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunSummary:
     """The result of a search, as it is printed."""
 
     folder: Path
@@ -69,7 +66,7 @@ class Outcome:
         return any(row.confirmation is not None for row in self.best)
 
 
-def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
+def load_summary(folder: Path, top_k: int | None = None) -> RunSummary:
     """Return the result of a run from its files. Some are missing if the run was killed.
 
     Args:
@@ -79,90 +76,73 @@ def load_outcome(folder: Path, top_k: int | None = None) -> Outcome:
     Raises:
         InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file is damaged or of another version.
     """
-    trials = load_trials(folder)
-    provenance = load_provenance(folder / TRIALS_FILE)
-    best = load_best_rows(folder) if (folder / BEST_FILE).exists() else []
+    run = RunFolder(folder)
+    ended = load_trials_file(folder)
+    trials, provenance = load_epochs(folder, ended.trials), ended.provenance
+    best = load_best_rows(folder) if run.best.exists() else []
     wanted = top_k is not None
     if top_k is None:
         top_k = sum(not row.is_default for row in best) or 3
-    return Outcome(
+    return RunSummary(
         folder=folder,
         trials=trials,
         ranked=choose_best(trials, provenance.objectives, top_k),
         best=best,
-        confirmed_runs=load_confirmed(folder) if (folder / CONFIRM_FILE).exists() else (),
+        confirmed_runs=load_confirmed(folder) if run.confirm.exists() else (),
         provenance=provenance,
         importance=_find_importance(folder, trials, provenance),
-        slot_time=load_slot_time(folder),
+        slot_time=ended.slot_time,
         ranking_wanted=wanted,
     )
 
 
 def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
-    """Return the importance that the search wrote, or measure it likewise, which mostly says why none was written."""
-    if (folder / IMPORTANCE_FILE).exists():
+    """Return the importance that the search wrote, or measure it likewise, which mostly yields why none was written."""
+    if RunFolder(folder).importance.exists():
         return load_importance(folder)
     space = parse_space(provenance.space_source, provenance.space_text)
     train_images, seed = provenance.train_images, provenance.seed
     return measure_importance(space, trials, provenance.objectives[0], train_images=train_images, seed=seed)
 
 
-def name_reuse_command(train: Sequence[str], best: Path, *, data_dir: str | None, model: str, dataset: str) -> str:
-    """Return the command that trains the winner, with the same data, and with consent to the user's own code.
-
-    Args:
-        train: the command that trains, such as ``("tune-amp", "train")``.
-        best: ``best.parquet``.
-        data_dir: the search's ``--data-dir``; None if it was not given.
-        model: the search's model.
-        dataset: the search's data set.
-    """
-    parts = [*train, name_path(best)]
-    if data_dir is not None:
-        parts += ["--data-dir", data_dir]
-    for flag, name in (("model", model), ("dataset", dataset)):
-        if is_function_name(name):
-            parts += [f"--{flag}", name]
-    return shlex.join(parts)
-
-
-def print_outcome(console: Console, outcome: Outcome, reuse: str, errors: Console) -> None:
+def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Console) -> None:
     """Print counts, ranking with ties or confirmation, importance, slot time, files and the command for reuse.
 
     Args:
         console: where the result is printed.
-        outcome: the result.
+        summary: the result.
         reuse: the command that trains the winner.
         errors: where the reasons for having no result are printed.
     """
-    console.print(describe_counts(outcome.trials))
-    if outcome.interrupted:
+    console.print(describe_counts(summary.trials))
+    if summary.interrupted:
         console.print("[magenta]interrupted[/]: everything that was reported is kept")
-    if not outcome.ranked:
-        _print_slot_time(console, outcome)
-        _print_no_result(errors, outcome)
+    if not summary.ranked:
+        _print_slot_time(console, summary)
+        _print_no_result(errors, summary)
         return
     console.print()
-    if outcome.ranking_wanted or not outcome.is_confirmed or len(outcome.provenance.objectives) > 1:
-        _print_ranking(console, outcome)
+    if summary.ranking_wanted or not summary.is_confirmed or len(summary.provenance.objectives) > 1:
+        _print_ranking(console, summary)
         console.print()
-    if outcome.is_confirmed:
-        print_confirmed(console, outcome.best, outcome.provenance)
+    if summary.is_confirmed:
+        print_confirmed(console, summary.best, summary.provenance)
         console.print()
-    elif outcome.confirmed_runs or outcome.confirm_seconds is not None:
-        kept = f"{len(outcome.confirmed_runs)} runs are kept; the ranking is the search's own"
+    elif summary.confirmed_runs or summary.confirm_seconds is not None:
+        kept = f"{len(summary.confirmed_runs)} runs are kept; the ranking is the search's own"
         console.print(f"[magenta]confirmation interrupted[/]: {kept}", soft_wrap=True)
         console.print()
-    say(console, describe_importance(outcome.importance))
-    if any(row.told_from_noise for row in outcome.importance.rows):
-        console.print(render_importance(outcome.importance))
+    say(console, describe_importance(summary.importance))
+    if any(row.told_from_noise for row in summary.importance.rows):
+        console.print(render_importance(summary.importance))
     console.print()
-    _print_slot_time(console, outcome)
-    if outcome.is_confirmed:
-        say(console, _describe_runs(outcome))
-    files = [name for name in RUN_FILES if (outcome.folder / name).exists()]
-    say(console, f"files    {outcome.folder}: {', '.join(files)}")
-    if (outcome.folder / BEST_FILE).exists():
+    _print_slot_time(console, summary)
+    if summary.is_confirmed:
+        say(console, _describe_runs(summary))
+    run = RunFolder(summary.folder)
+    files = [path.name for path in run.files if path.exists()]
+    say(console, f"files    {summary.folder}: {', '.join(files)}")
+    if run.best.exists():
         console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
 
 
@@ -179,38 +159,37 @@ def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Prove
         say(console, sentence)
 
 
-def _print_ranking(console: Console, outcome: Outcome) -> None:
-    console.print(render_ranking(outcome.ranked, outcome.provenance.objectives))
-    ties = describe_ties(outcome.ranked, outcome.provenance)
+def _print_ranking(console: Console, summary: RunSummary) -> None:
+    console.print(render_ranking(summary.ranked, summary.provenance.objectives))
+    ties = describe_ties(summary.ranked, summary.provenance)
     if ties:
         say(console, ties)
 
 
-def _describe_runs(outcome: Outcome) -> str:
+def _describe_runs(summary: RunSummary) -> str:
     """Return how many configurations were trained on which fresh seeds, and how long that took, if known."""
-    seeds = sorted({run.seed for run in outcome.confirmed_runs})
-    count = len({run.trial_id for run in outcome.confirmed_runs})
-    took = "" if outcome.confirm_seconds is None else f" in {outcome.confirm_seconds:.0f} s"
+    seeds = sorted({run.seed for run in summary.confirmed_runs})
+    count = len({run.trial_id for run in summary.confirmed_runs})
+    took = "" if summary.confirm_seconds is None else f" in {summary.confirm_seconds:.0f} s"
     return f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}"
 
 
-def _print_slot_time(console: Console, outcome: Outcome) -> None:
-    if outcome.slot_time is None:
+def _print_slot_time(console: Console, summary: RunSummary) -> None:
+    if summary.slot_time is None:
         say(
             console,
-            "unfinished: the search was cut off, or still goes on; the line that it printed, or else "
-            f"--resume {shlex.quote(name_run(outcome.folder, DEFAULT_RESULTS_DIR))}, goes on with it",
+            "unfinished: the search was cut off, or is still running; the line that it printed, or else "
+            f"--resume {shlex.quote(name_run(summary.folder, DEFAULT_RESULTS_DIR))}, resumes it",
             style="yellow",
         )
         return
-    wrap_up = "" if outcome.wrap_up_seconds is None else f"; then {outcome.wrap_up_seconds:.1f} s to wrap up"
-    say(console, f"slot time  {describe_utilisation(outcome.trials, outcome.slot_time)}{wrap_up}")
+    wrap_up = "" if summary.wrap_up_seconds is None else f"; then {summary.wrap_up_seconds:.1f} s to wrap up"
+    say(console, f"slot time  {describe_utilisation(summary.trials, summary.slot_time)}{wrap_up}")
 
 
-def _print_no_result(console: Console, outcome: Outcome) -> None:
+def _print_no_result(console: Console, summary: RunSummary) -> None:
     """Print why there is no winner, the commonest reasons first."""
     console.print("[bold red]no trial produced a result[/]:")
-    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in outcome.trials)
-    for reason, count in reasons.most_common(3):
-        say(console, f"  {count} {reason}")
-    console.print(printable(f"every trial is in {outcome.folder / 'trials.parquet'}"), markup=False, soft_wrap=True)
+    for line in list_obstacles(summary.trials):
+        say(console, f"  {line}")
+    console.print(printable(f"every trial is in {RunFolder(summary.folder).trials}"), markup=False, soft_wrap=True)

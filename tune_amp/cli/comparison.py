@@ -1,0 +1,261 @@
+"""A comparison of precisions in progress, as ``tune-amp compare`` runs it: measuring, writing and printing."""
+
+import dataclasses
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tune_amp.cli.console import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NO_RESULT, say
+from tune_amp.results.files import check_free
+from tune_amp.results.records import Provenance, TrialRecord, list_versions
+from tune_amp.reuse.precision_page import CPU_MEANING, FILES, describe_settings, write_comparison
+from tune_amp.reuse.precision_runs import (
+    BUDGET_SECONDS,
+    PILOT_EPOCHS,
+    TURN_SECONDS,
+    TURNS,
+    ComparisonPlan,
+    compare_runs,
+    measure_map,
+    plan_comparison,
+)
+from tune_amp.reuse.precision_verdicts import BASELINE, ComparedRun, ComparisonOrigin, MapCell
+from tune_amp.training.amp import describe_hardware
+from tune_amp.training.data import Dataset
+from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.trial.text import hide_credentials, printable
+
+QUIET_SECONDS = 10.0
+"""Seconds without a line after which a run also reports its epochs."""
+BUSY_SHARE = 0.25
+"""Share of the cores from which the load of other programs is reported."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Comparison:
+    """A comparison in progress. Its files hold everything measured so far."""
+
+    config: TrialConfig
+    """The chosen configuration."""
+    arms: Mapping[str, TrialConfig]
+    """From ``choose_arms``."""
+    max_epochs: int | None
+    """Number of epochs of a run, if it was given."""
+    models: Sequence[str]
+    """Models of the map; empty if there is no map."""
+    batch_sizes: Sequence[int]
+    """Batch sizes of the map."""
+    dataset: Dataset
+    device: torch.device
+    origin: ComparisonOrigin
+    """The facts that are known so far."""
+    folder: Path
+    """Where the files are written."""
+    console: Console
+    runs: list[ComparedRun] = dataclasses.field(default_factory=list)
+    cells: list[MapCell] = dataclasses.field(default_factory=list)
+    is_written: bool = False
+
+    def make(self) -> int:
+        """Measure, write and print. Return the exit code."""
+        try:
+            self._print_start()
+            self._train_runs(self._plan())
+            self._measure_map()
+        except KeyboardInterrupt:
+            self._print_end()
+            kept = f"{len(self.runs)} runs are kept in {self.folder}" if self.runs else "nothing was measured yet"
+            print(f"interrupted: {kept}", file=sys.stderr)  # noqa: T201
+            return EXIT_INTERRUPTED
+        self._print_end()
+        completed = {run.precision for run in self.runs if run.status is TrialStatus.COMPLETED}
+        return EXIT_DONE if BASELINE in completed else EXIT_NO_RESULT
+
+    def _print_start(self) -> None:
+        origin = self.origin
+        say(self.console, f"rank {origin.rank} of {origin.run} on {origin.place}: {describe_settings(origin)}")
+        say(self.console, "validation accuracy decides; the test set is not read")
+        for precision, reason in origin.left_out.items():
+            self._warn(f"left out: {precision}: {reason}")
+        for notice in (*origin.notices, *([CPU_MEANING] if self.device.type == "cpu" else [])):
+            self._warn(f"note: {notice}")
+
+    def _warn(self, line: str) -> None:
+        say(self.console, line, style="yellow")
+
+    def _plan(self) -> ComparisonPlan:
+        origin = self.origin
+        plan = plan_comparison(self.arms, self.dataset, self.device, seeds=origin.seeds, max_epochs=self.max_epochs)
+        notices = [] if self.max_epochs else _explain_epochs(plan, self.config)
+        self.origin = dataclasses.replace(
+            origin,
+            precisions=tuple(plan.arms),
+            epochs=plan.epochs,
+            left_out={**origin.left_out, **plan.left_out},
+            notices=(*origin.notices, *notices),
+        )
+        for precision, reason in plan.left_out.items():
+            self._warn(f"left out: {precision}: {reason}; --max-epochs measures it all the same")
+        for notice in notices:
+            self._warn(f"note: {notice}")
+        text = f"{len(plan.runs)} runs of {plan.epochs} epochs, one at a time: about {_clock(plan.seconds)}"
+        if self.models:
+            cells = len(self.models) * len(self.batch_sizes)
+            seconds = cells * len(plan.arms) * (PILOT_EPOCHS + 1 + TURNS) * TURN_SECONDS
+            text += f"; then a map of {cells} cells: at least {_clock(seconds)}"
+        say(self.console, text)
+        return plan
+
+    def _train_runs(self, plan: ComparisonPlan) -> None:
+        progress = Progress(self.console, plan)
+        for run in compare_runs(plan, self.dataset, self.device, progress.on_epoch):
+            self.runs.append(run)
+            self._write()
+            progress.on_end(run)
+
+    def _measure_map(self) -> None:
+        for cells in measure_map(
+            self.config,
+            self.dataset,
+            self.device,
+            models=self.models,
+            batch_sizes=self.batch_sizes,
+            precisions=tuple(self.arms),
+            turn_seconds=TURN_SECONDS,
+        ):
+            self.cells += cells
+            self._write()
+            say(self.console, describe_cells(cells))
+
+    def _write(self) -> str:
+        """Write the files, and return the page."""
+        if not self.is_written:
+            check_free(*(self.folder / name for name in FILES))
+            self.is_written = True
+        return write_comparison(self.folder, self.origin, self.runs, self.cells)
+
+    def _print_end(self) -> None:
+        if not self.runs:
+            return
+        page = self._write()  # again: an interruption may have come between a run and its file
+        names = ", ".join(sorted(path.name for path in self.folder.iterdir()))
+        for line in ("", *page.splitlines(), f"files    {self.folder}: {names}"):
+            self.console.print(printable(line), markup=False, soft_wrap=True)
+
+
+class Progress:
+    """Prints a line when a run ends, and in long runs a line for an epoch now and then.
+
+    Args:
+        console: where to print.
+        plan: the planned runs.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, console: Console, plan: ComparisonPlan, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._epochs = plan.epochs
+        self._clock = clock
+        count = len(plan.runs)
+        self._names = [f"run {n} of {count}  seed {seed}  {name}" for n, (seed, name) in enumerate(plan.runs, start=1)]
+        self._printed = clock()
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        """Print the epoch that has ended, if no line was printed for ``QUIET_SECONDS``."""
+        if self._clock() - self._printed >= QUIET_SECONDS and metrics.epoch < self._epochs:
+            self._print(f"epoch {metrics.epoch}/{self._epochs}  {metrics.samples_per_second:,.0f} images/s")
+
+    def on_end(self, run: ComparedRun) -> None:
+        """Print the run that has ended."""
+        self._print(describe_run(run))
+        del self._names[0]
+
+    def _print(self, text: str) -> None:
+        self._console.print(printable(f"{self._names[0]:<30}{text}"), markup=False, soft_wrap=True)
+        self._printed = self._clock()
+
+
+def describe_run(run: ComparedRun) -> str:
+    """Return a finished run in one line."""
+    parts = [] if run.status is TrialStatus.COMPLETED else [f"{run.status}: {run.error}"]
+    if run.epoch_seconds is not None:
+        parts.append(f"epoch {run.epoch_seconds:.3g} s  {run.samples_per_second:,.0f} images/s")
+    if run.peak_memory_bytes is not None:
+        parts.append(f"{run.peak_memory_bytes / 1e6:,.1f} MB")
+    if run.val_accuracy is not None:
+        parts.append(f"val accuracy {100 * run.val_accuracy:.2f} %")
+    if run.skipped_steps:
+        parts.append(f"{run.skipped_steps} of {run.steps} steps skipped")
+    return "  ".join(parts)
+
+
+def describe_cells(cells: Sequence[MapCell]) -> str:
+    """Return a cell of the map in one line."""
+    rates = [
+        f"{cell.precision} {cell.reason or f'{statistics.median(cell.turn_rates):,.0f} images/s'}" for cell in cells
+    ]
+    return f"map  {cells[0].model}  batch {cells[0].batch_size}  {', '.join(rates)}"
+
+
+def _explain_epochs(plan: ComparisonPlan, config: TrialConfig) -> list[str]:
+    """Return why the runs differ in length from the trial."""
+    if plan.epochs == config.max_epochs:
+        return []
+    if plan.epochs > config.max_epochs:
+        return [f"{plan.epochs} epochs instead of {config.max_epochs}: the first of a run is not timed"]
+    limit = f"all {config.max_epochs} would take longer than {_clock(BUDGET_SECONDS)}; --max-epochs measures them"
+    return [f"{plan.epochs} epochs a run: {limit}"]
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def describe_origin(
+    command: Sequence[str],
+    rank: int,
+    record: TrialRecord,
+    provenance: Provenance,
+    arms: Mapping[str, TrialConfig],
+    dataset: Dataset,
+    device: torch.device,
+    **chosen: Any,
+) -> ComparisonOrigin:
+    """Return the facts that are known before anything is timed; ``chosen`` are the remaining fields."""
+    notices = [*(describe_hardware(precision, device) for precision in arms), _describe_load()]
+    return ComparisonOrigin(
+        run=provenance.run,
+        rank=rank,
+        trial_id=record.trial_id,
+        command=tuple(map(hide_credentials, command)),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=dataclasses.asdict(record.config),
+        scaler={name: getattr(arms["fp16"], name) for name in SCALER_DEFAULTS} if "fp16" in arms else {},
+        precisions=tuple(arms),
+        dataset=dataset.name,
+        data_hash=dataset.content_hash,
+        train_images=len(dataset.train),
+        validation_images=len(dataset.validation),
+        data_bytes=sum(part.nbytes for split in (dataset.train, dataset.validation) for part in vars(split).values()),
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        num_threads=torch.get_num_threads(),
+        notices=tuple(notice for notice in notices if notice),
+        versions=list_versions("tune_amp", "torch", "numpy", "pyarrow"),
+        **chosen,
+    )
+
+
+def _describe_load() -> str | None:
+    """Return a notice if other programs load the machine before the first step is timed, since they affect times."""
+    busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if busy < BUSY_SHARE * cores:
+        return None
+    return f"other programs kept {busy:.1f} of {cores} cores busy when this began: times are noisier, and may be longer"
