@@ -29,7 +29,7 @@ from tune_amp.training.data import Dataset, Split
 from tune_amp.training.run import TrainingData, TrainingRun, release_memory
 from tune_amp.trial.config import TrialStatus, one_line
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,13 +103,13 @@ def train_on_slots(
     waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
     count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
     running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
-    with hearing_beginnings(time_limit) as beginnings:
+    with start_signals(time_limit) as signals:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, count_slots()):
                     attempt = dataclasses.replace(waiting.popleft(), token=secrets.token_hex(4), begun=None)
-                    running[_start(attempt, resources.cpus, sent, beginnings)] = attempt
-                ended = _wait_for_one(running, time_limit, beginnings)
+                    running[_start(attempt, resources.cpus, sent, signals)] = attempt
+                ended = _wait_for_one(running, time_limit, signals)
                 if ended is None:
                     yield _end_latest(running, time_limit)
                     continue
@@ -125,7 +125,7 @@ def train_on_slots(
                 ray.cancel(reference, force=True)
 
 
-class Beginnings:
+class StartSignals:
     """Records which attempts have started: before that they wait, perhaps for other jobs of a cluster.
 
     It is an actor, created only if there is a time limit.
@@ -134,7 +134,7 @@ class Beginnings:
     def __init__(self) -> None:
         self._begun: set[str] = set()
 
-    def tell(self, token: str) -> None:
+    def report(self, token: str) -> None:
         """Record that the attempt with this token has started."""
         self._begun.add(token)
 
@@ -145,12 +145,12 @@ class Beginnings:
 
 
 @contextlib.contextmanager
-def hearing_beginnings(time_limit: float) -> Iterator[Any]:
-    """Run the actor ``Beginnings`` on the driver's node in the ``with`` block; yield None if time is not limited."""
+def start_signals(time_limit: float) -> Iterator[Any]:
+    """Run the actor ``StartSignals`` on the driver's node in the ``with`` block; yield None if time is not limited."""
     if time_limit == math.inf:
         yield None
         return
-    actor: Any = ray.remote(Beginnings).options(num_cpus=0, scheduling_strategy=beside_this_process()).remote()
+    actor: Any = ray.remote(StartSignals).options(num_cpus=0, scheduling_strategy=beside_this_process()).remote()
     try:
         yield actor
     finally:
@@ -158,16 +158,16 @@ def hearing_beginnings(time_limit: float) -> Iterator[Any]:
 
 
 def _wait_for_one(
-    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, beginnings: Any
+    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, signals: Any
 ) -> "ray.ObjectRef[ConfirmedRun] | None":
     """Return the first task that has ended, or None if one has taken too long before that."""
     while True:
-        ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=CHECK_SECONDS)
         if ended:
             first: ray.ObjectRef[ConfirmedRun] = ended[0]
             return first
-        if beginnings is not None:
-            begun = ray.get(beginnings.take.remote())
+        if signals is not None:
+            begun = ray.get(signals.take.remote())
             for reference, attempt in running.items():
                 if attempt.token in begun:
                     running[reference] = dataclasses.replace(attempt, begun=time.monotonic())
@@ -185,7 +185,7 @@ def _end_latest(
     return attempt.job, attempt.give_up(time_limit)
 
 
-def _start(attempt: Attempt, cpus: int, sent: Any, beginnings: Any) -> "ray.ObjectRef[ConfirmedRun]":
+def _start(attempt: Attempt, cpus: int, sent: Any, signals: Any) -> "ray.ObjectRef[ConfirmedRun]":
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=attempt.share,
@@ -194,9 +194,7 @@ def _start(attempt: Attempt, cpus: int, sent: Any, beginnings: Any) -> "ray.Obje
         max_retries=0,  # `Attempt` counts retries: Ray would retry for ever if the memory monitor kills the worker
     )(_train_in_worker)
     name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
-    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(
-        sent, attempt.job, beginnings, attempt.token
-    )
+    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(sent, attempt.job, signals, attempt.token)
     return reference
 
 
@@ -212,11 +210,11 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
 
 
 def _train_in_worker(
-    sent: tuple[WorkerSetup, Split], job: ConfirmJob, beginnings: Any = None, token: str = ""
+    sent: tuple[WorkerSetup, Split], job: ConfirmJob, signals: Any = None, token: str = ""
 ) -> ConfirmedRun:
     """Train a job in the process that Ray gave it. Any exception becomes a row."""
-    if beginnings is not None:
-        beginnings.tell.remote(token)
+    if signals is not None:
+        signals.report.remote(token)
     worker_setup, test = sent
     device = torch.device("cpu")
     try:

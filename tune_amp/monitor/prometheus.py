@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tune_amp import __version__
-from tune_amp.monitor.safe_observer import Untroubled
+from tune_amp.monitor.safe_observer import SafeObserver
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmObserver, ConfirmProgress, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
@@ -144,7 +144,7 @@ class Gauges:
     """
 
     def __init__(self, observer: SearchObserver, *, slots: int, registry: Any = None) -> None:
-        self._observer = Untroubled(observer)
+        self._observer = SafeObserver(observer)
         self._slots = slots
         self._registry = registry
         self._metrics: dict[str, Any] | None = None
@@ -198,7 +198,7 @@ class Gauges:
         except Exception as error:
             self._broken = True
             with contextlib.suppress(OSError):
-                print(f"metrics ended, the search goes on: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+                print(f"metrics ended, the search continues: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
     def _publish_often(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):

@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_storage
-from tune_amp.cluster.health import Vitals
+from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
 from tune_amp.cluster.resources import SlotCounter, TrialResources, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, plan_confirmation
@@ -133,7 +133,7 @@ def run_search(
     if not checked:
         check_fit(space, dataset, options, may_use_gpus=resources.gpus > 0)
     check_objectives(options, resources)
-    stop, vitals = stop or StopRequest(), Vitals()
+    stop, health = stop or StopRequest(), RayHealth()
     begin = time.monotonic() if started is None else started
     time_left = find_time_left(options, past)
     storage = _open_storage(storage_path, folder, resources, past)
@@ -166,7 +166,7 @@ def run_search(
             recorder.replay(past.events)  # also refuses what no search writes, before anything else uses it
         build = functools.partial(_build_searcher, space, dataset, options, folder, provenance, warm_start, past, stop)
         # However the block ends, no trial stays running in the study.
-        with stop.heard(), contextlib.closing(build()) as searcher:
+        with stop.watched_by_tune(), contextlib.closing(build()) as searcher:
             scheduler = schedule(options, searcher, resources)
             if past is not None:
                 replay(scheduler, past.events)
@@ -203,14 +203,14 @@ def run_search(
                     time_left=time_left,
                 )
                 if time_left is None or time_left > 0:
-                    with watching(stop, vitals.find_dead, functools.partial(_leave, searcher, recorder, stop)):
+                    with watching(stop, health.find_dead_process, functools.partial(_leave, searcher, recorder, stop)):
                         fit(tuner, stop)
         result = _conclude(recorder, space, dataset, options, provenance, stop)
         if not is_unfinished(result.trials, options):
             remover.submit(storage.remove_checkpoints)
         if result.interrupted or not options.confirm_seeds:
             return result
-        with gauges, watching(stop, vitals.find_dead, stop.leave):
+        with gauges, watching(stop, health.find_dead_process, stop.leave):
             return _confirm(result, space, dataset, options, resources, gauges)
 
 
