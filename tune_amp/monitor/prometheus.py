@@ -17,7 +17,7 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from tune_amp import __version__
 from tune_amp.monitor.safe_observer import SafeObserver
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 EVERY_SECONDS = 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Series:
+class Series(NamedTuple):
     """A metric of a search."""
 
     name: str
@@ -47,81 +46,43 @@ class Series:
 
 ALL_SERIES = (
     Series(
-        name="tune_amp_run_info",
-        kind="gauge",
-        labels=("model", "dataset", "objectives", "version"),
-        meaning="always 1; its labels say what is searched",
+        "tune_amp_run_info",
+        "gauge",
+        "always 1; its labels say what is searched",
+        ("model", "dataset", "objectives", "version"),
+    ),
+    Series("tune_amp_trials", "gauge", "trials by status, waiting and running ones too", ("status",)),
+    Series("tune_amp_best", "gauge", "best value of an objective among the trials that have ended", ("objective",)),
+    Series("tune_amp_epochs_total", "counter", "epochs that trials reported; its rate is epochs per second"),
+    Series("tune_amp_steps_total", "counter", "training steps in these epochs, skipped ones included"),
+    Series(
+        "tune_amp_skipped_steps_total",
+        "counter",
+        "steps of these that GradScaler skipped because a gradient overflowed",
+    ),
+    Series("tune_amp_slots", "gauge", "slots: places in which trials run at a time"),
+    Series(
+        "tune_amp_slot_seconds_total",
+        "counter",
+        "slot time in training, validation and probes, as trials reported it, however they ended",
+        ("kind",),
+    ),
+    Series("tune_amp_slot_trial", "gauge", "number of the trial that runs in the slot", ("slot",)),
+    Series("tune_amp_slot_epoch", "gauge", "epochs that this trial has reported", ("slot",)),
+    Series("tune_amp_loss_scale", "gauge", "loss scale of this trial; none where it has no scaler", ("slot",)),
+    Series(
+        "tune_amp_gpu_memory_peak_bytes",
+        "gauge",
+        "peak of CUDA memory allocated by this trial; 0 on the CPU",
+        ("slot",),
     ),
     Series(
-        name="tune_amp_trials",
-        kind="gauge",
-        labels=("status",),
-        meaning="trials by status, waiting and running ones too",
-    ),
-    Series(
-        name="tune_amp_best",
-        kind="gauge",
-        labels=("objective",),
-        meaning="best value of an objective among the trials that have ended",
-    ),
-    Series(
-        name="tune_amp_epochs_total",
-        kind="counter",
-        meaning="epochs that trials reported; its rate is epochs per second",
-    ),
-    Series(
-        name="tune_amp_steps_total",
-        kind="counter",
-        meaning="training steps in these epochs, skipped ones included",
-    ),
-    Series(
-        name="tune_amp_skipped_steps_total",
-        kind="counter",
-        meaning="steps of these that GradScaler skipped because a gradient overflowed",
-    ),
-    Series(
-        name="tune_amp_slots",
-        kind="gauge",
-        meaning="slots: places in which trials run at a time",
-    ),
-    Series(
-        name="tune_amp_slot_seconds_total",
-        kind="counter",
-        labels=("kind",),
-        meaning="slot time in training, validation and probes, as trials reported it, however they ended",
-    ),
-    Series(
-        name="tune_amp_slot_trial",
-        kind="gauge",
-        labels=("slot",),
-        meaning="number of the trial that runs in the slot",
-    ),
-    Series(
-        name="tune_amp_slot_epoch",
-        kind="gauge",
-        labels=("slot",),
-        meaning="epochs that this trial has reported",
-    ),
-    Series(
-        name="tune_amp_loss_scale",
-        kind="gauge",
-        labels=("slot",),
-        meaning="loss scale of this trial; none where it has no scaler",
-    ),
-    Series(
-        name="tune_amp_gpu_memory_peak_bytes",
-        kind="gauge",
-        labels=("slot",),
-        meaning="peak of CUDA memory allocated by this trial; 0 on the CPU",
-    ),
-    Series(
-        name="tune_amp_confirm_runs",
-        kind="gauge",
-        labels=("state",),
-        meaning="runs of the confirmation that have ended or are left; 0 before it begins",
+        "tune_amp_confirm_runs",
+        "gauge",
+        "runs of the confirmation that have ended or are left; 0 before it begins",
+        ("state",),
     ),
 )
-
 
 SECONDS = {"training": "train_seconds", "validation": "val_seconds", "probe": "probe_seconds"}
 """Map from each counted kind of slot time to its column."""
