@@ -278,7 +278,7 @@ def test_address_where_nobody_listens_is_refused_at_once(
     address = form.format(closed_port)
     assert refusal(address) == (
         f"--address: {address} cannot be joined (ConnectionRefusedError: [Errno 111] Connection refused); "
-        "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
+        "a cluster that requires a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
         "it is joined from a node of the cluster, and from elsewhere a search is submitted to it (ray job submit)"
     )
 

@@ -188,7 +188,7 @@ def quiet_logs() -> Iterator[None]:
 
 
 def find_node() -> Any:
-    """Return Ray's node object of this process, which knows its processes and addresses; None if Ray does not run.
+    """Return Ray's node object of this process, which has its processes and addresses; None if Ray does not run.
 
     ``ray.is_initialized`` stays True after the death of the raylet or the GCS.
     """
@@ -214,7 +214,7 @@ def find_dashboard() -> str | None:
 
 
 def count_gpus_of_ray() -> int:
-    """Return how many GPUs Ray would offer on this machine. Unlike torch, Ray can be asked without a long import."""
+    """Return how many GPUs Ray would offer on this machine. Importing torch to count them takes a second."""
     from ray._private.accelerators import get_accelerator_manager_for_resource
 
     manager = get_accelerator_manager_for_resource("GPU")
@@ -352,5 +352,5 @@ def _spare_pending_trial(task: Any) -> None:
     if isinstance(controller, TuneController):
         trial = controller._actor_to_trial.get(actor)
         if trial in controller._pending_trials:
-            controller._resetting_trials.discard(trial)  # else it would wait for its reset for ever
+            controller._resetting_trials.discard(trial)  # else it would wait for its reset forever
             task._on_error = None

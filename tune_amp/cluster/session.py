@@ -77,7 +77,7 @@ class RaySession:
             return None
         where = f" (dashboard {self.dashboard_url})" if self.dashboard_url else ""
         return (
-            f"this Ray cluster{where} asks for no token: anyone who reaches its ports can run code as the user it runs "
+            f"this Ray cluster{where} requires no token: anyone who reaches its ports can run code as the user it runs "
             "under, read your data and model, and change this search's results; start it with RAY_AUTH_MODE=token"
         )
 
@@ -261,7 +261,7 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = hide_credentials(describe_error(error))
             raise InputError(
-                f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that asks for a token "
+                f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that requires a token "
                 "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; it is joined from a node of "
                 "the cluster, and from elsewhere a search is submitted to it (ray job submit)"
             ) from error
@@ -311,14 +311,14 @@ def _describe_session(token_path: Path | None) -> RaySession:
         resources=ray.cluster_resources(),
         dashboard_url=dashboard_url,
         token_path=token_path,
-        authenticated=_asks_for_token(ray.get_runtime_context().gcs_address, dashboard_url),
+        authenticated=_requires_token(ray.get_runtime_context().gcs_address, dashboard_url),
     )
 
 
-ASKING_SECONDS = 5.0
+REPLY_SECONDS = 5.0
 
 
-def _asks_for_token(address: str, dashboard_url: str | None) -> bool:
+def _requires_token(address: str, dashboard_url: str | None) -> bool:
     """Whether Ray refuses requests without a token. Send real requests: local settings do not show what a cluster does.
 
     A cluster with TLS but without tokens still has an open dashboard. If no server answers, the result
@@ -334,7 +334,7 @@ def _is_refused_by_dashboard(url: str) -> bool | None:
     """Whether the dashboard requires a token; None if its answer does not show it."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{url}/api/version", timeout=ASKING_SECONDS) as answer:
+        with opener.open(f"{url}/api/version", timeout=REPLY_SECONDS) as answer:
             return None if "ray_version" not in json.load(answer) else False
     except urllib.error.HTTPError as error:
         return True if error.code in (401, 403) else None
@@ -348,7 +348,7 @@ def _is_refused_by_server(address: str) -> bool | None:
 
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary(ray_patches.LIST_KEYS)(b"", timeout=ASKING_SECONDS)
+            channel.unary_unary(ray_patches.LIST_KEYS)(b"", timeout=REPLY_SECONDS)
         except grpc.RpcError as error:
             return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
     return False

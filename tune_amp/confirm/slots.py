@@ -4,13 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import math
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import ray
 import torch
+from ray.util.queue import Queue
 
 from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
 from tune_amp.cluster.resources import SlotCounter, TrialResources, beside_this_process, double_share
@@ -45,17 +45,15 @@ class Attempt:
     """Number of attempts that ended because a node was lost, or its memory was held by other programs."""
     earlier: ConfirmedRun | None = None
     """Result of the previous attempt, if the job is retried for another reason than a worker's death."""
-    token: str = ""
-    """Id with which the worker reports that it has started."""
-    begun: float | None = None
+    started: float | None = None
     """``time.monotonic()`` when the report of the worker's start was read; None if it may still wait in Ray's queue."""
 
     @property
     def seconds(self) -> float:
         """Seconds since this attempt started; 0 while it waits."""
-        return 0.0 if self.begun is None else time.monotonic() - self.begun
+        return 0.0 if self.started is None else time.monotonic() - self.started
 
-    def give_up(self, time_limit: float) -> ConfirmedRun:
+    def time_out(self, time_limit: float) -> ConfirmedRun:
         """Return the run of a job that took too long."""
         run = ConfirmedRun(
             trial_id=self.job.trial_ids[0],
@@ -65,7 +63,7 @@ class Attempt:
         )
         return self.conclude(run)
 
-    def try_again(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
+    def plan_retry(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
         """Return the next attempt, or None if ``run`` is final: a configuration gets as many retries as a trial.
 
         A worker's death allows up to two more attempts and any other exception one, because the settings may not be the
@@ -103,19 +101,19 @@ def train_on_slots(
     waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
     count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
     running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
-    with start_signals(time_limit) as signals:
+    with reported_starts(time_limit) as starts:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, count_slots()):
-                    attempt = dataclasses.replace(waiting.popleft(), token=secrets.token_hex(4), begun=None)
-                    running[_start(attempt, resources.cpus, sent, signals)] = attempt
-                ended = _wait_for_one(running, time_limit, signals)
+                    attempt = dataclasses.replace(waiting.popleft(), started=None)
+                    running[_start(attempt, resources.cpus, sent, starts)] = attempt
+                ended = _wait_for_one(running, time_limit, starts)
                 if ended is None:
                     yield _end_latest(running, time_limit)
                     continue
                 attempt = running.pop(ended)
                 run, died = _fetch(ended, attempt.job)
-                again = attempt.try_again(run, died=died)
+                again = attempt.plan_retry(run, died=died)
                 if again is not None:
                     waiting.appendleft(again)
                 else:
@@ -125,40 +123,24 @@ def train_on_slots(
                 ray.cancel(reference, force=True)
 
 
-class StartSignals:
-    """Records which attempts have started: before that they wait, perhaps for other jobs of a cluster.
-
-    It is an actor, created only if there is a time limit.
-    """
-
-    def __init__(self) -> None:
-        self._begun: set[str] = set()
-
-    def report(self, token: str) -> None:
-        """Record that the attempt with this token has started."""
-        self._begun.add(token)
-
-    def take(self) -> set[str]:
-        """Return the tokens of the attempts that have started since the last call."""
-        begun, self._begun = self._begun, set()
-        return begun
-
-
 @contextlib.contextmanager
-def start_signals(time_limit: float) -> Iterator[Any]:
-    """Run the actor ``StartSignals`` on the driver's node in the ``with`` block; yield None if time is not limited."""
+def reported_starts(time_limit: float) -> Iterator[Queue | None]:
+    """Provide a queue for the ids of tasks that have started: before that they wait, perhaps for other jobs.
+
+    It is an actor on the driver's node, and None if time is not limited.
+    """
     if time_limit == math.inf:
         yield None
         return
-    actor: Any = ray.remote(StartSignals).options(num_cpus=0, scheduling_strategy=beside_this_process()).remote()
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": beside_this_process()})
     try:
-        yield actor
+        yield queue
     finally:
-        ray.kill(actor)
+        queue.shutdown(force=True)
 
 
 def _wait_for_one(
-    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, signals: Any
+    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, starts: Queue | None
 ) -> "ray.ObjectRef[ConfirmedRun] | None":
     """Return the first task that has ended, or None if one has taken too long before that."""
     while True:
@@ -166,11 +148,11 @@ def _wait_for_one(
         if ended:
             first: ray.ObjectRef[ConfirmedRun] = ended[0]
             return first
-        if signals is not None:
-            begun = ray.get(signals.take.remote())
+        if starts is not None:
+            started = starts.get_nowait_batch(starts.qsize())
             for reference, attempt in running.items():
-                if attempt.token in begun:
-                    running[reference] = dataclasses.replace(attempt, begun=time.monotonic())
+                if reference.task_id().hex() in started:
+                    running[reference] = dataclasses.replace(attempt, started=time.monotonic())
         if any(attempt.seconds > time_limit for attempt in running.values()):
             return None
 
@@ -182,19 +164,19 @@ def _end_latest(
     latest = max(running, key=lambda reference: running[reference].seconds)
     attempt = running.pop(latest)
     ray.cancel(latest, force=True)
-    return attempt.job, attempt.give_up(time_limit)
+    return attempt.job, attempt.time_out(time_limit)
 
 
-def _start(attempt: Attempt, cpus: int, sent: Any, signals: Any) -> "ray.ObjectRef[ConfirmedRun]":
+def _start(attempt: Attempt, cpus: int, sent: Any, starts: Queue | None) -> "ray.ObjectRef[ConfirmedRun]":
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=attempt.share,
         # A process keeps the GPU, the context and the memory cap that it started with.
         max_calls=1 if attempt.share else 0,
-        max_retries=0,  # `Attempt` counts retries: Ray would retry for ever if the memory monitor kills the worker
+        max_retries=0,  # `Attempt` counts retries: Ray would retry forever if the memory monitor kills the worker
     )(_train_in_worker)
     name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
-    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(sent, attempt.job, signals, attempt.token)
+    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(sent, attempt.job, starts)
     return reference
 
 
@@ -209,12 +191,10 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
         return run, True
 
 
-def _train_in_worker(
-    sent: tuple[WorkerSetup, Split], job: ConfirmJob, signals: Any = None, token: str = ""
-) -> ConfirmedRun:
+def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Queue | None = None) -> ConfirmedRun:
     """Train a job in the process that Ray gave it. Any exception becomes a row."""
-    if signals is not None:
-        signals.report.remote(token)
+    if starts is not None:
+        starts.put(ray.get_runtime_context().get_task_id())
     worker_setup, test = sent
     device = torch.device("cpu")
     try:

@@ -69,7 +69,7 @@ ALL_SERIES = (
     ),
     Series("tune_amp_slot_trial", "gauge", "number of the trial that runs in the slot", ("slot",)),
     Series("tune_amp_slot_epoch", "gauge", "epochs that this trial has reported", ("slot",)),
-    Series("tune_amp_loss_scale", "gauge", "loss scale of this trial; none where it has no scaler", ("slot",)),
+    Series("tune_amp_loss_scale", "gauge", "loss scale of this trial; none if it has no scaler", ("slot",)),
     Series(
         "tune_amp_gpu_memory_peak_bytes",
         "gauge",
@@ -120,7 +120,7 @@ class Gauges:
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Store the progress for the next publication, and forward it."""
         if self._progress is None:
-            self._tally.begin(progress, ended)
+            self._tally.include_earlier(progress, ended)
         if ended is not None:
             self._ended.append(ended)
         self._progress = progress
@@ -192,7 +192,7 @@ class Tally:
         self._best: dict[str, TrialRecord] = {}
         self._slots: dict[str, int] = {}
 
-    def begin(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+    def include_earlier(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Include an earlier run of the same search: its best values count, its epochs are not counted again."""
         left = [trial for trial in progress.trials if trial is not ended]
         self._seen = {trial.trial_id: tuple(trial.epochs) for trial in left if trial.epochs}

@@ -103,7 +103,7 @@ def build_tuner(
         source: the trials, past ones first.
         scheduler: from ``schedule``.
         storage: where checkpoints go.
-        stop: ends all trials once the search is asked to end.
+        stop: ends all trials once the search is to end.
         callbacks: in the order in which they are called.
         num_samples: number of trials, past ones included.
         time_left: seconds until Tune ends all trials; None: never.
@@ -131,7 +131,7 @@ def build_tuner(
 
 
 class StopWhenAsked(tune.Stopper):
-    """Ends all trials once a search is asked to end."""
+    """Ends all trials once a search is to end."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
