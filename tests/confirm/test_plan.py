@@ -442,7 +442,7 @@ def test_whatever_a_run_raises_is_a_row(
     module = write_module(WATCHED_MODEL + f"    {fault}\n")
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     setup = WorkerSetup(train=TRAIN, validation=VALIDATION, num_classes=3, num_threads=threads, search_path=())
-    run = _train_in_worker((setup, TEST), make_job(f"{module}:net"))
+    run = _train_in_worker((setup, TEST), make_job(f"{module}:net"), None)
     torch.set_rng_state(state)
     assert (run.trial_id, run.seed, run.status) == ("a", 1000, status)
     assert error in (run.error or "")

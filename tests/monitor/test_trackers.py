@@ -192,7 +192,7 @@ def test_tensorboard_shows_every_epoch_once_under_the_names_of_the_trials(tracke
     epochs, settings = read_tensorboard(tracked)
     assert_equal(epochs, tracked, rel=1e-6)  # its numbers are float32
     for trial in load_trials(tracked):
-        wanted = {name: value for name, value in vars(trial.config).items() if value is not None}
+        wanted = {name: value for name, value in list_values(trial.config).items() if value is not None}
         assert settings[trial.trial_name] == {**wanted, "status": str(trial.status)}
 
 
@@ -218,7 +218,7 @@ def test_mlflow_holds_every_epoch_once_with_settings_and_status(tracked: Path) -
         run = runs[trial.trial_name]
         assert run.info.status == "FINISHED"
         assert run.data.tags["status"] == trial.status
-        wanted = {name: str(value) for name, value in vars(trial.config).items() if value is not None}
+        wanted = {name: str(value) for name, value in list_values(trial.config).items() if value is not None}
         assert run.data.params == wanted
 
 
@@ -232,7 +232,7 @@ def test_wandb_keeps_every_epoch_once_in_runs_that_were_not_uploaded(tracked: Pa
         trial = trials.pop(run.run_id)
         assert (run.display_name, run.run_group, run.project) == (trial.trial_name, tracked.name, "tune_amp")
         config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
-        assert config == {name: value for name, value in vars(trial.config).items() if value is not None}
+        assert config == {name: value for name, value in list_values(trial.config).items() if value is not None}
         summary = {item.key: item.value_json for record in records for item in record.summary.update}
         assert json.loads(summary["status"]) == trial.status
         epochs[trial.trial_name] = {}
@@ -473,6 +473,25 @@ def test_service_of_a_tracker_that_is_switched_off_is_ended_and_no_other_child(t
     command = [sys.executable, "-c", SWITCHED_OFF, str(service)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"{-signal.SIGKILL}\nNone None\n"
+
+
+WITHOUT_KEY = """
+import sys
+from pathlib import Path
+from tune_amp.monitor.trackers import build_trackers
+
+[tracker] = build_trackers(["wandb"], Path(sys.argv[1]), warn=print)
+tracker.setup()
+tracker.on_experiment_end([])
+"""
+
+
+def test_wandb_online_without_a_key_is_switched_off_and_does_not_ask_for_one(tmp_path: Path) -> None:
+    environment = os.environ | {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    command = [sys.executable, "-c", WITHOUT_KEY, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    reason = "ValueError: no API key was found: set WANDB_API_KEY, or run: wandb login"
+    assert done.stdout == f"tracker wandb is switched off ({reason}); the search continues\n"
 
 
 def test_service_of_wandb_is_where_the_package_has_it() -> None:

@@ -55,13 +55,7 @@ class Attempt:
 
     def time_out(self, time_limit: float) -> ConfirmedRun:
         """Return the run of a job that took too long."""
-        run = ConfirmedRun(
-            trial_id=self.job.trial_ids[0],
-            seed=self.job.config.seed,
-            status=TrialStatus.FAILED,
-            error=describe_limit(time_limit),
-        )
-        return self.conclude(run)
+        return self.conclude(_end(self.job, status=TrialStatus.FAILED, error=describe_limit(time_limit)))
 
     def plan_retry(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
         """Return the next attempt, or None if ``run`` is final: a configuration gets as many retries as a trial.
@@ -187,11 +181,10 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
     except ray.exceptions.RayError as error:
         cause = find_reason(str(error))
         status = find_status(None, error=True, cause=cause)
-        run = ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, status=status, error=cause)
-        return run, True
+        return _end(job, status=status, error=cause), True
 
 
-def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Queue | None = None) -> ConfirmedRun:
+def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Queue | None) -> ConfirmedRun:
     """Train a job in the process that Ray gave it. Any exception becomes a row."""
     if starts is not None:
         starts.put(ray.get_runtime_context().get_task_id())
@@ -202,21 +195,16 @@ def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Q
         data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         return train_and_test(job, data, test)
     except Exception as error:
-        return _record_failure(job, error, device)
+        report = failure_report(error)
+        status = TrialStatus(report["status"])
+        return _end(job, status=status, error=report["error"], device=name_device(device))
     finally:
         with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
             release_memory(device)
 
 
-def _record_failure(job: ConfirmJob, error: Exception, device: torch.device) -> ConfirmedRun:
-    report = failure_report(error)
-    return ConfirmedRun(
-        trial_id=job.trial_ids[0],
-        seed=job.config.seed,
-        status=TrialStatus(report["status"]),
-        error=report["error"],
-        device=name_device(device),
-    )
+def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:
+    return ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, **fields)
 
 
 def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> ConfirmedRun:
@@ -232,10 +220,4 @@ def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> Confirme
         ending = {"status": TrialStatus.COMPLETED, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy}
         tested = run.evaluate(place_split(test, data.device))
         ending |= {f"test_{name}": value for name, value in vars(tested).items()}
-    return ConfirmedRun(
-        trial_id=job.trial_ids[0],
-        seed=job.config.seed,
-        train_seconds=last.train_seconds,
-        device=name_device(data.device),
-        **ending,
-    )
+    return _end(job, train_seconds=last.train_seconds, device=name_device(data.device), **ending)

@@ -244,7 +244,7 @@ def build_trackers(
             and W&B such a trial continues as a second run of the same name.
         warn: receives one line when a tracker is switched off because it failed; None prints to standard error.
     """
-    writers: dict[str, Callable[[Path], Writer]] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+    writers: dict[str, Callable[[Path], Writer]] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WandB}
     services = {"wandb": find_wandb_service()}
     return [
         Tracker(
@@ -294,7 +294,7 @@ def _print_warning(text: str) -> None:
         print(text, file=sys.stderr)  # noqa: T201
 
 
-class TensorBoard:
+class _TensorBoard:
     """Writes a folder of event files for each trial. Settings and status follow at its end, on the page HParams."""
 
     def __init__(self, folder: Path) -> None:
@@ -303,13 +303,11 @@ class TensorBoard:
         self._last: dict[str, Mapping[str, float]] = {}
 
     def start(self, trial: TrackedTrial) -> None:
-        """Create the folder of a trial."""
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
         self._files[trial.trial_id] = SummaryWriter(str(self._folder / trial.name))
 
     def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
-        """Write an epoch to disk."""
         self._last[trial.trial_id] = values
         file = self._files[trial.trial_id]
         for name, value in values.items():
@@ -317,19 +315,19 @@ class TensorBoard:
         file.flush()
 
     def end(self, trial: TrackedTrial) -> None:
-        """Write settings and status."""
-        from tensorboardX.summary import hparams
+        from tensorboardX.summary import hparams  # type: ignore[import-untyped]
 
         file = self._files.pop(trial.trial_id)
         last = self._last.pop(trial.trial_id, None)
         if last is not None:
             # add_hparams would write a folder of its own, which the page shows as another run.
-            for summary in hparams({**trial.settings, "status": str(trial.status)}, dict(last)):
+            settings = {name: value for name, value in trial.settings.items() if isinstance(value, str | int | float)}
+            for summary in hparams({**settings, "status": str(trial.status)}, dict(last)):
                 file.file_writer.add_summary(summary)
         file.close()
 
 
-class MLflow:
+class _MLflow:
     """Writes a run for each trial into an experiment that is named after the search."""
 
     def __init__(self, folder: Path) -> None:
@@ -341,7 +339,6 @@ class MLflow:
         self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(folder.name)
 
     def start(self, trial: TrackedTrial) -> None:
-        """Create the run of a trial, with its settings as parameters."""
         from mlflow.entities import Param
 
         run = self._client.create_run(self._experiment, run_name=trial.name, tags={"trial_name": trial.name})
@@ -350,7 +347,6 @@ class MLflow:
         self._client.log_batch(run.info.run_id, params=settings)
 
     def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of an epoch at once."""
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
@@ -358,25 +354,28 @@ class MLflow:
         self._client.log_batch(self._runs[trial.trial_id], metrics)
 
     def end(self, trial: TrackedTrial) -> None:
-        """End the run, with the status as a tag."""
         run = self._runs.pop(trial.trial_id)
         self._client.set_tag(run, "status", str(trial.status))
         self._client.set_terminated(run, "FAILED" if trial.has_failed else "FINISHED")
 
 
-class WandB:
+class _WandB:
     """Writes a run for each trial, all in this process, into a group that is named after the search."""
 
     def __init__(self, folder: Path) -> None:
         import wandb
 
+        mode: Any = find_wandb_mode()
+        if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
+            # wandb.init would ask for the key in the terminal.
+            raise ValueError("no API key was found: set WANDB_API_KEY, or run: wandb login")
         # Neither the console nor the processor's figures belong to one trial.
         settings = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_stats=True)
-        self._init = functools.partial(
+        self._init: Callable[..., wandb.Run] = functools.partial(
             wandb.init,
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             group=folder.name,
-            mode=find_wandb_mode(),
+            mode=mode,
             dir=str(folder),
             reinit="create_new",
             settings=settings,
@@ -384,15 +383,12 @@ class WandB:
         self._runs: dict[str, wandb.Run] = {}
 
     def start(self, trial: TrackedTrial) -> None:
-        """Start the run of a trial."""
         self._runs[trial.trial_id] = self._init(id=trial.trial_id, name=trial.name, config=dict(trial.settings))
 
     def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of an epoch."""
         self._runs[trial.trial_id].log(dict(values), step=epoch)
 
     def end(self, trial: TrackedTrial) -> None:
-        """Finish the run, with the status in its summary."""
         run = self._runs.pop(trial.trial_id)
         run.summary["status"] = str(trial.status)
         run.finish(exit_code=int(trial.has_failed))
