@@ -571,7 +571,7 @@ def test_search_on_a_cluster_without_a_token_is_warned_of_loudly(open_head: Targ
     assert done.returncode == 0, done.stderr[-2000:]
     [warning] = [line for line in done.stderr.splitlines() if line.startswith("WARNING: ")]
     assert (
-        f"(dashboard http://{open_head.dashboard}) asks for no token: anyone who reaches its ports can run" in warning
+        f"(dashboard http://{open_head.dashboard}) requires no token: anyone who reaches its ports can run" in warning
     )
     start = json.loads(done.stdout.splitlines()[0])
     assert start["authenticated"] is False

@@ -304,7 +304,7 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
         with pytest.raises(InputError, match="code that only a file names is not run"):
             door()
     setup = build_worker_setup(digits, TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason=""))
-    confirmed = _train_in_worker((setup, digits.test), ConfirmJob(trial_ids=("a",), config=config))
+    confirmed = _train_in_worker((setup, digits.test), ConfirmJob(trial_ids=("a",), config=config), None)
     assert "evil:net: code that only a file names is not run" in (confirmed.error or "")
     assert not (tmp_path / "ran").exists()
 

@@ -39,8 +39,26 @@ LIBRARIES = {
     "report": {"jinja2", "plotly"},
     "monitor": {"mlflow", "ray", "rich", "tensorboardX", "wandb"},
     "search": {"numpy", "optuna", "ray", "torch"},
-    "cli": {"ray", "rich", "torch"},
+    "cli": {"rich", "torch"},
 }
+RAYS_INTERNALS = ("ray.air", "ray.tune.execution", "ray.tune.impl", "ray.tune.tune")
+"""Modules of Ray that are not public, although no underscore says so."""
+PUBLIC_PARTS = {"ray.air.constants", "ray.air.integrations"}
+"""Of these modules."""
+RAYS_VARIABLES = {
+    "RAY_ADDRESS",
+    "RAY_AIR_NEW_OUTPUT",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_CHDIR_TO_TRIAL_DIR",
+    "RAY_USAGE_STATS_ENABLED",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
+    "TUNE_GLOBAL_CHECKPOINT_S",
+    "TUNE_MAX_PENDING_TRIALS_PG",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS",
+}
+"""Environment variables that Ray's documentation or its messages name."""
 MOST_NAMES = 6
 """At the door of a room."""
 
@@ -142,3 +160,33 @@ def test_only_commands_print() -> None:
     }
     warning = {"search/tuner.py", "monitor/trackers.py", "monitor/prometheus.py", "monitor/safe_observer.py"}
     assert {path for path in printing if not path.startswith("cli/")} == warning
+
+
+def test_private_parts_of_ray_are_named_in_one_file() -> None:
+    """Modules, names and attributes with an underscore, internal modules, undocumented variables, and patches.
+
+    Attributes are checked in files that import Ray, on everything but ``self``, ``cls`` and ``super()``: what a
+    subclass of a class of Ray's inherits is not checked.
+    """
+    found = {
+        (path.relative_to(PACKAGE).as_posix(), name)
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "cluster" / "ray_patches.py"
+        for name in find_private(path)
+    }
+    assert found == {("search/study.py", "_trial_id")}  # Optuna's
+
+
+def find_private(path: Path) -> Iterator[str]:
+    imported = [*imported_modules(path)]
+    uses_ray = any(name.split(".")[0] == "ray" for name in imported)
+    for name in imported:
+        is_internal = name.startswith(RAYS_INTERNALS) and ".".join(name.split(".")[:3]) not in PUBLIC_PARTS
+        if is_internal or re.match(r"ray\.(.*\.)?_", name) or (uses_ray and name.startswith("unittest.mock")):
+            yield name
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant):
+            if re.fullmatch(r"(RAY|TUNE(?!_AMP))_\w+", str(node.value)) and node.value not in RAYS_VARIABLES:
+                yield str(node.value)
+        elif uses_ray and isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            yield from re.findall(r"^_(?!_).*", node.attr)

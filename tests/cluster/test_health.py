@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from tune_amp.cluster.health import Vitals
+from tune_amp.cluster.health import RayHealth
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 @pytest.mark.parametrize("dies", ["raylet", "gcs_server"])
 def test_death_of_what_a_cluster_offers_is_noticed(joined: dict[str, socket.socket], dies: str) -> None:
-    vitals = Vitals()
-    assert vitals.find_dead() is None
+    health = RayHealth()
+    assert health.find_dead_process() is None
     joined[dies].close()
-    assert vitals.find_dead() == dies
+    assert health.find_dead_process() == dies
 
 
 def test_raylet_that_cannot_be_seen_from_here_is_not_dead(joined: dict[str, socket.socket]) -> None:
     joined["raylet"].close()
-    assert Vitals().find_dead() is None
+    assert RayHealth().find_dead_process() is None

@@ -16,7 +16,7 @@ from tune_amp.trial.config import SIGNALS
 def test_first_signal_asks_whoever_listens_and_the_second_leaves(number: signal.Signals) -> None:
     left = []
     stop = StopRequest(lambda: left.append(True))
-    with stopping_on_signals(stop), stop.heard():
+    with stopping_on_signals(stop), stop.watched_by_tune():
         signal.raise_signal(number)
         assert stop.reason == number.name
         assert left == []
@@ -28,7 +28,7 @@ def test_first_signal_asks_whoever_listens_and_the_second_leaves(number: signal.
 def test_signal_that_nobody_listens_to_is_an_interrupt() -> None:
     stop = StopRequest()
     with stopping_on_signals(stop):
-        with stop.heard():
+        with stop.watched_by_tune():
             pass
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
@@ -51,7 +51,7 @@ def test_first_reason_counts() -> None:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halt, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(halt, "CHECK_SECONDS", 0.01)
     monkeypatch.setattr(halt, "GRACE_SECONDS", 0.2)
 
 
@@ -111,7 +111,7 @@ def test_request_can_be_pickled_whatever_its_functions_hold(tmp_path: Path) -> N
 
 def test_terminal_that_closes_may_say_so_twice() -> None:
     stop = StopRequest(lambda: pytest.fail("left"))
-    with stopping_on_signals(stop), stop.heard():
+    with stopping_on_signals(stop), stop.watched_by_tune():
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
     assert stop.reason == "SIGHUP"
@@ -123,7 +123,7 @@ def test_signal_that_whoever_started_the_process_had_it_ignore_is_ignored(number
     stop = StopRequest()
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with stopping_on_signals(stop), stop.heard():
+        with stopping_on_signals(stop), stop.watched_by_tune():
             signal.raise_signal(number)
         assert signal.getsignal(number) is signal.SIG_IGN
     finally:
@@ -145,9 +145,9 @@ def test_signals_are_answered_again_where_something_else_had_begun_to() -> None:
     """As Ray does, when it starts."""
     stop = StopRequest()
     before = signal.getsignal(signal.SIGTERM)
-    with stopping_on_signals(stop), stop.heard():
+    with stopping_on_signals(stop), stop.watched_by_tune():
         signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not ours"))
-        stop.heed()
+        stop.reinstall_handlers()
         signal.raise_signal(signal.SIGTERM)
     assert stop.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before

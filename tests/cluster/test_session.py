@@ -8,19 +8,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import tune_amp
 from tune_amp.cluster.session import (
-    MOST_PLACES_BYTES,
+    MOST_PARENT_BYTES,
     StartError,
     _check_room,
-    _choose_places,
+    _choose_parent,
     _find_source,
-    _patient_start,
     _start_error,
     ray_session,
     reaping,
@@ -153,7 +151,7 @@ def sessions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         module.write_text(f"open({str(folder / 'imported')!r}, 'a').write({module.name!r})")
     # What must not lead astray: another cluster's address and token, modules in the current folder, and a home folder
     # to be left alone. Ray's sockets have just enough room in the temporary folder.
-    with temporary_folder(MOST_PLACES_BYTES) as temporary:
+    with temporary_folder(MOST_PARENT_BYTES) as temporary:
         foreign = {"RAY_ADDRESS": "192.0.2.99:6379", "RAY_AUTH_TOKEN": "foreign", "HOME": str(folder)}
         done = subprocess.run(
             [sys.executable, str(script), request.param, *ORDERS[request.param]],
@@ -280,7 +278,7 @@ def test_address_where_nobody_listens_is_refused_at_once(
     address = form.format(closed_port)
     assert refusal(address) == (
         f"--address: {address} cannot be joined (ConnectionRefusedError: [Errno 111] Connection refused); "
-        "a cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
+        "a cluster that requires a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; "
         "it is joined from a node of the cluster, and from elsewhere a search is submitted to it (ray job submit)"
     )
 
@@ -370,13 +368,13 @@ def test_full_temporary_folder_is_named_with_the_setting_that_moves_it(tmp_path:
 @pytest.mark.parametrize("excess", [0, 1])
 def test_temporary_folder_is_the_users_where_sockets_allow_it(excess: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    with temporary_folder(MOST_PLACES_BYTES + excess) as folder:
+    with temporary_folder(MOST_PARENT_BYTES + excess) as folder:
         monkeypatch.setenv("TMPDIR", str(folder))
         monkeypatch.setattr(tempfile, "tempdir", None)
-        assert _choose_places(lines.append) == (Path("/tmp") if excess else folder)
+        assert _choose_parent(lines.append) == (Path("/tmp") if excess else folder)
     assert lines == excess * [
         f"Ray's files go to /tmp: the path of the temporary folder {folder} is too long for Ray's sockets "
-        f"({MOST_PLACES_BYTES + 1} bytes, at most {MOST_PLACES_BYTES}); a shorter TMPDIR moves them"
+        f"({MOST_PARENT_BYTES + 1} bytes, at most {MOST_PARENT_BYTES}); a shorter TMPDIR moves them"
     ]
 
 
@@ -386,7 +384,7 @@ def test_temporary_folder_that_is_none_is_not_passed_over_in_silence(
     lines: list[str] = []
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    places = _choose_places(lines.append)
+    places = _choose_parent(lines.append)
     missing = f"TMPDIR ({tmp_path / 'missing'}) is full, or no folder that you may write to"
     assert lines[0] == f"Ray's files go to {places}: {missing}"
 
@@ -401,68 +399,6 @@ def test_session_without_a_home_folder_is_refused_on_one_line(monkeypatch: pytes
     monkeypatch.setattr(pwd, "getpwuid", fail)
     with pytest.raises(InputError, match=r"^HOME: must name a folder"):
         ray_session().__enter__()
-
-
-class StartingNode:
-    """Stands in for Ray's node: ``registers`` says at which question it is found, ``dead`` what has ended."""
-
-    gcs_address, node_id = "127.0.0.1:1", "node"
-
-    def __init__(self, registers: int, dead: tuple[str, ...] = ()) -> None:
-        self.left, self.dead, self.killed = registers, dead, False
-
-    def start_ray_processes(self) -> None:
-        pass
-
-    def dead_processes(self) -> list[tuple[str, SimpleNamespace]]:
-        return [(kind, SimpleNamespace(returncode=1)) for kind in self.dead]
-
-    def kill_all_processes(self, check_alive: bool) -> None:
-        self.killed = True
-
-    def get_node(self, gcs_address: str, node_id: str) -> None:
-        self.left -= 1
-        if self.left > 0:
-            raise RuntimeError("not found")
-
-
-def start_patiently(node: StartingNode, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from ray._private import node as rays
-    from ray._private import services
-
-    lines: list[str] = []
-    monkeypatch.setattr(rays, "Node", StartingNode)
-    monkeypatch.setattr(services, "get_node", node.get_node)
-    monkeypatch.setattr("tune_amp.cluster.session.SLOW_START_SECONDS", 0.05)
-    with _patient_start(lines.append):
-        node.start_ray_processes()
-    return lines
-
-
-def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another part that has died, such as a monitor, is no reason to give up."""
-    node = StartingNode(registers=4, dead=("monitor",))
-    [line] = start_patiently(node, monkeypatch)
-    assert node.left == 0
-    assert not node.killed
-    assert line.startswith("Ray has not started within 0 s (the machine's load is ")
-    assert line.endswith("CPUs); waiting up to 300 s")
-
-
-def test_node_that_never_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = StartingNode(registers=10**9)
-    monkeypatch.setattr("tune_amp.cluster.session.START_SECONDS", 0)
-    with pytest.raises(TimeoutError, match="its node was not ready after 0 s"):
-        start_patiently(node, monkeypatch)
-    assert node.killed
-
-
-@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
-def test_node_that_dies_as_it_starts_is_not_waited_for(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = StartingNode(registers=4, dead=(part,))
-    with pytest.raises(RuntimeError, match=f"^its {part} ended with exit code 1$"):
-        start_patiently(node, monkeypatch)
-    assert node.killed
 
 
 def test_source_of_a_users_code_is_its_folder_or_file(

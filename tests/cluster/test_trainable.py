@@ -29,7 +29,6 @@ from tune_amp.cluster.trainable import (
     is_checkpoint_due,
     naming_memory_holders,
     read_report,
-    show_in_process_list,
 )
 from tune_amp.reuse.final import find_differences
 from tune_amp.training.data import Dataset
@@ -158,9 +157,9 @@ def test_larger_share_is_asked_for_once_and_only_for_want_of_gpu_memory(
     trainable._share, trainable._first_share = share, first_share
     if asks:
         with pytest.raises(LargerShareNeeded, match=r"out of memory with 0\.25 GPU"):
-            trainable._ask_for_larger_share(error)
+            trainable._request_larger_share(error)
     else:
-        trainable._ask_for_larger_share(error)
+        trainable._request_larger_share(error)
 
 
 def test_report_holds_epoch_metrics_as_they_were(make_trainable: MakeTrainable) -> None:
@@ -653,15 +652,6 @@ def test_every_metric_of_an_epoch_is_in_a_report(make_trainable: MakeTrainable) 
     report = train_once(make_trainable())
     assert {field.name for field in dataclasses.fields(EpochMetrics)} <= report.keys()
     assert {"status", "error", "done", "device", "num_threads"} <= report.keys()
-
-
-def test_only_a_workers_process_is_named_after_its_trial() -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
-    name = Path("/proc/self/cmdline")
-    before = name.read_bytes()
-    show_in_process_list("01-fp16 epoch 1/2")
-    assert name.read_bytes() == before
 
 
 class FailingStorage:

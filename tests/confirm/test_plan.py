@@ -442,7 +442,7 @@ def test_whatever_a_run_raises_is_a_row(
     module = write_module(WATCHED_MODEL + f"    {fault}\n")
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     setup = WorkerSetup(train=TRAIN, validation=VALIDATION, num_classes=3, num_threads=threads, search_path=())
-    run = _train_in_worker((setup, TEST), make_job(f"{module}:net"))
+    run = _train_in_worker((setup, TEST), make_job(f"{module}:net"), None)
     torch.set_rng_state(state)
     assert (run.trial_id, run.seed, run.status) == ("a", 1000, status)
     assert error in (run.error or "")
@@ -462,7 +462,7 @@ FULL = make_run("a", status=TrialStatus.OUT_OF_MEMORY, error="E: full")
 def test_a_worker_that_dies_costs_two_more_attempts_at_most() -> None:
     tried: list[Attempt | None] = [attempt()]
     while (last := tried[-1]) is not None:
-        tried.append(last.try_again(FAILED, died=True))
+        tried.append(last.plan_retry(FAILED, died=True))
     assert len(tried) == 4
 
 
@@ -470,7 +470,7 @@ def test_a_lost_node_costs_an_attempt_nothing_until_it_is_one_of_many() -> None:
     lost = make_run("a", status=TrialStatus.FAILED, error="the node it was running on is dead or unavailable")
     tried: list[Attempt | None] = [attempt(deaths=1)]
     while (last := tried[-1]) is not None:
-        tried.append(last.try_again(lost, died=True))
+        tried.append(last.plan_retry(lost, died=True))
     assert len(tried) == 1 + NODE_RETRIES + 1 + 1  # the first, those that cost nothing, the last, none
     assert tried[NODE_RETRIES] == attempt(deaths=1, losses=NODE_RETRIES)
 
@@ -479,14 +479,14 @@ def test_memory_held_by_others_costs_an_attempt_nothing_until_it_stays_held() ->
     held = make_run("a", status=TrialStatus.FAILED, error=f"the node's {MEMORY_HELD_SIGN}: 3.00 of 4.00 GiB")
     tried: list[Attempt | None] = [attempt()]
     while (last := tried[-1]) is not None:
-        tried.append(last.try_again(held, died=True))
+        tried.append(last.plan_retry(held, died=True))
     assert len(tried) == 1 + MEMORY_RETRIES + WORKER_RETRIES + 1  # the last of them is None
 
 
 def test_an_exception_costs_one_more_attempt_and_the_last_word_names_both() -> None:
-    second = attempt().try_again(FAILED, died=False)
+    second = attempt().plan_retry(FAILED, died=False)
     assert second is not None
-    assert second.try_again(FAILED, died=False) is None
+    assert second.plan_retry(FAILED, died=False) is None
     assert second.conclude(FAILED) == FAILED
     assert second.conclude(dataclasses.replace(FAILED, error="E: second")).error == "E: second; before that, E: first"
     assert second.conclude(make_run("a")).error is None
@@ -494,15 +494,15 @@ def test_an_exception_costs_one_more_attempt_and_the_last_word_names_both() -> N
 
 @pytest.mark.parametrize(("share", "next_share"), [(0.25, 0.5), (0.5, 1.0), (0.0, None), (1.0, None)])
 def test_out_of_memory_is_tried_again_where_there_is_a_larger_share(share: float, next_share: float | None) -> None:
-    again = attempt(share).try_again(FULL, died=False)
+    again = attempt(share).plan_retry(FULL, died=False)
     assert (again.share if again else None) == next_share
     if again:
-        assert again.try_again(FULL, died=False) is None
+        assert again.plan_retry(FULL, died=False) is None
 
 
 @pytest.mark.parametrize("status", [TrialStatus.COMPLETED, TrialStatus.DIVERGED])
 def test_what_the_settings_decide_is_not_tried_again(status: TrialStatus) -> None:
-    assert attempt(0.5).try_again(make_run("a", status=status), died=False) is None
+    assert attempt(0.5).plan_retry(make_run("a", status=status), died=False) is None
 
 
 # The whole, followed

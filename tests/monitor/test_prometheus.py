@@ -389,7 +389,7 @@ def test_a_search_outlives_its_metrics_and_says_once_that_they_ended(capsys: pyt
             gauges.on_progress(make_progress([ended]), ended)
             gauges.publish()
     assert len(watcher.seen) == 3
-    assert capsys.readouterr().err == "metrics ended, the search goes on: RuntimeError: no more metrics\n"
+    assert capsys.readouterr().err == "metrics ended, the search continues: RuntimeError: no more metrics\n"
 
 
 def test_the_page_lists_every_series() -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tune_amp.monitor.safe_observer import Untroubled
+from tune_amp.monitor.safe_observer import SafeObserver
 
 
 class Failing:
@@ -22,27 +22,27 @@ class Failing:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (BrokenPipeError(), ""),  # the reader has gone, and wants to hear nothing
+        (BrokenPipeError(), ""),  # the reader has gone
         (
             OSError(28, "No space left on device"),
-            "the search is shown no longer, and goes on: OSError: [Errno 28] No space left on device\n",
+            "the search continues, but is no longer shown: OSError: [Errno 28] No space left on device\n",
         ),
-        (KeyError("oh"), "the search is shown no longer, and goes on: KeyError: 'oh'\n"),
+        (KeyError("oh"), "the search continues, but is no longer shown: KeyError: 'oh'\n"),
     ],
 )
-def test_observer_that_fails_is_told_nothing_more_and_harms_nobody(
+def test_observer_that_fails_gets_no_more_events_and_does_not_stop_the_search(
     error: Exception, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     observer = Failing(error)
-    untroubled = Untroubled(observer)
-    untroubled.on_progress("first", None)
-    untroubled.on_confirmation("fails", "run")
-    untroubled.on_progress("fails", None)
+    safe = SafeObserver(observer)
+    safe.on_progress("first", None)
+    safe.on_confirmation("fails", "run")
+    safe.on_progress("fails", None)
     assert observer.seen == [("first", None), ("fails", "run")]
     assert capsys.readouterr().err == said
 
 
-def test_ctrl_c_in_an_observer_is_not_its_fault() -> None:
-    untroubled = Untroubled(Failing(KeyboardInterrupt()))  # type: ignore[arg-type]
+def test_ctrl_c_in_an_observer_is_not_taken_for_its_failure() -> None:
+    safe = SafeObserver(Failing(KeyboardInterrupt()))  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
-        untroubled.on_progress("fails", None)
+        safe.on_progress("fails", None)

@@ -1,4 +1,4 @@
-"""What TensorBoard, MLflow and Weights & Biases are told of a search, read back with readers of their own formats."""
+"""What TensorBoard, MLflow and Weights & Biases keep of a search, read back with readers of their own formats."""
 
 import contextlib
 import http.server
@@ -12,13 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from past_runs import as_report
-from ray.tune.logger import LoggerCallback
 from records import INF, NAN, make_epoch
 
 from tune_amp.cli.main import main
@@ -27,7 +26,9 @@ from tune_amp.cluster.trainable import REPORT, failure_report, progress_report
 from tune_amp.monitor import trackers as trackers_module
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.monitor.trackers import (
+    TrackedTrial,
     Tracker,
+    Writer,
     build_trackers,
     describe_tracker,
     find_mlflow_store,
@@ -40,7 +41,7 @@ from tune_amp.search.plan import plan_search
 from tune_amp.search.run import SearchResult, run_search
 from tune_amp.space.space import load_space
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types, list_values
 from tune_amp.trial.consent import consent_to
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ def search(folder: Path, digits: Dataset, trackers: list[Any], *, num_samples: i
 
 @pytest.fixture(scope="module")
 def tracked(one_ray: None, digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a search that told all trackers, one of whose trials lost its worker in its second epoch."""
+    """The folder of a search with all trackers, one of whose trials lost its worker in its second epoch."""
     folder = tmp_path_factory.mktemp("tracked") / "a run, 100%?"  # a name that breaks a URL
     module = folder.parent / "mortal_module.py"
     module.write_text(MORTAL_MODEL.replace("PATH", repr(str(folder.parent / "died"))))
@@ -117,22 +118,16 @@ def tracked(one_ray: None, digits: Dataset, tmp_path_factory: pytest.TempPathFac
 
 def expected(trials: list[TrialRecord]) -> Epochs:
     """What ``epochs.parquet`` says."""
-    return {trial.trial_name: {epoch.epoch: told(epoch) for epoch in trial.epochs} for trial in trials}
-
-
-def told(epoch: EpochMetrics) -> dict[str, float]:
-    values = select_values(epoch)
-    assert values.pop("training_iteration") == epoch.epoch
-    return values
+    return {trial.trial_name: {epoch.epoch: select_values(epoch) for epoch in trial.epochs} for trial in trials}
 
 
 CLOCKS = ("train_seconds", "val_seconds", "data_seconds", "probe_seconds", "samples_per_second")
 
 
 def assert_equal(read: Epochs, folder: Path, rel: float = 0.0) -> None:
-    """All that was recorded was told, and nothing else.
+    """All that was recorded was sent, and nothing else.
 
-    Of an epoch that a trial repeated, the first report was told and the last is recorded: other seconds, same numbers.
+    Of an epoch that a trial repeated, the first report was sent and the last is recorded: other seconds, same numbers.
     """
     recorded = expected(load_trials(folder))
     assert read.keys() == recorded.keys()
@@ -193,7 +188,7 @@ def test_tensorboard_shows_every_epoch_once_under_the_names_of_the_trials(tracke
     epochs, settings = read_tensorboard(tracked)
     assert_equal(epochs, tracked, rel=1e-6)  # its numbers are float32
     for trial in load_trials(tracked):
-        wanted = {name: value for name, value in vars(trial.config).items() if value is not None}
+        wanted = {name: value for name, value in list_values(trial.config).items() if value is not None}
         assert settings[trial.trial_name] == {**wanted, "status": str(trial.status)}
 
 
@@ -219,7 +214,7 @@ def test_mlflow_holds_every_epoch_once_with_settings_and_status(tracked: Path) -
         run = runs[trial.trial_name]
         assert run.info.status == "FINISHED"
         assert run.data.tags["status"] == trial.status
-        wanted = {name: str(value) for name, value in vars(trial.config).items() if value is not None}
+        wanted = {name: str(value) for name, value in list_values(trial.config).items() if value is not None}
         assert run.data.params == wanted
 
 
@@ -233,7 +228,7 @@ def test_wandb_keeps_every_epoch_once_in_runs_that_were_not_uploaded(tracked: Pa
         trial = trials.pop(run.run_id)
         assert (run.display_name, run.run_group, run.project) == (trial.trial_name, tracked.name, "tune_amp")
         config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key != "_wandb"}
-        assert config == {name: value for name, value in vars(trial.config).items() if value is not None}
+        assert config == {name: value for name, value in list_values(trial.config).items() if value is not None}
         summary = {item.key: item.value_json for record in records for item in record.summary.update}
         assert json.loads(summary["status"]) == trial.status
         epochs[trial.trial_name] = {}
@@ -265,7 +260,7 @@ def test_search_goes_on_without_a_tracker_that_fails(
         "tracker mlflow is switched off",
         "tracker tensorboard is switched off",
     ]
-    assert all("\n" not in warning and warning.endswith("; the search goes on") for warning in warnings)
+    assert all("\n" not in warning and warning.endswith("; the search continues") for warning in warnings)
     assert os.environ["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{closed_port}"
 
 
@@ -336,20 +331,20 @@ class FakeTrial:
         return f"name-of-{self.trial_id}"
 
 
-class Listing(LoggerCallback):
-    """One of Tune's callbacks that remembers what it is told."""
+class Listing:
+    """A writer that keeps what it is to write."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
 
-    def log_trial_start(self, trial: Any) -> None:
-        self.seen.append(("start", str(trial)))
+    def start(self, trial: TrackedTrial) -> None:
+        self.seen.append(("start", trial.name))
 
-    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-        self.seen.append(("epoch", str(trial), iteration, result["val_accuracy"]))
+    def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
+        self.seen.append(("epoch", trial.name, epoch, values["val_accuracy"]))
 
-    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-        self.seen.append(("end", str(trial), str(trial.status), failed))
+    def end(self, trial: TrackedTrial) -> None:
+        self.seen.append(("end", trial.name, str(trial.status), trial.has_failed))
 
 
 @pytest.fixture
@@ -363,16 +358,16 @@ def warnings() -> list[str]:
 
 
 @pytest.fixture
-def make_tracker(tmp_path: Path, warnings: list[str]) -> Callable[[LoggerCallback], Tracker]:
-    def make(callback: LoggerCallback) -> Tracker:
-        tracker = Tracker("mlflow", lambda: callback, tmp_path, warn=warnings.append)
+def make_tracker(warnings: list[str]) -> Callable[[Writer], Tracker]:
+    def make(writer: Writer) -> Tracker:
+        tracker = Tracker("mlflow", lambda: writer, warn=warnings.append)
         tracker.setup()
         return tracker
 
     return make
 
 
-MakeTracker = Callable[[LoggerCallback], Tracker]
+MakeTracker = Callable[[Writer], Tracker]
 
 
 def report(tracker: Tracker, trial: FakeTrial, epoch: int, status: str = "running", **changes: Any) -> None:
@@ -381,7 +376,7 @@ def report(tracker: Tracker, trial: FakeTrial, epoch: int, status: str = "runnin
     tracker.on_trial_result(0, [], trial, trial.last_result)
 
 
-def test_each_epoch_is_told_once_though_a_trial_was_tried_again(make_tracker: MakeTracker, listing: Listing) -> None:
+def test_each_epoch_is_sent_once_though_a_trial_was_retried(make_tracker: MakeTracker, listing: Listing) -> None:
     tracker, trial = make_tracker(listing), FakeTrial()
     tracker.on_trial_start(0, [], trial)
     report(tracker, trial, 1)
@@ -397,7 +392,7 @@ def test_each_epoch_is_told_once_though_a_trial_was_tried_again(make_tracker: Ma
     assert listing.seen == [("start", name), *epochs, ("end", name, "completed", False)]
 
 
-def test_each_trial_is_told_how_it_ended(make_tracker: MakeTracker, listing: Listing) -> None:
+def test_the_end_of_each_trial_is_sent_with_its_status(make_tracker: MakeTracker, listing: Listing) -> None:
     tracker = make_tracker(listing)
     stopped, failed, dead, running = map(FakeTrial, ("stopped", "failed", "dead", "running"))
     for trial in (stopped, failed, running):
@@ -425,7 +420,7 @@ def test_a_tracker_that_raises_is_switched_off_and_says_so_once(
     make_tracker: MakeTracker, listing: Listing, warnings: list[str]
 ) -> None:
     class Full(Listing):
-        def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
             raise OSError(28, "No space left\non device")
 
     full = Full()
@@ -456,9 +451,9 @@ def start(program, *arguments):
 service, warnings = Path(sys.argv[1]), []
 with contextlib.ExitStack() as stack:
     before = start(service)
-    trackers = [Tracker("wandb", fail, Path(), warn=warnings.append, service=service)]
+    trackers = [Tracker("wandb", fail, warn=warnings.append, service=service)]
     after, other = start(service), start("/bin/sh", str(service))
-    trackers.append(Tracker("mlflow", fail, Path(), warn=warnings.append))
+    trackers.append(Tracker("mlflow", fail, warn=warnings.append))
     for tracker in trackers:
         tracker.setup()
     print(after.wait(60))
@@ -478,6 +473,25 @@ def test_service_of_a_tracker_that_is_switched_off_is_ended_and_no_other_child(t
     assert done.stdout == f"{-signal.SIGKILL}\nNone None\n"
 
 
+WITHOUT_KEY = """
+import sys
+from pathlib import Path
+from tune_amp.monitor.trackers import build_trackers
+
+[tracker] = build_trackers(["wandb"], Path(sys.argv[1]), warn=print)
+tracker.setup()
+tracker.on_experiment_end([])
+"""
+
+
+def test_wandb_online_without_a_key_is_switched_off_and_does_not_ask_for_one(tmp_path: Path) -> None:
+    environment = os.environ | {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    command = [sys.executable, "-c", WITHOUT_KEY, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    reason = "ValueError: no API key was found: set WANDB_API_KEY, or run: wandb login"
+    assert done.stdout == f"tracker wandb is switched off ({reason}); the search continues\n"
+
+
 def test_service_of_wandb_is_where_the_package_has_it() -> None:
     service = find_wandb_service()
     assert service is not None
@@ -491,7 +505,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(
     released = threading.Event()
 
     class Hanging(Listing):
-        def log_trial_start(self, trial: Any) -> None:
+        def start(self, trial: TrackedTrial) -> None:
             released.wait(30)
 
     tracker, trial = make_tracker(Hanging()), FakeTrial()
@@ -502,7 +516,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(
     tracker.on_experiment_end([trial])
     assert time.monotonic() - began < 5
     released.set()
-    assert warnings == ["tracker mlflow is switched off (no answer within 0.2 s); the search goes on"]
+    assert warnings == ["tracker mlflow is switched off (no answer within 0.2 s); the search continues"]
 
 
 def test_a_tracker_that_is_slow_but_works_is_waited_for(
@@ -511,9 +525,9 @@ def test_a_tracker_that_is_slow_but_works_is_waited_for(
     monkeypatch.setattr(trackers_module, "LONGEST_SILENCE_SECONDS", 0.5)
 
     class Slow(Listing):
-        def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
             time.sleep(0.1)
-            super().log_trial_result(iteration, trial, result)
+            super().report(trial, epoch, values)
 
     slow = Slow()
     tracker, trial = make_tracker(slow), FakeTrial()
@@ -532,7 +546,7 @@ def test_reports_do_not_pile_up_without_end(
     released = threading.Event()
 
     class Hanging(Listing):
-        def log_trial_start(self, trial: Any) -> None:
+        def start(self, trial: TrackedTrial) -> None:
             released.wait(30)
 
     tracker, trial = make_tracker(Hanging()), FakeTrial()
@@ -541,22 +555,22 @@ def test_reports_do_not_pile_up_without_end(
         report(tracker, trial, epoch)
     released.set()
     tracker.on_experiment_end([trial])
-    assert warnings == ["tracker mlflow is switched off (5 reports wait for it); the search goes on"]
+    assert warnings == ["tracker mlflow is switched off (5 reports wait for it); the search continues"]
 
 
-def test_what_a_callback_is_told_does_not_change_with_the_trial(make_tracker: MakeTracker) -> None:
+def test_what_a_writer_gets_does_not_change_with_the_trial(make_tracker: MakeTracker) -> None:
     kept: list[Any] = []
 
     class Keeping(Listing):
-        def log_trial_start(self, trial: Any) -> None:
+        def start(self, trial: TrackedTrial) -> None:
             kept.append(trial)
 
     tracker, trial = make_tracker(Keeping()), FakeTrial()
     tracker.on_trial_start(0, [], trial)
     trial.config["lr"] = 1.0
     tracker.on_experiment_end([trial])
-    assert kept[0].config["lr"] == CONFIG.lr
-    assert "grad_clip" not in kept[0].config  # None: TensorBoard knows no such setting
+    assert kept[0].settings["lr"] == CONFIG.lr
+    assert "grad_clip" not in kept[0].settings  # None: TensorBoard knows no such setting
 
 
 def test_a_tracker_can_be_pickled_while_it_works(make_tracker: MakeTracker, tmp_path: Path, listing: Listing) -> None:
@@ -569,16 +583,15 @@ def test_a_tracker_can_be_pickled_while_it_works(make_tracker: MakeTracker, tmp_
     tracker.on_experiment_end([])
 
 
-def test_only_finite_numbers_are_told() -> None:
+def test_only_finite_numbers_are_sent() -> None:
     values = select_values(make_epoch(3, val_loss=NAN, train_loss=INF, loss_scale=None))
-    assert values["training_iteration"] == 3
     assert values["val_accuracy"] == 0.9
     assert values["skipped_steps"] == 3
-    told_all = select_values(make_epoch(3, peak_memory_bytes=1))
+    all_values = select_values(make_epoch(3, peak_memory_bytes=1))
     fields = {*field_types(EpochMetrics)}
     texts_and_lists = {"state", "loop", "loss_scale_steps", "loss_scale_values", "val_recalls"}
-    assert told_all.keys() == fields - texts_and_lists - {"epoch"} | {"training_iteration"}
-    assert told_all.keys() - values.keys() == {"val_loss", "train_loss", "loss_scale", "peak_memory_bytes"}
+    assert all_values.keys() == fields - texts_and_lists - {"epoch"}
+    assert all_values.keys() - values.keys() == {"val_loss", "train_loss", "loss_scale", "peak_memory_bytes"}
 
 
 def test_names_may_be_given_several_times_and_joined_by_commas() -> None:

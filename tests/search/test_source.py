@@ -60,7 +60,7 @@ class Desk:
             past=past,
         )
         self.source.add_configurations(
-            Experiment("run", tune.Trainable, num_samples=num_samples, storage_path=str(folder))
+            [Experiment("run", tune.Trainable, num_samples=num_samples, storage_path=str(folder))]
         )
 
     def note(self, trial: Trial, number: int, config: TrialConfig) -> None:
@@ -70,7 +70,7 @@ class Desk:
     def draw(self) -> list[Trial]:
         """Trials until there are none to be had now."""
         drawn = []
-        while (trial := self.source.next_trial()) is not None:  # type: ignore[no-untyped-call]
+        while (trial := self.source.next_trial()) is not None:
             drawn.append(trial)
         return drawn
 

@@ -1,22 +1,18 @@
-import signal
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.air._internal import usage
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.tune import Callback, TuneError
-from ray.tune import tune as tune_module
+from ray.exceptions import RayActorError
+from ray.tune import TuneError
 from ray.tune.experiment import Trial
 
-from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.memory_holders import MEMORY_RETRIES, MEMORY_WAIT_SECONDS
+from tune_amp.cluster.ray_patches import patched_worker_deaths
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES
-from tune_amp.search.tuner import _prepare_next_attempt, callbacks_uncounted, deaths_taken_right, fit, name_trial
-from tune_amp.trial.config import SIGNALS, TrialConfig
+from tune_amp.search.tuner import UncountedDeaths, _prepare_next_attempt, name_trial
+from tune_amp.trial.config import TrialConfig
 
 
 class FakeTrial:
@@ -63,24 +59,6 @@ def test_trial_that_needs_a_larger_share_gets_it(cause: str, status: str, share:
     assert _prepare_next_attempt(searcher, SHARED_GPU, set(), trial) == 0.0
     assert asked[-1] == share
     assert noted == [trial]
-
-
-def test_tune_takes_no_signal_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would keep SIGUSR1 after its end, and swallow it while winners are confirmed."""
-    before = [signal.getsignal(number) for number in SIGNALS]
-    took_over: list[signal.Signals] = []
-
-    def begin_as_tune_does() -> None:
-        assert not tune_module._setup_signal_catching().is_set()
-        took_over.extend(number for number, was in zip(SIGNALS, before, strict=True) if signal.getsignal(number) != was)
-
-    tuner: Any = types.SimpleNamespace(fit=begin_as_tune_does)
-    try:
-        fit(tuner, StopRequest())
-    finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(number, handler)
-    assert took_over == []
 
 
 SHARED_GPU = TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason="")
@@ -131,7 +109,7 @@ Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
 The above exception was the direct cause of the following exception:
 
 ray::AmpTrainable.train() (pid=7)
-  File "trainable.py", line 1, in _ask_for_larger_share
+  File "trainable.py", line 1, in _request_larger_share
     raise LargerShareNeeded(f"out of memory") from error
 LargerShareNeeded: out of memory with 0.25 GPU: AcceleratorError: CUDA error: out of memory"""
 
@@ -145,7 +123,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Trial:
 
 def die_in_turn(trial: Trial, *causes: str) -> bool:
     """Whether the trial is tried again after all of these."""
-    with deaths_taken_right(refuse):
+    with patched_worker_deaths(refuse, UncountedDeaths()):
         for cause in causes:
             trial.handle_error(TuneError(cause) if cause in (FULL, FULL_BY_CUDA) else RayActorError(error_msg=cause))
     return bool(trial.should_recover())
@@ -178,55 +156,10 @@ def test_memory_held_by_others_costs_no_retries_until_it_stays_held(trial: Trial
 
 
 def test_nodes_may_be_lost_as_often_as_epochs_come_in_between(trial: Trial) -> None:
-    with deaths_taken_right(refuse):
+    with patched_worker_deaths(refuse, UncountedDeaths()):
         for epoch in range(1, 50):
             trial.run_metadata.last_result = {"epoch": epoch}
             trial.handle_error(RayActorError(error_msg=LOST))
             trial.run_metadata.last_result = {"epoch": max(0, epoch - 3)}  # from its last checkpoint
             trial.handle_error(RayActorError(error_msg=LOST))
     assert trial.run_metadata.num_failures == 0
-
-
-def test_rays_own_way_is_back_after_the_block(trial: Trial) -> None:
-    stock = Trial.handle_error, RayActorManager._actor_task_failed
-    with deaths_taken_right(refuse):
-        assert Trial.handle_error is not stock[0]
-    assert (Trial.handle_error, RayActorManager._actor_task_failed) == stock
-    trial.handle_error(RayActorError(error_msg=LOST))
-    assert trial.run_metadata.num_failures == 1
-
-
-def test_worker_that_the_memory_monitor_killed_has_died_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Exception] = []
-    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda _, task, exception: taken.append(exception))
-    task: Any = types.SimpleNamespace(_tracked_actor=types.SimpleNamespace(_on_error=None))
-    manager: Any = None
-    with deaths_taken_right(refuse):
-        RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("Task was killed"))
-    assert [(type(exception), str(exception)) for exception in taken] == [(RayActorError, "Task was killed")]
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_callbacks_are_counted_where_rays_makers_are_told_of_them(
-    enabled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted, first = list[Any](), Callback()
-    monkeypatch.setattr(usage, "tag_callbacks", counted.append)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", str(int(enabled)))
-    with callbacks_uncounted():
-        usage.tag_callbacks([first])
-    assert counted == [[first]] * enabled
-    usage.tag_callbacks([])
-    assert counted[-1] == []
-
-
-def test_death_for_whose_reason_there_is_no_room_ends_the_search_and_not_with_a_traceback(
-    trial: Trial, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tune writes it into a folder of its own, below the temporary one."""
-    monkeypatch.setattr(Trial, "local_path", "/dev/full")
-    told: list[str] = []
-    with deaths_taken_right(told.append):
-        trial.handle_error(RayActorError(error_msg=DIED))
-    assert len(told) == 1
-    assert trial.run_metadata.num_failures == 1

@@ -244,7 +244,7 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
         preload=WORKER_MODULES,
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
-        stop.heed()  # again: Ray has installed a SIGTERM handler that ends at once
+        stop.reinstall_handlers()  # again: Ray has installed a SIGTERM handler that ends at once
         if session.exposure:
             say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
         dataset, unfit = find_checked()
@@ -364,10 +364,9 @@ def _count_usable_gpus() -> int:
 
     torch is queried only if Ray finds a GPU, since importing it takes a second.
     """
-    from ray._private.accelerators import get_accelerator_manager_for_resource
+    from tune_amp.cluster.ray_patches import count_gpus_of_ray
 
-    found = get_accelerator_manager_for_resource("GPU")
-    if found is None or found.get_current_node_num_accelerators() == 0:
+    if count_gpus_of_ray() == 0:
         return 0
     import torch
 

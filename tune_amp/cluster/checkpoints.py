@@ -160,7 +160,7 @@ def prepare_storage(
         if nodes > 1:
             raise InputError(f"--storage-path: must name a place that all {nodes} nodes of the cluster can write")
         local = RunStorage(path=str(run_folder.resolve()), name=RAY_FOLDER, filesystem=fs.LocalFileSystem())
-        return _go_on_beside(local, earlier)
+        return _choose_name(local, earlier)
     shown = hide_credentials(storage_path)
     try:
         place = storage_path if "://" in storage_path else str(Path(storage_path).expanduser().resolve())
@@ -174,7 +174,7 @@ def prepare_storage(
         )
         filesystem.create_dir(storage.path, recursive=True)
         _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
-        storage = _go_on_beside(storage, earlier)
+        storage = _choose_name(storage, earlier)
         taken = storage.is_taken
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, ArrowNotImplementedError an OSError too
         reason = hide_credentials(describe_error(error))
@@ -184,7 +184,7 @@ def prepare_storage(
     return storage
 
 
-def _go_on_beside(storage: RunStorage, earlier: Sequence[Part] | None) -> RunStorage:
+def _choose_name(storage: RunStorage, earlier: Sequence[Part] | None) -> RunStorage:
     """Return ``run`` for a new search, and the first free name of ``run``, ``run-2``, ``run-3`` for a resumed one.
 
     A name that is taken may belong to another run. Only the folders that the journal lists belong to the search.

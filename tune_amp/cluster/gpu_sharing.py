@@ -203,11 +203,11 @@ def _measure_counts(
 ) -> tuple[ShareMeasurement, ...]:
     first = processes[0]
     meter = processes[1] if device_type == "cuda" and len(processes) > 1 else None
-    before = meter.ask("read_memory") if meter else None
-    prepared: _Prepared = first.ask("prepare", None)
+    before = meter.call("read_memory") if meter else None
+    prepared: _Prepared = first.call("prepare", None)
     memory, most = prepared.count_bytes(None), len(processes)
     if meter and before:  # memory taken since then belongs to the first process, its context included
-        free, total = meter.ask("read_memory")
+        free, total = meter.call("read_memory")
         memory = prepared.count_bytes(before[0] - free)
         most = min(most, count_fitting(memory, total)) if memory else most
     ready = [first, *_prepare(processes[1:most], prepared.steps)]
@@ -227,15 +227,15 @@ def _measure_counts(
 
 def _prepare(processes: "Iterable[_Process]", steps: int) -> "list[_Process]":
     """Prepare the processes for epochs of ``steps`` steps. Return those before the first that fails; kill the rest."""
-    asked = list(processes)
-    for process in asked:
+    started = list(processes)
+    for process in started:
         process.send("prepare", steps)
     ready: list[_Process] = []
     with contextlib.suppress(MeasurementError):
-        for process in asked:
+        for process in started:
             process.receive()
             ready.append(process)
-    for process in asked[len(ready) :]:
+    for process in started[len(ready) :]:
         process.kill()  # the ready processes need the memory that it holds
     return ready
 
@@ -295,12 +295,12 @@ class _Process:
     def __init__(self, job: _Job, deadline: float) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._deadline = deadline
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self._pipe, other_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other_end, job), daemon=True)
         self._process.start()
-        theirs.close()  # so that the pipe ends when the process dies
+        other_end.close()  # so that the pipe ends when the process dies
 
-    def ask(self, command: str, *arguments: Any) -> Any:
+    def call(self, command: str, *arguments: Any) -> Any:
         """Send a command and wait for its result.
 
         Raises:
@@ -318,7 +318,7 @@ class _Process:
         """Wait for the result of the command and return it.
 
         Raises:
-            MeasurementError: see ``ask``.
+            MeasurementError: see ``call``.
         """
         try:
             if not self._pipe.poll(max(0.0, self._deadline - time.monotonic())):

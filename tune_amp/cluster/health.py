@@ -4,8 +4,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from tune_amp.cluster import ray_patches
 
-class Vitals:
+
+class RayHealth:
     """Checks that the Ray processes that a search depends on are still alive.
 
     Ray does not report their death. If a private raylet dies, Ray waits forever. If a cluster's raylet dies, Ray ends
@@ -13,26 +15,24 @@ class Vitals:
     """
 
     def __init__(self) -> None:
-        self._heard_raylet = False
+        self._has_seen_raylet = False
 
-    def find_dead(self) -> str | None:
+    def find_dead_process(self) -> str | None:
         """Return the name of a process that died unexpectedly, such as ``raylet``; None if all are alive."""
-        import ray
-
-        node: Any = ray._private.worker._global_node  # noqa: SLF001 - there is no public interface
+        node = ray_patches.find_node()
         if node is None:
             return None
         if not node.all_processes:
             return self._find_dead_of_cluster(node)
-        vital = ("gcs_server", "raylet")
-        return next((name for name, _ in node.dead_processes() if name in vital), None)
+        required = ("gcs_server", "raylet")
+        return next((name for name, _ in node.dead_processes() if name in required), None)
 
     def _find_dead_of_cluster(self, node: Any) -> str | None:
         # The kernel's list of sockets, if there is one, shows whether the raylet listens, without disturbing it.
         sockets = Path("/proc/net/unix")
         listens = sockets.exists() and node.raylet_socket_name in sockets.read_text()
-        self._heard_raylet = self._heard_raylet or listens
-        if self._heard_raylet and not listens:
+        self._has_seen_raylet = self._has_seen_raylet or listens
+        if self._has_seen_raylet and not listens:
             return "raylet"
         host, _, port = node.gcs_address.rpartition(":")
         try:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from tune_amp.trial.config import SIGNALS
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """Seconds that Tune may take to end its trials after a part of Ray has died."""
 
@@ -23,11 +23,11 @@ class StopRequest:
     def __init__(self, leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:
         self.leave = leave
         """Function that ends the process at once, if nothing else can."""
-        self.heed: Callable[[], object] = lambda: None
+        self.reinstall_handlers: Callable[[], object] = lambda: None
         """Function that installs the signal handlers again, after other code has replaced them."""
         self.reason: str | None = None
         """Reason for the request; None if there is none."""
-        self.is_heard = False
+        self.is_watched = False
         """Whether Tune checks the request, as it does while trials run."""
 
     def ask(self, reason: str) -> None:
@@ -40,13 +40,13 @@ class StopRequest:
         return {"reason": self.reason}
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def watched_by_tune(self) -> Iterator[None]:
         """Mark the ``with`` block as the time in which trials run under Tune."""
-        self.is_heard = True
+        self.is_watched = True
         try:
             yield
         finally:
-            self.is_heard = False
+            self.is_watched = False
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
     ignored, as SIGHUP does under ``nohup``.
     """
 
-    def answer(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             forget_closed_terminal()
             if stop.reason is not None:
@@ -65,22 +65,22 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
         if stop.reason is not None:
             stop.leave()
         stop.ask(signal.Signals(number).name)
-        if not stop.is_heard:
+        if not stop.is_watched:
             raise KeyboardInterrupt
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
-    def heed() -> None:
-        for number in heeded:
-            signal.signal(number, answer)
+    def install() -> None:
+        for number in handled:
+            signal.signal(number, handle)
 
-    before = [signal.getsignal(number) for number in heeded]
-    stop.heed = heed
-    heed()
+    before = [signal.getsignal(number) for number in handled]
+    stop.reinstall_handlers = install
+    install()
     try:
         yield
     finally:
-        for number, handler in zip(heeded, before, strict=True):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)
 
 
@@ -116,7 +116,7 @@ def watching(stop: StopRequest, find_dead: Callable[[], str | None], leave: Call
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(LOOK_SECONDS):
+        while not over.wait(CHECK_SECONDS):
             dead = find_dead()
             if dead is not None:
                 stop.ask(f"Ray's {dead} has died")

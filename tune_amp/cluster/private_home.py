@@ -22,18 +22,18 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextlib.contextmanager
-def private_home(places: Path | None = None) -> Iterator[Path]:
+def private_home(parent: Path | None = None) -> Iterator[Path]:
     """Create a folder that no other user can enter, for the duration of a ``with`` block.
 
-    If this process is killed, the next process of this user on this machine that creates a home in ``places`` removes
+    If this process is killed, the next process of this user on this machine that creates a home in ``parent`` removes
     the folder.
 
     Args:
-        places: parent folder; None for the user's temporary folder.
+        parent: parent folder; None for the user's temporary folder.
     """
-    places = places or Path(tempfile.gettempdir())
-    _remove_abandoned(places)
-    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=places))  # 0700 whatever the umask
+    parent = parent or Path(tempfile.gettempdir())
+    _remove_abandoned(parent)
+    home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=parent))  # 0700 whatever the umask
     proof = _describe_home(home)
     folder = os.open(home, os.O_RDONLY)
     try:
@@ -72,9 +72,9 @@ def _read_boot_id() -> str:
         return socket.gethostname()
 
 
-def _remove_abandoned(places: Path) -> None:
-    """Remove the homes in ``places`` whose owners, processes of this user on this machine, were killed."""
-    for home in places.glob(f"{HOME_PREFIX}*"):
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the homes in ``parent`` whose owners, processes of this user on this machine, were killed."""
+    for home in parent.glob(f"{HOME_PREFIX}*"):
         with contextlib.suppress(OSError):  # belongs to another user, or another process removed it in the meantime
             path = home / OWNER_FILE
             if not _is_ours(home, stat.S_IFDIR) or not _is_ours(path, stat.S_IFREG):

@@ -6,9 +6,7 @@ It does not depend on trials. Ray is imported inside the functions, because part
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
-import logging
 import os
 import secrets
 import socket
@@ -16,15 +14,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+from tune_amp.cluster import ray_patches
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.cluster.private_home import HOME_PREFIX, private_home
 from tune_amp.trial.config import InputError, describe_error
@@ -50,15 +46,11 @@ JOB_EXAMPLE = "ray job submit --address http://HEAD:8265 -- tune-amp search --ad
 
 REAP_SECONDS = 10.0
 """Seconds to wait for a killed Ray process: it takes longer only if a system call cannot be interrupted."""
-START_SECONDS = 300
-"""Seconds that the node of a private Ray may take to start. Ray's own limit is a constant of 30 s."""
-SLOW_START_SECONDS = 30.0
-"""Seconds after which the user is informed that the start takes long."""
 ROOM_BYTES = 8 * 2**20
 """Free bytes that a private Ray needs in the temporary folder: its logs and dashboards take 1 MiB during the start."""
 PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """Maximum length of the path of a Unix socket, in bytes."""
-MOST_PLACES_BYTES = PATH_BYTES - len(f"/{HOME_PREFIX}12345678/ray/12345678/sockets/dash_MetricsHead")
+MOST_PARENT_BYTES = PATH_BYTES - len(f"/{HOME_PREFIX}12345678/ray/12345678/sockets/dash_MetricsHead")
 """Maximum length in bytes of a temporary folder's path that leaves room for Ray's longest socket path."""
 
 
@@ -85,7 +77,7 @@ class RaySession:
             return None
         where = f" (dashboard {self.dashboard_url})" if self.dashboard_url else ""
         return (
-            f"this Ray cluster{where} asks for no token: anyone who reaches its ports can run code as the user it runs "
+            f"this Ray cluster{where} requires no token: anyone who reaches its ports can run code as the user it runs "
             "under, read your data and model, and change this search's results; start it with RAY_AUTH_MODE=token"
         )
 
@@ -137,66 +129,54 @@ def _private_ray(
 ) -> Iterator[Path]:
     """Start a private Ray; yield the path of its token."""
     with contextlib.ExitStack() as stack:
-        places = None
+        parent = None
         try:
-            places = _choose_places(announce)
-            home = stack.enter_context(private_home(places))
+            parent = _choose_parent(announce)
+            home = stack.enter_context(private_home(parent))
             token_path = home / "token"
             token_path.touch(mode=0o600)
             token_path.write_text(secrets.token_hex(32))
             _check_room(home)
         except OSError as error:
-            raise _start_error(error, places) from error
-        stack.enter_context(_secured_ray(home, token_path, run, num_cpus, num_gpus, preload, announce))
+            raise _start_error(error, parent) from error
+        secured: dict[str, str | None] = {
+            **ray_patches.LOOPBACK_ONLY,
+            **ray_patches.preloading(preload),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_path),
+            "RAY_AUTH_TOKEN": None,  # would take precedence over the file
+            "PYTHONPATH": _extend_python_path(),
+            # Ray would send usage data to its makers for every run longer than a minute.
+            "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
+        }
+        stack.enter_context(_ray_environment(secured))
+        stack.enter_context(_shutting_down())
+        cpus = count_cpus() if num_cpus is None else num_cpus
+        session_name = home.name.removeprefix(HOME_PREFIX)
+        try:
+            with ray_patches.private_start(home, session_name), ray_patches.patient_start(announce):
+                # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
+                ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)
+        except Exception as error:
+            try:
+                _check_room(home)
+            except OSError as full:
+                raise _start_error(full, parent) from error
+            raise _start_error(error, parent) from error
         yield token_path
 
 
 @contextlib.contextmanager
-def _secured_ray(
-    home: Path,
-    token_path: Path,
-    run: str,
-    num_cpus: int | None,
-    num_gpus: int | None,
-    preload: Sequence[str],
-    announce: Callable[[str], None],
-) -> Iterator[None]:
-    secured: dict[str, str | None] = {
-        # On Linux this makes the node's own address the loopback one: GCS, raylet and workers listen nowhere else.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_path),
-        "RAY_AUTH_TOKEN": None,  # would take precedence over the file
-        "RAY_preload_python_modules": ",".join(preload) or None,
-        # Ray would start one worker per CPU, and Tune's actors would start more: all would import at the same time.
-        "RAY_prestart_worker_first_driver": "0",
-        "PYTHONPATH": _extend_python_path(),
-        # Ray would send usage data to its makers for every run longer than a minute.
-        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
-    }
-    with _ray_environment(secured):
-        import ray
+def _shutting_down() -> Iterator[None]:
+    """Shut Ray down after a ``with`` block, and keep it from printing its logs until then."""
+    import ray
 
+    with ray_patches.quiet_logs():
         try:
-            try:
-                with _adapted_start(home), _patient_start(announce):
-                    cpus = count_cpus() if num_cpus is None else num_cpus
-                    # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
-                    _init_ray("local", run, num_cpus=cpus, num_gpus=num_gpus, _temp_dir=str(home / "ray"))
-            except Exception as error:
-                try:
-                    _check_room(home)
-                except OSError as full:
-                    raise _start_error(full, home.parent) from error
-                raise _start_error(error, home.parent) from error
             yield
         finally:
-            node: Any = ray._private.worker._global_node  # noqa: SLF001 - None if Ray did not start
-            with reaping(
-                [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
-            ):
+            with reaping(ray_patches.list_processes()):
                 ray.shutdown()
-            _print_ray_logs(True)
 
 
 @contextlib.contextmanager
@@ -210,19 +190,19 @@ def reaping(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
                 process.wait(timeout=REAP_SECONDS)
 
 
-def _choose_places(announce: Callable[[str], None]) -> Path:
+def _choose_parent(announce: Callable[[str], None]) -> Path:
     """Return the user's temporary folder, or /tmp if the paths of Ray's sockets would be too long there."""
-    places, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
-    if wanted and os.path.abspath(wanted) != places:  # noqa: PTH100 - as tempfile does it
-        announce(f"Ray's files go to {places}: TMPDIR ({wanted}) is full, or no folder that you may write to")
-    length = len(os.fsencode(places))
-    if length > MOST_PLACES_BYTES:
+    parent, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
+    if wanted and os.path.abspath(wanted) != parent:  # noqa: PTH100 - as tempfile does it
+        announce(f"Ray's files go to {parent}: TMPDIR ({wanted}) is full, or no folder that you may write to")
+    length = len(os.fsencode(parent))
+    if length > MOST_PARENT_BYTES:
         announce(
-            f"Ray's files go to /tmp: the path of the temporary folder {places} is too long for Ray's sockets "
-            f"({length} bytes, at most {MOST_PLACES_BYTES}); a shorter TMPDIR moves them"
+            f"Ray's files go to /tmp: the path of the temporary folder {parent} is too long for Ray's sockets "
+            f"({length} bytes, at most {MOST_PARENT_BYTES}); a shorter TMPDIR moves them"
         )
-        places = "/tmp"  # noqa: S108 - a private folder is made in it
-    return Path(places)
+        parent = "/tmp"  # noqa: S108 - a private folder is made in it
+    return Path(parent)
 
 
 def _check_room(home: Path) -> None:
@@ -234,11 +214,11 @@ def _check_room(home: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _start_error(error: Exception, places: Path | None) -> StartError:
+def _start_error(error: Exception, parent: Path | None) -> StartError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed = f"{ROOM_BYTES // 2**20} MiB"
         return StartError(
-            f"Ray did not start: the temporary folder {places} is full; free {needed} there, or set TMPDIR to another"
+            f"Ray did not start: the temporary folder {parent} is full; free {needed} there, or set TMPDIR to another"
         )
     return StartError(f"Ray did not start: {describe_error(error)}")
 
@@ -262,112 +242,30 @@ def _extend_python_path() -> str | None:
 
 
 @contextlib.contextmanager
-def _adapted_start(home: Path) -> Iterator[None]:
-    """Change how Ray starts its processes, where Ray has no setting."""
-    from unittest.mock import patch
-
-    from ray._private import parameter, ray_constants, services
-
-    start = services.start_ray_process
-
-    def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
-        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
-            # "python -c" starts its servers and searches the current folder for modules first. The folder of their
-            # socket is left behind: it must lie below the private home, where its path is short too.
-            options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
-        return start(command, process_type, *arguments, **options)
-
-    params = functools.partial(
-        parameter.RayParams,
-        dashboard_agent_listen_port=0,  # default 52365: beside another Ray it retries for 6 s, then runs without HTTP
-        session_name=home.name.removeprefix(HOME_PREFIX),  # a third of the length of Ray's own: sockets lie below it
-    )
-    with patch.object(parameter, "RayParams", params), patch.object(services, "start_ray_process", start_process):
-        yield
-
-
-@contextlib.contextmanager
-def _patient_start(announce: Callable[[str], None]) -> Iterator[None]:
-    """Allow Ray's node more time to start on a busy machine, but fail at once if it has died."""
-    from unittest.mock import patch
-
-    from ray._private import node
-
-    start: Any = node.Node.start_ray_processes
-
-    def start_and_wait(self: Any) -> None:
-        try:
-            start(self)
-            _wait_for_node(self)
-        except BaseException:
-            self.kill_all_processes(check_alive=False)  # no other code has a reference to them yet
-            raise
-
-    def inform() -> None:
-        load = f"the machine's load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
-        announce(f"Ray has not started within {SLOW_START_SECONDS:.0f} s ({load}); waiting up to {START_SECONDS} s")
-
-    timer = threading.Timer(SLOW_START_SECONDS, inform)
-    timer.daemon = True
-    timer.start()
-    try:
-        with patch.object(node.Node, "start_ray_processes", start_and_wait):
-            yield
-    finally:
-        timer.cancel()
-
-
-def _wait_for_node(node: Any) -> None:
-    """Wait until Ray's node is registered.
-
-    Raises:
-        RuntimeError: a process that the node requires has ended.
-        TimeoutError: the start takes too long.
-    """
-    from ray._private import ray_constants, services
-
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        for kind, process in node.dead_processes():
-            if kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
-                raise RuntimeError(f"its {kind} ended with exit code {process.returncode}")
-        with contextlib.suppress(RuntimeError):  # not found, or no answer yet
-            services.get_node(node.gcs_address, node.node_id)
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"its node was not ready after {START_SECONDS} s; try again when the machine is less busy")
-
-
-@contextlib.contextmanager
 def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iterator[None]:
     """Join a cluster that is already running."""
     import tune_amp
 
     address = resolve_address(address)
     runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
-    # If something other than Ray listens, one attempt of Ray's takes 40 s, and Ray would make twenty.
-    settings: dict[str, str | None] = {"RAY_gcs_server_port_wait_time_s": "1"}
+    settings: dict[str, str | None] = {**ray_patches.ONE_CONNECTION_ATTEMPT}
     if "RAY_AUTH_MODE" not in os.environ and _default_token().exists():
         # Joining by address never turns authentication on: Ray would wait, then fail without a reason.
         settings["RAY_AUTH_MODE"] = "token"
-    with _ray_environment(settings):
+    with _ray_environment(settings), _shutting_down():
         import ray
 
         try:
             _check_answers(address)
-            _init_ray(address, run, runtime_env=runtime_env)
+            ray_patches.init_ray(address, run, runtime_env=runtime_env)
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = hide_credentials(describe_error(error))
             raise InputError(
-                f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that asks for a token "
+                f"--address: {hide_credentials(address)} cannot be joined ({reason}); a cluster that requires a token "
                 "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; it is joined from a node of "
                 "the cluster, and from elsewhere a search is submitted to it (ray job submit)"
             ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-            _print_ray_logs(True)
+        yield
 
 
 def resolve_address(address: str) -> str:
@@ -404,49 +302,23 @@ def _find_source(module: ModuleType) -> str:
     return module.__file__
 
 
-def _init_ray(address: str, run: str, **options: Any) -> None:
-    import ray
-    from ray.job_config import JobConfig
-
-    _print_ray_logs(False)
-
-    class Job(JobConfig):
-        """Job config without the script's and the current folder, which Ray would put first in the workers' path."""
-
-        def _serialize(self) -> Any:
-            self._py_driver_sys_path.clear()
-            return super()._serialize()
-
-    job = Job(metadata={"tune_amp": run, "job_name": run})  # the list of jobs shows job_name
-    ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
-
-
-def _print_ray_logs(enabled: bool) -> None:
-    """Set whether Ray prints pages of its log if one of its processes dies: tune_amp itself reports the effect."""
-    import ray
-
-    ray._private.worker._worker_logs_enabled = enabled  # noqa: SLF001 - log_to_driver=False does not do it
-
-
 def _describe_session(token_path: Path | None) -> RaySession:
     import ray
 
-    address = ray._private.worker.get_dashboard_url()  # noqa: SLF001 - ray.init's context is missing if Ray ran before
+    address = ray_patches.find_dashboard()
     dashboard_url = f"http://{address}" if address else None
     return RaySession(
         resources=ray.cluster_resources(),
         dashboard_url=dashboard_url,
         token_path=token_path,
-        authenticated=_asks_for_token(ray.get_runtime_context().gcs_address, dashboard_url),
+        authenticated=_requires_token(ray.get_runtime_context().gcs_address, dashboard_url),
     )
 
 
-ASKING_SECONDS = 5.0
-LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
-"""RPC that lists the keys of the default namespace: it reads and changes nothing."""
+REPLY_SECONDS = 5.0
 
 
-def _asks_for_token(address: str, dashboard_url: str | None) -> bool:
+def _requires_token(address: str, dashboard_url: str | None) -> bool:
     """Whether Ray refuses requests without a token. Send real requests: local settings do not show what a cluster does.
 
     A cluster with TLS but without tokens still has an open dashboard. If no server answers, the result
@@ -462,7 +334,7 @@ def _is_refused_by_dashboard(url: str) -> bool | None:
     """Whether the dashboard requires a token; None if its answer does not show it."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{url}/api/version", timeout=ASKING_SECONDS) as answer:
+        with opener.open(f"{url}/api/version", timeout=REPLY_SECONDS) as answer:
             return None if "ray_version" not in json.load(answer) else False
     except urllib.error.HTTPError as error:
         return True if error.code in (401, 403) else None
@@ -476,7 +348,7 @@ def _is_refused_by_server(address: str) -> bool | None:
 
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary(LIST_KEYS)(b"", timeout=ASKING_SECONDS)
+            channel.unary_unary(ray_patches.LIST_KEYS)(b"", timeout=REPLY_SECONDS)
         except grpc.RpcError as error:
             return True if error.code() is grpc.StatusCode.UNAUTHENTICATED else None
     return False
@@ -493,21 +365,10 @@ def _ray_environment(settings: Mapping[str, str | None]) -> Iterator[None]:
     """Set environment variables for a ``with`` block, such that Ray sees them even if it was imported before."""
     try:
         with _environment(settings):
-            _read_environment_again()
+            ray_patches.read_environment_again()
             yield
     finally:
-        _read_environment_again()  # otherwise the next session of this process would still use this token
-
-
-def _read_environment_again() -> None:
-    """Make Ray read the environment again: it caches values on import and in an earlier session."""
-    from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    clusters = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
-    ray_constants.ENABLE_RAY_CLUSTER = clusters != "0" and (sys.platform == "linux" or clusters is not None)
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+        ray_patches.read_environment_again()  # otherwise the next session of this process would still use this token
 
 
 def _default_token() -> Path:

@@ -26,9 +26,9 @@ import torch
 from pyarrow import fs
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
-from ray.train._internal.session import _TrainingResult
 from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 
+from tune_amp.cluster import ray_patches
 from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
 from tune_amp.cluster.resources import TrialResources, cap_memory
 from tune_amp.training.data import Dataset, Split
@@ -133,7 +133,7 @@ class AmpTrainable(tune.Trainable):
         try:
             self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         except Exception as error:
-            self._ask_for_larger_share(error)
+            self._request_larger_share(error)
             raise
         self._run: TrainingRun | None = None
         self._content: bytes | None = None  # of a checkpoint that is being saved
@@ -148,16 +148,13 @@ class AmpTrainable(tune.Trainable):
         """
         started = time.monotonic()
         self._content = self._write_state()  # an exception here comes from the model or the device
-        index = self._storage.current_checkpoint_index if self._storage else -1
-        try:
+        save = super().save
+
+        def save_cleanly() -> Any:
             with tempfile.TemporaryDirectory() as folder:  # Ray's own is left behind if its copy fails
-                saved = super().save(checkpoint_dir or folder)
-        # Usually a full disk; Ray raises RuntimeError if the place is gone. The trial is not affected as long as its
-        # worker lives.
-        except (OSError, RuntimeError):
-            saved = _TrainingResult(checkpoint=None, metrics={})
-            if self._storage:  # else the driver, which receives none, lets another worker overwrite the last one
-                self._storage.current_checkpoint_index = index
+                return save(checkpoint_dir or folder)
+
+        saved = ray_patches.save_if_possible(self, save_cleanly)
         self._save_seconds.append(time.monotonic() - started)
         self._checkpoint_seconds += self._save_seconds[-1]
         self._unsaved_seconds = 0.0
@@ -189,13 +186,13 @@ class AmpTrainable(tune.Trainable):
             LargerShareNeeded: the trial's share of GPU memory ran out, and it may get a larger one.
         """
         try:
-            report = self._train_epoch_or_try_again()
+            report = self._train_epoch_or_retry()
         except Exception as error:  # a trial that fails is a row with a status, never a stop of the search
             if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
                 # After a device assert or an illegal access every later CUDA call of the process fails too, and so
                 # would every later trial. Ray ends a worker whose step raises, and retries the trial in a new one.
                 raise
-            self._ask_for_larger_share(error)
+            self._request_larger_share(error)
             report = failure_report(error)
             if self._first_failure is not None:
                 second = self._count_epochs(), report["error"]
@@ -245,7 +242,7 @@ class AmpTrainable(tune.Trainable):
             with path.open("rb") as file:
                 self._continue_run(file)
 
-    def _train_epoch_or_try_again(self) -> dict[str, Any]:
+    def _train_epoch_or_retry(self) -> dict[str, Any]:
         """Train an epoch. Once per trial, restart it after a failure that need not be the settings' fault.
 
         A full disk or a flaky driver or file system may recover a moment later. A second failure is reported.
@@ -267,8 +264,9 @@ class AmpTrainable(tune.Trainable):
 
     def _train_epoch(self) -> dict[str, Any]:
         with naming_memory_holders(self._data.device, self._share):
-            run = self._run or self._go_on() or self._start_run()
-            show_in_process_list(f"{self.trial_name} epoch {run.epoch + 1}/{self._max_epochs}")
+            run = self._run or self._resume() or self._start_run()
+            title = f"ray::{AmpTrainable.__qualname__} {self.trial_name}"
+            ray_patches.set_process_title(f"{title} epoch {run.epoch + 1}/{self._max_epochs}")
             started = time.monotonic()
             metrics = run.train_epoch()
             self._unsaved_seconds += time.monotonic() - started
@@ -277,7 +275,7 @@ class AmpTrainable(tune.Trainable):
         finished = metrics.epoch >= self._max_epochs
         return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
 
-    def _go_on(self) -> TrainingRun | None:
+    def _resume(self) -> TrainingRun | None:
         """Resume an interrupted trial of a resumed search from its newest intact checkpoint; None if there is none."""
         if self._first_failure is not None:
             return None  # the checkpoint may be the cause: the model may have been changed since
@@ -302,7 +300,7 @@ class AmpTrainable(tune.Trainable):
         self._setup_seconds += time.monotonic() - started
         return self._run
 
-    def _ask_for_larger_share(self, error: Exception) -> None:
+    def _request_larger_share(self, error: Exception) -> None:
         """Raise LargerShareNeeded if the trial had less than a whole GPU and ran out of memory for the first time."""
         first = 0 < self._share < 1 and self._share <= self._first_share
         if first and is_out_of_gpu_memory(error):
@@ -401,15 +399,6 @@ def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
     if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
         cap_memory(assigned_gpu_share())
     return device
-
-
-def show_in_process_list(text: str) -> None:
-    """Show what a worker does in ``ps``, ``nvidia-smi`` and the nodes on Ray's dashboard.
-
-    An actor's name cannot change, but a worker's trials do. Ray sets the process title itself between calls.
-    """
-    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
-        ray._raylet.setproctitle(f"ray::{AmpTrainable.__qualname__} {text}")  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def name_device(device: torch.device) -> str:

@@ -153,8 +153,8 @@ def list_left(jobs: Sequence[ConfirmJob], done: Sequence[ConfirmedRun]) -> list[
 
 def _select_done(jobs: Sequence[ConfirmJob], runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
     """Return the runs of an earlier, interrupted confirmation that ``jobs`` need too."""
-    asked = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
-    return [run for run in runs if (run.trial_id, run.seed) in asked]
+    needed = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
+    return [run for run in runs if (run.trial_id, run.seed) in needed]
 
 
 def confirm(
@@ -182,9 +182,9 @@ def confirm(
         num_threads: CPU threads of a run.
         observer: receives every change of the progress.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     runs: list[ConfirmedRun] = []
-    progress = ConfirmProgress(run=folder.name, names=plan.names, started=begun)
+    progress = ConfirmProgress(run=folder.name, names=plan.names, started=started)
     rows: Sequence[BestRow] = ()
     try:
         for list_jobs in (lambda _: plan.first_jobs, plan.list_further_jobs):
@@ -211,7 +211,7 @@ def confirm(
         rows = rank_confirmed(plan.ranked, default, runs, provenance.objectives)
         write_best(folder, rows, provenance)
     return ConfirmResult(
-        rows=rows, runs=runs, progress=progress, left_out=plan.left_out, seconds=time.monotonic() - begun
+        rows=rows, runs=runs, progress=progress, left_out=plan.left_out, seconds=time.monotonic() - started
     )
 
 

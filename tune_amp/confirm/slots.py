@@ -4,13 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import math
-import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import ray
 import torch
+from ray.util.queue import Queue
 
 from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
 from tune_amp.cluster.resources import SlotCounter, TrialResources, beside_this_process, double_share
@@ -29,7 +29,7 @@ from tune_amp.training.data import Dataset, Split
 from tune_amp.training.run import TrainingData, TrainingRun, release_memory
 from tune_amp.trial.config import TrialStatus, one_line
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,27 +45,19 @@ class Attempt:
     """Number of attempts that ended because a node was lost, or its memory was held by other programs."""
     earlier: ConfirmedRun | None = None
     """Result of the previous attempt, if the job is retried for another reason than a worker's death."""
-    token: str = ""
-    """Id with which the worker reports that it has started."""
-    begun: float | None = None
+    started: float | None = None
     """``time.monotonic()`` when the report of the worker's start was read; None if it may still wait in Ray's queue."""
 
     @property
     def seconds(self) -> float:
         """Seconds since this attempt started; 0 while it waits."""
-        return 0.0 if self.begun is None else time.monotonic() - self.begun
+        return 0.0 if self.started is None else time.monotonic() - self.started
 
-    def give_up(self, time_limit: float) -> ConfirmedRun:
+    def time_out(self, time_limit: float) -> ConfirmedRun:
         """Return the run of a job that took too long."""
-        run = ConfirmedRun(
-            trial_id=self.job.trial_ids[0],
-            seed=self.job.config.seed,
-            status=TrialStatus.FAILED,
-            error=describe_limit(time_limit),
-        )
-        return self.conclude(run)
+        return self.conclude(_end(self.job, status=TrialStatus.FAILED, error=describe_limit(time_limit)))
 
-    def try_again(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
+    def plan_retry(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
         """Return the next attempt, or None if ``run`` is final: a configuration gets as many retries as a trial.
 
         A worker's death allows up to two more attempts and any other exception one, because the settings may not be the
@@ -103,19 +95,19 @@ def train_on_slots(
     waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
     count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
     running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
-    with hearing_beginnings(time_limit) as beginnings:
+    with reported_starts(time_limit) as starts:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, count_slots()):
-                    attempt = dataclasses.replace(waiting.popleft(), token=secrets.token_hex(4), begun=None)
-                    running[_start(attempt, resources.cpus, sent, beginnings)] = attempt
-                ended = _wait_for_one(running, time_limit, beginnings)
+                    attempt = dataclasses.replace(waiting.popleft(), started=None)
+                    running[_start(attempt, resources.cpus, sent, starts)] = attempt
+                ended = _wait_for_one(running, time_limit, starts)
                 if ended is None:
                     yield _end_latest(running, time_limit)
                     continue
                 attempt = running.pop(ended)
                 run, died = _fetch(ended, attempt.job)
-                again = attempt.try_again(run, died=died)
+                again = attempt.plan_retry(run, died=died)
                 if again is not None:
                     waiting.appendleft(again)
                 else:
@@ -125,52 +117,36 @@ def train_on_slots(
                 ray.cancel(reference, force=True)
 
 
-class Beginnings:
-    """Records which attempts have started: before that they wait, perhaps for other jobs of a cluster.
-
-    It is an actor, created only if there is a time limit.
-    """
-
-    def __init__(self) -> None:
-        self._begun: set[str] = set()
-
-    def tell(self, token: str) -> None:
-        """Record that the attempt with this token has started."""
-        self._begun.add(token)
-
-    def take(self) -> set[str]:
-        """Return the tokens of the attempts that have started since the last call."""
-        begun, self._begun = self._begun, set()
-        return begun
-
-
 @contextlib.contextmanager
-def hearing_beginnings(time_limit: float) -> Iterator[Any]:
-    """Run the actor ``Beginnings`` on the driver's node in the ``with`` block; yield None if time is not limited."""
+def reported_starts(time_limit: float) -> Iterator[Queue | None]:
+    """Provide a queue for the ids of tasks that have started: before that they wait, perhaps for other jobs.
+
+    It is an actor on the driver's node, and None if time is not limited.
+    """
     if time_limit == math.inf:
         yield None
         return
-    actor: Any = ray.remote(Beginnings).options(num_cpus=0, scheduling_strategy=beside_this_process()).remote()
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": beside_this_process()})
     try:
-        yield actor
+        yield queue
     finally:
-        ray.kill(actor)
+        queue.shutdown(force=True)
 
 
 def _wait_for_one(
-    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, beginnings: Any
+    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, starts: Queue | None
 ) -> "ray.ObjectRef[ConfirmedRun] | None":
     """Return the first task that has ended, or None if one has taken too long before that."""
     while True:
-        ended, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+        ended, _ = ray.wait(list(running), num_returns=1, timeout=CHECK_SECONDS)
         if ended:
             first: ray.ObjectRef[ConfirmedRun] = ended[0]
             return first
-        if beginnings is not None:
-            begun = ray.get(beginnings.take.remote())
+        if starts is not None:
+            started = starts.get_nowait_batch(starts.qsize())
             for reference, attempt in running.items():
-                if attempt.token in begun:
-                    running[reference] = dataclasses.replace(attempt, begun=time.monotonic())
+                if reference.task_id().hex() in started:
+                    running[reference] = dataclasses.replace(attempt, started=time.monotonic())
         if any(attempt.seconds > time_limit for attempt in running.values()):
             return None
 
@@ -182,21 +158,19 @@ def _end_latest(
     latest = max(running, key=lambda reference: running[reference].seconds)
     attempt = running.pop(latest)
     ray.cancel(latest, force=True)
-    return attempt.job, attempt.give_up(time_limit)
+    return attempt.job, attempt.time_out(time_limit)
 
 
-def _start(attempt: Attempt, cpus: int, sent: Any, beginnings: Any) -> "ray.ObjectRef[ConfirmedRun]":
+def _start(attempt: Attempt, cpus: int, sent: Any, starts: Queue | None) -> "ray.ObjectRef[ConfirmedRun]":
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=attempt.share,
         # A process keeps the GPU, the context and the memory cap that it started with.
         max_calls=1 if attempt.share else 0,
-        max_retries=0,  # `Attempt` counts retries: Ray would retry for ever if the memory monitor kills the worker
+        max_retries=0,  # `Attempt` counts retries: Ray would retry forever if the memory monitor kills the worker
     )(_train_in_worker)
     name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
-    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(
-        sent, attempt.job, beginnings, attempt.token
-    )
+    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(sent, attempt.job, starts)
     return reference
 
 
@@ -207,16 +181,13 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
     except ray.exceptions.RayError as error:
         cause = find_reason(str(error))
         status = find_status(None, error=True, cause=cause)
-        run = ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, status=status, error=cause)
-        return run, True
+        return _end(job, status=status, error=cause), True
 
 
-def _train_in_worker(
-    sent: tuple[WorkerSetup, Split], job: ConfirmJob, beginnings: Any = None, token: str = ""
-) -> ConfirmedRun:
+def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Queue | None) -> ConfirmedRun:
     """Train a job in the process that Ray gave it. Any exception becomes a row."""
-    if beginnings is not None:
-        beginnings.tell.remote(token)
+    if starts is not None:
+        starts.put(ray.get_runtime_context().get_task_id())
     worker_setup, test = sent
     device = torch.device("cpu")
     try:
@@ -224,21 +195,16 @@ def _train_in_worker(
         data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         return train_and_test(job, data, test)
     except Exception as error:
-        return _record_failure(job, error, device)
+        report = failure_report(error)
+        status = TrialStatus(report["status"])
+        return _end(job, status=status, error=report["error"], device=name_device(device))
     finally:
         with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
             release_memory(device)
 
 
-def _record_failure(job: ConfirmJob, error: Exception, device: torch.device) -> ConfirmedRun:
-    report = failure_report(error)
-    return ConfirmedRun(
-        trial_id=job.trial_ids[0],
-        seed=job.config.seed,
-        status=TrialStatus(report["status"]),
-        error=report["error"],
-        device=name_device(device),
-    )
+def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:
+    return ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, **fields)
 
 
 def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> ConfirmedRun:
@@ -254,10 +220,4 @@ def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> Confirme
         ending = {"status": TrialStatus.COMPLETED, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy}
         tested = run.evaluate(place_split(test, data.device))
         ending |= {f"test_{name}": value for name, value in vars(tested).items()}
-    return ConfirmedRun(
-        trial_id=job.trial_ids[0],
-        seed=job.config.seed,
-        train_seconds=last.train_seconds,
-        device=name_device(data.device),
-        **ending,
-    )
+    return _end(job, train_seconds=last.train_seconds, device=name_device(data.device), **ending)

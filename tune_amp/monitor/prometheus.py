@@ -17,10 +17,10 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from tune_amp import __version__
-from tune_amp.monitor.safe_observer import Untroubled
+from tune_amp.monitor.safe_observer import SafeObserver
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmObserver, ConfirmProgress, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 EVERY_SECONDS = 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Series:
+class Series(NamedTuple):
     """A metric of a search."""
 
     name: str
@@ -47,81 +46,43 @@ class Series:
 
 ALL_SERIES = (
     Series(
-        name="tune_amp_run_info",
-        kind="gauge",
-        labels=("model", "dataset", "objectives", "version"),
-        meaning="always 1; its labels say what is searched",
+        "tune_amp_run_info",
+        "gauge",
+        "always 1; its labels say what is searched",
+        ("model", "dataset", "objectives", "version"),
+    ),
+    Series("tune_amp_trials", "gauge", "trials by status, waiting and running ones too", ("status",)),
+    Series("tune_amp_best", "gauge", "best value of an objective among the trials that have ended", ("objective",)),
+    Series("tune_amp_epochs_total", "counter", "epochs that trials reported; its rate is epochs per second"),
+    Series("tune_amp_steps_total", "counter", "training steps in these epochs, skipped ones included"),
+    Series(
+        "tune_amp_skipped_steps_total",
+        "counter",
+        "steps of these that GradScaler skipped because a gradient overflowed",
+    ),
+    Series("tune_amp_slots", "gauge", "slots: places in which trials run at a time"),
+    Series(
+        "tune_amp_slot_seconds_total",
+        "counter",
+        "slot time in training, validation and probes, as trials reported it, however they ended",
+        ("kind",),
+    ),
+    Series("tune_amp_slot_trial", "gauge", "number of the trial that runs in the slot", ("slot",)),
+    Series("tune_amp_slot_epoch", "gauge", "epochs that this trial has reported", ("slot",)),
+    Series("tune_amp_loss_scale", "gauge", "loss scale of this trial; none if it has no scaler", ("slot",)),
+    Series(
+        "tune_amp_gpu_memory_peak_bytes",
+        "gauge",
+        "peak of CUDA memory allocated by this trial; 0 on the CPU",
+        ("slot",),
     ),
     Series(
-        name="tune_amp_trials",
-        kind="gauge",
-        labels=("status",),
-        meaning="trials by status, waiting and running ones too",
-    ),
-    Series(
-        name="tune_amp_best",
-        kind="gauge",
-        labels=("objective",),
-        meaning="best value of an objective among the trials that have ended",
-    ),
-    Series(
-        name="tune_amp_epochs_total",
-        kind="counter",
-        meaning="epochs that trials reported; its rate is epochs per second",
-    ),
-    Series(
-        name="tune_amp_steps_total",
-        kind="counter",
-        meaning="training steps in these epochs, skipped ones included",
-    ),
-    Series(
-        name="tune_amp_skipped_steps_total",
-        kind="counter",
-        meaning="steps of these that GradScaler skipped because a gradient overflowed",
-    ),
-    Series(
-        name="tune_amp_slots",
-        kind="gauge",
-        meaning="slots: places in which trials run at a time",
-    ),
-    Series(
-        name="tune_amp_slot_seconds_total",
-        kind="counter",
-        labels=("kind",),
-        meaning="slot time in training, validation and probes, as trials reported it, however they ended",
-    ),
-    Series(
-        name="tune_amp_slot_trial",
-        kind="gauge",
-        labels=("slot",),
-        meaning="number of the trial that runs in the slot",
-    ),
-    Series(
-        name="tune_amp_slot_epoch",
-        kind="gauge",
-        labels=("slot",),
-        meaning="epochs that this trial has reported",
-    ),
-    Series(
-        name="tune_amp_loss_scale",
-        kind="gauge",
-        labels=("slot",),
-        meaning="loss scale of this trial; none where it has no scaler",
-    ),
-    Series(
-        name="tune_amp_gpu_memory_peak_bytes",
-        kind="gauge",
-        labels=("slot",),
-        meaning="peak of CUDA memory allocated by this trial; 0 on the CPU",
-    ),
-    Series(
-        name="tune_amp_confirm_runs",
-        kind="gauge",
-        labels=("state",),
-        meaning="runs of the confirmation that have ended or are left; 0 before it begins",
+        "tune_amp_confirm_runs",
+        "gauge",
+        "runs of the confirmation that have ended or are left; 0 before it begins",
+        ("state",),
     ),
 )
-
 
 SECONDS = {"training": "train_seconds", "validation": "val_seconds", "probe": "probe_seconds"}
 """Map from each counted kind of slot time to its column."""
@@ -144,7 +105,7 @@ class Gauges:
     """
 
     def __init__(self, observer: SearchObserver, *, slots: int, registry: Any = None) -> None:
-        self._observer = Untroubled(observer)
+        self._observer = SafeObserver(observer)
         self._slots = slots
         self._registry = registry
         self._metrics: dict[str, Any] | None = None
@@ -159,7 +120,7 @@ class Gauges:
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Store the progress for the next publication, and forward it."""
         if self._progress is None:
-            self._tally.begin(progress, ended)
+            self._tally.include_earlier(progress, ended)
         if ended is not None:
             self._ended.append(ended)
         self._progress = progress
@@ -198,7 +159,7 @@ class Gauges:
         except Exception as error:
             self._broken = True
             with contextlib.suppress(OSError):
-                print(f"metrics ended, the search goes on: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+                print(f"metrics ended, the search continues: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
     def _publish_often(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):
@@ -231,7 +192,7 @@ class Tally:
         self._best: dict[str, TrialRecord] = {}
         self._slots: dict[str, int] = {}
 
-    def begin(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+    def include_earlier(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Include an earlier run of the same search: its best values count, its epochs are not counted again."""
         left = [trial for trial in progress.trials if trial is not ended]
         self._seen = {trial.trial_id: tuple(trial.epochs) for trial in left if trial.epochs}

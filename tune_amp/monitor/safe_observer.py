@@ -8,7 +8,7 @@ from typing import Any
 from tune_amp.trial.config import describe_error
 
 
-class Untroubled:
+class SafeObserver:
     """Forwards all events until the observer fails. The failure is printed once, and the search continues.
 
     Tune treats an exception that leaves a callback as a fault of the trial, and would train it again, three times. An
@@ -29,15 +29,15 @@ class Untroubled:
         """See ``progress.ConfirmObserver``."""
         self._try(lambda observer: observer.on_confirmation(progress, ended))
 
-    def _try(self, tell: Callable[[Any], None]) -> None:
+    def _try(self, send: Callable[[Any], None]) -> None:
         if self._observer is None:
             return
         try:
-            tell(self._observer)
+            send(self._observer)
         except BrokenPipeError:  # the reader is gone
             self._observer = None
         except Exception as error:
             self._observer = None
             with contextlib.suppress(OSError):
-                text = f"the search is shown no longer, and goes on: {describe_error(error)}"
+                text = f"the search continues, but is no longer shown: {describe_error(error)}"
                 print(text, file=sys.stderr)  # noqa: T201

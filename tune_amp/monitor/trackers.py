@@ -1,7 +1,10 @@
-"""Sends the reports of trials to TensorBoard, MLflow and Weights & Biases through Ray Tune's callbacks for them.
+"""Sends the reports of trials to TensorBoard, MLflow and Weights & Biases.
 
 Each tracker works in its own thread, on copies: a server that does not answer or a full disk neither stops nor delays
 the search. Nothing leaves this machine unless ``MLFLOW_TRACKING_URI`` or ``WANDB_MODE`` says so.
+
+Ray Tune's own callbacks for them are not used: the one for W&B starts two processes a trial, the one for MLflow sends
+one number at a time, and both are changed only through their private methods.
 """
 
 import contextlib
@@ -20,19 +23,14 @@ import types
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray import tune
-from ray.air.constants import TRAINING_ITERATION
-from ray.tune.logger import LoggerCallback
 
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT
 from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, describe_error, list_values
 from tune_amp.trial.text import hide_credentials
-
-_Event = Callable[[Any], None]
-"""Function that calls one of Tune's callbacks, with a ``TrackedTrial`` instead of Ray's trial."""
 
 PROJECT = "tune_amp"
 """Project name in Weights & Biases, unless ``WANDB_PROJECT`` names another."""
@@ -47,51 +45,57 @@ MOST_WAITING = 50_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackedTrial:
-    """Copy of what Tune's callbacks read of a trial, because the search changes the trial while they run."""
+    """Copy of what a tracker needs of a trial, because the search changes the trial in the meantime."""
 
     trial_id: str
-    name: str = dataclasses.field(compare=False)
-    config: Mapping[str, Any] = dataclasses.field(compare=False)
+    name: str
+    settings: Mapping[str, Any]
     """Fields of its ``TrialConfig`` that are not None."""
-    local_path: str = dataclasses.field(compare=False)
-    """Folder in which a callback may write files of this trial."""
-    status: TrialStatus | None = dataclasses.field(default=None, compare=False)
+    status: TrialStatus | None = None
     """Status with which the trial ended; None before."""
 
     @property
-    def evaluated_params(self) -> dict[str, Any]:
-        """Content of TensorBoard's page of hyperparameters: the settings, and how the trial ended."""
-        return {**self.config, "status": str(self.status)}
+    def has_failed(self) -> bool:
+        """Whether the trial ended through an error."""
+        return self.status in (TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY)
 
-    def init_local_path(self) -> None:
-        """Create the folder."""
-        Path(self.local_path).mkdir(parents=True, exist_ok=True)
 
-    def __str__(self) -> str:
-        return self.name
+class Writer(Protocol):
+    """Writes to a tracker. Its methods may raise any exception."""
+
+    def start(self, trial: TrackedTrial) -> None:
+        """Record the settings of a trial."""
+
+    def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
+        """Record the numbers of an epoch."""
+
+    def end(self, trial: TrackedTrial) -> None:
+        """Record how a trial ended."""
+
+
+_Event = Callable[[Writer], None]
+"""Call of one of a writer's methods."""
 
 
 class Tracker(tune.Callback):
-    """Forwards events to one of Tune's own callbacks.
+    """Forwards events to a writer.
 
     The start and the end of each trial and each epoch are forwarded once. An epoch that a trial reports again, because
     its worker died, is skipped.
 
     Args:
         name: one of ``options.TRACKERS``.
-        build: builds Tune's callback; called in the thread in which the callback then works.
-        folder: parent of the folders of trials, which have the trials' names.
+        build: builds the writer; called in the thread in which the writer then works.
         past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id.
         warn: receives one line when the tracker is switched off because it failed.
-        service: program that Tune's callback starts beside this process. When the tracker is switched off, child
-            processes that run it are killed, except those that ran before the tracker was created.
+        service: program that the writer starts beside this process. When the tracker is switched off, child processes
+            that run it are killed, except those that ran before the tracker was created.
     """
 
     def __init__(
         self,
         name: str,
-        build: Callable[[], LoggerCallback],
-        folder: Path,
+        build: Callable[[], Writer],
         *,
         past: Mapping[str, int] = types.MappingProxyType({}),
         warn: Callable[[str], None] | None = None,
@@ -101,10 +105,9 @@ class Tracker(tune.Callback):
         self._service = service
         self._services_before = find_children(service)
         self._build = build
-        self._folder = folder
         self._warn = warn or _print_warning
         self._running: dict[str, TrackedTrial] = {}
-        self._begun: set[str] = set()
+        self._started: set[str] = set()
         self._epochs = dict(past)  # last forwarded epoch of every trial
         self._failed = False
         self._handled = 0
@@ -122,69 +125,62 @@ class Tracker(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Forward the start of a trial, which may get its worker not for the first time."""
-        self._begin(trial)
+        self._start(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Forward the report of an epoch. A report of an exception has no epoch and is skipped."""
-        told = self._begin(trial)
+        tracked = self._start(trial)
         metrics = result[REPORT].metrics
         if metrics is None or metrics.epoch <= self._epochs[trial.trial_id]:
             return
         self._epochs[trial.trial_id] = metrics.epoch
         values = select_values(metrics)
-        self._put(lambda callback: callback.log_trial_result(metrics.epoch, told, values))
+        self._put(lambda writer: writer.report(tracked, metrics.epoch, values))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Forward the end of a trial by its own report, or by the scheduler."""
-        self._end(self._begin(trial), find_status(trial.last_result, error=False))
+        self._end(self._start(trial), find_status(trial.last_result, error=False))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Forward the failure of a trial whose worker died more often than it is retried."""
         # The worker may have died before the trial started.
-        self._end(self._begin(trial), find_status(None, error=True, cause=find_cause(trial)))
+        self._end(self._start(trial), find_status(None, error=True, cause=find_cause(trial)))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Wait after the search until all reports are written, as long as there is progress."""
         if self._thread is None:
             return
-        for told in list(self._running.values()):
-            self._end(told, TrialStatus.INTERRUPTED)
+        for tracked in list(self._running.values()):
+            self._end(tracked, TrialStatus.INTERRUPTED)
         self._put(None)
         while self._thread.is_alive() and not self._failed:
             handled = self._handled
             self._thread.join(LONGEST_SILENCE_SECONDS)
             if self._thread.is_alive() and self._handled == handled:
-                self._give_up(f"no answer within {LONGEST_SILENCE_SECONDS:g} s")
+                self._switch_off(f"no answer within {LONGEST_SILENCE_SECONDS:g} s")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the thread: Tune pickles its callbacks, and a thread cannot be pickled."""
         return {**self.__dict__, "_events": None, "_thread": None, "_warn": _print_warning}
 
-    def _begin(self, trial: Any) -> TrackedTrial:
+    def _start(self, trial: Any) -> TrackedTrial:
         if trial.trial_id not in self._running:
-            told = self._running[trial.trial_id] = self._describe(trial)
+            values = list_values(TrialConfig(**trial.config))
+            settings = {name: value for name, value in values.items() if value is not None}
+            tracked = TrackedTrial(trial_id=trial.trial_id, name=str(trial), settings=settings)
+            self._running[trial.trial_id] = tracked
             self._epochs.setdefault(trial.trial_id, 0)
-            if trial.trial_id not in self._begun:
-                self._begun.add(trial.trial_id)
-                self._put(lambda callback: callback.log_trial_start(told))
+            if trial.trial_id not in self._started:
+                self._started.add(trial.trial_id)
+                self._put(lambda writer: writer.start(tracked))
         return self._running[trial.trial_id]
 
-    def _end(self, told: TrackedTrial, status: TrialStatus) -> None:
-        del self._running[told.trial_id]
-        ended = dataclasses.replace(told, status=status)
-        failed = status in (TrialStatus.FAILED, TrialStatus.OUT_OF_MEMORY)
-        self._put(lambda callback: callback.log_trial_end(ended, failed=failed))
-
-    def _describe(self, trial: Any) -> TrackedTrial:
-        settings = list_values(TrialConfig(**trial.config))
-        return TrackedTrial(
-            trial_id=trial.trial_id,
-            name=str(trial),
-            config={name: value for name, value in settings.items() if value is not None},
-            local_path=str(self._folder / str(trial)),
-        )
+    def _end(self, tracked: TrackedTrial, status: TrialStatus) -> None:
+        del self._running[tracked.trial_id]
+        ended = dataclasses.replace(tracked, status=status)
+        self._put(lambda writer: writer.end(ended))
 
     def _put(self, event: _Event | None) -> None:
         if self._events is None or self._failed:
@@ -192,26 +188,25 @@ class Tracker(tune.Callback):
         try:
             self._events.put_nowait(event)
         except queue.Full:
-            self._give_up(f"{MOST_WAITING:,} reports wait for it")
+            self._switch_off(f"{MOST_WAITING:,} reports wait for it")
 
     def _work(self, events: queue.Queue[_Event | None]) -> None:
         try:
-            callback = self._build()
-            callback.setup()
+            writer = self._build()
             while (event := events.get()) is not None and not self._failed:
-                event(callback)
+                event(writer)
                 self._handled += 1
         except (Exception, SystemExit) as error:  # no error of a tracker stops the search
-            self._give_up(hide_credentials(describe_error(error)))
+            self._switch_off(hide_credentials(describe_error(error)))
 
-    def _give_up(self, reason: str) -> None:
+    def _switch_off(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
             for service in find_children(self._service) - self._services_before:
                 # The service would try to reach its server for minutes after the search's end.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(service, signal.SIGKILL)
-            self._warn(f"tracker {self.name} is switched off ({reason}); the search goes on")
+            self._warn(f"tracker {self.name} is switched off ({reason}); the search continues")
 
 
 def find_children(program: Path | None) -> set[int]:
@@ -249,17 +244,11 @@ def build_trackers(
             and W&B such a trial continues as a second run of the same name.
         warn: receives one line when a tracker is switched off because it failed; None prints to standard error.
     """
-    builders = {"tensorboard": _build_tensorboard, "mlflow": _build_mlflow, "wandb": _build_wandb}
-    folder = folder.resolve()
+    writers: dict[str, Callable[[Path], Writer]] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WandB}
     services = {"wandb": find_wandb_service()}
     return [
         Tracker(
-            name,
-            functools.partial(builders[name], folder),
-            folder / name,
-            past=past,
-            warn=warn,
-            service=services.get(name),
+            name, functools.partial(writers[name], folder.resolve()), past=past, warn=warn, service=services.get(name)
         )
         for name in names
     ]
@@ -288,17 +277,16 @@ def find_wandb_mode() -> str:
     return os.environ.get("WANDB_MODE") or "offline"
 
 
-def select_values(metrics: EpochMetrics) -> dict[str, Any]:
-    """Return an epoch's numbers under the names of ``epochs.parquet``, and the epoch as the step of Tune's callbacks.
+def select_values(metrics: EpochMetrics) -> dict[str, float]:
+    """Return an epoch's numbers under the names of ``epochs.parquet``.
 
     Numbers that are not finite are skipped, because trackers treat them differently.
     """
-    values = {
+    return {
         name: value
         for name, value in list_values(metrics).items()
         if name != "epoch" and isinstance(value, int | float) and math.isfinite(value)
     }
-    return {**values, TRAINING_ITERATION: metrics.epoch}
 
 
 def _print_warning(text: str) -> None:
@@ -306,83 +294,101 @@ def _print_warning(text: str) -> None:
         print(text, file=sys.stderr)  # noqa: T201
 
 
-def _build_tensorboard(folder: Path) -> LoggerCallback:
-    from ray.tune.logger import TBXLoggerCallback
-    from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+class _TensorBoard:
+    """Writes a folder of event files for each trial. Settings and status follow at its end, on the page HParams."""
 
-    prefix = "ray/tune/"  # of all names that Tune writes
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "tensorboard"
+        self._files: dict[str, Any] = {}
+        self._last: dict[str, Mapping[str, float]] = {}
 
-    class PlainNames(SummaryWriter):  # type: ignore[misc]
-        def add_scalar(self, tag: str, *arguments: Any, **options: Any) -> None:
-            super().add_scalar(tag.removeprefix(prefix), *arguments, **options)
+    def start(self, trial: TrackedTrial) -> None:
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
-    class TensorBoard(TBXLoggerCallback):
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self._summary_writer_cls = PlainNames
+        self._files[trial.trial_id] = SummaryWriter(str(self._folder / trial.name))
 
-        def _try_log_hparams(self, trial: Any, result: dict[str, Any]) -> None:
-            super()._try_log_hparams(trial, {name.removeprefix(prefix): value for name, value in result.items()})
+    def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
+        self._last[trial.trial_id] = values
+        file = self._files[trial.trial_id]
+        for name, value in values.items():
+            file.add_scalar(name, value, epoch)
+        file.flush()
 
-    return TensorBoard()
+    def end(self, trial: TrackedTrial) -> None:
+        from tensorboardX.summary import hparams  # type: ignore[import-untyped]
 
-
-def _build_mlflow(folder: Path) -> LoggerCallback:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-    store = find_mlflow_store(folder)
-
-    class MLflow(MLflowLoggerCallback):
-        def setup(self, *arguments: Any, **info: Any) -> None:
-            before = os.environ.get("MLFLOW_TRACKING_URI")
-            try:
-                super().setup(*arguments, **info)  # type: ignore[no-untyped-call]
-            finally:
-                if before is None:  # MLflow sets it: the next search would take this store for the user's
-                    os.environ.pop("MLFLOW_TRACKING_URI", None)
-
-        def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-            # Tune's own callback sends one number at a time, and checks each time whether the run exists.
-            now = time.time_ns() // 1_000_000
-            metrics = [Metric(name, result[name], now, iteration) for name in result if name != TRAINING_ITERATION]
-            MlflowClient(store).log_batch(self._trial_runs[trial], metrics)
-
-        def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-            MlflowClient(store).set_tag(self._trial_runs[trial], "status", str(trial.status))
-            super().log_trial_end(trial, failed)
-
-    return MLflow(tracking_uri=store, experiment_name=folder.name)
+        file = self._files.pop(trial.trial_id)
+        last = self._last.pop(trial.trial_id, None)
+        if last is not None:
+            # add_hparams would write a folder of its own, which the page shows as another run.
+            settings = {name: value for name, value in trial.settings.items() if isinstance(value, str | int | float)}
+            for summary in hparams({**settings, "status": str(trial.status)}, dict(last)):
+                file.file_writer.add_summary(summary)
+        file.close()
 
 
-def _build_wandb(folder: Path) -> LoggerCallback:
-    import wandb
-    from ray.air.integrations.wandb import WandbLoggerCallback
+class _MLflow:
+    """Writes a run for each trial into an experiment that is named after the search."""
 
-    mode = find_wandb_mode()
-    os.environ["WANDB_MODE"] = mode  # Tune's callback requires a key unless this variable says that none is needed
+    def __init__(self, folder: Path) -> None:
+        from mlflow import MlflowClient
 
-    class WandB(WandbLoggerCallback):
-        """Tune's callback with its runs in this process. Tune's own starts two actors, that is processes, per trial."""
+        self._client = MlflowClient(find_mlflow_store(folder))
+        self._runs: dict[str, str] = {}
+        experiment = self._client.get_experiment_by_name(folder.name)
+        self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(folder.name)
 
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self._runs: dict[TrackedTrial, wandb.Run] = {}
+    def start(self, trial: TrackedTrial) -> None:
+        from mlflow.entities import Param
 
-        def _start_logging_actor(self, trial: Any, exclude_results: list[str], **options: Any) -> None:
-            self._runs[trial] = wandb.init(**options)
+        run = self._client.create_run(self._experiment, run_name=trial.name, tags={"trial_name": trial.name})
+        self._runs[trial.trial_id] = run.info.run_id
+        settings = [Param(name, str(value)) for name, value in trial.settings.items()]
+        self._client.log_batch(run.info.run_id, params=settings)
 
-        def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
-            self._runs[trial].log({name: result[name] for name in result if name != TRAINING_ITERATION}, step=iteration)
+    def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
 
-        def log_trial_end(self, trial: Any, failed: bool = False) -> None:
-            run = self._runs.pop(trial)
-            run.summary["status"] = str(trial.status)
-            run.finish(exit_code=int(failed))
+        now = time.time_ns() // 1_000_000
+        metrics = [Metric(name, value, now, epoch) for name, value in values.items()]
+        self._client.log_batch(self._runs[trial.trial_id], metrics)
 
-    # Neither the console nor the processor's figures belong to one trial.
-    settings = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_stats=True)
-    project = os.environ.get("WANDB_PROJECT") or PROJECT
-    run = {"mode": mode, "dir": str(folder), "reinit": "create_new", "settings": settings}
-    return WandB(project=project, group=folder.name, **run)
+    def end(self, trial: TrackedTrial) -> None:
+        run = self._runs.pop(trial.trial_id)
+        self._client.set_tag(run, "status", str(trial.status))
+        self._client.set_terminated(run, "FAILED" if trial.has_failed else "FINISHED")
+
+
+class _WandB:
+    """Writes a run for each trial, all in this process, into a group that is named after the search."""
+
+    def __init__(self, folder: Path) -> None:
+        import wandb
+
+        mode: Any = find_wandb_mode()
+        if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
+            # wandb.init would ask for the key in the terminal.
+            raise ValueError("no API key was found: set WANDB_API_KEY, or run: wandb login")
+        # Neither the console nor the processor's figures belong to one trial.
+        settings = wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True, x_disable_stats=True)
+        self._init: Callable[..., wandb.Run] = functools.partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            group=folder.name,
+            mode=mode,
+            dir=str(folder),
+            reinit="create_new",
+            settings=settings,
+        )
+        self._runs: dict[str, wandb.Run] = {}
+
+    def start(self, trial: TrackedTrial) -> None:
+        self._runs[trial.trial_id] = self._init(id=trial.trial_id, name=trial.name, config=dict(trial.settings))
+
+    def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
+        self._runs[trial.trial_id].log(dict(values), step=epoch)
+
+    def end(self, trial: TrackedTrial) -> None:
+        run = self._runs.pop(trial.trial_id)
+        run.summary["status"] = str(trial.status)
+        run.finish(exit_code=int(trial.has_failed))

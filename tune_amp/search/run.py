@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_storage
-from tune_amp.cluster.health import Vitals
+from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
 from tune_amp.cluster.resources import SlotCounter, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, plan_confirmation
@@ -125,7 +125,7 @@ class _OpenSearch:
     limit: TimeLimit
     gauges: Gauges
     stop: StopRequest
-    vitals: Vitals
+    health: RayHealth
     remover: concurrent.futures.Executor
     """Removes checkpoints in the background: Tune does not wait for a slow disk."""
 
@@ -167,7 +167,7 @@ def _open_search(
             limit=limit,
             gauges=gauges,
             stop=stop,
-            vitals=Vitals(),
+            health=RayHealth(),
             remover=remover,
         )
 
@@ -186,7 +186,7 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
     plan, history, storage, recorder, stop = search.plan, search.history, search.storage, search.recorder, search.stop
     time_left = plan.time_left
     # However the block ends, no trial stays running in the study.
-    with stop.heard(), contextlib.closing(_build_searcher(search)) as searcher:
+    with stop.watched_by_tune(), contextlib.closing(_build_searcher(search)) as searcher:
         scheduler = schedule(plan.options, searcher, plan.resources)
         restore_scheduler(scheduler, [trial.trial_id for trial in history.trials], history.reports)
         for other in storage.list_foreign():
@@ -221,7 +221,8 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
                 time_left=time_left,
             )
             if time_left is None or time_left > 0:
-                with watching(stop, search.vitals.find_dead, functools.partial(_leave, searcher, recorder, stop)):
+                leave = functools.partial(_leave, searcher, recorder, stop)
+                with watching(stop, search.health.find_dead_process, leave):
                     fit(tuner, stop)
 
 
@@ -347,7 +348,7 @@ def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
         objective=options.objectives[0],
         search_seconds=sum(trial.wall_seconds for trial in result.trials),
     )
-    with search.gauges, watching(search.stop, search.vitals.find_dead, search.stop.leave):
+    with search.gauges, watching(search.stop, search.health.find_dead_process, search.stop.leave):
         confirmation = confirm(
             plan,
             lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),

@@ -11,6 +11,7 @@ import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from tune_amp.cluster.ray_patches import pause_pending
 from tune_amp.trial.config import (
     MORE_IS_BETTER,
     RANKING_OBJECTIVES,
@@ -113,7 +114,7 @@ class DivergenceAware(FIFOScheduler):
             live = tune_controller.get_live_trials()
             for trial in live:
                 if trial.trial_id in self._waiting and trial.status == Trial.PENDING:
-                    tune_controller._set_trial_status(trial, Trial.PAUSED)  # noqa: SLF001 - Ray's own schedulers do
+                    pause_pending(tune_controller, trial)
             if not any(trial.status in (Trial.PENDING, Trial.RUNNING) for trial in live):
                 time.sleep(LOOK_SECONDS)  # Tune waits for events of workers: without a worker, its loop spins
         chosen = super().choose_trial_to_run(tune_controller)

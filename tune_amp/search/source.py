@@ -1,30 +1,28 @@
-"""Gives Tune its trials: first those left over from before the search was cut off, then new ones of the searcher."""
+"""Gives Tune its trials: first those that an interrupted search left unfinished, then new ones of the searcher."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.tune.experiment import Trial
-from ray.tune.experiment.config_parser import _create_trial_from_spec
-from ray.tune.search import SearchGenerator
+from ray.tune.search import SearchAlgorithm
 
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
 from tune_amp.trial.config import TrialConfig, describe_error
 
 
-class TrialSource(SearchGenerator):
+class TrialSource(SearchAlgorithm):
     """Submits trials, never more at a time than there are slots at that moment.
 
-    Ray's own wrapper gives a resumed trial a new id, which neither study nor journal holds. Its limit of trials at a
-    time stays as it was at the start, even if nodes join or leave.
+    Ray's own ``SearchGenerator`` gives a resumed trial a new id, which neither study nor journal has. Its limit of
+    concurrent trials stays as it was at the start, even if nodes join or leave.
 
     Args:
         searcher: suggests the settings.
         count_slots: returns how many trials may run now.
         on_submit: is called with each trial, its Optuna number and its configuration.
         on_fault: is called with a line if the study cannot be written, after which no trial is submitted.
-        past: trials that were submitted before the search was cut off; those that ended are only counted.
+        past: trials that were submitted before the search was interrupted; those that ended are only counted.
     """
 
     def __init__(
@@ -36,48 +34,71 @@ class TrialSource(SearchGenerator):
         on_fault: Callable[[str], None],
         past: Sequence[RecordedTrial] = (),
     ) -> None:
-        super().__init__(searcher)
-        self._suggest, self._find_number = searcher.suggest_config, searcher.find_number
+        self._searcher = searcher
         self._count_slots, self._on_submit, self._on_fault = count_slots, on_submit, on_fault
-        self._left_over = [trial for trial in past if trial.status is None and trial.unrecorded_end is None]
-        self._counter = len(past) - len(self._left_over)
-        self._submitted = len(past)
-        self._live: set[str] = set()
+        self._unfinished = [trial for trial in past if trial.status is None and trial.unrecorded_end is None]
+        self._suggested = len(past)
+        self._spec: dict[str, Any] = {}
+        self._running: set[str] = set()
 
-    def create_trial_if_possible(self, experiment_spec: dict[str, Any]) -> Trial | None:
-        """Return the next trial, or None if no slot is free."""
+    @property
+    def metric(self) -> Any:
+        """See Ray."""
+        return self._searcher.metric
+
+    @property
+    def total_samples(self) -> int:
+        """Number of trials of the whole search."""
+        return int(self._spec.get("num_samples", 0))
+
+    def add_configurations(self, experiments: Any) -> None:
+        """Set the experiment, of which Tune passes exactly one."""
+        [experiment] = experiments
+        self._spec = experiment.spec
+
+    def next_trial(self) -> Trial | None:
+        """Return the next trial, or None if there is none now."""
         # If a node has left and there are no slots, one is requested: else Tune would sleep instead of looking again.
-        if len(self._live) >= max(1, self._count_slots()):
+        if self.is_finished() or len(self._running) >= max(1, self._count_slots()):
             return None
-        if self._left_over:
-            past = self._left_over.pop(0)
-            return self._submit(experiment_spec, past.trial_id, past.place, past.config)
+        if self._unfinished:
+            past = self._unfinished.pop(0)
+            return self._submit(past.trial_id, past.place, past.config)
         trial_id = Trial.generate_id()
         try:
-            config = self._suggest(trial_id)
+            config = self._searcher.suggest_config(trial_id)
         except OSError as error:
             self._on_fault(describe_error(error))
-            self._finished = True
+            self.set_finished()  # type: ignore[no-untyped-call]
             return None
-        self._submitted += 1
-        return self._submit(experiment_spec, trial_id, self._submitted, config)
+        self._suggested += 1
+        return self._submit(trial_id, self._suggested, config)
+
+    def is_finished(self) -> bool:
+        """Return whether no trial is left to submit."""
+        is_complete = not self._unfinished and self._suggested >= self.total_samples
+        return is_complete or super().is_finished()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Pass on the report of an epoch."""
+        self._searcher.on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Free the slot of a trial that is over."""
-        self._live.discard(trial_id)
-        super().on_trial_complete(trial_id, result, error)
+        """Free the slot of a trial that has ended, and pass on its end."""
+        self._running.discard(trial_id)
+        self._searcher.on_trial_complete(trial_id, result, error)
 
-    def save_to_dir(self, dirpath: str, session_str: str = "", **kwargs: Any) -> None:
-        """Save nothing: a search resumes from its own journal."""
-
-    def _submit(self, spec: dict[str, Any], trial_id: str, place: int, config: TrialConfig) -> Trial:
-        trial: Trial = _create_trial_from_spec(
-            copy.deepcopy(spec) | {"config": vars(config).copy()},
-            self._parser,
-            experiment_tag=str(place),  # of which Tune keeps several copies
+    def _submit(self, trial_id: str, place: int, config: TrialConfig) -> Trial:
+        names = ("storage", "checkpoint_config", "max_failures", "trial_name_creator", "trial_dirname_creator")
+        trial = Trial(
+            self._spec["run"],
+            config=vars(config).copy(),
             trial_id=trial_id,
+            experiment_tag=str(place),  # of which Tune keeps several copies
+            placement_group_factory=self._spec["resources_per_trial"],
+            stopping_criterion=self._spec["stop"],
+            **{name: self._spec[name] for name in names},
         )
-        self._counter += 1
-        self._live.add(trial_id)
-        self._on_submit(trial, self._find_number(trial_id), config)
+        self._running.add(trial_id)
+        self._on_submit(trial, self._searcher.find_number(trial_id), config)
         return trial

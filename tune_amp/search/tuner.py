@@ -1,27 +1,18 @@
 """Sets up Ray Tune for a search: the trainable, the scheduler, the handling of workers' deaths, and the end."""
 
-import contextlib
 import functools
-import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
 
 from ray import tune
-from ray._common.usage.usage_lib import usage_stats_enabled
-from ray.air._internal import usage
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.tune import tune as tune_module
-from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
 from tune_amp.cluster.checkpoints import RunStorage
 from tune_amp.cluster.failures import LARGER_SHARE_SIGN, count_free_retries, find_cause, find_reason
 from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
+from tune_amp.cluster.ray_patches import patched_worker_deaths, quiet_tune
 from tune_amp.cluster.resources import TrialResources, double_share
 from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 from tune_amp.search.history import RecordedTrial
@@ -30,7 +21,7 @@ from tune_amp.search.schedulers import DivergenceAware, build_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import describe_error, format_scale
+from tune_amp.trial.config import format_scale
 
 
 def bind_trainable(
@@ -110,7 +101,7 @@ def build_tuner(
         source: the trials, past ones first.
         scheduler: from ``schedule``.
         storage: where checkpoints go.
-        stop: ends all trials once the search is asked to end.
+        stop: ends all trials once the search is to end.
         callbacks: in the order in which they are called.
         num_samples: number of trials, past ones included.
         time_left: seconds until Tune ends all trials; None: never.
@@ -128,7 +119,7 @@ def build_tuner(
         name=storage.name,
         storage_path=storage.path,
         storage_filesystem=storage.filesystem,
-        stop=Asked(stop),
+        stop=StopWhenAsked(stop),
         callbacks=list(callbacks),
         failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
@@ -137,8 +128,8 @@ def build_tuner(
     return tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
 
 
-class Asked(tune.Stopper):
-    """Ends all trials once a search is asked to end."""
+class StopWhenAsked(tune.Stopper):
+    """Ends all trials once a search is to end."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
@@ -154,79 +145,15 @@ class Asked(tune.Stopper):
 
 def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     """Run the trials. An error of Tune that follows from a fault already reported to ``stop`` is not raised again."""
-    # Tune's snapshots are for Tuner.restore, which is never called, so a traceback for one that found no room is noise.
-    # So are those for a checkpoint that was gone when it was to be replaced, and for failed trials, which are rows.
-    for name in ("ray.tune.execution.experiment_state", "ray.tune.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("ray.tune.execution.tune_controller").addFilter(_is_news)
     try:
-        # Tune would handle SIGUSR1, and keep its handler after its end: the signal would not end the confirmation.
-        signals = patch.object(tune_module, "_setup_signal_catching", threading.Event)
-        with deaths_taken_right(stop.ask), callbacks_uncounted(), signals:
+        with quiet_tune(), patched_worker_deaths(stop.ask, UncountedDeaths()):
             tuner.fit()
     except Exception:
         if stop.reason is None:
             raise
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return "Error handling checkpoint" not in str(record.msg)
-
-
-@contextlib.contextmanager
-def callbacks_uncounted() -> Iterator[None]:
-    """In the ``with`` block, Tune does not count callbacks for usage statistics if these are turned off.
-
-    To recognize the classes, it imports MLflow and W&B if they are installed, used or not: a second of each search.
-    """
-    if usage_stats_enabled():
-        yield
-    else:
-        with patch.object(usage, "tag_callbacks", lambda callbacks: False):
-            yield
-
-
-@contextlib.contextmanager
-def deaths_taken_right(on_fault: Callable[[str], None]) -> Iterator[None]:
-    """In the ``with`` block, a worker's death costs its own trial the retries that it should, and no other trial any.
-
-    Ray 2.60 has two errors here. For a worker that the memory monitor killed in a task, it raises ``OutOfMemoryError``,
-    which is no ``RayActorError``, so that Tune ends with all trials, "Caught unexpected exception". And the death of a
-    worker between two trials shows only as Tune resets it for the next one, which is still pending: Tune queues that
-    trial again, and then ends it for good, because its task has failed too.
-
-    Args:
-        on_fault: is called with a line if Tune found no room to write the reason of a death: its own folder is in the
-            temporary one.
-    """
-    take, count = RayActorManager._actor_task_failed, Trial.handle_error  # noqa: SLF001
-    blameless = BlamelessDeaths()
-
-    def take_right(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
-        if isinstance(exception, OutOfMemoryError):
-            exception = RayActorError(error_msg=str(exception))
-        if isinstance(exception, RayActorError):
-            _spare_pending_trial(tracked_actor_task)
-        take(self, tracked_actor_task, exception)
-
-    def count_right(self: Trial, exc: Any = None) -> None:
-        failures = self.run_metadata.num_failures
-        try:
-            count(self, exc)
-        except OSError as error:
-            on_fault(describe_error(error))
-        # A trial whose retries the time limit has prevented has none to spare.
-        if self.max_failures and blameless.holds(self, find_reason(str(exc))):
-            self.run_metadata.num_failures = failures
-
-    with (
-        patch.object(RayActorManager, "_actor_task_failed", take_right),
-        patch.object(Trial, "handle_error", count_right),
-    ):
-        yield
-
-
-class BlamelessDeaths:
+class UncountedDeaths:
     """Decides which deaths of workers cost a trial none of its ``WORKER_RETRIES``.
 
     These are the deaths of a trial that needs a larger share of a GPU, and of one whose node is lost or full of other
@@ -237,8 +164,9 @@ class BlamelessDeaths:
     def __init__(self) -> None:
         self._lost: dict[str, tuple[int, int]] = {}
 
-    def holds(self, trial: Any, cause: str) -> bool:
+    def __call__(self, trial: Any, error: Exception) -> bool:
         """Return whether the death that has just ended the trial's worker is one of them."""
+        cause = find_reason(str(error))
         most = count_free_retries(cause)
         if most == 0:
             return LARGER_SHARE_SIGN in cause
@@ -247,14 +175,3 @@ class BlamelessDeaths:
         times = 1 if epoch > furthest else times + 1
         self._lost[trial.trial_id] = (max(epoch, furthest), times)
         return times <= most
-
-
-def _spare_pending_trial(task: Any) -> None:
-    """If the worker of a task died before its trial began, only let the trial be queued again."""
-    actor = task._tracked_actor  # noqa: SLF001
-    controller = getattr(actor._on_error, "__self__", None)  # noqa: SLF001
-    if isinstance(controller, TuneController):
-        trial = controller._actor_to_trial.get(actor)  # noqa: SLF001
-        if trial in controller._pending_trials:  # noqa: SLF001
-            controller._resetting_trials.discard(trial)  # noqa: SLF001 - else it would wait for its reset for ever
-            task._on_error = None  # noqa: SLF001

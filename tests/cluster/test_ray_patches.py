@@ -1,0 +1,388 @@
+"""Each use of Ray's private parts: what it changes, and that stock Ray still needs it.
+
+If a test named ``test_stock_...`` fails, Ray has changed: remove what is no longer needed from ``ray_patches.py``.
+"""
+
+import inspect
+import logging
+import os
+import re
+import signal
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray._private import node as node_module
+from ray._private import parameter, ray_constants, services, worker
+from ray.air._internal import usage
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.job_config import JobConfig
+from ray.runtime_context import RuntimeContext
+from ray.tune import Callback
+from ray.tune import tune as tune_module
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+
+from tune_amp.cluster import ray_patches
+from tune_amp.trial.config import SIGNALS
+
+RAY_OPTIONS = "\n".join(inspect.signature(ray.init).parameters)
+"""Public arguments of ``ray.init``; the private ones are in ``**kwargs``."""
+
+
+def test_the_version_of_ray_is_the_one_that_the_reasons_name() -> None:
+    """Read the reasons again before this number is changed."""
+    assert ray.__version__.startswith("2.60.")
+    assert "Seen with Ray 2.60." in (ray_patches.__doc__ or "")
+
+
+# The environment
+
+
+def test_stock_ray_has_no_option_for_its_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.findall(r".*(?:host|ip_address|interface).*", RAY_OPTIONS) == ["dashboard_host"]
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: "192.0.2.7")
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)  # as Linux has it
+    assert services.get_node_ip_address() == "192.0.2.7"
+    for name, value in ray_patches.LOOPBACK_ONLY.items():
+        monkeypatch.setenv(name, value)
+    assert services.get_node_ip_address() == "192.0.2.7"  # the variable was read on import
+    ray_patches.read_environment_again()
+    assert services.get_node_ip_address() == "127.0.0.1"
+
+
+def test_environment_is_as_before_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", not before)
+    ray_patches.read_environment_again()
+    assert before == ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_stock_ray_has_no_option_for_what_workers_import_and_how_many_start_at_once() -> None:
+    assert re.findall(r".*(?:preload|prestart|import).*", RAY_OPTIONS) == []
+    assert ray_patches.preloading(["a", "b"])["RAY_preload_python_modules"] == "a,b"
+    assert ray_patches.preloading([])["RAY_preload_python_modules"] is None
+
+
+def test_stock_ray_makes_twenty_attempts_to_join_unless_the_variable_says_otherwise() -> None:
+    assert ray_constants.NUM_REDIS_GET_RETRIES == 20
+    assert re.findall(r".*(?:timeout|wait|retr).*", RAY_OPTIONS) == []
+    [name] = ray_patches.ONE_CONNECTION_ATTEMPT
+    assert f'environ.get("{name}")' in inspect.getsource(node_module.Node)
+
+
+# The start and the end of a session
+
+
+def test_stock_ray_sends_folders_of_the_driver_to_the_workers_and_has_no_option_against_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "job_config._py_driver_sys_path.extend(code_paths)" in inspect.getsource(worker.connect)
+    paths = re.findall(r".*path.*", "\n".join(inspect.signature(JobConfig).parameters))
+    assert paths == ["code_search_path", "_py_driver_sys_path"]  # the first only adds folders
+    jobs: list[Any] = []
+    monkeypatch.setattr(ray, "init", lambda *_, job_config, **options: jobs.append((job_config, options)))
+    ray_patches.init_ray("local", "a run", temp_dir=tmp_path, num_cpus=1)
+    [(job, options)] = jobs
+    job._py_driver_sys_path.append("/somewhere")
+    assert b"somewhere" not in job._serialize()
+    assert job.metadata == {"tune_amp": "a run", "job_name": "a run"}
+    assert (options["_temp_dir"], options["num_cpus"]) == (str(tmp_path), 1)
+
+
+def test_stock_ray_has_no_option_for_the_agents_port_the_session_and_its_folder(tmp_path: Path) -> None:
+    assert re.findall(r".*(?:agent|session|temp|dir).*", RAY_OPTIONS) == []
+    stock = parameter.RayParams()
+    assert (stock.dashboard_agent_listen_port, stock.session_name) == (52365, None)
+    with ray_patches.private_start(tmp_path, "short"):
+        ours = parameter.RayParams()
+        assert (ours.dashboard_agent_listen_port, ours.session_name) == (0, "short")
+    assert parameter.RayParams().session_name is None
+
+
+def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "PYTHONSAFEPATH" not in inspect.getsource(services)
+    started: list[tuple[str, Any]] = []
+    monkeypatch.setattr(services, "start_ray_process", lambda _, kind, **options: started.append((kind, options)))
+    stock = services.start_ray_process
+    with ray_patches.private_start(tmp_path, "short"):
+        for kind in (ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_RAYLET):
+            services.start_ray_process([], kind, fate_share=True)
+    assert services.start_ray_process is stock
+    own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
+    assert started == [
+        (ray_constants.PROCESS_TYPE_DASHBOARD, own),
+        (ray_constants.PROCESS_TYPE_RAYLET, {"fate_share": True}),
+    ]
+
+
+def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:
+    assert "raylet_start_wait_time_s = 30\n" in inspect.getsource(node_module.Node.__init__)
+
+
+class StartingNode:
+    """Stands in for Ray's node: ``registers`` says at which question it is found, ``dead`` what has ended."""
+
+    gcs_address, node_id = "127.0.0.1:1", "node"
+
+    def __init__(self, registers: int, dead: tuple[str, ...] = ()) -> None:
+        self.left, self.dead, self.killed = registers, dead, False
+
+    def start_ray_processes(self) -> None:
+        pass
+
+    def dead_processes(self) -> list[tuple[str, SimpleNamespace]]:
+        return [(kind, SimpleNamespace(returncode=1)) for kind in self.dead]
+
+    def kill_all_processes(self, check_alive: bool) -> None:
+        self.killed = True
+
+    def get_node(self, gcs_address: str, node_id: str) -> None:
+        self.left -= 1
+        if self.left > 0:
+            raise RuntimeError("not found")
+
+
+def start_patiently(node: StartingNode, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(node_module, "Node", StartingNode)
+    monkeypatch.setattr(services, "get_node", node.get_node)
+    monkeypatch.setattr("tune_amp.cluster.ray_patches.SLOW_START_SECONDS", 0.05)
+    with ray_patches.patient_start(lines.append):
+        node.start_ray_processes()
+    return lines
+
+
+def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another part that has died, such as a monitor, is no reason to give up."""
+    node = StartingNode(registers=4, dead=("monitor",))
+    [line] = start_patiently(node, monkeypatch)
+    assert node.left == 0
+    assert not node.killed
+    assert line.startswith("Ray has not started within 0 s (the machine's load is ")
+    assert line.endswith("CPUs); waiting up to 300 s")
+
+
+def test_node_that_never_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = StartingNode(registers=10**9)
+    monkeypatch.setattr("tune_amp.cluster.ray_patches.START_SECONDS", 0)
+    with pytest.raises(TimeoutError, match="its node was not ready after 0 s"):
+        start_patiently(node, monkeypatch)
+    assert node.killed
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_node_that_dies_as_it_starts_is_not_waited_for(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = StartingNode(registers=4, dead=(part,))
+    with pytest.raises(RuntimeError, match=f"^its {part} ended with exit code 1$"):
+        start_patiently(node, monkeypatch)
+    assert node.killed
+
+
+def test_stock_ray_prints_logs_of_processes_that_died_even_if_no_logs_go_to_the_driver(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``log_to_driver`` ends the subscription to workers' logs; these come with the error that a process died."""
+    assert "log_to_driver" not in inspect.getsource(worker.print_worker_logs)
+    lines = {"pid": "raylet", "lines": ["a page of log"], "ip": "", "job": "", "is_err": True}
+    with ray_patches.quiet_logs():
+        worker.print_worker_logs(lines, sys.stderr)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
+    worker.print_worker_logs(lines, sys.stderr)  # type: ignore[arg-type]
+    assert "a page of log" in capsys.readouterr().err
+
+
+# A running Ray
+
+
+def test_stock_ray_says_that_it_runs_whatever_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = SimpleNamespace(pid=1)
+    dead = SimpleNamespace(
+        dead_processes=lambda: [("raylet", process)], all_processes={"raylet": [SimpleNamespace(process=process)]}
+    )
+    monkeypatch.setattr(worker, "_global_node", dead)
+    assert "return ray._private.worker.global_worker.connected\n" in inspect.getsource(worker.is_initialized)
+    assert ray_patches.find_node() is dead
+    assert ray_patches.list_processes() == [process]
+    monkeypatch.setattr(worker, "_global_node", None)
+    assert ray_patches.list_processes() == []
+
+
+def test_stock_ray_waits_for_its_processes_for_a_second_only() -> None:
+    assert "wait_timeout_seconds = 1\n" in inspect.getsource(node_module.Node._kill_process_impl)
+
+
+def test_stock_ray_gives_the_dashboards_address_only_to_whoever_started_it() -> None:
+    assert "get_dashboard_url" not in dir(ray)
+    assert [name for name in dir(RuntimeContext) if "dashboard" in name or "url" in name] == []
+
+
+def test_stock_ray_has_no_public_count_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import accelerators
+    from ray.util import accelerators as public
+
+    assert [name for name in dir(public) if "count" in name or "num" in name] == []
+    manager = SimpleNamespace(get_current_node_num_accelerators=lambda: 3)
+    monkeypatch.setattr(accelerators, "get_accelerator_manager_for_resource", lambda name: manager)
+    assert ray_patches.count_gpus_of_ray() == 3
+    monkeypatch.setattr(accelerators, "get_accelerator_manager_for_resource", lambda name: None)
+    assert ray_patches.count_gpus_of_ray() == 0
+
+
+def test_stock_ray_has_no_public_title_of_a_process_and_only_a_workers_is_changed() -> None:
+    assert [name for name in (*dir(ray), *dir(RuntimeContext)) if "title" in name] == []
+    if sys.platform.startswith("linux"):
+        before = Path("/proc/self/cmdline").read_bytes()
+        ray_patches.set_process_title("01-fp16 epoch 1/2")
+        assert Path("/proc/self/cmdline").read_bytes() == before
+
+
+# Tune
+
+
+def test_stock_tune_ends_a_worker_whose_save_raises() -> None:
+    """Tests of saving itself are in ``test_trainable.py``."""
+    assert "on_error=self._trial_task_failure" in inspect.getsource(TuneController._schedule_trial_save)
+
+
+def test_stock_tune_pauses_no_trial_that_has_no_worker() -> None:
+    changed: list[Any] = []
+    controller: Any = SimpleNamespace(_trial_to_actor={}, _set_trial_status=lambda *status: changed.append(status))
+    TuneController._schedule_trial_pause(controller, "trial", should_checkpoint=False)  # type: ignore[arg-type]
+    assert changed == []
+    ray_patches.pause_pending(controller, "trial")
+    assert changed == [("trial", Trial.PAUSED)]
+
+
+def test_stock_tune_handles_signals_and_keeps_its_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take SIGUSR1 while winners are confirmed."""
+    monkeypatch.delenv("TUNE_DISABLE_SIGINT_HANDLER", raising=False)
+    before = [signal.getsignal(number) for number in SIGNALS]
+
+    def list_taken() -> set[int]:
+        return {number for number, was in zip(SIGNALS, before, strict=True) if signal.getsignal(number) != was}
+
+    try:
+        with ray_patches.quiet_tune():
+            assert not tune_module._setup_signal_catching().is_set()
+            assert list_taken() == set()
+        tune_module._setup_signal_catching()
+        assert signal.SIGUSR1 in list_taken()
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    monkeypatch.setenv("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ray's own switch
+    tune_module._setup_signal_catching()
+    try:
+        assert list_taken() == {signal.SIGUSR1}
+    finally:
+        signal.signal(signal.SIGUSR1, before[SIGNALS.index(signal.SIGUSR1)])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_stock_tune_counts_callbacks_whether_or_not_usage_statistics_are_on(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "usage_stats_enabled" not in inspect.getsource(usage.tag_callbacks)
+    counted, first = list[Any](), Callback()
+    monkeypatch.setattr(usage, "tag_callbacks", counted.append)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", str(int(enabled)))
+    with ray_patches.quiet_tune():
+        usage.tag_callbacks([first])
+    assert counted == [[first]] * enabled
+    usage.tag_callbacks([])
+    assert counted[-1] == []
+
+
+def test_tracebacks_that_are_no_news_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert "Error handling checkpoint" in inspect.getsource(TuneController)
+    controller = logging.getLogger("ray.tune.execution.tune_controller")
+    snapshot = logging.getLogger("ray.tune.execution.experiment_state")
+    level, filters = snapshot.level, [*controller.filters]
+    with ray_patches.quiet_tune():
+        snapshot.error("no room")
+        controller.error("Trial 1: Error handling checkpoint")
+        controller.error("something else")
+    assert caplog.messages == ["something else"]
+    assert (snapshot.level, controller.filters) == (level, filters)
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """One that runs, of Tune's own class, and keeps no files."""
+    monkeypatch.setattr(Trial, "local_path", None)
+    return Trial("trainable", stub=True, max_failures=2)
+
+
+def refuse(text: str) -> None:
+    pytest.fail(f"no fault was made: {text}")
+
+
+def test_deaths_cost_a_retry_unless_they_are_uncounted_and_rays_own_way_is_back_after_the_block(trial: Trial) -> None:
+    stock = Trial.handle_error, RayActorManager._actor_task_failed
+    with ray_patches.patched_worker_deaths(refuse, lambda trial, error: "lost" in str(error)):
+        trial.handle_error(RayActorError(error_msg="lost"))
+        assert trial.run_metadata.num_failures == 0
+        trial.handle_error(RayActorError(error_msg="died"))
+        assert trial.run_metadata.num_failures == 1
+    assert (Trial.handle_error, RayActorManager._actor_task_failed) == stock
+    trial.handle_error(RayActorError(error_msg="lost"))  # stock Tune counts every death
+    assert trial.run_metadata.num_failures == 2
+
+
+def make_task(actor: Any, on_error: Any) -> Any:
+    return SimpleNamespace(_tracked_actor=actor, _on_error=on_error)
+
+
+def test_stock_tune_ends_with_all_trials_if_the_memory_monitor_kills_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, manager = make_task(SimpleNamespace(_on_error=None), None), SimpleNamespace()
+    killed = OutOfMemoryError("Task was killed")
+    assert not isinstance(killed, RayActorError)
+    with pytest.raises(RuntimeError, match="Caught unexpected exception"):
+        RayActorManager._actor_task_failed(manager, task, killed)  # type: ignore[arg-type]
+    taken: list[Exception] = []
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda _, task, exception: taken.append(exception))
+    with ray_patches.patched_worker_deaths(refuse, lambda *_: False):
+        RayActorManager._actor_task_failed(manager, task, killed)  # type: ignore[arg-type]
+    assert [(type(exception), str(exception)) for exception in taken] == [(RayActorError, "Task was killed")]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_stock_tune_ends_a_pending_trial_whose_worker_died_before_its_reset(patched: bool) -> None:
+    """It first queues the trial again, by the actor's handler, and then fails it, by that of the task."""
+    controller: Any = object.__new__(TuneController)
+    events: list[str] = []
+    actor = SimpleNamespace(actor_id=1, _on_error=types.MethodType(lambda *_: events.append("queued"), controller))
+    controller._actor_to_trial, controller._pending_trials, controller._resetting_trials = {1: "t"}, {"t"}, {"t"}
+    controller._actor_to_trial = SimpleNamespace(get=lambda actor: "t")
+    manager: Any = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
+    task = make_task(actor, lambda *_: events.append("failed"))
+    died = RayActorError(error_msg="died")
+    if patched:
+        with ray_patches.patched_worker_deaths(refuse, lambda *_: False):
+            RayActorManager._actor_task_failed(manager, task, died)
+        assert events == ["queued"]
+        assert controller._resetting_trials == set()
+    else:
+        RayActorManager._actor_task_failed(manager, task, died)
+        assert events == ["queued", "failed"]
+
+
+def test_stock_tune_raises_if_there_is_no_room_for_the_reason_of_a_death(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes the reason into a folder of its own, below the temporary one."""
+    monkeypatch.setattr(Trial, "local_path", os.devnull)
+    died = RayActorError(error_msg="died")
+    with pytest.raises(OSError, match="Not a directory"):
+        trial.handle_error(died)
+    faults: list[str] = []
+    with ray_patches.patched_worker_deaths(faults.append, lambda *_: False):
+        trial.handle_error(died)
+    assert len(faults) == 1
+    assert trial.run_metadata.num_failures == 2
