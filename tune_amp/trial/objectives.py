@@ -11,10 +11,12 @@ from tune_amp.trial.config import COST_OBJECTIVES, RESERVED_NAMES, InputError, c
 MAX, MIN = "max", "min"
 MODES = (MAX, MIN)
 
-_BETTER_LARGE = ("accuracy", "acc", "auc", "bleu", "dice", "f1", "iou", "map", "precision", "psnr", "r2", "recall")
-_BETTER_LARGE += ("reward", "return", "score", "ssim")
-_BETTER_SMALL = ("bytes", "cer", "distance", "error", "fid", "loss", "mae", "mape", "mse", "perplexity", "ppl")
-_BETTER_SMALL += ("regret", "rmse", "seconds", "wer")
+_BETTER_LARGE = frozenset(
+    "accuracy acc auc bleu dice f1 iou map precision psnr r2 recall return reward score ssim".split()
+)
+_BETTER_SMALL = frozenset(
+    "bytes cer distance error fid loss mae mape mse perplexity ppl regret rmse seconds wer".split()
+)
 
 
 def metric_of(objective: str) -> str:
