@@ -9,7 +9,7 @@ import yaml
 
 from tune_amp.trial import consent
 from tune_amp.trial.config import InputError
-from tune_amp.trial.consent import consent_to, load_function
+from tune_amp.trial.consent import consent_to, list_provided, load_function, name_function, provide
 
 
 def test_function_in_a_package_is_found_and_installed_modules_are_not_shadowed(
@@ -123,3 +123,46 @@ def test_name_without_a_module_and_a_function_is_refused(name: str) -> None:
     consent_to(name)
     with pytest.raises(InputError, match=name):
         load_function(name)
+
+
+def module_function() -> int:
+    return 1
+
+
+def test_a_function_of_a_module_is_named_and_found_there() -> None:
+    name = name_function(module_function)
+    assert name == f"{__name__}:module_function"
+    assert list_provided() == {}
+    assert load_function(name) is module_function
+
+
+def test_a_function_that_no_module_holds_is_kept_as_it_is_until_it_is_defined_again() -> None:
+    def define(value: int) -> Callable[[], int]:
+        def local() -> int:
+            return value
+
+        return local
+
+    first, again = define(1), define(2)  # as a notebook's cell that is run again
+    name = name_function(first)
+    assert load_function(name) is first
+    assert name_function(again) == name
+    assert load_function(name) is again
+    assert list_provided() == {name: again}
+    provide({name: first})  # in a worker
+    assert load_function(name) is first
+
+
+def test_a_function_of_the_main_program_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's own ``__main__`` is another one."""
+    monkeypatch.setattr(module_function, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "module_function", module_function, raising=False)
+    name = name_function(module_function)
+    assert name == "__main__:module_function"
+    assert list_provided() == {name: module_function}
+
+
+def test_what_has_no_name_is_refused() -> None:
+    for value in (lambda: 1, 5, "mine:train"):
+        with pytest.raises(InputError, match=r"must be a function or a class with a name$"):
+            name_function(value)

@@ -6,7 +6,7 @@ import importlib
 import importlib.machinery
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +28,8 @@ class _Consent:
         """
         self.of_files: set[str] = set()
         """Names from files, which need consent even if ``is_asked_for`` is False."""
+        self.provided: dict[str, Callable[..., Any]] = {}
+        """Functions and classes that this process was given as they are, because no module holds them."""
 
 
 _consent = _Consent()
@@ -41,6 +43,37 @@ def consent_to(*names: str | None) -> None:
     """
     _consent.is_asked_for = True
     _consent.given.update(name for name in names if name is not None)
+
+
+def name_function(function: Any) -> str:
+    """Return a name by which ``load_function`` finds a function or class that the user passed in Python.
+
+    What a module holds is found by its name. Another one, of a notebook or a script, is kept as it is:
+    ``list_provided`` has it for the workers.
+
+    Raises:
+        InputError: it has no name, as a lambda, or it is not callable.
+    """
+    name = f"{getattr(function, '__module__', None)}:{getattr(function, '__name__', None)}"
+    if not callable(function) or not is_function_name(name):
+        raise InputError(f"{shown(function)}: must be a function or a class with a name")
+    module = sys.modules.get(function.__module__)
+    if function.__module__ != "__main__" and getattr(module, function.__name__, None) is function:
+        _consent.provided.pop(name, None)
+    else:
+        _consent.provided[name] = function
+    _consent.given.add(name)
+    return name
+
+
+def list_provided() -> dict[str, Callable[..., Any]]:
+    """Return the functions and classes that no module holds, by name."""
+    return dict(_consent.provided)
+
+
+def provide(functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Let ``load_function`` return these functions and classes for their names, in a worker."""
+    _consent.provided.update(functions)
 
 
 def distrust(name: str) -> None:
@@ -87,6 +120,8 @@ def load_function(name: str) -> Callable[..., Any]:
         way = f"in Python, call tune_amp.trial.consent_to({name!r}) first"
         raise InputError(f"{name}: code that only a file names is not run; name it on the command line, or, {way}")
     _consent.given.add(name)
+    if name in _consent.provided:
+        return _consent.provided[name]
     folder = str(Path.cwd())
     # Python puts the folder of a script first on the path: tune_amp's train.py would shadow a user's.
     sys.path[:] = [entry for entry in sys.path if entry != _SCRIPTS_FOLDER]

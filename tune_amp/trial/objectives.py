@@ -11,10 +11,12 @@ from tune_amp.trial.config import COST_OBJECTIVES, RESERVED_NAMES, InputError, c
 MAX, MIN = "max", "min"
 MODES = (MAX, MIN)
 
-_BETTER_LARGE = ("accuracy", "acc", "auc", "bleu", "dice", "f1", "iou", "map", "precision", "psnr", "r2", "recall")
-_BETTER_LARGE += ("reward", "return", "score", "ssim")
-_BETTER_SMALL = ("bytes", "cer", "distance", "error", "fid", "loss", "mae", "mape", "mse", "perplexity", "ppl")
-_BETTER_SMALL += ("regret", "rmse", "seconds", "wer")
+_BETTER = {
+    MAX: {*("accuracy", "acc", "auc", "bleu", "dice", "f1", "iou", "map", "precision", "psnr", "r2", "recall")}
+    | {"return", "reward", "score", "ssim"},
+    MIN: {*("bytes", "cer", "distance", "error", "fid", "loss", "mae", "mape", "mse", "perplexity", "ppl", "regret")}
+    | {"rmse", "seconds", "wer"},
+}
 
 
 def metric_of(objective: str) -> str:
@@ -31,10 +33,9 @@ def is_maximized(objective: str) -> bool:
 def guess_mode(name: str) -> str | None:
     """Return the direction that a word of the name implies, the last one first: ``val_loss`` -> min; None if none."""
     for word in reversed(name.lower().split("_")):
-        if word in _BETTER_LARGE:
-            return MAX
-        if word in _BETTER_SMALL:
-            return MIN
+        for mode, words in _BETTER.items():
+            if word in words:
+                return mode
     return None
 
 
