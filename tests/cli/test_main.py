@@ -10,7 +10,7 @@ import pytest
 from records import PROVENANCE, make_trial
 
 from tune_amp.cli.main import main
-from tune_amp.cli.search import Task, _load_checked, _say_cut_off, _user_modules, search_command
+from tune_amp.cli.search import SearchRequest, _load_checked, _print_cut_off, _user_modules, search_command
 from tune_amp.cli.search_arguments import search_parser
 from tune_amp.cli.train import describe_recalls, train_command
 from tune_amp.results.records import rank_trials, write_best, write_trials
@@ -122,7 +122,7 @@ def test_a_batch_larger_than_the_data_set_is_refused(capsys: pytest.CaptureFixtu
 
 def test_a_tail_that_is_too_long_for_the_data_names_the_flag() -> None:
     arguments = argparse.Namespace(dataset="digits", data_dir=None, imbalance=100.0)
-    task = Task(arguments=arguments, space=load_space("quick"), command=("scripts/search.py",), begun=0.0)
+    task = SearchRequest(arguments=arguments, space=load_space("quick"), command=("scripts/search.py",), begun=0.0)
     with pytest.raises(InputError) as caught:
         _load_checked(task)
     rule = "each class of digits must keep at least 2 training images"
@@ -275,16 +275,16 @@ def test_run_folder_that_was_removed_under_a_search_is_one_line(
     """Ray and the last files of the search may have made a part of it again."""
     folder = tmp_path / "run"
     arguments = search_parser("search").parse_args([])
-    task = Task(arguments=arguments, space=load_space("quick"), command=("search",), begun=0.0)
+    task = SearchRequest(arguments=arguments, space=load_space("quick"), command=("search",), begun=0.0)
     if left is not None:
         folder.mkdir()
         (folder / left).touch()
-    assert _say_cut_off("no such file", task, folder) == 1
+    assert _print_cut_off("no such file", task, folder) == 1
     expected = (
         f"error: {folder} was removed or moved while the search ran, and cannot be resumed there (no such file)\n"
     )
     assert capsys.readouterr().err == expected
     folder.mkdir(exist_ok=True)
     (folder / "reports.journal").write_text("begun")
-    assert _say_cut_off("no such file", task, folder) == 130
+    assert _print_cut_off("no such file", task, folder) == 130
     assert capsys.readouterr().err.startswith("cut off  no such file\nresume   ")

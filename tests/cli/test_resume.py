@@ -9,7 +9,7 @@ import past_runs as made
 import pytest
 from records import PROVENANCE
 
-from tune_amp.cli.resume import describe_changes, describe_standing, name_resume_command, remember, take_over
+from tune_amp.cli.resume import describe_changes, describe_progress, name_resume_command, remember, restore_arguments
 from tune_amp.cli.search_arguments import search_parser
 from tune_amp.results.journal import Journal
 from tune_amp.results.records import list_versions
@@ -43,7 +43,7 @@ def begin(folder: Path, *command: str, trial: dict[str, Any] | None = None, **ab
 
 def resume(folder: Path, *command: str) -> argparse.Namespace:
     with open_history(folder) as past:
-        return take_over(parser(), ["--resume", str(folder), *command], past)
+        return restore_arguments(parser(), ["--resume", str(folder), *command], past)
 
 
 def test_run_goes_on_as_it_was_begun(tmp_path: Path) -> None:
@@ -78,19 +78,19 @@ def test_how_much_and_where_may_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (["--max-epochs", "8"], "--max-epochs: must stay 3 in a run that goes on, got 8"),
-        (["--seed", "1"], "--seed: must stay 0 in a run that goes on, got 1"),
-        (["--model", "vit"], "--model: must stay simple_net in a run that goes on, got vit"),
-        (["--grace-period", "2"], "--grace-period: must stay 1 in a run that goes on, got 2"),
-        (["--reduction-factor", "3"], "--reduction-factor: must stay 2.0 in a run that goes on, got 3.0"),
-        (["--scheduler", "none"], "--scheduler: must stay asha in a run that goes on, got none"),
-        (["--sampler", "random"], "--sampler: must stay tpe in a run that goes on, got random"),
-        (["--objective", "val_loss"], "--objective: must stay val_accuracy in a run that goes on, got val_loss"),
-        (["--dataset", "mnist"], "--dataset: must stay digits in a run that goes on, got mnist"),
-        (["--imbalance", "2"], "--imbalance: must stay 1.0 in a run that goes on, got 2.0"),
+        (["--max-epochs", "8"], "--max-epochs: must stay 3 in a resumed run, got 8"),
+        (["--seed", "1"], "--seed: must stay 0 in a resumed run, got 1"),
+        (["--model", "vit"], "--model: must stay simple_net in a resumed run, got vit"),
+        (["--grace-period", "2"], "--grace-period: must stay 1 in a resumed run, got 2"),
+        (["--reduction-factor", "3"], "--reduction-factor: must stay 2.0 in a resumed run, got 3.0"),
+        (["--scheduler", "none"], "--scheduler: must stay asha in a resumed run, got none"),
+        (["--sampler", "random"], "--sampler: must stay tpe in a resumed run, got random"),
+        (["--objective", "val_loss"], "--objective: must stay val_accuracy in a resumed run, got val_loss"),
+        (["--dataset", "mnist"], "--dataset: must stay digits in a resumed run, got mnist"),
+        (["--imbalance", "2"], "--imbalance: must stay 1.0 in a resumed run, got 2.0"),
         (["--num-samples", "1"], "--num-samples: must be at least the 2 of the run, got 1"),
-        (["--name", "x"], "--name: belongs to a run's beginning, not beside --resume"),
-        (["--warm-start", "x"], "--warm-start: belongs to a run's beginning, not beside --resume"),
+        (["--name", "x"], "--name: sets how a run begins, and is not allowed with --resume"),
+        (["--warm-start", "x"], "--warm-start: sets how a run begins, and is not allowed with --resume"),
         (["--max-epochs", "0"], "--max-epochs: must be at least 1, got 0"),
         (["--num-samples", "0"], "--num-samples: must be at least 1, got 0"),
     ],
@@ -119,7 +119,7 @@ def test_warm_start_that_was_never_taken_over_is_not_forgotten_in_silence(tmp_pa
     made.write_journal(folder, [first, made.session(arguments=first["arguments"])])
     with pytest.raises(InputError) as caught:
         resume(folder)
-    assert str(caught.value) == "--resume: the run was cut off before its warm start was taken over; begin it anew"
+    assert str(caught.value) == "--resume: the run was cut off before its warm start was applied; start it again"
 
 
 def test_naming_what_stays_is_no_change(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_another_space_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         resume(begin(tmp_path), "stress")
     assert str(caught.value).startswith("SPACE: must stay ")
-    assert str(caught.value).endswith(" as it was in a run that goes on, got stress, which differs")
+    assert str(caught.value).endswith(" as it was in a resumed run, got stress, which differs")
 
 
 def test_data_set_is_the_one_that_was_found_then(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_leads_out_of_the_run_folder_is_named_again_changed_or_left_out(
     folder, name = begin(tmp_path, flag, recorded), flag.removeprefix("--").replace("-", "_")
     with pytest.raises(InputError) as caught:
         resume(folder)
-    assert str(caught.value) == f"--resume: must be given once more, each as it was or as none: {flag} {recorded}"
+    assert str(caught.value) == f"--resume: must be given again, each as it was or as none: {flag} {recorded}"
     for given in (recorded, other):
         found = getattr(resume(folder, flag, given), name)
         assert found == ([given] if name == "tracker" else given)
@@ -283,7 +283,7 @@ def test_space_file_that_was_edited_since_is_explained(tmp_path: Path) -> None:
     source = tmp_path / "mine.yaml"
     source.write_text("parameters: {}\n")
     [line] = changes(begin(tmp_path / "run", space_source=str(source), versions={}))
-    assert line == f"{source} has been changed since; the run goes on with the space as it was"
+    assert line == f"{source} has changed since; the run resumes with the space as it was"
 
 
 def test_what_a_run_names_as_its_space_is_read_only_where_it_can_be_one(tmp_path: Path) -> None:
@@ -300,18 +300,18 @@ def test_runs_own_copy_of_the_space_must_not_be_edited(tmp_path: Path) -> None:
     (folder / "space.yaml").write_text("parameters: {}\n")
     with pytest.raises(InputError) as caught:
         changes(folder)
-    assert str(caught.value).startswith(f"{folder}/space.yaml: must stay as it was when the run was begun")
+    assert str(caught.value).startswith(f"{folder}/space.yaml: must stay as it was when the run began")
 
 
 def test_standing_counts_what_is_over_and_what_goes_on(tmp_path: Path) -> None:
     events = [made.session(), *(made.trial(name, number) for number, name in enumerate("abcd"))]
     events += [made.report("b", 1), made.report("d", 1, done=True), made.end("a", "failed"), made.session(95.4)]
     with made.written_past(tmp_path, *events) as past:
-        told = describe_standing(past, 32, 100.0)
-        assert describe_standing(past, 32, 95.0) == f"{told}, all of --time-budget 95"
+        told = describe_progress(past, 32, 100.0)
+        assert describe_progress(past, 32, 95.0) == f"{told}, all of --time-budget 95"
     assert told == "2 of 32 trials are over, 2 were cut off (1 of them after a report); 95 s so far"
     with made.written_past(tmp_path, made.session(), made.trial("a", 0), made.end("a", "failed")) as past:
-        assert describe_standing(past, 1) == "1 of 1 trials are over; 3 s so far"
+        assert describe_progress(past, 1) == "1 of 1 trials are over; 3 s so far"
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_secrets_of_a_url_are_not_kept_and_have_to_be_given_again(tmp_path: Path
     with pytest.raises(InputError) as caught:
         resume(folder)
     assert str(caught.value) == (
-        "--resume: must be given once more, each as it was or as none: "
+        "--resume: must be given again, each as it was or as none: "
         "--storage-path 's3://***@bucket/runs?endpoint_override=host:1'"
     )
     with pytest.raises(InputError) as caught:

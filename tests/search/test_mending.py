@@ -67,8 +67,8 @@ def test_whole_study_stays_and_half_a_line_of_it_is_cut_off(run: Path) -> None:
         (lambda path: path.write_bytes(b"[]\n7\n"), "cannot be read (TypeError: "),
         (lambda path: write_study(path, direction="minimize"), "is of a search that would minimize; "),
         (lambda path: write_study(path, trial_1="trial 2"), "has another trial 1; "),
-        (Path.mkdir, "is no file; "),
-        (os.mkfifo, "is no file; "),
+        (Path.mkdir, "is not a file; "),
+        (os.mkfifo, "is not a file; "),
     ],
 )
 def test_study_that_cannot_be_that_of_the_journal_is_set_aside(
@@ -80,7 +80,7 @@ def test_study_that_cannot_be_that_of_the_journal_is_set_aside(
     [line] = mend(run)
     aside = run / "study.journal.damaged"
     assert line.startswith(f"{path}: {fault}")
-    assert line.endswith("; it is kept as study.journal.damaged, and made anew from reports.journal")
+    assert line.endswith("; it is kept as study.journal.damaged, and rebuilt from reports.journal")
     assert "\n" not in line
     assert not path.exists()
     assert content is None or aside.read_bytes() == content

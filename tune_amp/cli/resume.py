@@ -17,10 +17,10 @@ from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, checked_type, f
 from tune_amp.trial.consent import check_consent, consent_to
 from tune_amp.trial.text import HIDDEN, hide_credentials
 
-LEADS_OUT = ("address", "storage_path", "tracker")
+EXTERNAL_TARGETS = ("address", "storage_path", "tracker")
 """Arguments that send data, code and tokens to other machines, or delete elsewhere. A run's record alone never sets
 them."""
-OF_ONE_CALL = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
+NOT_REMEMBERED = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
 """Arguments that apply to one call and are not recorded."""
 
 _HINTS = {
@@ -35,7 +35,7 @@ _HINTS = {
 
 def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments for resuming the run from any folder, as values that JSON can hold."""
-    kept = {name: value for name, value in vars(arguments).items() if name not in OF_ONE_CALL}
+    kept = {name: value for name, value in vars(arguments).items() if name not in NOT_REMEMBERED}
     kept["address"] = arguments.address and hide_credentials(arguments.address)
     kept["storage_path"] = _name_from_anywhere(arguments.storage_path)
     kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.absolute())
@@ -49,13 +49,15 @@ def _name_from_anywhere(storage_path: str | None) -> str | None:
     return str(Path(storage_path).expanduser().absolute())
 
 
-def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: RunHistory) -> argparse.Namespace:
+def restore_arguments(
+    parser: argparse.ArgumentParser, command: Sequence[str], history: RunHistory
+) -> argparse.Namespace:
     """Return the arguments of a resumed run: those that it began with, overridden by the command line.
 
     Args:
         parser: the command's parser.
         command: the command's arguments, ``--resume`` among them.
-        past: the run.
+        history: the run.
 
     Raises:
         InputError: an argument would change what all trials of the run have in common, or the run needs the user's own
@@ -65,80 +67,80 @@ def take_over(parser: argparse.ArgumentParser, command: Sequence[str], past: Run
     given = parser.parse_args(command, argparse.Namespace(address=absent, storage_path=absent))
     for name in ("name", "warm_start"):
         if getattr(given, name) is not None:
-            raise InputError(f"{name_flag(name)}: belongs to a run's beginning, not beside --resume")
-    if past.provenance.warm_start is not None and not past.trials:
-        raise InputError("--resume: the run was cut off before its warm start was taken over; begin it anew")
-    recorded = _read_recorded(past)
-    _check_way_out([name for name in LEADS_OUT if getattr(given, name) in (absent, [])], recorded)
+            raise InputError(f"{name_flag(name)}: sets how a run begins, and is not allowed with --resume")
+    if history.provenance.warm_start is not None and not history.trials:
+        raise InputError("--resume: the run was cut off before its warm start was applied; start it again")
+    recorded = _read_recorded(history)
+    _check_external_targets([name for name in EXTERNAL_TARGETS if getattr(given, name) in (absent, [])], recorded)
     recorded["tracker"] = []  # the given trackers replace the recorded ones
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
     if HIDDEN in (arguments.storage_path or ""):
         raise InputError(
             f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
         )
-    _check_space(given.space, past)
+    _check_space(given.space, history)
     consent_to(given.model, given.dataset, given.sampler)
     sampler = build_options(recorded).sampler
     check_consent("--resume", model=recorded["model"], dataset=recorded["dataset"], sampler=sampler)
-    _check_fixed(arguments, recorded, past)
-    _check_trials(arguments, past)
+    _check_fixed(arguments, recorded, history)
+    _check_trials(arguments, history)
     return arguments
 
 
-def _read_recorded(past: RunHistory) -> dict[str, Any]:
+def _read_recorded(history: RunHistory) -> dict[str, Any]:
     """Return the arguments that the run began with, each checked for its type: the journal is not trusted."""
     recorded = {}
     for name, hint in _HINTS.items():
-        if name not in past.arguments:
+        if name not in history.arguments:
             raise InputError(f"reports.journal: arguments.{name}: must be there")
-        recorded[name] = checked_type(f"reports.journal: arguments.{name}", past.arguments[name], hint)
-    trackers = past.arguments.get("tracker")
+        recorded[name] = checked_type(f"reports.journal: arguments.{name}", history.arguments[name], hint)
+    trackers = history.arguments.get("tracker")
     if not isinstance(trackers, list) or not all(isinstance(name, str) for name in trackers):
         raise InputError(f"reports.journal: arguments.tracker: must be a list of names, got {shown(trackers)}")
     if recorded["data_dir"] is not None:
         recorded["data_dir"] = Path(recorded["data_dir"])
-    return recorded | {"dataset": past.provenance.dataset, "tracker": trackers}
+    return recorded | {"dataset": history.provenance.dataset, "tracker": trackers}
 
 
-def _check_way_out(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:
-    """Refuse recorded values of ``LEADS_OUT`` that are not given again: a copied run may name those of its packer."""
-    missing = _name_ways_out({name: recorded[name] for name in left_out})
+def _check_external_targets(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:
+    """Refuse recorded values of ``EXTERNAL_TARGETS`` that are not given again: the run may have been made by others."""
+    missing = _name_external_targets({name: recorded[name] for name in left_out})
     if missing:
-        raise InputError(f"--resume: must be given once more, each as it was or as {NONE}: {shlex.join(missing)}")
+        raise InputError(f"--resume: must be given again, each as it was or as {NONE}: {shlex.join(missing)}")
 
 
-def _name_ways_out(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the flags of ``LEADS_OUT`` that are set, each with its value."""
+def _name_external_targets(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the flags of ``EXTERNAL_TARGETS`` that are set, each with its value."""
     parts = []
-    for name in LEADS_OUT:
+    for name in EXTERNAL_TARGETS:
         if arguments.get(name):
             value = arguments[name]
             parts += [name_flag(name), ",".join(value) if name == "tracker" else value]
     return parts
 
 
-def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], past: RunHistory) -> None:
+def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], history: RunHistory) -> None:
     now, then = build_options(vars(arguments)), build_options(recorded)
     fixed = [field.name for field in dataclasses.fields(SearchOptions) if "fixed" in field.metadata]
     changes = {name: (getattr(then, name), getattr(now, name)) for name in fixed}
     changes |= {name: (recorded[name], getattr(arguments, name)) for name in ("dataset", "imbalance")}
     for name, (before, wanted) in changes.items():
         if wanted != before:
-            raise InputError(f"{name_flag(name)}: must stay {before} in a run that goes on, got {wanted}")
-    if now.num_samples < len(past.trials):
-        raise InputError(f"--num-samples: must be at least the {len(past.trials)} of the run, got {now.num_samples}")
+            raise InputError(f"{name_flag(name)}: must stay {before} in a resumed run, got {wanted}")
+    if now.num_samples < len(history.trials):
+        raise InputError(f"--num-samples: must be at least the {len(history.trials)} of the run, got {now.num_samples}")
 
 
-def _check_space(given: str | None, past: RunHistory) -> None:
-    if given is not None and load_space(given).text != past.provenance.space_text:
-        source = past.provenance.space_source
-        raise InputError(f"SPACE: must stay {source} as it was in a run that goes on, got {given}, which differs")
+def _check_space(given: str | None, history: RunHistory) -> None:
+    if given is not None and load_space(given).text != history.provenance.space_text:
+        source = history.provenance.space_source
+        raise InputError(f"SPACE: must stay {source} as it was in a resumed run, got {given}, which differs")
 
 
-def _check_trials(arguments: argparse.Namespace, past: RunHistory) -> None:
+def _check_trials(arguments: argparse.Namespace, history: RunHistory) -> None:
     """Refuse a journal whose trials differ from the run in a setting that all trials share."""
     shared = {name: getattr(arguments, name) for name in ("model", "dataset", "imbalance", "max_epochs", "seed")}
-    for trial in past.trials:
+    for trial in history.trials:
         for name, expected in shared.items():
             value = getattr(trial.config, name)
             if value != expected:
@@ -146,22 +148,20 @@ def _check_trials(arguments: argparse.Namespace, past: RunHistory) -> None:
                 raise InputError(f"{place}: {name}: must be {expected}, as in the whole run, got {shown(value)}")
 
 
-def describe_changes(past: RunHistory, folder: Path) -> list[str]:
+def describe_changes(history: RunHistory, folder: Path) -> list[str]:
     """Return a line for each change since the run began, with its consequence.
 
     Raises:
         InputError: the run's own copy of the space was edited.
     """
-    about = past.provenance
+    about = history.provenance
     copy, source = RunFolder(folder).space, Path(about.space_source)
     if os.path.lexists(copy) and _read_text(copy) != about.space_text:
-        raise InputError(
-            f"{copy}: must stay as it was when the run was begun; to search another space, begin a new run"
-        )
+        raise InputError(f"{copy}: must stay as it was when the run began; to search another space, start a new run")
     lines = []
     now = _read_text(source)
     if now is not None and now != about.space_text:
-        lines.append(f"{source} has been changed since; the run goes on with the space as it was")
+        lines.append(f"{source} has changed since; the run resumes with the space as it was")
     found = {name: find_version(name) for name in about.versions}
     changed = [f"{name} {then} then, {found[name]} now" for name, then in about.versions.items() if found[name] != then]
     if changed:
@@ -178,14 +178,14 @@ def _read_text(path: Path) -> str | None:
         return None
 
 
-def describe_standing(past: RunHistory, num_samples: int, time_budget: float | None = None) -> str:
+def describe_progress(history: RunHistory, num_samples: int, time_budget: float | None = None) -> str:
     """Return the progress of a resumed run in one line."""
-    over = len(past.trials) - len(past.unfinished)
-    kept = sum(trial.report is not None for trial in past.unfinished)
-    cut = f", {len(past.unfinished)} were cut off ({kept} of them after a report)" if past.unfinished else ""
-    used_up = time_budget is not None and time_budget <= past.seconds
+    over = len(history.trials) - len(history.unfinished)
+    kept = sum(trial.report is not None for trial in history.unfinished)
+    cut = f", {len(history.unfinished)} were cut off ({kept} of them after a report)" if history.unfinished else ""
+    used_up = time_budget is not None and time_budget <= history.seconds
     budget = f", all of --time-budget {time_budget:g}" if used_up else ""
-    return f"{over} of {num_samples} trials are over{cut}; {past.seconds:.0f} s so far{budget}"
+    return f"{over} of {num_samples} trials are over{cut}; {history.seconds:.0f} s so far{budget}"
 
 
 def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, arguments: Mapping[str, Any]) -> str:
@@ -195,11 +195,11 @@ def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Pat
         search: the command that searches, such as ``("tune-amp", "search")``.
         folder: the run's folder.
         default_dir: the results folder that the command searches by default.
-        arguments: from ``remember``. The command names the user's own code again, as consent to run it, and also the
-            arguments of ``LEADS_OUT`` that are set.
+        arguments: from ``remember``. The command names the user's own code again, as consent to run it, and the
+            arguments of ``EXTERNAL_TARGETS`` that are set.
     """
     parts = [*search, "--resume", name_run(folder, default_dir)]
     for name in ("model", "dataset", "sampler"):
         if is_function_name(arguments[name]) or arguments[name] in PICKLING_SAMPLERS:
             parts += [name_flag(name), arguments[name]]
-    return shlex.join([*parts, *_name_ways_out(arguments)])
+    return shlex.join([*parts, *_name_external_targets(arguments)])

@@ -74,13 +74,13 @@ _T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class SearchRequest:
     """The request of a command line, checked."""
 
     arguments: argparse.Namespace
     space: "SearchSpace"
     donor: "Donor | None" = None
-    past: "RunHistory | None" = None
+    history: "RunHistory | None" = None
     """The run to resume; None for a new run."""
     notes: Sequence[str] = ()
     """Changes since the resumed run began."""
@@ -111,18 +111,20 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     arguments = parser.parse_args(command)
     if arguments.resume is None:
         return _begin(arguments, program, command, begun)
-    from tune_amp.cli.resume import describe_changes, take_over
+    from tune_amp.cli.resume import describe_changes, restore_arguments
     from tune_amp.search.history import open_history
     from tune_amp.space.space import parse_space
 
     folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
-    with open_history(folder) as past:
-        arguments = take_over(parser, command, past)
+    with open_history(folder) as history:
+        arguments = restore_arguments(parser, command, history)
         arguments.tracker = check_trackers(arguments.tracker)
-        notes = describe_changes(past, folder)
-        space = parse_space(past.provenance.space_source, past.provenance.space_text)
-        task = Task(arguments=arguments, space=space, past=past, notes=notes, command=(program, *command), begun=begun)
-        return _run(task, folder)
+        notes = describe_changes(history, folder)
+        space = parse_space(history.provenance.space_source, history.provenance.space_text)
+        request = SearchRequest(
+            arguments=arguments, space=space, history=history, notes=notes, command=(program, *command), begun=begun
+        )
+        return _run(request, folder)
 
 
 def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
@@ -146,19 +148,20 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     run = make_run_name(name) if arguments.name is None else arguments.name
     with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
         return _run(
-            Task(arguments=arguments, space=space, donor=donor, command=(program, *command), begun=begun), folder
+            SearchRequest(arguments=arguments, space=space, donor=donor, command=(program, *command), begun=begun),
+            folder,
         )
 
 
-def _run(task: Task, folder: Path) -> int:
+def _run(request: SearchRequest, folder: Path) -> int:
     """Search, print the result, and print how to resume if the search was cut off. Return the exit code."""
     from tune_amp.cluster.session import StartError
 
-    arguments, stdout = task.arguments, sys.stdout
+    arguments, stdout = request.arguments, sys.stdout
 
     def leave() -> None:
         try:
-            _say_cut_off(f"{stop.reason}; left at once", task, folder)
+            _print_cut_off(f"{stop.reason}; left at once", request, folder)
         finally:
             show_cursor()
             os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
@@ -168,20 +171,20 @@ def _run(task: Task, folder: Path) -> int:
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     try:
         with pure, stopping_on_signals(stop):
-            result = _search_with_ray(task, folder, stop, stdout)
+            result = _search_with_ray(request, folder, stop, stdout)
     except StartError as error:  # nothing began that could be resumed: the same command can be run again
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
     except (OSError, KeyboardInterrupt) as error:  # a full disk, most often, or Ctrl-C
         reason = describe_error(error) if isinstance(error, OSError) else stop.reason or "interrupted"
-        return _say_cut_off(reason, task, folder)
+        return _print_cut_off(reason, request, folder)
     except SystemExit as error:
         if error.code != signal.SIGTERM:  # raised by Ray's own SIGTERM handler while it starts
             raise
-        return _say_cut_off("SIGTERM", task, folder)
+        return _print_cut_off("SIGTERM", request, folder)
     except Exception as error:  # a bug here or in Ray: its traceback follows, but the run is not lost
         if not isinstance(error, InputError):
-            code = _say_cut_off(describe_error(error), task, folder)
+            code = _print_cut_off(describe_error(error), request, folder)
             if _is_gone(folder):
                 return code
         raise
@@ -189,14 +192,14 @@ def _run(task: Task, folder: Path) -> int:
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
         if arguments.json:
-            print_json_end(stdout, result, _resume_command(task, folder))
+            print_json_end(stdout, result, _resume_command(request, folder))
     if result.is_cut_off:
-        code = _say_cut_off(result.reason or stop.reason or "interrupted", task, folder)
+        code = _print_cut_off(result.reason or stop.reason or "interrupted", request, folder)
         return EXIT_NO_RESULT if result.failing else code
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
 
-def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
+def _print_cut_off(reason: str, request: SearchRequest, folder: Path) -> int:
     """Print what cut a run off, and how to resume it. Return the exit code."""
     if _is_gone(folder):
         text = f"error: {folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
@@ -205,8 +208,8 @@ def _say_cut_off(reason: str, task: Task, folder: Path) -> int:
         return EXIT_NO_RESULT
     with contextlib.suppress(OSError):  # standard error has no reader
         print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
-        if _can_go_on(task, folder):
-            print(f"resume   {printable(_resume_command(task, folder))}", file=sys.stderr)  # noqa: T201
+        if _is_resumable(request, folder):
+            print(f"resume   {printable(_resume_command(request, folder))}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED
 
 
@@ -215,26 +218,26 @@ def _is_gone(folder: Path) -> bool:
     return not folder.exists() or (any(folder.iterdir()) and not RunFolder(folder).journal.exists())
 
 
-def _can_go_on(task: Task, folder: Path) -> bool:
+def _is_resumable(request: SearchRequest, folder: Path) -> bool:
     """Return whether the run can be resumed. A warm start is recorded with the first trial, so it needs one."""
     path = RunFolder(folder).journal
     if not path.exists() or path.stat().st_size == 0:
         return False
-    return task.donor is None or any(event["event"] == "trial" for event in read_journal(path))
+    return request.donor is None or any(event["event"] == "trial" for event in read_journal(path))
 
 
-def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
+def _search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
     from tune_amp.cluster.session import ray_session, resolve_address
 
-    arguments, space, options, past = task.arguments, task.space, task.options, task.past
+    arguments, space, options, history = request.arguments, request.space, request.options, request.history
     if arguments.address is not None:  # a bad address is refused before data are loaded
         resolve_address(arguments.address)
     console = open_console(quiet=arguments.quiet or arguments.json)
-    theirs = is_function_name(arguments.model) or is_function_name(arguments.dataset)
+    has_own_code = is_function_name(arguments.model) or is_function_name(arguments.dataset)
     # Ray's start is mostly waiting, and takes as long as the data and the imports. Side by side, they bring the first
     # trial forward by 2 s. A user's own code runs in the main thread, as it may expect.
-    load = functools.partial(_load_checked, task)
-    find_checked = _call(load, in_background=not theirs)
+    load = functools.partial(_load_checked, request)
+    find_checked = _call(load, in_background=not has_own_code)
     modules = _user_modules(arguments.model)
     with ray_session(
         arguments.address,
@@ -262,32 +265,34 @@ def _search_with_ray(task: Task, folder: Path, stop: StopRequest, stdout: IO[str
                 options, space, dataset, announce=lambda text: say(console, f"resources  {text}", style="dim")
             ),
             unfit=unfit,
-            command=tuple(map(hide_credentials, task.command)),
+            command=tuple(map(hide_credentials, request.command)),
             arguments=remember(arguments),
             storage_path=arguments.storage_path,
-            warm_start=None if task.donor is None else adapt_donor(task.donor, space, dataset, options),
-            history=past,
-            begun=task.begun,
+            warm_start=None if request.donor is None else adapt_donor(request.donor, space, dataset, options),
+            history=history,
+            begun=request.begun,
         )
         with ignoring_closed_pipe():
-            _announce(task, plan, console, stdout, session)
+            _announce(request, plan, console, stdout, session)
         with choose_observer(arguments, console, stdout) as observer:
             result = run_search(
                 plan,
                 observer,
                 stop=stop,
-                trackers=build_trackers(arguments.tracker, folder, past=past.last_epochs if past else {}),
+                trackers=build_trackers(arguments.tracker, folder, past=history.last_epochs if history else {}),
                 announce=lambda line: say(console, f"note       {line}", style="yellow"),
             )
         _write_report(result.folder)
         with ignoring_closed_pipe():  # before the session closes: Ray takes another second to end
-            print_end(console, result, _reuse_command(arguments, result.best_path, task.command[0]))
+            print_end(console, result, _reuse_command(arguments, result.best_path, request.command[0]))
     return result
 
 
-def _announce(task: Task, plan: "SearchPlan", console: Console, stdout: IO[str], session: "RaySession") -> None:
+def _announce(
+    request: SearchRequest, plan: "SearchPlan", console: Console, stdout: IO[str], session: "RaySession"
+) -> None:
     """Print how the search starts or resumes."""
-    from tune_amp.cli.resume import describe_standing
+    from tune_amp.cli.resume import describe_progress
     from tune_amp.monitor.trackers import describe_tracker
 
     print_start(console, plan, session)
@@ -300,13 +305,13 @@ def _announce(task: Task, plan: "SearchPlan", console: Console, stdout: IO[str],
     for line in [] if plan.warm_start is None else plan.warm_start.describe():
         say(console, f"warm       {line}")
     if plan.history is not None:
-        standing = describe_standing(plan.history, plan.options.num_samples, plan.options.time_budget)
+        standing = describe_progress(plan.history, plan.options.num_samples, plan.options.time_budget)
         say(console, f"resumed    {standing}")
-    for line in task.notes:
+    for line in request.notes:
         say(console, f"note       {line}", style="yellow")
-    for name in task.arguments.tracker:
+    for name in request.arguments.tracker:
         say(console, f"tracker    {describe_tracker(name, plan.folder)}")
-    if task.arguments.json:
+    if request.arguments.json:
         print_json_start(stdout, plan, session)
 
 
@@ -320,20 +325,22 @@ def _write_report(folder: Path) -> None:
         print(f"report.html was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
-def _load_checked(task: Task) -> "tuple[Dataset, dict[str, str]]":
+def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     """Return the data set, checked to fit, and the result of ``check_fit``. Also import the search's modules early."""
     import torch
 
     from tune_amp.search.preflight import check_fit
     from tune_amp.training.data import make_long_tail
 
-    dataset = load_announced(task.arguments.dataset, task.arguments.data_dir)
+    dataset = load_announced(request.arguments.dataset, request.arguments.data_dir)
     with naming_flags():
-        dataset = make_long_tail(dataset, task.arguments.imbalance)
-    if task.past is not None:
-        check_same_data(dataset, task.past.provenance.data_hash)
-    elsewhere = task.arguments.address is not None or torch.cuda.is_available()
-    unfit = check_fit(task.space, dataset, task.options, may_use_gpus=elsewhere and task.options.gpus_per_trial != 0)
+        dataset = make_long_tail(dataset, request.arguments.imbalance)
+    if request.history is not None:
+        check_same_data(dataset, request.history.provenance.data_hash)
+    elsewhere = request.arguments.address is not None or torch.cuda.is_available()
+    unfit = check_fit(
+        request.space, dataset, request.options, may_use_gpus=elsewhere and request.options.gpus_per_trial != 0
+    )
     importlib.import_module("tune_amp.search.run")
     return dataset, unfit
 
@@ -408,12 +415,12 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
     return shlex.join(list_reuse_words(train, name_path(best), data_dir=data_dir, model=model, dataset=dataset))
 
 
-def _resume_command(task: Task, folder: Path) -> str:
+def _resume_command(request: SearchRequest, folder: Path) -> str:
     from tune_amp.cli.resume import name_resume_command, remember
 
-    program = task.command[0]
+    program = request.command[0]
     search = ("tune-amp", "search") if program.startswith("tune-amp") else (_name_python(), sys.argv[0])
-    return name_resume_command(search, folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remember(task.arguments))
+    return name_resume_command(search, folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remember(request.arguments))
 
 
 def _name_python() -> str:

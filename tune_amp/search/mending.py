@@ -20,7 +20,7 @@ from tune_amp.space.space import SearchSpace, parse_space
 from tune_amp.trial.config import InputError, describe_error
 
 
-def mend_run(folder: Path, past: RunHistory) -> list[str]:
+def mend_run(folder: Path, history: RunHistory) -> list[str]:
     """Repair the study and the confirmed runs of a run, or set them aside; return a line for each file set aside.
 
     If a killed process left half a line at the end of the study, that half is removed. Call this only if no other
@@ -30,10 +30,10 @@ def mend_run(folder: Path, past: RunHistory) -> list[str]:
     run = RunFolder(folder)
     for path, find_fault in ((run.study, _find_study_fault), (run.confirm, _find_confirmed_fault)):
         if os.path.lexists(path):
-            fault = find_fault(path, past) if path.is_file() else "is no file"
+            fault = find_fault(path, history) if path.is_file() else "is not a file"
             if fault is not None:
                 aside = _set_aside(path)
-                lines.append(f"{path}: {fault}; it is kept as {aside.name}, and made anew from reports.journal")
+                lines.append(f"{path}: {fault}; it is kept as {aside.name}, and rebuilt from reports.journal")
             elif path == run.study:
                 cut_torn_line(path)
     return lines
@@ -48,7 +48,7 @@ def _set_aside(path: Path) -> Path:
     raise AssertionError  # itertools.count does not end
 
 
-def _find_confirmed_fault(path: Path, past: RunHistory) -> str | None:
+def _find_confirmed_fault(path: Path, history: RunHistory) -> str | None:
     try:
         load_confirmed(path)
     except InputError as error:
@@ -56,15 +56,15 @@ def _find_confirmed_fault(path: Path, past: RunHistory) -> str | None:
     return None
 
 
-def _find_study_fault(path: Path, past: RunHistory) -> str | None:
-    """Return why Optuna's study at ``path`` cannot be that of the past trials; None if it can."""
-    space = parse_space(past.provenance.space_source, past.provenance.space_text)
+def _find_study_fault(path: Path, history: RunHistory) -> str | None:
+    """Return why Optuna's study at ``path`` cannot be that of the recorded trials; None if it can."""
+    space = parse_space(history.provenance.space_source, history.provenance.space_text)
     try:
-        study = optuna.load_study(study_name=past.provenance.run, storage=open_storage(path))
+        study = optuna.load_study(study_name=history.provenance.run, storage=open_storage(path))
         stored = study.get_trials(deepcopy=False)
         modes = [direction.name.lower() for direction in study.directions]
-        faults = (_find_trial_fault(trial, stored, space, past.provenance.train_images) for trial in past.trials)
-        if [mode[:3] for mode in modes] != [objective_mode(name) for name in past.provenance.objectives]:
+        faults = (_find_trial_fault(trial, stored, space, history.provenance.train_images) for trial in history.trials)
+        if [mode[:3] for mode in modes] != [objective_mode(name) for name in history.provenance.objectives]:
             return f"is of a search that would {' and '.join(modes)}"
         return next((fault for fault in faults if fault is not None), None)
     except OSError:
@@ -74,17 +74,17 @@ def _find_study_fault(path: Path, past: RunHistory) -> str | None:
 
 
 def _find_trial_fault(
-    past: RecordedTrial, stored: list[optuna.trial.FrozenTrial], space: SearchSpace, train_images: int
+    recorded: RecordedTrial, stored: list[optuna.trial.FrozenTrial], space: SearchSpace, train_images: int
 ) -> str | None:
-    if past.number >= len(stored):
-        return f"has no trial {past.number}"
-    trial = stored[past.number]
-    other = trial.user_attrs.get("trial_id", past.trial_id) != past.trial_id
+    if recorded.number >= len(stored):
+        return f"has no trial {recorded.number}"
+    trial = stored[recorded.number]
+    other = trial.user_attrs.get("trial_id", recorded.trial_id) != recorded.trial_id
     if other or trial.state is optuna.trial.TrialState.WAITING:
-        return f"has another trial {past.number}"
+        return f"has another trial {recorded.number}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna warns of a value that the space does not have
         fixed = optuna.trial.FixedTrial(trial.params)
-        settings = space.suggest(fixed, train_images=train_images, max_epochs=past.config.max_epochs)
-    same = all(getattr(past.config, name) == value for name, value in settings.items())
-    return None if same else f"has another trial {past.number}"
+        settings = space.suggest(fixed, train_images=train_images, max_epochs=recorded.config.max_epochs)
+    same = all(getattr(recorded.config, name) == value for name, value in settings.items())
+    return None if same else f"has another trial {recorded.number}"

@@ -252,8 +252,8 @@ def run_folder(results_dir: Path, run: str, *, numbered: bool = False) -> Iterat
                 break
             except (FileExistsError, BlockingIOError) as error:
                 if not numbered:
-                    told = "already holds a run" if isinstance(error, FileExistsError) else "is another search's"
-                    raise InputError(f"--name: {folder} {told}; choose another name") from None
+                    reason = "already holds a run" if isinstance(error, FileExistsError) else "is another search's"
+                    raise InputError(f"--name: {folder} {reason}; choose another name") from None
             except OSError as error:
                 raise InputError(f"--results-dir: {folder} cannot be made ({error.strerror})") from error
         yield folder

@@ -199,7 +199,7 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
             command=list(plan.command),
             arguments=dict(plan.arguments),
         )
-        with search.gauges, _finished(recorder):
+        with search.gauges, _finishing(recorder):
             for trial in history.trials:
                 _pass_on_end(trial, recorder, searcher, scheduler)
             resources = plan.resources
@@ -221,8 +221,8 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
                 time_left=time_left,
             )
             if time_left is None or time_left > 0:
-                leave = functools.partial(_leave, searcher, recorder, stop)
-                with watching(stop, search.health.find_dead_process, leave):
+                end_process = functools.partial(_end_process, searcher, recorder, stop)
+                with watching(stop, search.health.find_dead_process, end_process):
                     fit(tuner, stop)
 
 
@@ -373,17 +373,17 @@ def is_unfinished(trials: Sequence[TrialRecord], options: SearchOptions) -> bool
     return len(trials) < options.num_samples or any(trial.status is TrialStatus.INTERRUPTED for trial in trials)
 
 
-def _leave(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
+def _end_process(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
     """Write everything, then end the process, for the case that Tune cannot be ended."""
     try:
-        with contextlib.closing(searcher), _finished(recorder):
+        with contextlib.closing(searcher), _finishing(recorder):
             pass
     finally:
         stop.leave()
 
 
 @contextlib.contextmanager
-def _finished(recorder: TrialRecorder) -> Iterator[None]:
+def _finishing(recorder: TrialRecorder) -> Iterator[None]:
     """Write every report to disk at the end of the ``with`` block, however it ends."""
     try:
         yield

@@ -28,7 +28,7 @@ class FeasibleGPSampler(GPSampler):
     ) -> dict[str, Any]:
         """Return the next settings, or none, which leaves them to random draws."""
         completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if not any(all(value <= 0 for value in told.constraints.values()) for told in completed):
+        if not any(all(value <= 0 for value in other.constraints.values()) for other in completed):
             return {}
         suggested: dict[str, Any] = super().sample_relative(study, trial, search_space)
         return suggested
@@ -140,7 +140,7 @@ def _build_cmaes(space: SearchSpace, seed: int, objectives: Sequence[str]) -> Ba
 def _build_nsga2(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
     """Return NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017), also for one objective.
 
-    On average one setting of a child is drawn anew: if only one is searched, nothing is inherited. In a conditional
+    On average one setting of a child is drawn afresh: if only one is searched, nothing is inherited. In a conditional
     space, parameters that some trials lack are not inherited either.
     """
     if len(space.parameters) < 2:

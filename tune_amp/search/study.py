@@ -69,8 +69,8 @@ class AmpSearch(OptunaSearch):
     sampler uses them.
 
     A resumed search finds its study as it left it: trials that ended keep their state, those that were cut off stay
-    running, and the sampler draws what it would have drawn. A lost study is rebuilt from the past trials, but without
-    what CMA-ES and NSGA-II keep in it, and without what a warm start put there.
+    running, and the sampler draws what it would have drawn. A lost study is rebuilt from the recorded trials, but
+    without what CMA-ES and NSGA-II keep in it, and without what a warm start put there.
 
     Args:
         space: what is searched.
@@ -83,11 +83,11 @@ class AmpSearch(OptunaSearch):
         sampler: one of ``SAMPLERS``.
         num_samples: trials of the whole search as it was started.
         warm_start: what is used of an earlier run, if anything is.
-        past: the trials that were submitted before the search was cut off; ``mend_run`` has checked their study.
+        past: the recorded trials of a resumed search; ``mend_run`` has checked their study.
         on_fault: is called with a line if the study cannot be written; None: the OSError is raised.
 
     Raises:
-        InputError: the sampler does not apply, or a past trial has settings that the space cannot give.
+        InputError: the sampler does not apply, or a recorded trial has settings that the space cannot give.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class AmpSearch(OptunaSearch):
             check_consent(str(path), sampler=sampler)
             if not self.study.get_trials(deepcopy=False):
                 self._rebuild(past, space, train_images)
-            self._go_on(past)
+            self._resume(past)
         else:
             defaults = space.find_defaults(train_images=train_images, max_epochs=shared["max_epochs"])
             self.study.enqueue_trial(defaults)
             if warm_start is not None:
-                self._take_over(warm_start)
+                self._add_warm_start(warm_start)
 
     @property
     def study(self) -> optuna.Study:
@@ -172,11 +172,11 @@ class AmpSearch(OptunaSearch):
         """Report the first objective of an epoch to the study."""
         value = result.get(self._objectives[0])
         if is_finite(value) and trial_id not in self._completed_trials:
-            with self._telling_faults():
+            with self._reporting_faults():
                 self._report(trial_id, value, result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how a trial ended."""
+        """Report to the study how a trial ended."""
         if trial_id not in self._completed_trials:
             cause = self._causes.pop(trial_id, "")
             self._end(trial_id, result, find_status(result, error=error, cause=cause))
@@ -186,12 +186,12 @@ class AmpSearch(OptunaSearch):
         self._causes[trial.trial_id] = find_cause(trial)
 
     def close(self) -> None:
-        """Tell the study that every unfinished trial was interrupted, so that none stays running in it."""
+        """Report every unfinished trial as interrupted, so that none stays running in the study."""
         for trial_id in self._ot_trials.keys() - self._completed_trials:
             self.on_trial_complete(trial_id)
 
     def _rebuild(self, past: Sequence[RecordedTrial], space: SearchSpace, train_images: int) -> None:
-        """Add each past trial under its number, as it ran, to a study that was lost.
+        """Add each recorded trial under its number, as it ran, to a study that was lost.
 
         Other numbers stood for no trial of this run, or for one that was withdrawn; they get failed trials.
         """
@@ -217,25 +217,25 @@ class AmpSearch(OptunaSearch):
             intermediate_values=self._select_reports(reports),
         )
 
-    def _go_on(self, past: Sequence[RecordedTrial]) -> None:
-        """Find each past trial in the study, and withdraw those that the journal lacks.
+    def _resume(self, past: Sequence[RecordedTrial]) -> None:
+        """Find each recorded trial in the study, and fail those that the journal lacks.
 
-        The sampler would take trials that a killed process left running for bad ones.
+        The sampler would mistake trials that a killed process left running for bad ones.
         """
         stored = self.study.get_trials(deepcopy=False)
-        ours, known = {trial.number for trial in past}, {trial.trial_id for trial in past}
-        for trial in past:
-            self._find_again(trial, stored[trial.number])
-        for told in stored:
-            unheard = told.state is TrialState.RUNNING and told.number not in ours
+        numbers, trial_ids = {trial.number for trial in past}, {trial.trial_id for trial in past}
+        for recorded in past:
+            self._match_stored(recorded, stored[recorded.number])
+        for trial in stored:
+            running = trial.state is TrialState.RUNNING and trial.number not in numbers
             # The study has its end, but the journal lacks its beginning: the disk was full.
-            ended = told.state is TrialState.FAIL and told.user_attrs.get("trial_id", "") not in known | {""}
-            if unheard or ended:
-                self._give_back(told)
+            ended = trial.state is TrialState.FAIL and trial.user_attrs.get("trial_id", "") not in trial_ids | {""}
+            if running or ended:
+                self._requeue_orphan(trial)
 
-    def _find_again(self, past: RecordedTrial, stored: optuna.trial.FrozenTrial) -> None:
-        if past.status is None and _is_taken_back(stored, past):
-            stored = self._submit_again(past, stored)
+    def _match_stored(self, past: RecordedTrial, stored: optuna.trial.FrozenTrial) -> None:
+        if past.status is None and _was_interrupted(stored, past):
+            stored = self._add_again(past, stored)
         self._ot_trials[past.trial_id] = optuna.trial.Trial(self.study, stored._trial_id)  # noqa: SLF001 - Optuna's own way
         self._reported_epochs[past.trial_id] = max(stored.intermediate_values, default=0)
         if stored.state.is_finished():
@@ -243,29 +243,29 @@ class AmpSearch(OptunaSearch):
         elif past.status is not None:
             self._end(past.trial_id, past.last_result, past.status)
 
-    def _submit_again(self, past: RecordedTrial, told: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
-        """Add a resumed trial, whose end was told, to the study once more as running, and return the new trial."""
+    def _add_again(self, past: RecordedTrial, ended: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+        """Add a resumed trial, which the study holds as ended, once more as running; return the new trial."""
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            params=told.params,
-            distributions=told.distributions,
-            intermediate_values=told.intermediate_values,
+            params=ended.params,
+            distributions=ended.distributions,
+            intermediate_values=ended.intermediate_values,
             # NSGA-II keeps a trial's generation there. The parameters of an enqueued trial are not requested twice.
             system_attrs={
                 name: value
-                for name, value in told.system_attrs.items()
+                for name, value in ended.system_attrs.items()
                 if name != FIXED_PARAMS and not name.startswith(CONSTRAINTS_PREFIX)
             },
-            user_attrs={name: value for name, value in told.user_attrs.items() if name != STATUS_ATTRIBUTE},
+            user_attrs={name: value for name, value in ended.user_attrs.items() if name != STATUS_ATTRIBUTE},
         )
         self.study.add_trial(running)
-        if told.state is TrialState.RUNNING:  # the process was killed during the tell
-            self.study.tell(told.number, state=TrialState.FAIL)
+        if ended.state is TrialState.RUNNING:  # the process was killed while it reported the end
+            self.study.tell(ended.number, state=TrialState.FAIL)
         again: optuna.trial.FrozenTrial = self.study.get_trials(deepcopy=False)[-1]
         past.number = again.number
         return again
 
-    def _give_back(self, orphan: optuna.trial.FrozenTrial) -> None:
+    def _requeue_orphan(self, orphan: optuna.trial.FrozenTrial) -> None:
         """Fail a trial that the journal lacks; if it was enqueued, enqueue its parameters again, once."""
         fixed = orphan.system_attrs.get(FIXED_PARAMS)
         returned = self.study.user_attrs.get(RETURNED_ATTRIBUTE, [])
@@ -280,7 +280,7 @@ class AmpSearch(OptunaSearch):
             self.study.tell(orphan.number, state=TrialState.FAIL)
 
     @contextlib.contextmanager
-    def _telling_faults(self) -> Iterator[None]:
+    def _reporting_faults(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -289,7 +289,7 @@ class AmpSearch(OptunaSearch):
             self._on_fault(describe_error(error))
 
     def _end(self, trial_id: str, result: dict[str, Any] | None, status: TrialStatus) -> None:
-        with self._telling_faults():
+        with self._reporting_faults():
             self._tell(trial_id, result, status)
             self._completed_trials.add(trial_id)
 
@@ -305,7 +305,7 @@ class AmpSearch(OptunaSearch):
         else:
             self.study.tell(trial, state=TrialState.FAIL)
 
-    def _take_over(self, warm_start: WarmStart) -> None:
+    def _add_warm_start(self, warm_start: WarmStart) -> None:
         """Enqueue an earlier run's winners, and add its trials with their true ends, as for trials of this run."""
         run = warm_start.donor.provenance.run
         for suggestion in warm_start.suggestions:
@@ -358,7 +358,7 @@ class AmpSearch(OptunaSearch):
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
         with warnings.catch_warnings():
-            # If the search was cut off between the constraint and the tell, the constraint is there already.
+            # If the search was cut off between the two writes below, the constraint is there already.
             warnings.filterwarnings("ignore", "The constraint value is ignored")
             trial.set_constraint(HOPELESS_CONSTRAINT, float(hopeless))
             # CMA-ES does not need them: it ranks trials by value, and the worst value has the same effect.
@@ -372,10 +372,10 @@ class AmpSearch(OptunaSearch):
         are the same. So for GP only the constraint marks a trial as hopeless.
         """
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        told = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
-        if not told:
+        measured = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
+        if not measured:
             return [UNKNOWN_VALUES[name] for name in self._objectives]
-        columns = zip(self._objectives, zip(*told, strict=True), strict=True)
+        columns = zip(self._objectives, zip(*measured, strict=True), strict=True)
         return [min(column) if objective_mode(name) == "max" else max(column) for name, column in columns]
 
     def _report(self, trial_id: str, value: float, epoch: int) -> None:
@@ -386,13 +386,13 @@ class AmpSearch(OptunaSearch):
             self._ot_trials[trial_id].report(value, epoch)
 
 
-def _is_taken_back(told: optuna.trial.FrozenTrial, past: RecordedTrial) -> bool:
-    """Return whether a resumed trial was told as interrupted, or as out of memory for the deaths of its workers.
+def _was_interrupted(stored: optuna.trial.FrozenTrial, past: RecordedTrial) -> bool:
+    """Return whether the study has a resumed trial as interrupted, or as out of memory for the deaths of its workers.
 
     The journal gets a trial's last report before the study does, but the meaning of a worker's death after it.
     """
-    died = told.user_attrs.get(STATUS_ATTRIBUTE) == TrialStatus.OUT_OF_MEMORY and past.unrecorded_end is None
-    return told.state is TrialState.FAIL or died
+    died = stored.user_attrs.get(STATUS_ATTRIBUTE) == TrialStatus.OUT_OF_MEMORY and past.unrecorded_end is None
+    return stored.state is TrialState.FAIL or died
 
 
 def _is_old_hopeless(old: OldTrial) -> bool:

@@ -152,8 +152,8 @@ def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]
     beside = RunFolder(path.parent).trials
     if not beside.exists():
         return []
-    theirs = load_provenance(beside)
-    is_same_run = (theirs.run, theirs.created) == (provenance.run, provenance.created)
+    other = load_provenance(beside)
+    is_same_run = (other.run, other.created) == (provenance.run, provenance.created)
     return load_trials(beside) if is_same_run else []
 
 
@@ -298,10 +298,10 @@ def _is_same_space(old: Provenance, space: SearchSpace) -> bool:
     if old.space_text == space.text:
         return True
     try:
-        theirs = parse_space(old.space_source, old.space_text) if len(old.space_text) <= MAX_BYTES else None
+        other = parse_space(old.space_source, old.space_text) if len(old.space_text) <= MAX_BYTES else None
     except InputError:  # it was valid for the version that wrote the file
         return False
-    return theirs is not None and _summarize(theirs) == _summarize(space)
+    return other is not None and _summarize(other) == _summarize(space)
 
 
 def _summarize(space: SearchSpace) -> tuple[dict[str, Parameter], dict[str, Any]]:
