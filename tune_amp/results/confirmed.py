@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from tune_amp.trial.config import TrialStatus, described, spread
+from tune_amp.trial.objectives import metric_of
 
 DEFAULT_ID = "default"
 """``trial_id`` of the tutorial's configuration, which is confirmed along with the winners."""
@@ -28,6 +29,12 @@ class ConfirmedRun:
     train_seconds: float = described("time in training steps", unit="s", default=0.0)
     device: str = described("device the run computed on: cpu, or the GPU's name", default="cpu")
     metrics: Mapping[str, float] = spread("values that the user's own task or training loop measured, a column each")
+
+    def find_value(self, objective: str) -> float | None:
+        """Return the value of an objective or a metric of the test set; None if it was not measured."""
+        name = metric_of(objective)
+        value: float | None = self.metrics.get(name, getattr(self, name, None))
+        return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,3 +80,13 @@ class Confirmation:
     )
     gain_high: float | None = described("upper end of its 95 % interval", default=None)
     means: Mapping[str, float] = spread("NAME_mean, _std, _low and _high of the user's own values, a column each")
+
+    def find_mean(self, objective: str) -> float | None:
+        """Return the mean of an objective or a metric of the test set; None if there is none."""
+        return self.find_part(objective, "mean")
+
+    def find_part(self, objective: str, part: str) -> float | None:
+        """Return the ``mean``, ``std``, ``low`` or ``high`` of an objective or a metric of the test set."""
+        name = f"{metric_of(objective)}_{part}"
+        value: float | None = self.means.get(name, getattr(self, name, None))
+        return value

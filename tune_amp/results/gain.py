@@ -17,15 +17,20 @@ from collections.abc import Mapping, Sequence
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.statistics import CONFIDENCE, EQUIVALENCE_CONFIDENCE, paired_interval
-from tune_amp.trial.config import HOPELESS_STATUSES, MORE_IS_BETTER, TrialConfig, TrialStatus
+from tune_amp.trial.config import HOPELESS_STATUSES, TrialConfig, TrialStatus
+from tune_amp.trial.objectives import is_maximized, metric_of
 
 FIRST_SEEDS = 3
 """Seeds on which every configuration is trained."""
 
 MARGINS = {"val_accuracy": 0.002, "val_loss": 0.005}
-"""Differences below this count as none: 0.2 points of accuracy, or nats."""
-RESOLUTIONS = {"val_accuracy": 0.01, "val_loss": 0.025}
-"""An interval that leaves a gain of this size possible is too wide to call two configurations indistinguishable."""
+"""Differences below this count as none: 0.2 points of accuracy, or nats. For a user's own metric, see
+``RELATIVE_MARGIN``."""
+RELATIVE_MARGIN = 0.002
+"""The margin of a user's own metric, as a share of the default configuration's value."""
+RESOLUTION = 5
+"""An interval that leaves a gain of this many margins possible is too wide to call two configurations
+indistinguishable."""
 
 OBJECTIVE_NAMES = {"val_accuracy": "validation accuracy", "val_loss": "validation loss"}
 
@@ -50,8 +55,10 @@ class Gain:
     high: float
     seeds: int
     """Number of seeds on which both were trained."""
+    margin: float
+    """Difference below which the two count as equal."""
     equivalent: bool
-    """Whether the two are shown to differ by less than ``MARGINS``."""
+    """Whether the two are shown to differ by less than ``margin``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,7 @@ def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun],
         configs: trial id -> configuration that was trained again, in the search's order, best first; includes
             ``DEFAULT_ID`` if the default was trained.
         runs: rows of ``confirm.parquet``.
-        objective: one of ``RANKING_OBJECTIVES``.
+        objective: objective of the verdict, see ``trial.objectives``.
     """
     challenger = choose_challenger(configs, runs, objective)
     default_failed = _count_failures(DEFAULT_ID, runs)
@@ -131,7 +138,9 @@ def score_runs(trial_id: str, runs: Sequence[ConfirmedRun], objective: str) -> d
     own = [run for run in runs if run.trial_id == trial_id]
     if not own or any(run.status is not TrialStatus.COMPLETED for run in own):
         return None
-    return {run.seed: getattr(run, objective) for run in own}
+    values = {run.seed: run.find_value(objective) for run in own}
+    known = {seed: value for seed, value in values.items() if value is not None}
+    return known if len(known) == len(values) else None
 
 
 def describe_verdict(
@@ -152,7 +161,7 @@ def describe_verdict(
         return f"{challenger} is better than the defaults: {number}"
     if verdict.recommended != DEFAULT_ID:
         return f"whether searching gained anything is unknown: {number}"
-    keep = f"no gain in {OBJECTIVE_NAMES[objective]} over the defaults" if several else "no gain over the defaults"
+    keep = f"no gain in {name_objective(objective)} over the defaults" if several else "no gain over the defaults"
     keep += "" if several else ": keep them"
     finding = {
         VerdictKind.INDISTINGUISHABLE: f"{challenger} is indistinguishable from them",
@@ -167,22 +176,32 @@ def describe_verdict(
 
 
 def show_difference(difference: float, objective: str) -> str:
-    """Format a difference for tables: in points of accuracy, or in nats."""
-    return f"{100 * difference:+.2f}" if objective in MORE_IS_BETTER else f"{difference:+.4f}"
+    """Format a difference for tables: in points of accuracy, in nats, or in the units of a user's own metric."""
+    if objective == "val_accuracy":
+        return f"{100 * difference:+.2f}"
+    return f"{difference:+.4f}" if objective in MARGINS else f"{difference:+.4g}"
 
 
 def format_difference(difference: float, objective: str) -> str:
     """Return a difference with its unit, such as ``+0.35 points``."""
-    return f"{show_difference(difference, objective)} {'points' if objective in MORE_IS_BETTER else 'nats'}"
+    units = {"val_accuracy": " points", "val_loss": " nats"}
+    return f"{show_difference(difference, objective)}{units.get(objective, '')}"
+
+
+def name_objective(objective: str) -> str:
+    """Return the name of an objective in a sentence."""
+    return OBJECTIVE_NAMES.get(objective, metric_of(objective))
 
 
 def _describe_gain(gain: Gain, objective: str) -> str:
     low, high = show_difference(gain.low, objective), show_difference(gain.high, objective)
-    difference = f"{format_difference(gain.difference, objective)} of {OBJECTIVE_NAMES[objective]}"
+    of = "of" if objective in MARGINS else "in"
+    difference = f"{format_difference(gain.difference, objective)} {of} {name_objective(objective)}"
     number = f"{difference} (95 % interval {low} to {high}, {gain.seeds} seeds)"
     if not gain.equivalent:
         return number
-    margin = "0.2 points" if objective in MORE_IS_BETTER else f"{MARGINS[objective]} nats"
+    margins = {"val_accuracy": f"{100 * gain.margin:g} points", "val_loss": f"{gain.margin:g} nats"}
+    margin = margins.get(objective, f"{gain.margin:.2g}")
     return f"{number}, shown to be less than {margin} apart"
 
 
@@ -193,7 +212,7 @@ def _judge(gain: Gain, objective: str) -> VerdictKind:
         return VerdictKind.BETTER
     if best < 0:
         return VerdictKind.WORSE
-    return VerdictKind.INDISTINGUISHABLE if best < RESOLUTIONS[objective] else VerdictKind.UNKNOWN
+    return VerdictKind.INDISTINGUISHABLE if best < RESOLUTION * gain.margin else VerdictKind.UNKNOWN
 
 
 def _measure_gain(
@@ -209,8 +228,15 @@ def _measure_gain(
     confidence = max(CONFIDENCE, 1 - 2 * (1 - CONFIDENCE) / len(rivals))
     pair = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
     found, inner = paired_interval(*pair, confidence), paired_interval(*pair, EQUIVALENCE_CONFIDENCE)
-    equivalent = max(-inner.low, inner.high) < MARGINS[objective]
-    return Gain(difference=found.mean, low=found.low, high=found.high, seeds=len(seeds), equivalent=equivalent)
+    margin = MARGINS.get(objective, RELATIVE_MARGIN * abs(statistics.fmean(pair[1])))
+    return Gain(
+        difference=found.mean,
+        low=found.low,
+        high=found.high,
+        seeds=len(seeds),
+        margin=margin,
+        equivalent=max(-inner.low, inner.high) < margin,
+    )
 
 
 def _list_rival_scores(
@@ -244,4 +270,4 @@ def _is_default(config: TrialConfig, configs: Mapping[str, TrialConfig]) -> bool
 
 def find_sign(objective: str) -> int:
     """Return 1 if more is better, else -1."""
-    return 1 if objective in MORE_IS_BETTER else -1
+    return 1 if is_maximized(objective) else -1

@@ -10,7 +10,8 @@ from tune_amp.results.confirmed import Confirmation, ConfirmedRun
 from tune_amp.results.gain import Verdict, describe_verdict, find_sign, judge_gain, score_runs, without_seed
 from tune_amp.results.records import BestRow, Provenance, TrialRecord
 from tune_amp.results.statistics import list_possible_best, mean_interval
-from tune_amp.trial.config import MORE_IS_BETTER, OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialStatus, shown
+from tune_amp.trial.config import RANKING_OBJECTIVES, TrialStatus
+from tune_amp.trial.objectives import is_maximized, metric_of
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
 # The first of these groups that has a trial is ranked.
@@ -29,18 +30,14 @@ def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k:
     By ``val_accuracy`` alone, stopped and interrupted trials are eligible like completed ones, with their last
     accuracy: more epochs rarely lower it, and a trial that leads a completed one after fewer epochs is worth more. By
     other objectives, they are eligible only if no trial completed: a validation loss rises again if training continues
-    too long, and costs grow with every epoch. Loss, accuracy and all objectives must be finite. Remaining ties keep the
-    order of ``trials``.
-
-    Raises:
-        InputError: an unknown objective.
+    too long, and costs grow with every epoch. All objectives must be finite, and loss and accuracy if any trial has
+    them. Remaining ties keep the order of ``trials``.
     """
-    for objective in objectives:
-        if objective not in OBJECTIVES:
-            raise InputError(f"objective: must be one of {', '.join(OBJECTIVES)}, got {shown(objective)}")
     assert objectives
     assert top_k >= 1
-    keys = (*objectives, *(name for name in RANKING_OBJECTIVES if name not in objectives))
+    lasts = [trial.last for trial in trials if trial.last]
+    others = [name for name in RANKING_OBJECTIVES if any(last.find_value(name) is not None for last in lasts)]
+    keys = (*objectives, *(name for name in others if name not in map(metric_of, objectives)))
     scored = [(scores, trial) for trial in trials if (scores := _score(trial, keys)) is not None]
     for statuses in _ELIGIBLE_BY_ACCURACY if tuple(objectives) == ("val_accuracy",) else _ELIGIBLE:
         eligible = [(scores, trial) for scores, trial in scored if trial.status in statuses]
@@ -56,10 +53,10 @@ def _score(trial: TrialRecord, objectives: Sequence[str]) -> tuple[float, ...] |
     """Return the last value of each objective, negated if more is better; None if one is missing or not finite."""
     scores = []
     for name in objectives:
-        value: float | None = getattr(trial.last, name, None)
+        value = trial.last.find_value(name) if trial.last else None
         if value is None or not math.isfinite(value):
             return None
-        scores.append(-value if name in MORE_IS_BETTER else value)
+        scores.append(-value if is_maximized(name) else value)
     return tuple(scores)
 
 
@@ -112,7 +109,7 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
     if len(provenance.objectives) > 1:
         names = " and ".join(provenance.objectives)
         return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
-    if provenance.objective == "val_loss":
+    if provenance.objective != "val_accuracy":
         return ""
     text = _describe_accuracy_ties(ranked, provenance.validation_images)
     if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
@@ -196,20 +193,23 @@ def _measure_means(runs: Sequence[ConfirmedRun]) -> Confirmation:
 
 def _measure_columns(runs: Sequence[ConfirmedRun]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
-    for name in ("val_loss", "val_accuracy", "test_accuracy"):
-        found = mean_interval([getattr(run, name) for run in runs])
-        columns |= {f"{name}_{part}": getattr(found, part) for part in ("mean", "std", "low", "high")}
+    own = sorted({name for run in runs for name in run.metrics})
+    for name in ("val_loss", "val_accuracy", "test_accuracy", *own):
+        values = [value for run in runs if (value := run.find_value(name)) is not None]
+        if len(values) == len(runs):
+            found = mean_interval(values)
+            parts = {f"{name}_{part}": getattr(found, part) for part in ("mean", "std", "low", "high")}
+            columns |= {"means": columns.get("means", {}) | parts} if name in own else parts
     return columns
 
 
 def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[float, ...]:
     """Return the sort key of a configuration, less is better; infinity, after all others, if it has no means."""
     keys = (objective, *(name for name in RANKING_OBJECTIVES if name != objective))
-    means: list[float | None] = [getattr(confirmation, f"{name}_mean", None) for name in keys]
-    known = [mean for mean in means if mean is not None]
-    if len(known) < len(keys):
+    if confirmation is None or confirmation.find_mean(objective) is None:
         return (math.inf,) * len(keys)
-    return tuple(-mean if name in MORE_IS_BETTER else mean for name, mean in zip(keys, known, strict=True))
+    means = [confirmation.find_mean(name) or 0.0 for name in keys]
+    return tuple(-mean if is_maximized(name) else mean for name, mean in zip(keys, means, strict=True))
 
 
 def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedRun], objective: str) -> set[str]:
@@ -227,10 +227,10 @@ def _compare(
     trial: TrialRecord, means: Confirmation | None, possible: Collection[str], objective: str
 ) -> Confirmation | None:
     """Return ``means`` with the results of a comparison: whether it may be the best, and search minus confirmed."""
-    mean: float | None = getattr(means, f"{objective}_mean", None)
+    mean = means.find_mean(objective) if means else None
     if means is None or mean is None:
         return means
-    searched: float | None = getattr(trial.last, objective, None)
+    searched = trial.last.find_value(objective) if trial.last else None
     optimism = None if searched is None else searched - mean
     return dataclasses.replace(means, tied_with_best=trial.trial_id in possible, optimism=optimism)
 

@@ -35,7 +35,6 @@ from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.trial.config import (
     LARGEST_SHARE,
     MOST_SECONDS,
-    OBJECTIVES,
     SAMPLERS,
     SCHEDULERS,
     SPREAD,
@@ -51,6 +50,7 @@ from tune_amp.trial.config import (
     shown,
 )
 from tune_amp.trial.consent import distrust
+from tune_amp.trial.objectives import is_own_metric, read_objectives
 
 _T = TypeVar("_T")
 
@@ -150,7 +150,7 @@ class Provenance:
     data_hash: str = described("hash of the data set's content")
     train_images: int = described("images trained on", unit="images")
     validation_images: int = described("images that chose the best", unit="images")
-    objective: str = described("what was searched for: " + ", ".join(OBJECTIVES) + ", or several joined by commas")
+    objective: str = described("what was searched for: a metric, or several joined by commas; :max or :min where the name implies another")
     sampler: str = described("which of Optuna's samplers suggested: " + ", ".join(SAMPLERS))
     scheduler: str = described("what stopped trials early: " + ", ".join(SCHEDULERS))
     seed: int = described("seed of the search")
@@ -177,9 +177,7 @@ class Provenance:
         for name, hint in typing.get_type_hints(Provenance).items():
             if hint in (str, int, str | None):
                 checked_type(name, getattr(self, name), hint)
-        for objective in self.objectives:
-            if objective not in OBJECTIVES:
-                raise InputError(f"objective: must be of {', '.join(OBJECTIVES)}, got {shown(objective)}")
+        read_objectives("objective", self.objective, None, is_own_metric)
         _check_texts("command", self.command, isinstance(self.command, list | tuple))
         _check_texts("versions", self.versions, isinstance(self.versions, Mapping))
         _check_texts("versions", self.versions.values(), True)
