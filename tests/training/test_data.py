@@ -295,7 +295,7 @@ def test_images_of_a_long_tail_are_always_the_same_and_in_their_order(digits: Da
     np.random.seed(2)  # noqa: NPY002
     again = thin_classes(digits.train, 10, 20.0)
     np.testing.assert_array_equal(long.images, again.images)
-    numbered = Split(images=np.arange(len(digits.train))[:, None], labels=digits.train.labels)  # type: ignore[arg-type]
+    numbered = Split(images=np.arange(len(digits.train))[:, None], labels=digits.train.labels)
     places = thin_classes(numbered, 10, 20.0).images[:, 0]
     assert np.diff(places).min() > 0
     np.testing.assert_array_equal(long.images, digits.train.images[places])

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tune_amp.search.options import SearchOptions
 from tune_amp.training.data import Dataset, Split
+from tune_amp.training.memory import release_memory
 from tune_amp.training.own_code import import_function, unchanged_process
-from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
 
 if TYPE_CHECKING:  # these import Ray and Optuna, which training a winner does not need
