@@ -292,12 +292,8 @@ def build_task_dataset(name: str, result: Any) -> Dataset:
         part: check_task_part(value, place, part) for part, value in name_parts(place, result, of_task=True).items()
     }
     splits = {part: build_split(checked, f"{place}: {part}") for part, checked in parts.items()}
-    shape = splits["train"].images.shape[1:]
-    for part, split in splits.items():
-        if split.images.shape[1:] != shape:
-            raise InputError(
-                f"{place}: {part} inputs must have the shape of train's, {shape}, got {split.images.shape[1:]}"
-            )
+    for part in ("validation", "test"):
+        _check_alike(splits["train"], splits[part], f"{place}: train inputs", f"{part} inputs")
     return Dataset(
         name=name,
         num_classes=0,
@@ -320,9 +316,9 @@ def _split_dataset(
     content_hash: str | None = None,
 ) -> Dataset:
     """Split off the validation images unless they are given; ``places`` name train and test images in messages."""
-    if train.images.shape[1:] != test.images.shape[1:]:
-        got = f"{test.images.shape[1:]}, got {train.images.shape[1:]}"
-        raise InputError(f"{places[0]}: images must have the (channels, height, width) of {places[1]}, {got}")
+    _check_alike(train, test, *places)
+    if validation is not None:
+        _check_alike(train, validation, places[0], f"{name}: validation_images")
     _check_classes(train, num_classes, places[0])
     content_hash = content_hash or hash_parts([(train.images, train.labels), (test.images, test.labels)])
     if validation is None:
@@ -337,6 +333,16 @@ def _split_dataset(
         content_hash=content_hash,
         notice=notice,
     )
+
+
+def _check_alike(train: Split, other: Split, place: str, other_place: str) -> None:
+    """Refuse inputs of different shapes or dtypes."""
+    if train.images.shape[1:] != other.images.shape[1:]:
+        got = f"{other.images.shape[1:]}, got {train.images.shape[1:]}"
+        raise InputError(f"{place}: must have the shape (channels, height, width for images) of {other_place}, {got}")
+    if train.images.dtype != other.images.dtype:
+        rule = f"must have the dtype of {other_place}, {other.images.dtype}"
+        raise InputError(f"{place}: {rule}, got {train.images.dtype}")
 
 
 def _check_classes(train: Split, num_classes: int, place: str) -> None:

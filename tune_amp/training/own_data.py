@@ -45,7 +45,7 @@ def name_parts(name: str, result: Any, *, of_task: bool = False) -> dict[str, An
     names = THREE if len(parts) == 3 else (THREE[0], THREE[2])
     for part_name, part in zip(names, parts, strict=True):
         if not (isinstance(part, TorchDataset) or (isinstance(part, tuple | list) and len(part) == 2)):
-            raise InputError(f"{name}: {rule}, got {type(part).__name__} as {part_name}")
+            raise InputError(f"{name}: {rule}, got {len(parts)} values, {part_name} of type {type(part).__name__}")
     return dict(zip(names, parts, strict=True))
 
 

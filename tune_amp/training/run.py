@@ -74,7 +74,7 @@ class TrainingRun:
             if config.task is not None:
                 check_model(f"{config.task}.model:", self.model, self._run_dry)
             self._optimizer = self._task.optimizer(self.model, config)
-            self._max_steps = len(data.train) // (config.batch_size * config.accumulate)
+            self._max_steps = self._count_steps()
             self._schedule = self._task.schedule(self._optimizer, self._max_steps * config.max_epochs)
         self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
         # With any other precision no step is skipped, and an overflow destroys the weights as well.
@@ -92,6 +92,14 @@ class TrainingRun:
         """Reason why training is past saving after the last epoch; None while it may still get better."""
         self._train_seconds = self._val_seconds = self._probe_seconds = 0.0
         self._data_seconds = data.claim_placing_seconds()
+
+    def _count_steps(self) -> int:
+        """Return the largest number of steps in an epoch."""
+        count, batch_size, accumulate = len(self._data.train), self._config.batch_size, self._config.accumulate
+        if batch_size <= count < batch_size * accumulate:
+            rule = f"batch_size times accumulate must not exceed the {count} training images"
+            raise InputError(f"accumulate: {rule}, got {batch_size} times {accumulate}")
+        return count // (batch_size * accumulate)
 
     @property
     def epoch(self) -> int:
