@@ -1,5 +1,6 @@
 """What is trained: a task of the user's own, or image classification, which is the default task."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -209,11 +210,14 @@ def load_task_dataset(name: str) -> Dataset:
 
 def _name_failures(place: str, method: Callable[..., Any], check: Callable[[Any], str | None]) -> Callable[..., Any]:
     """Return ``method`` with its errors as one line that names it, and its result checked."""
+    # Those that are called for every batch run within the exits_as_errors() of an epoch.
+    guard = contextlib.nullcontext if place.endswith((".loss", ".score")) else exits_as_errors
 
     @functools.wraps(method)
     def call(*arguments: Any, **named: Any) -> Any:
         try:
-            result = method(*arguments, **named)
+            with guard():
+                result = method(*arguments, **named)
         except (TaskError, torch.AcceleratorError):
             raise
         except InputError as error:
