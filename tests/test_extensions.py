@@ -12,7 +12,8 @@ from torch import Tensor
 from tune_amp.space.no_effect import count_steps
 from tune_amp.space.space import load_space
 from tune_amp.training.data import Dataset, Split, make_long_tail
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import CURRICULA, EpochMetrics, TrialConfig
 
 CPU = torch.device("cpu")

@@ -35,7 +35,7 @@ LIBRARIES = {
     "results": {"numpy", "optuna", "pyarrow", "scipy"},
     "cluster": {"grpc", "numpy", "pyarrow", "ray", "torch"},
     "confirm": {"ray", "torch"},
-    "reuse": {"jinja2", "numpy", "pyarrow", "safetensors", "torch"},
+    "reuse": {"jinja2", "pyarrow", "safetensors", "torch"},
     "report": {"jinja2", "plotly"},
     "monitor": {"mlflow", "ray", "rich", "tensorboardX", "wandb"},
     "search": {"numpy", "optuna", "ray", "torch"},

@@ -37,11 +37,13 @@ from tune_amp.search.run import run_search
 from tune_amp.search.schedulers import build_scheduler
 from tune_amp.search.study import AmpSearch
 from tune_amp.space.space import SearchSpace, load_space
-from tune_amp.training.batches import batch_indices, scale_images
+from tune_amp.training.batches import DeviceSplit, batch_indices, scale_images
 from tune_amp.training.data import Dataset
 from tune_amp.training.evaluation import evaluate
 from tune_amp.training.models import build_model
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.task import ImageClassification
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import OBJECTIVES, TrialConfig, TrialStatus
 
 NAN, INF = math.nan, math.inf
@@ -546,6 +548,7 @@ def train_as_documented(config: TrialConfig, data: TrainingData) -> tuple[list[f
     optimizer = torch.optim.Adam(model.parameters(), config.lr)
     assert config.init_scale is not None
     scaler = torch.amp.GradScaler("cpu", init_scale=config.init_scale)
+    assert isinstance(data.train, DeviceSplit)
     assert data.validation is not None
     accuracies, scales = [], []
     for _ in range(config.max_epochs):
@@ -558,7 +561,9 @@ def train_as_documented(config: TrialConfig, data: TrainingData) -> tuple[list[f
             scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
-        accuracies.append(evaluate(model, data.validation, scaling, batch_size=config.batch_size).accuracy)
+        accuracies.append(
+            evaluate(ImageClassification(), model, data.validation, scaling, batch_size=config.batch_size).accuracy
+        )
     return accuracies, scales
 
 

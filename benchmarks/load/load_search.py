@@ -331,7 +331,8 @@ def _fabricate_trial(
 def _train_one(config: TrialConfig, dataset: "Dataset") -> list[EpochMetrics]:
     import torch
 
-    from tune_amp.training.run import TrainingData, TrainingRun
+    from tune_amp.training.run import TrainingRun
+    from tune_amp.training.training_data import TrainingData
 
     data = TrainingData(dataset.train, dataset.validation, dataset.num_classes, torch.device("cpu"))
     training = TrainingRun(config, data)

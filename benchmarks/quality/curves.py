@@ -123,7 +123,7 @@ _data: Any = None  # of a worker process, placed once
 def _hold_data(dataset: Dataset) -> None:
     import torch
 
-    from tune_amp.training.run import TrainingData
+    from tune_amp.training.training_data import TrainingData
 
     torch.set_num_threads(1)
     global _data  # noqa: PLW0603 - a pool's initializer has no other way

@@ -20,7 +20,8 @@ from benchmarks.markdown import render_table
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.results.statistics import CONFIDENCE, paired_interval
 from tune_amp.training.data import Dataset, make_long_tail
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, TrialConfig, described
 from tune_amp.trial.curricula import PACING, curriculum_fraction
 

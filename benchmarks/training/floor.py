@@ -31,7 +31,8 @@ from tune_amp.training.cuda_graph import Step
 from tune_amp.training.data import Split
 from tune_amp.training.generators import keep_generators
 from tune_amp.training.models import InputShape, build_model
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
 
 SECONDS = 0.05

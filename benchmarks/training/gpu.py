@@ -38,9 +38,12 @@ from benchmarks.training.loop_programs import EAGER, GRAPH, LONG, TUTORIAL
 from benchmarks.training.share_table import ShareRow, group_repeats, measure_share_table, render_shares
 from benchmarks.training.telemetry import measure_telemetry, render_telemetry
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from tune_amp.training.batches import DeviceSplit
 from tune_amp.training.data import Dataset, Split
+from tune_amp.training.memory import release_memory
 from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
-from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, OPTIMIZERS, TrialConfig, describe_error
 
 SECONDS = 500.0
@@ -267,6 +270,7 @@ def measure_memory(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
             subject = f"{model}, {precision}, batch {batch_size}"
             rows.append(_memory_row(subject, "peak, data apart", peak / 2**20, "MiB"))
             rows.append(_memory_row(subject, "over fp32", peak / peaks["fp32"], ""))
+    assert isinstance(data.train, DeviceSplit)
     resident = data.train.images.nbytes + data.train.labels.nbytes
     rows.append(_memory_row("data", f"{len(data.train.labels)} images resident", resident / 2**20, "MiB"))
     return rows, ""

@@ -11,7 +11,8 @@ from torch import Tensor
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.loop_programs import GRAPH, LONG
 from tune_amp.training.cuda_graph import WARM_UP_STEPS
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, TrialConfig
 
 LEAST_APPLIED = 10

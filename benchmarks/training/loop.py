@@ -44,7 +44,9 @@ from benchmarks.training.loop_programs import (
 )
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.training.data import Dataset
-from tune_amp.training.run import TrainingData, estimate_epoch_seconds, release_memory
+from tune_amp.training.memory import release_memory
+from tune_amp.training.run import estimate_epoch_seconds
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, TrialConfig, describe_error, described
 
 CPU_PRECISIONS = ("fp32", "bf16", "fp16")

@@ -18,7 +18,8 @@ from tune_amp.training.amp import AUTOCAST_DTYPES, fp32_arithmetic
 from tune_amp.training.cuda_graph import WARM_UP_STEPS
 from tune_amp.training.data import Split
 from tune_amp.training.models import build_model
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
 
 TUTORIAL, EAGER, GRAPH, COMPILED, COMPILED_GRAPH = "tutorial", "eager", "graph", "compiled", "compiled graph"
@@ -153,14 +154,14 @@ def _prepare_eager(cell: Cell, seconds: float) -> Prepared:
     data = _place_share(cell, seconds)
     run = TrainingRun(cell.config, data, allow_graph=False)
     run.train_epoch()
-    return Prepared(take_turn=lambda: take_epochs(run, len(data.train.labels), seconds))
+    return Prepared(take_turn=lambda: take_epochs(run, len(data.train), seconds))
 
 
 def _prepare_graph(cell: Cell, seconds: float) -> Prepared:
     data = _place_share(cell, seconds)
     run = TrainingRun(cell.config, data, allow_graph=True)
     _train_until_captured(run)
-    return Prepared(take_turn=lambda: take_epochs(run, len(data.train.labels), seconds))
+    return Prepared(take_turn=lambda: take_epochs(run, len(data.train), seconds))
 
 
 def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) -> Prepared:
@@ -174,7 +175,7 @@ def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) 
             _train_until_captured(run)
     later = second.train_seconds - first.train_seconds
     return Prepared(
-        take_turn=lambda: take_epochs(run, len(data.train.labels), seconds),
+        take_turn=lambda: take_epochs(run, len(data.train), seconds),
         compile_seconds=max(0.0, first.train_seconds - later),
     )
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks.markdown import render_table
 from tune_amp.training.amp import AmpStep, build_scaler
-from tune_amp.training.batches import scale_images
 from tune_amp.training.cuda_graph import Capture
 from tune_amp.training.data import Dataset
 from tune_amp.training.models import build_model
-from tune_amp.training.run import TrainingData, TrainingRun, build_optimizer
+from tune_amp.training.optimizers import build_optimizer
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
 
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -165,9 +166,9 @@ def _draw_batches(config: TrialConfig, data: TrainingData) -> Iterator[tuple[Ten
     """Images float32 [batch, channels, height, width] and labels int64 [batch], for ever the same ones in turn."""
     scaling = data.input_scaling(config.input_scaling)
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(data.train.labels), generator=generator).to(data.device)
+    order = torch.randperm(len(data.train), generator=generator).to(data.device)
     batches = [
-        (scale_images(data.train.images.index_select(0, indices), scaling), data.train.labels.index_select(0, indices))
+        data.train.take(indices, scaling)
         for indices in order.split(config.batch_size)[: _count_steps(config)]
         if len(indices) == config.batch_size
     ]
@@ -202,7 +203,7 @@ def _prepare_bare(config: TrialConfig, data: TrainingData) -> Block:
 def _prepare_logged(config: TrialConfig, data: TrainingData) -> Block:
     """Ours: every step logged, the log read whenever an epoch's steps are in it."""
     model, optimizer = _build(config, data)
-    epoch_steps = len(data.train.labels) // config.batch_size
+    epoch_steps = len(data.train) // config.batch_size
     amp = AmpStep(config, data.device, max_steps=epoch_steps)
     logged = itertools.count(1)
 

@@ -17,7 +17,8 @@ from benchmarks.training.extensions import (
     write_extensions,
 )
 from tune_amp.training.data import Dataset
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
 
 CPU = torch.device("cpu")

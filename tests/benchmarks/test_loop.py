@@ -39,7 +39,7 @@ from benchmarks.training.loop import (
 )
 from benchmarks.training.loop_programs import EAGER, TUTORIAL, Cell, Prepared, Turn
 from tune_amp.training.data import Split
-from tune_amp.training.run import TrainingData
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
 
 CPU = torch.device("cpu")

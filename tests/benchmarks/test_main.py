@@ -17,7 +17,7 @@ from benchmarks.training.gpu import make_images
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.telemetry import measure_probe, measure_telemetry, render_telemetry
 from tune_amp.training.data import Dataset
-from tune_amp.training.run import TrainingData
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
 
 CPU = torch.device("cpu")

@@ -32,8 +32,8 @@ from tune_amp.cluster.trainable import (
 )
 from tune_amp.reuse.final import find_differences
 from tune_amp.training.data import Dataset
-from tune_amp.training.memory import is_out_of_memory
-from tune_amp.training.run import TrainingRun, release_memory
+from tune_amp.training.memory import is_out_of_memory, release_memory
+from tune_amp.training.run import TrainingRun
 from tune_amp.trial.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig
 from tune_amp.trial.consent import list_consented
 

@@ -43,7 +43,7 @@ from tune_amp.search.plan import list_shared, plan_search
 from tune_amp.search.run import run_search
 from tune_amp.space.space import SearchSpace, load_space
 from tune_amp.training.data import Dataset, make_long_tail
-from tune_amp.training.run import TrainingData
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
 ROOT = Path(__file__).resolve().parents[2]

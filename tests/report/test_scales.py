@@ -96,7 +96,8 @@ def test_as_many_overflows_are_marked_as_steps_were_skipped(growth_interval: int
     import torch
     from small_runs import make_split
 
-    from tune_amp.training.run import TrainingData, TrainingRun
+    from tune_amp.training.run import TrainingRun
+    from tune_amp.training.training_data import TrainingData
 
     data = TrainingData(make_split(240), make_split(30, seed=1), 3, torch.device("cpu"))
     config = TrialConfig(

@@ -25,13 +25,13 @@ from tune_amp.reuse.final import (
     FinalResult,
     FinalTraining,
     find_differences,
-    join_splits,
     replay_trial,
 )
 from tune_amp.training.batches import fit_input_scaling
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.training.models import build_model
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def count_correct(model: torch.nn.Module, split: Split, scaled_as: Split) -> int
 
 def test_joined_splits_hold_both_in_order() -> None:
     first, second = make_split(5, 0), make_split(3, 1)
-    whole = join_splits(first, second)
+    whole = first.join(second)
     assert len(whole) == 8
     assert whole.images.dtype == np.uint8
     assert whole.labels.dtype == np.int64
@@ -85,7 +85,7 @@ def test_joined_splits_hold_both_in_order() -> None:
 def test_final_training_is_on_training_and_validation_images_together(precision: str, dataset: Dataset) -> None:
     config = make_config(precision=precision, seed=2)
     final = FinalTraining(config, dataset, CPU)
-    whole = TrainingRun(config, TrainingData(join_splits(dataset.train, dataset.validation), None, 3, CPU))
+    whole = TrainingRun(config, TrainingData(dataset.train.join(dataset.validation), None, 3, CPU))
     for metrics, expected in zip(final.epochs(), whole.epochs(), strict=True):
         assert metrics.steps == metrics.epoch * ((50 + 22) // 8)
         assert (metrics.val_loss, metrics.val_accuracy, metrics.val_seconds) == (None, None, 0.0)
@@ -106,7 +106,7 @@ def test_final_training_and_replay_have_the_long_tail_that_the_configuration_was
     part = thin_classes(dataset.validation, 3, 3.0)
     assert len(part) < 22
     assert result.train_images == len(long.train) + len(part) < 72
-    expected = TrainingRun(config, TrainingData(join_splits(long.train, part), None, 3, CPU)).train_epoch()
+    expected = TrainingRun(config, TrainingData(long.train.join(part), None, 3, CPU)).train_epoch()
     assert find_differences(expected, result.epochs[0]) == []
     trial = TrainingRun(config, TrainingData(long.train, dataset.validation, 3, CPU)).train_epoch()
     for given in (dataset, long):
@@ -116,7 +116,7 @@ def test_final_training_and_replay_have_the_long_tail_that_the_configuration_was
 
 def test_test_set_is_what_is_tested(dataset: Dataset) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
-    whole = join_splits(dataset.train, dataset.validation)
+    whole = dataset.train.join(dataset.validation)
     correct = count_correct(final._run.model, dataset.test, scaled_as=whole)
     assert result.test_accuracy == pytest.approx(correct / 37, abs=1e-12)
     counts = np.bincount(dataset.test.labels)
@@ -166,7 +166,7 @@ def test_saved_weights_give_the_same_test_result_in_a_fresh_model(
     missing, unexpected = fresh.load_state_dict(stored, strict=model != "tied")
     assert len(missing) == (model == "tied")  # one name of two for the same weights
     assert not unexpected
-    whole = join_splits(dataset.train, dataset.validation)
+    whole = dataset.train.join(dataset.validation)
     assert count_correct(fresh, dataset.test, scaled_as=whole) / 37 == pytest.approx(result.test_accuracy, abs=1e-12)
     trained = final._run.model.state_dict()
     assert all(torch.equal(tensor, trained[key]) for key, tensor in fresh.state_dict().items())

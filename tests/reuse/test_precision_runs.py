@@ -32,7 +32,7 @@ from tune_amp.reuse.precision_runs import (
 )
 from tune_amp.reuse.precision_verdicts import ComparedRun, ComparisonOrigin, MapCell
 from tune_amp.training.data import Dataset
-from tune_amp.training.run import TrainingData
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import PRECISIONS, SCALER_DEFAULTS, EpochMetrics, InputError, TrialConfig, TrialStatus
 
 CPU = torch.device("cpu")

@@ -23,10 +23,10 @@ from ray.tune.schedulers import (
 )
 
 from tune_amp.search.schedulers import (
-    WORST_VALUES,
     DivergenceAware,
     build_scheduler,
     count_brackets,
+    find_worst_value,
     objective_mode,
     restore_scheduler,
 )
@@ -220,7 +220,7 @@ def test_trial_that_diverged_counts_as_worst_in_the_percentile_of_its_rung(objec
     scheduler = make_ours("asha", objective)
     decide(scheduler, diverged_first)
     sign = {"val_accuracy": 1, "val_loss": -1}[objective]
-    assert sorted(rung(scheduler, 1).values()) == [sign * WORST_VALUES[objective], sign * better]
+    assert sorted(rung(scheduler, 1).values()) == [sign * find_worst_value(objective), sign * better]
     # The cutoff is the median of the worst and a good one, which a middling trial exceeds.
     results = [*diverged_first, make_result(1, middling, objective)]
     assert decide(make_ours("asha", objective), results)[-1] == "CONTINUE"
@@ -258,8 +258,8 @@ def test_result_is_not_changed_for_those_who_read_it_next(name: str) -> None:
 def test_worst_value_is_worse_than_any_that_training_can_report(objective: str) -> None:
     possible = {"val_accuracy": 0.001, "val_loss": 1e6, "train_seconds": 1e8, "peak_memory_bytes": 2**48}[objective]
     better = max if objective_mode(objective) == "max" else min
-    assert better(possible, WORST_VALUES[objective]) == possible
-    assert math.isfinite(WORST_VALUES[objective])  # ASHA interpolates
+    assert better(possible, find_worst_value(objective)) == possible
+    assert math.isfinite(find_worst_value(objective))  # ASHA interpolates
 
 
 # A trial that fails, or is tried again

@@ -23,7 +23,7 @@ from tune_amp.cluster.trainable import LargerShareNeeded
 from tune_amp.results.journal import cut_torn_line
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial
-from tune_amp.search.schedulers import WORST_VALUES
+from tune_amp.search.schedulers import find_worst_value
 from tune_amp.search.study import UNKNOWN_VALUES, AmpSearch
 from tune_amp.space.space import SearchSpace, load_space
 from tune_amp.trial.config import OBJECTIVES, RANKING_OBJECTIVES, InputError, TrialConfig, TrialStatus
@@ -150,7 +150,7 @@ def test_diverged_and_out_of_memory_trials_are_told_infeasible_with_the_worst_va
     search = make_search("mnist_amp", objective)
     finish(search, "a", 0.75, end=end)
     trial = stored(search, "a")
-    assert (trial.state, trial.value) == (TrialState.COMPLETE, WORST_VALUES[objective])
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, find_worst_value(objective))
     assert trial.intermediate_values == {1: {"val_accuracy": 0.75, "val_loss": 0.25}[objective]}
     assert trial.constraints == {"hopeless": 1.0}
     assert trial.user_attrs["status"] == end["status"]
@@ -411,7 +411,7 @@ def test_every_ending_is_told_with_several_objectives(make_search: MakeSearch, s
     assert stored(search, "completed").constraints == {"hopeless": 0.0}
     for hopeless in ("diverged", "memory"):
         told = stored(search, hopeless)
-        assert told.values == ([0.6, 6.0] if sampler == "gp" else [WORST_VALUES[name] for name in BOTH])
+        assert told.values == ([0.6, 6.0] if sampler == "gp" else [find_worst_value(name) for name in BOTH])
         assert told.constraints == {"hopeless": 1.0}
     for trial_id in ("stopped", "failed", "died", "interrupted"):
         assert stored(search, trial_id).state is TrialState.FAIL
@@ -717,8 +717,8 @@ def test_trial_told_as_out_of_memory_of_which_the_journal_had_not_heard_goes_on(
     resumed.on_trial_complete("died", report(3, 0.75, "completed"))
     told = [(t.user_attrs["trial_id"], t.value, t.constraints) for t in resumed.study.trials]
     assert told == [
-        ("died", WORST_VALUES["val_accuracy"], {"hopeless": 1.0}),
-        ("told", WORST_VALUES["val_accuracy"], {"hopeless": 1.0}),
+        ("died", find_worst_value("val_accuracy"), {"hopeless": 1.0}),
+        ("told", find_worst_value("val_accuracy"), {"hopeless": 1.0}),
         ("died", 0.75, {"hopeless": 0.0}),
     ]
     assert past[0].number == 2

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tune_amp.space.no_effect import count_steps, describe_inert, estimate_inert, find_inert
 from tune_amp.space.space import SearchSpace, load_space
 from tune_amp.training.data import Split
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import CURRICULA, TrialConfig
 
 MNIST = {"train_images": 55_000, "max_epochs": 8}

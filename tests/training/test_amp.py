@@ -27,7 +27,7 @@ from tune_amp.training.amp import (
     fp32_arithmetic,
     summarise_steps,
 )
-from tune_amp.training.run import build_optimizer
+from tune_amp.training.optimizers import build_optimizer
 from tune_amp.trial.config import OPTIMIZERS, PRECISIONS, TrialConfig
 
 CPU = torch.device("cpu")

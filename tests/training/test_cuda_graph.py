@@ -27,7 +27,10 @@ from tune_amp.training.cuda_graph import (
     explain_eager,
     release_failed_pool,
 )
-from tune_amp.training.run import TrainingData, TrainingRun, build_optimizer, release_memory
+from tune_amp.training.memory import release_memory
+from tune_amp.training.optimizers import build_optimizer
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig
 from tune_amp.trial.curricula import PACING
 

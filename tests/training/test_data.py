@@ -202,13 +202,22 @@ def test_function_that_cannot_be_imported_is_refused(
         ("raise KeyError('x')", "the call failed (KeyError: 'x')"),
         ("raise SystemExit(3)", "the call failed (RuntimeError: the code called sys.exit(3))"),
         ("raise KeyboardInterrupt", "the call failed (RuntimeError: the code raised KeyboardInterrupt)"),
-        ("return 1", "must return (train_images, train_labels, test_images, test_labels), got int"),
-        ("return x, y, x", "got 3 values"),
+        (
+            "return 1",
+            "must return (train_images, train_labels, test_images, test_labels), or six with validation_images and "
+            "validation_labels in the middle, or two or three parts, each a pair (images, labels) or a torch Dataset, "
+            "got int",
+        ),
+        ("return x, y, x", "got 3 values, train of type ndarray"),
         ("return x.tolist(), y, x, y", "train_images: must be a numpy array or a torch tensor, got list"),
-        ("return x, y, x / 255, y", "test_images: must be uint8, got float64"),
+        ("return x, y, x[:, None] / 255, y", "train_images: must have the dtype of user_module"),
         ("return x, y, torch.zeros(3, dtype=torch.bfloat16), y", "test_images: must be a tensor that numpy can hold"),
-        ("return x[0], y, x, y", "train_images: must be [n, h, w] or [n, c, h, w] without a zero, got (4, 5)"),
-        ("return x, y, x[:0], y[:0]", "test_images: must be [n, h, w] or [n, c, h, w] without a zero, got (0, 4, 5)"),
+        (
+            "return x[0], y, x, y",
+            "train_images: uint8 images must be [n, h, w] or [n, c, h, w] without a zero (integer tokens must be "
+            "int64), got (4, 5)",
+        ),
+        ("return x, y, x[:0], y[:0]", "test_images: uint8 images must be [n, h, w] or [n, c, h, w] without a zero"),
         ("return x, y.astype(float), x, y", "train_labels: must be integers"),
         ("return x, y > 0, x, y", "train_labels: must be integers"),
         ("return x, y[:, None], x, y", "train_labels: must be integers, one for each of 36 images, got int64 (36, 1)"),
@@ -219,7 +228,7 @@ def test_function_that_cannot_be_imported_is_refused(
         ("return x, y * 0, x, y * 0", "at least 2 classes"),
         ("return x, y, x, y + 1", "got 0 of class 3"),
         ("return x, y * 2, x, y", "got 0 of class 1"),
-        ("return x, y, x[:, :3], y", "images must have the (channels, height, width) of"),
+        ("return x, y, x[:, :3], y", "must have the shape (channels, height, width for images) of"),
     ],
 )
 def test_function_that_breaks_its_contract_is_refused(
@@ -233,7 +242,7 @@ def test_function_that_breaks_its_contract_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("shape", "refused"),
+    ("shape", "turned"),
     [
         ((28, 28, 1), True),
         ((8, 8, 3), True),
@@ -248,18 +257,23 @@ def test_function_that_breaks_its_contract_is_refused(
         ((28, 28, 2), False),
     ],
 )
-def test_only_what_is_nearly_surely_channels_last_is_refused(
-    load_arrays: LoadArrays, shape: tuple[int, int, int], refused: bool
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_only_what_is_nearly_surely_channels_last_is_turned_and_that_is_said(
+    load_arrays: LoadArrays, shape: tuple[int, int, int], turned: bool, dtype: str
 ) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
-    labels = (np.arange(20) % 2).astype(np.uint8)
-    arrays = [images, labels, images, labels]
-    if not refused:
-        assert load_arrays(arrays).input_shape == shape
+    images = np.random.default_rng(0).integers(0, 256, (24, *shape), np.uint8).astype(dtype)
+    labels = (np.arange(24) % 2).astype(np.uint8)
+    dataset = load_arrays([images, labels, images, labels])
+    if not turned:
+        assert (dataset.input_shape, dataset.notice) == (shape, None)
+        np.testing.assert_array_equal(dataset.test.images, images)
         return
-    rule = r"channels must come before height and width \(transpose\(0, 3, 1, 2\) puts them there\), got "
-    with pytest.raises(InputError, match=rf"^user_module:load: train_images: {rule}"):
-        load_arrays(arrays)
+    height, width, channels = shape
+    assert dataset.input_shape == (channels, height, width)
+    assert dataset.test.images.flags.c_contiguous
+    np.testing.assert_array_equal(dataset.test.images[:, -1], images[..., -1])
+    said = f"channels come last in (24, {height}, {width}, {channels}): taken as (24, {channels}, {height}, {width})"
+    assert dataset.notice == "; ".join(f"user_module:load: {part}_images: {said}" for part in ("train", "test"))
 
 
 # A long tail
@@ -295,7 +309,7 @@ def test_images_of_a_long_tail_are_always_the_same_and_in_their_order(digits: Da
     np.random.seed(2)  # noqa: NPY002
     again = thin_classes(digits.train, 10, 20.0)
     np.testing.assert_array_equal(long.images, again.images)
-    numbered = Split(images=np.arange(len(digits.train))[:, None], labels=digits.train.labels)  # type: ignore[arg-type]
+    numbered = Split(images=np.arange(len(digits.train))[:, None], labels=digits.train.labels)
     places = thin_classes(numbered, 10, 20.0).images[:, 0]
     assert np.diff(places).min() > 0
     np.testing.assert_array_equal(long.images, digits.train.images[places])

@@ -11,6 +11,7 @@ from torch import nn
 from tune_amp.training import evaluation
 from tune_amp.training.batches import InputScaling, place_split
 from tune_amp.training.evaluation import choose_evaluation_batch, evaluate
+from tune_amp.training.task import ImageClassification
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,7 @@ def test_evaluation_puts_the_model_back_into_its_mode(training_mode: bool) -> No
     model.register_forward_hook(lambda module, *_: modes.append(module.training))
     split = place_split(make_split(), CPU)
     scaling = InputScaling(shift=0.0, factor=1 / 255)
-    first, second = (evaluate(model, split, scaling, batch_size=8) for _ in range(2))
+    first, second = (evaluate(ImageClassification(), model, split, scaling, batch_size=8) for _ in range(2))
     assert first == second
     assert modes == [False, False]
     assert model.training is training_mode
@@ -41,7 +42,7 @@ def test_evaluation_is_a_mean_over_images_however_they_are_batched(batch: int, m
     expected = -log_likelihoods[np.arange(60), split.labels].mean()
     sizes: list[int] = []
     model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    found = evaluate(model.float(), place_split(split, CPU), scaling, batch_size=batch)
+    found = evaluate(ImageClassification(), model.float(), place_split(split, CPU), scaling, batch_size=batch)
     assert sizes == [len(part) for part in torch.arange(60).split(batch)]
     assert found.loss == pytest.approx(expected, rel=1e-6)
     correct = logits.argmax(axis=1) == split.labels
@@ -54,7 +55,7 @@ def test_recall_of_a_class_without_an_image_is_no_number() -> None:
     split = make_split(20, classes=2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     first, second, missing = evaluate(
-        model, place_split(split, CPU), InputScaling(shift=0.0, factor=0.01), batch_size=8
+        ImageClassification(), model, place_split(split, CPU), InputScaling(shift=0.0, factor=0.01), batch_size=8
     ).recalls
     assert first >= 0
     assert second >= 0

@@ -16,7 +16,8 @@ from tune_amp.training.amp import AmpStep
 from tune_amp.training.data import load_dataset
 from tune_amp.training.models import simple_net
 from tune_amp.training.own_loop import OwnRun, TelemetryScaler, Trial
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import COMMON_METRICS, RESERVED_NAMES, EpochMetrics, InputError, TrialConfig
 
 CPU = torch.device("cpu")

@@ -18,20 +18,17 @@ from small_runs import make_split, untimed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tune_amp.training import batches
+from tune_amp.training import batches, training_data
 from tune_amp.training import run as training
 from tune_amp.training.amp import GradientProbe, fp32_arithmetic
 from tune_amp.training.batches import batch_indices, place_split, scale_images
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.generators import read_generators, seed_generators
+from tune_amp.training.memory import MemoryMeter, release_memory
 from tune_amp.training.models import build_model
-from tune_amp.training.run import (
-    MemoryMeter,
-    TrainingData,
-    TrainingRun,
-    build_optimizer,
-    release_memory,
-)
+from tune_amp.training.optimizers import build_optimizer
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
 
 CPU = torch.device("cpu")
@@ -474,7 +471,7 @@ def test_sorting_by_difficulty_is_charged_as_data_time_of_the_first_curriculum_a
         let_pass(1000.0)
         return sort(split, num_classes)
 
-    monkeypatch.setattr(training, "difficulty_order", sort_slowly)
+    monkeypatch.setattr(training_data, "difficulty_order", sort_slowly)
     plain, first, second = (
         next(TrainingRun(make_config(curriculum=curriculum), small_data).epochs())
         for curriculum in ("none", "linear", "linear")
@@ -868,7 +865,8 @@ import numpy as np
 import torch
 from tune_amp.trial.config import TrialConfig
 from tune_amp.training.data import Split
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 split = Split(images=np.arange(256, dtype=np.uint8).reshape(16, 1, 4, 4), labels=np.arange(16) % 2)
 for optimizer in ("adam", "adamw", "sgd"):
     config = TrialConfig(optimizer=optimizer, precision="fp16", grad_clip=1.0, batch_size=4, max_epochs=2)

@@ -27,7 +27,7 @@ def make_evidence(**changes: Any) -> EpochEvidence:
     values: dict[str, Any] = {
         "weights_finite": True,
         "weights_moved": True,
-        "val_loss": 0.3,
+        "validation": {"val_loss": 0.3},
         "nan_buffer": None,
         "has_learned": True,
         "is_dead": False,
@@ -45,7 +45,8 @@ def make_evidence(**changes: Any) -> EpochEvidence:
 
 
 FP32 = {"underflow_share": None, "outlook": None}
-UNLEARNED = {"has_learned": False, "val_loss": 2.31}
+UNLEARNED = {"has_learned": False, "validation": {"val_loss": 2.31}}
+UNKNOWN = {"has_learned": None}  # a task without a baseline
 UNMOVED = {"weights_moved": False, "has_learned": True}  # untrained, and by luck better than guessing
 ALL_SKIPPED = {"epoch_skipped": 50, "skipped_steps": 50, "applied_steps": 0, **UNMOVED}
 
@@ -57,14 +58,21 @@ ALL_SKIPPED = {"epoch_skipped": 50, "skipped_steps": 50, "applied_steps": 0, **U
         (FP32, STEADY, None),
         ({"weights_finite": False}, DIVERGED, "weights are not finite"),
         ({"weights_finite": False, **FP32}, DIVERGED, "weights are not finite"),
-        ({"val_loss": NAN}, DIVERGED, "val_loss is nan"),
-        ({"val_loss": INF, **FP32}, DIVERGED, "val_loss is inf"),
+        ({"validation": {"val_loss": NAN}}, DIVERGED, "val_loss is nan"),
+        ({"validation": {"val_loss": INF}, **FP32}, DIVERGED, "val_loss is inf"),
         (
-            {"val_loss": NAN, "nan_buffer": "norm.running_var"},
+            {"validation": {"val_loss": NAN}, "nan_buffer": "norm.running_var"},
             DIVERGED,
             "val_loss is nan: weights are finite, but buffer norm.running_var is not",
         ),
-        ({"val_loss": None}, STEADY, None),  # trained without validation
+        ({"validation": {}}, STEADY, None),  # trained without validation
+        ({"validation": {"val_loss": 0.1, "val_mae": NAN}}, DIVERGED, "val_mae is nan"),
+        # a task without a baseline
+        (UNKNOWN | {"is_dead": True}, STEADY, None),
+        (UNKNOWN | {"is_dead": True, "weights_moved": False}, STEADY, None),
+        (UNKNOWN | {"outlook": make_outlook(0.0)}, COLLAPSED, "loss_scale is 0.0"),
+        (UNKNOWN | {"outlook": make_outlook(2.0**-30), "skipped_steps": 1}, COLLAPSED, "loss_scale collapsed to"),
+        (ALL_SKIPPED | UNKNOWN | {"overflows_at_lowest": True}, COLLAPSED, "every step is skipped, and gradients"),
         # dead networks
         ({"is_dead": True, **UNLEARNED}, COLLAPSED, "no weight gets a gradient"),
         ({"is_dead": True, **UNLEARNED, **FP32}, COLLAPSED, "no weight gets a gradient"),

@@ -20,7 +20,8 @@ from tune_amp.training.cuda_graph import WARM_UP_STEPS
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import EVALUATION_BATCH
 from tune_amp.training.memory import is_out_of_memory
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import InputError, TrialConfig, describe_error
 from tune_amp.trial.consent import consent_to, list_consented
 

@@ -32,8 +32,9 @@ from tune_amp.cluster import ray_patches
 from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
 from tune_amp.cluster.resources import TrialResources, cap_memory
 from tune_amp.training.data import Dataset, Split
-from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory
-from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory, release_memory
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import (
     OBJECTIVES,
     RUNNING,

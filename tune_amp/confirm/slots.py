@@ -24,9 +24,10 @@ from tune_amp.cluster.trainable import (
 )
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmJob
-from tune_amp.training.batches import place_split
 from tune_amp.training.data import Dataset, Split
-from tune_amp.training.run import TrainingData, TrainingRun, release_memory
+from tune_amp.training.memory import release_memory
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialStatus, one_line
 
 CHECK_SECONDS = 1.0
@@ -218,6 +219,6 @@ def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> Confirme
     ending: dict[str, Any] = {"status": TrialStatus.DIVERGED, "error": f"{last.state}: {run.hopeless}"}
     if run.hopeless is None:
         ending = {"status": TrialStatus.COMPLETED, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy}
-        tested = run.evaluate(place_split(test, data.device))
-        ending |= {f"test_{name}": value for name, value in vars(tested).items()}
+        tested = run.test(test)
+        ending |= tested | {"metrics": {**last.metrics, **tested["metrics"]}}
     return _end(job, train_seconds=last.train_seconds, device=name_device(data.device), **ending)

@@ -26,6 +26,7 @@ from tune_amp.results.progress import ConfirmObserver, ConfirmProgress, Observer
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import EpochMetrics, TrialStatus, describe_error
+from tune_amp.trial.objectives import metric_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -231,7 +232,8 @@ class Tally:
         for objective in objectives if ended else ():
             self._improve(objective, ended)
         found = [(objective, self._best[objective]) for objective in objectives if objective in self._best]
-        return [Sample("tune_amp_best", getattr(best.last, name), {"objective": name}) for name, best in found]
+        values = [(metric_of(name), best.last.find_value(name)) for name, best in found if best.last]
+        return [Sample("tune_amp_best", value, {"objective": name}) for name, value in values if value is not None]
 
     def _improve(self, objective: str, trials: Sequence[TrialRecord]) -> None:
         before = [self._best[objective]] if objective in self._best else []

@@ -24,7 +24,8 @@ from tune_amp.report.style import (
 )
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import SlotUse
-from tune_amp.trial.config import MORE_IS_BETTER, TrialStatus
+from tune_amp.trial.config import TrialStatus
+from tune_amp.trial.objectives import is_maximized
 
 HEIGHT = 420
 MOST_BARS = 200
@@ -124,7 +125,7 @@ def _with_place_for_none(axis: Axis, run: Run) -> Axis:
 
 
 def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Scatter:
-    best = max if run.objective in MORE_IS_BETTER else min
+    best = max if is_maximized(run.objective) else min
     values: list[float] = []
     xs: list[float] = []
     for trial in list_rankable(run):

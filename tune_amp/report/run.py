@@ -152,7 +152,7 @@ def _find_parameters(provenance: Provenance, trials: list[TrialRecord]) -> tuple
 
 def find_value(trial: TrialRecord, objective: str) -> float | None:
     """Return the last value of an objective; None if there is none, or if it is not finite."""
-    value: float | None = getattr(trial.last, objective, None)
+    value = trial.last.find_value(objective) if trial.last else None
     return value if value is not None and math.isfinite(value) else None
 
 

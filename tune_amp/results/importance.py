@@ -28,7 +28,6 @@ from tune_amp.trial.config import (
     TrialConfig,
     TrialStatus,
     described,
-    shown,
 )
 from tune_amp.trial.objectives import is_maximized
 

@@ -150,7 +150,9 @@ class Provenance:
     data_hash: str = described("hash of the data set's content")
     train_images: int = described("images trained on", unit="images")
     validation_images: int = described("images that chose the best", unit="images")
-    objective: str = described("what was searched for: a metric, or several joined by commas; :max or :min where the name implies another")
+    objective: str = described(
+        "what was searched for: a metric, or several joined by commas; :max or :min where the name implies another"
+    )
     sampler: str = described("which of Optuna's samplers suggested: " + ", ".join(SAMPLERS))
     scheduler: str = described("what stopped trials early: " + ", ".join(SCHEDULERS))
     seed: int = described("seed of the search")

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from tune_amp.results.files import write_atomically
-from tune_amp.training.batches import place_split
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
-from tune_amp.training.run import TrainingData, TrainingRun
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
 
 WEIGHTS_FILE = "model.safetensors"
@@ -51,8 +50,8 @@ class FinalResult:
     test_images: int
     device: str
     data_hash: str
-    input_shape: tuple[int, int, int]
-    """Channels, height and width of an image."""
+    input_shape: tuple[int, ...]
+    """Channels, height and width of an image; the shape of another input."""
     num_classes: int
     input_shift: float
     """Shift of pixels: the weights expect ``(pixel - input_shift) * input_factor`` in float32."""
@@ -95,14 +94,14 @@ class FinalTraining:
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""
         assert len(self._epochs) == self._config.max_epochs  # epochs() ended, without divergence
-        tested = self._run.evaluate(place_split(self._dataset.test, self._device))
+        tested = self._run.test(self._dataset.test)
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         return FinalResult(
             config=self._config,
             epochs=self._epochs,
-            test_loss=tested.loss,
-            test_accuracy=tested.accuracy,
-            test_recalls=tested.recalls,
+            test_loss=tested["test_loss"],
+            test_accuracy=tested["test_accuracy"],
+            test_recalls=tested["test_recalls"],
             train_images=self._train_images,
             test_images=len(self._dataset.test),
             device=name,
@@ -166,14 +165,7 @@ def find_differences(recorded: EpochMetrics, again: EpochMetrics, left_out: Sequ
 def join_for_training(dataset: Dataset, imbalance: float) -> Split:
     """Join training and validation images, the classes of both as imbalanced as in the search's trials."""
     train = make_long_tail(dataset, imbalance).train
-    return join_splits(train, thin_classes(dataset.validation, dataset.num_classes, imbalance))
-
-
-def join_splits(first: Split, second: Split) -> Split:
-    """Join both splits into one."""
-    return Split(
-        images=np.concatenate([first.images, second.images]), labels=np.concatenate([first.labels, second.labels])
-    )
+    return train.join(thin_classes(dataset.validation, dataset.num_classes, imbalance))
 
 
 def _equal(first: Any, second: Any) -> bool:

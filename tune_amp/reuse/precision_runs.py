@@ -18,7 +18,9 @@ from tune_amp.cluster.cpus import count_cpus
 from tune_amp.reuse.precision_verdicts import BASELINE, LEAST_SEEDS, ComparedRun, MapCell
 from tune_amp.training.cuda_graph import WARM_UP_STEPS
 from tune_amp.training.data import Dataset, Split
-from tune_amp.training.run import TrainingData, TrainingRun, estimate_epoch_seconds, release_memory
+from tune_amp.training.memory import release_memory
+from tune_amp.training.run import TrainingRun, estimate_epoch_seconds
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, describe_error
 
 BUDGET_SECONDS = 420.0

@@ -8,14 +8,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tune_amp.search.options import SearchOptions
-from tune_amp.training.data import Dataset, Split
+from tune_amp.training.data import Dataset, Split, StreamedSplit
+from tune_amp.training.memory import release_memory
 from tune_amp.training.own_code import import_function, unchanged_process
-from tune_amp.training.run import TrainingData, TrainingRun, release_memory
-from tune_amp.trial.config import PRECISIONS, InputError, TrialConfig, describe_error, is_function_name
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
+from tune_amp.trial.config import PRECISIONS, InputError, OwnValue, TrialConfig, describe_error, is_function_name
 
 if TYPE_CHECKING:  # it imports Optuna, which training a winner does not need
     from tune_amp.space.space import SearchSpace
@@ -28,7 +31,13 @@ STEP: Mapping[str, Any] = types.MappingProxyType({"batch_size": 2, "max_epochs":
 
 
 def check_fit(
-    space: "SearchSpace", dataset: Dataset, options: SearchOptions, *, may_use_gpus: bool = False
+    space: "SearchSpace",
+    dataset: Dataset,
+    options: SearchOptions,
+    *,
+    may_use_gpus: bool = False,
+    task: str | None = None,
+    own: Mapping[str, OwnValue] = types.MappingProxyType({}),
 ) -> dict[str, str]:
     """Refuse what would make trials fail: a batch larger than the data set, a model that cannot be trained on it.
 
@@ -38,6 +47,8 @@ def check_fit(
         options: name the model.
         may_use_gpus: whether trials may train on a GPU. The check never does, since a process that has used a GPU
             keeps some of its memory. So precisions are not refused if only fp32 works on this machine's CPU.
+        task: the user's own task, ``module:Class``, if there is one.
+        own: a value of each of the user's own parameters.
 
     Returns:
         For each precision in which the model cannot be trained on this machine's CPU, the reason.
@@ -45,12 +56,18 @@ def check_fit(
     Raises:
         InputError: the message says what does not fit.
     """
-    bounds = space.bounds("batch_size")
+    bounds, batches = space.bounds("batch_size"), space.bounds("accumulate")
     if bounds is not None and bounds[1] > len(dataset.train):
         raise InputError(
             f"{space.source}: batch_size: must be at most the {len(dataset.train):,} training images of "
             f"{dataset.name}, got {bounds[1]}"
         )
+    largest = TrialConfig().batch_size if bounds is None else bounds[1]
+    if batches is not None and batches[1] * largest > len(dataset.train) >= largest:
+        rule = (
+            f"batch_size times accumulate must be at most the {len(dataset.train):,} training images of {dataset.name}"
+        )
+        raise InputError(f"{space.source}: accumulate: {rule}, got {largest} times {batches[1]}")
     if len(dataset.train) < TrialConfig().batch_size and bounds is None:
         raise InputError(f"--dataset: {dataset.name} has fewer training images than the default batch_size")
     others = [name for name in ("fp32",) if may_use_gpus and name not in space.precisions]
@@ -60,16 +77,26 @@ def check_fit(
         precisions=(*space.precisions, *others),
         optimizers=space.optimizers,
         device=torch.device("cpu"),
+        task=task,
+        own=own,
     )
     return {precision: reason for precision, reason in unfit.items() if precision in space.precisions}
 
 
 def check_training(
-    model: str, dataset: Dataset, *, precisions: Sequence[str], optimizers: Sequence[str], device: torch.device
+    model: str,
+    dataset: Dataset,
+    *,
+    precisions: Sequence[str],
+    optimizers: Sequence[str],
+    device: torch.device,
+    task: str | None = None,
+    own: Mapping[str, OwnValue] = types.MappingProxyType({}),
 ) -> dict[str, str]:
     """Train ``model`` on two images for one step in each precision and with each optimizer, and validate on them.
 
-    This runs the code of a trial. The model's output is suppressed, and no generator or setting is changed.
+    This runs the code of a trial: with the user's ``task`` and ``own`` parameters, if there are any. The model's output
+    is suppressed, and no generator or setting is changed.
 
     Returns:
         For each precision in which this fails, the reason.
@@ -77,19 +104,22 @@ def check_training(
     Raises:
         InputError: it fails in all of them or with an optimizer, or the outputs are not logits.
     """
-    if is_function_name(model):
-        import_function(model)  # not silenced: what a module prints when imported is for the user
+    for name in (model, task):
+        if name is not None and is_function_name(name):
+            import_function(name)  # not silenced: what a module prints when imported is for the user
     two = _pick_two(dataset.train)
     shape = ", ".join(map(str, dataset.input_shape))
-    rule = f"model: {model} must train on images of shape [batch, {shape}]"
+    subject = f"model: {model}" if task is None else f"task: {task}"
+    rule = f"{subject} must train on {'images' if two.is_scaled else 'inputs'} of shape [batch, {shape}]"
+    settings = {"model": model, "task": task, "own": own, **STEP}
     fit: list[str] = []
     unfit: dict[str, str] = {}
     deadline = time.monotonic() + CHECK_SECONDS
-    with _silence(model), unchanged_process():
-        data = TrainingData(two, two, dataset.num_classes, device)
+    with _silence(model, task), unchanged_process():
+        data = TrainingData(two, two, dataset.num_classes, device, workers=0)
         for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: a CPU may take long for it
             if time.monotonic() < deadline:
-                reason = _try_step(TrialConfig(model=model, precision=precision, optimizer=optimizers[0], **STEP), data)
+                reason = _try_step(TrialConfig(precision=precision, optimizer=optimizers[0], **settings), data)
                 if reason is None:
                     fit.append(precision)
                 else:
@@ -99,7 +129,7 @@ def check_training(
             raise InputError(f"{rule}, got {reason} (in {precision})")
         for optimizer in optimizers[1:]:
             if fit and time.monotonic() < deadline:
-                reason = _try_step(TrialConfig(model=model, precision=fit[0], optimizer=optimizer, **STEP), data)
+                reason = _try_step(TrialConfig(precision=fit[0], optimizer=optimizer, **settings), data)
                 if reason is not None:
                     raise InputError(f"{rule} with {optimizer}, got {reason}")
     if device.type == "cuda":
@@ -108,18 +138,23 @@ def check_training(
 
 
 def _pick_two(train: Split) -> Split:
-    """Return the images with the darkest and the brightest pixel, so that they are scaled as the whole split is."""
+    """Return the images with the darkest and the brightest pixel, so that they are scaled as the whole split is.
+
+    Of other inputs, and of a data set that is read item by item, the first two will do.
+    """
+    if not train.is_scaled or isinstance(train, StreamedSplit):
+        return train.select(np.arange(min(2, len(train))))
     flat = train.images.reshape(len(train), -1)
     first, second = int(flat.min(axis=1).argmin()), int(flat.max(axis=1).argmax())
-    chosen = [first, second if second != first else (first + 1) % len(train)]
-    return Split(images=train.images[chosen], labels=train.labels[chosen])
+    return train.select(np.array([first, second if second != first else (first + 1) % len(train)]))
 
 
 def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
     """Return why an epoch of one step fails; None if it does not, or if only the device is at fault."""
     try:
         run = TrainingRun(config, data, allow_graph=False, probed=False)
-        run.model = _CheckedModel(run.model, config.model, data.num_classes)
+        if config.task is None:
+            run.model = _CheckedModel(run.model, config.model, data.num_classes)
         run.train_epoch()
     except InputError:
         raise
@@ -155,12 +190,12 @@ class _CheckedModel(nn.Module):
 
 
 @contextlib.contextmanager
-def _silence(model: str) -> Iterator[None]:
-    """Suppress the output of a user's own model in the ``with`` block.
+def _silence(*names: str | None) -> Iterator[None]:
+    """Suppress the output of a user's own model or task in the ``with`` block.
 
     Built-in models are not silenced: they are checked in a thread, beside others.
     """
-    if not is_function_name(model):
+    if not any(name is not None and is_function_name(name) for name in names):
         yield
         return
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

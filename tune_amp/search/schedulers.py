@@ -13,19 +13,18 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from tune_amp.cluster.ray_patches import pause_pending
 from tune_amp.trial.config import (
-    MORE_IS_BETTER,
     RANKING_OBJECTIVES,
     RUNNING,
     SCHEDULERS,
     TrialReport,
     TrialStatus,
 )
+from tune_amp.trial.objectives import MAX, MIN, is_maximized, metric_of
 
 LOOK_SECONDS = 0.1
 """Seconds that Tune sleeps if all of its trials wait."""
 
-# Finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is infinite.
-WORST_VALUES = {"val_accuracy": 0.0, "val_loss": 1e9, "train_seconds": 1e9, "peak_memory_bytes": 1e15}
+_WORST_VALUES = {"val_accuracy": 0.0, "peak_memory_bytes": 1e15}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class DivergenceAware(FIFOScheduler):
     once.
 
     Args:
-        objective: ``val_accuracy`` or ``val_loss``.
+        objective: the objective, see ``trial.objectives``.
         on_worker_death: is called with the trial whose worker died, even if that trial will be retried; may return the
             seconds that the trial waits before the retry.
         clock: returns seconds.
@@ -62,7 +61,7 @@ class DivergenceAware(FIFOScheduler):
         **rule: Any,
     ) -> None:
         super().__init__(**rule)  # type: ignore[no-untyped-call]
-        self._objective = objective
+        self._ranked_metric, self._worst_value = metric_of(objective), find_worst_value(objective)
         self._on_worker_death = on_worker_death
         self._clock = clock
         self._waiting: dict[str, float] = {}
@@ -121,7 +120,7 @@ class DivergenceAware(FIFOScheduler):
         return None if chosen is not None and chosen.trial_id in self._waiting else chosen
 
     def _ranked(self, result: dict[str, Any]) -> dict[str, Any]:
-        return {**result, self._objective: WORST_VALUES[self._objective]} if is_hopeless(result) else result
+        return {**result, self._ranked_metric: self._worst_value} if is_hopeless(result) else result
 
 
 class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
@@ -212,11 +211,10 @@ def build_scheduler(
             that the trial waits before the retry.
     """
     assert name in SCHEDULERS
-    assert objective in RANKING_OBJECTIVES
     shared: dict[str, Any] = {"objective": objective, "on_worker_death": on_worker_death}
     if name == "none":
         return DivergenceAware(**shared)
-    shared |= {"time_attr": "epoch", "metric": objective, "mode": objective_mode(objective)}
+    shared |= {"time_attr": "epoch", "metric": metric_of(objective), "mode": objective_mode(objective)}
     shared |= {"grace_period": grace_period}
     if name == "median":
         # Before it has enough trials to compare, Ray would pause running trials whenever others wait; with an infinite
@@ -269,11 +267,19 @@ def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) 
 
 def is_hopeless(result: dict[str, Any]) -> bool:
     """Return whether a result with an epoch is that of a trial that diverged."""
-    values = [result[name] for name in RANKING_OBJECTIVES if name in result]
-    finite = all(value is not None and math.isfinite(value) for value in values)
-    return not finite or result.get("status") == TrialStatus.DIVERGED
+    values = [value for name in RANKING_OBJECTIVES if (value := result.get(name)) is not None]
+    return not all(map(math.isfinite, values)) or result.get("status") == TrialStatus.DIVERGED
 
 
 def objective_mode(objective: str) -> str:
     """Return Tune's mode for an objective: ``max`` or ``min``."""
-    return "max" if objective in MORE_IS_BETTER else "min"
+    return MAX if is_maximized(objective) else MIN
+
+
+def find_worst_value(objective: str) -> float:
+    """Return the value that counts for a trial that diverged.
+
+    It is finite, because ASHA's cutoff interpolates between neighbours, and anything between infinity and a number is
+    infinite.
+    """
+    return _WORST_VALUES.get(objective, -1e9 if is_maximized(objective) else 1e9)

@@ -22,7 +22,7 @@ from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.samplers import build_sampler, reseed
-from tune_amp.search.schedulers import WORST_VALUES, is_hopeless, objective_mode
+from tune_amp.search.schedulers import find_worst_value, is_hopeless, objective_mode
 from tune_amp.search.warm_start import OldTrial, WarmStart, find_suggestion
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
@@ -34,6 +34,7 @@ from tune_amp.trial.config import (
     is_finite,
 )
 from tune_amp.trial.consent import check_consent
+from tune_amp.trial.objectives import metric_of
 
 STATUS_ATTRIBUTE = "status"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"
@@ -48,7 +49,7 @@ HOPELESS_CONSTRAINT = "hopeless"
 requires the same constraints of all trials."""
 
 # A hopeless trial's values for GP if no trial has completed yet: worse than chance, but on the scale of real values.
-UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0, "train_seconds": 0.0, "peak_memory_bytes": 0.0}
+UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0}
 
 # Trials that a rebuilt study may lack: those of a warm start, and those that were submitted again.
 MOST_LOST_TRIALS = 10_000
@@ -76,7 +77,7 @@ class AmpSearch(OptunaSearch):
         space: what is searched.
         shared: the ``TrialConfig`` fields that all trials have in common.
         train_images: images of the training split, by which relative settings are counted.
-        objectives: what is optimized, of ``OBJECTIVES``; for several, the result is a Pareto set.
+        objectives: what is optimized, see ``trial.objectives``; for several, the result is a Pareto set.
         seed: seed of the sampler.
         folder: folder of the study, which is in Optuna's own journal file, for ``optuna-dashboard`` to open.
         study_name: the run's name.
@@ -112,6 +113,7 @@ class AmpSearch(OptunaSearch):
             path.unlink(missing_ok=True)
         built = build_sampler(sampler, space, seed=seed, objectives=objectives, num_samples=num_samples)
         self._objectives = tuple(objectives)
+        self._metrics = [metric_of(objective) for objective in objectives]
         self._models_values = sampler == "gp"
         self._reported_epochs: dict[str, int] = {}
         self._causes: dict[str, str] = {}
@@ -121,7 +123,7 @@ class AmpSearch(OptunaSearch):
         modes = [objective_mode(name) for name in objectives]
         super().__init__(
             cast("Any", self._build_config),  # without a space, OptunaSearch makes no study
-            metric=list(objectives) if len(objectives) > 1 else objectives[0],
+            metric=self._metrics if len(objectives) > 1 else self._metrics[0],
             mode=modes if len(objectives) > 1 else modes[0],
             sampler=built,
             storage=open_storage(path),
@@ -170,7 +172,7 @@ class AmpSearch(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Report the first objective of an epoch to the study."""
-        value = result.get(self._objectives[0])
+        value = result.get(self._metrics[0])
         if is_finite(value) and trial_id not in self._completed_trials:
             with self._reporting_faults():
                 self._report(trial_id, value, result["epoch"])
@@ -207,7 +209,7 @@ class AmpSearch(OptunaSearch):
             return optuna.trial.create_trial(state=TrialState.FAIL)
         sizes = {"train_images": train_images, "max_epochs": past.config.max_epochs}
         suggestion = find_suggestion(past.config, space, train_images, **sizes)
-        reports = {epoch: getattr(metrics, self._objectives[0]) for epoch, metrics in past.first_metrics.items()}
+        reports = {epoch: metrics.find_value(self._objectives[0]) for epoch, metrics in past.first_metrics.items()}
         if past.report is not None and past.report.done and past.report.metrics is not None:
             reports.pop(past.report.metrics.epoch, None)  # the end decides whether that epoch counts
         return optuna.trial.create_trial(
@@ -317,11 +319,12 @@ class AmpSearch(OptunaSearch):
     def _add_old_trial(self, old: OldTrial, attributes: dict[str, Any]) -> None:
         record, hopeless = old.record, _is_old_hopeless(old)
         pruned = record.status is TrialStatus.STOPPED and not hopeless
-        reports = {epoch.epoch: getattr(epoch, self._objectives[0]) for epoch in record.epochs}
+        reports = {epoch.epoch: epoch.find_value(self._objectives[0]) for epoch in record.epochs}
+        values = [record.last.find_value(name) if record.last else None for name in self._objectives]
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
-                values=self._hopeless_values() if hopeless else [getattr(record.last, n) for n in self._objectives],
+                values=self._hopeless_values() if hopeless else cast("list[float]", values),
                 params=dict(old.params),
                 distributions=dict(old.distributions),
                 intermediate_values=self._select_reports(reports),
@@ -336,7 +339,7 @@ class AmpSearch(OptunaSearch):
 
     def _tell_result(self, trial_id: str, result: dict[str, Any], *, stopped: bool) -> None:
         trial = self._ot_trials[trial_id]
-        values = [result[name] for name in self._objectives if is_finite(result.get(name))]
+        values = [result[name] for name in self._metrics if is_finite(result.get(name))]
         if is_hopeless(result):
             self._tell_hopeless(trial)
         elif len(values) < len(self._objectives) or (stopped and len(values) > 1):
@@ -354,7 +357,7 @@ class AmpSearch(OptunaSearch):
         self._tell_values(trial, self._hopeless_values(), hopeless=True)
 
     def _hopeless_values(self) -> list[float]:
-        return self._find_worst() if self._models_values else [WORST_VALUES[name] for name in self._objectives]
+        return self._find_worst() if self._models_values else [find_worst_value(name) for name in self._objectives]
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
         with warnings.catch_warnings():
@@ -374,7 +377,7 @@ class AmpSearch(OptunaSearch):
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         measured = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
         if not measured:
-            return [UNKNOWN_VALUES[name] for name in self._objectives]
+            return [UNKNOWN_VALUES.get(name, 0.0) for name in self._objectives]
         columns = zip(self._objectives, zip(*measured, strict=True), strict=True)
         return [min(column) if objective_mode(name) == "max" else max(column) for name, column in columns]
 

@@ -29,8 +29,8 @@ from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import MAX_BYTES, SEARCHABLE, SearchSpace, parse_space
 from tune_amp.trial.config import (
+    COST_OBJECTIVES,
     OWN,
-    RANKING_OBJECTIVES,
     InputError,
     TrialConfig,
     TrialStatus,
@@ -287,7 +287,7 @@ def _list_obstacles(
     if old.objective != here["objective"]:
         yield f"the objectives differ ({shown(old.objective)} there, {shown(here['objective'])} here)"
     for name in here["objective"].split(","):
-        if name not in RANKING_OBJECTIVES:
+        if name in COST_OBJECTIVES:
             yield f"{name} depends on the machine and on what runs beside a trial"
     yield from _list_differing_settings(donor.trials, shared)
     yield from _list_differing_versions(old.versions)
@@ -351,5 +351,5 @@ def _has_outcome(record: TrialRecord, objectives: Sequence[str]) -> bool:
     if record.status not in COMPARABLE or (record.status is TrialStatus.STOPPED and len(objectives) > 1):
         return False  # with several objectives, Optuna keeps no value of a trial cut short
     return record.status is TrialStatus.DIVERGED or all(
-        getattr(record.last, name, None) is not None for name in objectives
+        record.last is not None and record.last.find_value(name) is not None for name in objectives
     )

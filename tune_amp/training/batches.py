@@ -2,12 +2,14 @@
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tune_amp.training.data import Split
+from tune_amp.training.data import Split, StreamedSplit
 from tune_amp.trial.config import InputError
 
 CHUNK_IMAGES = 1024  # images widened to 8 bytes a pixel at a time: 6 MB for 28x28
@@ -18,9 +20,34 @@ class DeviceSplit:
     """A split on the device that uses it."""
 
     images: torch.Tensor
-    """uint8 [n, channels, height, width]"""
+    """Inputs [n, ...]: uint8 images [n, channels, height, width], floats or integer tokens."""
     labels: torch.Tensor
-    """int64 [n]"""
+    """Targets [n, ...]; classes are int64 [n]."""
+    is_scaled: bool = True
+    """Whether the inputs are uint8 images, which become floats in a batch."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: torch.Tensor, scaling: "InputScaling") -> "Batch":
+        """Return the batch of the items at ``indices``, int64 [batch_size] on the device."""
+        images = self.images.index_select(0, indices)
+        labels = self.labels.index_select(0, indices)
+        return scale_images(images, scaling) if self.is_scaled else images, labels
+
+    def in_order(self, at_once: int, scaling: "InputScaling") -> "Iterator[Batch]":
+        """Return all items in their order, ``at_once`` a batch."""
+        for images, labels in zip(self.images.split(at_once), self.labels.split(at_once), strict=True):
+            yield scale_images(images, scaling) if self.is_scaled else images, labels
+
+    @property
+    def input_size(self) -> int:
+        """Number of values in an input."""
+        return self.images[0].numel()
+
+
+Batch = Any
+"""A pair (inputs, targets) of tensors on the device [batch_size, ...]; of a data set of torch, whatever it collates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +66,24 @@ def place_split(split: Split, device: torch.device) -> DeviceSplit:
         # Arrays from Ray's object store are read-only, which torch does not support; nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
         images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    return DeviceSplit(images=images.to(device), labels=labels.to(device))
+    return DeviceSplit(images=images.to(device), labels=labels.to(device), is_scaled=split.is_scaled)
 
 
 def fit_input_scaling(train: Split, method: str) -> InputScaling:
     """Return the scaling that maps the training pixels to [0, 1] (``minmax``) or to mean 0, deviation 1 (``standard``).
 
+    Inputs that are no uint8 images are not scaled. Images that are read one by one are not measured: their range is
+    that of uint8.
+
     Raises:
-        InputError: every pixel has the same value.
+        InputError: every pixel has the same value, or ``standard`` would need to read a whole data set.
     """
+    if not train.is_scaled:
+        return InputScaling(shift=0.0, factor=1.0)
+    if isinstance(train, StreamedSplit):
+        if method == "minmax":
+            return InputScaling(shift=0.0, factor=1 / 255)
+        raise InputError(f"input_scaling: must be minmax for images that are read one by one, got {method}")
     counts = np.zeros(256, np.int64)
     for start in range(0, len(train), CHUNK_IMAGES):  # bincount widens its argument to int64
         counts += np.bincount(train.images[start : start + CHUNK_IMAGES].reshape(-1), minlength=256)
@@ -89,7 +125,12 @@ def difficulty_order(split: Split, num_classes: int) -> npt.NDArray[np.int64]:
     """Return the indices of the split's images from easy to hard, int64 [n].
 
     Difficulty is the Euclidean distance to the mean image of the label's class; ties keep the data set's order.
+
+    Raises:
+        InputError: the images are not in memory.
     """
+    if isinstance(split, StreamedSplit):
+        raise InputError("curriculum: must be none for images that are read one by one")
     flat = split.images.reshape(len(split), -1)
     distances = np.zeros(len(split))
     for label in range(num_classes):

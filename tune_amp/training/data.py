@@ -1,16 +1,17 @@
-"""Loads data sets as uint8 arrays, checks them and divides them into fixed splits.
+"""Loads data sets, checks them and divides them into fixed splits.
 
-The driver reads a data set once and sends it as numpy arrays; each worker copies it to its device once.
+The driver reads a data set once and sends it as numpy arrays; each worker copies it to its device once. Only a
+``torch.utils.data.Dataset`` of the user's own is read item by item in the workers.
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Dataset as TorchDataset
 
 from tune_amp.training.mnist_files import (
     IMAGES_MAGIC,
@@ -21,6 +22,16 @@ from tune_amp.training.mnist_files import (
     read_idx,
 )
 from tune_amp.training.own_code import exits_as_errors, import_function, unchanged_process
+from tune_amp.training.own_data import (
+    Part,
+    check_classes_part,
+    check_task_part,
+    count_items,
+    hash_parts,
+    name_parts,
+    read_example,
+    read_targets,
+)
 from tune_amp.trial.config import DATASETS, InputError, describe_error, is_function_name, shown
 
 # The split belongs to the data set, not to a trial: its seed never varies, so that every trial sees the same images.
@@ -33,13 +44,63 @@ DIGITS_TEST_SHARE = 7  # one image in seven, like MNIST's 10,000 of 70,000
 class Split:
     """A part of a data set, in host memory."""
 
-    images: npt.NDArray[np.uint8]
-    """[n, channels, height, width]"""
-    labels: npt.NDArray[np.int64]
-    """[n], from 0 to num_classes - 1"""
+    images: npt.NDArray[Any]
+    """Inputs [n, ...]: uint8 images are [n, channels, height, width], floats and integer tokens have any shape."""
+    labels: npt.NDArray[Any]
+    """Targets [n, ...]; classes are int64 [n], from 0 to num_classes - 1."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the inputs are uint8 images, which ``input_scaling`` maps to floats."""
+        return self.images.dtype == np.uint8 and self.images.ndim > 2
+
+    def select(self, chosen: npt.NDArray[np.integer[Any]]) -> "Split":
+        """Return the items at the indices ``chosen``."""
+        return Split(images=self.images[chosen], labels=self.labels[chosen])
+
+    def join(self, other: "Split") -> "Split":
+        """Return the items of both."""
+        images = np.concatenate([self.images, other.images])
+        return Split(images=images, labels=np.concatenate([self.labels, other.labels]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StreamedSplit(Split):
+    """A data set of torch, read item by item; ``images`` is its first input alone, as [1, ...], for shape and dtype.
+
+    ``labels`` are the targets that it lists; empty if it lists none.
+    """
+
+    source: TorchDataset[Any]
+    """Data set of pairs (input, target)."""
+
+    def __len__(self) -> int:
+        return count_items(self.source)
+
+    def select(self, chosen: npt.NDArray[np.integer[Any]]) -> "Split":
+        """Return the items at the indices ``chosen``."""
+        return build_split(Subset(self.source, chosen.tolist()), "data")
+
+    def join(self, other: Split) -> "Split":
+        """Return the items of both."""
+        assert isinstance(other, StreamedSplit)
+        return build_split(ConcatDataset([self.source, other.source]), "data")
+
+
+def build_split(part: Part, place: str) -> Split:
+    """Return a checked part of a user's own data as a split.
+
+    Raises:
+        InputError: the first item of a data set cannot be used.
+    """
+    if isinstance(part, TorchDataset):
+        targets = read_targets(part)
+        labels = np.empty(0, np.int64) if targets is None else targets
+        return StreamedSplit(images=read_example(part, place), labels=labels, source=part)
+    return Split(images=part[0], labels=part[1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,9 +110,9 @@ class Dataset:
     name: str
     """Name for the records: mnist, fashion_mnist, kmnist, digits or module:function."""
     num_classes: int
-    """Labels run from 0 to num_classes - 1."""
+    """Labels run from 0 to num_classes - 1; 0 for the data of a task, whose targets need not be classes."""
     train: Split
-    """Images that trials are trained on."""
+    """Images, or other inputs, that trials are trained on."""
     validation: Split
     """Images that every choice is based on."""
     test: Split
@@ -64,10 +125,9 @@ class Dataset:
     """Warning to show the user prominently, such as a fall back to digits."""
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an input: channels, height and width of an image."""
+        return self.train.images.shape[1:]
 
 
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
@@ -104,6 +164,10 @@ def make_long_tail(dataset: Dataset, imbalance: float) -> Dataset:
     if imbalance == dataset.imbalance:
         return dataset
     assert dataset.imbalance == 1  # thinning a thinned data set would keep other images
+    if not dataset.num_classes:
+        raise InputError(
+            f"imbalance: must be left out for the data of a task, which have no classes, got {imbalance:g}"
+        )
     train = thin_classes(dataset.train, dataset.num_classes, imbalance)
     counts = np.bincount(train.labels, minlength=dataset.num_classes)
     if counts.min() < 2:
@@ -130,8 +194,7 @@ def thin_classes(split: Split, num_classes: int, imbalance: float) -> Split:
     kept = [
         generator.permutation(np.flatnonzero(split.labels == label))[:size] for label, size in enumerate(sizes.tolist())
     ]
-    chosen = np.sort(np.concatenate(kept))
-    return Split(images=split.images[chosen], labels=split.labels[chosen])
+    return split.select(np.sort(np.concatenate(kept)))
 
 
 def describe_tail(dataset: Dataset) -> str:
@@ -202,79 +265,84 @@ def _load_from_function(name: str) -> Dataset:
         raise
     except Exception as error:  # a user's function may raise anything
         raise InputError(f"{name}: the call failed ({describe_error(error)})") from error
-    parts = ("train_images", "train_labels", "test_images", "test_labels")
-    if not isinstance(result, tuple | list) or len(result) != len(parts):
-        got = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
-        raise InputError(f"{name}: must return ({', '.join(parts)}), got {got}")
-    train, test = (
-        _check_split(result[at], result[at + 1], f"{name}: {parts[at]}", f"{name}: {parts[at + 1]}") for at in (0, 2)
+    notices: list[str] = []
+    parts = {part: check_classes_part(value, name, part, notices) for part, value in name_parts(name, result).items()}
+    splits = {part: build_split(checked, f"{name}: {part}") for part, checked in parts.items()}
+    num_classes = int(max(split.labels.max() for split in splits.values())) + 1
+    return _split_dataset(
+        name,
+        num_classes,
+        splits["train"],
+        splits["test"],
+        validation=splits.get("validation"),
+        places=(f"{name}: train_images", f"{name}: test_images"),
+        notice="; ".join(notices) or None,
+        content_hash=hash_parts(list(parts.values())),
     )
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    return _split_dataset(name, num_classes, train, test, places=(f"{name}: {parts[0]}", f"{name}: {parts[2]}"))
 
 
-def _check_split(images: Any, labels: Any, images_place: str, labels_place: str) -> Split:
-    images = _as_array(images, images_place)
-    if images.dtype != np.uint8:
-        raise InputError(f"{images_place}: must be uint8, got {images.dtype}")
-    if images.ndim not in (3, 4) or 0 in images.shape:
-        raise InputError(f"{images_place}: must be [n, h, w] or [n, c, h, w] without a zero, got {images.shape}")
-    images = images[:, None] if images.ndim == 3 else images
-    if _has_channels_last(images.shape):
-        rule = "channels must come before height and width (transpose(0, 3, 1, 2) puts them there)"
-        raise InputError(f"{images_place}: {rule}, got {images.shape}")
-    labels = _as_array(labels, labels_place)
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        got = f"{labels.dtype} {labels.shape}"
-        raise InputError(f"{labels_place}: must be integers, one for each of {len(images)} images, got {got}")
-    if labels.min() < 0 or labels.max() >= np.iinfo(np.int64).max:
-        raise InputError(f"{labels_place}: must count from 0, got {labels.min()} to {labels.max()}")
-    return Split(images=np.ascontiguousarray(images), labels=np.ascontiguousarray(labels, dtype=np.int64))
+def build_task_dataset(name: str, result: Any) -> Dataset:
+    """Return what the ``data`` of the task ``name`` returned as a data set.
 
-
-def _has_channels_last(shape: tuple[int, ...]) -> bool:
-    """Return whether [n, a, b, c] is almost certainly [n, height, width, channels]: colours, or a grey square.
-
-    Neither of these is: series of sensors are [n, 64, 128, 1], features of a table [n, 64, 1, 1].
+    Raises:
+        InputError: it is not the three parts of a task's data.
     """
-    _, rows, columns, channels = shape
-    is_image = min(rows, columns) > 4
-    return is_image and (channels in (3, 4) or (channels == 1 and rows == columns))
-
-
-def _as_array(value: Any, place: str) -> npt.NDArray[Any]:
-    try:
-        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-    except (TypeError, RuntimeError) as error:  # bfloat16, sparse, on no device
-        raise InputError(f"{place}: must be a tensor that numpy can hold ({describe_error(error)})") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{place}: must be a numpy array or a torch tensor, got {type(value).__name__}")
-    return np.asarray(array)
+    place = f"{name}.data"
+    parts = {
+        part: check_task_part(value, place, part) for part, value in name_parts(place, result, of_task=True).items()
+    }
+    splits = {part: build_split(checked, f"{place}: {part}") for part, checked in parts.items()}
+    for part in ("validation", "test"):
+        _check_alike(splits["train"], splits[part], f"{place}: train inputs", f"{part} inputs")
+    return Dataset(
+        name=name,
+        num_classes=0,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
+        content_hash=hash_parts(list(parts.values())),
+    )
 
 
 def _split_dataset(
-    name: str, num_classes: int, train: Split, test: Split, *, places: tuple[str, str], notice: str | None = None
+    name: str,
+    num_classes: int,
+    train: Split,
+    test: Split,
+    *,
+    places: tuple[str, str],
+    validation: Split | None = None,
+    notice: str | None = None,
+    content_hash: str | None = None,
 ) -> Dataset:
-    """Split off the validation images; ``places`` name the training and the test images in messages."""
-    if train.images.shape[1:] != test.images.shape[1:]:
-        got = f"{test.images.shape[1:]}, got {train.images.shape[1:]}"
-        raise InputError(f"{places[0]}: images must have the (channels, height, width) of {places[1]}, {got}")
+    """Split off the validation images unless they are given; ``places`` name train and test images in messages."""
+    _check_alike(train, test, *places)
+    if validation is not None:
+        _check_alike(train, validation, places[0], f"{name}: validation_images")
     _check_classes(train, num_classes, places[0])
-    digest = hashlib.sha256()
-    for array in (train.images, train.labels, test.images, test.labels):
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    # At least one image a class, which scikit-learn requires of both sides; it matters below twelve images a class.
-    learn, validation = _stratified_split(train, max(len(train) // VALIDATION_SHARE, num_classes))
+    content_hash = content_hash or hash_parts([(train.images, train.labels), (test.images, test.labels)])
+    if validation is None:
+        # At least one image a class, which scikit-learn requires of both sides; it matters below twelve a class.
+        train, validation = _stratified_split(train, max(len(train) // VALIDATION_SHARE, num_classes))
     return Dataset(
         name=name,
         num_classes=num_classes,
-        train=learn,
+        train=train,
         validation=validation,
         test=test,
-        content_hash=digest.hexdigest(),
+        content_hash=content_hash,
         notice=notice,
     )
+
+
+def _check_alike(train: Split, other: Split, place: str, other_place: str) -> None:
+    """Refuse inputs of different shapes or dtypes."""
+    if train.images.shape[1:] != other.images.shape[1:]:
+        got = f"{other.images.shape[1:]}, got {train.images.shape[1:]}"
+        raise InputError(f"{place}: must have the shape (channels, height, width for images) of {other_place}, {got}")
+    if train.images.dtype != other.images.dtype:
+        rule = f"must have the dtype of {other_place}, {other.images.dtype}"
+        raise InputError(f"{place}: {rule}, got {train.images.dtype}")
 
 
 def _check_classes(train: Split, num_classes: int, place: str) -> None:
@@ -292,5 +360,5 @@ def _stratified_split(split: Split, count: int) -> tuple[Split, Split]:
 
     indices = np.arange(len(split))
     parts = train_test_split(indices, test_size=count, stratify=split.labels, random_state=SPLIT_SEED)
-    kept, taken = (Split(images=split.images[part], labels=split.labels[part]) for part in map(np.sort, parts))
+    kept, taken = (split.select(part) for part in map(np.sort, parts))
     return kept, taken

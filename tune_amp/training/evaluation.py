@@ -1,14 +1,16 @@
-"""Evaluates a model on a split: loss, accuracy and recalls, in strict fp32, in batches that fit if training fits."""
+"""Evaluates a model on a split, in strict fp32, in batches that fit if training fits."""
 
 import dataclasses
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tune_amp.training.amp import fp32_arithmetic
-from tune_amp.training.batches import DeviceSplit, InputScaling, scale_images
+from tune_amp.training.batches import DeviceSplit, InputScaling
 from tune_amp.training.own_code import exits_as_errors
+from tune_amp.training.streams import StreamedBatches, count_in_batch
+from tune_amp.training.task import Averages, Task, TaskError
 
 EVALUATION_BATCH = 2048
 """Maximum number of images in a batch."""
@@ -21,12 +23,44 @@ EVALUATION_PIXELS = 256 * 28 * 28
 class Evaluation:
     """A model's results on a split."""
 
-    loss: float
-    """Mean cross entropy, in nats."""
-    accuracy: float
-    """Share of the images classified correctly, 0 to 1."""
-    recalls: tuple[float, ...]
-    """The same share within each class; NaN for a class without an image in the split."""
+    averages: Averages
+    """Values by name, ``loss`` among them; vectors are tuples."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; a cross entropy is in nats."""
+        return self._number("loss")
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the items classified correctly, 0 to 1."""
+        return self._number("accuracy")
+
+    @property
+    def recalls(self) -> tuple[float, ...]:
+        """The same share within each class; NaN for a class without an image in the split."""
+        recalls = self.averages.get("recalls", ())
+        assert isinstance(recalls, tuple)
+        return recalls
+
+    def columns(self, prefix: str) -> dict[str, Any]:
+        """Return the fields of a record: ``PREFIX_loss``, ``PREFIX_accuracy``, ``PREFIX_recalls``, ``metrics``."""
+        known = {f"{prefix}_loss": self.loss, f"{prefix}_accuracy": self.averages.get("accuracy")}
+        others = {
+            f"{prefix}_{name}": value
+            for name, value in self.averages.items()
+            if name not in ("loss", "accuracy", "recalls") and not isinstance(value, tuple)
+        }
+        return {**known, f"{prefix}_recalls": self.recalls, "metrics": others}
+
+    def select_decisive(self, metric: str) -> dict[str, float]:
+        """Return the values without which a trial is lost, by column: the loss and the task's ``metric``."""
+        return {f"val_{name}": self._number(name) for name in ("loss", metric)}
+
+    def _number(self, name: str) -> float:
+        value = self.averages[name]
+        assert isinstance(value, float)
+        return value
 
 
 def choose_evaluation_batch(batch_size: int, pixels: int) -> int:
@@ -43,40 +77,51 @@ def choose_evaluation_batch(batch_size: int, pixels: int) -> int:
 
 
 @exits_as_errors()
-def evaluate(model: nn.Module, split: DeviceSplit, scaling: InputScaling, *, batch_size: int) -> Evaluation:
-    """Return loss, accuracy and recalls, in strict fp32 whatever precision the model was trained in.
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    split: DeviceSplit | StreamedBatches,
+    scaling: InputScaling,
+    *,
+    batch_size: int,
+) -> Evaluation:
+    """Return the averages of the task's score, in strict fp32 whatever precision the model was trained in.
 
     Args:
+        task: what to measure.
         model: float32 weights, on the split's device.
-        split: uint8 images [n, channels, height, width], int64 labels [n].
+        split: the items to evaluate.
         scaling: as fitted to the training split.
-        batch_size: images in a training step.
+        batch_size: items in a batch of training.
+
+    Raises:
+        TaskError: the task's methods do not return the loss or the task's metric.
     """
-    at_once = choose_evaluation_batch(batch_size, split.images[0].numel())
+    at_once = choose_evaluation_batch(batch_size, split.input_size)
     was_training = model.training
     model.eval()
     # float64: a sum of many small losses in float32 would depend on the batch size in the fourth digit.
-    loss = torch.zeros(1, dtype=torch.float64, device=split.images.device)
-    answers: list[Tensor] = []
+    totals: dict[str, Tensor] = {}
     with torch.inference_mode(), fp32_arithmetic("fp32"):
-        for images, labels in zip(split.images.split(at_once), split.labels.split(at_once), strict=True):
-            logits = model(scale_images(images, scaling))
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-            answers.append(logits.argmax(dim=1) == labels)
-        hits, counts = _count_by_class(split.labels, torch.cat(answers), num_classes=logits.shape[1])
-        total_loss, *tallies = torch.cat([loss, hits, counts]).tolist()  # the one wait for the device
+        for batch in split.in_order(at_once, scaling):
+            sums = dict(task.score(model, batch))
+            if "loss" not in sums:
+                sums["loss"] = task.loss(model, batch) * count_in_batch(batch)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value.to(torch.float64)
+        values = torch.cat([total.reshape(-1) for total in totals.values()]).tolist()  # the one wait for the device
     model.train(was_training)
-    by_class = list(zip(tallies[: len(hits)], tallies[len(hits) :], strict=True))
-    return Evaluation(
-        loss=total_loss / len(split.labels),
-        accuracy=sum(hit for hit, _ in by_class) / len(split.labels),
-        recalls=tuple(hit / count if count else math.nan for hit, count in by_class),
-    )
+    read: dict[str, float | list[float]] = {}
+    for name, total in totals.items():
+        part, values = values[: total.numel()], values[total.numel() :]
+        read[name] = part if total.ndim else part[0]
+    return Evaluation(averages=_check_averages(task, task.average(read, len(split))))
 
 
-def _count_by_class(labels: Tensor, correct: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the correctly classified and all images of each class: float64 [num_classes] each, exact."""
-    # Not bincount, which waits for the device to find the length of its result.
-    none = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
-    answers = correct.to(torch.float64)
-    return none.index_add(0, labels, answers), none.index_add(0, labels, torch.ones_like(answers))
+def _check_averages(task: Task, averages: Averages) -> Averages:
+    needed = ("loss", task.metric[0])
+    for name in needed:
+        if not isinstance(averages.get(name), float):
+            got = ", ".join(averages) or "nothing"
+            raise TaskError(f"{task.config.task}: score and average must give a number {name}, got {got}")
+    return averages

@@ -1,12 +1,15 @@
 """Defines the built-in models, and loads a user's own by ``package.module:function``.
 
-A function of ``(input_shape, num_classes)`` makes a model, which maps float32 images ``[batch, *input_shape]`` to
-logits ``[batch, num_classes]``.
+A function of ``(input_shape, num_classes)`` makes a model, which maps inputs ``[batch, *input_shape]`` (images are
+float32) to logits ``[batch, num_classes]``. A trial's own parameters are passed as keyword arguments.
 """
 
+import inspect
 import itertools
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +18,9 @@ from torch.nn.parameter import is_lazy
 from tune_amp.training.own_code import exits_as_errors, import_function
 from tune_amp.trial.config import InputError
 
-InputShape = tuple[int, int, int]
-ModelFunction = Callable[[InputShape, int], nn.Module]
+InputShape = tuple[int, ...]
+"""Channels, height and width of images; other inputs have any shape."""
+ModelFunction = Callable[..., nn.Module]
 
 
 def simple_net(input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -26,7 +30,7 @@ def simple_net(input_shape: InputShape, num_classes: int) -> nn.Module:
 
 def conv_net(input_shape: InputShape, num_classes: int) -> nn.Module:
     """Return two convolutions of 32 and 64 channels, each halving the image, then one hidden layer of 128 units."""
-    channels, height, width = input_shape
+    channels, height, width = _check_images("conv_net", input_shape)
     return nn.Sequential(
         nn.Conv2d(channels, 32, kernel_size=3, padding=1),
         nn.ReLU(),
@@ -61,7 +65,7 @@ class VisionTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        channels, rows, columns = input_shape
+        channels, rows, columns = _check_images("vit", input_shape)
         if rows % 4 or columns % 4:
             raise InputError(f"model: vit needs image sides that are multiples of 4, got {rows}x{columns}")
         patch = (rows // 4, columns // 4)
@@ -84,26 +88,52 @@ class VisionTransformer(nn.Module):
 BUILT_IN: dict[str, ModelFunction] = {"simple_net": simple_net, "conv_net": conv_net, "vit": VisionTransformer}
 
 
-def build_model(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
+def build_model(
+    name: str,
+    input_shape: InputShape,
+    num_classes: int,
+    own: Mapping[str, Any] = types.MappingProxyType({}),
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """Return the model ``name``, float32 on the CPU, with weights drawn from torch's global generator.
 
-    Lazy layers get their shapes from one pass in evaluation mode over two blank images.
+    Lazy layers get their shapes from one pass in evaluation mode over two blank inputs of ``dtype``.
 
     Raises:
         InputError: the name is a user's function that cannot be imported, that returns no ``nn.Module``, or that
-            returns one which AMP cannot train.
+            returns one which AMP cannot train; or the function does not take the parameters in ``own``.
     """
-    if name in BUILT_IN:
-        return BUILT_IN[name](input_shape, num_classes)
-    function = import_function(name)
+    function = BUILT_IN[name] if name in BUILT_IN else import_function(name)
+    _check_own(name, function, own)
     with exits_as_errors(), torch.enable_grad():
-        model = function(input_shape, num_classes)
+        model = function(input_shape, num_classes, **own)
         if not isinstance(model, nn.Module):
             raise InputError(f"model: {name} must return a torch.nn.Module, got {type(model).__name__}")
-        if _find_lazy(model) is not None:
-            _run_dry(model, input_shape)
-    _check_parameters(name, model)
+        check_model(f"model: {name}", model, lambda: _run_dry(model, input_shape, dtype))
     return model
+
+
+def _check_images(name: str, input_shape: InputShape) -> tuple[int, int, int]:
+    if len(input_shape) != 3:
+        raise InputError(f"model: {name} needs images of shape (channels, height, width), got {input_shape}")
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def _check_own(name: str, function: ModelFunction, own: Mapping[str, Any]) -> None:
+    """Refuse own parameters that a model's function does not take."""
+    if not own:
+        return
+    taken = inspect.signature(function).parameters.values()
+    names = [parameter.name for parameter in list(taken)[2:] if parameter.kind is not parameter.VAR_KEYWORD]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return
+    for parameter in own:
+        if parameter not in names:
+            raise InputError(
+                f"model: {name} must take own.{parameter} as a keyword argument, it takes {names or 'none'}"
+            )
 
 
 def _find_lazy(model: nn.Module) -> str | None:
@@ -112,25 +142,36 @@ def _find_lazy(model: nn.Module) -> str | None:
     return next((name for name, tensor in tensors if is_lazy(tensor)), None)
 
 
-def _run_dry(model: nn.Module, input_shape: InputShape) -> None:
+def _run_dry(model: nn.Module, input_shape: InputShape, dtype: torch.dtype) -> None:
     was_training = model.training
     with torch.no_grad():  # in inference mode, the new weights could not be trained
-        model.eval()(torch.zeros(2, *input_shape))
+        model.eval()(torch.zeros(2, *input_shape, dtype=dtype))
     model.train(was_training)
 
 
-def _check_parameters(name: str, model: nn.Module) -> None:
-    """Reject weights that are not AMP's fp32 master weights, and a model without trainable weights."""
+def check_model(place: str, model: nn.Module, run_dry: Callable[[], None]) -> None:
+    """Reject weights that are not AMP's fp32 master weights, and a model without trainable weights.
+
+    Args:
+        place: the model, for messages.
+        model: the model to check.
+        run_dry: runs the model once, to give lazy layers their shapes; called only if there are some.
+
+    Raises:
+        InputError: AMP cannot train the model.
+    """
+    if _find_lazy(model) is not None:
+        run_dry()
     lazy = _find_lazy(model)
     if lazy is not None:
-        raise InputError(f"model: {name} must use every lazy layer in its forward pass, got {lazy} without a shape")
-    for place, parameter in model.named_parameters():
+        raise InputError(f"{place} must use every lazy layer in its forward pass, got {lazy} without a shape")
+    for name, parameter in model.named_parameters():
         if parameter.dtype is not torch.float32:
             advice = "; a constant belongs into a buffer"
             if parameter.is_complex():
                 advice = " (torch.view_as_real stores a complex weight as pairs)"
             rule = "must have float32 parameters, which autocast casts as it needs them"
-            raise InputError(f"model: {name} {rule}, got {place} of {parameter.dtype}{advice}")
+            raise InputError(f"{place} {rule}, got {name} of {parameter.dtype}{advice}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         count = sum(1 for _ in model.parameters())
-        raise InputError(f"model: {name} must have a parameter that requires a gradient, got none among {count}")
+        raise InputError(f"{place} must have a parameter that requires a gradient, got none among {count}")

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from tune_amp.training.amp import AUTOCAST_DTYPES, ScalerTelemetry, all_finite, fp32_arithmetic, summarise_steps
 from tune_amp.training.generators import Generators, write_generators
+from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.own_code import exits_as_errors
-from tune_amp.training.run import MemoryMeter
 from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch, look_ahead
 from tune_amp.trial.config import (
     COMMON_METRICS,
@@ -45,7 +45,6 @@ from tune_amp.trial.config import (
     SCALER_DEFAULTS,
     EpochMetrics,
     InputError,
-    TrainingState,
     TrialConfig,
     shown,
 )
@@ -393,9 +392,6 @@ class OwnRun:
         return metrics
 
     def _judge(self, metrics: Mapping[str, float], before: ScalerTelemetry, telemetry: ScalerTelemetry) -> Verdict:
-        for name in (*self._objectives, "val_loss"):
-            if self._trial.are_weights_finite() and not math.isfinite(metrics.get(name, 0.0)):
-                return Verdict(state=TrainingState.DIVERGED, hopeless=f"{name} is {metrics[name]}")
         scaler, config = self._trial.scaler, self._config
         steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
         outlook = None
@@ -414,9 +410,9 @@ class OwnRun:
             EpochEvidence(
                 weights_finite=self._trial.are_weights_finite(),
                 weights_moved=self._trial.have_weights_moved(),
-                val_loss=None,
+                validation={name: metrics[name] for name in (*self._objectives, "val_loss") if name in metrics},
                 nan_buffer=None,
-                has_learned=False,
+                has_learned=None,
                 is_dead=False,
                 epoch_steps=steps,
                 epoch_skipped=skipped,

@@ -2,153 +2,35 @@
 
 import contextlib
 import dataclasses
-import functools
-import gc
-import inspect
+import itertools
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tune_amp.training.amp import AmpStep, GradientProbe, all_finite, find_nan, flushing_denormals, fp32_arithmetic
-from tune_amp.training.batches import (
-    DeviceSplit,
-    InputScaling,
-    batch_indices,
-    class_weights,
-    difficulty_order,
-    fit_input_scaling,
-    place_split,
-    scale_images,
-)
+from tune_amp.training.batches import Batch, DeviceSplit, InputScaling, batch_indices
 from tune_amp.training.buffers import FiniteBuffers
-from tune_amp.training.cuda_graph import (
-    Capture,
-    StepLoop,
-    capturable,
-    capture_cuda_graph,
-    clear_workspaces,
-    explain_eager,
-)
+from tune_amp.training.cuda_graph import Capture, StepLoop, capturable, capture_cuda_graph, explain_eager
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import Evaluation, evaluate
 from tune_amp.training.generators import Generators, keep_generators, seed_generators
-from tune_amp.training.models import InputShape, build_model
+from tune_amp.training.memory import MemoryMeter
+from tune_amp.training.models import check_model
 from tune_amp.training.own_code import exits_as_errors
+from tune_amp.training.streams import StreamedBatches
+from tune_amp.training.task import make_task
+from tune_amp.training.training_data import TrainingData
 from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch
-from tune_amp.trial.config import EpochMetrics, TrialConfig
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.trial.curricula import count_drawn_images
 
 ESTIMATE_IMAGES = 32
 ESTIMATE_SCALING = InputScaling(shift=0.0, factor=1 / 255)
-SGD_MOMENTUM = 0.9
-
-
-class TrainingData:
-    """A training split, and optionally a validation split, resident on one device and reused by successive trials.
-
-    Args:
-        train: the images to train on.
-        validation: the images to validate on after every epoch, or None to train without validation.
-        num_classes: labels are 0 .. num_classes - 1.
-        device: device that holds both splits, as uint8: 47 MB for 60,000 MNIST images, a quarter of float32.
-    """
-
-    def __init__(self, train: Split, validation: Split | None, num_classes: int, device: torch.device) -> None:
-        started = time.perf_counter()
-        self.num_classes = num_classes
-        self.device = device
-        self.input_shape: InputShape = train.images.shape[1:]
-        self.train = place_split(train, device)
-        self.validation = None if validation is None else place_split(validation, device)
-        self._placing_seconds = time.perf_counter() - started
-        self._host_train = train
-        self._measured = train if validation is None else validation
-
-    def claim_placing_seconds(self) -> float:
-        """Return, once, the seconds spent placing and sorting the data, so that only the waiting trial is charged."""
-        seconds, self._placing_seconds = self._placing_seconds, 0.0
-        return seconds
-
-    @functools.cache  # noqa: B019 - lives as long as the worker process
-    def input_scaling(self, method: str) -> InputScaling:
-        """Return the input scaling, fitted to the training split only."""
-        return fit_input_scaling(self._host_train, method)
-
-    @functools.cache  # noqa: B019
-    def class_weights(self, method: str) -> Tensor | None:
-        """Return the loss weights, float32 [num_classes], from the training split's class counts after any thinning."""
-        weights = class_weights(self._host_train.labels, self.num_classes, method)
-        return None if weights is None else weights.to(self.device)
-
-    @functools.cached_property
-    def guessing(self) -> "Guessing":
-        """Results of a model that uses the class frequencies and ignores the images.
-
-        The frequencies are those of the split that is measured: validation may be balanced if training is not.
-        """
-        labels = self._measured.labels
-        shares = np.bincount(labels, minlength=self.num_classes) / len(labels)
-        entropy = -float(sum(share * math.log(share) for share in shares if share > 0))
-        return Guessing(loss=entropy, accuracy=float(shares.max()), images=len(labels))
-
-    @functools.cached_property
-    def easy_to_hard(self) -> Tensor:
-        """Indices of the training images by increasing difficulty, int64 [n]."""
-        started = time.perf_counter()
-        order = torch.from_numpy(difficulty_order(self._host_train, self.num_classes)).to(self.device)
-        self._placing_seconds += time.perf_counter() - started
-        return order
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Guessing:
-    """The best results possible without looking at an image."""
-
-    loss: float
-    """Entropy of the labels, in nats."""
-    accuracy: float
-    """Share of the most frequent class."""
-    images: int
-    """Number of images that accuracies are measured on."""
-
-    def is_beaten(self, loss: float, accuracy: float | None) -> bool:
-        """Return whether a model is clearly better: by 5 % of the loss, or by 3 standard errors of the accuracy."""
-        if loss < 0.95 * self.loss:
-            return True
-        error = math.sqrt(self.accuracy * (1 - self.accuracy) / self.images)
-        return accuracy is not None and accuracy > self.accuracy + 3 * error
-
-
-class MemoryMeter:
-    """Peak CUDA memory of a run's training, without evaluation and without memory allocated before the run.
-
-    Args:
-        device: device that the run will train on. Memory allocated there now is not counted.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.peak_bytes: int | None = None
-        """Peak so far, in bytes; None without CUDA, and before the first measurement."""
-        if device.type == "cuda":
-            clear_workspaces()  # else a worker's first trial would be charged for them, and later trials not
-            self._resident_bytes = torch.cuda.memory_allocated(device)
-
-    @contextlib.contextmanager
-    def measure(self) -> Iterator[None]:
-        """Record the peak of a ``with`` block."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        yield
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device) - self._resident_bytes
-            self.peak_bytes = max(self.peak_bytes or 0, peak)
 
 
 class TrainingRun:
@@ -164,6 +46,8 @@ class TrainingRun:
         probed: whether gradients are probed after an epoch.
     """
 
+    @exits_as_errors()
+    @torch.enable_grad()  # a user's module may have turned gradients off for its own use
     def __init__(
         self,
         config: TrialConfig,
@@ -178,14 +62,20 @@ class TrainingRun:
         self._order = torch.Generator().manual_seed(config.seed)
         self._generators = Generators(config.seed, data.device)
         self._scaling = data.input_scaling(config.input_scaling)
-        self._class_weights = data.class_weights(config.class_weighting)
+        self._task = make_task(config)
+        self._task.bind(config, data)
         # Sorted now, so that it counts as placing the data, not as the first epoch's training time.
-        self._easy_to_hard = None if config.curriculum == "none" else data.easy_to_hard
+        self._easy_to_hard = None if config.curriculum == "none" else self._task.easy_to_hard()
+        if config.curriculum != "none" and self._easy_to_hard is None:
+            raise InputError(f"curriculum: must be none unless the task defines easy_to_hard, got {config.curriculum}")
         self._memory = MemoryMeter(data.device)
         with self._generators.in_use():
-            self.model = build_model(config.model, data.input_shape, data.num_classes).to(data.device)
-        self._optimizer = build_optimizer(config, self.model)
-        self._max_steps = len(data.train.labels) // config.batch_size
+            self.model = self._task.model(**config.own).to(data.device)
+            if config.task is not None:
+                check_model(f"{config.task}.model:", self.model, self._run_dry)
+            self._optimizer = self._task.optimizer(self.model, config)
+            self._max_steps = self._count_steps()
+            self._schedule = self._task.schedule(self._optimizer, self._max_steps * config.max_epochs)
         self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
         # With any other precision no step is skipped, and an overflow destroys the weights as well.
         self._buffers = FiniteBuffers(self.model.buffers() if config.precision == "fp16" else ())
@@ -203,6 +93,14 @@ class TrainingRun:
         self._train_seconds = self._val_seconds = self._probe_seconds = 0.0
         self._data_seconds = data.claim_placing_seconds()
 
+    def _count_steps(self) -> int:
+        """Return the largest number of steps in an epoch."""
+        count, batch_size, accumulate = len(self._data.train), self._config.batch_size, self._config.accumulate
+        if batch_size <= count < batch_size * accumulate:
+            rule = f"batch_size times accumulate must not exceed the {count} training images"
+            raise InputError(f"accumulate: {rule}, got {batch_size} times {accumulate}")
+        return count // (batch_size * accumulate)
+
     @property
     def epoch(self) -> int:
         """Number of epochs trained so far."""
@@ -214,7 +112,7 @@ class TrainingRun:
             yield self.train_epoch()
 
     @exits_as_errors()
-    @torch.enable_grad()  # a user's module may have turned gradients off for its own use
+    @torch.enable_grad()
     def train_epoch(self) -> EpochMetrics:
         """Train one epoch and validate.
 
@@ -234,20 +132,21 @@ class TrainingRun:
         self._train_seconds += train_seconds
         self._epoch += 1
         validated = self._validate()
-        val_loss, val_accuracy = (None, None) if validated is None else (validated.loss, validated.accuracy)
         started = time.perf_counter()
-        has_learned = self._data.guessing.is_beaten(train_loss if val_loss is None else val_loss, val_accuracy)
+        if validated is None:
+            has_learned = self._task.has_learned(train_loss, {})
+        else:
+            has_learned = self._task.has_learned(validated.loss, validated.averages)
         steps = self._amp.telemetry.steps - before.steps
         skipped = self._amp.telemetry.skipped_steps - before.skipped_steps
         probe = self._probe(batches, has_learned=has_learned, all_skipped=skipped == steps)
-        verdict = self._judge(probe, val_loss, has_learned=has_learned, steps=steps, skipped=skipped)
+        verdict = self._judge(probe, validated, has_learned=has_learned, steps=steps, skipped=skipped)
         self.hopeless = verdict.hopeless
         self._probe_seconds += time.perf_counter() - started
         return EpochMetrics(
             epoch=self._epoch,
             train_loss=train_loss,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
+            **({"val_loss": None, "val_accuracy": None} if validated is None else validated.columns("val")),
             **vars(self._amp.telemetry),
             train_seconds=self._train_seconds,
             val_seconds=self._val_seconds,
@@ -258,7 +157,6 @@ class TrainingRun:
             underflow_share=probe.underflow_share,
             probe_seconds=self._probe_seconds,
             loop=self._loop.describe() if self._loop is not None else f"eager: {self._why_eager}",
-            val_recalls=() if validated is None else validated.recalls,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,6 +165,7 @@ class TrainingRun:
             "epoch": self._epoch,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "amp": self._amp.state_dict(),
             "order": self._order.get_state(),
             "generators": self._generators.state,
@@ -275,15 +174,21 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state_dict``. Learning rate, weight decay and scaler settings stay this run's own."""
+        """Resume from ``state_dict``, with this run's own scaler settings.
+
+        Learning rate and weight decay are this run's own too, unless the task has a schedule.
+        """
         self._epoch = state["epoch"]
         self._loop = self._why_eager = None  # a graph would keep using the tensors that are replaced here
         self._amp.follow(None)
         self.model.load_state_dict(state["model"])
-        own = {"lr": self._config.lr, "weight_decay": self._config.weight_decay}
+        own = [dict(group) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
-        for group in self._optimizer.param_groups:
-            group.update(own)
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state["schedule"])
+        else:
+            for group, values in zip(self._optimizer.param_groups, own, strict=True):
+                group.update((key, values[key]) for key in ("lr", "weight_decay") if key in values)
         self._amp.load_state_dict(state["amp"])
         self._order.set_state(state["order"])
         self._generators.state = state["generators"]
@@ -291,22 +196,39 @@ class TrainingRun:
         self._data_seconds += data_seconds
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
-    def evaluate(self, split: DeviceSplit) -> Evaluation:
+    def evaluate(self, split: DeviceSplit | StreamedBatches) -> Evaluation:
         """Evaluate the model on ``split``, in strict fp32."""
         with self._generators.in_use():
             return self._evaluate(split)
 
-    def _evaluate(self, split: DeviceSplit) -> Evaluation:
-        return evaluate(self.model, split, self._scaling, batch_size=self._config.batch_size)
+    def test(self, split: Split) -> dict[str, Any]:
+        """Return the fields ``test_loss``, ``test_accuracy``, ``test_recalls`` and ``metrics`` of a test split."""
+        return self.evaluate(self._data.place_test(split)).columns("test")
+
+    def _evaluate(self, split: DeviceSplit | StreamedBatches) -> Evaluation:
+        return evaluate(self._task, self.model, split, self._scaling, batch_size=self._config.batch_size)
+
+    def _run_dry(self) -> None:
+        """Give lazy layers their shapes, by the loss of a batch in evaluation mode."""
+        was_training = self.model.training
+        few = torch.arange(min(2, len(self._data.train)), device=self._data.device)
+        with torch.no_grad():
+            self._task.loss(self.model.eval(), self._data.train.take(few, self._scaling))
+        self.model.train(was_training)
 
     def _train(self, batches: Tensor) -> float:
-        """Train on ``batches``, int64 [steps, batch_size], and return the mean loss of the steps."""
+        """Train on ``batches``, int64 [steps, accumulate * batch_size], and return the mean loss of the steps."""
         self.model.train()
         if self._loop is None and self._why_eager is None:
             self._choose_loop()
         with fp32_arithmetic(self._config.precision), flushing_denormals():
             if self._loop is not None:
                 self._loop.take(batches)
+            elif isinstance(self._data.train, StreamedBatches):
+                split = batches.view(-1, self._config.batch_size)
+                read = self._data.train.stream(split, self._config.seed + self._epoch + 1, self._scaling)
+                for _ in batches:
+                    self._take_step(itertools.islice(read, self._config.accumulate))
             else:
                 for indices in batches:
                     self._step(indices)
@@ -315,14 +237,19 @@ class TrainingRun:
     def _choose_loop(self) -> None:
         steps_left = (self._config.max_epochs - self._epoch) * self._max_steps
         has_graphs = self._capture is not None
-        self._why_eager = explain_eager(has_graphs=has_graphs, allowed=self._allow_graph, steps_left=steps_left)
+        if isinstance(self._data.train, StreamedBatches):
+            self._why_eager = self._data.train.reason
+        elif self._schedule is not None:
+            self._why_eager = "a schedule sets the learning rate on the host"
+        else:
+            self._why_eager = explain_eager(has_graphs=has_graphs, allowed=self._allow_graph, steps_left=steps_left)
         if self._why_eager is None:
             self._loop = StepLoop(
                 self._step,
                 self.model,
                 self._data.device,
                 max_steps=self._max_steps,
-                batch_size=self._config.batch_size,
+                batch_size=self._config.batch_size * self._config.accumulate,
                 capture=self._capture_step,
             )
             self._amp.follow(self._loop.position)
@@ -337,24 +264,41 @@ class TrainingRun:
             raise
 
     def _step(self, indices: Tensor) -> None:
-        with self._buffers.kept_finite():  # includes backward(), which needs the buffers as forward() left them
-            with self._amp.autocast():
-                loss = self._compute_loss(indices)
-            self._amp.step(self._optimizer, loss)
+        parts = (indices,) if self._config.accumulate == 1 else indices.split(self._config.batch_size)
+        self._take_step(self._take_batch(part) for part in parts)
 
-    def _compute_loss(self, indices: Tensor) -> Tensor:
-        images = scale_images(self._data.train.images.index_select(0, indices), self._scaling)
-        labels = self._data.train.labels.index_select(0, indices)
-        return nn.functional.cross_entropy(self.model(images), labels, weight=self._class_weights)
+    def _take_batch(self, indices: Tensor) -> Batch:
+        return self._data.train.take(indices, self._scaling)
+
+    def _take_step(self, batches: Iterable[Batch]) -> None:
+        """Take one step, with the summed gradients of ``accumulate`` batches."""
+        with self._buffers.kept_finite():  # includes backward(), which needs the buffers as forward() left them
+            for number, batch in enumerate(batches, 1):
+                with self._amp.autocast():
+                    loss = self._compute_loss(batch)
+                if number < self._config.accumulate:
+                    self._amp.accumulate(self._optimizer, loss)
+                else:
+                    self._amp.step(self._optimizer, loss)
+        if self._schedule is not None and self._amp.wait_whether_applied():
+            self._schedule.step()
+
+    def _compute_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch as its share of a step."""
+        loss = self._task.loss(self.model, batch)
+        return loss if self._config.accumulate == 1 else loss / self._config.accumulate
 
     def _draw_batches(self) -> Tensor:
-        """Return the indices of this epoch's training images, int64 [steps, batch_size] on the device."""
-        count = len(self._data.train.labels)
-        batch_size, max_epochs = self._config.batch_size, self._config.max_epochs
+        """Return the indices of this epoch's training items, int64 [steps, accumulate * batch_size] on the device."""
+        count, max_epochs = len(self._data.train), self._config.max_epochs
+        step_size = self._config.batch_size * self._config.accumulate
         drawn = count_drawn_images(
-            self._config.curriculum, self._epoch, max_epochs, batch_size=batch_size, train_images=count
+            self._config.curriculum, self._epoch, max_epochs, batch_size=step_size, train_images=count
         )
-        batches = batch_indices(drawn, batch_size, self._order, self._data.device)
+        is_streamed = isinstance(self._data.train, StreamedBatches)
+        batches = batch_indices(
+            drawn, step_size, self._order, torch.device("cpu") if is_streamed else self._data.device
+        )
         if drawn == count:
             return batches
         assert self._easy_to_hard is not None
@@ -368,17 +312,18 @@ class TrainingRun:
         self._val_seconds += time.perf_counter() - started
         return evaluation
 
-    def _probe(self, batches: Tensor, *, has_learned: bool, all_skipped: bool) -> GradientProbe:
+    def _probe(self, batches: Tensor, *, has_learned: bool | None, all_skipped: bool) -> GradientProbe:
         """Probe the gradients on images of the epoch, weighted as in its batches; return an empty probe if not needed.
 
         Args:
-            batches: indices of the epoch's images, int64 [steps, batch_size].
-            has_learned: whether the model is better than guessing. If so, only underflow is of interest.
+            batches: indices of the epoch's images, int64 [steps, accumulate * batch_size].
+            has_learned: whether the model is better than guessing. If so, or if it is unknown, only underflow is of
+                interest.
             all_skipped: whether every step of the epoch was skipped.
         """
-        if not self._can_be_probed or (has_learned and self._config.precision != "fp16"):
+        if not self._can_be_probed or (has_learned is not False and self._config.precision != "fp16"):
             return GradientProbe()
-        batch_size = batches.shape[1]
+        batch_size = self._config.batch_size
         try:
             with self._undisturbed(), fp32_arithmetic(self._config.precision):
                 return self._amp.probe(
@@ -386,7 +331,7 @@ class TrainingRun:
                     lambda images: self._probe_loss(images, batch_size),
                     batches.flatten(),
                     batch_size=batch_size,
-                    steps_left=(self._config.max_epochs - self._epoch) * (len(self._data.train.labels) // batch_size),
+                    steps_left=(self._config.max_epochs - self._epoch) * self._max_steps,
                     all_skipped=all_skipped,
                 )
         except torch.AcceleratorError:
@@ -398,7 +343,7 @@ class TrainingRun:
     def _probe_loss(self, images: Tensor, batch_size: int) -> Tensor:
         """Return the loss of ``images`` (indices, int64) weighted as in a batch, with the same dropout every time."""
         seed_generators(self._config.seed)
-        return self._compute_loss(images) * (len(images) / batch_size)
+        return self._compute_loss(self._take_batch(images)) * (len(images) / batch_size)
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -419,16 +364,17 @@ class TrainingRun:
         return self._initial is None
 
     def _judge(
-        self, probe: GradientProbe, val_loss: float | None, *, has_learned: bool, steps: int, skipped: int
+        self, probe: GradientProbe, validated: Evaluation | None, *, has_learned: bool | None, steps: int, skipped: int
     ) -> Verdict:
-        is_lost = val_loss is not None and not math.isfinite(val_loss)
+        validation = {} if validated is None else validated.select_decisive(self._task.metric[0])
+        is_lost = not all(map(math.isfinite, validation.values()))
         return judge_epoch(
             EpochEvidence(
                 weights_finite=all_finite(list(self.model.parameters())),
                 weights_moved=self._weights_moved(),
                 # Weight decay moves weights that get no gradient, and may revive some.
                 **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
-                val_loss=val_loss,
+                validation=validation,
                 nan_buffer=find_nan(self.model.named_buffers()) if is_lost else None,
                 has_learned=has_learned,
                 epoch_steps=steps,
@@ -440,76 +386,30 @@ class TrainingRun:
         )
 
 
-def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the trial's optimizer, fused: one kernel, and no host synchronisation to skip an overflowed step."""
-    _leave_compiler_out()
-    parameters = list(model.parameters())
-    if config.optimizer == "adam":
-        return _unwrap_step(torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
-    if config.optimizer == "adamw":
-        return _unwrap_step(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
-    sgd = torch.optim.SGD(parameters, config.lr, SGD_MOMENTUM, weight_decay=config.weight_decay, fused=True)
-    for parameter in parameters:
-        # torch 2.15 leaves the buffer uninitialised if the first step is skipped; zeros give the same first update.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return _unwrap_step(sgd)
-
-
-@functools.cache
-def _leave_compiler_out() -> None:
-    """Keep PyTorch from importing its compiler when the first optimizer is made: 0.8 s of every worker's start.
-
-    These methods import it to exclude themselves from compiled code (``torch/_compile.py``), unless they find the
-    result of an earlier exclusion. Here no optimizer is part of compiled code; a compiled model imports it itself.
-    """
-    if "torch._dynamo" in sys.modules:
-        return
-    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
-        method = getattr(torch.optim.Optimizer, name)
-        bare = getattr(method, "__wrapped__", method)
-        bare.__dict__.setdefault("__dynamo_disable", bare)
-
-
-def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return ``optimizer`` with a ``step`` that calls no profiler and looks for no hooks: 40 us less on one core."""
-    bare = inspect.unwrap(type(optimizer).step)
-
-    def step() -> None:
-        with torch.no_grad():
-            bare(optimizer)
-
-    optimizer.step = step  # type: ignore[method-assign, assignment]
-    return optimizer
-
-
 @exits_as_errors()
 @torch.enable_grad()
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
     """Estimate an epoch's seconds from the second forward and backward pass on ``ESTIMATE_IMAGES`` images.
 
     The estimate is rough, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in
-    fp32. No optimizer is made, because that imports PyTorch's compiler, which takes longer than all else here.
+    fp32. No optimizer is made, because that may import PyTorch's compiler, which takes longer than all else here.
     """
-    few = place_split(Split(images=train.images[:ESTIMATE_IMAGES], labels=train.labels[:ESTIMATE_IMAGES]), device)
+    few = train.select(np.arange(min(ESTIMATE_IMAGES, len(train))))
+    data = TrainingData(few, None, num_classes, device, workers=0)
+    task = make_task(config)
+    task.bind(dataclasses.replace(config, class_weighting="none"), data)  # a class may be missing in so few
     amp = AmpStep(config, device, max_steps=1)
 
     def run_once() -> float:
         started = time.perf_counter()
         with fp32_arithmetic(config.precision):
+            batch = data.train.take(torch.arange(len(few), device=device), ESTIMATE_SCALING)
             with amp.autocast():
-                loss = nn.functional.cross_entropy(model(scale_images(few.images, ESTIMATE_SCALING)), few.labels)
+                loss = task.loss(model, batch)
             loss.backward()
         return time.perf_counter() - started
 
     with keep_generators(device):
-        model = build_model(config.model, train.images.shape[1:], num_classes).to(device)
+        model = task.model(**config.own).to(device)
         run_once()
-        return run_once() / len(few.labels) * len(train)
-
-
-def release_memory(device: torch.device) -> None:
-    """Release a run's memory on ``device`` to other processes. Call it after the last reference to the run is gone."""
-    gc.collect()  # models may hold reference cycles
-    if device.type == "cuda":
-        clear_workspaces()
-        torch.cuda.empty_cache()
+        return run_once() / len(few) * len(train)

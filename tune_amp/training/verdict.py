@@ -10,6 +10,7 @@ network.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from tune_amp.trial.config import TrainingState, format_scale
 
@@ -41,12 +42,14 @@ class EpochEvidence:
     weights_finite: bool
     weights_moved: bool
     """Whether any weight differs from its value before the first step."""
-    val_loss: float | None
+    validation: Mapping[str, float]
+    """Validation values that must be finite, by name: ``val_loss`` and the task's metric; empty without validation."""
     nan_buffer: str | None
-    """Name of a buffer that holds NaN, such as a batch norm's running variance; searched for only if ``val_loss`` is
-    not finite."""
-    has_learned: bool
-    """Whether the model is now better than guessing: by its loss or by its accuracy."""
+    """Name of a buffer that holds NaN, such as a batch norm's running variance; searched for only if one of
+    ``validation`` is not finite."""
+    has_learned: bool | None
+    """Whether the model is now better than guessing: by its loss or by its accuracy. None if the task has no baseline:
+    then a trial does not end because its network is dead, nor continue because it has learned."""
     is_dead: bool
     """Whether no weight matrix gets a gradient, not even in fp32, and weight decay moves none either."""
     epoch_steps: int
@@ -128,9 +131,10 @@ def _find_divergence(evidence: EpochEvidence) -> str | None:
     """
     if not evidence.weights_finite:
         return "weights are not finite"
-    if evidence.val_loss is not None and not math.isfinite(evidence.val_loss):
-        cause = f": weights are finite, but buffer {evidence.nan_buffer} is not" if evidence.nan_buffer else ""
-        return f"val_loss is {evidence.val_loss}{cause}"
+    for name, value in evidence.validation.items():
+        if not math.isfinite(value):
+            cause = f": weights are finite, but buffer {evidence.nan_buffer} is not" if evidence.nan_buffer else ""
+            return f"{name} is {value}{cause}"
     return None
 
 
@@ -141,7 +145,7 @@ def _find_collapse(evidence: EpochEvidence) -> str | None:
     """
     if evidence.has_learned and evidence.weights_moved:
         return None
-    if evidence.is_dead:
+    if evidence.is_dead and evidence.has_learned is not None:
         return "no weight gets a gradient, in fp32 either, and the model is no better than guessing"
     if evidence.outlook is None:
         return None

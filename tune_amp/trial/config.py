@@ -27,7 +27,6 @@ CURRICULA = ("none", "linear", "root", "step")
 RANKING_OBJECTIVES = ("val_accuracy", "val_loss")
 COST_OBJECTIVES = ("train_seconds", "peak_memory_bytes")
 OBJECTIVES = (*RANKING_OBJECTIVES, *COST_OBJECTIVES)
-MORE_IS_BETTER = ("val_accuracy",)
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 PICKLING_SAMPLERS = ("cmaes",)
@@ -357,7 +356,7 @@ class TrialReport:
 
     def as_result(self) -> dict[str, Any]:
         """Return what Tune's schedulers and searchers receive; without metrics, the objectives are NaN."""
-        metrics = dict.fromkeys(OBJECTIVES, math.nan) if self.metrics is None else vars(self.metrics)
+        metrics = dict.fromkeys(OBJECTIVES, math.nan) if self.metrics is None else list_values(self.metrics)
         return {**metrics, "status": self.status, "done": self.done, "config_fault": self.config_fault}
 
 
