@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import InputError, TrialConfig, describe_error, one_line
-from tune_amp.trial.consent import check_consent, consent_to
+from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to
 from tune_amp.trial.text import printable
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def add_winner_arguments(parser: argparse.ArgumentParser, saved: str) -> None:
     add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
     add("--output", type=read_path, metavar="DIR", help=f"folder for {saved} beside BEST.parquet)")
     add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
-    add("--model", metavar="MODULE:FUNCTION", help="consent to run the model function that the file names")
-    add("--dataset", metavar="MODULE:FUNCTION", help="consent to run the data function that the file names")
+    for flag in OWN_CODE_FLAGS:
+        add(f"--{flag}", metavar="MODULE:NAME", help=f"consent to run your own code that the file names as {flag}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
 
 
@@ -183,11 +183,11 @@ def choose_output(arguments: argparse.Namespace, name: str) -> Path:
     return folder
 
 
-def load_announced(name: str, data_dir: Path | None) -> "Dataset":
-    """Return the data set, and print its loader's notice on standard error."""
-    from tune_amp.training.data import load_dataset
+def load_announced(name: str, data_dir: Path | None, *, task: str | None = None, train: str | None = None) -> "Dataset":
+    """Return the data of ``runs.load_data``, and print its loader's notice on standard error."""
+    from tune_amp.training.runs import load_data
 
-    dataset = load_dataset(name, data_dir)
+    dataset = load_data(name, data_dir, task=task, train=train)
     if dataset.notice:
         say(open_console(stderr=True), f"NOTE: {dataset.notice}", style="bold yellow")
     return dataset
@@ -197,18 +197,18 @@ def take_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
     """Accept the flags as consent to the code that they name, and refuse a file that names other code.
 
     Args:
-        arguments: ``best`` is the file, ``model`` and ``dataset`` are the flags.
+        arguments: ``best`` is the file; the flags are ``consent.OWN_CODE_FLAGS``.
         config: read from the file.
 
     Raises:
         InputError: a flag is missing, or names other code.
     """
-    for flag, named in (("model", config.model), ("dataset", config.dataset)):
-        given = getattr(arguments, flag)
+    for flag in OWN_CODE_FLAGS:
+        given, named = getattr(arguments, flag), getattr(config, flag)
         if given is not None and given != named:
             raise InputError(f"--{flag}: must be {named}, which {arguments.best} was searched with, got {given}")
-    consent_to(arguments.model, arguments.dataset)
-    check_consent(str(arguments.best), model=config.model, dataset=config.dataset)
+    consent_to(*(getattr(arguments, flag) for flag in OWN_CODE_FLAGS))
+    check_consent(str(arguments.best), **{flag: getattr(config, flag) or "" for flag in OWN_CODE_FLAGS})
 
 
 def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dataset":

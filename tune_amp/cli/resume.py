@@ -13,8 +13,8 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
-from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, checked_type, field_types, is_function_name, shown
-from tune_amp.trial.consent import check_consent, consent_to
+from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, checked_type, field_types, shown
+from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_own_code
 from tune_amp.trial.text import HIDDEN, hide_credentials
 
 EXTERNAL_TARGETS = ("address", "storage_path", "tracker")
@@ -79,9 +79,9 @@ def restore_arguments(
             f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
         )
     _check_space(given.space, history)
-    consent_to(given.model, given.dataset, given.sampler)
+    consent_to(*(getattr(given, flag) for flag in OWN_CODE_FLAGS), given.sampler)
     sampler = build_options(recorded).sampler
-    check_consent("--resume", model=recorded["model"], dataset=recorded["dataset"], sampler=sampler)
+    check_consent("--resume", **{flag: recorded[flag] or "" for flag in OWN_CODE_FLAGS}, sampler=sampler)
     _check_fixed(arguments, recorded, history)
     _check_trials(arguments, history)
     return arguments
@@ -139,7 +139,7 @@ def _check_space(given: str | None, history: RunHistory) -> None:
 
 def _check_trials(arguments: argparse.Namespace, history: RunHistory) -> None:
     """Refuse a journal whose trials differ from the run in a setting that all trials share."""
-    shared = {name: getattr(arguments, name) for name in ("model", "dataset", "imbalance", "max_epochs", "seed")}
+    shared = {name: getattr(arguments, name) for name in (*OWN_CODE_FLAGS, "imbalance", "max_epochs", "seed")}
     for trial in history.trials:
         for name, expected in shared.items():
             value = getattr(trial.config, name)
@@ -199,7 +199,7 @@ def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Pat
             arguments of ``EXTERNAL_TARGETS`` that are set.
     """
     parts = [*search, "--resume", name_run(folder, default_dir)]
-    for name in ("model", "dataset", "sampler"):
-        if is_function_name(arguments[name]) or arguments[name] in PICKLING_SAMPLERS:
-            parts += [name_flag(name), arguments[name]]
+    parts += list_own_code(arguments)
+    if arguments["sampler"] in PICKLING_SAMPLERS:
+        parts += ["--sampler", arguments["sampler"]]
     return shlex.join([*parts, *_name_external_targets(arguments)])

@@ -35,6 +35,7 @@ from tune_amp.cli.console import (
     say,
     show_cursor,
 )
+from tune_amp.cli.own_code import adopt_own_code
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cli.search_output import (
     choose_observer,
@@ -58,7 +59,7 @@ from tune_amp.search.options import (
     run_folder,
 )
 from tune_amp.trial.config import InputError, TrialConfig, checked_field, describe_error, is_function_name
-from tune_amp.trial.consent import consent_to, load_function
+from tune_amp.trial.consent import list_own_code, load_function
 from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
     from tune_amp.search.warm_start import load_donor
     from tune_amp.space.space import load_space
 
+    adopt_own_code(arguments)
     options = build_options(vars(arguments))
-    consent_to(arguments.model, arguments.dataset, arguments.sampler)
     checked_field("--imbalance", arguments.imbalance, TrialConfig, "imbalance")
     arguments.tracker = check_trackers(arguments.tracker)
     name = arguments.space or DEFAULT_SPACE
@@ -233,12 +234,12 @@ def _search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, st
     if arguments.address is not None:  # a bad address is refused before data are loaded
         resolve_address(arguments.address)
     console = open_console(quiet=arguments.quiet or arguments.json)
-    has_own_code = is_function_name(arguments.model) or is_function_name(arguments.dataset)
+    has_own_code = bool(list_own_code(vars(arguments)))
     # Ray's start is mostly waiting, and takes as long as the data and the imports. Side by side, they bring the first
     # trial forward by 2 s. A user's own code runs in the main thread, as it may expect.
     load = functools.partial(_load_checked, request)
     find_checked = _call(load, in_background=not has_own_code)
-    modules = _user_modules(arguments.model)
+    modules = _user_modules(arguments.task or arguments.model)
     with ray_session(
         arguments.address,
         run=folder.name,
@@ -332,7 +333,8 @@ def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     from tune_amp.search.preflight import check_fit
     from tune_amp.training.data import make_long_tail
 
-    dataset = load_announced(request.arguments.dataset, request.arguments.data_dir)
+    arguments = request.arguments
+    dataset = load_announced(arguments.dataset, arguments.data_dir, task=arguments.task, train=arguments.train)
     with naming_flags():
         dataset = make_long_tail(dataset, request.arguments.imbalance)
     if request.history is not None:
@@ -411,8 +413,9 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
     script = Path(sys.argv[0]).with_name("train.py")
     train = ("tune-amp", "train") if program.startswith("tune-amp") else (_name_python(), str(script))
     data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
-    model, dataset = arguments.model, arguments.dataset
-    return shlex.join(list_reuse_words(train, name_path(best), data_dir=data_dir, model=model, dataset=dataset))
+    return shlex.join(
+        list_reuse_words(train, name_path(best), data_dir=data_dir, own_code=list_own_code(vars(arguments)))
+    )
 
 
 def _resume_command(request: SearchRequest, folder: Path) -> str:

@@ -46,8 +46,10 @@ def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> 
     space, dataset, options, resources = plan.space, plan.dataset, plan.options, plan.resources
     sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
     reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
-    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]"  # both are checked names
-    console.print(f"{subject}: {sizes}; {reading}", soft_wrap=True)
+    subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]: {sizes}"  # both are checked names
+    if options.train is not None:
+        subject = f"[bold]{escape(options.train)}[/]: your own training loop and data"
+    console.print(f"{subject}; {reading}", soft_wrap=True)
     say(console, f"space      {space.source}: {', '.join(p.name for p in space.parameters)}")
     for line in list_inert(plan):
         say(console, f"inert      {line}", style="yellow")
@@ -67,7 +69,7 @@ def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> 
         notice = describe_hardware(precision, device)
         if notice:
             say(console, f"note       {precision}: {notice}", style="yellow")
-        if device.type == "cpu":
+        if device.type == "cpu" and options.train is None:
             _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
 
 

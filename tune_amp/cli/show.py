@@ -21,6 +21,7 @@ from tune_amp.cli.console import (
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path
 from tune_amp.trial.config import check
+from tune_amp.trial.consent import list_own_code
 
 if TYPE_CHECKING:
     from tune_amp.cli.run_summary import RunSummary
@@ -82,7 +83,7 @@ def _describe_reuse(summary: "RunSummary") -> str:
     from tune_amp.results.records import list_reuse_words
 
     about = summary.provenance
-    model = summary.trials[0].config.model if summary.trials else ""
+    own_code = list_own_code(vars(summary.trials[0].config)) if summary.trials else []
     best = name_path(RunFolder(summary.folder).best)
     train = ("tune-amp", "train")
-    return shlex.join(list_reuse_words(train, best, data_dir=about.data_dir, model=model, dataset=about.dataset))
+    return shlex.join(list_reuse_words(train, best, data_dir=about.data_dir, own_code=own_code))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +33,8 @@ from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holder
 from tune_amp.cluster.resources import TrialResources, cap_memory
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory, release_memory
-from tune_amp.training.run import TrainingRun
-from tune_amp.training.training_data import TrainingData
+from tune_amp.training.own_loop import OwnRun
+from tune_amp.training.runs import Run, place_data, start_run
 from tune_amp.trial.config import (
     OBJECTIVES,
     RUNNING,
@@ -47,7 +47,8 @@ from tune_amp.trial.config import (
     generalize_error,
     one_line,
 )
-from tune_amp.trial.consent import consent_to, list_consented
+from tune_amp.trial.consent import consent_to, list_consented, list_provided, provide
+from tune_amp.trial.objectives import metric_of
 
 CHECKPOINT_FILE = "trial.pt"
 
@@ -101,6 +102,10 @@ class WorkerSetup:
     """Folders that may hold the checkpoints of interrupted trials, by trial id, newest first."""
     filesystem: fs.FileSystem = dataclasses.field(default_factory=fs.LocalFileSystem)
     """File system of these folders."""
+    objectives: tuple[str, ...] = ()
+    """Objectives of the search, which a user's own loop must report."""
+    functions: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    """The user's functions that no module holds, by name: see ``consent.list_provided``."""
     gpu_share: float = 0.0
     """Share of a GPU with which a trial starts; 0 on the CPU. A trial that runs out of memory gets a larger share."""
 
@@ -126,17 +131,17 @@ class AmpTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
         """Place the data on this worker's device, once per process."""
         assert worker_setup is not None  # bound by tune.with_parameters
-        self._num_threads = worker_setup.num_threads
+        self._num_threads, self._metrics = worker_setup.num_threads, tuple(map(metric_of, worker_setup.objectives))
         self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
         self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
         device = prepare_worker(worker_setup)
         self._device_name = name_device(device)
         try:
-            self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+            self._data = place_data(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         except Exception as error:
             self._request_larger_share(error)
             raise
-        self._run: TrainingRun | None = None
+        self._run: Run | None = None
         self._content: bytes | None = None  # of a checkpoint that is being saved
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
         self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
@@ -194,7 +199,7 @@ class AmpTrainable(tune.Trainable):
                 # would every later trial. Ray ends a worker whose step raises, and retries the trial in a new one.
                 raise
             self._request_larger_share(error)
-            report = failure_report(error)
+            report = dict.fromkeys(self._metrics, math.nan) | failure_report(error)
             if self._first_failure is not None:
                 second = self._count_epochs(), report["error"]
                 report["config_fault"] |= is_settings_fault(self._first_failure, second, error)
@@ -220,7 +225,8 @@ class AmpTrainable(tune.Trainable):
         settings: 69 kB a trial that runs, and 19 kB so.
         """
         result: dict[str, Any] = super().train()  # type: ignore[no-untyped-call]
-        return {name: result[name] for name in READ_BY_TUNE & result.keys()} | {REPORT: read_report(result)}
+        names = READ_BY_TUNE | {*self._metrics}
+        return {name: result[name] for name in names & result.keys()} | {REPORT: read_report(result)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has no state to save."""
@@ -231,8 +237,11 @@ class AmpTrainable(tune.Trainable):
     def _write_state(self) -> bytes | None:
         if self._run is None:
             return None
+        state = self._run.state_dict()
+        if state is None:  # the user's own loop keeps nothing
+            return None
         content = io.BytesIO()  # torch does not raise OSError for a full disk
-        torch.save(self._run.state_dict(), content)
+        torch.save(state, content)
         return content.getvalue()
 
     def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
@@ -276,7 +285,7 @@ class AmpTrainable(tune.Trainable):
         finished = metrics.epoch >= self._max_epochs
         return progress_report(metrics, TrialStatus.COMPLETED if finished else RUNNING)
 
-    def _resume(self) -> TrainingRun | None:
+    def _resume(self) -> Run | None:
         """Resume an interrupted trial of a resumed search from its newest intact checkpoint; None if there is none."""
         if self._first_failure is not None:
             return None  # the checkpoint may be the cause: the model may have been changed since
@@ -286,18 +295,18 @@ class AmpTrainable(tune.Trainable):
                 return self._continue_run(content)
         return None
 
-    def _continue_run(self, content: IO[bytes]) -> TrainingRun:
+    def _continue_run(self, content: IO[bytes]) -> Run:
         state = torch.load(content, map_location="cpu", weights_only=True)
         run = self._start_run()
         run.load_state_dict(state)
         return run
 
-    def _start_run(self) -> TrainingRun:
+    def _start_run(self) -> Run:
         started = time.monotonic()
         config = TrialConfig(**self._settings)
         self._max_epochs = config.max_epochs
         self._unsaved_seconds = 0.0
-        self._run = TrainingRun(config, self._data)
+        self._run = start_run(config, self._data, objectives=self._metrics)
         self._setup_seconds += time.monotonic() - started
         return self._run
 
@@ -309,6 +318,8 @@ class AmpTrainable(tune.Trainable):
 
     def _release(self) -> None:
         """Release a trial's memory: the next trial may need all of it, and other workers share the GPU."""
+        if isinstance(self._run, OwnRun):
+            self._run.close()
         self._run = None
         # The trial's report counts; a broken context fails the next step too.
         with contextlib.suppress(RuntimeError):
@@ -351,7 +362,7 @@ def _exempt_what_is_left() -> None:
 
 def progress_report(metrics: EpochMetrics, status: str, error: str | None = None) -> dict[str, Any]:
     """Return the report of a trial to Tune after an epoch: its metrics, its status, and whether it has ended."""
-    return {**vars(metrics), "status": str(status), "error": error, "done": status != RUNNING}
+    return {**vars(metrics), **metrics.metrics, "status": str(status), "error": error, "done": status != RUNNING}
 
 
 def failure_report(error: Exception) -> dict[str, Any]:
@@ -377,7 +388,7 @@ def is_settings_fault(first: Failure, second: Failure, error: Exception) -> bool
 
 
 def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any) -> WorkerSetup:
-    """Build the setup of a search's workers; ``left`` holds the fields of ``WorkerSetup`` for a resumed search."""
+    """Build the setup of a search's workers; ``left`` holds further fields of ``WorkerSetup``."""
     return WorkerSetup(
         **left,
         train=dataset.train,
@@ -386,6 +397,7 @@ def build_worker_setup(dataset: Dataset, resources: TrialResources, **left: Any)
         num_threads=resources.cpus,
         search_path=tuple(sys.path),
         consented=list_consented(),
+        functions=list_provided(),
         gpu_share=resources.gpus,
     )
 
@@ -394,6 +406,7 @@ def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
     """Let this process find the user's modules, limit it to its share of the machine, and return its device."""
     sys.path.extend(folder for folder in worker_setup.search_path if folder not in sys.path)
     consent_to(*worker_setup.consented)
+    provide(worker_setup.functions)
     torch.set_num_threads(worker_setup.num_threads)
     # Ray assigns the GPUs that it was configured with, whether or not torch can use them.
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")

@@ -107,14 +107,14 @@ def plan_confirmation(
     Args:
         ranked: the search's ranking.
         default: from ``build_default``, with the seed of the search.
-        train_images: number of images in the training split.
+        train_images: number of images in the training split; 0 if that is unknown.
         top_k: number of configurations to confirm.
         seeds: maximum number of seeds.
         objective: the first objective of the search.
         search_seconds: summed time of the search's trials. Further seeds may take as long, or a minute if that is more.
     """
     left_out = None
-    if default.batch_size > train_images:
+    if 0 < train_images < default.batch_size:
         images = f"{train_images:,} training images"
         left_out = f"the default configuration is left out: its batch of {default.batch_size} exceeds the {images}"
     return ConfirmPlan(

@@ -26,9 +26,10 @@ from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmJob
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import release_memory
-from tune_amp.training.run import TrainingRun
+from tune_amp.training.runs import NoData, place_data, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialStatus, one_line
+from tune_amp.trial.objectives import metric_of
 
 CHECK_SECONDS = 1.0
 
@@ -83,7 +84,12 @@ class Attempt:
 
 
 def train_on_slots(
-    jobs: Sequence[ConfirmJob], dataset: Dataset, resources: TrialResources, *, time_limit: float = math.inf
+    jobs: Sequence[ConfirmJob],
+    dataset: Dataset,
+    resources: TrialResources,
+    *,
+    objectives: tuple[str, ...] = (),
+    time_limit: float = math.inf,
 ) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
     """Train ``jobs`` as Ray tasks with the resources and concurrency of trials; yield each job as it ends.
 
@@ -92,7 +98,7 @@ def train_on_slots(
     """
     if not jobs:
         return
-    sent = ray.put((build_worker_setup(dataset, resources), dataset.test))
+    sent = ray.put((build_worker_setup(dataset, resources, objectives=objectives), dataset.test))
     waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
     count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
     running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
@@ -193,8 +199,8 @@ def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Q
     device = torch.device("cpu")
     try:
         device = prepare_worker(worker_setup)
-        data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
-        return train_and_test(job, data, test)
+        data = place_data(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+        return train_and_test(job, data, test, worker_setup.objectives)
     except Exception as error:
         report = failure_report(error)
         status = TrialStatus(report["status"])
@@ -208,13 +214,15 @@ def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:
     return ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, **fields)
 
 
-def train_and_test(job: ConfirmJob, data: TrainingData, test: Split) -> ConfirmedRun:
+def train_and_test(
+    job: ConfirmJob, data: TrainingData | NoData, test: Split, objectives: Sequence[str] = ()
+) -> ConfirmedRun:
     """Train a job to its end as its trial was trained, then read the test set once, unless the run is past saving.
 
     Raises:
         Exception: any exception of the model or the device.
     """
-    run = TrainingRun(job.config, data)
+    run = start_run(job.config, data, objectives=tuple(map(metric_of, objectives)), confirming=True)
     [last] = collections.deque(run.epochs(), maxlen=1)
     ending: dict[str, Any] = {"status": TrialStatus.DIVERGED, "error": f"{last.state}: {run.hopeless}"}
     if run.hopeless is None:

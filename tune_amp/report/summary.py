@@ -15,6 +15,7 @@ from tune_amp.results.gain import format_difference
 from tune_amp.results.ranking import describe_ties, list_obstacles
 from tune_amp.results.records import BestRow, TrialRecord, list_reuse_words
 from tune_amp.trial.config import format_scale, list_values
+from tune_amp.trial.consent import list_own_code
 from tune_amp.trial.text import join_names
 
 
@@ -217,4 +218,4 @@ def list_reuse(run: Run) -> list[str]:
     installed = about.command[:1] != () and about.command[0].startswith("tune-amp")
     train = ("tune-amp", "train") if installed else ("python", "scripts/train.py")
     best = str(run.folder.best)
-    return list_reuse_words(train, best, data_dir=about.data_dir, model=config.model, dataset=config.dataset)
+    return list_reuse_words(train, best, data_dir=about.data_dir, own_code=list_own_code(vars(config)))

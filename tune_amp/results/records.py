@@ -46,7 +46,6 @@ from tune_amp.trial.config import (
     checked_type,
     described,
     field_types,
-    is_function_name,
     shown,
 )
 from tune_amp.trial.consent import distrust
@@ -206,20 +205,18 @@ class SlotTime:
             raise InputError(f"wall_seconds: must be between 0 and {MOST_SECONDS:g}, got {shown(self.wall_seconds)}")
 
 
-def list_reuse_words(train: Sequence[str], best: str, *, data_dir: str | None, model: str, dataset: str) -> list[str]:
+def list_reuse_words(
+    train: Sequence[str], best: str, *, data_dir: str | None, own_code: Sequence[str] = ()
+) -> list[str]:
     """Return the command that trains rank 1, with the same data, and with consent to the user's own code.
 
     Args:
         train: the command that trains, such as ``("tune-amp", "train")``.
         best: path of ``best.parquet``.
         data_dir: the search's ``--data-dir``; None if it was not given.
-        model: the search's model.
-        dataset: the search's data set.
+        own_code: flags that name the user's own code, from ``list_own_code``.
     """
-    words = [*train, best, *([] if data_dir is None else ["--data-dir", data_dir])]
-    for flag, name in (("--model", model), ("--dataset", dataset)):
-        words += [flag, name] if is_function_name(name) else []
-    return words
+    return [*train, best, *([] if data_dir is None else ["--data-dir", data_dir]), *own_code]
 
 
 def list_versions(*packages: str) -> dict[str, str]:

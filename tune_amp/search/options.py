@@ -14,10 +14,11 @@ from typing import Any
 
 from tune_amp.results.files import claim_folder
 from tune_amp.trial.config import (
+    COST_OBJECTIVES,
     MODEL_RULE,
     MODELS,
     OBJECTIVES,
-    RANKING_OBJECTIVES,
+    OWN_CODE_RULE,
     SAMPLERS,
     SCHEDULERS,
     SEED_RULE,
@@ -30,6 +31,7 @@ from tune_amp.trial.config import (
     one_of,
     shown,
 )
+from tune_amp.trial.objectives import MODES, is_own_metric, metric_of, read_objectives
 
 MOST_OBJECTIVES = 3
 """Largest number of objectives. With more, most trials are best in some way, and the search singles out none."""
@@ -88,6 +90,22 @@ class SearchOptions:
     """
 
     model: str = option(f"{', '.join(MODELS)} or MODULE:FUNCTION", "simple_net", MODEL_RULE, fixed=True)
+    task: str | None = option(
+        "your own task: what differs from image classification",
+        None,
+        OWN_CODE_RULE,
+        fixed=True,
+        metavar="MODULE:CLASS",
+        unset="images into classes",
+    )
+    train: str | None = option(
+        "your own training loop, which has its own model and data",
+        None,
+        OWN_CODE_RULE,
+        fixed=True,
+        metavar="MODULE:FUNCTION",
+        unset="the loop of tune_amp",
+    )
     num_samples: int = option("number of trials", 32, at_least(1))
     max_epochs: int = option("epochs of a trial that is not stopped early", 8, at_least(1), fixed=True)
     grace_period: int = option(
@@ -95,9 +113,16 @@ class SearchOptions:
     )
     reduction_factor: float = option("one trial in X passes a rung of ASHA or HyperBand", 2.0, more_than(1), fixed=True)
     objective: str = option(
-        f"{', '.join(OBJECTIVES)}, or several joined by commas, beginning with accuracy or loss",
+        f"{', '.join(OBJECTIVES)}, a metric of your own, or several joined by commas; the first ranks the trials",
         "val_accuracy",
         fixed=True,
+    )
+    mode: str | None = option(
+        "max or min: which values of the objective are better",
+        None,
+        one_of(*MODES),
+        fixed=True,
+        unset="by its name: val_f1 max, val_mae min",
     )
     sampler: str = option(
         f"{', '.join(SAMPLERS)} or auto: tpe, for several objectives nsga2",
@@ -150,18 +175,28 @@ class SearchOptions:
     @property
     def objectives(self) -> tuple[str, ...]:
         """Names of the objectives; the first one ranks the trials."""
-        return tuple(name.strip() for name in self.objective.split(","))
+        return tuple(self.objective.split(","))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the user's own task or training loop is trained."""
+        return self.task is not None or self.train is not None
 
     def _check_objectives(self) -> None:
-        names = self.objectives
-        for name in names:
-            rule = f"must be one of {', '.join(OBJECTIVES)}, or several joined by commas"
-            check("--objective", name, name in OBJECTIVES, rule)
-        check("--objective", self.objective, len(set(names)) == len(names), "must name none twice")
-        rule = f"must name {MOST_OBJECTIVES} at most"
-        check("--objective", len(names), len(names) <= MOST_OBJECTIVES, rule)
-        rule = f"must begin with {' or '.join(RANKING_OBJECTIVES)}"
-        check("--objective", names[0], names[0] in RANKING_OBJECTIVES, rule)
+        """Check the objectives, and write them in their shortest form.
+
+        The unit of a user's own loss is unknown, so its direction is always written: ``val_loss:min``.
+        """
+        if self.train is not None and self.task is not None:
+            raise InputError(f"--train: must not be given with --task, got {shown(self.train)} and {shown(self.task)}")
+        known = is_own_metric if self.is_own else OBJECTIVES.__contains__
+        text = read_objectives("--objective", self.objective, self.mode, known)
+        names = text.split(",")
+        check("--objective", len(names), len(names) <= MOST_OBJECTIVES, f"must name {MOST_OBJECTIVES} at most")
+        rule = "must begin with a metric of the trained model"
+        check("--objective", names[0], metric_of(names[0]) not in COST_OBJECTIVES, rule)
+        if self.is_own:
+            names = ["val_loss:min" if name == "val_loss" else name for name in names]
         object.__setattr__(self, "objective", ",".join(names))
 
     def _choose_algorithms(self) -> None:

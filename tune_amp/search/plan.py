@@ -106,7 +106,7 @@ def plan_resources(
     """
     free = ray.available_resources()
     measure = None
-    if space is not None and dataset is not None:
+    if space is not None and dataset is not None and len(dataset.train):
         largest = find_largest(
             space, model=options.model, dataset=dataset.name, max_epochs=options.max_epochs, seed=options.seed
         )
@@ -134,7 +134,8 @@ def describe_wait(free: Mapping[str, float], resources: TrialResources) -> str:
 def list_shared(dataset: Dataset, options: SearchOptions) -> dict[str, Any]:
     """Return the ``TrialConfig`` fields that all trials of a search have in common."""
     data = {"dataset": dataset.name, "imbalance": dataset.imbalance}
-    return {"model": options.model, "max_epochs": options.max_epochs, "seed": options.seed, **data}
+    own = {"task": options.task, "train": options.train}
+    return {"model": options.model, "max_epochs": options.max_epochs, "seed": options.seed, **data, **own}
 
 
 def adapt_donor(donor: Donor, space: SearchSpace, dataset: Dataset, options: SearchOptions) -> WarmStart:

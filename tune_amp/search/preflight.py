@@ -36,8 +36,6 @@ def check_fit(
     options: SearchOptions,
     *,
     may_use_gpus: bool = False,
-    task: str | None = None,
-    own: Mapping[str, OwnValue] = types.MappingProxyType({}),
 ) -> dict[str, str]:
     """Refuse what would make trials fail: a batch larger than the data set, a model that cannot be trained on it.
 
@@ -47,8 +45,6 @@ def check_fit(
         options: name the model.
         may_use_gpus: whether trials may train on a GPU. The check never does, since a process that has used a GPU
             keeps some of its memory. So precisions are not refused if only fp32 works on this machine's CPU.
-        task: the user's own task, ``module:Class``, if there is one.
-        own: a value of each of the user's own parameters.
 
     Returns:
         For each precision in which the model cannot be trained on this machine's CPU, the reason.
@@ -56,6 +52,9 @@ def check_fit(
     Raises:
         InputError: the message says what does not fit.
     """
+    if options.train is not None:
+        _check_own_loop(space, options.train)
+        return {}
     bounds, batches = space.bounds("batch_size"), space.bounds("accumulate")
     if bounds is not None and bounds[1] > len(dataset.train):
         raise InputError(
@@ -77,10 +76,19 @@ def check_fit(
         precisions=(*space.precisions, *others),
         optimizers=space.optimizers,
         device=torch.device("cpu"),
-        task=task,
-        own=own,
+        task=options.task,
+        own=space.own_defaults,
     )
     return {precision: reason for precision, reason in unfit.items() if precision in space.precisions}
+
+
+def _check_own_loop(space: "SearchSpace", name: str) -> None:
+    """Refuse a loop that cannot be loaded, and a setting that is relative to the steps of a trial, which it decides."""
+    import_function(name)
+    for parameter in space.parameters:
+        if parameter.fraction_of_trial:
+            rule = "must not be a fraction of the trial beside --train, whose steps are unknown: give steps"
+            raise InputError(f"{space.source}: parameters.{parameter.name}: {rule}")
 
 
 def check_training(

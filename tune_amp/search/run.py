@@ -211,7 +211,7 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
                 past=history.trials,
             )
             tuner = build_tuner(
-                bind_trainable(plan.dataset, resources, storage, history.unfinished),
+                bind_trainable(plan.dataset, resources, storage, history.unfinished, plan.options.objectives),
                 source,
                 scheduler,
                 storage=storage,
@@ -341,7 +341,9 @@ def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
     dataset, options, resources = search.plan.dataset, search.plan.options, search.plan.resources
     plan = plan_confirmation(
         result.ranked,
-        build_default(search.plan.space.precisions, **list_shared(dataset, options)),
+        build_default(
+            search.plan.space.precisions, own=search.plan.space.own_defaults, **list_shared(dataset, options)
+        ),
         train_images=len(dataset.train),
         top_k=options.top_k,
         seeds=options.confirm_seeds,
@@ -351,7 +353,13 @@ def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
     with search.gauges, watching(search.stop, search.health.find_dead_process, search.stop.leave):
         confirmation = confirm(
             plan,
-            lambda jobs: train_on_slots(jobs, dataset, resources, time_limit=options.trial_time_limit or math.inf),
+            lambda jobs: train_on_slots(
+                jobs,
+                dataset,
+                resources,
+                objectives=options.objectives,
+                time_limit=options.trial_time_limit or math.inf,
+            ),
             done=load_confirmed(result.folder) if RunFolder(result.folder).confirm.exists() else (),
             folder=result.folder,
             provenance=result.provenance,

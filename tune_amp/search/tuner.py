@@ -25,11 +25,17 @@ from tune_amp.trial.config import format_scale
 
 
 def bind_trainable(
-    dataset: Dataset, resources: TrialResources, storage: RunStorage, unfinished: Sequence[RecordedTrial]
+    dataset: Dataset,
+    resources: TrialResources,
+    storage: RunStorage,
+    unfinished: Sequence[RecordedTrial],
+    objectives: tuple[str, ...],
 ) -> type[AmpTrainable]:
     """Return the trainable with its share of the machine, and the data in Ray's object store: one copy a node."""
     checkpoints = {trial.trial_id: [f"{storage.path}/{path}" for path in trial.checkpoints] for trial in unfinished}
-    worker_setup = build_worker_setup(dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem)
+    worker_setup = build_worker_setup(
+        dataset, resources, checkpoints=checkpoints, filesystem=storage.filesystem, objectives=objectives
+    )
     with_data = tune.with_parameters(AmpTrainable, worker_setup=worker_setup)
     trainable: type[AmpTrainable] = tune.with_resources(with_data, _request(resources.cpus, resources.gpus))
     # Ray's dashboard lists actors by their qualified name, which the wrappers above hide.

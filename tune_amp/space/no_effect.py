@@ -27,8 +27,10 @@ def find_inert(config: TrialConfig, train_images: int) -> tuple[str, ...]:
 
     Args:
         config: the trial.
-        train_images: images in the training split.
+        train_images: images in the training split; 0 if that is unknown.
     """
+    if not train_images:  # a user's own loop, whose steps are not known
+        return ()
     steps = count_steps(config, train_images)
     never_grows = config.growth_interval is not None and config.growth_interval >= steps
     draws = _count_drawn_images(config.curriculum, config.max_epochs, config.batch_size, train_images)

@@ -331,6 +331,15 @@ class OwnRun:
             metrics={name: metrics[name] for name in metrics if name not in (*COMMON_METRICS, *self.tested)},
         )
 
+    def test(self, split: object = None) -> dict[str, Any]:
+        """Return the fields ``test_loss``, ``test_accuracy`` and ``metrics`` of what the loop yielded of its test set.
+
+        Args:
+            split: ignored; the loop has its own data.
+        """
+        common = {name: self.tested.get(name) for name in ("test_loss", "test_accuracy")}
+        return {**common, "metrics": {name: value for name, value in self.tested.items() if name not in common}}
+
     def state_dict(self) -> dict[str, Any] | None:
         """Return the state to resume from, as tensors and plain values; None if the loop keeps nothing."""
         state = self._trial.read_state(self.epoch, self._generators.state)

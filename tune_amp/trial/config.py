@@ -120,7 +120,7 @@ def one_of(*known: str, function: bool = False) -> Rule:
 
 
 MODEL_RULE = one_of(*MODELS, function=True)
-_OWN_CODE_RULE = Rule("must have the form module:name", lambda name: is_function_name(name))  # noqa: PLW0108 (defined below)
+OWN_CODE_RULE = Rule("must have the form module:name", lambda name: is_function_name(name))  # noqa: PLW0108 (defined below)
 SEED_RULE = Rule("must be between 0 and 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 _FRACTION_RULE = Rule("must be between 0 and 1, both excluded", lambda fraction: 0 < fraction < 1)
 # GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
@@ -193,8 +193,8 @@ class TrialConfig:
     max_epochs: int = described("epochs of a trial that is not stopped", 5, at_least(1), unit="epochs")
     seed: int = described("seed of weights and data order", 0, SEED_RULE)
     accumulate: int = described("batches whose gradients are summed before a step", 1, at_least(1), unit="batches")
-    task: str | None = described("the user's own task, module:Class", None, _OWN_CODE_RULE)
-    train: str | None = described("the user's own training loop, module:function", None, _OWN_CODE_RULE)
+    task: str | None = described("the user's own task, module:Class", None, OWN_CODE_RULE)
+    train: str | None = described("the user's own training loop, module:function", None, OWN_CODE_RULE)
     own: Mapping[str, OwnValue] = spread("the user's own parameters: columns own.NAME")
 
     def __post_init__(self) -> None:

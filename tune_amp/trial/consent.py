@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 
 from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, describe_error, is_function_name, shown
 
+OWN_CODE_FLAGS = ("train", "task", "model", "dataset")
+"""Flags, and fields of ``TrialConfig``, that can name the user's own code."""
+
 _SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[2] / "scripts")
 
 
@@ -173,3 +176,13 @@ def _check_not_hidden(name: str, folder: str) -> None:
     hidden = imported == "built into Python" or any(Path(imported).is_relative_to(place) for place in installed)
     if hidden and imported != own.origin:
         raise InputError(f"{name}: {top} is {imported}, not {own.origin}; rename your own file")
+
+
+def list_own_code(settings: Mapping[str, Any]) -> list[str]:
+    """Return the flags that name the user's own code among ``settings`` again, as consent to run it."""
+    words: list[str] = []
+    for flag in OWN_CODE_FLAGS:
+        name = settings.get(flag)
+        if name is not None and is_function_name(name) and name not in words:
+            words += [f"--{flag}", name]
+    return words

@@ -1,0 +1,7 @@
+"""``python -m tune_amp``: the same as ``tune-amp``."""
+
+import sys
+
+from tune_amp.cli.main import main
+
+sys.exit(main())
