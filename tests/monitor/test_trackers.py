@@ -39,7 +39,7 @@ from tune_amp.search.options import TRACKERS, SearchOptions, check_trackers
 from tune_amp.search.run import SearchResult, run_search
 from tune_amp.space.space import load_space
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, field_types, list_values
 from tune_amp.trial.consent import consent_to
 
 ROOT = Path(__file__).resolve().parents[2]
