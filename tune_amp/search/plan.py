@@ -68,14 +68,7 @@ class SearchPlan:
 def plan_search(
     space: SearchSpace, dataset: Dataset, options: SearchOptions, *, folder: Path, **more: Any
 ) -> SearchPlan:
-    """Return the plan of a search, checked to fit. Call it inside ``session.ray_session``.
-
-    Args:
-        space: what is searched.
-        dataset: trials see only its training and validation split.
-        options: how much is searched, and with what.
-        folder: the run folder.
-        more: further fields of ``SearchPlan``.
+    """Return the plan of a search, checked to fit; ``more`` are further fields. Call it in ``session.ray_session``.
 
     Raises:
         InputError: space, data, model, options and Ray's resources do not fit together.

@@ -199,7 +199,8 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
             command=list(plan.command),
             arguments=dict(plan.arguments),
         )
-        with search.gauges, _finishing(recorder):
+        with search.gauges, contextlib.ExitStack() as stack:
+            stack.callback(recorder.finish)  # however the block ends
             for trial in history.trials:
                 _pass_on_end(trial, recorder, searcher, scheduler)
             resources = plan.resources
@@ -384,16 +385,7 @@ def is_unfinished(trials: Sequence[TrialRecord], options: SearchOptions) -> bool
 def _end_process(searcher: AmpSearch, recorder: TrialRecorder, stop: StopRequest) -> None:
     """Write everything, then end the process, for the case that Tune cannot be ended."""
     try:
-        with contextlib.closing(searcher), _finishing(recorder):
-            pass
+        with contextlib.closing(searcher):
+            recorder.finish()
     finally:
         stop.leave()
-
-
-@contextlib.contextmanager
-def _finishing(recorder: TrialRecorder) -> Iterator[None]:
-    """Write every report to disk at the end of the ``with`` block, however it ends."""
-    try:
-        yield
-    finally:
-        recorder.finish()

@@ -5,7 +5,6 @@ and reports a crash as a failure that the sampler forgets. Here each outcome is 
 """
 
 import contextlib
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,10 +118,11 @@ class AmpSearch(OptunaSearch):
         self._causes: dict[str, str] = {}
         self._sampler_seed, self._suggested = seed, len(past)
         self._on_fault = on_fault
-        self._build_config = functools.partial(_suggest_config, space, dict(shared), train_images)
+        self._searched, self._shared = space, dict(shared)
+        self._sizes = {"train_images": train_images, "max_epochs": shared["max_epochs"]}
         modes = [objective_mode(name) for name in objectives]
         super().__init__(
-            cast("Any", self._build_config),  # without a space, OptunaSearch makes no study
+            cast("Any", space.suggest),  # never called; without one, OptunaSearch makes no study
             metric=self._metrics if len(objectives) > 1 else self._metrics[0],
             mode=modes if len(objectives) > 1 else modes[0],
             sampler=built,
@@ -132,11 +132,10 @@ class AmpSearch(OptunaSearch):
         if past:
             check_consent(str(path), sampler=sampler)
             if not self.study.get_trials(deepcopy=False):
-                self._rebuild(past, space, train_images)
+                self._rebuild(past)
             self._resume(past)
         else:
-            defaults = space.find_defaults(train_images=train_images, max_epochs=shared["max_epochs"])
-            self.study.enqueue_trial(defaults)
+            self.study.enqueue_trial(space.find_defaults(**self._sizes))
             if warm_start is not None:
                 self._add_warm_start(warm_start)
 
@@ -162,9 +161,9 @@ class AmpSearch(OptunaSearch):
         reseed(self.study.sampler, self._sampler_seed, self._suggested)
         if trial_id not in self._ot_trials:
             self._ot_trials[trial_id] = self.study.ask()
-        config = self._build_config(self._ot_trials[trial_id])
         self._suggested += 1
-        return config
+        # The searched and fixed settings of the space, the shared ones, and defaults for the rest.
+        return TrialConfig(**{**self._shared, **self._searched.suggest(self._ot_trials[trial_id], **self._sizes)})
 
     def find_number(self, trial_id: str) -> int:
         """Return Optuna's number of a trial."""
@@ -192,7 +191,7 @@ class AmpSearch(OptunaSearch):
         for trial_id in self._ot_trials.keys() - self._completed_trials:
             self.on_trial_complete(trial_id)
 
-    def _rebuild(self, past: Sequence[RecordedTrial], space: SearchSpace, train_images: int) -> None:
+    def _rebuild(self, past: Sequence[RecordedTrial]) -> None:
         """Add each recorded trial under its number, as it ran, to a study that was lost.
 
         Other numbers stood for no trial of this run, or for one that was withdrawn; they get failed trials.
@@ -202,13 +201,12 @@ class AmpSearch(OptunaSearch):
         if last > MOST_LOST_TRIALS + 10 * len(past):  # each takes a write
             raise InputError(f"reports.journal: number: must be near the {len(past)} trials, got {last}")
         for number in range(last + 1):
-            self.study.add_trial(self._recreate(by_number.get(number), space, train_images))
+            self.study.add_trial(self._recreate(by_number.get(number)))
 
-    def _recreate(self, past: RecordedTrial | None, space: SearchSpace, train_images: int) -> optuna.trial.FrozenTrial:
+    def _recreate(self, past: RecordedTrial | None) -> optuna.trial.FrozenTrial:
         if past is None:
             return optuna.trial.create_trial(state=TrialState.FAIL)
-        sizes = {"train_images": train_images, "max_epochs": past.config.max_epochs}
-        suggestion = find_suggestion(past.config, space, train_images, **sizes)
+        suggestion = find_suggestion(past.config, self._searched, self._sizes["train_images"], **self._sizes)
         reports = {epoch: metrics.find_value(self._objectives[0]) for epoch, metrics in past.first_metrics.items()}
         if past.report is not None and past.report.done and past.report.metrics is not None:
             reports.pop(past.report.metrics.epoch, None)  # the end decides whether that epoch counts
@@ -435,11 +433,3 @@ class WholeLines(JournalFileBackend):
 def open_storage(path: Path) -> optuna.storages.JournalStorage:
     """Open the journal at ``path``, or create it."""
     return optuna.storages.JournalStorage(WholeLines(str(path), NoLock()))
-
-
-def _suggest_config(
-    space: SearchSpace, shared: Mapping[str, Any], train_images: int, trial: optuna.trial.BaseTrial
-) -> TrialConfig:
-    """Return a configuration: searched and fixed settings of the space, shared ones, and defaults for the rest."""
-    suggested = space.suggest(trial, train_images=train_images, max_epochs=shared["max_epochs"])
-    return TrialConfig(**{**shared, **suggested})
