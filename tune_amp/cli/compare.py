@@ -120,13 +120,18 @@ def _compare(arguments: argparse.Namespace, command: tuple[str, ...]) -> int:
     record = best.pick(arguments.rank).trial
     config = record.config
     take_consent(arguments, config)
+    if config.train or config.task:
+        rule = (
+            "must be a configuration of the built-in training: compare measures accuracy, time and memory of its loop"
+        )
+        raise InputError(f"{arguments.best}: rank {arguments.rank}: {rule}, got {config.train or config.task}")
     consent_to(*options.models)
     from tune_amp.cli.comparison import Comparison, describe_origin
     from tune_amp.reuse.precision_runs import choose_arms, cpu_threads, fresh_seeds
     from tune_amp.training.amp import describe_hardware
     from tune_amp.training.data import make_long_tail
 
-    given = load_searched_data(config.dataset, arguments.data_dir, best.provenance.data_hash)
+    given = load_searched_data(config, arguments.data_dir, best.provenance.data_hash)
     dataset = make_long_tail(given, config.imbalance)
     device = choose_device(arguments.device)
     arms = choose_arms(config, options.precisions, device)

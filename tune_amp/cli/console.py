@@ -211,13 +211,13 @@ def take_consent(arguments: argparse.Namespace, config: TrialConfig) -> None:
     check_consent(str(arguments.best), **{flag: getattr(config, flag) or "" for flag in OWN_CODE_FLAGS})
 
 
-def load_searched_data(name: str, data_dir: Path | None, data_hash: str) -> "Dataset":
-    """Return the data set ``name``, which must hold the same data as in the search.
+def load_searched_data(config: TrialConfig, data_dir: Path | None, data_hash: str) -> "Dataset":
+    """Return the data of a configuration, which must be the same as in the search.
 
     Raises:
         InputError: its hash is not ``data_hash``.
     """
-    dataset = load_announced(name, data_dir)
+    dataset = load_announced(config.dataset, data_dir, task=config.task, train=config.train)
     check_same_data(dataset, data_hash)
     return dataset
 

@@ -37,6 +37,7 @@ from tune_amp.trial.config import (
     list_settings,
     one_line,
 )
+from tune_amp.trial.objectives import metric_of, show_value
 from tune_amp.trial.text import printable
 
 if TYPE_CHECKING:
@@ -81,9 +82,11 @@ def _train(arguments: argparse.Namespace) -> int:
     best = load_best_file(arguments.best)  # read once: a confirmation in progress will rank it anew
     record = best.pick(arguments.rank).trial
     take_consent(arguments, record.config)
-    dataset = load_searched_data(record.config.dataset, arguments.data_dir, best.provenance.data_hash)
+    dataset = load_searched_data(record.config, arguments.data_dir, best.provenance.data_hash)
     if arguments.replay:
         return _replay(arguments, best, dataset)
+    if record.config.train or record.config.task:
+        return _train_own(arguments, best, dataset)
     return _train_final(arguments, best, dataset)
 
 
@@ -94,10 +97,7 @@ def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Data
     from tune_amp.reuse.card import CardSource, describe_card
     from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
 
-    chosen = best.pick(arguments.rank).trial.config
-    wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
-    with naming_flags():
-        config = dataclasses.replace(chosen, **{name: value for name, value in wanted.items() if value is not None})
+    config = _choose_config(arguments, best)
     device = choose_device(arguments.device)
     _check_own_model(config, dataset, device)
     console = open_console()
@@ -130,13 +130,64 @@ def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Data
     return EXIT_DONE
 
 
+def _choose_config(arguments: argparse.Namespace, best: "BestFile") -> TrialConfig:
+    wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
+    with naming_flags():
+        return dataclasses.replace(
+            best.pick(arguments.rank).trial.config, **{name: v for name, v in wanted.items() if v is not None}
+        )
+
+
+def _train_own(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
+    """Train a configuration of the user's own loop or task. Return the exit code."""
+    from tune_amp.results.records import list_versions
+    from tune_amp.reuse.own_final import OwnTraining, describe_own_card
+
+    config, device = _choose_config(arguments, best), choose_device(arguments.device)
+    metrics = [metric_of(objective) for objective in best.provenance.objectives]
+    console, code = open_console(), config.train or config.task
+    name = f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
+    with claimed_folder(choose_output(arguments, name)) as output:
+        try:
+            training = OwnTraining(config, dataset, device, metrics)
+            _print_training(console, arguments, config, device)
+            for epoch in training.epochs():
+                console.print(_describe_own_epoch(epoch, config.max_epochs), markup=False, soft_wrap=True)
+            if training.divergence:
+                print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
+                return EXIT_NO_RESULT
+            result = training.test()
+        except InputError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            print(f"{code} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
+        versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
+        card = describe_own_card(result, list(training.models), best=best, rank=arguments.rank, versions=versions)
+        saved = training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
+    for metric, value in result.tested.items():
+        say(console, f"{metric} {show_value(metric, value)}, measured after the last epoch")
+    console.print(printable(f"saved   {output}: {', '.join(saved)}"), markup=False, soft_wrap=True)
+    return EXIT_DONE
+
+
+def _describe_own_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
+    from tune_amp.reuse.own_final import list_metrics
+
+    values = [f"{name} {show_value(name, value)}" for name, value in list_metrics(metrics).items()]
+    line = "  ".join([f"epoch {metrics.epoch}/{max_epochs}", *values])
+    return line if metrics.loss_scale is None else f"{line}  {_describe_scale(metrics)}"
+
+
 def _check_own_model(config: TrialConfig, dataset: "Dataset", device: "torch.device") -> None:
     """Refuse a user's own model that changed since the search or does not run here, before anything is written."""
     from tune_amp.search.preflight import check_training
 
-    if is_function_name(config.model):
+    if is_function_name(config.model) and config.train is None and config.task is None:
         precisions, optimizers = (config.precision,), (config.optimizer,)
-        check_training(config.model, dataset, precisions=precisions, optimizers=optimizers, device=device)
+        check_training(
+            config.model, dataset, precisions=precisions, optimizers=optimizers, device=device, own=config.own
+        )
 
 
 def _print_training(
@@ -177,7 +228,7 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
     device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
     _check_own_model(record.config, dataset, device)
     for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
-        line = f"{_describe_epoch(metrics, record.config.max_epochs)}  val accuracy {metrics.val_accuracy:.2%}"
+        line = _describe_own_epoch(metrics, record.config.max_epochs)
         if metrics.epoch in recorded:
             differences = find_differences(recorded[metrics.epoch], metrics, left_out)
             equal = equal and not differences
@@ -189,10 +240,12 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
 def _describe_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
     line = f"epoch {metrics.epoch}/{max_epochs}  average loss {metrics.train_loss:.4f}"
     if metrics.loss_scale is not None:
-        line += (
-            f"  loss scale {format_scale(metrics.loss_scale)}, {metrics.skipped_steps} of {metrics.steps} steps skipped"
-        )
+        line += f"  {_describe_scale(metrics)}"
     return line
+
+
+def _describe_scale(metrics: "EpochMetrics") -> str:
+    return f"loss scale {format_scale(metrics.loss_scale)}, {metrics.skipped_steps} of {metrics.steps} steps skipped"
 
 
 def describe_recalls(recalls: Sequence[float]) -> str:

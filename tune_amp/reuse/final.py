@@ -5,17 +5,19 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
+from torch import nn
 
 from tune_amp.results.files import write_atomically
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.training.run import TrainingRun
+from tune_amp.training.runs import place_data, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
 
@@ -124,31 +126,51 @@ class FinalTraining:
         )  # JSON has no NaN
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
         metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
-        with contextlib.ExitStack() as undo:
-            writers = {WEIGHTS_FILE: self._write_weights, CARD_FILE: _writer(card), METRICS_FILE: _writer(metrics)}
-            for path, write in ((folder / name, write) for name, write in writers.items()):
-                try:
-                    write_atomically(path, write, replace=False)
-                except (OSError, SafetensorError) as error:  # a full disk, most likely
-                    raise InputError(f"--output: {path} cannot be written ({one_line(str(error))})") from error
-                undo.callback(path.unlink, missing_ok=True)
-            undo.pop_all()
+        weights = save_weights(self._run.model)
+        write_together(folder, {WEIGHTS_FILE: weights, CARD_FILE: write_text(card), METRICS_FILE: write_text(metrics)})
 
-    def _write_weights(self, file: BinaryIO) -> None:
+
+Writer = Callable[[BinaryIO], object]
+"""Writes the content of a file."""
+
+
+def write_together(folder: Path, writers: Mapping[str, Writer]) -> None:
+    """Write all files of ``writers``, by name, or none.
+
+    Raises:
+        InputError: a file cannot be written, or exists already; the contents of ``folder`` are unchanged.
+    """
+    with contextlib.ExitStack() as undo:
+        for path, write in ((folder / name, write) for name, write in writers.items()):
+            try:
+                write_atomically(path, write, replace=False)
+            except (OSError, SafetensorError) as error:  # a full disk, most likely
+                raise InputError(f"--output: {path} cannot be written ({one_line(str(error))})") from error
+            undo.callback(path.unlink, missing_ok=True)
+        undo.pop_all()
+
+
+def save_weights(model: nn.Module) -> Writer:
+    """Return what writes the weights of a model as safetensors."""
+
+    def write(file: BinaryIO) -> None:
         with tempfile.TemporaryDirectory() as folder:  # safetensors needs a path, and writes beside it
             path = Path(folder, WEIGHTS_FILE)
-            save_model(self._run.model, str(path))
+            save_model(model, str(path))
             file.write(path.read_bytes())
 
+    return write
 
-def _writer(text: str) -> Callable[[BinaryIO], object]:
+
+def write_text(text: str) -> Writer:
+    """Return what writes a text."""
     return lambda file: file.write(text.encode())
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
     """Train as the trial did: with the same split, seed and data order, and validation after every epoch."""
-    train = make_long_tail(dataset, config.imbalance).train
-    return TrainingRun(config, TrainingData(train, dataset.validation, dataset.num_classes, device)).epochs()
+    train = dataset.train if config.train else make_long_tail(dataset, config.imbalance).train
+    return start_run(config, place_data(train, dataset.validation, dataset.num_classes, device)).epochs()
 
 
 EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics) if field.metadata["epoch_only"])
@@ -171,5 +193,7 @@ def join_for_training(dataset: Dataset, imbalance: float) -> Split:
 def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, tuple) and isinstance(second, tuple):
         return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_equal(value, second[name]) for name, value in first.items())
     both_nan = isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second)
     return both_nan or first == second

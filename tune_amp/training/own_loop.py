@@ -221,6 +221,11 @@ class Trial:
             self.scaler.load_state_dict(self.scaler.state_dict() | current)
 
     @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models among what is kept, by name."""
+        return {name: value for name, value in self._kept.items() if isinstance(value, nn.Module)}
+
+    @property
     def keeps_state(self) -> bool:
         """Whether the loop keeps anything, so that the trial can be resumed from a checkpoint."""
         return bool(self._kept)
@@ -330,6 +335,11 @@ class OwnRun:
             loop="own" if self._trial.keeps_state else "own: keeps nothing, starts again if interrupted",
             metrics={name: metrics[name] for name in metrics if name not in (*COMMON_METRICS, *self.tested)},
         )
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models among what the loop keeps, by name."""
+        return self._trial.models
 
     def test(self, split: object = None) -> dict[str, Any]:
         """Return the fields ``test_loss``, ``test_accuracy`` and ``metrics`` of what the loop yielded of its test set.

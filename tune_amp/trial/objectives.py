@@ -30,6 +30,11 @@ def is_maximized(objective: str) -> bool:
     return (mode or guess_mode(name)) == MAX
 
 
+def show_value(name: str, value: float) -> str:
+    """Format a value of a metric or an objective: an accuracy as a percentage, others with five significant digits."""
+    return f"{100 * value:.2f} %" if metric_of(name).endswith("accuracy") else f"{value:.5g}"
+
+
 def guess_mode(name: str) -> str | None:
     """Return the direction that a word of the name implies, the last one first: ``val_loss`` -> min; None if none."""
     for word in reversed(name.lower().split("_")):
