@@ -59,7 +59,7 @@ from tune_amp.search.options import (
     run_folder,
 )
 from tune_amp.trial.config import InputError, TrialConfig, checked_field, describe_error, is_function_name
-from tune_amp.trial.consent import list_own_code, load_function
+from tune_amp.trial.consent import list_own_code, list_provided, load_function
 from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _run(request: SearchRequest, folder: Path) -> int:
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     try:
         with pure, stopping_on_signals(stop):
-            result = _search_with_ray(request, folder, stop, stdout)
+            result = search_with_ray(request, folder, stop, stdout)
     except StartError as error:  # nothing began that could be resumed: the same command can be run again
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
@@ -227,7 +227,13 @@ def _is_resumable(request: SearchRequest, folder: Path) -> bool:
     return request.donor is None or any(event["event"] == "trial" for event in read_journal(path))
 
 
-def _search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
+def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
+    """Start Ray, search as requested, write the report and print the result.
+
+    Raises:
+        StartError: Ray could not be started.
+        InputError: data, space, model and options do not fit together.
+    """
     from tune_amp.cluster.session import ray_session, resolve_address
 
     arguments, space, options, history = request.arguments, request.space, request.options, request.history
@@ -410,8 +416,10 @@ def _find_folder(module: ModuleType) -> Path | None:
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
     from tune_amp.results.records import list_reuse_words
 
+    if list_provided():  # no command finds a function of a notebook
+        return f"tune_amp.load_best({str(best)!r})"
     script = Path(sys.argv[0]).with_name("train.py")
-    train = ("tune-amp", "train") if program.startswith("tune-amp") else (_name_python(), str(script))
+    train = ("tune-amp", "train") if program.startswith(("tune-amp", "tune_amp")) else (_name_python(), str(script))
     data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
     return shlex.join(
         list_reuse_words(train, name_path(best), data_dir=data_dir, own_code=list_own_code(vars(arguments)))
@@ -422,7 +430,7 @@ def _resume_command(request: SearchRequest, folder: Path) -> str:
     from tune_amp.cli.resume import name_resume_command, remember
 
     program = request.command[0]
-    search = ("tune-amp", "search") if program.startswith("tune-amp") else (_name_python(), sys.argv[0])
+    search = ("tune-amp", "search") if program.startswith(("tune-amp", "tune_amp")) else (_name_python(), sys.argv[0])
     return name_resume_command(search, folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remember(request.arguments))
 
 

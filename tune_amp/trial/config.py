@@ -214,7 +214,9 @@ def list_settings(config: TrialConfig) -> dict[str, Any]:
 
     Of a user's own training, the model and the data set have the name of the task or of the loop.
     """
-    off = {"class_weighting": "none", "curriculum": "none", "imbalance": 1.0, "accumulate": 1}
+    off: dict[str, Any] = {"class_weighting": "none", "curriculum": "none", "imbalance": 1.0, "accumulate": 1}
+    if config.train is not None:  # an own loop has its own optimizer and inputs
+        off |= {"optimizer": "adam", "weight_decay": 0.0, "input_scaling": "minmax"}
     settings = {name: value for name, value in list_values(config).items() if value not in (None, off.get(name))}
     own_code = config.train or config.task
     return {name: value for name, value in settings.items() if own_code is None or value != own_code} | (

@@ -1,0 +1,275 @@
+"""The function ``tune_amp.tune``: a search from a script or a notebook, by the same code as the command's."""
+
+import _thread
+import argparse
+import contextlib
+import dataclasses
+import html
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune_amp.cli.console import find_run, find_run_folder, mend_streams
+from tune_amp.cli.own_code import adopt_own_code
+from tune_amp.cli.search import SearchRequest, search_with_ray
+from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
+from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
+from tune_amp.results.run_folder import RunFolder
+from tune_amp.search.options import build_options, check_trackers, make_run_name, run_folder
+from tune_amp.trial.config import InputError, TrialConfig, shown
+from tune_amp.trial.consent import name_function
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    from tune_amp.search.run import SearchResult
+    from tune_amp.space.space import SearchSpace
+
+PROGRAM = "tune_amp.tune"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The report of a run: an HTML file, which a notebook shows."""
+
+    path: Path
+    """The file; it needs no network."""
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """What a search found, read from its run folder."""
+
+    folder: Path
+    """The run folder; see ``docs/reading-results.md``."""
+    interrupted: bool
+    """Whether the search or its confirmation was cut off; ``tune(resume=...)`` continues it."""
+    reason: str | None
+    """Why it was cut off, or why the search ended early; None otherwise."""
+
+    @property
+    def best(self) -> TrialConfig:
+        """The configuration of rank 1: the one to use.
+
+        Raises:
+            InputError: no trial has a result.
+        """
+        from tune_amp.results.records import load_best
+
+        return load_best(self.folder)
+
+    @property
+    def verdict(self) -> str | None:
+        """The sentence on whether searching gained anything over the defaults; None if it was not confirmed."""
+        from tune_amp.results.records import load_best_rows
+
+        if not RunFolder(self.folder).best.exists():
+            return None
+        found = [row.confirmation for row in load_best_rows(self.folder) if row.confirmation]
+        return next((confirmation.verdict for confirmation in found if confirmation.verdict), None)
+
+    @property
+    def trials(self) -> Any:
+        """One row a trial, as a ``pandas.DataFrame``; pandas must be installed, see ``trials_table``."""
+        return self.trials_table.to_pandas()
+
+    @property
+    def epochs(self) -> Any:
+        """One row a trial and epoch, as a ``pandas.DataFrame``; pandas must be installed, see ``epochs_table``."""
+        return self.epochs_table.to_pandas()
+
+    @property
+    def trials_table(self) -> "pa.Table":
+        """One row a trial, as a ``pyarrow.Table``."""
+        return _read_table(RunFolder(self.folder).trials)
+
+    @property
+    def epochs_table(self) -> "pa.Table":
+        """One row a trial and epoch, as a ``pyarrow.Table``."""
+        return _read_table(RunFolder(self.folder).epochs)
+
+    @property
+    def report(self) -> Report:
+        """The report, which a notebook shows."""
+        return Report(path=RunFolder(self.folder).report)
+
+    def _repr_html_(self) -> str:
+        verdict = (
+            html.escape(self.verdict or self.reason or "not confirmed") if RunFolder(self.folder).best.exists() else ""
+        )
+        return f"<p><b>{html.escape(self.folder.name)}</b> {verdict}</p>{self.report._repr_html_()}"
+
+
+def tune(
+    space: "str | Path | Mapping[str, Any] | None" = None,
+    *,
+    train: Callable[..., Any] | str | None = None,
+    task: type | str | None = None,
+    model: Callable[..., Any] | str | None = None,
+    dataset: Callable[..., Any] | str | None = None,
+    data_dir: str | Path | None = None,
+    objective: str | None = None,
+    mode: str | None = None,
+    num_samples: int | None = None,
+    max_epochs: int | None = None,
+    seed: int | None = None,
+    gpus_per_trial: float | None = None,
+    max_concurrent: int | None = None,
+    time_budget: float | None = None,
+    confirm_seeds: int | None = None,
+    name: str | None = None,
+    results_dir: str | Path | None = None,
+    warm_start: str | Path | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+    **more: Any,
+) -> TuneResult:
+    """Search for the settings under which mixed-precision training works best, and confirm the winners.
+
+    It does what ``tune-amp search`` does, with the same arguments under the same names, and may be called several times
+    in a process. Ctrl-C, or the interrupt of a notebook, ends it cleanly: what was reported is kept. In a script, call
+    it below ``if __name__ == "__main__":``.
+
+    Args:
+        space: what is searched: the name of a bundled space, a YAML file, YAML text, or the same as a mapping.
+        train: your own training loop: a generator function that takes a ``tune_amp.Trial``.
+        task: your own task: a subclass of ``tune_amp.Task``.
+        model: your own model: a function of (input_shape, num_classes) and your own parameters; or a built-in one.
+        dataset: your own data: a function without arguments; or the name of a data set.
+        data_dir: folder of the data files.
+        objective: metric to optimize, or several joined by commas.
+        mode: ``max`` or ``min``, if the name of the objective does not say which values are better.
+        num_samples: number of trials.
+        max_epochs: epochs of a trial that is not stopped early.
+        seed: seed of the sampler and of every trial.
+        gpus_per_trial: GPUs a trial; 0.25 lets four trials share one.
+        max_concurrent: largest number of trials at a time.
+        time_budget: seconds after which trials are interrupted.
+        confirm_seeds: most fresh seeds to confirm the best on; 0: none.
+        name: name of the run.
+        results_dir: where run folders are made.
+        warm_start: an earlier run to start from.
+        resume: a run to resume, by name or folder; give your own code again, and no other arguments.
+        quiet: whether to print nothing.
+        more: further arguments of ``tune-amp search``: ``grace_period``, ``sampler``, ``scheduler``, ``tracker``, ...
+
+    Returns:
+        The result, which a notebook shows with its report.
+
+    Raises:
+        InputError: an argument, the space or the data are not valid; the message says what and why.
+        StartError: Ray could not be started.
+        KeyboardInterrupt: the search was interrupted before it could begin.
+    """
+    begun = time.monotonic()
+    code = {"train": train, "task": task, "model": model, "dataset": dataset}
+    named = {flag: value if isinstance(value, str) else name_function(value) for flag, value in code.items() if value}
+    given = {
+        "objective": objective,
+        "mode": mode,
+        "num_samples": num_samples,
+        "max_epochs": max_epochs,
+        "seed": seed,
+        "gpus_per_trial": gpus_per_trial,
+        "max_concurrent": max_concurrent,
+        "time_budget": time_budget,
+        "confirm_seeds": confirm_seeds,
+        "name": name,
+        "data_dir": data_dir and Path(data_dir).expanduser(),
+        "results_dir": results_dir and Path(results_dir),
+        "warm_start": warm_start and str(warm_start),
+    }
+    arguments = _build_arguments({**named, **{key: v for key, v in given.items() if v is not None}, **more})
+    arguments.quiet = quiet
+    mend_streams()
+    if resume is not None:
+        return _resume(str(resume), named, arguments, begun)
+    adopt_own_code(arguments)
+    options = build_options(vars(arguments))
+    searched, label = _load_space(space)
+    from tune_amp.search.samplers import build_sampler
+    from tune_amp.search.warm_start import load_donor
+
+    build_sampler(options.sampler, searched, seed=0, objectives=options.objectives, num_samples=options.num_samples)
+    donor = None
+    if arguments.warm_start is not None:
+        past = find_run(arguments.warm_start, arguments.results_dir)
+        donor = load_donor(past, objectives=options.objectives, top_k=options.top_k)
+    run = arguments.name or make_run_name(label)
+    with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
+        request = SearchRequest(arguments=arguments, space=searched, donor=donor, command=(PROGRAM,), begun=begun)
+        return _run(request, folder)
+
+
+def _resume(run: str, named: Mapping[str, str], arguments: argparse.Namespace, begun: float) -> TuneResult:
+    from tune_amp.cli.resume import describe_changes, restore_arguments
+    from tune_amp.search.history import open_history
+    from tune_amp.space.space import parse_space
+
+    folder = find_run_folder(run, arguments.results_dir, "resume")
+    command = [word for flag, value in named.items() for word in (f"--{flag}", value)]
+    with open_history(folder) as history:
+        restored = restore_arguments(search_parser(PROGRAM), ["--resume", run, *command], history)
+        restored.tracker, restored.quiet = check_trackers(restored.tracker), arguments.quiet
+        space = parse_space(history.provenance.space_source, history.provenance.space_text)
+        notes = describe_changes(history, folder)
+        request = SearchRequest(
+            arguments=restored, space=space, history=history, notes=notes, command=(PROGRAM,), begun=begun
+        )
+        return _run(request, folder)
+
+
+def _run(request: SearchRequest, folder: Path) -> TuneResult:
+    def leave() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            _thread.interrupt_main()
+        else:
+            raise KeyboardInterrupt
+
+    stop = StopRequest(leave)
+    is_main = threading.current_thread() is threading.main_thread()
+    with stopping_on_signals(stop) if is_main else contextlib.nullcontext():
+        result: SearchResult = search_with_ray(request, folder, stop, sys.stdout)
+    return TuneResult(folder=result.folder, interrupted=result.is_cut_off, reason=result.reason)
+
+
+def _build_arguments(given: Mapping[str, Any]) -> argparse.Namespace:
+    """Return the arguments of the command, with those that are given."""
+    arguments = search_parser(PROGRAM).parse_args([])
+    for name, value in given.items():
+        if not hasattr(arguments, name) or name in ("space", "resume", "json"):
+            raise InputError(f"{name}: is no argument of tune_amp.tune")
+        setattr(arguments, name, value)
+    if isinstance(arguments.tracker, str):
+        arguments.tracker = [arguments.tracker]
+    arguments.tracker = check_trackers(arguments.tracker)
+    return arguments
+
+
+def _load_space(space: "str | Path | Mapping[str, Any] | None") -> "tuple[SearchSpace, str]":
+    """Return the space, and a name for the run."""
+    from tune_amp.space.space import load_space, parse_space
+
+    if space is None or isinstance(space, Path) or (isinstance(space, str) and "\n" not in space and ":" not in space):
+        name = str(space or DEFAULT_SPACE)
+        return load_space(name), name
+    if isinstance(space, str):
+        return parse_space("space", space), "search"
+    if not isinstance(space, Mapping):
+        raise InputError(f"space: must be a name, a path, YAML text or a mapping, got {shown(space)}")
+    import yaml
+
+    return parse_space("space", yaml.safe_dump(dict(space), sort_keys=False)), "search"
+
+
+def _read_table(path: Path) -> "pa.Table":
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    return pq.read_table(path)
