@@ -3,8 +3,10 @@
 import contextlib
 import io
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import torch
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.preflight import check_fit, check_training
 from tune_amp.space.space import SearchSpace, load_space
-from tune_amp.training.data import Dataset, Split
+from tune_amp.training.data import Dataset, Split, load_dataset
+from tune_amp.training.task import load_task_dataset
 from tune_amp.trial.config import MODELS, OPTIMIZERS, PRECISIONS, InputError
 from tune_amp.trial.consent import consent_to
 
@@ -264,6 +267,68 @@ def test_images_without_any_contrast_are_refused() -> None:
     blank.train.images[:] = 7
     with pytest.raises(InputError, match=r"pixels of the training images must differ, all are 7$"):
         check_training("simple_net", blank, precisions=("fp32",), optimizers=("adam",), device=torch.device("cpu"))
+
+
+OWN_TASK = """
+import numpy as np
+from torch import nn
+from tune_amp.training import Task
+class Line(Task):
+    metric = ("mae", "min")
+    def data(self):
+        part = np.linspace(0, 1, 40)[:, None], np.linspace(1, 2, 40)[:, None]
+        return part, part, part
+    def model(self, hidden):
+        return nn.Sequential(nn.Linear(1, hidden), nn.Linear(hidden, 1))
+    def loss(self, model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+    def score(self, model, batch):
+        return {"mae": (model(batch[0]) - batch[1]).abs().sum()}
+class Half(Line):
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        assert model[0](batch[0]).dtype.itemsize == 4 or not model.training, "no half precision"
+        return loss
+"""
+
+
+def test_task_is_tried_with_a_value_of_each_own_parameter(
+    load: Callable[[str], SearchSpace], write_module: WriteModule
+) -> None:
+    module = write_module(OWN_TASK)
+    name = f"{module}:Line"
+    data = load_task_dataset(name)
+    tried: dict[str, Any] = {"optimizers": ("adam", "sgd"), "device": torch.device("cpu"), "own": {"hidden": 3}}
+    assert check_training(name, data, precisions=PRECISIONS, task=name, **tried) == {}
+    half = f"{module}:Half"
+    reason = f"TaskError: {half}.loss failed (AssertionError: no half precision)"
+    assert check_training(half, data, precisions=("fp32", "fp16"), task=half, **tried) == {"fp16": reason}
+    expected = f"task: {half} must train on inputs of shape [batch, 1], got {reason} (in fp16)"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        check_training(half, data, precisions=("fp16",), task=half, **tried)
+    space = load(f"parameters:\n{LR}fixed: {{batch_size: 8, accumulate: 6}}\n")
+    rule = "batch_size times accumulate must be at most the 40 training images of "
+    with pytest.raises(InputError, match=rf"accumulate: {rule}.*, got 8 times 6$"):
+        check_fit(space, data, SearchOptions(), task=name, own={"hidden": 3})
+
+
+def test_floats_and_data_sets_of_torch_are_tried_too(write_module: WriteModule) -> None:
+    lines = [
+        "import numpy as np, torch",
+        "from torch.utils.data import TensorDataset",
+        "x, y = np.random.default_rng(0).normal(size=(30, 16)), np.arange(30) % 5",
+        "def floats(): return x, y, x, y",
+        "def streamed():",
+        "    part = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))",
+        "    return part, part",
+    ]
+    module = write_module("\n".join([*lines, LINEAR.format(line="")]))
+    for function in ("floats", "streamed"):
+        data = load_dataset(f"{module}:{function}")
+        tried: dict[str, Any] = {"precisions": PRECISIONS, "optimizers": ("adam",), "device": torch.device("cpu")}
+        assert check_training(f"{module}:Net", data, **tried) == {}
+        with pytest.raises(InputError, match=r"^model: conv_net needs images of shape \(channels, "):
+            check_training("conv_net", data, **tried)
 
 
 def test_long_error_of_a_users_model_is_shortened(write_module: WriteModule) -> None:

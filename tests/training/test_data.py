@@ -13,7 +13,9 @@ from refusals import refusal
 from tune_amp.training import data
 from tune_amp.training.data import Dataset, Split, describe_tail, load_dataset, make_long_tail, thin_classes
 from tune_amp.training.mnist_files import FILE_STEMS, IMAGES_MAGIC, LABELS_MAGIC, read_idx
-from tune_amp.trial.config import InputError
+from tune_amp.training.run import TrainingRun
+from tune_amp.training.training_data import TrainingData
+from tune_amp.trial.config import InputError, TrialConfig
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -274,6 +276,94 @@ def test_only_what_is_nearly_surely_channels_last_is_turned_and_that_is_said(
     np.testing.assert_array_equal(dataset.test.images[:, -1], images[..., -1])
     said = f"channels come last in (24, {height}, {width}, {channels}): taken as (24, {channels}, {height}, {width})"
     assert dataset.notice == "; ".join(f"user_module:load: {part}_images: {said}" for part in ("train", "test"))
+
+
+# Other inputs than uint8 images, and a validation split of the user's own
+
+FLOATS = """
+import numpy as np
+import torch
+generator = np.random.default_rng(0)
+labels = np.arange(60) % 3
+table = generator.normal(size=(60, 4)) + 4 * (labels[:, None] == np.arange(4))
+words = (labels[:, None] * 5 + generator.integers(0, 5, (60, 6))).astype(np.uint16)
+images = generator.integers(0, 256, (60, 4, 4), np.uint8)
+def floats():
+    return table, labels, table[:6], labels[:6]
+def tensors():
+    return [torch.from_numpy(part) for part in (table, labels, table[:6], labels[:6])]
+def tokens():
+    return words, labels, words[:6], labels[:6]
+def own_validation():
+    return images[:30], labels[:30], images[30:40], labels[30:40], images[40:], labels[40:]
+def pairs():
+    return (images[:30], labels[:30]), (images[30:40], labels[30:40]), (images[40:], labels[40:])
+def net(input_shape, num_classes, width=8):
+    layers = torch.nn.Linear(*input_shape, width), torch.nn.ReLU(), torch.nn.Linear(width, num_classes)
+    return torch.nn.Sequential(*layers)
+class Words(torch.nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.bag, self.head = torch.nn.EmbeddingBag(15, 8), torch.nn.LazyLinear(num_classes)
+    def forward(self, words):
+        return self.head(self.bag(words))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize(
+    ("function", "net", "dtype", "shape"),
+    [("floats", "net", "float32", (4,)), ("tensors", "net", "float32", (4,)), ("tokens", "Words", "int64", (6,))],
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_floats_and_tokens_reach_the_model_as_they_are(
+    function: str, net: str, dtype: str, shape: tuple[int], precision: str, write_module: Callable[[str], str]
+) -> None:
+    module = write_module(FLOATS)
+    dataset = load_dataset(f"{module}:{function}")
+    assert (dataset.train.images.dtype, dataset.input_shape, dataset.notice) == (dtype, shape, None)
+    placed = TrainingData(dataset.train, dataset.validation, dataset.num_classes, torch.device("cpu"))
+    config = TrialConfig(model=f"{module}:{net}", lr=0.05, batch_size=8, max_epochs=6, precision=precision)
+    run = TrainingRun(config, placed)
+    seen: list[torch.Tensor] = []
+    run.model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    *_, last = run.epochs()
+    given = {row.tobytes() for row in dataset.train.images}
+    assert {row.tobytes() for row in seen[0].numpy()} <= given
+    assert last.val_accuracy is not None
+    assert last.val_accuracy > 0.6
+    assert len(last.val_recalls) == 3
+
+
+@pytest.mark.parametrize("function", ["own_validation", "pairs"])
+def test_a_validation_split_of_the_users_own_is_kept(function: str, write_module: Callable[[str], str]) -> None:
+    module = write_module(FLOATS)
+    dataset = load_dataset(f"{module}:{function}")
+    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [30, 10, 20]
+    assert dataset.validation.labels.tolist() == [index % 3 for index in range(30, 40)]
+    assert dataset.validation.images.shape == (10, 1, 4, 4)
+    assert dataset.content_hash != load_dataset(f"{module}:floats").content_hash
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return table, table[:, 0], table, labels", "train_labels: must be integers, one for each of 60 images"),
+        ("return table, table[:, 0], table, labels", "anything but a class needs a task of your own: --task m"),
+        ("x = table.copy(); x[3] = np.nan; return x, labels, table, labels", "must be finite in float32, got nan"),
+        ("return table.astype(str), labels, table, labels", "must be uint8 images, floats or integers, got <U"),
+        ("return labels, labels, labels, labels", "train_images: must be [n, ...] with two dimensions or more"),
+        ("return table[:, :2], labels, table, labels", "must have the shape (channels, height, width for"),
+        ("return table, labels, table[:, :2], labels, table, labels", "of user_module_0:own: validation_images"),
+        ("return table, labels, table, labels + 1, table, labels", "got 0 of class 3"),
+        ("return (table, labels), table", "got 2 values, test of type ndarray"),
+    ],
+)  # fmt: skip
+def test_a_misfit_of_other_inputs_is_refused(body: str, expected: str, write_module: Callable[[str], str]) -> None:
+    name = write_module(FLOATS + f"def own():\n    {body}\n") + ":own"
+    message = refusal(name)
+    assert message.startswith(f"{name}: ")
+    assert expected in message
 
 
 # A long tail

@@ -1,5 +1,6 @@
 """The built-in models, and a user's own: built deterministically, of weights that AMP can train."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -99,6 +100,44 @@ def test_weights_follow_the_global_seed(name: str) -> None:
 def test_users_own_model_in_the_current_folder_is_built_for_the_data(write_module: WriteModule) -> None:
     model = build_model(f"{write_module(GOOD_MODEL)}:net", (3, 4, 5), 7)
     assert model(torch.zeros(2, 3, 4, 5)).shape == (2, 7)
+
+
+OWN_MODEL = """
+from torch import nn
+def net(input_shape, num_classes, hidden=4, *, act="ReLU"):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, hidden), getattr(nn, act)(), nn.Linear(hidden, num_classes))
+def anything(input_shape, num_classes, **own):
+    return net(input_shape, num_classes, own["hidden"])
+"""
+
+
+def test_own_parameters_are_keyword_arguments(write_module: WriteModule) -> None:
+    module = write_module(OWN_MODEL)
+    model = build_model(f"{module}:net", (1, 4, 4), 3, {"hidden": 7, "act": "Tanh"})
+    assert isinstance(model, nn.Sequential)
+    assert isinstance(model[2], nn.Tanh)
+    assert model[1].weight.shape == (7, 16)
+    assert count_parameters(build_model(f"{module}:anything", (1, 4, 4), 3, {"hidden": 5, "other": 1.0})) == 5 * 20 + 3
+    vit = build_model("vit", MNIST, 10, {"width": 32, "dropout": 0.1})
+    assert isinstance(vit, VisionTransformer)
+    assert vit.position.shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("own:net", "['hidden', 'act']"), ("simple_net", "none"), ("conv_net", "none")]
+)
+def test_own_parameter_that_a_model_does_not_take_is_refused(name: str, taken: str, write_module: WriteModule) -> None:
+    name = name.replace("own", write_module(OWN_MODEL))
+    expected = f"model: {name} must take own.depth as a keyword argument, it takes {taken}"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        build_model(name, (1, 4, 4), 3, {"depth": 2})
+
+
+@pytest.mark.parametrize("name", ["conv_net", "vit"])
+def test_model_of_images_refuses_other_inputs(name: str) -> None:
+    expected = f"model: {name} needs images of shape (channels, height, width), got (4,)"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        build_model(name, (4,), 3)
 
 
 LAZY_MODEL = """

@@ -180,7 +180,7 @@ def test_defaults_train_a_language_model_on_tokens(precision: str, write_module:
     assert epochs[0].val_loss is not None
     assert epochs[-1].val_loss is not None
     assert epochs[-1].val_loss < 0.1
-    assert epochs[0].val_loss > 0.5
+    assert epochs[0].val_loss > 0.2
     assert epochs[-1].val_accuracy == 1
     assert (epochs[-1].metrics, epochs[-1].val_recalls) == ({}, ())
     inputs, targets = torch.from_numpy(dataset.test.images), torch.from_numpy(dataset.test.labels)
@@ -397,7 +397,7 @@ def test_memory_that_runs_out_in_a_method_is_no_fault_of_the_task(write_module: 
         ("class Own(Task):\n    def data(self): return (a, a), (a, a)", "or a torch Dataset, got 2 values"),
         ("class Own(Task):\n    def data(self): return a, a, a", "got 3 values, train of type ndarray"),
         ("class Own(Task):\n    def data(self): return (a, a), (a, a), (a, a[1:])", "test inputs: must be as many as"),
-        ("class Own(Task):\n    def data(self): return (a, a), (a, a), (a[0:0], a[0:0])", "at least one, got ((0, 3), "),
+        ("class Own(Task):\n    def data(self): return (a, a), (a, a), (a[0:0], a[0:0])", "one, got ((0, 3), "),
         ("class Own(Task):\n    def data(self): return (a, a), (a[:, 1:], a), (a, a)", "must have the shape "),
         ("class Own(Task):\n    def data(self): return (a, a), (a > 0, a), (a, a)", "must have the dtype of valid"),
         ("class Own(Task):\n    def data(self): return (a, a / 0), (a, a), (a, a)", "must be finite in float32, got"),

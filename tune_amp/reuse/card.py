@@ -45,6 +45,7 @@ def describe_card(result: "FinalResult", source: CardSource) -> str:
         result=result,
         source=source,
         config=config,
+        own=dict(config.own),
         shape=f"[{', '.join(map(str, ['batch', *result.input_shape]))}]",
         accuracy=_percent(result.test_accuracy),
         interval=f"{_percent(low)} to {_percent(high)}",

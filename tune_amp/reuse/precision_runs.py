@@ -224,13 +224,15 @@ def _release(device: torch.device) -> None:
 def _without_data_settings(config: TrialConfig) -> TrialConfig:
     """Return ``config`` for training on few images, without class weights or curriculum, and with endless epochs.
 
-    Few images may lack a class that needs a weight, and a curriculum would take still fewer of them.
+    Few images may lack a class that needs a weight, and a curriculum or accumulation would leave too few for a step.
     """
-    return dataclasses.replace(config, class_weighting="none", curriculum="none", max_epochs=ENDLESS_EPOCHS)
+    return dataclasses.replace(
+        config, class_weighting="none", curriculum="none", accumulate=1, max_epochs=ENDLESS_EPOCHS
+    )
 
 
 def _take(split: Split, count: int) -> Split:
-    return Split(images=split.images[:count], labels=split.labels[:count])
+    return split.select(range(min(count, len(split))))
 
 
 # ---- the runs ----

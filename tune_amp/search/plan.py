@@ -18,7 +18,7 @@ from tune_amp.search.options import SearchOptions
 from tune_amp.search.preflight import check_fit
 from tune_amp.search.warm_start import Donor, WarmStart, plan_warm_start
 from tune_amp.space.space import SearchSpace
-from tune_amp.training.data import Dataset
+from tune_amp.training.data import Dataset, StreamedSplit
 from tune_amp.trial.config import InputError
 
 
@@ -90,7 +90,7 @@ def plan_resources(
 
     Args:
         options: if they leave the share of a GPU open, it is chosen here.
-        space: with ``dataset``, a measurement chooses the share; without, a rule does.
+        space: with ``dataset``, a measurement chooses the share; without, or for a streamed data set, a rule does.
         dataset: see ``space``.
         announce: is called with a line about what takes long.
 
@@ -99,7 +99,8 @@ def plan_resources(
     """
     free = ray.available_resources()
     measure = None
-    if space is not None and dataset is not None and len(dataset.train):
+    is_resident = dataset is not None and len(dataset.train) > 0 and not isinstance(dataset.train, StreamedSplit)
+    if space is not None and dataset is not None and is_resident:
         largest = find_largest(
             space, model=options.model, dataset=dataset.name, max_epochs=options.max_epochs, seed=options.seed
         )

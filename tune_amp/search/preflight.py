@@ -151,7 +151,7 @@ def _pick_two(train: Split) -> Split:
     Of other inputs, and of a data set that is read item by item, the first two will do.
     """
     if not train.is_scaled or isinstance(train, StreamedSplit):
-        return train.select(np.arange(min(2, len(train))))
+        return train.select(range(min(2, len(train))))
     flat = train.images.reshape(len(train), -1)
     first, second = int(flat.min(axis=1).argmin()), int(flat.max(axis=1).argmax())
     return train.select(np.array([first, second if second != first else (first + 1) % len(train)]))

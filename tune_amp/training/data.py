@@ -57,9 +57,10 @@ class Split:
         """Whether the inputs are uint8 images, which ``input_scaling`` maps to floats."""
         return self.images.dtype == np.uint8 and self.images.ndim > 2
 
-    def select(self, chosen: npt.NDArray[np.integer[Any]]) -> "Split":
-        """Return the items at the indices ``chosen``."""
-        return Split(images=self.images[chosen], labels=self.labels[chosen])
+    def select(self, chosen: npt.NDArray[np.integer[Any]] | range) -> "Split":
+        """Return the items at the indices ``chosen``; those of a range without a copy."""
+        key = slice(chosen.start, chosen.stop, chosen.step) if isinstance(chosen, range) else chosen
+        return Split(images=self.images[key], labels=self.labels[key])
 
     def join(self, other: "Split") -> "Split":
         """Return the items of both."""
@@ -80,9 +81,9 @@ class StreamedSplit(Split):
     def __len__(self) -> int:
         return count_items(self.source)
 
-    def select(self, chosen: npt.NDArray[np.integer[Any]]) -> "Split":
+    def select(self, chosen: npt.NDArray[np.integer[Any]] | range) -> "Split":
         """Return the items at the indices ``chosen``."""
-        return build_split(Subset(self.source, chosen.tolist()), "data")
+        return build_split(Subset(self.source, list(map(int, chosen))), "data")
 
     def join(self, other: Split) -> "Split":
         """Return the items of both."""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -394,7 +393,7 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
     The estimate is rough, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in
     fp32. No optimizer is made, because that may import PyTorch's compiler, which takes longer than all else here.
     """
-    few = train.select(np.arange(min(ESTIMATE_IMAGES, len(train))))
+    few = train.select(range(min(ESTIMATE_IMAGES, len(train))))
     data = TrainingData(few, None, num_classes, device, workers=0)
     task = make_task(config)
     task.bind(dataclasses.replace(config, class_weighting="none"), data)  # a class may be missing in so few
