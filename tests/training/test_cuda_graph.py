@@ -30,6 +30,7 @@ from tune_amp.training.cuda_graph import (
 from tune_amp.training.memory import release_memory
 from tune_amp.training.optimizers import build_optimizer
 from tune_amp.training.run import TrainingRun
+from tune_amp.training.task import load_task_dataset
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, OPTIMIZERS, EpochMetrics, TrialConfig
 from tune_amp.trial.curricula import PACING
@@ -117,6 +118,51 @@ def test_captured_step_trains_bit_for_bit_as_the_eager_loop(
     if precision == "fp16":  # else nothing of the scaler's would have been compared
         assert told[-1].skipped_steps > 0
         assert told[-1].growths > 0
+
+
+TASK = """
+import numpy as np
+from torch import nn
+from tune_amp.training import Task
+class Line(Task):
+    metric = ("mae", "min")
+    calls = 0
+    def data(self):
+        part = np.linspace(0, 1, 60)[:, None], np.linspace(1, 2, 60)[:, None]
+        return part, part, part
+    def model(self):
+        return nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1))
+    def loss(self, model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+    def score(self, model, batch):
+        return {"mae": (model(batch[0]) - batch[1]).abs().sum()}
+class Counting(Line):
+    def loss(self, model, batch):
+        self.calls += 1
+        return super().loss(model, batch) / self.calls
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_task_of_floats_with_accumulation_is_captured_too(precision: str, write_module: WriteModule) -> None:
+    name = write_module(TASK) + ":Line"
+    dataset = load_task_dataset(name)
+    data = TrainingData(dataset.train, dataset.validation, 0, CPU)
+    scaler = {"init_scale": 2.0**22} if precision == "fp16" else {}
+    config = make_config(task=name, model=name, precision=precision, batch_size=4, accumulate=2, **scaler)
+    capture = Repeating()
+    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=capture)
+    assert train(eager, 3) == train(graphed, 3)
+    assert_same(copy_state(eager), copy_state(graphed))
+    assert (capture.captured, capture.replayed) == (1, 3 * (60 // 8) - WARM_UP_STEPS)
+
+
+def test_a_task_that_counts_on_the_host_is_not_captured(write_module: WriteModule) -> None:
+    name = write_module(TASK) + ":Counting"
+    dataset = load_task_dataset(name)
+    config = make_config(task=name, model=name)
+    run = TrainingRun(config, TrainingData(dataset.train, None, 0, CPU), capture=Repeating())
+    assert run.train_epoch().loop == "eager: the model changes on the host"
 
 
 @pytest.mark.parametrize("curriculum", PACING)

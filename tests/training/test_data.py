@@ -321,7 +321,8 @@ def test_floats_and_tokens_reach_the_model_as_they_are(
 ) -> None:
     module = write_module(FLOATS)
     dataset = load_dataset(f"{module}:{function}")
-    assert (dataset.train.images.dtype, dataset.input_shape, dataset.notice) == (dtype, shape, None)
+    assert dataset.train.images.dtype == np.dtype(dtype)
+    assert (dataset.input_shape, dataset.notice) == (shape, None)
     placed = TrainingData(dataset.train, dataset.validation, dataset.num_classes, torch.device("cpu"))
     config = TrialConfig(model=f"{module}:{net}", lr=0.05, batch_size=8, max_epochs=6, precision=precision)
     run = TrainingRun(config, placed)

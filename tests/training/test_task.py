@@ -174,7 +174,8 @@ class Successor(Task):
 def test_defaults_train_a_language_model_on_tokens(precision: str, write_module: WriteModule) -> None:
     name = write_module(TOKENS) + ":Successor"
     dataset = load_task_dataset(name)
-    assert (dataset.train.images.dtype, dataset.train.labels.dtype) == (np.int32, np.int64)
+    assert dataset.train.images.dtype == np.int32
+    assert dataset.train.labels.dtype == np.int64
     run = TrainingRun(make_config(name, precision=precision, max_epochs=6, lr=0.02), place(dataset))
     epochs = list(run.epochs())
     assert epochs[0].val_loss is not None
@@ -292,7 +293,13 @@ class Plain(ImageClassification):
 def test_a_task_may_change_one_method_of_image_classification(write_module: WriteModule) -> None:
     module = write_module(SMOOTH)
     data = TrainingData(make_split(), make_split(21, seed=1), 3, CPU)
-    common = {"lr": 0.01, "batch_size": 8, "max_epochs": 2, "curriculum": "linear", "class_weighting": "balanced"}
+    common: dict[str, Any] = {
+        "lr": 0.01,
+        "batch_size": 8,
+        "max_epochs": 2,
+        "curriculum": "linear",
+        "class_weighting": "balanced",
+    }
     epochs = {
         task: [untimed(metrics) for metrics in TrainingRun(TrialConfig(task=task, **common), data).epochs()]
         for task in (None, f"{module}:Plain", f"{module}:Smooth")

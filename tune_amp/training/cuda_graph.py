@@ -66,6 +66,7 @@ class StepLoop:
         max_steps: maximum number of steps in an epoch.
         batch_size: images in a step.
         capture: function that captures a step.
+        read_state: returns further state on the host that a step may depend on, besides the model's.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class StepLoop:
         max_steps: int,
         batch_size: int,
         capture: Capture,
+        read_state: Callable[[], object] = lambda: None,
     ) -> None:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """Number of the step within the epoch, from 0: int64 [1], on the device."""
@@ -86,6 +88,7 @@ class StepLoop:
         self._model = model
         self._device = device
         self._capture = capture
+        self._read_state = read_state
         self._batches = torch.zeros(max_steps, batch_size, dtype=torch.int64, device=device)
         # Capture needs a stream other than the default one, and the eager steps before it need the same stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -118,7 +121,7 @@ class StepLoop:
                 self._warm_steps += 1
                 left -= 1
                 if self._warm_steps == WARM_UP_STEPS:
-                    self.refusal = explain_change(self._take_step, self._model, self._device)
+                    self.refusal = explain_change(self._take_step, self._model, self._device, self._read_state)
                 else:
                     self._take_step()
             if left and self.refusal is None:
@@ -182,18 +185,20 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["capturable"] = False
 
 
-def explain_change(step: Step, model: nn.Module, device: torch.device) -> str | None:
+def explain_change(
+    step: Step, model: nn.Module, device: torch.device, read_state: Callable[[], object] = lambda: None
+) -> str | None:
     """Take ``step``, and return why a graph would not repeat it, or None if no reason was found.
 
     Detected are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global
-    generators), and any change in the model's modules and their attributes except the values of tensors: counters,
-    generators, replaced tensors. Not detected are changes of state outside the model, and of what a function that the
-    model holds encloses.
+    generators), and any change in the model's modules and their attributes, and in what ``read_state`` returns, except
+    the values of tensors: counters, generators, replaced tensors. Not detected are changes of state elsewhere, and of
+    what a function that the model holds encloses.
     """
-    before = _describe_host_state(model)
+    before = _describe_host_state(model, read_state())
     with _noting_waits(device) as waits:
         step()
-    after = _describe_host_state(model)
+    after = _describe_host_state(model, read_state())
     if waits:
         return "the model waits for the device"
     if before is None or after is None:
@@ -306,7 +311,7 @@ class _StatePickler(pickle.Pickler):
         return None
 
 
-def _describe_host_state(model: nn.Module) -> bytes | None:
+def _describe_host_state(model: nn.Module, more: object) -> bytes | None:
     """Return bytes that differ if something on the host has changed that the model may depend on.
 
     None if some attribute of the model cannot be pickled.
@@ -316,6 +321,7 @@ def _describe_host_state(model: nn.Module) -> bytes | None:
         # Modules are described by their attributes: a module's own __getstate__ may omit some.
         _StatePickler(written).dump(
             [{**vars(module), "_modules": [name for name, _ in module.named_children()]} for module in model.modules()]
+            + [more]
         )
     except Exception:  # pickle and a user's classes may raise anything
         return None

@@ -250,6 +250,7 @@ class TrainingRun:
                 max_steps=self._max_steps,
                 batch_size=self._config.batch_size * self._config.accumulate,
                 capture=self._capture_step,
+                read_state=self._task.read_state,
             )
             self._amp.follow(self._loop.position)
 

@@ -43,6 +43,10 @@ class Task:
         """Connect the task with a trial. Called before ``model``."""
         self.config, self.training_data = config, data
 
+    def read_state(self) -> dict[str, Any]:
+        """Return the attributes that a subclass sets: a step that changes them is not captured as a CUDA graph."""
+        return {name: value for name, value in vars(self).items() if name not in ("config", "training_data")}
+
     def data(self) -> tuple[Any, Any, Any]:
         """Return training, validation and test data, each a pair (inputs, targets) or a ``torch.utils.data.Dataset``.
 
