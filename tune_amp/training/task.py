@@ -17,7 +17,7 @@ from tune_amp.training.models import build_model
 from tune_amp.training.optimizers import build_optimizer
 from tune_amp.training.own_code import exits_as_errors, import_function, unchanged_process
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, describe_error, shown
+from tune_amp.trial.config import RESERVED_NAMES, InputError, TrialConfig, describe_error, shown
 
 Averages = Mapping[str, float | tuple[float, ...]]
 
@@ -250,7 +250,7 @@ def _is_name(name: Any) -> bool:
     """Return whether a metric may have this name: that of no other column."""
     own = ("loss", "accuracy", "recalls")
     return isinstance(name, str) and name.isidentifier() and (
-        name in own or f"val_{name}" not in EpochMetrics.__dataclass_fields__
+        name in own or f"val_{name}" not in RESERVED_NAMES
     )  # fmt: skip
 
 
