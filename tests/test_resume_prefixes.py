@@ -154,7 +154,7 @@ class Loop:
             past=history.trials,
         )
         experiment = Experiment("ray", run=Training, num_samples=NUM_SAMPLES, storage_path=str(folder))
-        self.source.add_configurations(experiment)
+        self.source.add_configurations([experiment])
         self.live: list[Trial] = []
         self.at: dict[str, int] = {}
         self.deaths: dict[str, int] = {}

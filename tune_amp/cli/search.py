@@ -304,11 +304,8 @@ def _announce(
 
     print_start(console, plan, session)
     for precision, reason in plan.unfit.items():
-        say(
-            console,
-            f"note       {describe_unfit(plan.options.model, precision, reason, plan.resources)}",
-            style="yellow",
-        )
+        consequence = describe_unfit(plan.options.model, precision, reason, plan.resources)
+        say(console, f"note       {consequence}", style="yellow")
     for line in [] if plan.warm_start is None else plan.warm_start.describe():
         say(console, f"warm       {line}")
     if plan.history is not None:

@@ -54,20 +54,8 @@ CHECKPOINT_FILE = "trial.pt"
 
 REPORT = "report"
 """Key of the ``TrialReport`` in a result."""
-READ_BY_TUNE = frozenset(
-    (
-        *OBJECTIVES,
-        "epoch",
-        "status",
-        "config_fault",
-        DONE,
-        NODE_IP,
-        PID,
-        SHOULD_CHECKPOINT,
-        TRAINING_ITERATION,
-        TRIAL_ID,
-    )
-)
+_TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRAINING_ITERATION, TRIAL_ID)
+READ_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *_TUNES_OWN))
 """Other keys of a result: what Tune, the schedulers and the searcher read."""
 
 # A worker's death (killed, a segmentation fault) need not be the settings' fault: the trial is retried.

@@ -21,6 +21,7 @@ from tune_amp.trial.config import (
     TrialReport,
     TrialStatus,
     checked_type,
+    describe_error,
     shown,
 )
 
@@ -341,7 +342,7 @@ def _read_history(path: Path, journal: Journal) -> RunHistory:
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise InputError(f"{place}: must be written by a search ({type(error).__name__}: {error})") from None
+        raise InputError(f"{place}: must be written by a search ({describe_error(error)})") from None
     return history
 
 

@@ -83,7 +83,7 @@ _SEEDS_RULE = Rule(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """How much is searched, and with what. The search space says what is searched.
+    """How much is searched, and with what. The search space defines what is searched.
 
     Raises:
         InputError: an option breaks its rule; the message names the flag.

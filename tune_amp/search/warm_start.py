@@ -294,7 +294,7 @@ def _list_obstacles(
 
 
 def _is_same_space(old: Provenance, space: SearchSpace) -> bool:
-    """Return whether both spaces say the same. Comments and the order of parameters do not matter to a study."""
+    """Return whether both spaces search the same. Comments and the order of parameters do not matter to a study."""
     if old.space_text == space.text:
         return True
     try:
