@@ -1,6 +1,6 @@
 """Segmentation: a small U-Net finds discs among squares in noise, judged by the Dice coefficient.
 
-    tune-amp search examples/segmentation.yaml --task examples.segmentation:Discs
+tune-amp search examples/segmentation.yaml --task examples.segmentation:Discs
 """
 
 import numpy as np

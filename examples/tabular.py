@@ -1,6 +1,6 @@
 """Regression on a table: scikit-learn's diabetes data, a network of its own width, judged by the mean absolute error.
 
-    tune-amp search examples/tabular.yaml --task examples.tabular:Diabetes
+tune-amp search examples/tabular.yaml --task examples.tabular:Diabetes
 """
 
 import numpy as np

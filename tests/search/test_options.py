@@ -24,11 +24,14 @@ NAN, INF = math.nan, math.inf
 CHOICES = "simple_net, conv_net, vit, or module:function"
 
 
-OBJECTIVE_RULE = "must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, or several joined by commas"
+OBJECTIVE_RULE = (
+    "must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, or several joined by commas; "
+    "a metric of your own needs --task or --train"
+)
 
 FIRST_RULE = "must begin with val_accuracy or val_loss"
 
-SHARE_RULE = "must be 0, or 0.0001 (Ray's smallest) to 1: a trial uses one GPU"
+SHARE_RULE = "must be 0, 0.0001 (Ray's smallest) to 1, or a whole number"
 
 SEEDS_RULE = "must be 0, or 2 to 1,000 (one seed has no interval)"
 
@@ -97,7 +100,17 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ({"reduction_factor": INF}, "--reduction-factor: must be a finite number, got inf"),
         ({"gpus_per_trial": NAN}, "--gpus-per-trial: must be a finite number, got nan"),
         ({"gpus_per_trial": INF}, "--gpus-per-trial: must be a finite number, got inf"),
-        ({"gpus_per_trial": 2}, f"--gpus-per-trial: {SHARE_RULE}, got 2.0"),
+        (
+            {"gpus_per_trial": 2},
+            "--gpus-per-trial: must be at most 1: only a loop of your own (--train) can use several GPUs, got 2",
+        ),
+        ({"train": "a:b", "task": "a:B"}, "--train: must not be given with --task, got 'a:b' and 'a:B'"),
+        ({"train": "a"}, "--train: must have the form module:name, got 'a'"),
+        (
+            {"train": "a:b", "objective": "x"},
+            "--objective: 'x' does not say whether more is better: add --mode max or --mode min",
+        ),
+        ({"mode": "up"}, "--mode: must be one of max, min, got 'up'"),
         ({"gpus_per_trial": 1.5}, f"--gpus-per-trial: {SHARE_RULE}, got 1.5"),
         ({"gpus_per_trial": -0.5}, f"--gpus-per-trial: {SHARE_RULE}, got -0.5"),
         ({"gpus_per_trial": 0.00009}, f"--gpus-per-trial: {SHARE_RULE}, got 9e-05"),

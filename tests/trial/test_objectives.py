@@ -4,7 +4,7 @@ import pytest
 from records import make_epoch
 
 from tune_amp.trial.config import OBJECTIVES, InputError
-from tune_amp.trial.objectives import guess_mode, is_maximized, is_own_metric, metric_of, read_objectives
+from tune_amp.trial.objectives import guess_mode, is_maximized, metric_of, read_objectives, show_value
 
 
 @pytest.mark.parametrize(("name", "mode"), [
@@ -32,7 +32,7 @@ def test_a_direction_after_a_colon_counts_before_that_of_the_name() -> None:
 def test_objectives_have_a_direction_only_if_the_name_implies_another(
     text: str, mode: str | None, expected: str | None
 ) -> None:
-    assert read_objectives("--objective", text, mode, is_own_metric) == (expected or text)
+    assert read_objectives("--objective", text, mode) == (expected or text)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -41,12 +41,12 @@ def test_objectives_have_a_direction_only_if_the_name_implies_another(
     ("x:up", "--objective: must end with :max or :min, if with a direction, got 'x:up'"),
     ("x:", "--objective: must end with :max or :min, if with a direction, got 'x:'"),
     ("f1,f1:min", "--objective: must name none twice, got 'f1,f1:min'"),
-    ("epoch:max", "--objective: must be a metric that trials report, got 'epoch:max'"),
+    ("epoch:max", "--objective: must be no name of another column, got 'epoch:max'"),
     ("x", "--objective: 'x' does not say whether more is better: add --mode max or --mode min"),
 ])  # fmt: skip
 def test_a_bad_objective_is_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        read_objectives("--objective", text, None, is_own_metric)
+        read_objectives("--objective", text, None)
     assert str(caught.value) == message
 
 
@@ -59,3 +59,16 @@ def test_a_value_is_found_among_the_common_and_the_own_metrics() -> None:
     assert epoch.find_value("val_loss:max") == 0.5
     assert epoch.find_value("val_f1") == 0.25
     assert epoch.find_value("val_dice") is None
+
+
+def test_an_unknown_metric_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(InputError) as caught:
+        read_objectives("--objective", "f1", None, OBJECTIVES)
+    rule = f"must be one of {', '.join(OBJECTIVES)}, or several joined by commas"
+    assert str(caught.value) == f"--objective: {rule}; a metric of your own needs --task or --train, got 'f1'"
+
+
+def test_accuracies_are_shown_as_percentages() -> None:
+    assert show_value("val_accuracy", 0.98765) == "98.77 %"
+    assert show_value("val_f1", 0.987654321) == "0.98765"
+    assert show_value("val_loss:min", 123456.7) == "1.2346e+05"

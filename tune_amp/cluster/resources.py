@@ -73,7 +73,7 @@ def allocate_resources(
 
     Args:
         nodes: resources of each node, by Ray's names.
-        gpus_per_trial: share of one GPU, up to 1; None to choose it here.
+        gpus_per_trial: share of one GPU, up to 1, or a whole number of GPUs of one node; None to choose it here.
         cpus_per_trial: CPUs of a trial; None for 1.
         max_concurrent: upper limit on concurrent trials; None for as many as fit.
         num_samples: total number of trials; if fewer than would fit, each may get more of a GPU.
@@ -88,8 +88,9 @@ def allocate_resources(
     most_cpus = int(max(node.get("CPU", 0.0) for node in nodes))
     whose = "that Ray has" if len(nodes) == 1 else "of the largest node"  # a trial never spans two
     check("--cpus-per-trial", cpus_each, cpus_each <= most_cpus, f"must be at most the {most_cpus} CPUs {whose}")
-    rule = f"must be at most the {gpus} GPUs that Ray has"
-    check("--gpus-per-trial", gpus_per_trial, (gpus_per_trial or 0) <= gpus, rule)
+    most_gpus = int(max(node.get("GPU", 0.0) for node in nodes))
+    rule = f"must be at most the {most_gpus} GPUs {whose}"
+    check("--gpus-per-trial", gpus_per_trial, (gpus_per_trial or 0) <= most_gpus, rule)
     if gpus_per_trial != 0 and gpus > 0:
         beside = int(max(node.get("CPU", 0.0) for node in nodes if node.get("GPU", 0.0) >= 1))
         rule = f"must be at most the {beside} CPUs of a node with a GPU, or --gpus-per-trial 0"
@@ -119,7 +120,8 @@ def count_slots(node: Mapping[str, float], cpus_each: int, gpus_each: float) -> 
     by_cpu = int(node.get("CPU", 0.0)) // cpus_each
     if gpus_each == 0:
         return by_cpu
-    return min(by_cpu, int(node.get("GPU", 0.0)) * int(1 / gpus_each + 1e-9))
+    gpus = int(node.get("GPU", 0.0))
+    return min(by_cpu, gpus // int(gpus_each) if gpus_each >= 1 else gpus * int(1 / gpus_each + 1e-9))
 
 
 def list_nodes() -> list[dict[str, float]]:
@@ -186,7 +188,7 @@ def beside_this_process() -> NodeAffinitySchedulingStrategy:
 
 def double_share(share: float) -> float:
     """Return the share of a GPU for the retry of a trial that ran out of memory."""
-    return _round_down(min(1.0, 2 * share))
+    return share if share >= 1 else _round_down(min(1.0, 2 * share))
 
 
 def memory_fraction(share: float, device_bytes: int) -> float:

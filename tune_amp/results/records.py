@@ -49,7 +49,7 @@ from tune_amp.trial.config import (
     shown,
 )
 from tune_amp.trial.consent import distrust
-from tune_amp.trial.objectives import is_own_metric, read_objectives
+from tune_amp.trial.objectives import read_objectives
 
 _T = TypeVar("_T")
 
@@ -178,7 +178,7 @@ class Provenance:
         for name, hint in typing.get_type_hints(Provenance).items():
             if hint in (str, int, str | None):
                 checked_type(name, getattr(self, name), hint)
-        read_objectives("objective", self.objective, None, is_own_metric)
+        read_objectives("objective", self.objective, None)
         _check_texts("command", self.command, isinstance(self.command, list | tuple))
         _check_texts("versions", self.versions, isinstance(self.versions, Mapping))
         _check_texts("versions", self.versions.values(), True)

@@ -19,6 +19,7 @@ from tune_amp.trial.config import (
     MODELS,
     OBJECTIVES,
     OWN_CODE_RULE,
+    RANKING_OBJECTIVES,
     SAMPLERS,
     SCHEDULERS,
     SEED_RULE,
@@ -31,7 +32,7 @@ from tune_amp.trial.config import (
     one_of,
     shown,
 )
-from tune_amp.trial.objectives import MODES, is_own_metric, metric_of, read_objectives
+from tune_amp.trial.objectives import MODES, metric_of, read_objectives
 
 MOST_OBJECTIVES = 3
 """Largest number of objectives. With more, most trials are best in some way, and the search singles out none."""
@@ -73,7 +74,8 @@ def _read_gpu_share(text: str) -> float | None:
 
 
 _SHARE_RULE = Rule(
-    "must be 0, or 0.0001 (Ray's smallest) to 1: a trial uses one GPU", lambda share: share == 0 or 1e-4 <= share <= 1
+    "must be 0, 0.0001 (Ray's smallest) to 1, or a whole number",
+    lambda share: share == 0 or 1e-4 <= share <= 1 or (share > 1 and share == int(share)),
 )
 _SEEDS_RULE = Rule(
     f"must be 0, or 2 to {MOST_SEEDS:,} (one seed has no interval)",
@@ -94,6 +96,7 @@ class SearchOptions:
         "your own task: what differs from image classification",
         None,
         OWN_CODE_RULE,
+        RANKING_OBJECTIVES,
         fixed=True,
         metavar="MODULE:CLASS",
         unset="images into classes",
@@ -102,6 +105,7 @@ class SearchOptions:
         "your own training loop, which has its own model and data",
         None,
         OWN_CODE_RULE,
+        RANKING_OBJECTIVES,
         fixed=True,
         metavar="MODULE:FUNCTION",
         unset="the loop of tune_amp",
@@ -138,7 +142,7 @@ class SearchOptions:
     )
     seed: int = option("seed of the sampler and of every trial", 0, SEED_RULE, fixed=True)
     gpus_per_trial: float | None = option(
-        "GPUs a trial: 0.25 lets four share one",
+        "GPUs a trial: 0.25 lets four share one; 2 or more only with --train",
         None,
         _SHARE_RULE,
         unset="auto",
@@ -189,11 +193,13 @@ class SearchOptions:
         """
         if self.train is not None and self.task is not None:
             raise InputError(f"--train: must not be given with --task, got {shown(self.train)} and {shown(self.task)}")
-        known = is_own_metric if self.is_own else OBJECTIVES.__contains__
-        text = read_objectives("--objective", self.objective, self.mode, known)
+        if (self.gpus_per_trial or 0) > 1 and self.train is None:
+            rule = "must be at most 1: only a loop of your own (--train) can use several GPUs"
+            raise InputError(f"--gpus-per-trial: {rule}, got {self.gpus_per_trial:g}")
+        text = read_objectives("--objective", self.objective, self.mode, () if self.is_own else OBJECTIVES)
         names = text.split(",")
         check("--objective", len(names), len(names) <= MOST_OBJECTIVES, f"must name {MOST_OBJECTIVES} at most")
-        rule = "must begin with a metric of the trained model"
+        rule = f"must begin with {' or '.join(RANKING_OBJECTIVES)}{', or a metric of your own' if self.is_own else ''}"
         check("--objective", names[0], metric_of(names[0]) not in COST_OBJECTIVES, rule)
         if self.is_own:
             names = ["val_loss:min" if name == "val_loss" else name for name in names]

@@ -4,7 +4,7 @@ An objective is the name of a metric. Where the name does not say the direction,
 ``val_f1``, ``val_distance``, ``val_reading:max``.
 """
 
-from collections.abc import Callable
+from collections.abc import Collection
 
 from tune_amp.trial.config import COST_OBJECTIVES, RESERVED_NAMES, InputError, check, shown
 
@@ -44,14 +44,14 @@ def guess_mode(name: str) -> str | None:
     return None
 
 
-def read_objectives(place: str, text: str, mode: str | None, is_measured: Callable[[str], bool]) -> str:
+def read_objectives(place: str, text: str, mode: str | None, known: Collection[str] = ()) -> str:
     """Return objectives, joined by commas, in their shortest form: with a direction only if the name implies another.
 
     Args:
         place: of the text, for messages.
         text: names joined by commas, each with or without a direction.
         mode: direction of those that have none; None: that which the name implies.
-        is_measured: whether trials report a metric of this name.
+        known: the metrics that trials report; empty if the user's own training decides.
 
     Raises:
         InputError: a name is none, is repeated, is not measured, or its direction is unknown.
@@ -59,10 +59,13 @@ def read_objectives(place: str, text: str, mode: str | None, is_measured: Callab
     found: dict[str, str] = {}
     for given in (part.strip() for part in text.split(",")):
         name, colon, own = given.partition(":")
+        if known:
+            rule = f"must be one of {', '.join(known)}, or several joined by commas"
+            check(place, given, name in known, f"{rule}; a metric of your own needs --task or --train")
         check(place, given, name.isidentifier(), "must be names of letters, digits and _, joined by commas")
         check(place, given, not colon or own in MODES, "must end with :max or :min, if with a direction")
         check(place, text, name not in found, "must name none twice")
-        check(place, given, is_measured(name), "must be a metric that trials report")
+        check(place, given, name not in RESERVED_NAMES - {*COST_OBJECTIVES}, "must be no name of another column")
         implied = guess_mode(name)
         chosen = own or mode or implied
         if chosen is None:
@@ -71,8 +74,3 @@ def read_objectives(place: str, text: str, mode: str | None, is_measured: Callab
             )
         found[name] = name if chosen == implied else f"{name}:{chosen}"
     return ",".join(found.values())
-
-
-def is_own_metric(name: str) -> bool:
-    """Return whether a user's own training may report a metric of this name as an objective."""
-    return name.isidentifier() and (name not in RESERVED_NAMES or name in COST_OBJECTIVES)
