@@ -415,6 +415,38 @@ def test_a_run_is_trained_as_its_trial_was_and_the_test_set_read_once_at_its_end
     assert run.train_seconds > 0
 
 
+TASK = """
+import numpy as np
+from torch import nn
+from tune_amp.training import Task
+class Line(Task):
+    metric = ("mae", "min")
+    def data(self):
+        part = np.linspace(0, 1, 30)[:, None], np.linspace(1, 2, 30)[:, None]
+        return part, part, (part[0][:9] + 1, part[1][:9])
+    def model(self):
+        return nn.Linear(1, 1)
+    def loss(self, model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+    def score(self, model, batch):
+        return {"mae": (model(batch[0]) - batch[1]).abs().sum()}
+"""
+
+
+def test_a_run_of_a_task_has_its_values_of_validation_and_test(write_module: Callable[[str], str]) -> None:
+    from tune_amp.training.task import load_task_dataset
+
+    name = write_module(TASK) + ":Line"
+    dataset = load_task_dataset(name)
+    run = train_and_test(
+        make_job(name, task=name), TrainingData(dataset.train, dataset.validation, 0, CPU), dataset.test
+    )
+    assert (run.status, run.val_accuracy, run.test_accuracy, run.test_recalls) == ("completed", None, None, ())
+    assert set(run.metrics) == {"val_mae", "test_mae"}
+    assert run.metrics["val_mae"] != run.metrics["test_mae"]
+    assert run.val_loss != run.test_loss
+
+
 def test_a_class_that_the_test_set_lacks_has_no_recall(data: TrainingData) -> None:
     two = make_split(20, classes=2)
     recalls = train_and_test(make_job(), data, two).test_recalls

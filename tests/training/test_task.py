@@ -25,6 +25,7 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 from tune_amp.training import Task
+from tune_amp.trial import InputError as Refused
 class Diabetes(Task):
     metric = ("mae", "min")
     def data(self):
@@ -155,6 +156,7 @@ import numpy as np
 import torch
 from torch import nn
 from tune_amp.training import Task
+from tune_amp.trial import InputError as Refused
 class Net(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -287,6 +289,15 @@ class Smooth(ImageClassification):
         return nn.functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1)
 class Plain(ImageClassification):
     pass
+class Rows(ImageClassification):
+    def data(self):
+        import numpy as np
+        labels = np.arange(60) % 3
+        images = np.random.default_rng(0).integers(0, 120, (60, 6, 6, 1), np.uint8)
+        images[np.arange(60), labels] += 100
+        return (images[:30], labels[:30]), (images[30:45], labels[30:45]), (images[45:], labels[45:])
+    def average(self, sums, count):
+        return {**super().average(sums, count), "images": count}
 """
 
 
@@ -308,6 +319,20 @@ def test_a_task_may_change_one_method_of_image_classification(write_module: Writ
     assert plain == built_in
     assert smooth[0].train_loss > built_in[0].train_loss
     assert len(smooth[0].val_recalls) == 3
+
+
+def test_data_of_a_derived_image_classification_have_classes(write_module: WriteModule) -> None:
+    name = write_module(SMOOTH) + ":Rows"
+    dataset = load_task_dataset(name)
+    assert (dataset.num_classes, dataset.input_shape, len(dataset.validation)) == (3, (1, 6, 6), 15)
+    assert dataset.notice is not None
+    assert "channels come last" in dataset.notice
+    config = TrialConfig(task=name, dataset=name, class_weighting="balanced", imbalance=2.0, batch_size=8, lr=0.01)
+    data = TrainingData(make_long_tail(dataset, 2.0).train, dataset.validation, 3, CPU)
+    *_, last = TrainingRun(config, data).epochs()
+    assert last.val_accuracy is not None
+    assert last.val_accuracy > 0.6
+    assert last.metrics == {"val_images": 15.0}
 
 
 # On digits, seed 3, by the code before there were tasks: the last epoch's train_loss, val_loss and val_accuracy.
@@ -350,6 +375,7 @@ def test_image_classification_trains_as_before_there_were_tasks(
         ("def model(self): return super().model().double()", ".model: must have float32 parameters, which autocast"),
         ("def model(self): return nn.Flatten()", ".model: must have a parameter that requires a gradient, got none"),
         ("model = Task.model", ".model: must be defined, or a model be named by --model"),
+        ("def model(self): raise Refused('no')", ".model: no"),
         (
             "def loss(self, model, batch): return 0.5",
             ".loss: must return a 0-dim float tensor, the mean",
@@ -362,6 +388,10 @@ def test_image_classification_trains_as_before_there_were_tasks(
         ("def score(self, model, batch): return {'a b': batch[0].sum()}", "names of letters, digits and _"),
         ("def score(self, model, batch): return {'seconds': batch[0].sum()}", "each a new column val_NAME"),
         ("def average(self, sums, count): return 1.0", ".average: must return a dict of values by name, got 1.0"),
+        (
+            "def average(self, sums, count): return {'mae': None}",
+            ".average: must return numbers or tuples of them (float()",
+        ),
         ("def optimizer(self, model, config): return 1", ".optimizer: must return a torch.optim.Optimizer, got 1"),
         ("def schedule(self, optimizer, steps): return 1", ".schedule: must return a torch.optim.lr_scheduler.LRSch"),
         (

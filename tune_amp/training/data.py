@@ -288,22 +288,27 @@ def _load_from_function(name: str) -> Dataset:
     )
 
 
-def build_task_dataset(name: str, result: Any) -> Dataset:
-    """Return what the ``data`` of the task ``name`` returned as a data set.
+def build_task_dataset(name: str, result: Any, *, has_classes: bool = False) -> Dataset:
+    """Return what the ``data`` of the task ``name`` returned as a data set; ``has_classes``: its targets are classes.
 
     Raises:
         InputError: it is not the three parts of a task's data.
     """
-    place = f"{name}.data"
+    place, notices = f"{name}.data", list[str]()
     parts = {
-        part: check_task_part(value, place, part) for part, value in name_parts(place, result, of_task=True).items()
+        part: check_classes_part(value, place, part, notices) if has_classes else check_task_part(value, place, part)
+        for part, value in name_parts(place, result, of_task=True).items()
     }
     splits = {part: build_split(checked, f"{place}: {part}") for part, checked in parts.items()}
     for part in ("validation", "test"):
         _check_alike(splits["train"], splits[part], f"{place}: train inputs", f"{part} inputs")
+    num_classes = int(max(split.labels.max() for split in splits.values())) + 1 if has_classes else 0
+    if has_classes:
+        _check_classes(splits["train"], num_classes, f"{place}: train_images")
     return Dataset(
         name=name,
-        num_classes=0,
+        num_classes=num_classes,
+        notice="; ".join(notices) or None,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],

@@ -119,9 +119,13 @@ def evaluate(
 
 
 def _check_averages(task: Task, averages: Averages) -> Averages:
-    needed = ("loss", task.metric[0])
-    for name in needed:
-        if not isinstance(averages.get(name), float):
-            got = ", ".join(averages) or "nothing"
+    """Return the averages with plain floats."""
+    try:
+        read = {name: value if isinstance(value, tuple) else float(value) for name, value in averages.items()}
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{task.config.task}.average: must return numbers or tuples of them ({error})") from error
+    for name in ("loss", task.metric[0]):
+        if not isinstance(read.get(name), float):
+            got = ", ".join(read) or "nothing"
             raise TaskError(f"{task.config.task}: score and average must give a number {name}, got {got}")
-    return averages
+    return read

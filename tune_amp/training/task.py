@@ -60,6 +60,8 @@ class Task:
         if self.config.model == self.config.task:
             raise InputError("must be defined, or a model be named by --model")
         data = self.training_data
+        if not data.num_classes:
+            raise InputError("must be defined: the data of this task have no classes")
         return build_model(self.config.model, data.input_shape, data.num_classes, own, dtype=data.input_dtype)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -209,7 +211,7 @@ def load_task_dataset(name: str) -> Dataset:
             result = task.data()
     except TaskError as error:
         raise InputError(str(error)) from error
-    return build_task_dataset(name, result)
+    return build_task_dataset(name, result, has_classes=isinstance(task, ImageClassification))
 
 
 def _name_failures(place: str, method: Callable[..., Any], check: Callable[[Any], str | None]) -> Callable[..., Any]:
@@ -225,9 +227,9 @@ def _name_failures(place: str, method: Callable[..., Any], check: Callable[[Any]
         except (TaskError, torch.AcceleratorError):
             raise
         except InputError as error:
-            raise (
-                error if str(error).startswith(place.partition(":")[0]) else InputError(f"{place}: {error}")
-            ) from error
+            if str(error).startswith(place.partition(":")[0]):
+                raise
+            raise InputError(f"{place}: {error}") from None  # a cause would excuse the settings
         except Exception as error:  # user code may raise anything
             if is_out_of_memory(error):
                 raise
@@ -248,10 +250,8 @@ def _describe(result: Any) -> str:
 
 def _is_name(name: Any) -> bool:
     """Return whether a metric may have this name: that of no other column."""
-    own = ("loss", "accuracy", "recalls")
-    return isinstance(name, str) and name.isidentifier() and (
-        name in own or f"val_{name}" not in RESERVED_NAMES
-    )  # fmt: skip
+    is_free = name == "recalls" or f"val_{name}" not in RESERVED_NAMES
+    return isinstance(name, str) and name.isidentifier() and is_free
 
 
 def _check_scores(scores: Any) -> str | None:
@@ -259,9 +259,8 @@ def _check_scores(scores: Any) -> str | None:
         return "a dict of sums by name"
     if not all(isinstance(value, Tensor) and value.ndim < 2 for value in scores.values()):
         return "a dict of tensors, each a sum or a vector of sums"
-    return (
-        None if all(map(_is_name, scores)) else "sums with names of letters, digits and _, each a new column val_NAME"
-    )
+    rule = "sums with names of letters, digits and _, each a new column val_NAME"
+    return None if all(map(_is_name, scores)) else rule
 
 
 def _is(kind: type | tuple[type, ...], text: str) -> Callable[[Any], str | None]:
@@ -279,11 +278,8 @@ def _check_schedule(schedule: Any) -> str | None:
 
 
 def _check_number(value: Any) -> str | None:
-    return (
-        None
-        if value is None or (isinstance(value, int | float) and math.isfinite(value))
-        else "a finite number or None"
-    )
+    fits = value is None or (isinstance(value, int | float) and math.isfinite(value))
+    return None if fits else "a finite number or None"
 
 
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
