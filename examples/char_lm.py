@@ -3,14 +3,13 @@
 tune-amp search examples/char_lm.yaml --train examples.char_lm:train --objective val_loss
 """
 
-import argparse
 import inspect
 
 import torch
 from torch import nn
 
 LENGTH, WIDTH, STEPS = 32, 32, 30
-TEXT = torch.frombuffer(bytearray(inspect.getsource(argparse).encode()), dtype=torch.uint8).long() % 128
+TEXT = torch.frombuffer(bytearray(inspect.getsource(inspect).encode()), dtype=torch.uint8).long() % 128
 PARTS = dict(zip(("train", "val", "test"), TEXT.split(len(TEXT) // 3 + 1), strict=True))
 
 
@@ -55,7 +54,7 @@ def train(trial):
             trial.scaler.update()
             schedule.step()
         model.eval()
-        fixed, names = torch.Generator().manual_seed(0), ("val", "test") if trial.confirming else ("val",)
+        fixed, names = torch.Generator().manual_seed(0), ("val", "test")[: 1 + trial.confirming]
         with torch.no_grad():
             losses = {f"{name}_loss": measure(model, draw(PARTS[name], 256, fixed, trial.device)) for name in names}
         yield {"train_loss": loss, **losses}

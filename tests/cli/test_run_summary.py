@@ -21,6 +21,7 @@ from tune_amp.results.records import (
     write_trials,
 )
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
+from tune_amp.trial.consent import list_own_code
 
 SLOT_TIME = SlotTime(slots=2, wall_seconds=50.0)
 
@@ -135,6 +136,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_line_that_trains_names_the_data_and_consents_to_the_users_own_code_only() -> None:
     words = list_reuse_words(
-        ("tune-amp", "train"), "my runs/best.parquet", data_dir="my data", model="mine:net", dataset="mnist"
+        ("tune-amp", "train"),
+        "my runs/best.parquet",
+        data_dir="my data",
+        own_code=list_own_code(vars(TrialConfig(model="mine:net"))),
     )
     assert words == ["tune-amp", "train", "my runs/best.parquet", "--data-dir", "my data", "--model", "mine:net"]

@@ -333,7 +333,7 @@ def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int, error: Exception)
                 raise error
             return metrics
 
-    monkeypatch.setattr("tune_amp.cluster.trainable.TrainingRun", Failing)
+    monkeypatch.setattr("tune_amp.training.runs.TrainingRun", Failing)
     return begun
 
 
@@ -373,7 +373,7 @@ def test_trial_that_fails_in_two_ways_tells_both(
     def fail(*_: Any) -> None:
         raise next(errors)
 
-    monkeypatch.setattr("tune_amp.cluster.trainable.TrainingRun", fail)
+    monkeypatch.setattr("tune_amp.training.runs.TrainingRun", fail)
     [report] = train(make_trainable())
     assert report["error"] == "ValueError: no such value; before that, OSError: no space left"
 
@@ -400,7 +400,7 @@ def test_same_error_in_the_same_epoch_twice_is_the_settings_fault(
                 raise errors.pop(0)
             return super().train_epoch()
 
-    monkeypatch.setattr("tune_amp.cluster.trainable.TrainingRun", Failing)
+    monkeypatch.setattr("tune_amp.training.runs.TrainingRun", Failing)
     reports = train(make_trainable(max_epochs=3))
     assert [report["status"] for report in reports] == ["running", "running", "failed"]
     assert reports[-1]["config_fault"] is fault
@@ -465,7 +465,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> N
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(f"tune_amp.cluster.trainable.{name}", fail)
+    monkeypatch.setattr(name, fail)
 
 
 @pytest.mark.parametrize("text", ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access"])
@@ -473,7 +473,7 @@ def test_broken_cuda_context_is_left_to_ray_which_replaces_the_worker(
     make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     trainable = make_trainable()
-    fail_with(monkeypatch, "TrainingRun", torch.AcceleratorError(text))
+    fail_with(monkeypatch, "tune_amp.training.runs.TrainingRun", torch.AcceleratorError(text))
     with pytest.raises(torch.AcceleratorError, match=text):
         trainable.train()
 
@@ -483,7 +483,7 @@ def test_gpu_out_of_memory_outside_the_allocator_ends_the_trial_and_not_the_work
 ) -> None:
     trainable = make_trainable()
     with monkeypatch.context() as failing:
-        fail_with(failing, "TrainingRun", torch.AcceleratorError("CUDA error: out of memory"))
+        fail_with(failing, "tune_amp.training.runs.TrainingRun", torch.AcceleratorError("CUDA error: out of memory"))
         [report] = train(trainable)
     assert report["status"] == "out_of_memory"
     assert trainable.reset(settings())
@@ -494,7 +494,8 @@ def test_memory_that_cannot_be_given_back_costs_no_report_and_no_reset(
     make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainable = make_trainable(max_epochs=1)
-    fail_with(monkeypatch, "release_memory", torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    fail_with(monkeypatch, "tune_amp.cluster.trainable.release_memory", error)
     assert train(trainable)[-1]["status"] == "completed"
     assert trainable.reset(settings())
     trainable.train()

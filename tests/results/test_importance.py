@@ -332,11 +332,6 @@ def test_an_objective_that_was_not_measured_and_a_search_without_trials_are_no_e
         assert result.reason == "needs at least 15 trials with a value at one epoch, got 0"
 
 
-def test_an_unknown_objective_is_named(make_space: Callable[..., SearchSpace]) -> None:
-    with pytest.raises(InputError, match=r"^objective: must be one of val_accuracy, .*, got 'loss'$"):
-        measure(make_space(LR), [], "loss")
-
-
 @pytest.mark.parametrize("active", [0, 1])
 def test_a_parameter_that_was_hardly_ever_active_is_noise_without_a_warning(
     make_space: Callable[..., SearchSpace], capfd: pytest.CaptureFixture[str], active: int

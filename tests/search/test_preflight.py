@@ -309,7 +309,7 @@ def test_task_is_tried_with_a_value_of_each_own_parameter(
     space = load(f"parameters:\n{LR}fixed: {{batch_size: 8, accumulate: 6}}\n")
     rule = "batch_size times accumulate must be at most the 40 training images of "
     with pytest.raises(InputError, match=rf"accumulate: {rule}.*, got 8 times 6$"):
-        check_fit(space, data, SearchOptions(), task=name, own={"hidden": 3})
+        check_fit(space, data, SearchOptions(task=name))
 
 
 def test_floats_and_data_sets_of_torch_are_tried_too(write_module: WriteModule) -> None:

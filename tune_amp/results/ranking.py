@@ -194,6 +194,8 @@ def _measure_means(runs: Sequence[ConfirmedRun]) -> Confirmation:
 def _measure_columns(runs: Sequence[ConfirmedRun]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     own = sorted({name for run in runs for name in run.metrics})
+    if any(run.val_accuracy is None for run in runs):  # a user's own training, whose loss may be all that it tests
+        own.append("test_loss")
     for name in ("val_loss", "val_accuracy", "test_accuracy", *own):
         values = [value for run in runs if (value := run.find_value(name)) is not None]
         if len(values) == len(runs):

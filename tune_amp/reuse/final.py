@@ -127,7 +127,9 @@ class FinalTraining:
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
         metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
         weights = save_weights(self._run.model)
-        write_together(folder, {WEIGHTS_FILE: weights, CARD_FILE: write_text(card), METRICS_FILE: write_text(metrics)})
+        write_together(
+            folder, {WEIGHTS_FILE: weights, CARD_FILE: encode_text(card), METRICS_FILE: encode_text(metrics)}
+        )
 
 
 Writer = Callable[[BinaryIO], object]
@@ -162,7 +164,7 @@ def save_weights(model: nn.Module) -> Writer:
     return write
 
 
-def write_text(text: str) -> Writer:
+def encode_text(text: str) -> Writer:
     """Return what writes a text."""
     return lambda file: file.write(text.encode())
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, join_for_training, save_weights, write_text, write_together
+from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, encode_text, join_for_training, save_weights, write_together
 from tune_amp.reuse.markdown import render_markdown
 from tune_amp.training.data import Dataset
 from tune_amp.training.own_loop import OwnRun
@@ -85,7 +85,7 @@ class OwnTraining:
         measured = {"epochs": list(map(dataclasses.asdict, result.epochs)), "tested": dict(result.tested)}
         text = json.dumps(_without_nan(about | measured), indent=2, allow_nan=False) + "\n"
         writers = {f"{name}.safetensors": save_weights(model) for name, model in self.models.items()}
-        writers |= {CARD_FILE: write_text(card), METRICS_FILE: write_text(text)}
+        writers |= {CARD_FILE: encode_text(card), METRICS_FILE: encode_text(text)}
         write_together(folder, writers)
         return list(writers)
 
