@@ -261,9 +261,8 @@ def test_functions_of_a_notebook_are_searched_again_and_again(capsys: pytest.Cap
         assert result.folder == Path(f"results/n{number}")
         assert not result.interrupted
         assert result.best.own == {"hidden": 4}
-        assert result.trials_table["reading"].to_pylist() == [
-            1.0 + hidden for hidden in result.trials_table["own.hidden"].to_pylist()
-        ]
+        columns = (result.trials_table[name].to_pylist() for name in ("reading", "epoch", "own.hidden"))
+        assert all(reading == epoch - 1 + hidden for reading, epoch, hidden in zip(*columns, strict=True))
         assert len(result.epochs) == sum(result.trials["epoch"])
     assert result.verdict is None
     assert "<iframe" in result.report._repr_html_()
