@@ -90,7 +90,7 @@ def test_the_page_is_whole_without_a_network(visit: Visit) -> None:
     assert page.get_attribute("html", "lang") == "en"
     assert page.locator("h2").all_text_contents() == HEADINGS
     assert page.locator("h1").count() == 1
-    assert page.locator(".plot").count() == 2 + 2 + 1 + 1 + 5 + 1 + 1 + 1
+    assert page.locator(".plot").count() == 2 + 2 + 1 + 1 + 5 + 1 + 1
     assert page.locator(".plot:not([role=img][aria-label])").count() == 0
     assert all(page.locator("figcaption").all_text_contents())
 

@@ -78,7 +78,7 @@ def objective_axis(objective: str, values: Iterable[float | None], images: int) 
 
 def objective_title(objective: str) -> str:
     """Return an objective, or its counterpart on the test set, in words."""
-    return _TITLES.get(metric_of(objective), name_objective(objective))
+    return _TITLES.get(metric_of(objective), name_objective(metric_of(objective)))
 
 
 def format_value(objective: str, value: float | None) -> str:
@@ -90,7 +90,7 @@ def format_value(objective: str, value: float | None) -> str:
         return f"{value:.2%}"
     if name == "train_seconds":
         return f"{value:.3g} s"
-    return f"{value / 2**20:.3g} MiB" if name == "peak_memory_bytes" else f"{value:.5g}"
+    return f"{value / 2**20:.3g} MiB" if name == "peak_memory_bytes" else f"{value:.4g}"
 
 
 def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:

@@ -226,10 +226,12 @@ def draw_confirmed(run: Run) -> go.Figure:
     rows = [row for row in run.listed if row.confirmation]
     places = {row.name: float(-index) for index, row in enumerate(rows)}
     metrics = list_pair(run)
-    traces = [_draw_search_values(run, rows, places)]
-    for metric, offset, colour in zip(reversed(metrics), (-0.14, 0.14), ("stopped", "completed"), strict=False):
-        traces += [_draw_intervals(run, rows, metric, offset, places, colour)]
-        traces += [_draw_runs(run, rows, metric, offset, places, colour)]
+    styles = ((0.14, "completed"), (-0.14, "stopped"))[-len(metrics) :]
+    traces = []
+    for metric, (offset, colour) in zip(metrics, styles, strict=True):
+        traces.append(_draw_intervals(run, rows, metric, offset, places, colour))
+        traces.append(_draw_runs(run, rows, metric, offset, places, colour))
+    traces.append(_draw_search_values(run, rows, places))
     intervals = [find_interval(run, row, metric) or () for row in rows for metric in metrics]
     values = [*(value for trace in traces for value in trace.x), *(end for ends in intervals for end in ends)]
     title = " and ".join(map(objective_title, metrics))
@@ -322,6 +324,6 @@ def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
         hovertemplate="%{y}: %{text} of the slot time<extra></extra>",
     )
     most = 100 * max(shares.values(), default=0.0)
-    x = {"range": [0, 1.2 * most], "ticksuffix": "%", "title": {"text": "share of the slot time"}}
+    x = {"range": [0, 1.3 * most], "ticksuffix": "%", "title": {"text": "share of the slot time"}}
     y = {"type": "category", "autorange": "reversed", "showgrid": False}
     return build_figure([bars], height=90 + 34 * len(shares), x=x, y=y)

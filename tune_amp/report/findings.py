@@ -95,47 +95,42 @@ def build_confirmed(run: Run) -> Section:
     return Section(notes, [plot], [_list_best(run), *_list_failures(run)])
 
 
-def _describe_early_ends(run: Run) -> str:
+def _explain_best(run: Run) -> str:
     confirmed = [row.trial for row in run.rows if row.confirmation]
+    text = "Values on fresh seeds are means with 95% intervals." if confirmed else ""
     if any(trial.last and trial.last.epoch < trial.config.max_epochs for trial in confirmed):
-        return "For trials that ended early, search minus confirmed compares with the epoch that they had reached."
-    return ""
+        text += " Of trials that ended early, the value in the search is that of the epoch that they had reached."
+    return text
 
 
 def _list_best(run: Run) -> Table:
     """Return a table with a column for each configuration, so that it fits with any number of settings."""
     found = [_describe_best(run, row) for row in run.listed]
-    names = dict.fromkeys(name for one in found for name, text in one.items() if text)
-    rows = [(name, *(one.get(name, "") for one in found)) for name in names]
-    return Table(("", *(row.name for row in run.listed)), rows, winner=1, note=_describe_early_ends(run))
+    names = dict.fromkeys(name for one in found for name in one)
+    rows = [(name, *cells) for name in names if any(cells := [one.get(name, "") for one in found])]
+    return Table(("", *(row.name for row in run.listed)), rows, winner=1, note=_explain_best(run))
 
 
 def _describe_best(run: Run, row: BestRow) -> dict[str, str]:
-    """Return what is known of a configuration: name -> text, empty if it has none."""
-    confirmation, last = row.confirmation, row.trial.last
-    intervals = {
-        metric: find_interval(run, row, metric) for metric in (*list_pair(run), "test_accuracy", "val_accuracy")
-    }
-    known = {
-        f"{objective_title(metric)}: mean, 95% interval": format_interval(metric, interval) if interval else ""
-        for metric, interval in intervals.items()
-    }
-    if confirmation:
-        failed, seeds = len(confirmation.confirm_failures), len(confirmation.confirm_seeds)
-        optimism = confirmation.optimism
-        known |= {
-            "fresh seeds": f"{failed} of {seeds} did not complete" if failed else str(seeds),
-            "may be the best": {None: "not known", True: "yes", False: "no"}[row.may_be_best],
-            "search minus confirmed": "" if optimism is None else format_difference(optimism, run.objective),
-        }
-    if last:
-        known |= {
-            f"{objective_title(name)} in the search": format_value(name, last.find_value(name))
-            for name in list_metrics(run)
-        }
-        known |= {"epochs in the search": format_epochs(row.trial), "trial": row.trial.trial_name}
-    settings = {parameter.name: read_setting(row.trial.config, parameter.name) for parameter in run.parameters}
-    return known | {name: format_setting(name, value) for name, value in settings.items()}
+    """Return what is known of a configuration: name -> text, empty if there is none."""
+    found, last = row.confirmation, row.trial.last
+    texts = {}
+    if found:
+        for metric in dict.fromkeys((*list_pair(run), "test_accuracy", "val_accuracy")):
+            interval = find_interval(run, row, metric)
+            texts[objective_title(metric)] = format_interval(metric, interval) if interval else ""
+        failed, seeds = len(found.confirm_failures), len(found.confirm_seeds)
+        texts["fresh seeds"] = f"{failed} of {seeds} did not complete" if failed else str(seeds)
+        texts["may be the best"] = {None: "not known", True: "yes", False: "no"}[row.may_be_best]
+        optimism = found.optimism
+        texts["search minus confirmed"] = "" if optimism is None else format_difference(optimism, run.objective)
+    for metric in list_metrics(run):
+        value = last.find_value(metric) if last else None
+        texts[f"{objective_title(metric)} in the search"] = format_value(metric, value)
+    texts["epochs in the search"] = format_epochs(row.trial) if last else ""
+    for parameter in run.parameters:
+        texts[parameter.name] = format_setting(parameter.name, read_setting(row.trial.config, parameter.name))
+    return texts
 
 
 def _list_failures(run: Run) -> Iterator[Table]:

@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import shlex
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +98,8 @@ class Summary(NamedTuple):
     """Headline of the verdict, in large type."""
     measured: str = ""
     """Rest of the verdict: what was measured."""
-    settings: Sequence[tuple[str, str]] = ()
-    """Name and settings of rank 1, and of the defaults."""
+    settings: Mapping[str, str] = types.MappingProxyType({})
+    """Name -> settings, of rank 1 and of the defaults."""
     findings: Sequence[Finding] = ()
     reuse: Sequence[str] = ()
     """Words of the command that trains rank 1."""

@@ -38,7 +38,7 @@ def build_summary(run: Run) -> Summary:
         searched,
         statuses,
         *_describe_verdict(run, run.winner),
-        settings=[(row.name, describe_settings(run, row.trial)) for row in (run.winner, run.default) if row],
+        settings={row.name: describe_settings(run, row.trial) for row in (run.winner, run.default) if row},
         findings=list(_list_findings(run, run.winner)),
         reuse=[] if run.folder.best in run.troubles else quote_words(list_reuse(run)),
         unranked=_explain_unranked(run),
@@ -162,11 +162,8 @@ def _list_confirmation_findings(run: Run, winner: BestRow, found: Confirmation) 
     for metric in list_pair(run):
         interval = find_interval(run, winner, metric)
         if interval:
-            method = f"mean of {len(found.confirm_seeds)} fresh seeds, 95% interval"
-            title = objective_title(metric)
-            yield Finding(
-                f"{title[:1].upper()}{title[1:]} of {winner.name}: {format_interval(metric, interval)}, {method}."
-            )
+            mean = f"{format_interval(metric, interval)}, mean of {len(found.confirm_seeds)} fresh seeds, 95% interval"
+            yield Finding(f"{winner.name.capitalize()}: {objective_title(metric)} {mean}.")
     if found.optimism is not None:
         yield Finding(f"Search minus confirmed: {format_difference(found.optimism, run.objective)}.")
     yield _describe_ties(run)
