@@ -22,20 +22,21 @@ from report_runs import (
     make_runs,
     write_full_run,
     write_nasty_run,
+    write_own_run,
     write_run,
 )
 
 from tune_amp.cli.report import report_command
 from tune_amp.cli.search import _write_report
 from tune_amp.report.axes import objective_title
-from tune_amp.report.figures import draw_confirmed, draw_epochs, draw_utilisation
+from tune_amp.report.figures import draw_confirmed, draw_epochs, draw_history, draw_utilisation
 from tune_amp.report.report import SECTIONS, build_report, write_report
 from tune_amp.report.run import Run, load_run
 from tune_amp.report.sections import describe_savings
 from tune_amp.report.summary import list_reuse
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.results.ranking import rank_confirmed
-from tune_amp.results.records import BestRow, write_best, write_confirmed
+from tune_amp.results.records import BestRow, write_best, write_confirmed, write_trials
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
@@ -359,6 +360,49 @@ def test_the_difference_of_winners_that_ended_early_says_of_which_epoch(epochs: 
     trials = [make_outcome(1, TrialStatus.STOPPED, 0.976, epochs), make_outcome(2, TrialStatus.COMPLETED, 0.96, 4)]
     text = section_of(write_full_run(tmp_path, trials), "best")
     assert ("is that of the epoch that they had reached" in text) == (epochs == 3)
+
+
+# ---- the user's own training ----
+
+
+def test_a_users_own_metric_and_parameters_are_shown_like_others(tmp_path: Path) -> None:
+    write_own_run(tmp_path, "val_f1", [0.5, 0.75, 0.625])
+    text = read_report(tmp_path)
+    assert text.startswith("mine:train tune_amp, run")
+    assert "search_spaces/mnist_amp.yaml: lr, own.hidden, own.kind" in text
+    assert "data read by the training loop itself objective highest val_f1" in text
+    assert "Rank 1 is better than the defaults +2 in val_f1" in text
+    assert "rank 1 lr 0.003, precision fp16, own.hidden 64, own.kind <b>wide</b>" in text
+    assert "Rank 1: test_f1 4.02 [3.995, 4.045], mean of 3 fresh seeds" in text
+    assert "trial status epochs val_f1 skipped steps training" in text
+    assert "own.hidden 64 128 64" in section_of(tmp_path, "best")
+    for word in ("accuracy", "images", "in fp32"):
+        assert word not in text.replace("images_per_second", "")
+
+
+@pytest.mark.parametrize(("objective", "first"), [("reward:max", 12.0), ("val_gap:min", -3.0), ("val_loss:min", -3.0)])
+def test_a_metric_of_any_direction_and_sign_is_reported(objective: str, first: float, tmp_path: Path) -> None:
+    run = load_run(write_own_run(tmp_path, objective, [-3.0, 0.0, 12.0, None]))
+    line = draw_history(run).data[0]
+    assert line.name == "best so far"
+    assert line.y[-1] == first
+    assert f"{first:.4g}" in section_of(tmp_path, "best")
+
+
+def test_own_parameters_that_differ_are_found_without_the_space(tmp_path: Path) -> None:
+    write_own_run(tmp_path, "val_f1", [0.5, 0.75])
+    run = load_run(tmp_path)
+    write_trials(tmp_path, run.trials, dataclasses.replace(run.provenance, space_text="parameters: {unknown: 1}\n"))
+    assert [parameter.name for parameter in load_run(tmp_path).parameters] == ["lr", "own.hidden", "own.kind"]
+
+
+def test_an_own_accuracy_on_an_unknown_number_of_examples_is_reported(tmp_path: Path) -> None:
+    write_own_run(tmp_path, "val_accuracy", [0.5, 0.75])
+    for name in ("best", "confirm"):
+        (tmp_path / f"{name}.parquet").unlink()
+    text = read_report(tmp_path)
+    assert "75.00% validation accuracy of rank 1, from the search's one seed" in text
+    assert " images" not in text
 
 
 # ---- parts that are missing ----
