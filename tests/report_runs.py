@@ -152,7 +152,7 @@ def write_own_run(folder: Path, objective: str, values: Sequence[float | None]) 
 
 def make_own_trial(trial_id: str, number: int, metric: str, value: float | None) -> TrialRecord:
     own = {"hidden": (64, 128)[number % 2], "kind": ("<b>wide</b>", "deep")[number % 2]}
-    names = dict.fromkeys(("model", "dataset", "train"), "mine:train")
+    names: dict[str, Any] = dict.fromkeys(("model", "dataset", "train"), "mine:train")
     config = TrialConfig(lr=0.001 * (number + 1), precision="fp16", own=own, **names)
     none = {"val_accuracy": None, "val_loss": None, "val_recalls": ()}
     reports = (make_epoch(epoch, **none | spread_metrics({metric: value})) for epoch in (1, 2))

@@ -46,6 +46,13 @@ def test_a_perfect_accuracy_is_half_an_image_from_the_top() -> None:
     assert axis.place(1.0) == axis.place(1 - 0.5 / 5000)
 
 
+def test_accuracies_stay_apart_without_a_number_of_images() -> None:
+    axis = accuracy_axis("accuracy", [0.75, 0.9, 1.0], 0)
+    check(axis, 0.75, 0.9, 1.0)
+    places = [axis.place(value) or math.nan for value in (0.75, 0.9, 1.0)]
+    assert places[0] < places[1] < places[2]
+
+
 @pytest.mark.parametrize("values", [[], [0.97], [0.9700, 0.9702], [0.1, 0.9999], [None, math.nan, 0.5]])
 @pytest.mark.parametrize("name", [*OBJECTIVES, "val_f1", "val_distance", "x:max", "val_loss:min"])
 def test_any_values_of_an_objective_have_an_axis(name: str, values: list[float | None]) -> None:

@@ -67,7 +67,7 @@ def objective_axis(objective: str, values: Iterable[float | None], images: int) 
     Args:
         objective: see ``trial.objectives``.
         values: the values to show.
-        images: number of images that an accuracy was measured on; an error rate is at least half an image.
+        images: number of images that an accuracy was measured on; 0 if that is unknown.
     """
     title, known = objective_title(objective), [value for value in values if is_finite(value)]
     if metric_of(objective) == "val_accuracy":
@@ -93,9 +93,13 @@ def format_value(objective: str, value: float | None) -> str:
     return f"{value / 2**20:.3g} MiB" if name == "peak_memory_bytes" else f"{value:.4g}"
 
 
-def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:
-    """Return an axis on which equal steps are equal factors of the error rate, so that the best trials stay apart."""
-    least = 0.5 / max(1, images)  # a file may hold any number
+def accuracy_axis(title: str, values: Sequence[float | None], images: int) -> Axis:
+    """Return an axis on which equal steps are equal factors of the error rate, so that the best trials stay apart.
+
+    An error rate is at least half an image; without a known number of ``images``, at least half the smallest other one.
+    """
+    errors = [1.0 - value for value in values if is_finite(value) and value < 1.0]
+    least = 0.5 * (1 / images if images > 0 else min(errors, default=1.0))
     place = _place_by(lambda value: -math.log10(max(1.0 - value, least)))
     low, high = _add_margin([place(value) for value in values])
     ticks = [(position, f"{value:.4g}%") for value, position in _place_percent(place) if low <= position <= high]

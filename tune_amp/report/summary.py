@@ -116,14 +116,12 @@ def _describe_verdict(run: Run, winner: BestRow) -> tuple[str, str]:
     """Return the verdict in the terminal's words: its headline and the rest of the sentence."""
     verdict = winner.confirmation.verdict if winner.confirmation else None
     if verdict:
-        headline, rest = re.fullmatch("(.*?)(?:[:;] (.*))?", verdict).groups("")
-        return f"{headline[:1].upper()}{headline[1:]}", f"{rest[:1].upper()}{rest[1:]}"
+        headline, *rest = (f"{part[:1].upper()}{part[1:]}" for part in re.split("[:;] ", verdict, maxsplit=1))
+        return headline, "".join(rest)
     value = format_value(run.objective, find_value(winner.trial, run.objective)) or "no value"
     which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
-    return (
-        "Not confirmed on fresh seeds",
-        f"{value} {objective_title(run.objective)} {which}, from the search's one seed",
-    )
+    measured = f"{value} {objective_title(run.objective)} {which}, from the search's one seed"
+    return "Not confirmed on fresh seeds", measured
 
 
 def describe_settings(run: Run, trial: TrialRecord) -> str:
