@@ -17,7 +17,7 @@ from tune_amp.space.parameter import Parameter
 from tune_amp.trial.config import is_finite
 from tune_amp.trial.objectives import is_maximized, metric_of
 
-MOST_TICKS = 7
+MOST_TICKS = 6
 
 ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 

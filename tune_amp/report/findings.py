@@ -169,7 +169,7 @@ def find_origin(run: Run, version: str) -> Origin:
     pairs = [
         ("run", origin.run),
         ("started", format_moment(origin.created)),
-        ("data", f"{origin.dataset}, sha256 {origin.data_hash}"),
+        ("data", f"{origin.dataset}, sha256 {origin.data_hash}" if origin.train_images else origin.dataset),
         ("seed", str(origin.seed)),
         ("device", origin.device),
         ("versions", ", ".join(f"{name} {number}" for name, number in sorted(origin.versions.items()))),
