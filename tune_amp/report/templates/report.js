@@ -2,14 +2,14 @@
 "use strict";
 
 (async () => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const darkOf = read("dark-colours"); // colour of the light scheme -> that of the dark one
+  const textOf = (id) => document.getElementById(id).textContent;
+  const darkOf = JSON.parse(textOf("dark-colours")); // colour of the light scheme -> that of the dark one
   const scheme = matchMedia("(prefers-color-scheme: dark)");
   const plots = [...document.querySelectorAll(".plot")];
 
-  // The inverse of Python's base64.b85encode: five characters are four bytes.
+  // The inverse of pack in page.py: five characters are four bytes.
   const decode = (text) => {
-    const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~";
+    const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~";
     const valueOf = Object.fromEntries([...digits].map((digit, value) => [digit, value]));
     const bytes = new DataView(new ArrayBuffer(4 * Math.ceil(text.length / 5)));
     for (let start = 0; start < text.length; start += 5) {
@@ -19,12 +19,9 @@
     return bytes.buffer.slice(0, Math.floor((4 * text.length) / 5));
   };
 
-  // plotly.js is compressed in the page, which runs only the script whose hash its policy names.
-  const load = async (id) => {
-    const packed = new Blob([decode(document.getElementById(id).textContent)]);
-    const script = document.createElement("script");
-    script.textContent = await new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text();
-    document.head.append(script);
+  const unpack = (id) => {
+    const packed = new Blob([decode(textOf(id))]);
+    return new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
 
   const recoloured = (value) => {
@@ -35,7 +32,7 @@
   };
 
   const draw = (plot) => {
-    const { data, layout } = recoloured(read(`${plot.id}-data`));
+    const { data, layout } = recoloured(figures[plot.id]);
     return Plotly.react(plot, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   };
 
@@ -76,7 +73,10 @@
     for (const plot of plots) plot.textContent = "This browser is too old to draw the figures: it lacks DecompressionStream.";
     return;
   }
-  await load("library");
+  const figures = JSON.parse(await unpack("plots"));
+  const script = document.createElement("script"); // the page's policy names its hash
+  script.textContent = await unpack("library");
+  document.head.append(script);
   for (const plot of plots) draw(plot).then(() => follow(plot));
   for (const box of document.querySelectorAll(".key input")) {
     box.addEventListener("change", () => select(box.closest("figure")));
