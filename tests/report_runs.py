@@ -1,7 +1,7 @@
 """Run folders with everything that a report can show, written as a search writes them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,56 @@ def write_full_run(folder: Path, trials: Sequence[TrialRecord] | None = None, **
     write_confirmed(folder, runs, provenance)
     write_importance(folder, make_importance(), provenance)
     return folder
+
+
+OWN_SPACE = """\
+parameters:
+  lr: {low: 1.0e-4, high: 0.1, log: true}
+fixed: {precision: fp16}
+own:
+  hidden: {choices: [64, 128]}
+  kind: {choices: [<b>wide</b>, deep]}
+"""
+
+
+def write_own_run(folder: Path, objective: str, values: Sequence[float | None]) -> Path:
+    """What a search of a user's own training loop leaves, with a trial for each value of the objective."""
+    name = objective.partition(":")[0]
+    trials = [make_own_trial(f"{number:08x}", number, name, value) for number, value in enumerate(values, start=1)]
+    default = make_own_trial(DEFAULT_ID, 0, name, None)
+    origin = {"dataset": "mine:train", "data_hash": "own", "train_images": 0, "validation_images": 0}
+    provenance = make_provenance(objective=objective, space_text=OWN_SPACE, **origin)
+    write_trials(folder, trials, provenance, SLOT_TIME)
+    best = choose_best(trials, provenance.objectives, 2)
+    names = (name, name.replace("val_", "test_"))
+    runs = [
+        ConfirmedRun(
+            trial_id=trial.trial_id,
+            seed=seed,
+            status=TrialStatus.COMPLETED,
+            **spread_metrics(dict.fromkeys(names, level + 0.01 * seed)),
+        )
+        for trial, level in zip((*best, default), (3.0, 2.0, 1.0), strict=True)
+        for seed in SEEDS
+    ]
+    write_best(folder, rank_confirmed(best, default, runs, provenance.objectives), provenance)
+    write_confirmed(folder, runs, provenance)
+    return folder
+
+
+def make_own_trial(trial_id: str, number: int, metric: str, value: float | None) -> TrialRecord:
+    own = {"hidden": (64, 128)[number % 2], "kind": ("<b>wide</b>", "deep")[number % 2]}
+    names: dict[str, Any] = dict.fromkeys(("model", "dataset", "train"), "mine:train")
+    config = TrialConfig(lr=0.001 * (number + 1), precision="fp16", own=own, **names)
+    none = {"val_accuracy": None, "val_loss": None, "val_recalls": ()}
+    reports = (make_epoch(epoch, **none | spread_metrics({metric: value})) for epoch in (1, 2))
+    return make_trial(trial_id, config=config, epochs=() if value is None else tuple(reports))
+
+
+def spread_metrics(values: Mapping[str, float | None]) -> dict[str, Any]:
+    """Arguments of ``EpochMetrics`` and ``ConfirmedRun``, which have fields for common metrics."""
+    own = {name: value for name, value in values.items() if not name.endswith(("_accuracy", "_loss"))}
+    return {name: value for name, value in values.items() if name not in own} | {"metrics": own}
 
 
 def make_runs(trial: TrialRecord, place: int | str) -> list[ConfirmedRun]:

@@ -46,13 +46,26 @@ def test_a_perfect_accuracy_is_half_an_image_from_the_top() -> None:
     assert axis.place(1.0) == axis.place(1 - 0.5 / 5000)
 
 
+def test_accuracies_stay_apart_without_a_number_of_images() -> None:
+    axis = accuracy_axis("accuracy", [0.75, 0.9, 1.0], 0)
+    check(axis, 0.75, 0.9, 1.0)
+    places = [axis.place(value) or math.nan for value in (0.75, 0.9, 1.0)]
+    assert places[0] < places[1] < places[2]
+
+
 @pytest.mark.parametrize("values", [[], [0.97], [0.9700, 0.9702], [0.1, 0.9999], [None, math.nan, 0.5]])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, "val_f1", "val_distance", "x:max", "val_loss:min"])
 def test_any_values_of_an_objective_have_an_axis(name: str, values: list[float | None]) -> None:
     axis = objective_axis(name, values, 5000)
     check(axis, *(value for value in values if value is not None and math.isfinite(value)))
     assert axis.place(None) is None
     assert axis.place(math.inf) is None
+
+
+@pytest.mark.parametrize("name", ["val_loss:min", "val_distance", "val_r2", "reward:max", "val_gap:min"])
+@pytest.mark.parametrize("values", [[-3.0, 0.0, 12.0], [-0.5], [1e17], [-1e299, 1e299]])
+def test_a_users_own_metric_may_be_negative_or_large(name: str, values: list[float]) -> None:
+    check(objective_axis(name, values, 0), *values)
 
 
 def test_powers_of_two_have_round_exponents_as_marks() -> None:
@@ -74,7 +87,7 @@ def test_choices_stand_side_by_side() -> None:
     axis = choice_axis("precision", ["fp32", "fp16"])
     assert [text for _, text in axis.ticks] == ["fp32", "fp16"]
     assert [axis.place(name) for name in ("fp32", "fp16", "bf16", None)] == [0.0, 1.0, None, None]
-    assert axis.share("fp32") == 0.25
+    assert choice_axis("own.kind", ["<b>"]).ticks == ((0.0, "&lt;b&gt;"),)  # plotly interprets tags
 
 
 def test_a_setting_has_the_axis_of_its_space() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from report_runs import make_outcome, write_full_run, write_nasty_run, write_run
+from report_runs import make_outcome, write_full_run, write_nasty_run, write_own_run, write_run
 
 from tune_amp.report.report import write_report
 from tune_amp.trial.config import TrialStatus
@@ -90,7 +90,7 @@ def test_the_page_is_whole_without_a_network(visit: Visit) -> None:
     assert page.get_attribute("html", "lang") == "en"
     assert page.locator("h2").all_text_contents() == HEADINGS
     assert page.locator("h1").count() == 1
-    assert page.locator(".plot").count() == 2 + 2 + 1 + 1 + 5 + 1 + 1 + 1
+    assert page.locator(".plot").count() == 2 + 2 + 1 + 1 + 5 + 1 + 1
     assert page.locator(".plot:not([role=img][aria-label])").count() == 0
     assert all(page.locator("figcaption").all_text_contents())
 
@@ -186,10 +186,12 @@ def test_texts_of_files_are_shown_and_never_run(browser: "Browser", tmp_path: Pa
     visit.page.close()
 
 
-@pytest.mark.parametrize("kind", ["nothing", "one trial", "all diverged", "several objectives"])
+@pytest.mark.parametrize("kind", ["nothing", "one trial", "all diverged", "several objectives", "own"])
 def test_runs_with_little_to_show_are_drawn_without_a_complaint(kind: str, browser: "Browser", tmp_path: Path) -> None:
     if kind == "several objectives":
         write_run(tmp_path, objective="val_accuracy,train_seconds", sampler="nsga2", scheduler="none")
+    elif kind == "own":
+        write_own_run(tmp_path, "val_f1", [0.5, 0.75, 0.625])
     elif kind == "all diverged":
         write_run(tmp_path, [make_outcome(number, TrialStatus.DIVERGED, None, 1) for number in (1, 2, 3)])
     else:

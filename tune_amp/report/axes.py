@@ -11,9 +11,13 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tune_amp.report.style import escape_text
+from tune_amp.results.gain import name_objective
 from tune_amp.space.parameter import Parameter
+from tune_amp.trial.config import is_finite
+from tune_amp.trial.objectives import is_maximized, metric_of
 
-MOST_TICKS = 7
+MOST_TICKS = 6
 
 ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 
@@ -31,6 +35,8 @@ class Axis:
     low: float
     high: float
     """Ends of the axis, including a margin."""
+    note: str = ""
+    """Sentence that explains the scale; empty for a linear one."""
 
     def place_all(self, values: Iterable[Any]) -> list[float | None]:
         """Return the position of each value."""
@@ -51,39 +57,58 @@ class Axis:
         """Return a copy of the axis with ``changes``."""
         return dataclasses.replace(self, **changes)
 
-    def share(self, value: Any) -> float | None:
-        """Return a value's position as a share of the axis, from 0 to 1."""
-        position = self.place(value)
-        return None if position is None else (position - self.low) / (self.high - self.low)
 
+def objective_axis(objective: str, values: Iterable[float | None], images: int) -> Axis:
+    """Return the axis of an objective.
 
-def objective_axis(name: str, values: Iterable[float | None], images: int) -> Axis:
-    """Return the axis of an objective: the logarithm of the error rate for accuracies, of the value for the others.
+    Equal distances are equal factors of the error rate for an accuracy, and of the value for any other objective of
+    which less is better, if all values are above 0. Every other axis is linear.
 
     Args:
-        name: one of ``config.OBJECTIVES``.
+        objective: see ``trial.objectives``.
         values: the values to show.
-        images: number of images that an accuracy was measured on; an error rate is at least half an image.
+        images: number of images that an accuracy was measured on; 0 if that is unknown.
     """
-    if name == "val_accuracy":
-        return accuracy_axis(objective_title(name), values, images)
-    return log_axis(objective_title(name), values, _COSTS[name][1])
+    title, known = objective_title(objective), [value for value in values if is_finite(value)]
+    if metric_of(objective) == "val_accuracy":
+        return accuracy_axis(title, known, images)
+    draw = linear_axis if is_maximized(objective) or min(known, default=0.0) <= 0 else log_axis
+    return draw(title, known, lambda value: format_value(objective, value))
 
 
-def objective_title(name: str) -> str:
-    """Return an objective in words, with its unit."""
-    return "validation accuracy" if name == "val_accuracy" else _COSTS[name][0]
+def objective_title(objective: str) -> str:
+    """Return an objective, or its counterpart on the test set, in words."""
+    return _TITLES.get(metric_of(objective), name_objective(metric_of(objective)))
 
 
-def accuracy_axis(title: str, values: Iterable[float | None], images: int) -> Axis:
-    """Return an axis on which equal steps are equal factors of the error rate, so that the best trials stay apart."""
-    least = 0.5 / max(1, images)  # a file may hold any number
+def format_value(objective: str, value: float | None) -> str:
+    """Return a value of an objective with its unit; empty for None."""
+    name = metric_of(objective)
+    if value is None:
+        return ""
+    if name in ("val_accuracy", "test_accuracy"):
+        return f"{value:.2%}"
+    if name == "train_seconds":
+        return f"{value:.3g} s"
+    return f"{value / 2**20:.3g} MiB" if name == "peak_memory_bytes" else f"{value:.4g}"
+
+
+def accuracy_axis(title: str, values: Sequence[float | None], images: int) -> Axis:
+    """Return an axis on which equal steps are equal factors of the error rate, so that the best trials stay apart.
+
+    An error rate is at least half an image; without a known number of ``images``, at least half the smallest other one.
+    """
+    errors = [1.0 - value for value in values if is_finite(value) and value < 1.0]
+    least = 0.5 * (1 / images if images > 0 else min(errors, default=1.0))
     place = _place_by(lambda value: -math.log10(max(1.0 - value, least)))
     low, high = _add_margin([place(value) for value in values])
     ticks = [(position, f"{value:.4g}%") for value, position in _place_percent(place) if low <= position <= high]
     if len(ticks) < 2:
-        ticks = [(position, show_percent(1 - 10**-position)) for position in _spread(low, high)]
-    return Axis(title=title, place=place, show=show_percent, ticks=_thin(ticks), low=low, high=high)
+        ticks = [(position, f"{1 - 10**-position:.2%}") for position in _spread(low, high)]
+    note = (
+        "Equal distances on the axis are equal factors of the error rate: 98% and 99% are as far apart as 96% and 98%."
+    )
+    return Axis(title=title, place=place, show="{:.2%}".format, ticks=_thin(ticks), low=low, high=high, note=note)
 
 
 def log_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
@@ -98,7 +123,8 @@ def log_axis(title: str, values: Iterable[float | None], show: Callable[[float],
     ticks = [(math.log10(value), show(value)) for value in within]
     if len(ticks) < 2:
         ticks = [(position, show(10**position)) for position in _spread(low, high)]
-    return Axis(title=title, place=place, show=show, ticks=_thin(ticks), low=low, high=high)
+    note = "The axis is logarithmic."
+    return Axis(title=title, place=place, show=show, ticks=_thin(ticks), low=low, high=high, note=note)
 
 
 def power_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
@@ -115,8 +141,8 @@ def power_axis(title: str, values: Iterable[float | None], show: Callable[[float
 
 
 def linear_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
-    """Return a linear axis."""
-    place = _place_by(float)
+    """Return a linear axis. Values beyond 1e300 have no position: their differences may overflow."""
+    place = _place_by(lambda value: float(value) if abs(value) < 1e300 else None)
     low, high = _add_margin([place(value) for value in values])
     step = _round_step((high - low) / 5)
     places = range(math.ceil(low / step), math.floor(high / step) + 1)
@@ -130,7 +156,7 @@ def choice_axis(title: str, choices: Sequence[Any]) -> Axis:
     def place(value: Any) -> float | None:
         return float(choices.index(value)) if value in choices else None
 
-    ticks = tuple((float(index), str(choice)) for index, choice in enumerate(choices))
+    ticks = tuple((float(index), escape_text(str(choice))) for index, choice in enumerate(choices))
     return Axis(title=title, place=place, show=str, ticks=ticks, low=-0.5, high=len(choices) - 0.5)
 
 
@@ -162,29 +188,19 @@ def _count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def show_percent(value: float) -> str:
-    """Return an accuracy as figures show it."""
-    return f"{value:.2%}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s"
-
-
-def _mebibytes(value: float) -> str:
-    return f"{value / 2**20:.3g} MiB"
-
-
-_COSTS: Mapping[str, tuple[str, Callable[[float], str]]] = types.MappingProxyType(
+_TITLES: Mapping[str, str] = types.MappingProxyType(
     {
-        "val_loss": ("validation loss (nats)", _short),
-        "train_seconds": ("time in training steps", _seconds),
-        "peak_memory_bytes": ("peak memory", _mebibytes),
+        "test_accuracy": "test accuracy",
+        "test_loss": "test loss",
+        "train_seconds": "time in training steps",
+        "peak_memory_bytes": "peak memory",
     }
 )
 
 
-def _place_by(scale: Callable[[float], float], above: float = -math.inf) -> Callable[[float | None], float | None]:
+def _place_by(
+    scale: Callable[[float], float | None], above: float = -math.inf
+) -> Callable[[float | None], float | None]:
     """Return a function from a value to its position; values that are not finite or not ``above`` have none."""
 
     def place(value: float | None) -> float | None:
@@ -202,7 +218,7 @@ def _add_margin(positions: Iterable[float | None], least: float = 0.0) -> tuple[
     """Return the range of ``positions`` with a margin on either side, at least half of ``least``."""
     known = [position for position in positions if position is not None] or [0.0]
     low, high = min(known), max(known)
-    margin = max(0.06 * (high - low), least / 2) or 0.05  # a single value
+    margin = max(0.06 * (high - low), least / 2) or 0.05 * max(1.0, abs(low))  # a single value
     return low - margin, high + margin
 
 

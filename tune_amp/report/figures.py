@@ -7,12 +7,11 @@ epochs.
 import collections
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-from tune_amp.report.axes import Axis, count_step, linear_axis, objective_axis, show_percent
-from tune_amp.report.run import Run, find_value, list_rankable
+from tune_amp.report.axes import Axis, count_step, format_value, linear_axis, objective_axis, objective_title
+from tune_amp.report.run import Run, find_interval, find_value, list_pair, list_rankable
 from tune_amp.report.style import (
     SYMBOLS,
     build_figure,
@@ -24,21 +23,20 @@ from tune_amp.report.style import (
 )
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import SlotUse
-from tune_amp.trial.config import TrialStatus
+from tune_amp.trial.config import TrialStatus, is_finite
 from tune_amp.trial.objectives import is_maximized
 
 HEIGHT = 420
 MOST_BARS = 200
 """Most bars of the figure of epochs; with more epochs, a bar stands for several."""
 
-# Colour and opacity of each use of the slots: useful training in blue, waste in its status's colour, the rest in grey.
-USE_COLOURS: Mapping[SlotUse, tuple[str, float]] = types.MappingProxyType(
+USE_COLOURS: Mapping[SlotUse, str] = types.MappingProxyType(
     {
-        SlotUse.USEFUL: ("completed", 1.0),
-        SlotUse.STOPPED: ("stopped", 1.0),
-        SlotUse.LOST: ("failed", 1.0),
-        SlotUse.EVALUATION: ("completed", 0.4),
-        SlotUse.REST: ("muted", 0.25),
+        SlotUse.USEFUL: "completed",
+        SlotUse.STOPPED: "stopped",
+        SlotUse.LOST: "diverged",
+        SlotUse.EVALUATION: "interrupted",
+        SlotUse.REST: "pale",
     }
 )
 
@@ -105,10 +103,10 @@ def draw_trials(
     )
 
 
-def build_objective_axis(run: Run, name: str) -> Axis:
+def build_objective_axis(run: Run, objective: str) -> Axis:
     """Return the axis of an objective, spanning all trials."""
-    values = [find_value(trial, name) for trial in run.trials]
-    return objective_axis(name, values, run.provenance.validation_images)
+    values = [find_value(trial, objective) for trial in run.trials]
+    return objective_axis(objective, values, run.provenance.validation_images)
 
 
 def _with_place_for_none(axis: Axis, run: Run) -> Axis:
@@ -184,24 +182,27 @@ def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: 
     )
 
 
-def draw_curves(run: Run) -> go.Figure | None:
-    """Draw validation by epoch, the winner on top; None if no trial was validated."""
-    name = "val_loss" if run.objective == "val_loss" else "val_accuracy"
-    values = [getattr(report, name) for trial in run.trials for report in trial.epochs]
+def build_curve_axis(run: Run) -> Axis | None:
+    """Return the axis of the first objective after every epoch; None if no epoch has a value."""
+    values = [report.find_value(run.objective) for trial in run.trials for report in trial.epochs]
     if all(value is None for value in values):
         return None
-    axis = objective_axis(name, values, run.provenance.validation_images)
+    return objective_axis(run.objective, values, run.provenance.validation_images)
+
+
+def draw_curves(run: Run, axis: Axis) -> go.Figure:
+    """Draw the first objective by epoch on ``axis``, the winner on top."""
     drawn = sorted(
         (trial for trial in run.trials if trial.epochs),
         key=lambda trial: (run.is_winner(trial), trial.status is TrialStatus.COMPLETED),
     )
-    traces = [_draw_curve(trial, name, axis, run.is_winner(trial)) for trial in drawn]
+    traces = [_draw_curve(trial, run.objective, axis, run.is_winner(trial)) for trial in drawn]
     x = {"title": {"text": "epoch"}, "dtick": count_step(max(t.epochs[-1].epoch for t in drawn))}
     return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly(), showlegend=False)
 
 
-def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> go.Scatter:
-    values = [getattr(report, name) for report in trial.epochs]
+def _draw_curve(trial: TrialRecord, objective: str, axis: Axis, is_winner: bool) -> go.Scatter:
+    values = [report.find_value(objective) for report in trial.epochs]
     shown = ["no value" if value is None else axis.show(value) for value in values]
     return go.Scatter(
         x=[report.epoch for report in trial.epochs],
@@ -223,30 +224,31 @@ def _draw_curve(trial: TrialRecord, name: str, axis: Axis, is_winner: bool) -> g
 def draw_confirmed(run: Run) -> go.Figure:
     """Draw mean and interval of every confirmed configuration, its single runs, and the search's own value."""
     rows = [row for row in run.listed if row.confirmation]
-    names = [row.name for row in rows]
-    places = {name: float(-index) for index, name in enumerate(names)}
+    places = {row.name: float(-index) for index, row in enumerate(rows)}
+    metrics = list_pair(run)
+    styles = ((0.14, "completed"), (-0.14, "stopped"))[-len(metrics) :]
     traces = []
-    for split, offset, colour in (("test", 0.14, "completed"), ("val", -0.14, "stopped")):
-        traces.append(_draw_intervals(rows, split, offset, places, colour))
-        traces.append(_draw_runs(run, rows, split, offset, places, colour))
-    traces.append(_draw_search_values(rows, places))
-    values = [value for trace in traces for value in trace.x]
-    values += [end for row in rows for split in ("test", "val") for end in _find_interval(row, split) or ()]
-    x = linear_axis("accuracy in fp32", values, show_percent)
-    ticks = {"tickmode": "array", "tickvals": list(places.values()), "ticktext": names, "showgrid": False}
+    for metric, (offset, colour) in zip(metrics, styles, strict=True):
+        traces.append(_draw_intervals(run, rows, metric, offset, places, colour))
+        traces.append(_draw_runs(run, rows, metric, offset, places, colour))
+    traces.append(_draw_search_values(run, rows, places))
+    intervals = [find_interval(run, row, metric) or () for row in rows for metric in metrics]
+    values = [*(value for trace in traces for value in trace.x), *(end for ends in intervals for end in ends)]
+    title = " and ".join(map(objective_title, metrics))
+    x = linear_axis(title, values, lambda value: format_value(run.objective, value))
+    ticks = {"tickmode": "array", "tickvals": [*places.values()], "ticktext": [*places], "showgrid": False}
     y = {**ticks, "range": [-len(rows) + 0.4, 0.6]}
     return build_figure(traces, height=140 + 78 * len(rows), x=x.as_plotly(tickangle=0), y=y)
 
 
 def _draw_intervals(
-    rows: Sequence[BestRow], split: str, offset: float, places: Mapping[str, float], colour: str
+    run: Run, rows: Sequence[BestRow], metric: str, offset: float, places: Mapping[str, float], colour: str
 ) -> go.Scatter:
-    known = [(row, _find_interval(row, split)) for row in rows]
-    drawn = [(row, interval) for row, interval in known if interval]
-    name = {"test": "test", "val": "validation"}[split]
+    drawn = [(row.name, interval) for row in rows if (interval := find_interval(run, row, metric))]
+    title = objective_title(metric)
     return go.Scatter(
         x=[mean for _, (mean, _, _) in drawn],
-        y=[places[row.name] + offset for row, _ in drawn],
+        y=[places[name] + offset for name, _ in drawn],
         mode="markers",
         marker={"size": 10, "color": colour_of(colour)},
         error_x={
@@ -258,26 +260,28 @@ def _draw_intervals(
             "thickness": 2.5,
             "width": 6,
         },
-        name=f"{name}: mean, 95% interval",
-        text=[f"{show_percent(mean)} [{show_percent(low)}, {show_percent(high)}]" for _, (mean, low, high) in drawn],
-        customdata=[row.name for row, _ in drawn],
-        hovertemplate=f"%{{customdata}}<br>{name} %{{text}}<extra></extra>",
+        name=f"{title}: mean, 95% interval",
+        showlegend=bool(drawn),
+        text=[format_interval(metric, interval) for _, interval in drawn],
+        customdata=[name for name, _ in drawn],
+        hovertemplate=f"%{{customdata}}<br>{title} %{{text}}<extra></extra>",
     )
 
 
-def _find_interval(row: BestRow, split: str) -> tuple[float, float, float] | None:
-    values = tuple(getattr(row.confirmation, f"{split}_accuracy_{name}") for name in ("mean", "low", "high"))
-    return None if None in values else values
+def format_interval(metric: str, interval: tuple[float, float, float]) -> str:
+    """Return mean and interval, such as ``97.80% [97.61%, 98.02%]``."""
+    mean, low, high = (format_value(metric, value) for value in interval)
+    return f"{mean} [{low}, {high}]"
 
 
 def _draw_runs(
-    run: Run, rows: Sequence[BestRow], split: str, offset: float, places: Mapping[str, float], colour: str
+    run: Run, rows: Sequence[BestRow], metric: str, offset: float, places: Mapping[str, float], colour: str
 ) -> go.Scatter:
     names = {row.trial.trial_id: row.name for row in rows}
     drawn = [
         (names[one.trial_id], one.seed, value)
         for one in run.confirmed
-        if one.trial_id in names and (value := getattr(one, f"{split}_accuracy")) is not None
+        if one.trial_id in names and is_finite(value := one.find_value(metric))
     ]
     marker = {"symbol": "circle-open", "size": 6, "color": colour_of(colour), "opacity": 0.9}
     return go.Scatter(
@@ -286,14 +290,14 @@ def _draw_runs(
         mode="markers",
         marker=marker,
         name="each seed",
-        showlegend=split == "test" and bool(drawn),
-        customdata=[[name, seed, show_percent(value)] for name, seed, value in drawn],
+        showlegend=offset < 0 and bool(drawn),
+        customdata=[[name, seed, format_value(metric, value)] for name, seed, value in drawn],
         hovertemplate="%{customdata[0]}, seed %{customdata[1]}: %{customdata[2]}<extra></extra>",
     )
 
 
-def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) -> go.Scatter:
-    found = [(row.name, find_value(row.trial, "val_accuracy")) for row in rows]
+def _draw_search_values(run: Run, rows: Sequence[BestRow], places: Mapping[str, float]) -> go.Scatter:
+    found = [(row.name, find_value(row.trial, run.objective)) for row in rows]
     drawn = [(name, value) for name, value in found if value is not None]
     return go.Scatter(
         x=[value for _, value in drawn],
@@ -301,33 +305,25 @@ def _draw_search_values(rows: Sequence[BestRow], places: Mapping[str, float]) ->
         mode="markers",
         marker={"symbol": "diamond-open", "size": 11, "color": colour_of("diverged"), "line": {"width": 2}},
         name="in the search",
-        text=[show_percent(value) for _, value in drawn],
-        hovertemplate="validation accuracy in the search: %{text}<extra></extra>",
+        text=[format_value(run.objective, value) for _, value in drawn],
+        hovertemplate=f"{objective_title(run.objective)} in the search: %{{text}}<extra></extra>",
     )
 
 
 def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
-    """Draw the slot time as one bar, divided by use."""
-    bars = [
-        go.Bar(
-            x=[100 * share],
-            y=[""],
-            orientation="h",
-            name=str(use),
-            marker={
-                "color": colour_of(USE_COLOURS[use][0]),
-                "opacity": USE_COLOURS[use][1],
-                "line": {"width": 1, "color": colour_of("surface")},
-            },
-            hovertemplate=f"{use}: {share:.1%} of the slot time<extra></extra>",
-        )
-        for use, share in shares.items()
-    ]
-    x: dict[str, Any] = {
-        "range": [0, 100],
-        "tickvals": [0, 20, 40, 60, 80, 100],
-        "ticktext": ["0%", "20%", "40%", "60%", "80%", "100%"],
-        "title": {"text": "share of the slot time"},
-    }
-    y = {"showticklabels": False, "showgrid": False}
-    return build_figure(bars, height=130, x=x, y=y, barmode="stack", showlegend=False)
+    """Draw the slot time as one bar for each use."""
+    bars = go.Bar(
+        x=[100 * share for share in shares.values()],
+        y=[str(use) for use in shares],
+        orientation="h",
+        width=0.6,
+        marker={"color": [colour_of(USE_COLOURS[use]) for use in shares]},
+        text=[f"{share:.1%}" for share in shares.values()],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}: %{text} of the slot time<extra></extra>",
+    )
+    most = 100 * max(shares.values(), default=0.0)
+    x = {"range": [0, 1.3 * most], "ticksuffix": "%", "title": {"text": "share of the slot time"}}
+    y = {"type": "category", "autorange": "reversed", "showgrid": False}
+    return build_figure([bars], height=90 + 34 * len(shares), x=x, y=y)

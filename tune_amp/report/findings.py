@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
-from tune_amp.report.axes import objective_title, show_percent
-from tune_amp.report.figures import USE_COLOURS, draw_confirmed, draw_utilisation
-from tune_amp.report.page import Figure, Origin, Section, Swatch, Table, quote_words
-from tune_amp.report.parameters import draw_importance, draw_parallel, draw_slices
-from tune_amp.report.run import MISSING, Run, find_value
-from tune_amp.report.sections import build_key, describe_trouble, format_epochs, format_last
-from tune_amp.report.summary import format_interval, format_moment, format_setting
+from tune_amp.report.axes import format_value, objective_title
+from tune_amp.report.figures import draw_confirmed, draw_utilisation, format_interval
+from tune_amp.report.page import Figure, Origin, Section, Table, quote_words
+from tune_amp.report.parameters import draw_importance, draw_slices
+from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_metrics, list_pair
+from tune_amp.report.sections import describe_trouble, format_epochs
+from tune_amp.report.summary import format_moment, format_setting
 from tune_amp.results.gain import format_difference
 from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
 from tune_amp.results.records import BestRow
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 from tune_amp.trial.config import read_setting
+from tune_amp.trial.objectives import metric_of
 
 # ---- the parameters ----
 
@@ -24,7 +25,7 @@ def build_importance(run: Run) -> Section:
     if result is None:
         return Section([_explain_no_importance(run)])
     line = describe_importance(result).removeprefix("importance ")
-    text = f"Importance for {result.objective} {line.rstrip(':')}."
+    text = f"Importance for {metric_of(result.objective)} {line.rstrip(':')}."
     caption = (
         "A bar is a setting's share in what separates the best third of the trials from all of them, each setting by "
         "itself. The upright mark is what 5% of random permutations of its values reach. A bar that is not clearly "
@@ -53,7 +54,7 @@ def build_parameters(run: Run) -> Section:
     if all(find_value(trial, run.objective) is None for trial in run.trials):
         return Section(["No trial has a value to show against its settings."])
     slices = {
-        f"slice-{name}": (f"{run.objective} of every trial against {name}", plot)
+        f"slice-{name}": (f"{metric_of(run.objective)} of every trial against {name}", plot)
         for name, plot in draw_slices(run).items()
     }
     about_slices = (
@@ -62,18 +63,7 @@ def build_parameters(run: Run) -> Section:
         "Where marks are crowded, the search expected good values. Trials that were stopped had fewer epochs than "
         "those that completed."
     )
-    about_paths = (
-        "Each line is a trial: it goes down through its settings to what came out, in the last row. The thick one is "
-        "rank 1. Hover over a line to follow it; the boxes hide groups. A setting that a trial does not have is "
-        "passed by."
-    )
-    paths = {"parallel-plot": ("every trial as a line through its settings to its result", draw_parallel(run))}
-    key = build_key(run, [trial for trial in run.trials if find_value(trial, run.objective) is not None])
-    figures = [
-        Figure(about_slices, slices, layout="slices"),
-        Figure(about_paths, paths, key=key, heading="All together"),
-    ]
-    return Section(figures=figures)
+    return Section(figures=[Figure(about_slices, slices, layout="slices")])
 
 
 # ---- fresh seeds ----
@@ -85,92 +75,62 @@ def build_confirmed(run: Run) -> Section:
         return Section(["No trial produced a result that could be ranked."])
     if not any(row.confirmation for row in run.rows):
         text = (
-            "The best trials were not trained again on fresh seeds. Their order comes from one seed and "
-            f"{run.provenance.validation_images:,} validation images: differences of some tenths of a point are noise."
+            "The best trials were not trained again on fresh seeds. Their order comes from one seed: small differences "
+            "are noise."
         )
-        return Section([text], tables=[_list_ranked(run)])
+        return Section([text], tables=[_list_best(run)])
     trouble = run.troubles.get(run.folder.confirm)
     notes = [f"Single runs are not shown: confirm.parquet {describe_trouble(trouble)}."] if trouble else []
+    titles = [objective_title(metric) for metric in list_pair(run)]
+    test = f"blue is the {titles[0]}, which each run measured once, " if len(titles) > 1 else ""
     caption = (
-        "Filled dots are means over the fresh seeds with their 95% interval (Student's t): blue on the test set, "
-        "which each run read once, grey on the validation images. Small circles are the single runs. The diamond is "
-        f"the accuracy of the same configuration in the search{_explain_diamond(run)}. "
-        "Overlapping intervals do not make a tie: all runs share their seeds, and the table says which may be the best "
-        "on the validation images. The default is the tutorial's configuration."
+        f"Filled dots are means over the fresh seeds with their 95% interval (Student's t): {test}grey is the "
+        f"{titles[-1]}. Small circles are the single runs. The diamond is the value of the same configuration in the "
+        "search: its distance from the grey dot is search minus confirmed. Overlapping intervals do not make a tie: "
+        "all runs share their seeds, and the table says which may be the best by validation. The default is the "
+        "tutorial's configuration."
     )
-    label = "accuracy of every confirmed configuration with its 95% interval"
+    label = f"{' and '.join(titles)} of every confirmed configuration with 95% intervals"
     plot = Figure(caption, {"confirmed-plot": (label, draw_confirmed(run))})
-    return Section(notes, [plot], [_list_confirmed(run), *_list_failures(run)])
+    return Section(notes, [plot], [_list_best(run), *_list_failures(run)])
 
 
-def _explain_diamond(run: Run) -> str:
-    if run.objective == "val_loss":
-        return "; the table has the difference of the objective, the loss"
-    return ": its distance from the grey dot is search minus confirmed"
-
-
-def _describe_early_ends(run: Run) -> str:
+def _explain_best(run: Run) -> str:
     confirmed = [row.trial for row in run.rows if row.confirmation]
+    text = "Values on fresh seeds are means with 95% intervals." if confirmed else ""
     if any(trial.last and trial.last.epoch < trial.config.max_epochs for trial in confirmed):
-        return "For trials that ended early, search minus confirmed compares with the epoch that they had reached."
-    return ""
+        text += " Of trials that ended early, the value in the search is that of the epoch that they had reached."
+    return text
 
 
-def _list_settings(run: Run, row: BestRow) -> Iterator[str]:
+def _list_best(run: Run) -> Table:
+    """Return a table with a column for each configuration, so that it fits with any number of settings."""
+    found = [_describe_best(run, row) for row in run.listed]
+    names = dict.fromkeys(name for one in found for name in one)
+    rows = [(name, *cells) for name in names if any(cells := [one.get(name, "") for one in found])]
+    return Table(("", *(row.name for row in run.listed)), rows, winner=1, note=_explain_best(run))
+
+
+def _describe_best(run: Run, row: BestRow) -> dict[str, str]:
+    """Return what is known of a configuration: name -> text, empty if there is none."""
+    found, last = row.confirmation, row.trial.last
+    texts = {}
+    if found:
+        for metric in dict.fromkeys((*list_pair(run), "test_accuracy", "val_accuracy")):
+            interval = find_interval(run, row, metric)
+            texts[objective_title(metric)] = format_interval(metric, interval) if interval else ""
+        failed, seeds = len(found.confirm_failures), len(found.confirm_seeds)
+        texts["fresh seeds"] = f"{failed} of {seeds} did not complete" if failed else str(seeds)
+        texts["may be the best"] = {None: "not known", True: "yes", False: "no"}[row.may_be_best]
+        optimism = found.optimism
+        texts["search minus confirmed"] = "" if optimism is None else format_difference(optimism, run.objective)
+    for metric in list_metrics(run):
+        value = last.find_value(metric) if last else None
+        texts[f"{objective_title(metric)} in the search"] = format_value(metric, value)
+    texts["epochs in the search"] = format_epochs(row.trial) if last else ""
     for parameter in run.parameters:
-        yield format_setting(parameter.name, read_setting(row.trial.config, parameter.name))
-
-
-def _list_ranked(run: Run) -> Table:
-    columns = ("", "trial", *(parameter.name for parameter in run.parameters), "epochs", "val. accuracy", "val. loss")
-    rows = [
-        (
-            row.name,
-            row.trial.trial_name,
-            *_list_settings(run, row),
-            format_epochs(row.trial),
-            *format_last(row.trial.last)[:2],
-        )
-        for row in run.ranked
-    ]
-    return Table(columns, rows, winner=0)
-
-
-def _list_confirmed(run: Run) -> Table:
-    names = [parameter.name for parameter in run.parameters]
-    found = (
-        "test accuracy",
-        "validation accuracy",
-        "in the search",
-        "search minus confirmed",
-        "seeds",
-        "may be the best",
-    )
-    columns = ("", *found, *names)
-    return Table(columns, [_format_confirmed(run, row) for row in run.listed], winner=0, note=_describe_early_ends(run))
-
-
-def _format_confirmed(run: Run, row: BestRow) -> Sequence[str]:
-    found = row.confirmation
-    own = find_value(row.trial, "val_accuracy")
-    in_search = "" if own is None else show_percent(own)
-    settings = _list_settings(run, row)
-    if found is None:
-        return (row.name, "", "", in_search, "", "", "", *settings)
-    return (
-        row.name,
-        _format_mean(found.test_accuracy_mean, found.test_accuracy_low, found.test_accuracy_high),
-        _format_mean(found.val_accuracy_mean, found.val_accuracy_low, found.val_accuracy_high),
-        in_search,
-        "" if found.optimism is None else format_difference(found.optimism, run.objective),
-        str(len(found.confirm_seeds)),
-        {None: "not known", True: "yes", False: "no"}[row.may_be_best],
-        *settings,
-    )
-
-
-def _format_mean(mean: float | None, low: float | None, high: float | None) -> str:
-    return "not all completed" if mean is None else f"{show_percent(mean)} {format_interval(low, high)}"
+        texts[parameter.name] = format_setting(parameter.name, read_setting(row.trial.config, parameter.name))
+    return texts
 
 
 def _list_failures(run: Run) -> Iterator[Table]:
@@ -196,13 +156,11 @@ def build_utilisation(run: Run) -> Section:
         return Section(["Not known: the search was killed, or is still running."])
     text = describe_utilisation(run.trials, run.slot_time)
     caption = (
-        "The whole bar is the time of all slots, places in which a trial runs. Useful is the training of trials that "
-        "completed; the rest is start-up, data, checkpoints and waiting."
+        "All bars together are the time of all slots, places in which a trial runs. Useful is the training of trials "
+        "that completed; the rest is start-up, data, checkpoints and waiting."
     )
     shares = find_shares(utilisation(run.trials, run.slot_time))
-    plot = Figure(caption, {"time-plot": (text, draw_utilisation(shares))})
-    rows = [(Swatch(use, *USE_COLOURS[use]), f"{share:.1%}") for use, share in shares.items()]
-    return Section([f"{text}."], [plot], [Table(("used for", "share"), rows, narrow=True)])
+    return Section(figures=[Figure(caption, {"time-plot": (text, draw_utilisation(shares))})], texts=[f"{text}."])
 
 
 def find_origin(run: Run, version: str) -> Origin:
@@ -211,7 +169,7 @@ def find_origin(run: Run, version: str) -> Origin:
     pairs = [
         ("run", origin.run),
         ("started", format_moment(origin.created)),
-        ("data", f"{origin.dataset}, sha256 {origin.data_hash}"),
+        ("data", f"{origin.dataset}, sha256 {origin.data_hash}" if origin.train_images else origin.dataset),
         ("seed", str(origin.seed)),
         ("device", origin.device),
         ("versions", ", ".join(f"{name} {number}" for name, number in sorted(origin.versions.items()))),

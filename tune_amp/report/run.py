@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +21,19 @@ from tune_amp.results.records import (
     rank_trials,
 )
 from tune_amp.results.run_folder import RunFolder
+from tune_amp.results.statistics import mean_interval
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import SEARCHABLE, parse_space
-from tune_amp.trial.config import InputError, TrialConfig, read_setting
+from tune_amp.trial.config import (
+    COST_OBJECTIVES,
+    OWN,
+    RANKING_OBJECTIVES,
+    InputError,
+    TrialConfig,
+    is_finite,
+    read_setting,
+)
+from tune_amp.trial.objectives import metric_of
 
 _T = TypeVar("_T")
 
@@ -144,16 +153,52 @@ def _find_parameters(provenance: Provenance, trials: list[TrialRecord]) -> tuple
     try:
         return parse_space(provenance.space_source, provenance.space_text).parameters
     except InputError:
-        values = {name: {getattr(trial.config, name) for trial in trials} - {None} for name in SEARCHABLE}
+        own = dict.fromkeys(f"{OWN}{name}" for trial in trials for name in trial.config.own)
+        values = {name: {read_setting(trial.config, name) for trial in trials} - {None} for name in (*SEARCHABLE, *own)}
         return tuple(
-            Parameter(name=name, choices=tuple(sorted(found))) for name, found in values.items() if len(found) > 1
+            Parameter(name=name, choices=tuple(sorted(found, key=lambda value: (isinstance(value, str), value))))
+            for name, found in values.items()
+            if len(found) > 1
         )
 
 
 def find_value(trial: TrialRecord, objective: str) -> float | None:
     """Return the last value of an objective; None if there is none, or if it is not finite."""
     value = trial.last.find_value(objective) if trial.last else None
-    return value if value is not None and math.isfinite(value) else None
+    return value if is_finite(value) else None
+
+
+def list_metrics(run: Run) -> list[str]:
+    """Return what validation measured: the objectives, then accuracy and loss, without costs."""
+    names = dict.fromkeys(metric_of(name) for name in (*run.provenance.objectives, *RANKING_OBJECTIVES))
+    lasts = [trial.last for trial in run.trials if trial.last]
+    return [
+        name
+        for name in names
+        if name not in COST_OBJECTIVES and any(last.find_value(name) is not None for last in lasts)
+    ]
+
+
+def list_pair(run: Run) -> list[str]:
+    """Return the first objective's counterpart on the test set, if its name has one, and the first objective."""
+    name = metric_of(run.objective)
+    return list(dict.fromkeys((name.replace("val_", "test_", 1), name)))
+
+
+def find_interval(run: Run, row: BestRow, metric: str) -> tuple[float, float, float] | None:
+    """Return the mean of a metric over the fresh seeds and the ends of its 95% interval; None if it has none."""
+    found = row.confirmation
+    if found is None or found.confirm_failures:
+        return None
+    mean, low, high = (found.find_part(metric, part) for part in ("mean", "low", "high"))
+    if mean is not None and low is not None and high is not None:
+        return mean, low, high
+    values = [one.find_value(metric) for one in run.confirmed if one.trial_id == row.trial.trial_id]
+    known = [value for value in values if is_finite(value)]
+    if len(known) < max(2, len(values)):
+        return None
+    interval = mean_interval(known)
+    return interval.mean, interval.low, interval.high
 
 
 def list_rankable(run: Run) -> list[TrialRecord]:

@@ -101,8 +101,10 @@ def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure
     epochs = max(trajectory.points[-1].epoch for trajectory in trajectories)
     first = _draw_panel(run, [_cut(trajectory, steps) for trajectory in trajectories], axis, by_step=True)
     first.update_xaxes(range=[0, steps + 1], title_text="training step")
+    first.update_layout(title_text=f"First {steps} steps")
     whole = _draw_panel(run, [_thin(trajectory, epochs) for trajectory in trajectories], axis, by_step=False)
     whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch", dtick=count_step(math.ceil(epochs)))
+    whole.update_layout(title_text="Whole trials")
     return first, whole
 
 

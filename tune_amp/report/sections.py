@@ -3,15 +3,23 @@
 import types
 from collections.abc import Mapping, Sequence
 
-from tune_amp.report.axes import show_percent
-from tune_amp.report.figures import draw_curves, draw_epochs, draw_history, draw_pareto
+from tune_amp.report.axes import format_value, objective_title
+from tune_amp.report.figures import (
+    build_curve_axis,
+    build_objective_axis,
+    draw_curves,
+    draw_epochs,
+    draw_history,
+    draw_pareto,
+)
 from tune_amp.report.page import Figure, LineKey, Section, Table
-from tune_amp.report.run import MISSING, Run, find_value
+from tune_amp.report.run import MISSING, Run, find_value, list_metrics
 from tune_amp.report.scales import Trajectory, draw_scales, trace_scales
 from tune_amp.report.style import count_of, format_status, list_statuses
 from tune_amp.report.summary import format_seconds
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import EpochMetrics, TrialStatus
+from tune_amp.trial.objectives import metric_of
 
 _ENDS: Mapping[TrialStatus, str] = types.MappingProxyType(
     {
@@ -39,15 +47,6 @@ def build_key(run: Run, trials: Sequence[TrialRecord], *, marks: str | None = No
     return LineKey(groups, winner=any(map(run.is_winner, trials)), marks=marks)
 
 
-def format_last(last: EpochMetrics | None) -> tuple[str, str, str, str]:
-    """Return accuracy, loss, skipped steps and time as cells of a table."""
-    if last is None:
-        return ("", "", "", "")
-    accuracy = "" if last.val_accuracy is None else show_percent(last.val_accuracy)
-    loss = "" if last.val_loss is None else f"{last.val_loss:.4g}"
-    return (accuracy, loss, f"{last.skipped_steps:,} of {last.steps:,}", f"{last.train_seconds:.3g} s")
-
-
 def format_epochs(trial: TrialRecord) -> str:
     """Return epochs trained of the most allowed, such as ``2/8``."""
     return f"{trial.last.epoch if trial.last else 0}/{trial.config.max_epochs}"
@@ -62,13 +61,15 @@ def build_history(run: Run) -> Section:
         return Section(["No trial was started."])
     caption = (
         "Every mark is a trial at its last epoch: symbol and colour say how it ended, the line is the best value so "
-        "far. Trials that ended early are shown with the value that they had. " + _explain_axis(run.objective)
+        "far. Trials that ended early are shown with the value that they had. "
+        + build_objective_axis(run, run.objective).note
     )
-    label = f"{run.objective} of {count_of(len(run.trials), 'trial')} in the order of their start"
+    name = metric_of(run.objective)
+    label = f"{name} of {count_of(len(run.trials), 'trial')} in the order of their start"
     figures = []
     for other in run.provenance.objectives[1:]:
         text = (
-            f"{run.objective} against {other}. The ringed trials are the Pareto set: no other trial is at least as "
+            f"{name} against {metric_of(other)}. The ringed trials are the Pareto set: no other trial is at least as "
             "good in all objectives and better in one."
         )
         if any(find_value(trial, other) is not None for trial in run.trials):
@@ -77,25 +78,25 @@ def build_history(run: Run) -> Section:
     return Section(figures=figures, tables=[_list_trials(run)])
 
 
-def _explain_axis(objective: str) -> str:
-    if objective == "val_accuracy":
-        return (
-            "Equal distances on the axis are equal factors of the error rate: 98% and 99% are as far apart as 96% and "
-            "98%."
-        )
-    return "The axis is logarithmic."
-
-
 def _list_trials(run: Run) -> Table:
-    columns = ["trial", "status", "epochs", "val. accuracy", "val. loss", "skipped steps", "training"]
+    metrics = list_metrics(run)
+    columns = ["trial", "status", "epochs", *map(objective_title, metrics), "skipped steps", "training"]
     rows = [
-        [trial.trial_name, format_status(trial.status), format_epochs(trial), *format_last(trial.last)]
+        [trial.trial_name, format_status(trial.status), format_epochs(trial), *_format_last(trial.last, metrics)]
         for trial in run.trials
     ]
     if any(trial.error for trial in run.trials):
         columns.append("error")
         rows = [[*row, trial.error or ""] for row, trial in zip(rows, run.trials, strict=True)]
     return Table(columns, rows, long="error", summary=f"{count_of(len(rows), 'trial')} as a table")
+
+
+def _format_last(last: EpochMetrics | None, metrics: Sequence[str]) -> list[str]:
+    """Return metrics, skipped steps and time as cells of a table."""
+    if last is None:
+        return [""] * (len(metrics) + 2)
+    values = [format_value(metric, last.find_value(metric)) for metric in metrics]
+    return [*values, f"{last.skipped_steps:,} of {last.steps:,}", f"{last.train_seconds:.3g} s"]
 
 
 def build_epochs(run: Run) -> Section:
@@ -199,14 +200,17 @@ def _explain_no_scale(run: Run) -> str:
 
 def build_curves(run: Run) -> Section:
     """Build the section on validation by epoch."""
-    plot = draw_curves(run)
-    if plot is None:
+    axis = build_curve_axis(run)
+    if axis is None:
         return Section(["No trial was validated."])
     trouble = run.troubles.get(run.folder.epochs)
     notes = [f"Only last epochs are shown: epochs.parquet {describe_trouble(trouble)}."] if trouble else []
     caption = (
-        "Each line is a trial, validated in fp32 after every epoch; the thick one is rank 1. Where a line ends, so "
-        "did its trial. " + _explain_axis("val_loss" if run.objective == "val_loss" else "val_accuracy")
+        f"Each line is the {axis.title} of a trial after every epoch; the thick one is rank 1. Where a line ends, so "
+        f"did its trial. {axis.note}"
     )
     key = build_key(run, [trial for trial in run.trials if trial.epochs])
-    return Section(notes, [Figure(caption, {"curves-plot": ("validation by epoch of every trial", plot)}, key=key)])
+    return Section(
+        notes,
+        [Figure(caption, {"curves-plot": ("validation by epoch of every trial", draw_curves(run, axis))}, key=key)],
+    )

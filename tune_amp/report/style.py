@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import TrialStatus, format_scale
+from tune_amp.trial.config import OWN, TrialStatus, format_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,14 @@ def build_figure(
                 "font": {"family": FONT, "size": 13, "color": colour_of("ink")},
                 "align": "left",
             },
+            "title": {
+                "x": 0,
+                "xref": "paper",
+                "font": {"size": 14},
+                "automargin": True,
+                "yref": "paper",
+                "pad": {"b": 8},
+            },
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
             "xaxis": style_axis(x),
             "yaxis": style_axis(y),
@@ -131,13 +139,15 @@ def style_line(trial: TrialRecord, *, is_winner: bool) -> dict[str, Any]:
 
 
 def describe_trial(trial: TrialRecord) -> str:
-    """Return the hover text of a trial. Names are escaped: they come from files, and plotly interprets tags."""
-    lines = [f"<b>{_text(trial.trial_name)}</b>", _text(_describe_end(trial))]
+    """Return the hover text of a trial, escaped."""
+    lines = [f"<b>{escape_text(trial.trial_name)}</b>", escape_text(_describe_end(trial))]
     config = trial.config
-    lines.append(f"lr {config.lr:.3g}, batch {config.batch_size}, {_text(config.precision)}")
+    lines.append(f"lr {config.lr:.3g}, batch {config.batch_size}, {escape_text(config.precision)}")
     if config.init_scale is not None:
         backoff = f", backoff {config.backoff_factor:g}" if config.backoff_factor != 0.5 else ""
         lines.append(f"from {format_scale(config.init_scale)}, interval {config.growth_interval}{backoff}")
+    for name, value in config.own.items():
+        lines.append(escape_text(f"{OWN}{name} {f'{value:.4g}' if isinstance(value, float) else value}"))
     return "<br>".join(lines)
 
 
@@ -147,5 +157,6 @@ def _describe_end(trial: TrialRecord) -> str:
     return f"{status}, {epochs}"
 
 
-def _text(text: str) -> str:
+def escape_text(text: str) -> str:
+    """Return a text of a file without the tags that plotly interprets."""
     return html.escape(text, quote=False)

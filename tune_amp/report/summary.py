@@ -2,27 +2,30 @@
 
 import collections
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tune_amp.report.axes import show_percent
-from tune_amp.report.figures import build_objective_axis
+from tune_amp.report.axes import format_value, objective_title
+from tune_amp.report.figures import format_interval
 from tune_amp.report.page import Finding, Summary, Swatch, quote_words
-from tune_amp.report.run import MISSING, Run, find_value
+from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_pair
 from tune_amp.report.style import count_of, format_status, list_statuses
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.gain import format_difference
 from tune_amp.results.ranking import describe_ties, list_obstacles
 from tune_amp.results.records import BestRow, TrialRecord, list_reuse_words
-from tune_amp.trial.config import format_scale, list_values
+from tune_amp.trial.config import DATASETS, format_scale, list_values
 from tune_amp.trial.consent import list_own_code
+from tune_amp.trial.objectives import is_maximized, metric_of
 from tune_amp.trial.text import join_names
 
 
 def name_subject(run: Run) -> str:
-    """Return ``simple_net on mnist``."""
+    """Return ``simple_net on mnist``, or the name of the user's own training."""
+    own = next((trial.config.train or trial.config.task for trial in run.trials), None)
     models = sorted({trial.config.model for trial in run.trials})
-    return f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
+    return own or f"{' and '.join(models) or 'no trial'} on {run.provenance.dataset}"
 
 
 def build_summary(run: Run) -> Summary:
@@ -34,8 +37,8 @@ def build_summary(run: Run) -> Summary:
     return Summary(
         searched,
         statuses,
-        *_describe_merit(run, run.winner),
-        settings=describe_settings(run, run.winner.trial),
+        *_describe_verdict(run, run.winner),
+        settings={row.name: describe_settings(run, row.trial) for row in (run.winner, run.default) if row},
         findings=list(_list_findings(run, run.winner)),
         reuse=[] if run.folder.best in run.troubles else quote_words(list_reuse(run)),
         unranked=_explain_unranked(run),
@@ -49,9 +52,12 @@ def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
     origin = run.provenance
     names = ", ".join(parameter.name for parameter in run.parameters)
     yield "space", f"{origin.space_source}: {names}"
-    images = f"{origin.train_images:,} training and {origin.validation_images:,} validation images"
-    yield "data", f"{images}{_describe_tail(run.trials)}"
-    yield "objective", ", ".join(origin.objectives)
+    kind = "images" if origin.dataset in DATASETS else "examples"
+    sizes = f"{origin.train_images:,} training and {origin.validation_images:,} validation {kind}"
+    data = f"{sizes}{_describe_tail(run.trials)}" if origin.train_images else "read by the training loop itself"
+    yield "data", data
+    directions = {name: "highest" if is_maximized(name) else "lowest" for name in origin.objectives}
+    yield "objective", ", ".join(f"{direction} {metric_of(name)}" for name, direction in directions.items())
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
     epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
@@ -106,18 +112,16 @@ def format_seconds(seconds: float) -> str:
 # ---- what came out ----
 
 
-def _describe_merit(run: Run, winner: BestRow) -> tuple[str, str]:
-    """Return the figure of merit and its description."""
-    found = winner.confirmation
-    if found and found.test_accuracy_mean is not None:
-        interval = format_interval(found.test_accuracy_low, found.test_accuracy_high)
-        seeds = f"mean of {len(found.confirm_seeds)} fresh seeds, 95% interval {interval}"
-        return show_percent(found.test_accuracy_mean), f"test accuracy of rank 1: {seeds}"
-    axis = build_objective_axis(run, run.objective)
-    value = find_value(winner.trial, run.objective)
-    shown = "no value" if value is None else axis.show(value)
+def _describe_verdict(run: Run, winner: BestRow) -> tuple[str, str]:
+    """Return the verdict in the terminal's words: its headline and the rest of the sentence."""
+    verdict = winner.confirmation.verdict if winner.confirmation else None
+    if verdict:
+        headline, *rest = (f"{part[:1].upper()}{part[1:]}" for part in re.split("[:;] ", verdict, maxsplit=1))
+        return headline, "".join(rest)
+    value = format_value(run.objective, find_value(winner.trial, run.objective)) or "no value"
     which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
-    return shown, f"{axis.title} {which}, from the search's one seed"
+    measured = f"{value} {objective_title(run.objective)} {which}, from the search's one seed"
+    return "Not confirmed on fresh seeds", measured
 
 
 def describe_settings(run: Run, trial: TrialRecord) -> str:
@@ -141,7 +145,7 @@ def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
         text = describe_ties([row.trial for row in run.ranked], run.provenance)
         yield Finding(f"{text} {_WARNING}".strip(), is_warning=True)
         return
-    yield from _list_confirmation_findings(run, winner.confirmation)
+    yield from _list_confirmation_findings(run, winner, winner.confirmation)
 
 
 _WARNING = (
@@ -150,24 +154,17 @@ _WARNING = (
 )
 
 
-def _list_confirmation_findings(run: Run, found: Confirmation) -> Iterator[Finding]:
-    verdict = _describe_verdict(run, found)
-    if verdict:
-        yield Finding(verdict)
+def _list_confirmation_findings(run: Run, winner: BestRow, found: Confirmation) -> Iterator[Finding]:
     for failure in found.confirm_failures:
         yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
-    if found.val_accuracy_mean is not None:
-        interval = format_interval(found.val_accuracy_low, found.val_accuracy_high)
-        yield Finding(
-            f"Validation accuracy {show_percent(found.val_accuracy_mean)} {interval}. {_describe_optimism(run, found)}"
-        )
+    for metric in list_pair(run):
+        interval = find_interval(run, winner, metric)
+        if interval:
+            mean = f"{format_interval(metric, interval)}, mean of {len(found.confirm_seeds)} fresh seeds, 95% interval"
+            yield Finding(f"{winner.name.capitalize()}: {objective_title(metric)} {mean}.")
+    if found.optimism is not None:
+        yield Finding(f"Search minus confirmed: {format_difference(found.optimism, run.objective)}.")
     yield _describe_ties(run)
-
-
-def _describe_optimism(run: Run, found: Confirmation) -> str:
-    if found.optimism is None:
-        return ""
-    return f"Search minus confirmed: {format_difference(found.optimism, run.objective)}."
 
 
 def _describe_ties(run: Run) -> Finding:
@@ -186,17 +183,6 @@ def _describe_ties(run: Run) -> Finding:
         )
     text = f"A tie: any of {join_names(possible)} may be the best {method}."
     return Finding(text, is_warning=True)
-
-
-def _describe_verdict(run: Run, found: Confirmation) -> str:
-    """Return whether the search gained anything over the usual default configuration, in the terminal's words."""
-    settings = f" The defaults: {describe_settings(run, run.default.trial)}." if run.default else ""
-    return f"Verdict: {found.verdict}.{settings}" if found.verdict else ""
-
-
-def format_interval(low: float | None, high: float | None) -> str:
-    """Return ``[97.61%, 98.02%]``."""
-    return "" if low is None or high is None else f"[{show_percent(low)}, {show_percent(high)}]"
 
 
 # ---- reuse ----

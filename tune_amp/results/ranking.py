@@ -109,7 +109,7 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
     if len(provenance.objectives) > 1:
         names = " and ".join(provenance.objectives)
         return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
-    if provenance.objective != "val_accuracy":
+    if provenance.objective != "val_accuracy" or not provenance.validation_images:  # unknown to a user's own loop
         return ""
     text = _describe_accuracy_ties(ranked, provenance.validation_images)
     if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
