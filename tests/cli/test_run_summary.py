@@ -1,11 +1,13 @@
 """What a finished run is shown as, from its files: what is there is shown, and what is missing is said."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from records import PROVENANCE, make_epoch, make_scored, make_trial
+import records
+from records import FIVE_SETTINGS, make_epoch, make_scored, make_trial
 from rich.console import Console
 
 from tune_amp.cli.run_summary import load_summary, print_summary
@@ -22,6 +24,7 @@ from tune_amp.results.records import (
 )
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
+PROVENANCE = dataclasses.replace(records.PROVENANCE, space_text=FIVE_SETTINGS)
 SLOT_TIME = SlotTime(slots=2, wall_seconds=50.0)
 
 

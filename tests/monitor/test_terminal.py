@@ -128,7 +128,10 @@ def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> 
 
 
 def test_live_view_keeps_the_best_three_and_the_last_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = [make_scored(name, score, trial_name=f"trial-{name}") for name, score in zip("abcd", (0.5, 0.9, 0.7, 0.8))]
+    scores = [
+        make_scored(name, score, trial_name=f"trial-{name}")
+        for name, score in zip("abcd", (0.5, 0.9, 0.7, 0.8), strict=True)
+    ]
     table = LiveTable(Console(file=io.StringIO(), width=80))
     table.on_progress(make_progress(scores), scores[0])
     table.on_progress(make_progress(scores), None)
@@ -335,7 +338,8 @@ def test_ranking_shows_every_number_within_80_columns() -> None:
 @pytest.mark.parametrize("width", [50, 80, 120])
 def test_ranking_shows_what_was_searched_and_breaks_between_words_only(width: int) -> None:
     searched = ("weight_decay", "batch_size", "own.hidden")
-    text = show(render_ranking([make_trial(config=WIDE)], make_provenance(*searched)), width)
+    config = dataclasses.replace(WIDE, own={"hidden": 2})
+    text = show(render_ranking([make_trial(config=config)], make_provenance(*searched)), width)
     titles = {"weight", "decay", "batch", "size", "own.hidden", "epochs", "validation", "accuracy", "loss", "skipped"}
     found = {word for line in words(text) for word in line if not word[0].isdigit()}
     assert found == titles | {"#", "steps", "time"}
