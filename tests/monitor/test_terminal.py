@@ -127,10 +127,10 @@ def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> 
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_live_view_keeps_the_best_three_and_the_last_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_view_keeps_the_best_three_and_the_last_that_ended() -> None:
     scores = [
         make_scored(name, score, trial_name=f"trial-{name}")
-        for name, score in zip("abcd", (0.5, 0.9, 0.7, 0.8), strict=True)
+        for name, score in {"a": 0.5, "b": 0.9, "c": 0.7, "d": 0.8}.items()
     ]
     table = LiveTable(Console(file=io.StringIO(), width=80))
     table.on_progress(make_progress(scores), scores[0])
@@ -435,11 +435,20 @@ def test_time_left_is_estimated_from_the_second_trial_on(
 
 
 def test_time_left_of_a_confirmation_counts_the_runs_that_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: 30.0))
+    """The first run that ends waited for its worker to start, so the pace is that of the later ones."""
+    now = 0.0
+    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: now))
+    table = LiveTable(Console(file=io.StringIO(), width=80))
+    for now, done in ((0.0, 0), (20.0, 1)):  # noqa: B007 - the clock reads it
+        progress = dataclasses.replace(make_confirmation(*CONFIRMED[:done]), started=0.0)
+        table.on_confirmation(progress, CONFIRMED[0] if done else None)
+        assert "left" not in show(table._render())
+    now = 30.0
     progress = dataclasses.replace(make_confirmation(*CONFIRMED), started=0.0)
-    assert "30s spent, about 10s left" in show(render_confirmation(progress))
-    assert "30s spent, about 1m20s left" in show(render_confirmation(dataclasses.replace(progress, may_follow=7)))
-    assert "left" not in show(render_confirmation(make_confirmation()))
+    table.on_confirmation(progress, CONFIRMED[2])
+    assert "30s spent, about 5s left" in show(table._render())
+    table.on_confirmation(dataclasses.replace(progress, may_follow=7), None)
+    assert "30s spent, about 40s left" in show(table._render())
 
 
 @pytest.mark.parametrize(

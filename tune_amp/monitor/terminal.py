@@ -61,6 +61,7 @@ class LiveTable:
         self._draw: Callable[[], RenderableType] = functools.partial(Text, "starting workers ...", style="dim")
         self._last: TrialRecord | None = None
         self._reported: dict[str, tuple[int, float]] = {}
+        self._first_end: tuple[float, int] | None = None
         # A function, not a table: the clock moves on between reports.
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
@@ -86,7 +87,9 @@ class LiveTable:
 
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
         """Show this progress from the next redraw on."""
-        self._draw = functools.partial(render_confirmation, progress)
+        if ended is not None and self._first_end is None:
+            self._first_end = time.monotonic(), progress.done
+        self._draw = functools.partial(render_confirmation, progress, self._first_end)
 
     def _render(self) -> RenderableType:
         return self._draw()
@@ -172,12 +175,18 @@ def render_progress(
     return Group(*parts, render_counts(progress))
 
 
-def render_confirmation(progress: "ConfirmProgress") -> RenderableType:
-    """Render the live view of a confirmation: a headline, and each configuration with its mean so far."""
-    spent = time.monotonic() - progress.started
-    clock = f"{format_clock(spent)} spent"
-    if progress.done:
-        clock += f", about {format_clock(spent / progress.done * progress.most_left)} left"
+def render_confirmation(progress: "ConfirmProgress", first_end: tuple[float, int] | None = None) -> RenderableType:
+    """Render the live view of a confirmation: a headline, and each configuration with its mean so far.
+
+    Args:
+        progress: of the confirmation.
+        first_end: ``time.monotonic()`` at the end of the first run, and the number of runs done then. The time left is
+            estimated from what followed, because the first run had to wait for its worker.
+    """
+    clock = f"{format_clock(time.monotonic() - progress.started)} spent"
+    if first_end is not None and progress.done > first_end[1]:
+        pace = (time.monotonic() - first_end[0]) / (progress.done - first_end[1])
+        clock += f", about {format_clock(pace * progress.most_left)} left"
     headline = Text.assemble(
         (progress.run, "bold"), f"  {progress.done} of {progress.total} runs on fresh seeds  ", (clock, "cyan")
     )
