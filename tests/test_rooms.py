@@ -81,7 +81,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 def test_every_file_is_in_a_room() -> None:
     folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
     assert {folder.relative_to(PACKAGE).as_posix() for folder in folders} == {*FLOORS}
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "doors.py"}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "doors.py"}
 
 
 @pytest.mark.parametrize("room", FLOORS)

@@ -54,7 +54,7 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
         (
             "--objective accuracy",
             "--objective: must be one of val_accuracy, val_loss, train_seconds, peak_memory_bytes, "
-            "or several joined by commas, got 'accuracy'",
+            "or several joined by commas; a metric of your own needs --task or --train, got 'accuracy'",
         ),
         ("--imbalance 0.5", "--imbalance: must be at least 1, got 0.5"),
         ("--imbalance inf", "--imbalance: must be a finite number, got inf"),
@@ -123,7 +123,7 @@ def test_a_batch_larger_than_the_data_set_is_refused(capsys: pytest.CaptureFixtu
 
 
 def test_a_tail_that_is_too_long_for_the_data_names_the_flag() -> None:
-    arguments = argparse.Namespace(dataset="digits", data_dir=None, imbalance=100.0)
+    arguments = argparse.Namespace(dataset="digits", data_dir=None, imbalance=100.0, task=None, train=None)
     task = SearchRequest(arguments=arguments, space=load_space("quick"), command=("scripts/search.py",), begun=0.0)
     with pytest.raises(InputError) as caught:
         _load_checked(task)

@@ -23,6 +23,7 @@ from tune_amp.results.records import (
     write_trials,
 )
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
+from tune_amp.trial.consent import list_own_code
 
 PROVENANCE = dataclasses.replace(records.PROVENANCE, space_text=FIVE_SETTINGS)
 SLOT_TIME = SlotTime(slots=2, wall_seconds=50.0)
@@ -138,6 +139,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_line_that_trains_names_the_data_and_consents_to_the_users_own_code_only() -> None:
     words = list_reuse_words(
-        ("tune-amp", "train"), "my runs/best.parquet", data_dir="my data", model="mine:net", dataset="mnist"
+        ("tune-amp", "train"),
+        "my runs/best.parquet",
+        data_dir="my data",
+        own_code=list_own_code({"model": "mine:net", "dataset": "mnist"}),
     )
     assert words == ["tune-amp", "train", "my runs/best.parquet", "--data-dir", "my data", "--model", "mine:net"]

@@ -87,7 +87,9 @@ def test_the_line_that_trains_names_the_data_and_code_of_the_search(
     flag: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("scripts/search.py", "--dataset", "mine:data", *flag, "--model", "mine:net")
-    write_run(dataclasses.replace(PROVENANCE, command=command, dataset="mine:data"), model="mine:net")
+    write_run(
+        dataclasses.replace(PROVENANCE, command=command, dataset="mine:data"), model="mine:net", dataset="mine:data"
+    )
     expected = "tune-amp train results/demo/best.parquet --data-dir 'my data' --model mine:net --dataset mine:data"
     assert printed(capsys, "demo")[-1] == f"reuse    {expected}"
 

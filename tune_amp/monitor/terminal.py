@@ -165,7 +165,7 @@ def render_progress(
     )
     ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
     best = choose_best(ended, progress.objectives[:1], SHOWN_BEST)
-    parts = [
+    parts: list[RenderableType] = [
         headline,
         _render_running(progress, epochs_begun or {}),
         *([Text(), _render_best(progress, best)] if best else []),
