@@ -60,6 +60,15 @@ def make_scored(trial_id: str, accuracy: float | None, loss: float | None = 0.1,
     return make_trial(trial_id, epochs=(make_epoch(1, val_accuracy=accuracy, val_loss=loss),), **changes)
 
 
+FIVE_SETTINGS = """parameters:
+  lr: {low: 1.0e-4, high: 0.1}
+  batch_size: {low: 64, high: 1024}
+  precision: {choices: [fp16]}
+  init_scale: {low: 2^-24, high: 2^24, power_of_two: true}
+  growth_interval: {low: 1, high: 200000}
+"""
+"""Text of a space."""
+
 PROVENANCE = Provenance(
     run="2026-03-01-mnist",
     command=("scripts/search.py", "--seed", "7"),

@@ -129,9 +129,9 @@ def test_path_that_leads_nowhere_is_refused(text: str, message: str) -> None:
     ("build", "arguments"),
     [
         (search_parser, "~/x --data-dir=~/x --warm-start=~/x --resume=~/x --results-dir=~/x"),
-        (_train_parser, "~/x --output=~/x --data-dir=~/x"),
-        (_compare_parser, "~/x --output=~/x --data-dir=~/x"),
-        (_report_parser, "~/x --output=~/x"),
+        (_train_parser, "~/x --output=~/x --data-dir=~/x --results-dir=~/x"),
+        (_compare_parser, "~/x --output=~/x --data-dir=~/x --results-dir=~/x"),
+        (_report_parser, "~/x --output=~/x --results-dir=~/x"),
         (_show_parser, "~/x --results-dir=~/x"),
         (_grafana_parser, "~/x"),
     ],
@@ -144,7 +144,7 @@ def test_every_path_of_a_command_may_begin_with_the_home_folder(
     expanded = {
         name for name, value in vars(parser.parse_args(arguments.split())).items() if str(value) == f"{tmp_path}/x"
     }
-    kinds = ("DIR", "FILE", "RUN", "SPACE", "BEST.parquet")
+    kinds = ("DIR", "FILE", "RUN", "SPACE")
     assert expanded == {action.dest for action in parser._actions if action.metavar in kinds} - {"name"}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from records import PROVENANCE, make_trial
 
-from tune_amp.cli.main import main
+from tune_amp import __version__
+from tune_amp.cli.main import COMMANDS, main
 from tune_amp.cli.search import SearchRequest, _load_checked, _print_cut_off, _user_modules, search_command
-from tune_amp.cli.search_arguments import search_parser
+from tune_amp.cli.search_arguments import GROUPS, search_parser
 from tune_amp.cli.train import describe_recalls, train_command
 from tune_amp.results.records import rank_trials, write_best, write_trials
 from tune_amp.space.space import load_space
@@ -184,11 +186,66 @@ def test_each_script_prints_its_help(script: str) -> None:
 
 def test_tune_amp_without_a_command_tells_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "{search,train,compare,report,show,grafana}" in capsys.readouterr().err
+    usage = capsys.readouterr().err
+    assert re.findall(r"^  (\w+) +\w.*$", usage, re.MULTILINE) == [*COMMANDS]
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == usage
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("tune-amp ")
     assert main(["search", "--num-samples", "0"]) == 2
     assert main(["train", "nowhere.parquet"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("serach", "; did you mean search?"), ("shows", "; did you mean show?"), ("\x1b[2J", "")]
+)
+def test_an_unknown_command_is_answered_with_the_nearest(
+    name: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = f"(known: {', '.join(COMMANDS)})"
+    assert refusal(capsys, main([name])) == f"{name!r} is no command{hint} {known}"
+
+
+def test_an_unknown_space_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, search_command(["mnist_apm"])).endswith("; did you mean mnist_amp?")
+
+
+def test_the_package_runs_as_the_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "tune_amp", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"tune-amp {__version__}\n"
+
+
+def test_a_terminal_gets_a_line_before_the_heavy_libraries_are_imported() -> None:
+    code = (
+        "import sys; from tune_amp.cli import search\n"
+        "search.is_screen = lambda console: True\n"
+        "search.say = lambda console, line, **_: print(line, sorted({'torch', 'ray', 'optuna'} & set(sys.modules)))\n"
+        "search.search_command(['--num-samples', '0'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "starting   loading Optuna, Ray and PyTorch ... []\n"
+
+
+def test_every_flag_of_a_search_is_below_a_heading() -> None:
+    groups = {
+        group.title: [action.dest for action in group._group_actions] for group in search_parser("x")._action_groups
+    }
+    assert groups.pop("positional arguments") == ["space"]
+    assert groups.pop("options") == ["help"]
+    assert {title: sorted(names) for title, names in groups.items()} == {
+        title: sorted(names) for title, names in GROUPS.items()
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "report", "show"])
+def test_a_run_is_found_by_its_name_by_every_command(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "results" / "demo").mkdir(parents=True)
+    best = write_run(tmp_path / "results" / "demo")
+    (best if command != "report" else best.with_name("trials.parquet")).write_bytes(b"damaged")
+    assert main([command, "demo"]) == 2
+    assert re.match(r"error: results/demo/(best|trials)\.parquet: ", capsys.readouterr().err)
 
 
 # ---- train ----

@@ -90,10 +90,12 @@ def test_each_part_of_a_search_has_a_place_and_the_last_one_tidies_all(tmp_path:
     assert [storage.name for storage in places] == [name, f"{name}-2", f"{name}-3"]
     trials = [path.parent for storage in places for path in Path(storage.folder).rglob("checkpoint_*")]
     assert places[-1].list_foreign() == []
+    kept = trials[0] / "events.out"
+    kept.touch()
     places[-1].remove_checkpoints()
     assert list_checkpoints(tmp_path) == []
     assert len(trials) == 6
-    assert all(trial.exists() for trial in trials)
+    assert [trial for trial in trials if trial.exists()] == [kept.parent]  # no empty folder is left
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -310,7 +310,7 @@ class Watcher:
             raise BrokenPipeError
 
 
-CONFIRMATION = ConfirmProgress(run="demo", names={"a": "a"}, total=8, done=3, started=0.0)
+CONFIRMATION = ConfirmProgress(run="demo", names={"a": "a"}, objective="val_accuracy", total=8, done=3, started=0.0)
 
 
 def test_everything_is_passed_on_in_its_order(store: Store) -> None:

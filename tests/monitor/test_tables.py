@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import PROVENANCE, make_scored, make_trial
+from records import FIVE_SETTINGS, PROVENANCE, make_scored, make_trial
 from rich.console import Console
 
 from tune_amp.cli.run_summary import print_confirmed
@@ -73,25 +73,37 @@ FAR = [0.900, 0.903, 0.904]
 def test_table_shows_every_number_within_80_columns() -> None:
     widest: dict[str, Any] = {"lr": 1.234e-4, "batch_size": 1024, "init_scale": 2.0**-24, "growth_interval": 123456}
     rows = make_rows({"a": SPREAD, "b": [0.5, 0.9, 0.1]}, CLOSE, **widest)
-    text = show(rows)
+    text = show(rows, dataclasses.replace(PROVENANCE, space_text=FIVE_SETTINGS))
     assert "…" not in text
-    table = text.splitlines()[: len(rows) + 1]
+    table = text.partition("Means over")[0].splitlines()
     assert all(len(line.rstrip()) <= 80 for line in table)
-    assert ["2", "1.23e-04", "1024", "fp16", "2^-24", "123456", "96.20", "±0.50", "95.00", "±0.00", "+0.80"] in words(
-        text
-    )
+    settings = ["2", "0.000123", "1024", "fp16", "2^-24", "123456"]
+    assert [*settings, "96.20%", "±0.50", "95.00%", "±0.00"] in words(text)
+    assert ["2", "+0.80"] in words(text)  # what does not fit follows below
     assert "default" in text
+
+
+def test_table_shows_an_own_metric_and_own_parameters() -> None:
+    runs = [
+        dataclasses.replace(run, val_accuracy=None, test_accuracy=None, metrics={"val_f1": f1, "test_f1": f1 / 2})
+        for name, values in (("a", SPREAD), (DEFAULT_ID, FAR))
+        for run, f1 in zip(make_runs(name, values), values, strict=True)
+    ]
+    space = "own:\n  hidden: {choices: [64, 128]}\n"
+    by_f1 = dataclasses.replace(PROVENANCE, objective="val_f1", space_text=space)
+    ranked = [make_trial("a", config=TrialConfig(own={"hidden": 128}))]
+    text = show(rank_confirmed(ranked, DEFAULT, runs, ["val_f1"]), by_f1)
+    assert words(text)[0] == ["#", "own.hidden", "val_f1", "test_f1"]
+    assert ["1", "128", "0.9620", "±0.0050", "0.4810", "±0.0025"] in words(text)
+    assert "the test set was read once a run" in " ".join(text.split())
+    untested = [dataclasses.replace(run, metrics={"val_f1": run.metrics["val_f1"]}) for run in runs]
+    assert "test set" not in show(rank_confirmed(ranked, DEFAULT, untested, ["val_f1"]), by_f1)
 
 
 def test_the_default_has_its_place_and_what_may_be_the_best_is_named() -> None:
     rows = make_rows({"a": SPREAD, "b": CLOSE, "c": FAR}, [0.959, 0.963, 0.961])
     lines = words(show(rows))
-    assert [line[:2] for line in lines[1:5]] == [
-        ["1", "default"],
-        ["2", "3.00e-03"],
-        ["3", "2.00e-03"],
-        ["4", "4.00e-03"],
-    ]
+    assert [line[:2] for line in lines[2:6]] == [["1", "default"], ["2", "0.003"], ["3", "0.002"], ["4", "0.004"]]
     sentences = list(describe_confirmed(rows, PROVENANCE))
     assert sentences[0].startswith("Means over 3 fresh seeds")
     assert sentences[1].startswith(
@@ -134,7 +146,7 @@ def test_what_failed_is_named_with_its_reason() -> None:
     assert "Rank 3 has no mean: seed 1001: diverged: weights are not finite." in " ".join(text.split())
 
 
-def test_a_search_that_stopped_a_trial_early_says_what_its_optimism_compares() -> None:
+def test_a_search_that_stopped_a_trial_early_says_what_search_minus_confirmed_compares() -> None:
     rows = make_rows({"a": SPREAD}, CLOSE, max_epochs=2)
     assert any("ended early" in sentence for sentence in describe_confirmed(rows, PROVENANCE))
     rows = make_rows({"a": SPREAD}, CLOSE)
@@ -145,7 +157,9 @@ def test_rows_that_were_not_confirmed_are_left_out() -> None:
     rows = make_rows({"a": SPREAD, "b": CLOSE}, objective="val_accuracy,train_seconds")
     rows.append(BestRow(rank=3, trial=make_scored("c", 0.9)))
     pareto = dataclasses.replace(PROVENANCE, objective="val_accuracy,train_seconds")
-    assert render_confirmed(rows, pareto).row_count == 2
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(render_confirmed(rows, pareto))
+    assert [line[0] for line in words(console.export_text()) if line[0].isdigit()] == ["1", "2"]
     assert "ranks are the search's" in next(iter(describe_confirmed(rows, pareto)))
 
 

@@ -13,6 +13,7 @@ from records import INF, NAN, PROVENANCE, make_epoch, make_scored, make_trial
 from rich.console import Console, RenderableType
 
 from tune_amp.monitor import terminal as monitoring
+from tune_amp.monitor.tables import render_ranking
 from tune_amp.monitor.terminal import (
     JsonLines,
     LiveTable,
@@ -26,13 +27,12 @@ from tune_amp.monitor.terminal import (
     render_confirmation,
     render_importance,
     render_progress,
-    render_ranking,
 )
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, ParameterImportance
 from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult, SearchProgress
 from tune_amp.results.ranking import describe_ties, rank_confirmed
-from tune_amp.results.records import TrialRecord
+from tune_amp.results.records import Provenance, TrialRecord
 from tune_amp.trial.config import TrialConfig, TrialStatus, format_scale
 
 NAME = "07-fp16-lr0.0031-b1024-scale2^12"
@@ -60,6 +60,19 @@ def make_progress(trials: Sequence[TrialRecord] = (), running: Sequence[str] = (
         running=frozenset(running),
     )
     return dataclasses.replace(progress, **changes)
+
+
+def make_provenance(*names: str, objective: str = "val_accuracy") -> Provenance:
+    """Of a run that searched these parameters, own ones with their prefix."""
+    choices = "{choices: [1, 2]}"
+    fields = [f"  {name}: {choices}\n" for name in names if not name.startswith("own.")]
+    own = [f"  {name.removeprefix('own.')}: {choices}\n" for name in names if name.startswith("own.")]
+    fixed = "fixed:\n  precision: fp16\n"
+    text = "".join([*(["parameters:\n"] if fields else []), *fields, *(["own:\n"] if own else []), *own, fixed])
+    return dataclasses.replace(PROVENANCE, space_text=text, objective=objective)
+
+
+FIVE = ("lr", "batch_size", "init_scale", "growth_interval", "weight_decay")
 
 
 def words(text: str) -> list[list[str]]:
@@ -103,12 +116,78 @@ def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> 
     ]
     text = show(render_progress(make_progress(trials, ["a", "b"])))
     assert "…" not in text
-    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "too", "high", "123456"] in words(text)
+    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "too", "high"] in words(text)
+    assert [NAME, "123456"] in words(text)  # what does not fit follows below
+    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "too", "high", "123456"] in words(
+        show(render_progress(make_progress(trials, ["a", "b"])), 120)
+    )
     assert ["08-fp32-lr0.1-b64", "0/5"] in words(text)
-    best = f"best so far {NAME.replace('07', '05')} completed epoch 1 val_accuracy 98.76%"
-    assert best in " ".join(text.split())
+    assert [NAME.replace("07", "05"), "completed", "1/5", "98.76%"] in words(text)
     assert "1 of 16 trials ended: 1 completed" in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_live_view_keeps_the_best_three_and_the_last_that_ended() -> None:
+    scores = [
+        make_scored(name, score, trial_name=f"trial-{name}")
+        for name, score in {"a": 0.5, "b": 0.9, "c": 0.7, "d": 0.8}.items()
+    ]
+    table = LiveTable(Console(file=io.StringIO(), width=80))
+    table.on_progress(make_progress(scores), scores[0])
+    table.on_progress(make_progress(scores), None)
+    shown = words(show(table._render()))
+    best = [line[0] for line in shown if line[-1:] and line[-1].endswith("0%") and line[0].startswith("trial-")]
+    assert best == ["trial-b", "trial-d", "trial-c"]
+    assert ["last", "ended", "trial-a", "completed", "epoch", "1", "val_accuracy", "50.00%"] in [
+        line[:8] for line in shown
+    ]
+
+
+def test_live_view_shows_how_long_a_running_trial_has_been_in_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: now))
+    table = LiveTable(Console(file=io.StringIO(), width=120))
+    waiting, reported = (make_trial("a", trial_name="t", epochs=epochs) for epochs in ((), (make_epoch(1),)))
+
+    def row() -> list[str]:
+        return next(line for line in words(show(table._render(), 120)) if line[0] == "t")
+
+    table.on_progress(make_progress([waiting], ["a"]), None)
+    now = 112.0
+    table.on_progress(make_progress([waiting], ["a"]), None)  # another trial reported
+    assert row()[:3] == ["t", "0/5", "12s"]
+    table.on_progress(make_progress([reported], ["a"]), None)
+    now = 115.0
+    assert row()[:3] == ["t", "1/5", "3s"]
+
+
+def test_an_own_metric_is_shown_wherever_the_search_is() -> None:
+    own = {"val_accuracy": None, "val_loss": None, "metrics": {"val_f1": 0.876543}}
+    trials = [make_trial(name, trial_name=f"trial-{name}", epochs=(make_epoch(1, **own),)) for name in "ab"]
+    progress = make_progress(trials, ["a"], objectives=("val_f1",))
+    text = show(render_progress(progress, trials[1]))
+    assert words(text)[2][-1:] == ["skipped"]
+    assert "accuracy" not in text
+    assert "trial-b  completed  epoch 1  val_f1 0.8765" in text
+    assert [line[-1] for line in words(text) if line[:2] == ["trial-b", "completed"]] == ["0.8765"]
+    stream = io.StringIO()
+    PlainLines(Console(file=stream, width=80)).on_progress(progress, trials[1])
+    assert stream.getvalue() == "[1/16] trial-b  completed  epoch 1  val_f1 0.8765  1 of 100 steps skipped\n"
+    event = describe_as_json(dataclasses.replace(trials[1], config=TrialConfig(own={"hidden": 64})))
+    assert (event["metrics"]["val_f1"], event["config"]["own.hidden"]) == (0.876543, 64)
+
+
+def test_an_own_metric_is_shown_wherever_the_confirmation_is() -> None:
+    run = make_confirmed("a", 1000, None, val_loss=None, metrics={"val_f1": 0.876543})
+    progress = dataclasses.replace(make_confirmation(run), objective="val_f1")
+    text = show(render_confirmation(progress))
+    assert [f"{NAME}[/]", "1/2", "0.8765"] in words(text)
+    assert "accuracy" not in text
+    stream = io.StringIO()
+    PlainLines(Console(file=stream, width=80)).on_confirmation(progress, run)
+    assert stream.getvalue() == f"[confirm 1/4] {NAME}[/]  seed 1000  completed  val_f1 0.8765\n"
+    JsonLines(stream := io.StringIO()).on_confirmation(progress, run)
+    assert json.loads(stream.getvalue())["val_f1"] == 0.876543
 
 
 def test_live_view_shows_nan_as_nan() -> None:
@@ -116,14 +195,14 @@ def test_live_view_shows_nan_as_nan() -> None:
     text = show(render_progress(make_progress([make_trial("a", trial_name="t", epochs=(last,))], ["a"])))
     [row] = [line for line in words(text) if line[:1] == ["t"]]
     assert row[2:4] == ["nan%", "inf"]
-    assert "none yet" in text
+    assert "best so far" not in text
 
 
 def test_live_view_before_the_first_trial_says_so() -> None:
     table = LiveTable(Console(file=io.StringIO(), width=80))
     assert "starting workers" in show(table._render())
     text = show(render_progress(make_progress()))
-    assert "none yet" in text
+    assert "best so far" not in text
     assert "0 of 16 trials ended\n" in text
 
 
@@ -244,19 +323,27 @@ def test_ranking_shows_every_number_within_80_columns() -> None:
         make_trial("a", config=WIDE, epochs=(last,), wall_seconds=3600.4),
         make_scored("b", 0.98765, 1234.5678, config=TrialConfig(lr=0.5, batch_size=64, max_epochs=5)),
     ]
-    text = show(render_ranking(ranked))
+    text = show(render_ranking(ranked, make_provenance(*FIVE)))
     assert "…" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
-    _, first, second = words(text)
-    assert first == [
-        "1", "1.23e-04", "1024", "fp16", "2^-24", "2000", "100/100", "100.00%", "99.9999", "99999", "60m00s"
-    ]  # fmt: skip
-    assert second == ["2", "5.00e-01", "64", "fp32", "1/5", "98.77%", "1235", "1", "4s"]
+    rows = [line for line in words(text) if line[:1] in (["1"], ["2"])]
+    assert rows == [
+        ["1", "0.000123", "1024", "2^-24", "2000", "0", "100/100", "100.00%", "100.0", "99999"],
+        ["2", "0.5", "64", "0", "1/5", "98.77%", "1235", "1"],
+        ["1", "60m00s"],
+        ["2", "4s"],
+    ]
 
 
-def test_ranking_has_a_heading_for_each_column() -> None:
-    heading = words(show(render_ranking([make_trial(config=WIDE)])))[0]
-    assert {"lr", "batch", "precision", "scale", "interval", "accuracy", "loss", "skips", "time"} <= set(heading)
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_ranking_shows_what_was_searched_and_breaks_between_words_only(width: int) -> None:
+    searched = ("weight_decay", "batch_size", "own.hidden")
+    config = dataclasses.replace(WIDE, own={"hidden": 2})
+    text = show(render_ranking([make_trial(config=config)], make_provenance(*searched)), width)
+    titles = {"weight", "decay", "batch", "size", "own.hidden", "epochs", "validation", "accuracy", "loss", "skipped"}
+    found = {word for line in words(text) for word in line if not word[0].isdigit()}
+    assert found == titles | {"#", "steps", "time"}
+    assert all(len(line) <= width for line in text.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -292,9 +379,11 @@ def test_sentence_about_a_pareto_set_names_its_objectives() -> None:
 def test_ranking_shows_the_costs_that_were_objectives() -> None:
     last = make_epoch(2, peak_memory_bytes=3 * 2**20, train_seconds=12.34)
     ranked = [make_trial("a", epochs=(last,))]
-    assert [cell in show(render_ranking(ranked)).split() for cell in ("12.3s", "3MiB")] == [False, False]
+    shown = show(render_ranking(ranked, make_provenance("lr"))).split()
+    assert [cell in shown for cell in ("12.3s", "3MiB")] == [False, False]
     for objective, cells in (("train_seconds", {"training", "12.3s"}), ("peak_memory_bytes", {"memory", "3MiB"})):
-        assert cells <= set(show(render_ranking(ranked, ("val_accuracy", objective))).split())
+        both = make_provenance("lr", objective=f"val_accuracy,{objective}")
+        assert cells <= set(show(render_ranking(ranked, both)).split())
 
 
 def test_importance_is_shown_beside_what_permuted_values_reach() -> None:
@@ -307,7 +396,7 @@ def test_importance_is_shown_beside_what_permuted_values_reach() -> None:
     result = ImportanceResult(objective="val_accuracy", epoch=1, trials=32, method="PED-ANOVA", rows=rows)
     shown = words(show(render_importance(result)))
     assert ["lr", "0.90", "0.20", "0.003"] in shown
-    assert ["batch_size", "0.10", "0.30", "0.500", "cannot", "be", "told", "from", "noise"] in shown
+    assert ["batch_size", "0.10", "0.30", "0.500", "not", "distinguishable", "from", "chance"] in shown
 
 
 def test_counts_list_each_status_that_occurs() -> None:
@@ -322,25 +411,44 @@ def test_counts_list_each_status_that_occurs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spent", "ended", "budget", "expected"),
+    ("spent", "ended", "changes", "expected"),
     [
-        (0.4, 0, None, "0s spent"),
-        (59.6, 1, None, "1m00s spent"),  # from one trial, start-up and all, nothing follows
-        (40, 4, None, "40s spent, about 2m00s left"),
-        (40, 4, 100.0, "40s spent, about 1m00s left"),
-        (40, 4, 30.0, "40s spent, about 0s left"),
-        (40, 4, 1e6, "40s spent, about 2m00s left"),
-        (160, 16, None, "2m40s spent, about 0s left"),
-        (7200, 2, None, "120m00s spent, about 840m00s left"),
+        (0.4, 0, {}, "0s spent"),
+        (59.6, 1, {}, "1m00s spent"),  # nothing follows from one trial, start-up and all
+        (40, 4, {}, "40s spent, about 1m55s left"),  # 11 trials and half of one, of 10 s each
+        (40, 4, {"slots": 2}, "40s spent, about 58s left"),
+        (40, 4, {"slots": 2, "confirm_runs": 8}, "40s spent, about 4m18s left with confirmation"),  # of 5 epochs
+        (40, 4, {"time_budget": 100.0}, "40s spent, about 1m00s left"),
+        (40, 4, {"time_budget": 30.0}, "40s spent, about 0s left"),
+        (40, 4, {"time_budget": 30.0, "confirm_runs": 1}, "40s spent, about 50s left with confirmation"),
+        (160, 15, {}, "2m40s spent, about 5s left"),
+        (7200, 2, {"num_samples": 723}, "120m00s spent, about 120m05s left"),
     ],
 )
 def test_time_left_is_estimated_from_the_second_trial_on(
-    monkeypatch: pytest.MonkeyPatch, spent: float, ended: int, budget: float | None, expected: str
+    monkeypatch: pytest.MonkeyPatch, spent: float, ended: int, changes: dict[str, Any], expected: str
 ) -> None:
     monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: 1000.0 + spent))
-    trials = [make_trial(f"{number}") for number in range(ended + 1)]
-    progress = make_progress(trials, [f"{ended}"], started=1000.0, time_budget=budget)
+    trials = [make_trial(f"{number}", wall_seconds=10.0, epochs=(make_epoch(1),)) for number in range(ended + 1)]
+    progress = make_progress(trials, [f"{ended}"], started=1000.0, **changes)
     assert describe_time(progress) == expected
+
+
+def test_time_left_of_a_confirmation_counts_the_runs_that_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run that ends waited for its worker to start, so the pace is that of the later ones."""
+    now = 0.0
+    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(monotonic=lambda: now))
+    table = LiveTable(Console(file=io.StringIO(), width=80))
+    for now, done in ((0.0, 0), (20.0, 1)):  # noqa: B007 - the clock reads it
+        progress = dataclasses.replace(make_confirmation(*CONFIRMED[:done]), started=0.0)
+        table.on_confirmation(progress, CONFIRMED[0] if done else None)
+        assert "left" not in show(table._render())
+    now = 30.0
+    progress = dataclasses.replace(make_confirmation(*CONFIRMED), started=0.0)
+    table.on_confirmation(progress, CONFIRMED[2])
+    assert "30s spent, about 5s left" in show(table._render())
+    table.on_confirmation(dataclasses.replace(progress, may_follow=7), None)
+    assert "30s spent, about 40s left" in show(table._render())
 
 
 @pytest.mark.parametrize(
@@ -389,7 +497,14 @@ JOBS = [
 def make_confirmation(*runs: ConfirmedRun) -> ConfirmProgress:
     names = {"a": f"{NAME}[/]", DEFAULT_ID: DEFAULT_ID}
     return ConfirmProgress(
-        run="quick-1", jobs=JOBS, names=names, total=4, done=len(runs), runs=runs, started=time.monotonic()
+        run="quick-1",
+        jobs=JOBS,
+        names=names,
+        objective="val_accuracy",
+        total=4,
+        done=len(runs),
+        runs=runs,
+        started=time.monotonic(),
     )
 
 

@@ -134,24 +134,31 @@ def test_installed_wheel_brings_its_own_spaces(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("source", "shown"),
+    ("source", "shown", "nearest"),
     [
-        ("mnist", "mnist"),
-        ("", "''"),
-        ("quick.yaml", "quick.yaml"),
-        ("../quick", "../quick"),
-        ("a\nb", r"'a\nb'"),
-        ("\0", r"'\x00'"),
-        ("\ud800", r"'\ud800'"),
+        ("mnist", "mnist", "mnist_amp"),
+        ("", "''", None),
+        ("quick.yaml", "quick.yaml", "quick"),
+        ("../quick", "../quick", "quick"),
+        ("a\nb", r"'a\nb'", None),
+        ("\0", r"'\x00'", None),
+        ("\ud800", r"'\ud800'", None),
     ],
 )
-def test_unknown_name_lists_the_bundled_ones(
-    source: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unknown_name_lists_the_bundled_ones_and_the_nearest(
+    source: str, shown: str, nearest: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         load_space(source)
-    assert str(caught.value) == f"{shown}: is neither a file nor a bundled search space ({', '.join(BUNDLED)})"
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    assert str(caught.value) == f"{shown}: is neither a file nor a bundled search space ({', '.join(BUNDLED)}){hint}"
+
+
+def test_a_space_is_loaded_from_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("parameters:\n  lr: {low: 1.0e-4, high: 0.1}\n")
+    assert load_space(path) == load_space(str(path))
 
 
 def test_directory_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tune_amp.cli.console import (
     choose_output,
     load_searched_data,
     open_console,
+    parse_winner,
     take_consent,
 )
 from tune_amp.cluster.interrupt import interrupted_by_signals
@@ -37,7 +38,7 @@ def compare_command(arguments: Sequence[str] | None = None, program: str = "scri
 
     def run() -> int:
         with interrupted_by_signals():
-            return _compare(_compare_parser(program).parse_args(command), (program, *command))
+            return _compare(parse_winner(_compare_parser(program), command), (program, *command))
 
     return answer_bad_input(run)
 

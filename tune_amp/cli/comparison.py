@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from tune_amp.cli.console import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NO_RESULT, say
+from tune_amp.monitor.tables import WideTable
 from tune_amp.results.files import check_free
 from tune_amp.results.records import Provenance, TrialRecord, list_versions
 from tune_amp.reuse.precision_page import CPU_MEANING, FILES, describe_settings, write_comparison
@@ -147,8 +148,8 @@ class Comparison:
             return
         page = self._write()  # again: an interruption may have come between a run and its file
         names = ", ".join(sorted(path.name for path in self.folder.iterdir()))
-        for line in ("", *page.splitlines(), f"files    {self.folder}: {names}"):
-            self.console.print(printable(line), markup=False, soft_wrap=True)
+        print_page(self.console, page)
+        say(self.console, f"files    {self.folder}: {names}")
 
 
 class Progress:
@@ -195,6 +196,22 @@ def describe_run(run: ComparedRun) -> str:
     if run.skipped_steps:
         parts.append(f"{run.skipped_steps} of {run.steps} steps skipped")
     return "  ".join(parts)
+
+
+def print_page(console: Console, page: str) -> None:
+    """Print the page without its head, whose lines were printed before the runs, with tables for a terminal."""
+    for block in page[page.index("\n## ") :].strip().split("\n\n"):
+        console.print()
+        lines = block.strip().splitlines()
+        if lines[0].startswith("|"):
+            titles, ruler, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+            table = WideTable(titles, [title for title, rule in zip(titles, ruler, strict=True) if rule[-1] != ":"])
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+            continue
+        for line in lines:
+            say(console, line.removeprefix("## ").replace("**", ""), style="bold" if line.startswith("## ") else None)
 
 
 def describe_cells(cells: Sequence[MapCell]) -> str:

@@ -11,13 +11,14 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
 from tune_amp.results.run_folder import RunFolder
+from tune_amp.search.options import DEFAULT_RESULTS_DIR
 from tune_amp.trial.config import InputError, TrialConfig, describe_error, one_line
 from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to
 from tune_amp.trial.text import printable
@@ -160,13 +161,32 @@ def is_screen(console: Console) -> bool:
 def add_winner_arguments(parser: argparse.ArgumentParser, saved: str) -> None:
     """Add the arguments of a command that trains a ranked configuration; ``saved`` is what ``--output`` receives."""
     add = parser.add_argument
-    add("best", type=read_path, metavar="BEST.parquet", help="best.parquet, or the run folder")
+    add_run_argument(parser, "best", "name or folder of the run, or its best.parquet")
     add("--rank", type=int, default=1, metavar="N", help="which of the ranked configurations (%(default)s)")
-    add("--output", type=read_path, metavar="DIR", help=f"folder for {saved} beside BEST.parquet)")
+    add("--output", type=read_path, metavar="DIR", help=f"folder for {saved} in the run's folder)")
     add("--data-dir", type=read_path, metavar="DIR", help="folder of the data files, or TUNE_AMP_DATA")
     for flag in OWN_CODE_FLAGS:
         add(f"--{flag}", metavar="MODULE:NAME", help=f"consent to run your own code that the file names as {flag}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (%(default)s)")
+
+
+def add_run_argument(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """Add the argument ``name``, which names a run, and ``--results-dir``, where it is found by its name."""
+    parser.add_argument(name, type=read_place, metavar="RUN", help=text)
+    parser.add_argument(
+        "--results-dir",
+        type=read_path,
+        default=DEFAULT_RESULTS_DIR,
+        metavar="DIR",
+        help="where run folders are (%(default)s)",
+    )
+
+
+def parse_winner(parser: argparse.ArgumentParser, command: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of a command that trains a ranked configuration, with ``best`` as a path."""
+    arguments = parser.parse_args(command)
+    arguments.best = find_run(arguments.best, arguments.results_dir)
+    return arguments
 
 
 def choose_output(arguments: argparse.Namespace, name: str) -> Path:

@@ -1,5 +1,6 @@
 """The program ``tune-amp``: search, train, compare, report, show, grafana."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 
@@ -11,30 +12,37 @@ from tune_amp.cli.report import report_command
 from tune_amp.cli.search import search_command
 from tune_amp.cli.show import show_command
 from tune_amp.cli.train import train_command
+from tune_amp.trial.config import shown
+
+COMMANDS = {
+    "search": (search_command, "search for the best settings, and confirm the winners on fresh seeds"),
+    "show": (show_command, "print the result of a run again"),
+    "report": (report_command, "write the HTML report of a run again"),
+    "train": (train_command, "train a winner on all training data, test it once and save it"),
+    "compare": (compare_command, "train a winner in fp32, bf16 and fp16, and say what each gains"),
+    "grafana": (grafana_command, "write the Grafana dashboard of the metrics of searches"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command of ``tune-amp``: search, train, compare, report, show, or grafana.
+    """Run a command of ``tune-amp``.
 
     Returns:
         The exit code: 0 done, 1 no result, 2 bad input, 130 interrupted.
     """
-    commands = {
-        "search": search_command,
-        "train": train_command,
-        "compare": compare_command,
-        "report": report_command,
-        "show": show_command,
-        "grafana": grafana_command,
-    }
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0] in commands:
-        name = arguments[0]
-        return commands[name](arguments[1:], program=f"tune-amp {name}")
-    if arguments and arguments[0] in ("-V", "--version"):
+    name = arguments[0] if arguments else ""
+    if name in COMMANDS:
+        return COMMANDS[name][0](arguments[1:], program=f"tune-amp {name}")
+    if name in ("-V", "--version"):
         print(f"tune-amp {__version__}")  # noqa: T201
         return EXIT_DONE
-    usage = f"usage: tune-amp {{{','.join(commands)}}} ... (each has its own --help); tune-amp --version"
-    wanted_help = bool(arguments) and arguments[0] in ("-h", "--help")
-    print(usage, file=sys.stdout if wanted_help else sys.stderr)
-    return EXIT_DONE if wanted_help else EXIT_BAD_INPUT
+    if name in ("", "-h", "--help"):
+        lines = "".join(f"  {command:<9}{line}\n" for command, (_, line) in COMMANDS.items())
+        usage = f"usage: tune-amp COMMAND ... (each has its own --help); tune-amp --version\n\ncommands:\n{lines}"
+        print(usage, end="", file=sys.stdout if name else sys.stderr)
+        return EXIT_DONE if name else EXIT_BAD_INPUT
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"error: {shown(name)} is no command{hint} (known: {', '.join(COMMANDS)})", file=sys.stderr)  # noqa: T201
+    return EXIT_BAD_INPUT

@@ -3,7 +3,15 @@
 import argparse
 from collections.abc import Sequence
 
-from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
+from tune_amp.cli.console import (
+    EXIT_DONE,
+    OneLineParser,
+    add_run_argument,
+    answer_bad_input,
+    find_run_folder,
+    ignoring_closed_pipe,
+    read_path,
+)
 
 
 def report_command(arguments: Sequence[str] | None = None, program: str = "scripts/report.py") -> int:
@@ -17,7 +25,7 @@ def _report_parser(program: str) -> argparse.ArgumentParser:
         description="Make the report of a run from its Parquet files: one HTML file that needs no network.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=read_path, metavar="RUN", help="folder of the run")
+    add_run_argument(parser, "run", "name or folder of the run, or a file in it")
     parser.add_argument("--output", type=read_path, metavar="FILE", help="where to write it (report.html in RUN)")
     return parser
 
@@ -25,7 +33,8 @@ def _report_parser(program: str) -> argparse.ArgumentParser:
 def _report(arguments: argparse.Namespace) -> int:
     from tune_amp.report.report import write_report
 
-    path = write_report(arguments.run, arguments.output)
+    folder = find_run_folder(arguments.run, arguments.results_dir, "RUN")
+    path = write_report(folder, arguments.output)
     with ignoring_closed_pipe():
         print(path)  # noqa: T201
     return EXIT_DONE

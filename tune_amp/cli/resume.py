@@ -182,7 +182,8 @@ def describe_progress(history: RunHistory, num_samples: int, time_budget: float 
     """Return the progress of a resumed run in one line."""
     over = len(history.trials) - len(history.unfinished)
     kept = sum(trial.report is not None for trial in history.unfinished)
-    cut = f", {len(history.unfinished)} were cut off ({kept} of them after a report)" if history.unfinished else ""
+    were = "was" if len(history.unfinished) == 1 else "were"
+    cut = f", {len(history.unfinished)} {were} cut off ({kept} of them after a report)" if history.unfinished else ""
     used_up = time_budget is not None and time_budget <= history.seconds
     budget = f", all of --time-budget {time_budget:g}" if used_up else ""
     return f"{over} of {num_samples} trials are over{cut}; {history.seconds:.0f} s so far{budget}"

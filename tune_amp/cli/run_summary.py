@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from tune_amp.cli.console import say
-from tune_amp.monitor.tables import describe_confirmed, render_confirmed
-from tune_amp.monitor.terminal import describe_counts, render_importance, render_ranking
+from tune_amp.monitor.tables import describe_confirmed, render_confirmed, render_ranking
+from tune_amp.monitor.terminal import describe_counts, render_importance
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.results.ranking import choose_best, describe_ties, list_obstacles
@@ -140,8 +140,10 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
     if summary.is_confirmed:
         say(console, _describe_runs(summary))
     run = RunFolder(summary.folder)
-    files = [path.name for path in run.files if path.exists()]
+    files = [path.name for path in run.files if path.exists() and path != run.report]
     say(console, f"files    {summary.folder}: {', '.join(files)}")
+    if run.report.exists():
+        console.print(printable(f"report   {run.report}"), markup=False, soft_wrap=True)
     if run.best.exists():
         console.print(printable(f"reuse    {reuse}"), markup=False, soft_wrap=True)
 
@@ -160,7 +162,7 @@ def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Prove
 
 
 def _print_ranking(console: Console, summary: RunSummary) -> None:
-    console.print(render_ranking(summary.ranked, summary.provenance.objectives))
+    console.print(render_ranking(summary.ranked, summary.provenance))
     ties = describe_ties(summary.ranked, summary.provenance)
     if ties:
         say(console, ties)

@@ -30,6 +30,7 @@ from tune_amp.cli.console import (
     find_run,
     find_run_folder,
     ignoring_closed_pipe,
+    is_screen,
     load_announced,
     open_console,
     say,
@@ -110,6 +111,9 @@ def search_command(arguments: Sequence[str] | None = None, program: str = "scrip
 def _search(command: Sequence[str], program: str, begun: float) -> int:
     parser = search_parser(program)
     arguments = parser.parse_args(command)
+    console = open_console(quiet=arguments.quiet or arguments.json)
+    if is_screen(console):  # what follows takes seconds
+        say(console, "starting   loading Optuna, Ray and PyTorch ...", style="dim")
     if arguments.resume is None:
         return _begin(arguments, program, command, begun)
     from tune_amp.cli.resume import describe_changes, restore_arguments

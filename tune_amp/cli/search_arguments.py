@@ -10,49 +10,64 @@ from tune_amp.trial.config import DATASETS, value_type
 
 DEFAULT_SPACE = "mnist_amp"
 
+GROUPS = {
+    "what is trained": ("dataset", "data_dir", "imbalance", "model", "task", "train"),
+    "how much": ("num_samples", "max_epochs", "time_budget", "trial_time_limit", "max_failures"),
+    "how it is searched": ("objective", "mode", "sampler", "scheduler", "grace_period", "reduction_factor", "seed"),
+    "before and after": ("warm_start", "top_k", "confirm_seeds"),
+    "hardware and cluster": ("gpus_per_trial", "cpus_per_trial", "max_concurrent", "address", "storage_path"),
+    "the run and its output": ("name", "results_dir", "resume", "tracker", "quiet", "json"),
+}
+"""Headings of the help -> the flags below each, by their fields."""
+
 
 def search_parser(program: str) -> argparse.ArgumentParser:
     """Return the parser of the arguments; its help names ``program``."""
     parser = OneLineParser(
         prog=program,
+        usage="%(prog)s [SPACE] [flags]",
         description="Search for the settings under which mixed-precision training works best.",
         allow_abbrev=False,
     )
+    text = f"YAML file, or a bundled space's name ({DEFAULT_SPACE})"
+    parser.add_argument("space", help=text, nargs="?", type=read_place, metavar="SPACE")
+    group_of = {
+        name: group for title, names in GROUPS.items() for group in [parser.add_argument_group(title)] for name in names
+    }
 
     def add(name: str, text: str, **settings: Any) -> None:
         unset = settings.get("default") in (None, [])
-        parser.add_argument(name, help=text if unset else f"{text} (%(default)s)", **settings)
+        group_of[name].add_argument(name_flag(name), help=text if unset else f"{text} (%(default)s)", **settings)
 
-    add("space", f"YAML file, or a bundled space's name ({DEFAULT_SPACE})", nargs="?", type=read_place, metavar="SPACE")
     text = (
         f"auto, {', '.join(DATASETS)} or MODULE:FUNCTION; auto is MNIST where it can be had, else scikit-learn's digits"
     )
-    add("--dataset", text, default="auto", metavar="NAME")
-    add("--data-dir", "folder of the data files, or TUNE_AMP_DATA", type=read_path, metavar="DIR")
+    add("dataset", text, default="auto", metavar="NAME")
+    add("data_dir", "folder of the data files, or TUNE_AMP_DATA", type=read_path, metavar="DIR")
     text = "thin the training classes to a long tail of X:1; validation and test stay as they are"
-    add("--imbalance", text, type=float, default=1.0, metavar="X")
+    add("imbalance", text, type=float, default=1.0, metavar="X")
     for field in dataclasses.fields(SearchOptions):
         about, kind = field.metadata, value_type(field.name, SearchOptions)
         add(
-            name_flag(field.name),
+            field.name,
             about["help"] + (f" ({about['unset']})" if "unset" in about else ""),
             type=about.get("read", kind),
             default=field.default,
             metavar=about.get("metavar", {int: "N", float: "X", str: "NAME"}[kind]),
         )
     text = "start from what an earlier run found: its folder, its name in --results-dir, or its Parquet file"
-    add("--warm-start", text, type=read_place, metavar="RUN")
-    text = "resume a run that was cut off, with the arguments that it had: its folder, or its name in --results-dir"
-    add("--resume", text, type=read_place, metavar="RUN")
-    add("--name", "name of the run: letters, digits, _, . and - (space, date and time)", metavar="RUN")
-    add("--results-dir", "where run folders are made", type=read_path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
-    text = f"report to {', '.join(TRACKERS)}, or several joined by commas, or none; their files lie in the run folder"
-    add("--tracker", text, action="append", default=[], metavar="NAME")
+    add("warm_start", text, type=read_place, metavar="RUN")
     text = "join a Ray cluster: auto or host:port; none starts a Ray here"
-    add("--address", text, type=_unless_none, metavar="ADDR")
+    add("address", text, type=_unless_none, metavar="ADDR")
     text = "where a cluster's nodes keep checkpoints; none is the run folder"
-    add("--storage-path", text, type=_storage_place, metavar="URL")
-    shown = parser.add_mutually_exclusive_group()
+    add("storage_path", text, type=_storage_place, metavar="URL")
+    add("name", "name of the run: letters, digits, _, . and - (space, date and time)", metavar="RUN")
+    add("results_dir", "where run folders are made", type=read_path, default=DEFAULT_RESULTS_DIR, metavar="DIR")
+    text = "resume a run that was cut off, with the arguments that it had: its folder, or its name in --results-dir"
+    add("resume", text, type=read_place, metavar="RUN")
+    text = f"report to {', '.join(TRACKERS)}, or several joined by commas, or none; their files lie in the run folder"
+    add("tracker", text, action="append", default=[], metavar="NAME")
+    shown = group_of["quiet"].add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
     shown.add_argument("--json", action="store_true", help="print JSON lines")
     return parser

@@ -58,7 +58,8 @@ def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> 
         text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
         say(console, f"note       train_seconds: {text}", style="yellow")
     if session.dashboard_url:
-        way_in = f", token in {session.token_path}" if session.token_path else ""
+        hint = "not the one that `ray get-auth-token` prints"
+        way_in = f", token in {session.token_path} ({hint})" if session.token_path else ""
         console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
     else:
         say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
@@ -138,7 +139,8 @@ def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession")
     where = {"folder": str(plan.folder), "dashboard": session.dashboard_url, "token_path": token}
     warm = None if plan.warm_start is None else plan.warm_start.describe_as_json()
     found = {"authenticated": session.authenticated, "inert": list_inert(plan), "unfit": plan.unfit, "warm_start": warm}
-    JsonLines(stdout).write("start", {"run": plan.folder.name, "dataset": plan.dataset.name, **where, **found})
+    about = {"run": plan.folder.name, "dataset": plan.dataset.name, "objectives": plan.options.objectives}
+    JsonLines(stdout).write("start", {**about, **where, **found})
 
 
 def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:

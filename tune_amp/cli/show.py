@@ -10,16 +10,15 @@ from rich.console import Console
 from tune_amp.cli.console import (
     EXIT_DONE,
     OneLineParser,
+    add_run_argument,
     answer_bad_input,
     find_run_folder,
     ignoring_closed_pipe,
     open_console,
-    read_path,
-    read_place,
     say,
 )
 from tune_amp.results.run_folder import RunFolder
-from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_path
+from tune_amp.search.options import name_path
 from tune_amp.trial.config import check
 from tune_amp.trial.consent import list_own_code
 
@@ -39,15 +38,8 @@ def _show_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", type=read_place, metavar="RUN", help="folder of the run, a file in it, or its name below --results-dir")
+    add_run_argument(parser, "run", "name or folder of the run, or a file in it")
     add("--top-k", type=int, metavar="N", help="how many of the best to show (as many as the search ranked)")
-    add(
-        "--results-dir",
-        type=read_path,
-        default=DEFAULT_RESULTS_DIR,
-        metavar="DIR",
-        help="where run folders are (%(default)s)",
-    )
     return parser
 
 

@@ -20,6 +20,7 @@ from tune_amp.cli.console import (
     choose_output,
     load_searched_data,
     open_console,
+    parse_winner,
     say,
     take_consent,
 )
@@ -57,7 +58,7 @@ def train_command(arguments: Sequence[str] | None = None, program: str = "script
 
     def run() -> int:
         with interrupted_by_signals():
-            return _train(_train_parser(program).parse_args(arguments))
+            return _train(parse_winner(_train_parser(program), arguments))
 
     return answer_bad_input(run)
 

@@ -118,6 +118,10 @@ class RunStorage:
             if _CHECKPOINT.fullmatch(path.removeprefix(f"{folder}/")):
                 with contextlib.suppress(FileNotFoundError):  # Ray has replaced it
                     self.filesystem.delete_dir(path)
+        if trial is None and isinstance(self.filesystem, fs.LocalFileSystem):
+            for emptied in Path(folder).glob("*/"):
+                with contextlib.suppress(OSError):  # it is not empty, or a link
+                    emptied.rmdir()
 
     def _list_folders(self, folder: str, trial: str | None) -> list[str]:
         """Return the folders inside trial folders. Skip symbolic links: a run may come from any source."""

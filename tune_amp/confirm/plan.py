@@ -145,6 +145,11 @@ def choose_seeds(seed: int, count: int) -> tuple[int, ...]:
     return tuple(itertools.islice((fresh for fresh in itertools.count(first) if fresh != seed), count))
 
 
+def count_most_runs(top_k: int, seeds: int) -> int:
+    """Return the largest number of runs of a confirmation: all on the first seeds, then two on the others."""
+    return min(seeds, FIRST_SEEDS) * (top_k + 1) + 2 * max(0, seeds - FIRST_SEEDS)
+
+
 def list_left(jobs: Sequence[ConfirmJob], done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
     """Return those of ``jobs`` that have a run which is not done yet."""
     known = {(run.trial_id, run.seed) for run in done}
@@ -184,15 +189,18 @@ def confirm(
     """
     started = time.monotonic()
     runs: list[ConfirmedRun] = []
-    progress = ConfirmProgress(run=folder.name, names=plan.names, started=started)
+    progress = ConfirmProgress(run=folder.name, names=plan.names, objective=plan.objective, started=started)
     rows: Sequence[BestRow] = ()
     try:
-        for list_jobs in (lambda _: plan.first_jobs, plan.list_further_jobs):
+        most_further = 2 * len(plan.seeds[FIRST_SEEDS:])
+        for list_jobs, may_follow in ((lambda _: plan.first_jobs, most_further), (plan.list_further_jobs, 0)):
             jobs = list_jobs(runs)
             runs = _put_in_order([*runs, *_select_done(jobs, done)], plan)
             left = list_left(jobs, runs)
             total, ended = progress.total + len(jobs), progress.done + len(jobs) - len(left)
-            progress = dataclasses.replace(progress, jobs=jobs, runs=runs, total=total, done=ended)
+            progress = dataclasses.replace(
+                progress, jobs=jobs, runs=runs, total=total, done=ended, may_follow=may_follow
+            )
             if jobs:
                 observer.on_confirmation(progress, None)
             with contextlib.closing(train(left)) as finished:

@@ -1,61 +1,232 @@
-"""Shows the confirmation of the best configurations on fresh seeds: a table, and the conclusions it supports or not.
+"""Tables of a run: the ranking of the search and the confirmation on fresh seeds, with the conclusions it supports.
 
-It needs only the content of a run's Parquet files, so a run can be shown again at any time.
+They need only the content of a run's Parquet files, so a run can be shown again at any time.
 """
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from tune_amp.results.confirmed import Confirmation
-from tune_amp.results.gain import show_difference
-from tune_amp.results.records import BestRow, Provenance
-from tune_amp.trial.config import TrialConfig, format_scale
-from tune_amp.trial.text import join_names
+from tune_amp.results.gain import OBJECTIVE_NAMES, show_difference
+from tune_amp.results.records import BestRow, Provenance, TrialRecord
+from tune_amp.trial.config import (
+    COST_OBJECTIVES,
+    RANKING_OBJECTIVES,
+    TrialConfig,
+    format_scale,
+    read_setting,
+)
+from tune_amp.trial.objectives import metric_of
+from tune_amp.trial.text import join_names, printable
+
+ACCURACIES = ("val_accuracy", "test_accuracy")
+"""Metrics shown in percent. The unit of a user's own metric is unknown."""
+_TITLES = {
+    **OBJECTIVE_NAMES,
+    "test_accuracy": "test accuracy",
+    "train_seconds": "training time",
+    "peak_memory_bytes": "peak memory",
+}
 
 
-def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Table:
-    """Render settings, then means over the seeds with half their 95 % intervals. The table fits 80 columns.
+class WideTable:
+    """A table without lines. Columns that do not fit the width follow below, beside the first column again.
 
-    ``optimism`` is the search's own number minus the mean, in points of accuracy or in nats.
+    A title is broken between words if its column is narrower. Columns without a value are left out.
+
+    Args:
+        titles: titles of the columns; the first column names the rows.
+        left: titles of the columns that are left-aligned, because they hold texts.
     """
-    objective = provenance.objectives[0]
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    validation = "val loss" if objective == "val_loss" else "validation %"
-    for name in ("#", "lr", "batch", "prec", "scale", "interval", validation, "test %", "optimism"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        if row.confirmation is not None:
-            cells = _confirmed_cells(row.confirmation, objective)
-            style = "green" if row.rank == 1 else "dim" if row.is_default else None
-            table.add_row(re.sub(r"rank |[()]", "", row.name), *settings_cells(row.trial.config), *cells, style=style)
+
+    def __init__(self, titles: Sequence[str], left: Collection[str] = ()) -> None:
+        self._titles, self._left = titles, left
+        self._rows: list[tuple[list[Text], str | None]] = []
+
+    def add_row(self, *cells: str | Text, style: str | None = None) -> None:
+        """Add a row; markup in a text has no effect."""
+        texts = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
+        assert len(texts) == len(self._titles)
+        self._rows.append((texts, style))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table, in as many parts as the width needs."""
+        for number, places in enumerate(self._split(options.max_width)):
+            if number:
+                yield Text()
+            table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+            for place in places:
+                justify: JustifyMethod = "left" if self._titles[place] in self._left else "right"
+                table.add_column(Text(self._break_title(place)), justify=justify, vertical="bottom", no_wrap=True)
+            for cells, style in self._rows:
+                table.add_row(*(cells[place] for place in places), style=style)
+            yield table
+
+    def _split(self, width: int) -> list[list[int]]:
+        """Return the columns of each part."""
+        parts, used = [[0]], self._measure(0)
+        for place in range(1, len(self._titles)):
+            if not any(cells[place].plain for cells, _ in self._rows):
+                continue
+            needed = 1 + self._measure(place)
+            if used + needed > width and len(parts[-1]) > 1:
+                parts.append([0])
+                used = self._measure(0)
+            parts[-1].append(place)
+            used += needed
+        return parts
+
+    def _measure(self, place: int) -> int:
+        lines = map(len, self._break_title(place).splitlines())
+        return max(*lines, self._measure_cells(place), 0)
+
+    def _measure_cells(self, place: int) -> int:
+        return max((cells[place].cell_len for cells, _ in self._rows), default=0)
+
+    def _break_title(self, place: int) -> str:
+        words = self._titles[place].split()
+        width = max([self._measure_cells(place), *map(len, words)])
+        return "\n".join(textwrap.wrap(self._titles[place], width, break_on_hyphens=False)) if words else ""
+
+
+# ---- cells ----
+
+
+def list_searched(provenance: Provenance) -> list[str]:
+    """Return the names of the parameters that the run searched, as columns of its files have them."""
+    from tune_amp.space.space import parse_space  # imports Optuna
+
+    return [parameter.name for parameter in parse_space(provenance.space_source, provenance.space_text).parameters]
+
+
+def list_metrics(objectives: Sequence[str], usual: Sequence[str] = RANKING_OBJECTIVES) -> list[str]:
+    """Return the metrics that tables show: the objectives, then the usual ones."""
+    return list(dict.fromkeys([*map(metric_of, objectives), *usual]))
+
+
+def name_setting(name: str) -> str:
+    """Return the title of a setting's column."""
+    return name if "." in name else name.replace("_", " ")
+
+
+def name_metric(name: str) -> str:
+    """Return the title of a metric's column."""
+    return _TITLES.get(name, name)
+
+
+def format_setting(config: TrialConfig, name: str) -> str:
+    """Return the cell of a setting, by the name of its column; empty if the trial does not have it."""
+    value = read_setting(config, name)
+    if value is None:
+        return ""
+    if name == "init_scale":
+        return format_scale(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """Return a value of a metric: an accuracy in percent, a cost with its unit, others with four digits."""
+    if value is None:
+        return ""
+    if name in ACCURACIES:
+        return f"{value:.2%}"
+    if name == "peak_memory_bytes":
+        return f"{value / 2**20:.3g}MiB"
+    return f"{value:.3g}s" if name == "train_seconds" else f"{value:#.4g}".rstrip(".")
+
+
+def format_clock(seconds: float) -> str:
+    """Return a duration, such as ``2m05s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def format_metrics(names: Sequence[str], find_value: Callable[[str], float | None]) -> list[str]:
+    """Return each metric that has a value, with its name."""
+    return [f"{name} {format_metric(name, value)}" for name in names if (value := find_value(name)) is not None]
+
+
+# ---- the search's own ranking ----
+
+
+def render_ranking(ranked: Sequence[TrialRecord], provenance: Provenance) -> WideTable:
+    """Render the ranking of a search: the searched settings, then validation metrics and costs."""
+    searched, objectives = list_searched(provenance), provenance.objectives
+    metrics = list_metrics(objectives)
+    by_cost = any(name in COST_OBJECTIVES for name in metrics)
+    titles = ["#", *map(name_setting, searched), "epochs", *map(name_metric, metrics), "skipped steps", "time"]
+    table = WideTable(titles, left=["#"])
+    for rank, trial in enumerate(ranked, start=1):
+        last = trial.last
+        assert last is not None  # a trial is ranked by its last report
+        table.add_row(
+            str(rank),
+            *(format_setting(trial.config, name) for name in searched),
+            f"{last.epoch}/{trial.config.max_epochs}",
+            *(format_metric(name, last.find_value(name)) for name in metrics),
+            str(last.skipped_steps),
+            "" if by_cost else format_clock(trial.wall_seconds),
+            style="green" if rank == 1 and not by_cost else None,  # a Pareto set has no single winner
+        )
     return table
 
 
-def settings_cells(config: TrialConfig) -> tuple[str, ...]:
-    """Return learning rate, batch size, precision, loss scale and growth interval, as the tables of a run show them."""
-    interval = "" if config.growth_interval is None else str(config.growth_interval)
-    return (f"{config.lr:.2e}", str(config.batch_size), config.precision, format_scale(config.init_scale), interval)
+# ---- on fresh seeds ----
+
+
+def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> WideTable:
+    """Render the searched settings, then means over the seeds with half their 95 % intervals.
+
+    ``search - confirmed`` is the search's own number minus the mean, in points of accuracy or in the metric's unit.
+    """
+    objective, searched = provenance.objectives[0], list_searched(provenance)
+    metrics = _list_confirmed_metrics(objective)
+    table = WideTable(["#", *map(name_setting, searched), *map(name_metric, metrics), "search - confirmed"], left=["#"])
+    for row in rows:
+        if row.confirmation is not None:
+            settings = (format_setting(row.trial.config, name) for name in searched)
+            cells = _confirmed_cells(row.confirmation, objective, metrics)
+            style = "green" if row.rank == 1 else "dim" if row.is_default else None
+            table.add_row(re.sub(r"rank |[()]", "", row.name), *settings, *cells, style=style)
+    return table
 
 
 def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Iterator[str]:
     """Yield one sentence each on how the table was made, on ties, on failures, and on the gain of the search."""
     confirmed = [row for row in rows if row.confirmation is not None]
     chosen = "validation ranks" if len(provenance.objectives) == 1 else "ranks are the search's"
-    seeds = _count_seeds(confirmed)
-    yield f"Means over {seeds}, each with its 95 % interval; {chosen}, the test set was read once a run."
+    if _is_tested(confirmed, provenance.objectives[0]):
+        chosen += ", the test set was read once a run"
+    yield f"Means over {_count_seeds(confirmed)}, each with its 95 % interval; {chosen}."
     yield from _describe_ties(confirmed)
     for row in confirmed:
         assert row.confirmation is not None
         if row.confirmation.confirm_failures:
             yield f"{row.name.capitalize()} has no mean: {'; '.join(row.confirmation.confirm_failures)}."
     if any(row.trial.last and row.trial.last.epoch < row.trial.config.max_epochs for row in confirmed):
-        yield "Optimism of those that ended early in the search compares with the epoch they had reached."
+        yield "For trials that ended early, search - confirmed compares with the epoch that they had reached."
     for row in confirmed:
         assert row.confirmation is not None
         if row.confirmation.verdict:
             yield f"verdict  {row.confirmation.verdict}"
+
+
+def _list_confirmed_metrics(objective: str) -> list[str]:
+    """Return the metrics of the confirmed table: on validation, then on the test set."""
+    on_validation = list_metrics([objective], ["val_accuracy"])
+    on_test = [name.replace("val_", "test_", 1) for name in on_validation if name.startswith("val_")]
+    return [*on_validation, *on_test]
+
+
+def _is_tested(confirmed: Sequence[BestRow], objective: str) -> bool:
+    names = [name for name in _list_confirmed_metrics(objective) if name.startswith("test_")]
+    return any(row.confirmation and row.confirmation.find_mean(name) is not None for row in confirmed for name in names)
 
 
 def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
@@ -71,19 +242,25 @@ def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
         )
 
 
-def _confirmed_cells(confirmation: Confirmation, objective: str) -> tuple[str, str, str]:
+def _confirmed_cells(confirmation: Confirmation, objective: str, metrics: Sequence[str]) -> tuple[str, ...]:
     if confirmation.confirm_failures:
         failed = len(confirmation.confirm_failures)
-        return f"{failed} of {len(confirmation.confirm_seeds)} failed", "", ""
-    optimism = "" if confirmation.optimism is None else show_difference(confirmation.optimism, objective)
-    return _show_mean(confirmation, objective), _show_mean(confirmation, "test_accuracy"), optimism
+        return f"{failed} of {len(confirmation.confirm_seeds)} failed", *[""] * len(metrics)
+    difference = "" if confirmation.optimism is None else show_difference(confirmation.optimism, objective)
+    return *(_show_mean(confirmation, name) for name in metrics), difference
 
 
 def _show_mean(confirmation: Confirmation, name: str) -> str:
-    mean, high = getattr(confirmation, f"{name}_mean"), getattr(confirmation, f"{name}_high")
-    if name == "val_loss":
-        return f"{mean:.4f} ±{high - mean:.4f}"
-    return f"{100 * mean:.2f} ±{100 * (high - mean):.2f}"
+    mean, high = confirmation.find_mean(name), confirmation.find_part(name, "high")
+    if mean is None or high is None:
+        return ""
+    if name in ACCURACIES:
+        return f"{mean:.2%} ±{100 * (high - mean):.2f}"
+    # Decimals for four significant digits.
+    digits = 3 - math.floor(math.log10(abs(mean))) if mean and math.isfinite(mean) else -1
+    if 0 <= digits <= 6:
+        return f"{mean:.{digits}f} ±{high - mean:.{digits}f}"
+    return f"{mean:.4g} ±{high - mean:.2g}"
 
 
 def _count_seeds(confirmed: Sequence[BestRow]) -> str:

@@ -6,21 +6,27 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from tune_amp.cluster.interrupt import forget_closed_terminal
-from tune_amp.monitor.tables import settings_cells
+from tune_amp.monitor.tables import (
+    WideTable,
+    format_clock,
+    format_metric,
+    format_metrics,
+    list_metrics,
+    name_metric,
+)
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import TrainingState, TrialStatus, format_scale
+from tune_amp.trial.config import TrainingState, TrialStatus, format_scale, list_values
 from tune_amp.trial.text import printable
 
 if TYPE_CHECKING:  # for annotations only
@@ -39,15 +45,23 @@ STATUS_STYLES = {
 # Remarks beside the loss scale in the live view. A trial in any other state is fine, or has ended.
 SCALE_REMARKS = {TrainingState.CALIBRATING: "too high", TrainingState.STARVED: "too low"}
 
+SHOWN_BEST = 3
+"""Trials that the live view names as the best so far."""
+
 
 class LiveTable:
-    """A table of the running trials that redraws itself, with the best so far, counts by status and the time left.
+    """A table of the running trials that redraws itself.
+
+    Below it are the best so far, the last that ended, counts by status, and above it the time left.
 
     Use it as a context manager around the search.
     """
 
     def __init__(self, console: Console) -> None:
         self._draw: Callable[[], RenderableType] = functools.partial(Text, "starting workers ...", style="dim")
+        self._last: TrialRecord | None = None
+        self._reported: dict[str, tuple[int, float]] = {}
+        self._first_end: tuple[float, int] | None = None
         # A function, not a table: the clock moves on between reports.
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
@@ -63,11 +77,19 @@ class LiveTable:
 
     def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
         """Show this progress from the next redraw on."""
-        self._draw = functools.partial(render_progress, progress)
+        self._last = ended or self._last
+        for trial in progress.trials:
+            epoch = trial.last.epoch if trial.last else 0
+            if trial.trial_id in progress.running and self._reported.get(trial.trial_id, (-1, 0.0))[0] != epoch:
+                self._reported[trial.trial_id] = epoch, time.monotonic()
+        epochs_begun = {trial_id: begun for trial_id, (_, begun) in self._reported.items()}
+        self._draw = functools.partial(render_progress, progress, self._last, epochs_begun)
 
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
         """Show this progress from the next redraw on."""
-        self._draw = functools.partial(render_confirmation, progress)
+        if ended is not None and self._first_end is None:
+            self._first_end = time.monotonic(), progress.done
+        self._draw = functools.partial(render_confirmation, progress, self._first_end)
 
     def _render(self) -> RenderableType:
         return self._draw()
@@ -83,7 +105,7 @@ class PlainLines:
         """Print the trial that ended."""
         if ended is not None:
             number = progress.count_ended()
-            line = f"[{number}/{progress.num_samples}] {describe_trial(ended)}"
+            line = f"[{number}/{progress.num_samples}] {describe_trial(ended, progress.objectives)}"
             self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
@@ -108,7 +130,7 @@ class JsonLines:
     def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
         """Write the run that ended."""
         if ended is not None:
-            self.write("confirmed_run", vars(ended))
+            self.write("confirmed_run", list_values(ended))
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
         """Write one event. Numbers that JSON does not support (NaN, infinity) become null."""
@@ -126,38 +148,63 @@ class Quiet:
         """Stay silent."""
 
 
-def render_progress(progress: "SearchProgress") -> RenderableType:
-    """Render the live view: a headline, the running trials, the best so far and the counts."""
+def render_progress(
+    progress: "SearchProgress", last: TrialRecord | None = None, epochs_begun: Mapping[str, float] | None = None
+) -> RenderableType:
+    """Render the live view: a headline, the running trials, the best so far, the last that ended, and the counts.
+
+    Args:
+        progress: of the search.
+        last: the trial that ended last.
+        epochs_begun: ``time.monotonic()`` of each running trial's last report or start.
+    """
     headline = Text.assemble(
         (progress.run, "bold"),
         f"  {progress.model} on {progress.dataset}  ",
         (describe_time(progress), "cyan"),
     )
     ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
-    best = choose_best(ended, progress.objectives[:1], 1)
-    best_line = Text("best so far  ") + (Text(describe_trial(best[0]), "green") if best else Text("none yet", "dim"))
-    return Group(headline, _render_running(progress), best_line, render_counts(progress))
+    best = choose_best(ended, progress.objectives[:1], SHOWN_BEST)
+    parts: list[RenderableType] = [
+        headline,
+        _render_running(progress, epochs_begun or {}),
+        *([Text(), _render_best(progress, best)] if best else []),
+    ]
+    if last is not None:
+        parts.append(Text(f"last ended  {describe_trial(last, progress.objectives)}", STATUS_STYLES[last.status]))
+    return Group(*parts, render_counts(progress))
 
 
-def render_confirmation(progress: "ConfirmProgress") -> RenderableType:
-    """Render the live view of a confirmation: a headline, and each configuration with its mean so far."""
-    spent = _clock(time.monotonic() - progress.started)
+def render_confirmation(progress: "ConfirmProgress", first_end: tuple[float, int] | None = None) -> RenderableType:
+    """Render the live view of a confirmation: a headline, and each configuration with its mean so far.
+
+    Args:
+        progress: of the confirmation.
+        first_end: ``time.monotonic()`` at the end of the first run, and the number of runs done then. The time left is
+            estimated from what followed, because the first run had to wait for its worker.
+    """
+    clock = f"{format_clock(time.monotonic() - progress.started)} spent"
+    if first_end is not None and progress.done > first_end[1]:
+        pace = (time.monotonic() - first_end[0]) / (progress.done - first_end[1])
+        clock += f", about {format_clock(pace * progress.most_left)} left"
     headline = Text.assemble(
-        (progress.run, "bold"),
-        f"  {progress.done} of {progress.total} runs on fresh seeds  ",
-        (f"{spent} spent", "cyan"),
+        (progress.run, "bold"), f"  {progress.done} of {progress.total} runs on fresh seeds  ", (clock, "cyan")
     )
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("confirming", "runs", "val acc", ""):
-        table.add_column(name, justify="left" if name in ("confirming", "") else "right")
+    metrics = list_metrics([progress.objective], ["val_accuracy"])
+    table = WideTable(["confirming", "runs", *map(name_metric, metrics), ""], left=["confirming", ""])
     for trial_id, name in progress.names.items():
         runs = [run for run in progress.runs if run.trial_id == trial_id]
-        accuracies = [run.val_accuracy for run in runs if run.val_accuracy is not None]
-        mean = _number(statistics.fmean(accuracies), ".2%") if accuracies else ""
-        failed = Text("" if len(accuracies) == len(runs) else f"{len(runs) - len(accuracies)} failed", "red")
+        completed = [run for run in runs if run.status is TrialStatus.COMPLETED]
+        failed = Text("" if len(completed) == len(runs) else f"{len(runs) - len(completed)} failed", "red")
         planned = {run.seed for run in runs} | {job.config.seed for job in progress.jobs if trial_id in job.trial_ids}
-        table.add_row(Text(name), f"{len(runs)}/{len(planned)}", mean, failed)
+        means = (format_metric(metric, _mean(run.find_value(metric) for run in completed)) for metric in metrics)
+        table.add_row(name, f"{len(runs)}/{len(planned)}", *means, failed)
     return Group(headline, table)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def render_counts(progress: "SearchProgress") -> Text:
@@ -180,43 +227,21 @@ def _list_counts(trials: Sequence[TrialRecord]) -> Text:
     return text
 
 
-def render_ranking(ranked: Sequence[TrialRecord], objectives: Sequence[str] = ()) -> Table:
-    """Render the ranked table at the end of a search: settings, then validation metrics. It fits 80 columns.
-
-    Training time and memory have columns if they are objectives.
-    """
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    settings = ("#", "lr", "batch", "precision", "scale", "interval")
-    extra = [name for name in objectives if name in _COST_COLUMNS]
-    for name in (*settings, "epochs", "accuracy", "loss", "skips"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in [_COST_COLUMNS[name] for name in extra] or ["time"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for rank, trial in enumerate(ranked, start=1):
-        costs = [_cost(trial, name) for name in extra] or [_clock(trial.wall_seconds)]
-        style = "green" if rank == 1 and not extra else None  # a Pareto set has no single winner
-        table.add_row(str(rank), *settings_cells(trial.config), *_outcome_cells(trial), *costs, style=style)
-    return table
-
-
-def render_importance(result: ImportanceResult) -> Table:
+def render_importance(result: ImportanceResult) -> WideTable:
     """Render the importance of each parameter beside the importance that permuted values reach."""
-    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("parameter", "importance", "of noise", "p", ""):
-        table.add_column(name, justify="left" if name in ("parameter", "") else "right", no_wrap=True)
+    table = WideTable(["parameter", "importance", "chance level", "p", ""], left=["parameter", ""])
     for row in result.rows:
-        told = Text("" if row.told_from_noise else "cannot be told from noise", style="dim")
-        parameter = Text(printable(row.parameter))  # rich would read a str as markup
-        table.add_row(parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", told)
+        finding = Text("" if row.told_from_noise else "not distinguishable from chance", style="dim")
+        table.add_row(row.parameter, f"{row.importance:.2f}", f"{row.null_95:.2f}", f"{row.p_value:.3f}", finding)
     return table
 
 
-def describe_trial(trial: TrialRecord) -> str:
+def describe_trial(trial: TrialRecord, objectives: Sequence[str] = ()) -> str:
     """Describe a trial in one line: name, status, last metrics, and the error if there is one."""
     parts = [trial.trial_name, str(trial.status)]
     if trial.last is not None:
         parts.append(f"epoch {trial.last.epoch}")
-        parts.append(f"val_accuracy {_number(trial.last.val_accuracy, '.2%')}")
+        parts += format_metrics(list_metrics(objectives, ["val_accuracy"]), trial.last.find_value)
         if trial.last.skipped_steps:
             parts.append(f"{trial.last.skipped_steps} of {trial.last.steps} steps skipped")
     if trial.error:
@@ -234,29 +259,38 @@ def describe_plan(progress: "ConfirmProgress") -> str:
 def describe_run(progress: "ConfirmProgress", run: ConfirmedRun) -> str:
     """Describe a run in one line: its configuration, its seed, and how it ended."""
     parts = [progress.names[run.trial_id], f"seed {run.seed}", str(run.status)]
-    if run.val_accuracy is not None:
-        parts.append(f"val_accuracy {run.val_accuracy:.2%}")
+    parts += format_metrics(list_metrics([progress.objective], ["val_accuracy"]), run.find_value)
     return "  ".join([*parts, *([run.error] if run.error else [])])
 
 
 def describe_time(progress: "SearchProgress") -> str:
-    """Describe the time spent and, once two trials have ended, an estimate of the time left."""
+    """Describe the time spent and, once two trials have ended, an estimate of the time left with the confirmation."""
     spent = time.monotonic() - progress.started
-    ended = progress.count_ended()
-    left = progress.num_samples - ended
-    text = f"{_clock(spent)} spent"
-    if ended > 1:
-        estimate = spent / ended * left
-        if progress.time_budget is not None:
-            estimate = min(estimate, max(0.0, progress.time_budget - spent))
-        text += f", about {_clock(estimate)} left"
-    return text
+    text = f"{format_clock(spent)} spent"
+    left = estimate_left(progress, spent)
+    if left is None:
+        return text
+    return f"{text}, about {format_clock(left)} left{' with confirmation' if progress.confirm_runs else ''}"
+
+
+def estimate_left(progress: "SearchProgress", spent: float) -> float | None:
+    """Estimate the seconds left from those of the trials that have ended; None before the second has."""
+    ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
+    if len(ended) < 2:
+        return None
+    waiting = progress.num_samples - len(progress.trials)
+    trials_left = waiting + len(progress.running) / 2  # those running are halfway, on average
+    search = trials_left * statistics.fmean(trial.wall_seconds for trial in ended) / progress.slots
+    if progress.time_budget is not None:
+        search = min(search, max(0.0, progress.time_budget - spent))
+    full = [trial.wall_seconds / trial.last.epoch * trial.config.max_epochs for trial in ended if trial.last]
+    return search + (statistics.fmean(full) * progress.confirm_runs / progress.slots if full else 0.0)
 
 
 def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
     """Return a trial for JSON: identity, settings and last metrics."""
-    config = {name: value for name, value in vars(trial.config).items() if value is not None}
-    last = {} if trial.last is None else {k: v for k, v in vars(trial.last).items() if not isinstance(v, tuple)}
+    config = {name: value for name, value in list_values(trial.config).items() if value is not None}
+    last = {} if trial.last is None else {k: v for k, v in list_values(trial.last).items() if not isinstance(v, tuple)}
     identity = {"trial_id": trial.trial_id, "trial_name": trial.trial_name, "status": str(trial.status)}
     return {**identity, "error": trial.error, "config": config, "metrics": last}
 
@@ -264,7 +298,7 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
 def describe_confirmation_as_json(result: "ConfirmResult") -> dict[str, Any]:
     """Return a confirmation for JSON: its results for each configuration, best first; the first has the verdict."""
     confirmed = [
-        {"rank": row.rank, "trial_id": row.trial.trial_id, **vars(row.confirmation)}
+        {"rank": row.rank, "trial_id": row.trial.trial_id, **list_values(row.confirmation)}
         for row in result.rows
         if row.confirmation is not None
     ]
@@ -276,57 +310,43 @@ def describe_confirmation_as_json(result: "ConfirmResult") -> dict[str, Any]:
     return {**found, "seconds": result.seconds, "interrupted": result.interrupted}
 
 
-def _render_running(progress: "SearchProgress") -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("running", "epoch", "val acc", "loss", "scale", "", "skips"):
-        table.add_column(name, justify="left" if name in ("running", "") else "right")
+def _render_running(progress: "SearchProgress", epochs_begun: Mapping[str, float]) -> WideTable:
+    metrics = list_metrics(progress.objectives, ["val_accuracy"])
+    names = ["running", "epoch", "this epoch", *map(name_metric, metrics), "training loss", "loss scale", "skipped"]
+    table = WideTable(names, left=["running", "loss scale"])
     for trial in progress.trials:
         if trial.trial_id in progress.running:
-            table.add_row(Text(trial.trial_name), *_running_cells(trial))
+            begun = epochs_begun.get(trial.trial_id)
+            elapsed = "" if begun is None else format_clock(time.monotonic() - begun)
+            table.add_row(trial.trial_name, *_running_cells(trial, elapsed, metrics))
     return table
 
 
-def _running_cells(trial: TrialRecord) -> tuple[RenderableType, ...]:
+def _running_cells(trial: TrialRecord, elapsed: str, metrics: Sequence[str]) -> tuple[str | Text, ...]:
     last = trial.last
     if last is None:
-        return (f"0/{trial.config.max_epochs}", *[""] * 5)
+        return (f"0/{trial.config.max_epochs}", elapsed, *[""] * (len(metrics) + 3))
+    remark = SCALE_REMARKS.get(TrainingState(last.state))
     return (
         f"{last.epoch}/{trial.config.max_epochs}",
-        _number(last.val_accuracy, ".2%"),
-        _loss(last.train_loss),
-        format_scale(last.loss_scale),
-        Text(SCALE_REMARKS.get(TrainingState(last.state), ""), "yellow"),
+        elapsed,
+        *(format_metric(name, last.find_value(name)) for name in metrics),
+        format_metric("train_loss", last.train_loss),
+        Text(format_scale(last.loss_scale)) + Text(f" {remark}" if remark else "", "yellow"),
         str(last.skipped_steps),
     )
 
 
-def _outcome_cells(trial: TrialRecord) -> tuple[str, ...]:
-    last = trial.last
-    assert last is not None  # a trial is ranked by its last report
-    metrics = (_number(last.val_accuracy, ".2%"), _loss(last.val_loss), str(last.skipped_steps))
-    return (f"{last.epoch}/{trial.config.max_epochs}", *metrics)
-
-
-_COST_COLUMNS = {"train_seconds": "training", "peak_memory_bytes": "memory"}
-
-
-def _cost(trial: TrialRecord, name: str) -> str:
-    value = getattr(trial.last, name)
-    return f"{value:.3g}s" if name == "train_seconds" else f"{value / 2**20:.3g}MiB"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _loss(loss: float | None) -> str:
-    """Format a loss with at most seven characters, so that the tables fit 80 columns."""
-    return "" if loss is None else format(loss, ".4f" if loss < 100 else ".4g")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+def _render_best(progress: "SearchProgress", best: Sequence[TrialRecord]) -> WideTable:
+    metrics = list_metrics(progress.objectives, ["val_accuracy"])
+    table = WideTable(["best so far", "ended", "epoch", *map(name_metric, metrics)], left=["best so far", "ended"])
+    for rank, trial in enumerate(best, start=1):
+        last = trial.last
+        assert last is not None  # a trial is ranked by its last report
+        values = (format_metric(name, last.find_value(name)) for name in metrics)
+        epoch = f"{last.epoch}/{trial.config.max_epochs}"
+        table.add_row(trial.trial_name, str(trial.status), epoch, *values, style="green" if rank == 1 else None)
+    return table
 
 
 def _finite(value: Any) -> Any:

@@ -21,6 +21,10 @@ class SearchProgress:
     """Number of trials that the search will run."""
     time_budget: float | None
     """Seconds after which running trials are interrupted, or None."""
+    slots: int = 1
+    """Number of trials that run at a time."""
+    confirm_runs: int = 0
+    """Largest number of runs on fresh seeds that follow the search."""
     started: float
     """``time.monotonic()`` when the search began, minus the seconds that it had taken before it was resumed."""
     trials: Sequence[TrialRecord] = ()
@@ -57,15 +61,24 @@ class ConfirmProgress:
     """Name of the search's run."""
     names: Mapping[str, str]
     """Trial id -> displayed name, best first."""
+    objective: str
+    """The first objective of the search."""
     jobs: Sequence[ConfirmJob] = ()
     """Current jobs: all configurations on the first seeds, then two of them on further seeds."""
     total: int = 0
     """Number of planned trainings as far as it is known; equal configurations share theirs."""
     done: int = 0
+    may_follow: int = 0
+    """Largest number of trainings that follow the planned ones."""
     runs: Sequence[ConfirmedRun] = ()
     """Runs that have ended."""
     started: float
     """``time.monotonic()`` when the confirmation began."""
+
+    @property
+    def most_left(self) -> int:
+        """Largest number of trainings that are left."""
+        return self.total - self.done + self.may_follow
 
 
 class ConfirmObserver(Protocol):

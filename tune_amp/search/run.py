@@ -17,7 +17,7 @@ from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_s
 from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
 from tune_amp.cluster.resources import SlotCounter, list_nodes
-from tune_amp.confirm.plan import build_default, confirm, plan_confirmation
+from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import train_on_slots
 from tune_amp.monitor.prometheus import Gauges, SearchObserver
 from tune_amp.results.files import check_free, write_atomically
@@ -266,6 +266,8 @@ def _describe_progress(plan: SearchPlan) -> SearchProgress:
         objectives=plan.options.objectives,
         num_samples=plan.options.num_samples,
         time_budget=plan.options.time_budget,
+        slots=plan.resources.max_concurrent,
+        confirm_runs=count_most_runs(min(plan.options.top_k, plan.options.num_samples), plan.options.confirm_seeds),
         started=time.monotonic(),
     )
 

@@ -129,6 +129,10 @@ class AmpSearch(OptunaSearch):
             storage=open_storage(path),
             study_name=study_name,
         )
+        if self.study.metric_names is None:  # optuna-dashboard shows them
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.study.set_metric_names(self._metrics)
         if past:
             check_consent(str(path), sampler=sampler)
             if not self.study.get_trials(deepcopy=False):

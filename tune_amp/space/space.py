@@ -188,12 +188,13 @@ def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int
     return train_images // batch_size * max_epochs
 
 
-def load_space(source: str) -> SearchSpace:
+def load_space(source: str | Path) -> SearchSpace:
     """Read and check a search space: a file, or the name of a bundled one (``mnist_amp``) if no such file exists.
 
     Raises:
         InputError: one line with the source, the line or key path, the rule and the value.
     """
+    source = str(source)
     name = source if source.isprintable() and source else shown(source)
     try:
         text = _read_text(source)
@@ -243,7 +244,9 @@ def _find_file(source: str) -> Path:
         return bundled[source]
     if source and path.is_dir():
         raise InputError("is a directory, not a file")
-    raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)})")
+    near = difflib.get_close_matches(source, bundled, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)}){hint}")
 
 
 def _build_space(source: str, text: str, document: Any) -> SearchSpace:
