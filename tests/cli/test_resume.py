@@ -16,7 +16,7 @@ from tune_amp.results.records import list_versions
 from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.options import build_options, check_trackers
 from tune_amp.space.space import MAX_BYTES, load_space
-from tune_amp.trial.config import InputError
+from tune_amp.trial.config import KEEPS_NOTHING, InputError
 
 BEGUN = ("quick", "--dataset", "digits", "--num-samples", "4", "--max-epochs", "3", "--data-dir", "somewhere")
 
@@ -266,6 +266,15 @@ def test_nothing_is_said_where_nothing_changed(tmp_path: Path) -> None:
     folder = begin(tmp_path, versions=list_versions("torch", "ray"))
     (folder / "space.yaml").write_text(load_space("quick").text)
     assert changes(folder) == []
+
+
+def test_a_loop_that_keeps_nothing_is_said_to_start_again(tmp_path: Path) -> None:
+    forgetful = {"metrics": {"loop": KEEPS_NOTHING}}
+    forgotten, kept = made.report("a", 1, **forgetful), made.report("c", 1)
+    events = [made.session(), *(made.trial(name, number) for number, name in enumerate("abc")), forgotten, kept]
+    with made.written_past(tmp_path, *events) as past:
+        [line] = [line for line in describe_changes(past, tmp_path) if "trial.keep" in line]
+    assert line == "your loop keeps nothing (trial.keep): 1 trial starts again from the beginning"
 
 
 def test_other_versions_are_explained(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
-from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, checked_type, field_types, shown
+from tune_amp.trial.config import KEEPS_NOTHING, PICKLING_SAMPLERS, InputError, checked_type, field_types, shown
 from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_own_code
 from tune_amp.trial.text import HIDDEN, hide_credentials
 
@@ -166,6 +166,11 @@ def describe_changes(history: RunHistory, folder: Path) -> list[str]:
     changed = [f"{name} {then} then, {found[name]} now" for name, then in about.versions.items() if found[name] != then]
     if changed:
         lines.append(f"{', '.join(changed)}: trials from here on may differ from what they would have been")
+    metrics = [trial.report.metrics for trial in history.unfinished if trial.report]
+    forgetful = [epoch for epoch in metrics if epoch and epoch.loop == KEEPS_NOTHING]
+    if forgetful:
+        count = f"{len(forgetful)} {'trial starts' if len(forgetful) == 1 else 'trials start'}"
+        lines.append(f"your loop keeps nothing (trial.keep): {count} again from the beginning")
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from tune_amp.trial.config import InputError
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 
 
 class Journal:

@@ -41,6 +41,7 @@ from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch, look_
 from tune_amp.trial.config import (
     COMMON_METRICS,
     COST_OBJECTIVES,
+    KEEPS_NOTHING,
     RESERVED_NAMES,
     SCALER_DEFAULTS,
     EpochMetrics,
@@ -332,7 +333,7 @@ class OwnRun:
             state=str(verdict.state),
             underflow_share=None,
             probe_seconds=0.0,
-            loop="own" if self._trial.keeps_state else "own: keeps nothing, starts again if interrupted",
+            loop="own" if self._trial.keeps_state else KEEPS_NOTHING,
             metrics={name: metrics[name] for name in metrics if name not in (*COMMON_METRICS, *self.tested)},
         )
 

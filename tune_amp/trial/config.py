@@ -29,6 +29,8 @@ COST_OBJECTIVES = ("train_seconds", "peak_memory_bytes")
 OBJECTIVES = (*RANKING_OBJECTIVES, *COST_OBJECTIVES)
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
+KEEPS_NOTHING = "own: keeps nothing, starts again if interrupted"
+"""``EpochMetrics.loop`` of a user's own loop that keeps nothing for a checkpoint."""
 PICKLING_SAMPLERS = ("cmaes",)
 """Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
 
