@@ -46,7 +46,7 @@ def test_dashboard_shows_a_study_live_and_after(tmp_path: Path) -> None:
     [study] = get(RunFolder(tmp_path).study, "/api/studies")["study_summaries"]
     assert (study["study_name"], study["directions"]) == ("run", ["maximize"])
     details = get(RunFolder(tmp_path).study, f"/api/studies/{study['study_id']}")
-    assert details["metric_names"] == ["val_accuracy"]
+    assert details["objective_names"] == ["val_accuracy"]
     trials = details["trials"]
     assert [trial["state"] for trial in trials] == ["Complete", "Pruned", "Running"]
     assert trials[0]["intermediate_values"] == [{"step": 1, "value": 0.5}, {"step": 3, "value": 0.5}]

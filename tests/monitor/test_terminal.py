@@ -417,7 +417,12 @@ def test_counts_list_each_status_that_occurs() -> None:
         (59.6, 1, {}, "1m00s spent"),  # nothing follows from one trial, start-up and all
         (40, 4, {}, "40s spent, about 1m55s left"),  # 11 trials and half of one, of 10 s each
         (40, 4, {"slots": 2}, "40s spent, about 58s left"),
-        (40, 4, {"slots": 2, "confirm_runs": 8}, "40s spent, about 4m18s left with confirmation"),  # of 5 epochs
+        (
+            40,
+            4,
+            {"slots": 2, "confirm_runs": 8},
+            "40s spent, about 4m38s left with confirmation",
+        ),  # of 5 epochs; 20 s to start
         (40, 4, {"time_budget": 100.0}, "40s spent, about 1m00s left"),
         (40, 4, {"time_budget": 30.0}, "40s spent, about 0s left"),
         (40, 4, {"time_budget": 30.0, "confirm_runs": 1}, "40s spent, about 50s left with confirmation"),

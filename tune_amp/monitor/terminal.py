@@ -165,13 +165,13 @@ def render_progress(
     )
     ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
     best = choose_best(ended, progress.objectives[:1], SHOWN_BEST)
-    parts: list[RenderableType] = [
-        headline,
-        _render_running(progress, epochs_begun or {}),
-        *([Text(), _render_best(progress, best)] if best else []),
-    ]
+    parts: list[RenderableType] = [headline, _render_running(progress, epochs_begun or {})]
+    if best:
+        parts += [Text(), _render_best(progress, best)]
     if last is not None:
-        parts.append(Text(f"last ended  {describe_trial(last, progress.objectives)}", STATUS_STYLES[last.status]))
+        parts.append(
+            Text(printable(f"last ended  {describe_trial(last, progress.objectives)}"), STATUS_STYLES[last.status])
+        )
     return Group(*parts, render_counts(progress))
 
 
@@ -284,7 +284,10 @@ def estimate_left(progress: "SearchProgress", spent: float) -> float | None:
     if progress.time_budget is not None:
         search = min(search, max(0.0, progress.time_budget - spent))
     full = [trial.wall_seconds / trial.last.epoch * trial.config.max_epochs for trial in ended if trial.last]
-    return search + (statistics.fmean(full) * progress.confirm_runs / progress.slots if full else 0.0)
+    if not full or not progress.confirm_runs:
+        return search
+    starting = max(0.0, spent - sum(trial.wall_seconds for trial in ended) / progress.slots)  # workers start again
+    return search + starting + statistics.fmean(full) * progress.confirm_runs / progress.slots
 
 
 def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
