@@ -65,7 +65,14 @@ def test_any_values_of_an_objective_have_an_axis(name: str, values: list[float |
 @pytest.mark.parametrize("name", ["val_loss:min", "val_distance", "val_r2", "reward:max", "val_gap:min"])
 @pytest.mark.parametrize("values", [[-3.0, 0.0, 12.0], [-0.5], [1e17], [-1e299, 1e299]])
 def test_a_users_own_metric_may_be_negative_or_large(name: str, values: list[float]) -> None:
-    check(objective_axis(name, values, 0), *values)
+    axis = objective_axis(name, values, 0)
+    check(axis, *values)
+    assert axis.place(1e308) is None
+
+
+@pytest.mark.parametrize("value", [1e300, 2e-300])
+def test_a_loss_may_be_huge_or_tiny(value: float) -> None:
+    check(objective_axis("val_loss:min", [value], 0), value)
 
 
 def test_powers_of_two_have_round_exponents_as_marks() -> None:

@@ -19,6 +19,9 @@ from tune_amp.trial.objectives import is_maximized, metric_of
 
 MOST_TICKS = 6
 
+LARGEST = 1e300
+"""Largest value with a position: beyond it, differences and marks overflow."""
+
 ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 
 
@@ -112,8 +115,8 @@ def accuracy_axis(title: str, values: Sequence[float | None], images: int) -> Ax
 
 
 def log_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
-    """Return a logarithmic axis. Values that are not above 0 have no position."""
-    place = _place_by(math.log10, above=0.0)
+    """Return a logarithmic axis. Values that are not above 1e-300 have no position."""
+    place = _place_by(math.log10, above=1 / LARGEST)
     low, high = _add_margin([place(value) for value in values])
     decades = range(math.floor(low), math.ceil(high) + 1)
     fine = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
@@ -141,8 +144,8 @@ def power_axis(title: str, values: Iterable[float | None], show: Callable[[float
 
 
 def linear_axis(title: str, values: Iterable[float | None], show: Callable[[float], str]) -> Axis:
-    """Return a linear axis. Values beyond 1e300 have no position: their differences may overflow."""
-    place = _place_by(lambda value: float(value) if abs(value) < 1e300 else None)
+    """Return a linear axis."""
+    place = _place_by(float)
     low, high = _add_margin([place(value) for value in values])
     step = _round_step((high - low) / 5)
     places = range(math.ceil(low / step), math.floor(high / step) + 1)
@@ -198,13 +201,11 @@ _TITLES: Mapping[str, str] = types.MappingProxyType(
 )
 
 
-def _place_by(
-    scale: Callable[[float], float | None], above: float = -math.inf
-) -> Callable[[float | None], float | None]:
-    """Return a function from a value to its position; values that are not finite or not ``above`` have none."""
+def _place_by(scale: Callable[[float], float], above: float = -LARGEST) -> Callable[[float | None], float | None]:
+    """Return a function from a value to its position; one that is no number, too large or not ``above`` has none."""
 
     def place(value: float | None) -> float | None:
-        return scale(value) if value is not None and math.isfinite(value) and value > above else None
+        return scale(value) if value is not None and above < value <= LARGEST else None
 
     return place
 
@@ -218,7 +219,7 @@ def _add_margin(positions: Iterable[float | None], least: float = 0.0) -> tuple[
     """Return the range of ``positions`` with a margin on either side, at least half of ``least``."""
     known = [position for position in positions if position is not None] or [0.0]
     low, high = min(known), max(known)
-    margin = max(0.06 * (high - low), least / 2) or 0.05 * max(1.0, abs(low))  # a single value
+    margin = max(0.06 * (high - low), least / 2) or max(0.05, 0.001 * abs(low))  # a single value
     return low - margin, high + margin
 
 

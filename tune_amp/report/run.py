@@ -25,7 +25,6 @@ from tune_amp.results.statistics import mean_interval
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import SEARCHABLE, parse_space
 from tune_amp.trial.config import (
-    COST_OBJECTIVES,
     OWN,
     RANKING_OBJECTIVES,
     InputError,
@@ -169,14 +168,10 @@ def find_value(trial: TrialRecord, objective: str) -> float | None:
 
 
 def list_metrics(run: Run) -> list[str]:
-    """Return what validation measured: the objectives, then accuracy and loss, without costs."""
+    """Return the objectives, then accuracy and loss, of those that any trial measured."""
     names = dict.fromkeys(metric_of(name) for name in (*run.provenance.objectives, *RANKING_OBJECTIVES))
     lasts = [trial.last for trial in run.trials if trial.last]
-    return [
-        name
-        for name in names
-        if name not in COST_OBJECTIVES and any(last.find_value(name) is not None for last in lasts)
-    ]
+    return [name for name in names if any(last.find_value(name) is not None for last in lasts)]
 
 
 def list_pair(run: Run) -> list[str]:

@@ -119,8 +119,8 @@ def _describe_verdict(run: Run, winner: BestRow) -> tuple[str, str]:
         headline, *rest = (f"{part[:1].upper()}{part[1:]}" for part in re.split("[:;] ", verdict, maxsplit=1))
         return headline, "".join(rest)
     value = format_value(run.objective, find_value(winner.trial, run.objective)) or "no value"
-    which = "the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else "of rank 1"
-    measured = f"{value} {objective_title(run.objective)} {which}, from the search's one seed"
+    which = ", the best of the Pareto set by it" if len(run.provenance.objectives) > 1 else " of rank 1"
+    measured = f"{value} {objective_title(run.objective)}{which}, from the search's one seed"
     return "Not confirmed on fresh seeds", measured
 
 
@@ -149,8 +149,8 @@ def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
 
 
 _WARNING = (
-    "Not confirmed on fresh seeds: among the best trials of one seed, the order is mostly noise, and the first number "
-    "is too good, for it was chosen for being the highest."
+    "Among the best trials of one seed, the order is mostly noise, and the first number is too good: it was chosen for "
+    "being the best."
 )
 
 
