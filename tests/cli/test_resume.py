@@ -269,8 +269,7 @@ def test_nothing_is_said_where_nothing_changed(tmp_path: Path) -> None:
 
 
 def test_a_loop_that_keeps_nothing_is_said_to_start_again(tmp_path: Path) -> None:
-    forgetful = {"metrics": {"loop": KEEPS_NOTHING}}
-    forgotten, kept = made.report("a", 1, **forgetful), made.report("c", 1)
+    forgotten, kept = made.report("a", 1, metrics={"loop": KEEPS_NOTHING}), made.report("c", 1)
     events = [made.session(), *(made.trial(name, number) for number, name in enumerate("abc")), forgotten, kept]
     with made.written_past(tmp_path, *events) as past:
         [line] = [line for line in describe_changes(past, tmp_path) if "trial.keep" in line]

@@ -298,6 +298,37 @@ def test_a_dead_scale_ends_a_trial() -> None:
     assert ours.hopeless.startswith("loss_scale collapsed to")
 
 
+def probed(trial: Trial) -> Iterator[Mapping[str, Any]]:
+    """``regression`` with its gradients probed."""
+    x = torch.linspace(-1, 1, 64).reshape(16, 4)
+    keep = trial.keep
+
+    def keep_and_watch(**named: Any) -> None:
+        keep(**named)
+        model = named["model"]
+        trial.watch(model, lambda: nn.functional.mse_loss(model(x), x.sum(dim=1, keepdim=True)))
+
+    trial.keep = keep_and_watch  # type: ignore[method-assign]
+    yield from regression(trial)
+
+
+def test_gradients_that_underflow_are_seen_where_the_loop_gives_a_loss_to_probe() -> None:
+    low, high = (run(probed, init_scale=scale, growth_interval=100)[0] for scale in (2.0**-22, 2.0**10))
+    assert (low.state, high.state) == ("starved", "steady")
+    assert low.underflow_share is not None
+    assert high.underflow_share is not None
+    assert low.underflow_share > 0.5 > high.underflow_share
+    assert low.probe_seconds > 0
+    assert run(regression, init_scale=2.0**-22)[0].underflow_share is None
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_probing_changes_no_step(precision: str) -> None:
+    with_probe, without = (run(function, precision=precision)[-1] for function in (probed, regression))
+    assert with_probe.metrics == without.metrics
+    assert with_probe.loss_scale_values == without.loss_scale_values
+
+
 # ---- what is refused ----
 
 

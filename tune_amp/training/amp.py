@@ -104,10 +104,8 @@ class AmpStep:
 
     def autocast(self) -> torch.autocast:
         """Return the context for forward pass and loss: fp16 or bf16 where safe, else fp32; off for fp32 and tf32."""
-        dtype = AUTOCAST_DTYPES.get(self._config.precision)
         # PyTorch wants the cache of cast weights off during graph capture. Weights are cast once a step anyway.
-        cached = self._position is None
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cached)
+        return autocast_of(self._config.precision, self._device, cached=self._position is None)
 
     def follow(self, position: Tensor | None) -> None:
         """Read the log index from ``position`` (int64 [1] on the device) from now on, or count on the host if None.
@@ -197,72 +195,10 @@ class AmpStep:
         return float(counted.mean(dtype=np.float64)) if counted.size else math.nan
 
     def probe(
-        self,
-        parameters: Sequence[Tensor],
-        compute_loss: Callable[[Tensor], Tensor],
-        images: Tensor,
-        *,
-        batch_size: int,
-        steps_left: int,
-        all_skipped: bool,
+        self, parameters: Sequence[Tensor], compute_loss: Callable[[Tensor], Tensor], images: Tensor, **sizes: Any
     ) -> GradientProbe:
-        """Compare the gradients of this precision with those of fp32. No weight, gradient or scale changes.
-
-        A few images show how much underflows. A verdict that would end a trial is tested on more images: whether
-        weights are dead, whether the whole gradient vanishes, and whether the sum over a whole batch overflows. No pass
-        exceeds one batch, or the probe would need more memory than training.
-
-        Args:
-            parameters: the fp32 weights.
-            compute_loss: forward pass and loss of some images, each weighted as in a training step.
-            images: the images in the form that ``compute_loss`` takes, [n].
-            batch_size: images in a training step.
-            steps_left: steps left in the trial's budget.
-            all_skipped: whether every step of the last epoch was skipped.
-        """
-        few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
-        exact = _compute_gradients(compute_loss(few), parameters)
-        is_dead = _is_dead(exact) and all(_is_dead(_compute_gradients(compute_loss(some), parameters)) for some in more)
-        probe = GradientProbe(is_dead=is_dead)
-        if not self._scaler.is_enabled():
-            return probe
-        outlook = self._look_ahead(steps_left)
-        if not (math.isfinite(outlook.scale) and outlook.scale > 0):
-            return dataclasses.replace(probe, outlook=outlook)
-
-        def scaled(scale: float, some: Tensor) -> list[Tensor]:
-            with self.autocast():
-                loss = compute_loss(some)
-            return _compute_gradients(loss * scale, parameters)
-
-        share = _measure_underflow(exact, scaled(outlook.scale, few))
-        # Another batch may have smaller gradients: half the scale must overflow too.
-        lowest = outlook.lowest / 2
-        return dataclasses.replace(
-            probe,
-            underflow_share=share,
-            outlook=outlook,
-            overflows_at_lowest=not all_finite(scaled(lowest, images[:batch_size])) if all_skipped else None,
-            vanishes_at_highest=(
-                not any(_any_nonzero(scaled(outlook.highest, some)) for some in (few, *more)) if share == 1 else None
-            ),
-        )
-
-    def _look_ahead(self, steps_left: int) -> ScaleOutlook:
-        state, config = self._scaler.state_dict(), self._config
-        assert config.growth_factor is not None
-        assert config.backoff_factor is not None
-        assert config.growth_interval is not None
-        assert self._telemetry.min_loss_scale is not None
-        return look_ahead(
-            state["scale"],
-            self._telemetry.min_loss_scale,
-            state["_growth_tracker"],
-            steps_left,
-            growth_factor=config.growth_factor,
-            backoff_factor=config.backoff_factor,
-            growth_interval=config.growth_interval,
-        )
+        """Return ``probe_gradients`` of this step's scaler."""
+        return probe_gradients(self._config, self._scaler, self._telemetry, parameters, compute_loss, images, **sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors for ``load_state_dict``, safe for ``torch.load(weights_only=True)``.
@@ -300,6 +236,90 @@ class AmpStep:
             min_loss_scale=_extreme(min, self._telemetry.min_loss_scale, scale),
             max_loss_scale=_extreme(max, self._telemetry.max_loss_scale, scale),
         )
+
+
+def probe_gradients(
+    config: TrialConfig,
+    scaler: torch.amp.GradScaler,
+    telemetry: ScalerTelemetry,
+    parameters: Sequence[Tensor],
+    compute_loss: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    batch_size: int,
+    steps_left: int,
+    all_skipped: bool,
+) -> GradientProbe:
+    """Compare the gradients of a trial's precision with those of fp32. No weight, gradient or scale changes.
+
+    A few images show how much underflows. A verdict that would end a trial is tested on more images: whether weights
+    are dead, whether the whole gradient vanishes, and whether the sum over a whole batch overflows. No pass exceeds one
+    batch, or the probe would need more memory than training.
+
+    Args:
+        config: source of precision and scaler settings.
+        scaler: the trial's scaler.
+        telemetry: its telemetry so far.
+        parameters: the fp32 weights.
+        compute_loss: forward pass and loss of some images, each weighted as in a training step.
+        images: the images in the form that ``compute_loss`` takes, [n].
+        batch_size: images in a training step.
+        steps_left: steps left in the trial's budget.
+        all_skipped: whether every step of the last epoch was skipped.
+    """
+    few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
+    exact = _compute_gradients(compute_loss(few), parameters)
+    is_dead = _is_dead(exact) and all(_is_dead(_compute_gradients(compute_loss(some), parameters)) for some in more)
+    probe = GradientProbe(is_dead=is_dead)
+    outlook = find_outlook(config, scaler, telemetry, steps_left)
+    if outlook is None or not (math.isfinite(outlook.scale) and outlook.scale > 0):
+        return dataclasses.replace(probe, outlook=outlook)
+
+    def scaled(scale: float, some: Tensor) -> list[Tensor]:
+        with autocast_of(config.precision, parameters[0].device):
+            loss = compute_loss(some)
+        return _compute_gradients(loss * scale, parameters)
+
+    share = _measure_underflow(exact, scaled(outlook.scale, few))
+    # Another batch may have smaller gradients: half the scale must overflow too.
+    lowest = outlook.lowest / 2
+    return dataclasses.replace(
+        probe,
+        underflow_share=share,
+        outlook=outlook,
+        overflows_at_lowest=not all_finite(scaled(lowest, images[:batch_size])) if all_skipped else None,
+        vanishes_at_highest=(
+            not any(_any_nonzero(scaled(outlook.highest, some)) for some in (few, *more)) if share == 1 else None
+        ),
+    )
+
+
+def find_outlook(
+    config: TrialConfig, scaler: torch.amp.GradScaler, telemetry: ScalerTelemetry, steps_left: int
+) -> ScaleOutlook | None:
+    """Return the extremes that the loss scale can still reach; None if the precision uses no scaler."""
+    if not scaler.is_enabled():
+        return None
+    state = scaler.state_dict()
+    assert config.growth_factor is not None
+    assert config.backoff_factor is not None
+    assert config.growth_interval is not None
+    assert telemetry.min_loss_scale is not None
+    return look_ahead(
+        state["scale"],
+        telemetry.min_loss_scale,
+        state["_growth_tracker"],
+        steps_left,
+        growth_factor=config.growth_factor,
+        backoff_factor=config.backoff_factor,
+        growth_interval=config.growth_interval,
+    )
+
+
+def autocast_of(precision: str, device: torch.device, *, cached: bool = True) -> torch.autocast:
+    """Return the context for forward pass and loss: fp16 or bf16 where safe, else fp32; off for fp32 and tf32."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cached)
 
 
 def build_scaler(config: TrialConfig, device: torch.device) -> torch.amp.GradScaler:

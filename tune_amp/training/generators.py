@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 class Generators:
@@ -47,6 +48,18 @@ def keep_generators(device: torch.device) -> Iterator[None]:
         yield
     finally:
         write_generators(state, device)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore the generators and the model's running statistics after the forward passes of the ``with`` block."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    try:
+        with keep_generators(device):
+            yield
+    finally:
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
 
 def seed_generators(seed: int) -> None:

@@ -33,11 +33,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tune_amp.training.amp import AUTOCAST_DTYPES, ScalerTelemetry, all_finite, fp32_arithmetic, summarise_steps
-from tune_amp.training.generators import Generators, write_generators
+from tune_amp.training.amp import (
+    GradientProbe,
+    ScalerTelemetry,
+    all_finite,
+    autocast_of,
+    find_outlook,
+    fp32_arithmetic,
+    probe_gradients,
+    summarise_steps,
+)
+from tune_amp.training.generators import Generators, seed_generators, undisturbed, write_generators
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.own_code import exits_as_errors
-from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch, look_ahead
+from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch
 from tune_amp.trial.config import (
     COMMON_METRICS,
     COST_OBJECTIVES,
@@ -137,6 +146,8 @@ class Trial:
         self.confirming = confirming
         self.scaler = TelemetryScaler(config, self.device)
         """A ``torch.amp.GradScaler`` with the trial's settings, disabled unless it trains in fp16."""
+        self.probed: tuple[nn.Module, Callable[[], Tensor]] | None = None
+        """The model whose gradients are probed, and its loss; None if there is none."""
         self._kept: dict[str, Any] = {}
         self._watched: list[nn.Module] = []
         self._initial: dict[Tensor, Tensor] = {}
@@ -170,8 +181,7 @@ class Trial:
 
     def autocast(self) -> torch.autocast:
         """Return the context for forward pass and loss: fp16 or bf16 where safe, else fp32; off for fp32 and tf32."""
-        dtype = AUTOCAST_DTYPES.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast_of(self.config.precision, self.device)
 
     def epochs(self) -> Iterator[int]:
         """Yield the numbers of the epochs to train, from 0; after a checkpoint was restored, those that are left."""
@@ -206,8 +216,16 @@ class Trial:
             if isinstance(value, nn.Module):
                 self.watch(value)
 
-    def watch(self, model: nn.Module) -> None:
-        """End the trial as diverged once a weight of ``model`` is not finite; find out whether any weight moves."""
+    def watch(self, model: nn.Module, loss: Callable[[], Tensor] | None = None) -> None:
+        """End the trial as diverged once a weight of ``model`` is not finite; find out whether any weight moves.
+
+        Args:
+            model: the model; kept models are watched anyway.
+            loss: returns the loss of ``model`` on some training examples, computed without autocast. With it, the
+                gradients are probed after each epoch in fp16: ``underflow_share`` tells how much of them is lost.
+        """
+        if loss is not None:
+            self.probed = model, loss
         if model not in self._watched:
             self._watched.append(model)
             if self._first_epoch == 0:
@@ -285,7 +303,7 @@ class OwnRun:
         self._trial = Trial(config, device, confirming=confirming)
         self._loop: Any = None
         self._names: frozenset[str] | None = None
-        self._seconds = 0.0
+        self._seconds = self._probe_seconds = 0.0
         self.epoch = 0
         """Number of epochs trained so far."""
         self.hopeless: str | None = None
@@ -315,8 +333,11 @@ class OwnRun:
         self._seconds += seconds
         metrics = self._check(yielded)
         self.epoch += 1
+        started = time.perf_counter()
+        probe = self._probe(telemetry, telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps)
+        self._probe_seconds += time.perf_counter() - started
         self.tested = {name: value for name, value in metrics.items() if name.startswith(TEST_PREFIX)}
-        verdict = self._judge(metrics, before, telemetry)
+        verdict = self._judge(metrics, before, telemetry, probe)
         self.hopeless = verdict.hopeless
         steps = telemetry.steps - before.steps
         return EpochMetrics(
@@ -331,8 +352,8 @@ class OwnRun:
             samples_per_second=steps * self._config.batch_size * self._config.accumulate / seconds,
             peak_memory_bytes=self._memory.peak_bytes,
             state=str(verdict.state),
-            underflow_share=None,
-            probe_seconds=0.0,
+            underflow_share=probe.underflow_share,
+            probe_seconds=self._probe_seconds,
             loop="own" if self._trial.keeps_state else KEEPS_NOTHING,
             metrics={name: metrics[name] for name in metrics if name not in (*COMMON_METRICS, *self.tested)},
         )
@@ -355,12 +376,14 @@ class OwnRun:
         """Return the state to resume from, as tensors and plain values; None if the loop keeps nothing."""
         state = self._trial.read_state(self.epoch, self._generators.state)
         return (
-            None if state is None else state | {"seconds": self._seconds, "peak_memory_bytes": self._memory.peak_bytes}
+            None
+            if state is None
+            else state | {"seconds": [self._seconds, self._probe_seconds], "peak_memory_bytes": self._memory.peak_bytes}
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state_dict``, before the first epoch."""
-        self.epoch, self._seconds = state["epoch"], state["seconds"]
+        self.epoch, (self._seconds, self._probe_seconds) = state["epoch"], state["seconds"]
         self._memory.peak_bytes = state["peak_memory_bytes"]
         self._trial.restore(state)
 
@@ -411,38 +434,51 @@ class OwnRun:
         self._names = frozenset(metrics)
         return metrics
 
-    def _judge(self, metrics: Mapping[str, float], before: ScalerTelemetry, telemetry: ScalerTelemetry) -> Verdict:
-        scaler, config = self._trial.scaler, self._config
-        steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
-        outlook = None
-        if scaler.is_enabled():
-            state = scaler.state_dict()
-            outlook = look_ahead(
-                state["scale"],
-                telemetry.min_loss_scale or state["scale"],
-                state["_growth_tracker"],
-                steps * (config.max_epochs - self.epoch),
-                growth_factor=config.growth_factor or 2.0,
-                backoff_factor=config.backoff_factor or 0.5,
-                growth_interval=config.growth_interval or 1,
+    def _probe(self, telemetry: ScalerTelemetry, steps: int, skipped: int) -> GradientProbe:
+        """Probe the gradients if the loop asked for it and the precision is fp16; else find the scale's outlook."""
+        config, scaler, probed = self._config, self._trial.scaler, self._trial.probed
+        steps_left = steps * (config.max_epochs - self.epoch)
+        if probed is None or not scaler.is_enabled():
+            return GradientProbe(outlook=find_outlook(config, scaler, telemetry, steps_left))
+        model, loss = probed
+
+        def compute_loss(_: Tensor) -> Tensor:
+            seed_generators(config.seed)  # the same dropout every time
+            return loss()
+
+        with undisturbed(model, self._device), fp32_arithmetic(config.precision), torch.enable_grad():
+            return probe_gradients(
+                config,
+                scaler,
+                telemetry,
+                [parameter for parameter in model.parameters() if parameter.requires_grad],
+                compute_loss,
+                torch.zeros(1),
+                batch_size=1,
+                steps_left=steps_left,
+                all_skipped=skipped == steps,
             )
+
+    def _judge(
+        self,
+        metrics: Mapping[str, float],
+        before: ScalerTelemetry,
+        telemetry: ScalerTelemetry,
+        probe: GradientProbe,
+    ) -> Verdict:
         return judge_epoch(
             EpochEvidence(
                 weights_finite=self._trial.are_weights_finite(),
                 weights_moved=self._trial.have_weights_moved(),
+                **vars(probe),
                 validation={name: metrics[name] for name in (*self._objectives, "val_loss") if name in metrics},
                 nan_buffer=None,
                 has_learned=None,
-                is_dead=False,
-                epoch_steps=steps,
-                epoch_skipped=skipped,
+                epoch_steps=telemetry.steps - before.steps,
+                epoch_skipped=telemetry.skipped_steps - before.skipped_steps,
                 applied_steps=telemetry.applied_steps,
                 skipped_steps=telemetry.skipped_steps,
-                underflow_share=None,
-                outlook=outlook,
-                overflows_at_lowest=None,
-                vanishes_at_highest=None,
-                is_last_epoch=self.epoch >= config.max_epochs,
+                is_last_epoch=self.epoch >= self._config.max_epochs,
             )
         )
 

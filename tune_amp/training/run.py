@@ -1,6 +1,5 @@
 """Trains and evaluates one configuration. It does not use Ray: a trial, a replay and a script run the same code."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -17,7 +16,7 @@ from tune_amp.training.buffers import FiniteBuffers
 from tune_amp.training.cuda_graph import Capture, StepLoop, capturable, capture_cuda_graph, explain_eager
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import Evaluation, evaluate
-from tune_amp.training.generators import Generators, keep_generators, seed_generators
+from tune_amp.training.generators import Generators, keep_generators, seed_generators, undisturbed
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.models import check_model
 from tune_amp.training.own_code import exits_as_errors
@@ -325,7 +324,7 @@ class TrainingRun:
             return GradientProbe()
         batch_size = self._config.batch_size
         try:
-            with self._undisturbed(), fp32_arithmetic(self._config.precision):
+            with undisturbed(self.model, self._data.device), fp32_arithmetic(self._config.precision):
                 return self._amp.probe(
                     [parameter for parameter in self.model.parameters() if parameter.requires_grad],
                     lambda images: self._probe_loss(images, batch_size),
@@ -344,17 +343,6 @@ class TrainingRun:
         """Return the loss of ``images`` (indices, int64) weighted as in a batch, with the same dropout every time."""
         seed_generators(self._config.seed)
         return self._compute_loss(self._take_batch(images)) * (len(images) / batch_size)
-
-    @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Restore random generators and running statistics after the forward passes of the ``with`` block."""
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        try:
-            with keep_generators(self._data.device):
-                yield
-        finally:
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
 
     def _weights_moved(self) -> bool:
         if self._initial is not None:
