@@ -358,6 +358,7 @@ def yielding(*values: Any) -> Callable[[Trial], Iterator[Any]]:
     (yielding({1: 1.0}), "mine:train: epoch 1: 1: must be a name of letters, digits and _"),
     (yielding({"epoch": 1}), "mine:train: epoch 1: epoch: is the name of another column, choose another name"),
     (yielding({"val_loss": 1}), "mine:train: epoch 1: must yield the objective val_f1, got val_loss"),
+    (yielding({"val_accuracy": 93.1}), "mine:train: epoch 1: val_accuracy: must be a share between 0 and 1, got 93.1"),
     (yielding({}), "mine:train: epoch 1: must yield the objective val_f1, got nothing"),
 ])  # fmt: skip
 def test_a_loop_that_breaks_the_contract_is_refused_in_one_line(function: Callable[[Trial], Any], message: str) -> None:

@@ -426,6 +426,9 @@ class OwnRun:
                 raise InputError(
                     f"{place}: {name}: must be yielded only if trial.confirming: no choice sees the test set"
                 )
+        accuracy = metrics.get("val_accuracy", 0.0)
+        if accuracy < 0 or accuracy > 1:  # NaN is judged like any other value
+            raise InputError(f"{place}: val_accuracy: must be a share between 0 and 1, got {accuracy:g}")
         for objective in self._objectives:
             if objective not in metrics and objective not in COST_OBJECTIVES:
                 raise InputError(f"{place}: must yield the objective {objective}, got {_join(metrics)}")
