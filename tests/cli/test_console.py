@@ -44,8 +44,8 @@ def test_console_prints_into_the_void_once_its_reader_is_gone() -> None:
 
 def test_console_that_is_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     open_console(quiet=True).print("nothing")
-    open_console(stderr=True).print("something")
-    assert capsys.readouterr() == ("", "something\n")
+    open_console(stderr=True).print("something of my:train: itself")
+    assert capsys.readouterr() == ("", "something of my:train: itself\n")
 
 
 def test_terminal_gets_its_cursor_back_and_a_file_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

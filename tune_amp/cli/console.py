@@ -119,8 +119,8 @@ class LastingConsole(Console):
 
 
 def open_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Return a console for prose, in which numbers are not coloured."""
-    return LastingConsole(stderr=stderr, quiet=quiet, highlight=False)
+    """Return a console for prose, in which numbers are not coloured, and ``:train:`` is no picture of one."""
+    return LastingConsole(stderr=stderr, quiet=quiet, highlight=False, emoji=False)
 
 
 def _print_into_the_void(stream: IO[str]) -> None:

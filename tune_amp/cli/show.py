@@ -63,7 +63,9 @@ def _print_start(console: Console, summary: "RunSummary") -> None:
     tails = dict.fromkeys(trial.config.imbalance for trial in summary.trials if trial.config.imbalance != 1)
     tail = "".join(f" (long tail {imbalance:g}:1)" for imbalance in tails)
     sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
-    say(console, f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}")
+    loops = dict.fromkeys(trial.config.train for trial in summary.trials if trial.config.train)
+    subject = f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}"
+    say(console, f"{', '.join(loops)}: your own training loop and data" if loops else subject)
     space = parse_space(about.space_source, about.space_text)
     say(console, f"space      {space.source}: {', '.join(parameter.name for parameter in space.parameters)}")
     say(console, f"searched   {about.objective} by {about.sampler} and {about.scheduler}, seed {about.seed}")
