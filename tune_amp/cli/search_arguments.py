@@ -18,7 +18,8 @@ GROUPS = {
     "hardware and cluster": ("gpus_per_trial", "cpus_per_trial", "max_concurrent", "address", "storage_path"),
     "the run and its output": ("name", "results_dir", "resume", "tracker", "quiet", "json"),
 }
-"""Headings of the help -> the flags below each, by their fields."""
+"""Headings of the help -> the flags below each, by their fields. Others stand below ``OTHER_FLAGS``."""
+OTHER_FLAGS = "how it is searched"
 
 
 def search_parser(program: str) -> argparse.ArgumentParser:
@@ -31,13 +32,14 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     )
     text = f"YAML file, or a bundled space's name ({DEFAULT_SPACE})"
     parser.add_argument("space", help=text, nargs="?", type=read_place, metavar="SPACE")
-    group_of = {
-        name: group for title, names in GROUPS.items() for group in [parser.add_argument_group(title)] for name in names
-    }
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    group_of = {name: groups[title] for title, names in GROUPS.items() for name in names}
 
     def add(name: str, text: str, **settings: Any) -> None:
         unset = settings.get("default") in (None, [])
-        group_of[name].add_argument(name_flag(name), help=text if unset else f"{text} (%(default)s)", **settings)
+        group_of.get(name, groups[OTHER_FLAGS]).add_argument(
+            name_flag(name), help=text if unset else f"{text} (%(default)s)", **settings
+        )
 
     text = (
         f"auto, {', '.join(DATASETS)} or MODULE:FUNCTION; auto is MNIST where it can be had, else scikit-learn's digits"
