@@ -103,7 +103,7 @@ def find_largest(space: "SearchSpace", *, model: str, dataset: str, max_epochs: 
         seed=seed,
         batch_size=int(max(sizes)),
         precision=min(precisions, key=PRECISIONS_BY_MEMORY.index),
-        optimizer=min(optimizers, key=OPTIMIZERS_BY_MEMORY.index),
+        optimizer=next((name for name in OPTIMIZERS_BY_MEMORY if name in optimizers), optimizers[0]),
     )
 
 
