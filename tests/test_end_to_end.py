@@ -77,7 +77,8 @@ def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3, "--name", "small", "--quiet")
-    done = run_script("search", *arguments, "--confirm-seeds", 0, "--imbalance", 1.5, folder=tmp_path)
+    alone = ("--max-concurrent", 1, "--confirm-seeds", 0)
+    done = run_script("search", *arguments, *alone, "--imbalance", 1.5, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "results/small/best.parquet\n"
     best = tmp_path / done.stdout.strip()

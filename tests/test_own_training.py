@@ -57,7 +57,7 @@ def _examples_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
-    with ray_session(num_cpus=2, run="test_own_training"):
+    with ray_session(num_cpus=1, run="test_own_training"):
         yield
 
 

@@ -30,9 +30,8 @@ VITAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "part", ["raylet", *(pytest.param(name, marks=pytest.mark.long) for name in ("GCS", "agent of the dashboard"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("part", VITAL)
 def test_search_whose_ray_dies_ends_and_can_be_resumed(
     part: str, tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
