@@ -31,9 +31,9 @@ for number, handler in ((signal.SIGHUP, lambda *_: None), (signal.SIGINT, signal
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # DuckDB and triton list on standard error, after pytest's end, what Python has not freed by then: pages of it.
-    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+# DuckDB and triton list on standard error, after pytest's end, what Python has not freed by then: pages of it. Their
+# nanobind can be told to be silent in C++ only.
+atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -81,7 +81,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
                 "--confirm-seeds",
                 "0",
                 "--max-concurrent",
-                "2",
+                "1",
                 "--json",
             ],
             cwd=folder,
@@ -111,7 +111,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 150) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "did not come about"
-        time.sleep(1)
+        time.sleep(0.3)
     return found
 
 

@@ -13,7 +13,7 @@ from tune_amp.space.space import load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-LONG_PAGES = ("choosing-a-space", "own-model-and-data", "trackers")
+LONG_PAGES = ("choosing-a-space", "own-model-and-data", "own-training", "trackers")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json", "--working-dir"}
 """Of TensorBoard and MLflow, in the commands that show what they were told, and of Ray's that submits a job."""
@@ -25,7 +25,7 @@ FILE_NAME = re.compile(r"# (\w+\.(?:py|yaml))\n")
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
     """One Ray for the searches of all pages: it takes longer to start than they do."""
-    with ray_session(num_cpus=2, run="test_docs"):
+    with ray_session(num_cpus=1, run="test_docs"):
         yield
 
 

@@ -1,9 +1,12 @@
-"""A user's own training loop, task and parameters go the whole way: search, kill, resume, confirm, train the winner."""
+"""A user's own training loop, task, parameters and images go the whole way: search, kill, resume, confirm, train."""
 
+import gzip
 import importlib
+import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,17 +15,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
-from small_runs import untimed
+from numpy.typing import NDArray
+from small_runs import make_split, untimed
 from torch import nn
 
 import tune_amp
 from tune_amp.cli.main import main
 from tune_amp.cluster.session import ray_session
 from tune_amp.results.journal import read_journal
-from tune_amp.results.records import load_best_rows, load_confirmed, load_trials
+from tune_amp.results.records import load_best, load_best_rows, load_confirmed, load_provenance, load_trials
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.runs import load_data, place_data, start_run
@@ -52,7 +57,7 @@ def _examples_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
-    with ray_session(num_cpus=2, run="test_own_training"):
+    with ray_session(num_cpus=1, run="test_own_training"):
         yield
 
 
@@ -186,8 +191,6 @@ def test_a_task_is_searched_by_its_own_metric_and_trained_again(capsys: pytest.C
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray", "enter_folder")
 @pytest.mark.parametrize(("body", "message"), [
-    ("return None", "mine:train: must yield its metrics after every epoch, but returns NoneType"),
-    ("yield {'val_loss': 'low'}", "mine:train: epoch 1: 'val_loss': must be a number, got 'low'"),
     ("yield {'val_f1': 0.5}", "mine:train: epoch 1: must yield the objective val_loss, got val_f1"),
     ("raise KeyError('hidden')\n    yield", "KeyError: 'hidden'"),
 ])  # fmt: skip
@@ -195,40 +198,177 @@ def test_a_loop_that_cannot_be_searched_is_one_line(
     body: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.py").write_text(f"def train(trial):\n    {body}\n")
-    size = ("--objective", "val_loss", "--num-samples", "4", "--max-epochs", "1", "--max-failures", "1", "--quiet")
+    size = ("--objective", "val_loss", "--num-samples", "50", "--max-epochs", "1", "--max-failures", "1", "--quiet")
     assert main(["search", "quick", "--train", "mine:train", *size, "--name", "own"]) == 1
     assert load_trials("results/own")[0].error == message
     assert f"all failed with the same error: {message}" in capsys.readouterr().err
 
 
+SLOW_LOOP = """
+import pathlib
+import time
+from examples.amp_tutorial import train as fast
+
+def train(trial):
+    for metrics in fast(trial):
+        time.sleep(0.5 * pathlib.Path(PATH).exists())
+        yield metrics
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_ray", "enter_folder")
 def test_a_killed_search_of_a_loop_resumes_from_its_checkpoints(tmp_path: Path) -> None:
     """Its trials end as those of a search that ran through."""
-    slow = "import time\nfrom examples.amp_tutorial import train as fast\n\n\ndef train(trial):\n"
-    slow += "    for metrics in fast(trial):\n        time.sleep(0.4)\n        yield metrics\n"
-    (tmp_path / "mine.py").write_text(slow)
-    command = [sys.executable, "-m", "tune_amp", "search", str(EXAMPLES / "amp_tutorial.yaml"), "--train", "mine:train"]
-    size = ("--objective", "val_loss", "--num-samples", "2", "--max-epochs", "6", "--scheduler", "none")
-    options = (*size, "--max-concurrent", "1", "--confirm-seeds", "0")
-    about: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True}
-    subprocess.run([*command, *options, "--name", "through"], check=True, timeout=240, **about)
+    slow = tmp_path / "slow"
+    (tmp_path / "mine.py").write_text(SLOW_LOOP.replace("PATH", repr(str(slow))))
+    command = ["search", str(EXAMPLES / "amp_tutorial.yaml"), "--train", "mine:train", "--objective", "val_loss"]
+    command += ["--num-samples", "2", "--max-epochs", "6", "--scheduler", "none", "--max-concurrent", "1"]
+    command += ["--confirm-seeds", "0", "--name"]
+    assert main([*command, "through"]) == 0
 
-    about.pop("capture_output")
-    process = subprocess.Popen([*command, *options, "--name", "killed"], stdout=subprocess.DEVNULL, **about)
+    slow.touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tune_amp", *command, "killed"], env=environment, stdout=subprocess.DEVNULL
+    )
     journal = RunFolder(tmp_path / "results" / "killed").journal
     deadline = time.monotonic() + 240
-    while not journal.exists() or sum(event["event"] == "report" for event in read_journal(journal)) < 4:
+    while not journal.exists() or count(journal, "report") < 4 or not count(journal, "checkpoint"):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resume = [*command[:4], "--resume", "killed", "--train", "mine:train"]
-    subprocess.run(resume, check=True, timeout=240, capture_output=True, **about)
+    slow.unlink()
+    before = count(journal, "report")
+    assert main(["search", "--resume", "killed", "--train", "mine:train"]) == 0
+    assert count(journal, "report") < before + 12  # not from the beginning
     through, killed = (load_trials(tmp_path / "results" / name) for name in ("through", "killed"))
     assert [trial.config for trial in killed] == [trial.config for trial in through]
     for ours, theirs in zip(killed, through, strict=True):
         assert [untimed(epoch) for epoch in ours.epochs] == [untimed(epoch) for epoch in theirs.epochs]
+
+
+def count(journal: Path, kind: str) -> int:
+    return sum(event["event"] == kind for event in read_journal(journal))
+
+
+# ---- images ----
+
+TRAIN_IMAGES, TEST_IMAGES = 2_400, 500
+SEARCH_IMAGES = ("search", "quick", "--num-samples", "2", "--top-k", "1", "--max-epochs", "4", "--name", "own")
+DATA = """
+import numpy as np
+def data():
+    with np.load("own.npz") as parts:
+        return [parts[name] for name in ("train_images", "train_labels", "test_images", "test_labels")]
+"""
+
+
+def make_parts() -> dict[str, NDArray[np.uint8]]:
+    """Ten classes of 28 x 28 pixels under noise: class c is bright in row c."""
+    parts: dict[str, NDArray[np.uint8]] = {}
+    for name, count, seed in (("train", TRAIN_IMAGES, 1), ("test", TEST_IMAGES, 2)):
+        split = make_split(count, classes=10, seed=seed, side=28)
+        parts |= {f"{name}_images": split.images[:, 0], f"{name}_labels": split.labels.astype(np.uint8)}
+    return parts
+
+
+def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
+    header = b"".join(number.to_bytes(4, "big") for number in (0x800 + array.ndim, *array.shape))
+    content = header + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_files(folder: Path) -> None:
+    folder.mkdir()
+    parts = make_parts()
+    for name, stem in (("train", "train"), ("test", "t10k")):
+        write_idx(folder / f"{stem}-images-idx3-ubyte.gz", parts[f"{name}_images"])
+        write_idx(folder / f"{stem}-labels-idx1-ubyte", parts[f"{name}_labels"])  # either way will do
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """What a command prints."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    return printed.out.splitlines()
+
+
+def without_wrap_up(lines: list[str]) -> list[str]:
+    """All but the time that the search took after its last trial, which no file tells."""
+    return [re.sub(r"; then .* to wrap up$|(?<=^confirmed) in \d+ s", "", line) for line in lines]
+
+
+def check_images(folder: Path, dataset: str) -> None:
+    names = ["best.parquet", "confirm.parquet", "epochs.parquet", "report.html", "space.yaml", "trials.parquet"]
+    assert [name for name in names if not (folder / name).exists()] == []
+    trials = load_trials(folder)
+    assert [trial.config.dataset for trial in trials] == [dataset] * 2
+    best = [trial.last.val_accuracy for trial in trials if trial.last and trial.config == load_best(folder)]
+    assert max(accuracy for accuracy in best if accuracy is not None) > 0.6  # chance is 0.1
+    confirmation = load_best_rows(folder)[0].confirmation
+    assert confirmation is not None
+    assert len(confirmation.confirm_seeds) == 3
+    assert {confirmed.status for confirmed in load_confirmed(folder)} == {TrialStatus.COMPLETED}
+    provenance = load_provenance(folder)
+    assert (provenance.train_images, provenance.validation_images) == (2_200, 200)
+
+
+def check_training(folder: Path, lines: list[str]) -> None:
+    [accuracy] = [float(line.split()[2].rstrip("%")) for line in lines if line.startswith("test accuracy")]
+    assert accuracy > 60
+    [output] = folder.glob("train-*")
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert (metrics["train_images"], metrics["test_images"]) == (TRAIN_IMAGES, TEST_IMAGES)
+    assert metrics["test_accuracy"] == pytest.approx(accuracy / 100, abs=5e-5)
+    assert f"Test accuracy {accuracy:.2f} %" in (output / "card.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray", "enter_folder")
+def test_four_files_in_a_folder_go_all_the_way(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_files(tmp_path / "my images")
+    searched = call(capsys, *SEARCH_IMAGES, "--dataset", "fashion_mnist", "--data-dir", "my images")
+    folder = Path("results", "own")
+    check_images(folder, "fashion_mnist")
+
+    # A run that is shown again ends, line by line, as the search itself did.
+    shown = call(capsys, "show", "own")
+    end = next(place for place, line in enumerate(searched) if line.startswith("2 trials"))
+    assert len(searched) - end >= 8
+    assert shown[4:] == without_wrap_up(searched[end:])
+    assert shown[:2] == [
+        "simple_net on fashion_mnist: 2,200 training and 200 validation images",
+        "space      quick: lr, batch_size, init_scale",
+    ]
+
+    _, program, *arguments = shlex.split(shown[-1])
+    assert (program, arguments[-2:]) == ("tune-amp", ["--data-dir", "my images"])
+    check_training(folder, call(capsys, *arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray", "enter_folder")
+def test_a_function_goes_all_the_way_and_other_data_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    parts = make_parts()
+    np.savez(tmp_path / "own.npz", **parts)  # type: ignore[arg-type]  # numpy means keywords of any name
+    (tmp_path / "own_images.py").write_text(DATA)
+    call(capsys, *SEARCH_IMAGES, "--dataset", "own_images:data")
+    folder = Path("results", "own")
+    check_images(folder, "own_images:data")
+    reuse = shlex.split(call(capsys, "show", "own")[-1])[2:]
+    assert reuse[-2:] == ["--dataset", "own_images:data"]
+    check_training(folder, call(capsys, *reuse))
+
+    np.savez(tmp_path / "own.npz", **parts | {"test_images": parts["test_images"] // 2})  # type: ignore[arg-type]
+    assert main([*reuse, "--seed", "1"]) == 2
+    assert "must hold the data that the search used" in capsys.readouterr().err
 
 
 # ---- from Python ----

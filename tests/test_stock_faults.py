@@ -452,6 +452,7 @@ def session() -> Iterator[RaySession]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("session")
 def test_result_of_a_trial_that_asha_stopped_knows_only_the_counters_of_its_last_epoch(tmp_path: Path) -> None:
     def train(config: dict[str, Any]) -> None:
@@ -481,6 +482,7 @@ def test_result_of_a_trial_that_asha_stopped_knows_only_the_counters_of_its_last
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("session")
 def test_our_record_of_a_trial_that_asha_stopped_counts_over_all_of_its_epochs(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)

@@ -130,6 +130,7 @@ def skip_every_fourth(step: Step) -> Step:
     return replay
 
 
+@pytest.mark.long
 def test_graph_that_does_less_than_the_step_fails_in_every_precision_and_with_every_optimizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +367,7 @@ def test_share_table_shows_medians_of_ratios_taken_repeat_by_repeat() -> None:
 
 
 @pytest.mark.slow  # starts processes
+@pytest.mark.long
 def test_shares_are_measured() -> None:
     result = measure_share_table(
         make_images(1_200),

@@ -1,6 +1,7 @@
 """What a finished run is shown as, from its files: what is there is shown, and what is missing is said."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def shown(folder: Path, top_k: int | None = None) -> tuple[str, str]:
 
 def ranks(text: str) -> list[list[str]]:
     """Rank and accuracy of each line of the ranking."""
-    rows = [line.split() for line in text.splitlines() if "fp16" in line]
+    rows = [line.split() for line in text.splitlines() if re.match(r"\d+ .*%", line)]
     return [[row[0], *(cell for cell in row if cell.endswith("%"))] for row in rows]
 
 

@@ -806,6 +806,7 @@ def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
 def test_sigusr1_in_a_confirmation_keeps_its_runs_and_the_searchs_ranking(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", "--json"]
     command += ["--num-samples", "2", "--max-epochs", "2", "--confirm-seeds", "1000", "--name", "cut"]
+    command += ["--max-concurrent", "1"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

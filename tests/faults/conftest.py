@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_runs import ALONE, SIDE_BY_SIDE, Ended, Follow, Search, Undisturbed, begin, check_run, prepare, read_end
+from fault_runs import (
+    ALONE,
+    SIDE_BY_SIDE,
+    Ended,
+    Follow,
+    Search,
+    Undisturbed,
+    begin,
+    check_run,
+    hurry,
+    prepare,
+    read_end,
+)
 
 from tune_amp.results.run_folder import RunFolder
 
@@ -25,7 +37,8 @@ def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         with (shared / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other process may be making it
             if not RunFolder(run).journal.exists():
-                search = begin(prepare(folder), *RUNS[name])
+                hurry(prepare(folder))
+                search = begin(folder, *RUNS[name])
                 assert search.wait() == 0, search.stderr
                 assert search.find_left() == []
                 assert check_run(run).repeated == 0

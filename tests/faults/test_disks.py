@@ -19,6 +19,7 @@ from fault_runs import (
     check_run,
     count_events,
     find_resume_command,
+    hurry,
     measure_returns,
     note_fault,
     prepare,
@@ -70,6 +71,7 @@ def check_ends_and_goes_on(
     assert "Traceback" not in search.stderr
     assert message in search.stderr
     before = count_events(run, "report")
+    hurry(search.folder)
     again = follow(Search(search.folder, command=find_resume_command(search)))
     assert again.wait() == 0, again.stderr
     assert read_end(run) == expected

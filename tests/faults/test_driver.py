@@ -27,6 +27,7 @@ from fault_runs import (
     check_run,
     count_events,
     find_resume_command,
+    hurry,
     measure_returns,
     name_arguments,
     note_fault,
@@ -170,6 +171,7 @@ def test_ctrl_c_ends_within_seconds_with_everything_exported(
     assert search.find_left() == []
 
     before = count_events(run, "report")
+    hurry(tmp_path)
     again = follow(Search(tmp_path, command=find_resume_command(search)))
     assert again.wait() == 0, again.stderr
     assert read_end(run) == undisturbed("alone")

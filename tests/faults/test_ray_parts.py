@@ -14,6 +14,7 @@ from fault_runs import (
     check_run,
     count_events,
     find_resume_command,
+    hurry,
     measure_returns,
     note_fault,
     prepare,
@@ -29,9 +30,8 @@ VITAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "part", ["raylet", *(pytest.param(name, marks=pytest.mark.long) for name in ("GCS", "agent of the dashboard"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("part", VITAL)
 def test_search_whose_ray_dies_ends_and_can_be_resumed(
     part: str, tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
@@ -48,6 +48,7 @@ def test_search_whose_ray_dies_ends_and_can_be_resumed(
     assert check_run(run).repeated == 0
 
     before = count_events(run, "report")
+    hurry(tmp_path)
     again = follow(type(search)(tmp_path, command=find_resume_command(search)))
     assert again.wait() == 0, again.stderr
     assert read_end(run) == undisturbed("alone")

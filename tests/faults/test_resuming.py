@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,6 @@ from pathlib import Path
 import pytest
 from fault_runs import (
     ALONE,
-    ROOT,
     Follow,
     Undisturbed,
     begin,
@@ -140,17 +137,21 @@ def test_run_that_was_moved_and_renamed_goes_on_and_another_version_is_told(
     ],
 )
 def test_changed_settings_are_refused_in_a_line_and_change_nothing(
-    arguments: tuple[str, ...], message: str, killed: Path
+    arguments: tuple[str, ...],
+    message: str,
+    killed: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = killed / "results" / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     given = ("--model", "slow:net") if "--model" not in arguments else ()
-    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "--resume", "run", *given, *arguments]
-    done = subprocess.run(command, cwd=killed, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    monkeypatch.chdir(killed)
+    assert search_command(["--resume", "run", *given, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

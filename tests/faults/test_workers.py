@@ -15,6 +15,7 @@ from fault_runs import (
     begin,
     check_run,
     count_events,
+    hurry,
     note_fault,
     prepare,
     read_end,
@@ -51,6 +52,7 @@ def test_worker_killed_mid_epoch(
         os.kill(search.wait_for_processes("ray::AmpTrainable")[0], signal.SIGKILL)
         search.wait_until(lambda: "lost" in {event["event"] for event in read_events(run)})
         search.wait_until(lambda before=before: count_events(run, "report") > before + 1)  # type: ignore[misc]
+    hurry(tmp_path)
     assert search.wait() == 0
     assert search.stderr == ""
     assert count_events(run, "lost") == 2

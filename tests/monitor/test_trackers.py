@@ -87,7 +87,7 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_ray(own_settings: None) -> Iterator[None]:
-    with ray_session(num_cpus=2, run="test_trackers"):
+    with ray_session(num_cpus=1, run="test_trackers"):
         yield
 
 
@@ -276,6 +276,7 @@ def test_no_data_leave_the_machine_unless_the_user_says_so(tmp_path: Path) -> No
         environment = {**kept, **proxies, **soon, "NO_PROXY": "127.0.0.1,localhost", "HOME": str(tmp_path)}
         command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits"]
         command += ["--num-samples", "2", "--max-epochs", "1", "--confirm-seeds", "0", "--name", "private"]
+        command += ["--max-concurrent", "1"]
         command += ["--tracker", "tensorboard,mlflow", "--tracker", "wandb"]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False

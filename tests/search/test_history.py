@@ -105,8 +105,8 @@ def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
     ("events", "expected"),
     [
         ([], "reports.journal: must hold how the run began"),
-        ([made.session()], "reports.journal: was written by journal version None; this tune_amp resumes 2"),
-        ([made.beginning(version=1)], "reports.journal: was written by journal version 1; this tune_amp resumes 2"),
+        ([made.session()], "reports.journal: was written by journal version None; this tune_amp resumes 3"),
+        ([made.beginning(version=1)], "reports.journal: was written by journal version 1; this tune_amp resumes 3"),
         (
             [made.beginning(), made.report("a", 1)],
             "reports.journal: line 2: must be written by a search (KeyError: 'a')",

@@ -358,6 +358,7 @@ def test_cause_is_one_line_of_the_last_attempt(die: Callable[..., DeadTrial]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_still_words_a_kill_by_its_memory_monitor_as_we_read_it(tmp_path: Path) -> None:
     """In a process of its own: any memory in use is too much for this Ray, whose settings are read on start.
 
