@@ -40,9 +40,9 @@ test-fast: $(READY)
 check: $(READY)
 	$(BIN)/pre-commit run --all-files
 
-# The pages as a site in site/, with search; a broken link fails.
+# The pages as a site in site/, with search; a broken link fails. With --quiet, MkDocs would not count one.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "look at it with: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 # Newest versions that pyproject.toml allows; needs uv. No index address gets into the file.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 FIRST_PAGES = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
@@ -19,6 +20,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in find_linked(root):
         files.append(File.generated(config, path, abs_src_path=str(root / path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave the tables of measurements out of the search: their numbers would come before every page's text."""
+    if page.file.src_uri.startswith("results/"):
+        page.meta["search"] = {"exclude": True}
+    return markdown
 
 
 def find_linked(root: Path) -> list[str]:

@@ -53,7 +53,8 @@ class Kernel:
         shown: list[dict[str, Any]] = []
 
         def keep(message: dict[str, Any]) -> None:
-            shown.append({"kind": message["msg_type"], **message["content"]})
+            if message["msg_type"] not in ("status", "execute_input"):
+                shown.append({"kind": message["msg_type"], **message["content"]})
             watch()
 
         reply = self._client.execute_interactive(cell, timeout=DEADLINE, output_hook=keep)
