@@ -1,11 +1,11 @@
-# Needs Python 3.11 or newer and make, nothing else: every target prepares .venv first.
+# Needs Python 3.11 or newer and make, nothing else: every target prepares .venv first (6 GB with torch's CUDA).
 PYTHON ?= python3
 # Ours is an environment that holds `ready`, from its first moment on. One of another program (`uv run`) is left alone.
 VENV := $(shell if [ -L .venv ] || { [ -e .venv ] && ! [ -e .venv/ready ]; }; then echo .venv-make; else echo .venv; fi)
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: install search test test-all test-fast check lock clean
+.PHONY: install search test test-all test-fast check docs lock clean
 
 install: $(READY)
 
@@ -15,7 +15,8 @@ $(READY): requirements.lock pyproject.toml
 	@[ $(VENV) = .venv ] || echo "note: .venv was not made by this Makefile and is left as it is; using $(VENV)" >&2
 	@[ -e $@ ] || { mkdir $(VENV) && touch -d 2000-01-01 $@; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@echo "installing requirements.lock into $(VENV): 3 GB of downloads, some minutes"
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -38,6 +39,11 @@ test-fast: $(READY)
 # What CI checks besides the tests: the hooks of .pre-commit-config.yaml.
 check: $(READY)
 	$(BIN)/pre-commit run --all-files
+
+# The pages as a site in site/, with search; a broken link fails. With --quiet, MkDocs would not count one.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "look at it with: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 # Newest versions that pyproject.toml allows; needs uv. No index address gets into the file.
 lock:

@@ -1,7 +1,11 @@
 """Every command, every piece of Python, every space and every link of the pages in ``docs`` works, page by page."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +55,7 @@ def test_there_are_pages() -> None:
         "cluster",
         "monitoring",
         "moving-over",
+        "notebook",
         "own-model-and-data",
         "own-training",
         "performance",
@@ -81,6 +86,23 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in map(slug, re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)), target
 
 
+def test_the_site_builds_with_every_link_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    """MkDocs knows the links and anchors of the pages as a browser finds them, and of README, SECURITY and others."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {page.relative_to(tmp_path): page.read_text() for page in tmp_path.rglob("*.html")}
+    assert {Path("index.html"), Path("SECURITY.html"), *(Path(f"docs/{page.stem}.html") for page in PAGES)} <= {*pages}
+    loaded = re.compile(
+        r"""<(?:script|img|iframe|link rel="(?:stylesheet|preconnect)")[^>]*(?:src|href)="(?:https?:)?//"""
+    )
+    assert not [path for path, text in pages.items() if loaded.search(text)]
+    found = json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]
+    assert any("stop button" in entry["text"] and entry["location"].startswith("docs/notebook.html") for entry in found)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_space_loads(page: Path, tmp_path: Path) -> None:
     for number, text in enumerate(text for language, text in blocks(page) if language == "yaml"):
@@ -103,7 +125,12 @@ def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.long] * (page.stem in LONG_PAGES), id=page.stem) for page in PAGES]
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.long] * (page.stem in LONG_PAGES), id=page.stem)
+        for page in PAGES
+        if page.stem != "notebook"  # test_notebook.py runs it in a kernel
+    ],
 )
 def test_a_page_works_from_its_first_line_to_its_last(
     page: Path, tmp_path: Path, enter_folder: None, capsys: pytest.CaptureFixture[str]

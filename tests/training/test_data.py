@@ -211,7 +211,7 @@ def test_function_that_cannot_be_imported_is_refused(
             "got int",
         ),
         ("return x, y, x", "got 3 values, train of type ndarray"),
-        ("return x.tolist(), y, x, y", "train_images: must be a numpy array or a torch tensor, got list"),
+        ("return x.tolist(), y, x, y", "must be a numpy array or a torch tensor, got list; numpy.asarray makes one"),
         ("return x, y, x[:, None] / 255, y", "train_images: must have the dtype of user_module"),
         ("return x, y, torch.zeros(3, dtype=torch.bfloat16), y", "test_images: must be a tensor that numpy can hold"),
         (
@@ -224,7 +224,7 @@ def test_function_that_cannot_be_imported_is_refused(
         ("return x, y > 0, x, y", "train_labels: must be integers"),
         ("return x, y[:, None], x, y", "train_labels: must be integers, one for each of 36 images, got int64 (36, 1)"),
         ("return x, y, x, y[:5]", "test_labels: must be integers, one for each of 36 images, got int64 (5,)"),
-        ("return x, y - 1, x, y", "train_labels: must count from 0, got -1 to 1"),
+        ("return x, y - 1, x, y", "train_labels: must count from 0, got -1 to 1; number the classes anew"),
         ("return x, y, x, y.astype('u8') + 2**63", "test_labels: must count from 0"),
         ("return x, y * 10**15, x, y", "at least 2 classes, each with at least 2 training images"),
         ("return x, y * 0, x, y * 0", "at least 2 classes"),
@@ -351,7 +351,7 @@ def test_a_validation_split_of_the_users_own_is_kept(function: str, write_module
     [
         ("return table, table[:, 0], table, labels", "train_labels: must be integers, one for each of 60 images"),
         ("return table, table[:, 0], table, labels", "anything but a class needs a task of your own: --task m"),
-        ("x = table.copy(); x[3] = np.nan; return x, labels, table, labels", "must be finite in float32, got nan"),
+        ("x = table.copy(); x[3] = np.nan; return x, labels, table, labels", "finite in float32, got nan; convert or"),
         ("return table.astype(str), labels, table, labels", "must be uint8 images, floats or integers, got <U"),
         ("return labels, labels, labels, labels", "train_images: must be [n, ...] with two dimensions or more"),
         ("return table[:, :2], labels, table, labels", "must have the shape (channels, height, width for"),

@@ -4,15 +4,19 @@ import _thread
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import html
+import inspect
+import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_amp.cli.console import find_run, find_run_folder, mend_streams
+from tune_amp.cli.console import find_run, find_run_folder, mend_streams, open_console, say
 from tune_amp.cli.own_code import adopt_own_code
 from tune_amp.cli.search import SearchRequest, search_with_ray
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
@@ -101,10 +105,9 @@ class TuneResult:
         return Report(path=RunFolder(self.folder).report)
 
     def _repr_html_(self) -> str:
-        verdict = (
-            html.escape(self.verdict or self.reason or "not confirmed") if RunFolder(self.folder).best.exists() else ""
-        )
-        return f"<p><b>{html.escape(self.folder.name)}</b> {verdict}</p>{self.report._repr_html_()}"
+        outcome = _describe_cut_off(self) if self.interrupted else self.verdict or self.reason or "not confirmed"
+        report = self.report._repr_html_() if self.report.path.exists() else ""
+        return f"<p><b>{html.escape(self.folder.name)}</b> {html.escape(outcome)}</p>{report}"
 
 
 def tune(
@@ -169,6 +172,9 @@ def tune(
         KeyboardInterrupt: the search was interrupted before it could begin.
     """
     begun = time.monotonic()
+    if open_console().is_jupyter:  # nothing here needs ipywidgets, which both ask for
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        logging.getLogger("ray.widgets").setLevel(logging.WARNING)
     code = {"train": train, "task": task, "model": model, "dataset": dataset}
     named = {flag: value if isinstance(value, str) else name_function(value) for flag, value in code.items() if value}
     given = {
@@ -237,7 +243,15 @@ def _run(request: SearchRequest, folder: Path) -> TuneResult:
     is_main = threading.current_thread() is threading.main_thread()
     with stopping_on_signals(stop) if is_main else contextlib.nullcontext():
         result: SearchResult = search_with_ray(request, folder, stop, sys.stdout)
-    return TuneResult(folder=result.folder, interrupted=result.is_cut_off, reason=result.reason)
+    found = TuneResult(folder=result.folder, interrupted=result.is_cut_off, reason=result.reason)
+    if found.interrupted:
+        say(open_console(quiet=request.arguments.quiet), _describe_cut_off(found))
+    return found
+
+
+def _describe_cut_off(result: TuneResult) -> str:
+    call = f"tune_amp.tune(resume={str(result.folder)!r})"
+    return f"cut off  {result.reason or 'interrupted'}: {call} resumes it; give your own code again"
 
 
 def _build_arguments(given: Mapping[str, Any]) -> argparse.Namespace:
@@ -245,12 +259,19 @@ def _build_arguments(given: Mapping[str, Any]) -> argparse.Namespace:
     arguments = search_parser(PROGRAM).parse_args([])
     for name, value in given.items():
         if not hasattr(arguments, name) or name in ("space", "resume", "json"):
-            raise InputError(f"{name}: is no argument of tune_amp.tune")
+            raise InputError(f"{name}: is no argument of tune_amp.tune{_suggest_argument(name)}")
         setattr(arguments, name, value)
     if isinstance(arguments.tracker, str):
         arguments.tracker = [arguments.tracker]
     arguments.tracker = check_trackers(arguments.tracker)
     return arguments
+
+
+def _suggest_argument(name: str) -> str:
+    if name in TrialConfig.__dataclass_fields__:
+        return ": a setting of trials is searched or fixed by the space (parameters, fixed)"
+    near = difflib.get_close_matches(name, inspect.signature(tune).parameters, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _load_space(space: "str | Path | Mapping[str, Any] | None") -> "tuple[SearchSpace, str]":

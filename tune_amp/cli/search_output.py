@@ -31,7 +31,9 @@ def choose_observer(
         return contextlib.nullcontext(JsonLines(stdout))
     if arguments.quiet:
         return contextlib.nullcontext(Quiet())
-    return LiveTable(console) if is_screen(console) else contextlib.nullcontext(PlainLines(console))
+    if console.is_jupyter or is_screen(console):
+        return LiveTable(console)
+    return contextlib.nullcontext(PlainLines(console))
 
 
 def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> None:

@@ -2,9 +2,12 @@
 
 import collections
 import functools
+import importlib
+import io
 import json
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
@@ -63,7 +66,11 @@ class LiveTable:
         self._reported: dict[str, tuple[int, float]] = {}
         self._first_end: tuple[float, int] | None = None
         # A function, not a table: the clock moves on between reports.
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._live: Live | NotebookLive
+        if console.is_jupyter:
+            self._live = NotebookLive(self._render, width=console.width)
+        else:
+            self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "LiveTable":
         self._live.start()
@@ -93,6 +100,39 @@ class LiveTable:
 
     def _render(self) -> RenderableType:
         return self._draw()
+
+
+class NotebookLive:
+    """Redraws what a function returns in the output of a notebook's cell; rich's ``Live`` needs ipywidgets for that."""
+
+    def __init__(self, get_renderable: Callable[[], RenderableType], width: int) -> None:
+        self._get_renderable = get_renderable
+        self._width = width
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._redraw, daemon=True, name="notebook-live")
+
+    def start(self) -> None:
+        """Show the first state."""
+        self._notebook = importlib.import_module("IPython.display")  # there is one, or nothing would be shown like this
+        self._shown = self._notebook.display(self._draw(), display_id=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave nothing of it."""
+        self._over.set()
+        self._thread.join()
+        self._shown.update(self._notebook.HTML(""))
+
+    def _redraw(self) -> None:
+        while not self._over.wait(1):
+            self._shown.update(self._draw())
+
+    def _draw(self) -> Any:
+        page = Console(file=io.StringIO(), record=True, width=self._width, force_jupyter=False)
+        page.print(self._get_renderable())
+        style = "white-space: pre; line-height: normal; overflow-x: auto"
+        code_format = f'<pre style="{style}">{{code}}</pre>'
+        return self._notebook.HTML(page.export_html(code_format=code_format, inline_styles=True))
 
 
 class PlainLines:

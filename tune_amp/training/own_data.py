@@ -26,6 +26,7 @@ FUNCTION_RULE = (
 )
 TASK_RULE = "must return (train, validation, test), each a pair (inputs, targets) or a torch Dataset"
 WRITE_A_TASK = "anything but a class needs a task of your own: --task module:Class"
+REPAIR_FIRST = "convert or leave out such values first"
 
 
 def name_parts(name: str, result: Any, *, of_task: bool = False) -> dict[str, Any]:
@@ -69,7 +70,9 @@ def check_classes_part(part: Any, name: str, part_name: str, notices: list[str])
         rule = f"must be integers, one for each of {len(images)} images, got {got}"
         raise InputError(f"{labels_place}: {rule}; {WRITE_A_TASK}")
     if labels.min() < 0 or labels.max() >= np.iinfo(np.int64).max:
-        raise InputError(f"{labels_place}: must count from 0, got {labels.min()} to {labels.max()}")
+        raise InputError(
+            f"{labels_place}: must count from 0, got {labels.min()} to {labels.max()}; number the classes anew"
+        )
     return np.ascontiguousarray(images), np.ascontiguousarray(labels, dtype=np.int64)
 
 
@@ -118,10 +121,12 @@ def _standard_numbers(array: npt.NDArray[Any], place: str) -> npt.NDArray[Any]:
     if array.dtype.kind == "f":
         array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
-            raise InputError(f"{place}: must be finite in float32, got {array[~np.isfinite(array)].flat[0]}")
+            raise InputError(
+                f"{place}: must be finite in float32, got {array[~np.isfinite(array)].flat[0]}; {REPAIR_FIRST}"
+            )
         return array
     if array.dtype.kind not in "iub":
-        raise InputError(f"{place}: must be uint8 images, floats or integers, got {array.dtype}")
+        raise InputError(f"{place}: must be uint8 images, floats or integers, got {array.dtype}; {REPAIR_FIRST}")
     return array.astype(np.int64) if array.dtype.kind == "u" and array.dtype.itemsize > 1 else array
 
 
@@ -141,7 +146,9 @@ def _as_array(value: Any, place: str) -> npt.NDArray[Any]:
     except (TypeError, RuntimeError) as error:  # bfloat16, sparse, on no device
         raise InputError(f"{place}: must be a tensor that numpy can hold ({describe_error(error)})") from error
     if not isinstance(array, np.ndarray):
-        raise InputError(f"{place}: must be a numpy array or a torch tensor, got {type(value).__name__}")
+        raise InputError(
+            f"{place}: must be a numpy array or a torch tensor, got {type(value).__name__}; numpy.asarray makes one"
+        )
     return np.asarray(array)
 
 
