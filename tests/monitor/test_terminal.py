@@ -225,6 +225,7 @@ def test_live_table_draws_the_last_progress_and_clears_itself() -> None:
     with LiveTable(console) as table:
         table.on_progress(make_progress(run="first"), None)
         table.on_progress(make_progress(run="second"), None)
+        assert isinstance(table._live, Live)
         table._live.refresh()
     drawn = stream.getvalue()
     assert "second" in drawn
