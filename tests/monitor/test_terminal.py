@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from records import INF, NAN, PROVENANCE, make_epoch, make_scored, make_trial
 from rich.console import Console, RenderableType
+from rich.live import Live
 
 from tune_amp.monitor import terminal as monitoring
 from tune_amp.monitor.tables import render_ranking
