@@ -504,18 +504,17 @@ def test_a_tracker_that_hangs_holds_nothing_up(
 ) -> None:
     monkeypatch.setattr(trackers_module, "LONGEST_SILENCE_SECONDS", 0.2)
     released = threading.Event()
+    waited: list[bool] = []
 
     class Hanging(Listing):
         def start(self, trial: TrackedTrial) -> None:
-            released.wait(30)
+            waited.append(released.wait(100))
 
     tracker, trial = make_tracker(Hanging()), FakeTrial()
-    began = time.monotonic()
     tracker.on_trial_start(0, [], trial)
     report(tracker, trial, 1)
-    assert time.monotonic() - began < 0.1
     tracker.on_experiment_end([trial])
-    assert time.monotonic() - began < 5
+    assert waited == []  # it still hangs
     released.set()
     assert warnings == ["tracker mlflow is switched off (no answer within 0.2 s); the search continues"]
 
