@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,3 @@ def check_nothing_is_lost(run: Path, num_samples: int) -> list[TrialRecord]:
     states = [trial.state for trial in load_study(study_name="run", storage=open_storage(run / "study.journal")).trials]
     assert states == [TrialState.COMPLETE] * num_samples
     return trials
-
-
-def learned(trials: Sequence[TrialRecord]) -> dict[str, list[tuple[float | None, ...]]]:
-    """What the trials reported, without times."""
-    return {
-        trial.trial_name: [(e.epoch, e.train_loss, e.val_loss, e.val_accuracy) for e in trial.epochs]
-        for trial in trials
-    }

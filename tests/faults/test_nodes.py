@@ -9,21 +9,25 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_runs import ClusterSearch, check_nothing_is_lost, learned, searching, write_model
+import torch
+from cluster_runs import EPOCHS, ClusterSearch, check_nothing_is_lost, searching, write_model
 from fault_runs import check_run, note_fault
 from simulated_cluster import SimulatedCluster
 
+from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import load_best_rows
+from tune_amp.reuse.final import find_differences, replay_trial
+from tune_amp.training.data import Dataset
+from tune_amp.trial.consent import consent_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_a_search_on_three_nodes_loses_one_halfway_and_nothing_else(cluster: SimulatedCluster, tmp_path: Path) -> None:
+def test_a_search_on_three_nodes_loses_one_halfway_and_nothing_else(
+    cluster: SimulatedCluster, tmp_path: Path, digits: Dataset, enter_folder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every trial reported what it reports when it is trained here, alone."""
     staying, dying = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
-    alone = ("--num-samples", 6, "--max-concurrent", 1)
-    with searching(cluster, tmp_path / "undisturbed", *alone, epoch_seconds=0.0) as undisturbed:
-        undisturbed.finish()
-
     with searching(cluster, tmp_path / "disturbed", "--num-samples", 6) as disturbed:
         disturbed.wait_until(lambda: disturbed.count_ended() >= 2)
         disturbed.wait_until(lambda: 2 < disturbed.age_of_attempt(dying) < 4)  # a third of its epochs is reported
@@ -34,10 +38,14 @@ def test_a_search_on_three_nodes_loses_one_halfway_and_nothing_else(cluster: Sim
     assert len(disturbed.attempts) == 7  # the one that ran there began once more
     assert {attempt["node"] for attempt in disturbed.attempts} == {cluster.head, staying, dying}
     trials = check_nothing_is_lost(disturbed.run, 6)
-    assert learned(trials) == learned(check_nothing_is_lost(undisturbed.run, 6))
-    assert [row.trial.trial_name for row in load_best_rows(disturbed.run)] == [
-        row.trial.trial_name for row in load_best_rows(undisturbed.run)
-    ]
+    write_model(tmp_path / "alone", epoch_seconds=0.0)
+    monkeypatch.syspath_prepend(tmp_path / "alone")
+    consent_to("sleepy:net")
+    for trial in trials:
+        alone = replay_trial(trial.config, digits, torch.device("cpu"))
+        assert [find_differences(*pair) for pair in zip(trial.epochs, alone, strict=True)] == [[]] * EPOCHS
+    best = [trial.trial_name for trial in choose_best(trials, ["val_accuracy"], top_k=3)]
+    assert [row.trial.trial_name for row in load_best_rows(disturbed.run)] == best
     assert not list((tmp_path / "disturbed" / "storage").rglob("checkpoint_*"))
     note_fault("one node of three killed halfway", "goes on", check_run(disturbed.run), ranking_equal=True)
 
