@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jupyter_client.manager import KernelManager  # type: ignore[import-untyped,unused-ignore]
+from jupyter_client.manager import KernelManager  # type: ignore[import-not-found,unused-ignore]
 
 from tune_amp.results.journal import read_journal
 from tune_amp.results.run_folder import RunFolder
