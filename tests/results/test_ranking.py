@@ -97,6 +97,13 @@ def test_a_metric_of_the_user_s_own_ranks_by_its_direction(objective: str, expec
     assert [trial.trial_id for trial in choose_best(trials, [objective], 3)] == list(expected)
 
 
+def test_a_trial_without_a_loss_that_others_have_is_ranked_by_its_objective() -> None:
+    other = make_epoch(1, val_accuracy=None, val_loss=1.0, metrics={"reading": 1.0})
+    config = TrialConfig(train="mine:train")
+    trials = [make_trial("worse", epochs=(other,), config=config), make_measured("better", 2.0, config=config)]
+    assert [trial.trial_id for trial in choose_best(trials, ["reading:max"], 2)] == ["better", "worse"]
+
+
 def test_a_trial_that_does_not_report_the_objective_is_not_ranked() -> None:
     assert choose_best([make_trial(), make_measured("a", 1.0)], ["another"], 2) == []
 

@@ -1148,7 +1148,7 @@ def test_own_parameters_are_suggested_with_the_types_of_their_values(load: Load)
 def test_defaults_of_own_parameters_are_given_or_first_or_in_the_middle(load: Load) -> None:
     space = load(OWN_SPACE.replace("{act:", "{own.act:"))
     defaults = {"hidden": 64, "width": 32, "layers": 2, "dropout": 0.1, "decay": pytest.approx(0.01), "act": "gelu"}
-    assert space.own_defaults == defaults | {"slope": 0.1}
+    assert space.own_defaults == defaults  # slope is not active beside gelu
     enqueued = space.find_defaults(train_images=0, max_epochs=1)
     assert enqueued["log2(own.width)"] == 5
     assert enqueued["own.dropout"] == 0.1
@@ -1168,6 +1168,9 @@ def test_a_space_of_own_parameters_alone_is_enough(load: Load) -> None:
     ("own: {hidden: {choices: []}}", "own.hidden: must all be numbers, or all be texts, got []"),
     ("own: {hidden: {low: 3, high: 2}}", "own.hidden: low < high must hold, got low=3, high=2"),
     ("own: {a-b: {choices: [1]}}", "own.'a-b': must be a name of letters, digits and _, got 'a-b'"),
+    ("own: {hidden: {choices: [1], low: 2}}", "own.hidden.low: must be left out beside choices, got 2"),
+    ("own: {hidden: {choices: [1], default: 2}}",
+     "own.hidden.default: must be a value that the parameter can have, got 2"),
     ("own: {hidden: {choices: [1], default: x}}", "own.hidden.default: must be a whole number, got 'x'"),
     ("own: {hidden: {choices: [1], step: 2}}",
      "own.hidden.step: unknown key (known: low, high, log, power_of_two, choices, default, when)"),

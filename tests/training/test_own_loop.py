@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tune_amp.training.models import simple_net
 from tune_amp.training.own_loop import OwnRun, TelemetryScaler, Trial
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import COMMON_METRICS, RESERVED_NAMES, EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.config import COMMON_METRICS, RESERVED_NAMES, EpochMetrics, InputError, TrialConfig, shown
 
 CPU = torch.device("cpu")
 NAN = math.nan
@@ -238,6 +239,75 @@ def test_two_runs_of_a_seed_are_equal_and_leave_the_generators_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def resume_after_one_epoch(function: Callable[[Trial], Any], again: Callable[[Trial], Any] | None = None) -> OwnRun:
+    first = OwnRun(make_config(), function, CPU)
+    first.train_epoch()
+    resumed = OwnRun(make_config(), again or function, CPU)
+    resumed.load_state_dict(save_and_load(first.state_dict() or {}))
+    return resumed
+
+
+def keeping(*names: str, late: bool = False, own_epochs: bool = False) -> Callable[[Trial], Iterator[Any]]:
+    """A loop that keeps models of these names, within the epochs if ``late``."""
+
+    def train(trial: Trial) -> Iterator[Any]:
+        models = {name: nn.Linear(1, 1) for name in names}
+        if not late:
+            trial.keep(**models)
+        for _ in range(trial.max_epochs) if own_epochs else trial.epochs():
+            if late:
+                trial.keep(**models)
+            yield {"val_loss": 1.0}
+
+    return train
+
+
+def test_what_a_resumed_loop_must_do_is_said_in_one_line() -> None:
+    with pytest.raises(
+        InputError, match=r"^trial.keep: must be called before trial.epochs\(\), got a after its begin$"
+    ):
+        OwnRun(make_config(), keeping("a", late=True), CPU).train_epoch()
+    with pytest.raises(
+        InputError, match=r"^mine:train: must iterate over trial.epochs\(\), which a resumed trial needs$"
+    ):
+        resume_after_one_epoch(keeping("a", own_epochs=True)).train_epoch()
+    with pytest.raises(InputError, match=r"^trial.keep: must keep b before trial.epochs\(\), as the checkpoint does$"):
+        resume_after_one_epoch(keeping("a", "b"), keeping("a")).train_epoch()
+    with pytest.raises(InputError, match=r"^trial.keep: b: is not in the checkpoint, which holds a$"):
+        resume_after_one_epoch(keeping("a"), keeping("a", "b")).train_epoch()
+
+
+def test_a_state_that_could_not_be_loaded_again_is_refused_at_the_first_checkpoint() -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"path": Path("x")}
+
+        def load_state_dict(self, state: Any) -> None:
+            raise AssertionError
+
+    def train(trial: Trial) -> Iterator[Any]:
+        trial.keep(odd=Odd())
+        for _ in trial.epochs():
+            yield {"val_loss": 1.0}
+
+    ours = OwnRun(make_config(), train, CPU)
+    ours.train_epoch()
+    with pytest.raises(InputError, match=r"^trial.keep: odd: its state must be of tensors and plain values"):
+        ours.state_dict()
+
+
+def test_a_lazy_model_is_watched_once_it_has_its_shape() -> None:
+    def train(trial: Trial) -> Iterator[Any]:
+        model = nn.LazyLinear(2)
+        trial.keep(model=model)
+        for _ in trial.epochs():
+            model(torch.ones(1, 3))
+            nn.init.constant_(model.weight, NAN)
+            yield {"val_loss": 1.0}
+
+    assert [metrics.state for metrics in OwnRun(make_config(), train, CPU).epochs()] == ["diverged"]
+
+
 def test_closing_a_run_ends_its_loop() -> None:
     ended = []
 
@@ -358,6 +428,10 @@ def yielding(*values: Any) -> Callable[[Trial], Iterator[Any]]:
     (yielding({1: 1.0}), "mine:train: epoch 1: 1: must be a name of letters, digits and _"),
     (yielding({"epoch": 1}), "mine:train: epoch 1: epoch: is the name of another column, choose another name"),
     (yielding({"val_loss": 1}), "mine:train: epoch 1: must yield the objective val_f1, got val_loss"),
+    (yielding({"val_f1": 1, "val_f1_mean": 1}),
+     "mine:train: epoch 1: val_f1_mean: is the name of another column, choose another name"),
+    (yielding({"means": 1}), "mine:train: epoch 1: means: is the name of another column, choose another name"),
+    (yielding({"val_f1": 10**400}), f"mine:train: epoch 1: 'val_f1': must be a number, got {shown(10**400)}"),
     (yielding({"val_accuracy": 93.1}), "mine:train: epoch 1: val_accuracy: must be a share between 0 and 1, got 93.1"),
     (yielding({}), "mine:train: epoch 1: must yield the objective val_f1, got nothing"),
 ])  # fmt: skip
@@ -381,6 +455,5 @@ def test_what_is_kept_must_have_a_state() -> None:
 
 def test_no_own_metric_shares_the_name_of_a_column() -> None:
     columns = {*itertools.chain.from_iterable(schema.names for schema in SCHEMAS.values())}
-    means = {name for name in columns if name.rpartition("_")[2] in ("mean", "std", "low", "high")}
     tested = {"test_loss", "test_accuracy"}  # of confirm.parquet, which holds what an own loop tests
-    assert columns - means - {*COMMON_METRICS} - tested <= RESERVED_NAMES
+    assert columns - {*COMMON_METRICS} - tested <= RESERVED_NAMES

@@ -27,7 +27,7 @@ def test_a_direction_after_a_colon_counts_before_that_of_the_name() -> None:
 @pytest.mark.parametrize(("text", "mode", "expected"), [
     ("val_f1", None, "val_f1"), ("val_f1", "max", "val_f1"), ("val_f1", "min", "val_f1:min"),
     ("val_f1:max", None, "val_f1"), ("x", "max", "x:max"), ("x:min", None, "x:min"),
-    ("x:min , val_loss", "max", "x:min,val_loss:max"), ("val_mae,x:max,train_seconds", None, None),
+    ("x , val_loss", "max", "x:max,val_loss"), ("val_mae,x:max,train_seconds", None, None),
 ])  # fmt: skip
 def test_objectives_have_a_direction_only_if_the_name_implies_another(
     text: str, mode: str | None, expected: str | None
@@ -42,6 +42,8 @@ def test_objectives_have_a_direction_only_if_the_name_implies_another(
     ("x:", "--objective: must end with :max or :min, if with a direction, got 'x:'"),
     ("f1,f1:min", "--objective: must name none twice, got 'f1,f1:min'"),
     ("epoch:max", "--objective: must be no name of another column, got 'epoch:max'"),
+    ("x,val_loss", "--objective: 'x' does not say whether more is better: write x:max or x:min"),
+    ("test_f1", "--objective: must be no metric of the test set, which chooses nothing, got 'test_f1'"),
     ("x", "--objective: 'x' does not say whether more is better: add --mode max or --mode min"),
 ])  # fmt: skip
 def test_a_bad_objective_is_refused_in_one_line(text: str, message: str) -> None:

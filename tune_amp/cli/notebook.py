@@ -22,8 +22,8 @@ from tune_amp.cli.search import SearchRequest, search_with_ray
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.run_folder import RunFolder
-from tune_amp.search.options import build_options, check_trackers, make_run_name, run_folder
-from tune_amp.trial.config import InputError, TrialConfig, shown
+from tune_amp.search.options import build_options, check_trackers, make_run_name, name_flag, run_folder
+from tune_amp.trial.config import InputError, TrialConfig, check, describe_error, shown
 from tune_amp.trial.consent import name_function
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def tune(
         name: name of the run.
         results_dir: where run folders are made.
         warm_start: an earlier run to start from.
-        resume: a run to resume, by name or folder; give your own code again, and no other arguments.
+        resume: a run to resume, by name or folder; give your own code again, and what may change, as num_samples.
         quiet: whether to print nothing.
         more: further arguments of ``tune-amp search``: ``grace_period``, ``sampler``, ``scheduler``, ``tracker``, ...
 
@@ -177,6 +177,9 @@ def tune(
         logging.getLogger("ray.widgets").setLevel(logging.WARNING)
     code = {"train": train, "task": task, "model": model, "dataset": dataset}
     named = {flag: value if isinstance(value, str) else name_function(value) for flag, value in code.items() if value}
+    objects = [value for value in code.values() if value and not isinstance(value, str)]
+    if len({named[flag] for flag in named}) < len({*map(id, objects)}):
+        raise InputError(f"{', '.join(named)}: must have different names, got {', '.join(named.values())}")
     given = {
         "objective": objective,
         "mode": mode,
@@ -192,11 +195,13 @@ def tune(
         "results_dir": results_dir and Path(results_dir),
         "warm_start": warm_start and str(warm_start),
     }
-    arguments = _build_arguments({**named, **{key: v for key, v in given.items() if v is not None}, **more})
+    wanted = {**named, **{key: value for key, value in given.items() if value is not None}, **more}
+    arguments = _build_arguments(wanted)
     arguments.quiet = quiet
     mend_streams()
     if resume is not None:
-        return _resume(str(resume), named, arguments, begun)
+        check("space", space, space is None, "must be left out beside resume, which has the space of the run")
+        return _resume(str(resume), wanted, arguments, begun)
     adopt_own_code(arguments)
     options = build_options(vars(arguments))
     searched, label = _load_space(space)
@@ -214,13 +219,14 @@ def tune(
         return _run(request, folder)
 
 
-def _resume(run: str, named: Mapping[str, str], arguments: argparse.Namespace, begun: float) -> TuneResult:
+def _resume(run: str, wanted: Mapping[str, Any], arguments: argparse.Namespace, begun: float) -> TuneResult:
     from tune_amp.cli.resume import describe_changes, restore_arguments
     from tune_amp.search.history import open_history
     from tune_amp.space.space import parse_space
 
     folder = find_run_folder(run, arguments.results_dir, "resume")
-    command = [word for flag, value in named.items() for word in (f"--{flag}", value)]
+    parts = [(name, part) for name, value in wanted.items() for part in (value if isinstance(value, list) else [value])]
+    command = [word for name, part in parts for word in (name_flag(name), str(part))]
     with open_history(folder) as history:
         restored = restore_arguments(search_parser(PROGRAM), ["--resume", run, *command], history)
         restored.tracker, restored.quiet = check_trackers(restored.tracker), arguments.quiet
@@ -287,7 +293,20 @@ def _load_space(space: "str | Path | Mapping[str, Any] | None") -> "tuple[Search
         raise InputError(f"space: must be a name, a path, YAML text or a mapping, got {shown(space)}")
     import yaml
 
-    return parse_space("space", yaml.safe_dump(dict(space), sort_keys=False)), "search"
+    try:
+        text = yaml.safe_dump(_to_plain(space), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise InputError(f"space: must hold numbers, texts, lists and mappings ({describe_error(error)})") from None
+    return parse_space("space", text), "search"
+
+
+def _to_plain(value: Any) -> Any:
+    """Return a value of a space as YAML has it: own lists and mappings, and no types of NumPy."""
+    if isinstance(value, Mapping):
+        return {name: _to_plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(part) for part in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _read_table(path: Path) -> "pa.Table":

@@ -396,7 +396,7 @@ def _user_modules(model: str) -> tuple[ModuleType, ...]:
 
     These are its top-level package or file, and the modules imported from the same folder.
     """
-    if not is_function_name(model):
+    if not is_function_name(model) or model in list_provided():
         return ()
     load_function(model)
     named = sys.modules[model.partition(":")[0].partition(".")[0]]

@@ -85,7 +85,13 @@ def _train(arguments: argparse.Namespace) -> int:
     take_consent(arguments, record.config)
     dataset = load_searched_data(record.config, arguments.data_dir, best.provenance.data_hash)
     if arguments.replay:
-        return _replay(arguments, best, dataset)
+        try:
+            return _replay(arguments, best, dataset)
+        except Exception as error:
+            if isinstance(error, InputError) or record.config.train is None:
+                raise
+            print(f"{record.config.train} failed: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+            return EXIT_NO_RESULT
     if record.config.train or record.config.task:
         return _train_own(arguments, best, dataset)
     return _train_final(arguments, best, dataset)

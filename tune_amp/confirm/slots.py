@@ -228,5 +228,6 @@ def train_and_test(
     if run.hopeless is None:
         ending = {"status": TrialStatus.COMPLETED, "val_loss": last.val_loss, "val_accuracy": last.val_accuracy}
         tested = run.test(test)
-        ending |= tested | {"metrics": {**last.metrics, **tested["metrics"]}}
+        own = {"train_loss": last.train_loss} if "train_loss" in map(metric_of, objectives) else {}
+        ending |= tested | {"metrics": {**last.metrics, **own, **tested["metrics"]}}
     return _end(job, train_seconds=last.train_seconds, device=name_device(data.device), **ending)

@@ -31,14 +31,14 @@ def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k:
     accuracy: more epochs rarely lower it, and a trial that leads a completed one after fewer epochs is worth more. By
     other objectives, they are eligible only if no trial completed: a validation loss rises again if training continues
     too long, and costs grow with every epoch. All objectives must be finite, and loss and accuracy if any trial has
-    them. Remaining ties keep the order of ``trials``.
+    them; a trial without a loss or accuracy that others have loses a tie. Remaining ties keep the order of ``trials``.
     """
     assert objectives
     assert top_k >= 1
     lasts = [trial.last for trial in trials if trial.last]
     others = [name for name in RANKING_OBJECTIVES if any(last.find_value(name) is not None for last in lasts)]
     keys = (*objectives, *(name for name in others if name not in map(metric_of, objectives)))
-    scored = [(scores, trial) for trial in trials if (scores := _score(trial, keys)) is not None]
+    scored = [(scores, trial) for trial in trials if (scores := _score(trial, keys, len(objectives))) is not None]
     for statuses in _ELIGIBLE_BY_ACCURACY if tuple(objectives) == ("val_accuracy",) else _ELIGIBLE:
         eligible = [(scores, trial) for scores, trial in scored if trial.status in statuses]
         if eligible:
@@ -49,14 +49,19 @@ def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k:
     return []
 
 
-def _score(trial: TrialRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:
-    """Return the last value of each objective, negated if more is better; None if one is missing or not finite."""
+def _score(trial: TrialRecord, names: Sequence[str], needed: int) -> tuple[float, ...] | None:
+    """Return the last value of each metric, negated if more is better; None if one is missing or not finite.
+
+    A user's own training needs to report the first ``needed`` only.
+    """
+    if not (trial.config.train or trial.config.task):
+        needed = len(names)
     scores = []
-    for name in objectives:
+    for place, name in enumerate(names):
         value = trial.last.find_value(name) if trial.last else None
-        if value is None or not math.isfinite(value):
+        if (value is None and place < needed) or (value is not None and not math.isfinite(value)):
             return None
-        scores.append(-value if is_maximized(name) else value)
+        scores.append(math.inf if value is None else -value if is_maximized(name) else value)
     return tuple(scores)
 
 

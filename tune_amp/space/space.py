@@ -92,12 +92,14 @@ class SearchSpace:
 
     @property
     def own_defaults(self) -> dict[str, Any]:
-        """The user's own parameters in the default configuration, by name without ``own.``."""
-        return {
-            parameter.name.removeprefix(OWN): parameter.own_default
-            for parameter in self.parameters
-            if parameter.own_type
-        }
+        """The user's own parameters that are active in the default configuration, by name without ``own.``."""
+        precision = "fp16" if "fp16" in self.precisions else self.precisions[0]
+        settings = {**vars(TrialConfig(precision=precision)), **self.fixed}
+        own = {}
+        for parameter in self.parameters:  # parents before children
+            if parameter.own_type and parameter.is_active(settings):
+                settings[parameter.name] = own[parameter.name.removeprefix(OWN)] = parameter.own_default
+        return own
 
     @property
     def is_conditional(self) -> bool:
@@ -321,6 +323,8 @@ def _read_own(name: str, entry: Any) -> Parameter:
     check(path, raw, expected in (float, int) or (expected is str and "choices" in entry), rule)
     read = functools.partial(_read_own_value, expected=expected)
     if "choices" in entry:
+        for key in ("low", "high", "log", "power_of_two"):
+            check(f"{path}.{key}", entry.get(key), key not in entry, "must be left out beside choices")
         choices = _read_choices(f"{path}.choices", name, raw, relative=False, read=read)
         parameter = Parameter(name=f"{OWN}{name}", own_type=expected, own_default=choices[0], choices=choices)
     else:
@@ -329,6 +333,8 @@ def _read_own(name: str, entry: Any) -> Parameter:
     if "default" not in entry:
         return parameter
     default = read(f"{path}.default", name, entry["default"])
+    within = default in parameter.choices if parameter.choices else parameter.low <= default <= parameter.high
+    check(f"{path}.default", default, within, "must be a value that the parameter can have")
     return dataclasses.replace(parameter, own_default=default)
 
 

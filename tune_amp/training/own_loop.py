@@ -23,7 +23,9 @@ the user's own: models, optimizers, data, schedules.
 
 import contextlib
 import dataclasses
+import io
 import math
+import pickle
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from tune_amp.training.amp import (
     GradientProbe,
@@ -51,11 +54,13 @@ from tune_amp.trial.config import (
     COMMON_METRICS,
     COST_OBJECTIVES,
     KEEPS_NOTHING,
+    MEAN_PARTS,
     RESERVED_NAMES,
     SCALER_DEFAULTS,
     EpochMetrics,
     InputError,
     TrialConfig,
+    one_line,
     shown,
 )
 
@@ -148,6 +153,7 @@ class Trial:
         """A ``torch.amp.GradScaler`` with the trial's settings, disabled unless it trains in fp16."""
         self.probed: tuple[nn.Module, Callable[[], Tensor]] | None = None
         """The model whose gradients are probed, and its loss; None if there is none."""
+        self._has_begun = False
         self._kept: dict[str, Any] = {}
         self._watched: list[nn.Module] = []
         self._initial: dict[Tensor, Tensor] = {}
@@ -186,8 +192,12 @@ class Trial:
     def epochs(self) -> Iterator[int]:
         """Yield the numbers of the epochs to train, from 0; after a checkpoint was restored, those that are left."""
         if self._state is not None:  # everything that draws random numbers before the first epoch has drawn them again
+            left = self._state["kept"].keys() - self._kept.keys()
+            if left:
+                raise InputError(f"trial.keep: must keep {_join(left)} before trial.epochs(), as the checkpoint does")
             write_generators(self._state["generators"], self.device)
             self._state = None
+        self._has_begun = True
         yield from range(self._first_epoch, self.max_epochs)
 
     def keep(self, **named: Any) -> None:
@@ -202,6 +212,8 @@ class Trial:
         Raises:
             InputError: an object has no state, or was not kept when the checkpoint was written.
         """
+        if self._has_begun:
+            raise InputError(f"trial.keep: must be called before trial.epochs(), got {_join(named)} after its begin")
         for name, value in named.items():
             if not isinstance(value, torch.Generator) and not hasattr(value, "load_state_dict"):
                 rule = "must have state_dict and load_state_dict, or be a torch.Generator"
@@ -229,7 +241,7 @@ class Trial:
         if model not in self._watched:
             self._watched.append(model)
             if self._first_epoch == 0:
-                self._initial |= {p: p.detach().to("cpu", copy=True) for p in model.parameters()}
+                self._initial |= {p: p.detach().to("cpu", copy=True) for p in _list_weights(model)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``read_state``, called before the loop starts."""
@@ -243,6 +255,11 @@ class Trial:
     def models(self) -> dict[str, nn.Module]:
         """The models among what is kept, by name."""
         return {name: value for name, value in self._kept.items() if isinstance(value, nn.Module)}
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether nothing of a checkpoint is left to restore."""
+        return self._state is None
 
     @property
     def keeps_state(self) -> bool:
@@ -263,9 +280,8 @@ class Trial:
 
     def are_weights_finite(self) -> bool:
         """Return whether every weight of the watched models is finite."""
-        return all(
-            all_finite(list(model.parameters())) for model in self._watched if any(True for _ in model.parameters())
-        )
+        weights = [parameter for model in self._watched for parameter in _list_weights(model)]
+        return not weights or all_finite(weights)
 
     def have_weights_moved(self) -> bool:
         """Return whether a weight of a watched model differs from its first value; without models, it is assumed."""
@@ -303,6 +319,7 @@ class OwnRun:
         self._trial = Trial(config, device, confirming=confirming)
         self._loop: Any = None
         self._names: frozenset[str] | None = None
+        self._is_state_checked = False
         self._seconds = self._probe_seconds = 0.0
         self.epoch = 0
         """Number of epochs trained so far."""
@@ -375,11 +392,13 @@ class OwnRun:
     def state_dict(self) -> dict[str, Any] | None:
         """Return the state to resume from, as tensors and plain values; None if the loop keeps nothing."""
         state = self._trial.read_state(self.epoch, self._generators.state)
-        return (
-            None
-            if state is None
-            else state | {"seconds": [self._seconds, self._probe_seconds], "peak_memory_bytes": self._memory.peak_bytes}
-        )
+        if state is None:
+            return None
+        if not self._is_state_checked:
+            _check_loads(state["kept"])
+            self._is_state_checked = True
+        seconds = [self._seconds, self._probe_seconds]
+        return state | {"seconds": seconds, "peak_memory_bytes": self._memory.peak_bytes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state_dict``, before the first epoch."""
@@ -400,12 +419,15 @@ class OwnRun:
                 got = type(self._loop).__name__
                 raise InputError(f"{self._config.train}: must yield its metrics after every epoch, but returns {got}")
         try:
-            return next(self._loop)
+            yielded = next(self._loop)
         except StopIteration:
             most = self._config.max_epochs
             raise InputError(
                 f"{self._config.train}: must yield once for each of trial.epochs(), {most} times, got {self.epoch}"
             ) from None
+        if not self._trial.is_restored:
+            raise InputError(f"{self._config.train}: must iterate over trial.epochs(), which a resumed trial needs")
+        return yielded
 
     def _check(self, yielded: Any) -> dict[str, float]:
         """Return the metrics of an epoch as numbers.
@@ -420,7 +442,8 @@ class OwnRun:
         for name in metrics:
             if not isinstance(name, str) or not name.isidentifier():
                 raise InputError(f"{place}: {shown(name)}: must be a name of letters, digits and _")
-            if name in RESERVED_NAMES:
+            stem, _, part = name.rpartition("_")
+            if name in RESERVED_NAMES or (part in MEAN_PARTS and stem in metrics):
                 raise InputError(f"{place}: {name}: is the name of another column, choose another name")
             if name.startswith(TEST_PREFIX) and not self._trial.confirming:
                 raise InputError(
@@ -486,12 +509,35 @@ class OwnRun:
         )
 
 
+def _list_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that have a shape already."""
+    return [parameter for parameter in model.parameters() if not isinstance(parameter, UninitializedParameter)]
+
+
+def _check_loads(kept: Mapping[str, Any]) -> None:
+    """Refuse a state that could be saved, but not loaded again."""
+    for name, state in kept.items():
+        content = io.BytesIO()
+        torch.save(state, content)
+        content.seek(0)
+        try:
+            torch.load(content, weights_only=True)
+        except pickle.UnpicklingError as error:
+            rule = "its state must be of tensors and plain values, which torch.load(weights_only=True) reads"
+            raise InputError(f"trial.keep: {name}: {rule} ({one_line(str(error), limit=120)})") from None
+
+
 def _read_number(place: str, value: Any) -> float:
     if isinstance(value, str):
         raise InputError(f"{place}: must be a number, got {shown(value)}")
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError):  # float() of a tensor with several elements raises RuntimeError
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+    ):  # float() of a tensor with several elements raises RuntimeError
         raise InputError(f"{place}: must be a number, got {shown(value)}") from None
 
 

@@ -329,11 +329,26 @@ class EpochMetrics:
 COMMON_METRICS = ("train_loss", "val_loss", "val_accuracy")
 """Metrics that have a column in every run, and that a user's own training may report too."""
 
+MEAN_PARTS = ("mean", "std", "low", "high")
+"""Suffixes of the columns that hold the mean of a metric over fresh seeds, its deviation and its interval."""
+
 RESERVED_NAMES = frozenset({*field_types(TrialConfig), *field_types(EpochMetrics)} - {*COMMON_METRICS}) | {
     *("trial_id", "status", "trial_name", "error", "config_fault", "inert", "started", "wall_seconds", "setup_seconds"),
     *("checkpoint_seconds", "worker", "device", "num_threads", "rank", "confirm_seeds", "confirm_failures"),
     *("tied_with_best", "optimism", "verdict", "verdict_kind", "gain", "gain_low", "gain_high", "test_recalls"),
-    *("config", "metrics", "done", "date", "timestamp", "pid", "hostname", "node_ip", "experiment_tag"),  # Ray Tune's
+    *(f"{name}_{part}" for name in ("val_loss", "val_accuracy", "test_accuracy") for part in MEAN_PARTS),
+    *(
+        *SPREAD,
+        "report",
+        "config",
+        "done",
+        "date",
+        "timestamp",
+        "pid",
+        "hostname",
+        "node_ip",
+        "experiment_tag",
+    ),  # Ray Tune's
     *("training_iteration", "time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore"),
 }
 """Names that a user's own metric must not have: columns of the run's files, and keys of Ray Tune's results."""

@@ -50,7 +50,7 @@ def read_objectives(place: str, text: str, mode: str | None, known: Collection[s
     Args:
         place: of the text, for messages.
         text: names joined by commas, each with or without a direction.
-        mode: direction of those that have none; None: that which the name implies.
+        mode: direction of a single one; of several, of those whose name implies none.
         known: the metrics that trials report; empty if the user's own training decides.
 
     Raises:
@@ -65,12 +65,12 @@ def read_objectives(place: str, text: str, mode: str | None, known: Collection[s
         check(place, given, name.isidentifier(), "must be names of letters, digits and _, joined by commas")
         check(place, given, not colon or own in MODES, "must end with :max or :min, if with a direction")
         check(place, text, name not in found, "must name none twice")
+        check(place, given, not name.startswith("test_"), "must be no metric of the test set, which chooses nothing")
         check(place, given, name not in RESERVED_NAMES - {*COST_OBJECTIVES}, "must be no name of another column")
         implied = guess_mode(name)
-        chosen = own or mode or implied
+        chosen = own or (implied or mode if "," in text else mode or implied)
         if chosen is None:
-            raise InputError(
-                f"{place}: {shown(name)} does not say whether more is better: add --mode max or --mode min"
-            )
+            way = f"write {name}:max or {name}:min" if "," in text else "add --mode max or --mode min"
+            raise InputError(f"{place}: {shown(name)} does not say whether more is better: {way}")
         found[name] = name if chosen == implied else f"{name}:{chosen}"
     return ",".join(found.values())
