@@ -415,6 +415,8 @@ def test_functions_of_a_notebook_are_searched_again_and_again(capsys: pytest.Cap
     ({"space": "quik"}, r"^quik: is neither a file nor a bundled search space"),
     ({"space": {"parameters": {}}}, r"^space: parameters: must name at least one field"),
     ({"space": 3}, r"^space: must be a name, a path, YAML text or a mapping, got 3$"),
+    ({"resume": "x", "space": "quick"}, r"^space: must be left out beside resume"),
+    ({"space": {"own": {"a": {"choices": object()}}}}, r"^space: must hold numbers, texts, lists and mappings"),
     ({"lr": 3}, r"^lr: is no argument of tune_amp.tune: a setting of trials is searched or fixed by the space"),
     ({"epochs": 3}, r"^epochs: is no argument of tune_amp.tune; did you mean max_epochs\?$"),
     ({"anything": 3}, r"^anything: is no argument of tune_amp.tune$"),

@@ -10,7 +10,7 @@ from records import INF, NAN, make_epoch, make_scored, make_trial
 
 from tune_amp.results.ranking import accuracy_standard_error, choose_best, count_ties
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import OBJECTIVES, TrialStatus
+from tune_amp.trial.config import OBJECTIVES, TrialConfig, TrialStatus
 
 
 def ids(trials: list[TrialRecord]) -> str:
