@@ -117,7 +117,7 @@ def test_final_training_and_replay_have_the_long_tail_that_the_configuration_was
 def test_test_set_is_what_is_tested(dataset: Dataset) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
     whole = dataset.train.join(dataset.validation)
-    correct = count_correct(final._run.model, dataset.test, scaled_as=whole)
+    correct = count_correct(final._model, dataset.test, scaled_as=whole)
     assert result.test_accuracy == pytest.approx(correct / 37, abs=1e-12)
     counts = np.bincount(dataset.test.labels)
     assert sum(count * recall for count, recall in zip(counts, result.test_recalls, strict=True)) == pytest.approx(
@@ -168,7 +168,7 @@ def test_saved_weights_give_the_same_test_result_in_a_fresh_model(
     assert not unexpected
     whole = dataset.train.join(dataset.validation)
     assert count_correct(fresh, dataset.test, scaled_as=whole) / 37 == pytest.approx(result.test_accuracy, abs=1e-12)
-    trained = final._run.model.state_dict()
+    trained = final._model.state_dict()
     assert all(torch.equal(tensor, trained[key]) for key, tensor in fresh.state_dict().items())
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from tune_amp.results.files import write_atomically
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.training.run import TrainingRun
-from tune_amp.training.runs import place_data, start_run
+from tune_amp.training.runs import Run, place_data, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
 
@@ -62,7 +62,26 @@ class FinalResult:
     """Number of trained values; a value that two layers share counts once."""
 
 
-class FinalTraining:
+class Training:
+    """A run whose epochs are kept."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._epochs: list[EpochMetrics] = []
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        """Train, and yield the metrics of each epoch."""
+        for metrics in self._run.epochs():
+            self._epochs.append(metrics)
+            yield metrics
+
+    @property
+    def divergence(self) -> str | None:
+        """The reason why the training cannot recover, or None."""
+        return self._run.hopeless
+
+
+class FinalTraining(Training):
     """Trains ``config`` on training and validation images together, then reads the test set once.
 
     Args:
@@ -79,19 +98,9 @@ class FinalTraining:
         self._train_images = len(whole)
         data = TrainingData(whole, None, dataset.num_classes, device)
         self._scaling = data.input_scaling(config.input_scaling)
-        self._run = TrainingRun(config, data)
-        self._epochs: list[EpochMetrics] = []
-
-    def epochs(self) -> Iterator[EpochMetrics]:
-        """Train, and yield the metrics of each epoch."""
-        for metrics in self._run.epochs():
-            self._epochs.append(metrics)
-            yield metrics
-
-    @property
-    def divergence(self) -> str | None:
-        """The reason why the training cannot recover, or None."""
-        return self._run.hopeless
+        run = TrainingRun(config, data)
+        self._model = run.model
+        super().__init__(run)
 
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""
@@ -112,7 +121,7 @@ class FinalTraining:
             num_classes=self._dataset.num_classes,
             input_shift=self._scaling.shift,
             input_factor=self._scaling.factor,
-            num_parameters=sum(parameter.numel() for parameter in self._run.model.parameters()),
+            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
         )
 
     def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> None:
@@ -126,7 +135,7 @@ class FinalTraining:
         )  # JSON has no NaN
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
         metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
-        weights = save_weights(self._run.model)
+        weights = save_weights(self._model)
         write_together(
             folder, {WEIGHTS_FILE: weights, CARD_FILE: encode_text(card), METRICS_FILE: encode_text(metrics)}
         )

@@ -3,14 +3,22 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, encode_text, join_for_training, save_weights, write_together
+from tune_amp.reuse.final import (
+    CARD_FILE,
+    METRICS_FILE,
+    Training,
+    encode_text,
+    join_for_training,
+    save_weights,
+    write_together,
+)
 from tune_amp.reuse.markdown import render_markdown
 from tune_amp.training.data import Dataset
 from tune_amp.training.own_loop import OwnRun
@@ -31,7 +39,7 @@ class OwnResult:
     device: str
 
 
-class OwnTraining:
+class OwnTraining(Training):
     """Trains ``config``: a task on training and validation data together, a loop on whatever it trains on.
 
     Args:
@@ -48,19 +56,7 @@ class OwnTraining:
         data: TrainingData | NoData = NoData(device=device)
         if config.train is None:
             data = TrainingData(join_for_training(dataset, config.imbalance), None, dataset.num_classes, device)
-        self._run = start_run(config, data, objectives=objectives, confirming=True)
-        self._epochs: list[EpochMetrics] = []
-
-    def epochs(self) -> Iterator[EpochMetrics]:
-        """Train, and yield the metrics of each epoch."""
-        for metrics in self._run.epochs():
-            self._epochs.append(metrics)
-            yield metrics
-
-    @property
-    def divergence(self) -> str | None:
-        """The reason why the training cannot recover, or None."""
-        return self._run.hopeless
+        super().__init__(start_run(config, data, objectives=objectives, confirming=True))
 
     @property
     def models(self) -> Mapping[str, nn.Module]:
