@@ -1,11 +1,13 @@
-"""The program ``tune-amp``: search, train, compare, report, show, grafana."""
+"""The program ``tune-amp``: search, show, report, train, compare, grafana, completion."""
 
 import difflib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tune_amp import __version__
 from tune_amp.cli.compare import compare_command
+from tune_amp.cli.completion import completion_command
 from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE
 from tune_amp.cli.grafana import grafana_command
 from tune_amp.cli.report import report_command
@@ -14,7 +16,7 @@ from tune_amp.cli.show import show_command
 from tune_amp.cli.train import train_command
 from tune_amp.trial.config import shown
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "search": (search_command, "search for the best settings, and confirm the winners on fresh seeds"),
     "show": (show_command, "print the result of a run again"),
     "report": (report_command, "write the HTML report of a run again"),
@@ -22,6 +24,12 @@ COMMANDS = {
     "compare": (compare_command, "train a winner in fp32, bf16 and fp16, and say what each gains"),
     "grafana": (grafana_command, "write the Grafana dashboard of the metrics of searches"),
 }
+
+
+COMMANDS["completion"] = (
+    functools.partial(completion_command, commands={name: function for name, (function, _) in COMMANDS.items()}),
+    "print the completion of commands, flags and runs for bash and zsh",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tune-amp {__version__}")  # noqa: T201
         return EXIT_DONE
     if name in ("", "-h", "--help"):
-        lines = "".join(f"  {command:<9}{line}\n" for command, (_, line) in COMMANDS.items())
+        lines = "".join(f"  {command:<12}{line}\n" for command, (_, line) in COMMANDS.items())
         usage = f"usage: tune-amp COMMAND ... (each has its own --help); tune-amp --version\n\ncommands:\n{lines}"
         print(usage, end="", file=sys.stdout if name else sys.stderr)
         return EXIT_DONE if name else EXIT_BAD_INPUT

@@ -237,11 +237,7 @@ def _find_file(source: str) -> Path:
     path = Path(source)
     if path.exists() and not path.is_dir():
         return path
-    here = Path(__file__).parents[1]
-    folder = here / "search_spaces"  # an installed wheel
-    if not folder.is_dir():
-        folder = here.parent / "search_spaces"  # a checkout
-    bundled = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    bundled = list_bundled()
     if source in bundled:
         return bundled[source]
     if source and path.is_dir():
@@ -249,6 +245,15 @@ def _find_file(source: str) -> Path:
     near = difflib.get_close_matches(source, bundled, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)}){hint}")
+
+
+def list_bundled() -> dict[str, Path]:
+    """Return the file of each bundled search space, by name."""
+    here = Path(__file__).parents[1]
+    folder = here / "search_spaces"  # an installed wheel
+    if not folder.is_dir():
+        folder = here.parent / "search_spaces"  # a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def _build_space(source: str, text: str, document: Any) -> SearchSpace:
