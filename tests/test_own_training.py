@@ -250,6 +250,41 @@ def test_a_killed_search_of_a_loop_resumes_from_its_checkpoints(tmp_path: Path) 
         assert [untimed(epoch) for epoch in ours.epochs] == [untimed(epoch) for epoch in theirs.epochs]
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.usefixtures("one_ray", "enter_folder")
+@pytest.mark.parametrize("name", [*LOOPS, *TASKS])
+def test_each_example_goes_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Search, kill, resume, confirm, and train the winner."""
+    file, _, made = name.partition(":")
+    code = ["--task", f"examples.{name}"] if made else ["--train", f"examples.{file}:train"]
+    objective = re.search(r"--objective .*", (EXAMPLES / f"{file}.py").read_text())
+    command = ["search", str(EXAMPLES / f"{file}.yaml"), *code, *(objective[0].split() if objective else [])]
+    command += ["--num-samples", "3", "--max-epochs", "3", "--top-k", "1", "--confirm-seeds", "2", "--name", "whole"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "tune_amp", *command], env=environment, stdout=subprocess.DEVNULL)
+    journal = RunFolder(tmp_path / "results" / "whole").journal
+    deadline = time.monotonic() + 240
+    while not journal.exists() or count(journal, "report") < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main(["search", "--resume", "whole", *code]) == 0
+    run = Path("results/whole")
+    trials = load_trials(run)
+    assert len(trials) == 3
+    assert {trial.status for trial in trials} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED, TrialStatus.DIVERGED}
+    rows = load_best_rows(run)
+    assert rows[0].confirmation
+    assert rows[0].confirmation.verdict
+    assert len(rows[0].confirmation.confirm_seeds) == 2
+    capsys.readouterr()
+    assert main(["train", "whole", *code]) == 0
+    assert re.search(r"^test_\w+ [\d.]+( %)?, measured after", capsys.readouterr().out, re.MULTILINE)
+
+
 def count(journal: Path, kind: str) -> int:
     return sum(event["event"] == kind for event in read_journal(journal))
 
