@@ -187,8 +187,7 @@ def test_trials_have_names_to_be_read(finished: Finished) -> None:
     names = [trial.trial_name for trial in finished[0].trials]
     for number, name in enumerate(names, start=1):
         assert re.fullmatch(rf"{number:02d}-fp16-lr0\.0\d+-b128-scale2\^\d+", name)
-    folders = [path.name for path in (finished[0].folder / RAY_FOLDER).iterdir() if path.is_dir()]
-    assert sorted(folders) == names
+    assert not [path for path in (finished[0].folder / RAY_FOLDER).iterdir() if path.is_dir()]  # empty ones are gone
 
 
 @pytest.mark.slow
