@@ -1,5 +1,6 @@
 """Every command, every piece of Python, every space and every link of the pages in ``docs`` works, page by page."""
 
+import difflib
 import json
 import os
 import re
@@ -163,3 +164,14 @@ def pick_parts(text: str) -> list[str]:
     """Of each line that begins a part of the output: the line, or its first word where numbers follow."""
     found = re.findall(r"^(?:(?:space|searched|files|reuse) .*|#|run|importance|slot)(?= |$)", text, re.MULTILINE)
     return [" ".join(line.split()) for line in found]
+
+
+def test_moving_over_from_ray_tune_takes_ten_lines_of_the_function() -> None:
+    page = (ROOT / "docs" / "moving-over.md").read_text()
+    theirs, ours = re.findall(
+        r"^```python\n# (?:ray_tune_script|digits)\.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
+    functions = [text[text.index("def train_digits") :].partition("\n\nif __name__")[0] for text in (theirs, ours)]
+    lines = difflib.ndiff(*(text.strip().splitlines() for text in functions))
+    assert sum(line.startswith("+ ") for line in lines) == 10
+    assert "In the function ten lines differ" in page
