@@ -153,7 +153,7 @@ def test_a_step_of_two_optimizers_counts_once_and_as_skipped_if_one_overflows() 
 
 def test_telemetry_does_not_depend_on_when_it_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
     once = without_seconds(run(regression, init_scale=TOO_HIGH, growth_interval=3)[-1])
-    monkeypatch.setattr("tune_amp.training.own_loop._COMPACTED_STEPS", 2)
+    monkeypatch.setattr("tune_amp.training.own_loop._LOGGED_STEPS", 2)
     assert without_seconds(run(regression, init_scale=TOO_HIGH, growth_interval=3)[-1]) == once
 
 

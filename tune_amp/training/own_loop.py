@@ -70,7 +70,7 @@ TrainFunction = Callable[["Trial"], Any]
 TEST_PREFIX = "test_"
 """Prefix of the metrics of the test set, which a loop yields only if ``Trial.confirming``."""
 
-_COMPACTED_STEPS = 1024
+_LOGGED_STEPS = 1024
 
 
 class TelemetryScaler(torch.amp.GradScaler):
@@ -88,8 +88,11 @@ class TelemetryScaler(torch.amp.GradScaler):
         is_fp16 = config.precision == "fp16"
         settings = {name: getattr(config, name) for name in SCALER_DEFAULTS} if is_fp16 else {"enabled": False}
         super().__init__(device.type, **settings)
-        self._overflows: list[Tensor] = []
-        self._scales: list[Tensor] = []
+        # A place for each step: small tensors that outlive it keep the allocator from reusing what lies beside them.
+        self._log = torch.zeros(2, _LOGGED_STEPS, device=device)
+        self._places = list(zip(*(row.unbind() for row in self._log), strict=True))
+        self._full: list[Tensor] = []
+        self._logged = 0
         self._updates = 0
         scale = float(np.float32(config.init_scale)) if config.init_scale is not None else None
         self.telemetry = ScalerTelemetry(loss_scale=scale, min_loss_scale=scale, max_loss_scale=scale)
@@ -108,27 +111,23 @@ class TelemetryScaler(torch.amp.GradScaler):
         assert scale is not None
         if len(flags) != 1:  # several optimizers or devices, or a scale that the user sets
             flags = [torch.stack([torch.zeros_like(scale), *(flag.to(scale.device) for flag in flags)]).amax()]
-        self._overflows += flags  # the scaler allocates new flags every step, but changes its scale in place
-        self._scales.append(scale.clone())
-        if len(self._scales) == _COMPACTED_STEPS:  # each small tensor takes 512 bytes of a GPU
-            self._compact()
-
-    def _compact(self) -> None:
-        self._overflows = [torch.cat([flag.reshape(-1) for flag in self._overflows])]
-        self._scales = [torch.cat([scale.reshape(-1) for scale in self._scales])]
+        overflow_place, scale_place = self._places[self._logged]
+        overflow_place.copy_(flags[0])
+        scale_place.copy_(scale)
+        self._logged += 1
+        if self._logged == len(self._places):
+            self._full.append(self._log.clone())
+            self._logged = 0
 
     def read(self) -> ScalerTelemetry:
         """Add the steps since the last call to the telemetry, and return it. Waits for the device."""
         if self.is_enabled():
-            scales, overflows = np.empty(0, np.float32), np.empty(0, np.bool_)
-            if self._scales:
-                self._compact()
-                scales, overflows = self._scales[0].cpu().numpy(), self._overflows[0].cpu().numpy() != 0
-            self.telemetry = summarise_steps(self.telemetry, scales, overflows)
+            overflows, scales = torch.cat([*self._full, self._log[:, : self._logged]], dim=1).cpu().numpy()
+            self.telemetry = summarise_steps(self.telemetry, scales, overflows != 0)
         else:
             steps = self.telemetry.steps + self._updates
             self.telemetry = ScalerTelemetry(steps=steps, applied_steps=steps, first_applied_step=1 if steps else None)
-        self._overflows, self._scales, self._updates = [], [], 0
+        self._full, self._logged, self._updates = [], 0, 0
         return self.telemetry
 
 
