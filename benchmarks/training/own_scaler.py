@@ -24,7 +24,7 @@ from tune_amp.trial.config import TrialConfig
 
 MOST_OVERHEAD = 0.01
 """Target: share of the step time that recording may add."""
-PAIRS = 60
+PAIRS = 36
 TURN_SECONDS = 0.25
 CONFIG = TrialConfig(precision="fp16")
 
