@@ -29,7 +29,7 @@ from tune_amp.reuse.precision_runs import (
     plan_comparison,
 )
 from tune_amp.reuse.precision_verdicts import BASELINE, ComparedRun, ComparisonOrigin, MapCell
-from tune_amp.training.amp import describe_hardware
+from tune_amp.training.amp import describe_hardware, name_device
 from tune_amp.training.data import Dataset
 from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
 from tune_amp.trial.text import hide_credentials, printable
@@ -262,7 +262,7 @@ def describe_origin(
         train_images=len(dataset.train),
         validation_images=len(dataset.validation),
         data_bytes=sum(part.nbytes for split in (dataset.train, dataset.validation) for part in vars(split).values()),
-        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        device=name_device(device),
         num_threads=torch.get_num_threads(),
         notices=tuple(notice for notice in notices if notice),
         versions=list_versions("tune_amp", "torch", "numpy", "pyarrow"),

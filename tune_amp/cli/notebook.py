@@ -178,7 +178,7 @@ def tune(
     code = {"train": train, "task": task, "model": model, "dataset": dataset}
     named = {flag: value if isinstance(value, str) else name_function(value) for flag, value in code.items() if value}
     objects = [value for value in code.values() if value and not isinstance(value, str)]
-    if len({named[flag] for flag in named}) < len({*map(id, objects)}):
+    if len(set(named.values())) < len({*map(id, objects)}):
         raise InputError(f"{', '.join(named)}: must have different names, got {', '.join(named.values())}")
     given = {
         "objective": objective,

@@ -31,6 +31,7 @@ from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 from tune_amp.cluster import ray_patches
 from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
 from tune_amp.cluster.resources import TrialResources, cap_memory
+from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory, release_memory
 from tune_amp.training.own_loop import OwnRun
@@ -401,11 +402,6 @@ def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
     if device.type == "cuda":  # so that a trial that takes too much fails itself, not one beside it
         cap_memory(assigned_gpu_share())
     return device
-
-
-def name_device(device: torch.device) -> str:
-    """Return ``cpu``, or the GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def assigned_gpu_share() -> float:

@@ -19,11 +19,11 @@ from tune_amp.cluster.trainable import (
     WorkerSetup,
     build_worker_setup,
     failure_report,
-    name_device,
     prepare_worker,
 )
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmJob
+from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import release_memory
 from tune_amp.training.runs import NoData, place_data, start_run

@@ -15,6 +15,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from tune_amp.results.files import write_atomically
+from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.runs import Run, place_data, start_run
@@ -106,7 +107,7 @@ class FinalTraining(Training):
         """Evaluate the test set, once, after the last epoch."""
         assert len(self._epochs) == self._config.max_epochs  # epochs() ended, without divergence
         tested = self._run.test(self._dataset.test)
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        name = name_device(self._device)
         return FinalResult(
             config=self._config,
             epochs=self._epochs,

@@ -20,11 +20,12 @@ from tune_amp.reuse.final import (
     write_together,
 )
 from tune_amp.reuse.markdown import render_markdown
+from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.runs import NoData, start_run
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import EpochMetrics, TrialConfig, list_settings
+from tune_amp.trial.config import COMMON_METRICS, EpochMetrics, TrialConfig, list_settings
 from tune_amp.trial.consent import list_own_code
 
 
@@ -67,7 +68,7 @@ class OwnTraining(Training):
         """Return the metrics of the test set, which was read once, after the last epoch."""
         columns = self._run.test(self._dataset.test)
         numbers = {name: value for name, value in columns.items() if isinstance(value, float)}
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
+        name = name_device(self._device)
         tested = {**numbers, **columns["metrics"]}
         return OwnResult(config=self._config, epochs=self._epochs, tested=tested, device=name)
 
@@ -110,7 +111,7 @@ def describe_own_card(result: OwnResult, models: Sequence[str], **source: Any) -
 
 def list_metrics(metrics: EpochMetrics) -> dict[str, float]:
     """Return what an epoch measured: the common metrics that it has, and the user's own."""
-    common = {name: getattr(metrics, name) for name in ("train_loss", "val_loss", "val_accuracy")}
+    common = {name: getattr(metrics, name) for name in COMMON_METRICS}
     known = {name: value for name, value in common.items() if value is not None and not math.isnan(value)}
     return known | dict(metrics.metrics)
 

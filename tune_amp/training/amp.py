@@ -418,6 +418,11 @@ def flushing_denormals() -> Iterator[None]:
         torch.set_flush_denormal(flushed)
 
 
+def name_device(device: torch.device) -> str:
+    """Return ``cpu``, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def describe_hardware(precision: str, device: torch.device) -> str | None:
     """Return one sentence if ``device`` lacks units for ``precision``, None if it has them."""
     if device.type == "cuda":

@@ -350,12 +350,12 @@ class OwnRun:
         metrics = self._check(yielded)
         self.epoch += 1
         started = time.perf_counter()
-        probe = self._probe(telemetry, telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps)
+        steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
+        probe = self._probe(telemetry, steps, skipped)
         self._probe_seconds += time.perf_counter() - started
         self.tested = {name: value for name, value in metrics.items() if name.startswith(TEST_PREFIX)}
-        verdict = self._judge(metrics, before, telemetry, probe)
+        verdict = self._judge(metrics, telemetry, steps, skipped, probe)
         self.hopeless = verdict.hopeless
-        steps = telemetry.steps - before.steps
         return EpochMetrics(
             epoch=self.epoch,
             train_loss=metrics.get("train_loss", math.nan),
@@ -487,8 +487,9 @@ class OwnRun:
     def _judge(
         self,
         metrics: Mapping[str, float],
-        before: ScalerTelemetry,
         telemetry: ScalerTelemetry,
+        steps: int,
+        skipped: int,
         probe: GradientProbe,
     ) -> Verdict:
         return judge_epoch(
@@ -499,8 +500,8 @@ class OwnRun:
                 validation={name: metrics[name] for name in (*self._objectives, "val_loss") if name in metrics},
                 nan_buffer=None,
                 has_learned=None,
-                epoch_steps=telemetry.steps - before.steps,
-                epoch_skipped=telemetry.skipped_steps - before.skipped_steps,
+                epoch_steps=steps,
+                epoch_skipped=skipped,
                 applied_steps=telemetry.applied_steps,
                 skipped_steps=telemetry.skipped_steps,
                 is_last_epoch=self.epoch >= self._config.max_epochs,
