@@ -459,7 +459,9 @@ def test_functions_of_a_notebook_are_searched_again_and_again(capsys: pytest.Cap
     ({"train": "mine:train", "dataset": "digits"}, r"^--dataset: must be left out beside --train"),
     ({"num_samples": 0}, r"^--num-samples: must be at least 1, got 0$"),
     ({"objective": "f1"}, r"^--objective: must be one of val_accuracy"),
-    ({"resume": "nothing"}, r"must be the folder of a run"),
+    ({"imbalance": 0.5}, r"^--imbalance: must be at least 1.*, got 0.5$"),
+    ({"tracker": "aim"}, r"^--tracker: must be one of tensorboard"),
+    ({"resume": "nothing"}, r"^--resume: must be the folder of a run"),
 ])  # fmt: skip
 def test_a_wrong_argument_of_tune_is_an_error_of_ours(arguments: Mapping[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

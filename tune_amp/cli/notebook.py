@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune_amp.cli.console import find_run, find_run_folder, mend_streams, open_console, say
-from tune_amp.cli.own_code import adopt_own_code
-from tune_amp.cli.search import SearchRequest, search_with_ray
+from tune_amp.cli.console import mend_streams, open_console, say
+from tune_amp.cli.search import SearchRequest, begun_request, resumed_request, search_with_ray
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.run_folder import RunFolder
-from tune_amp.search.options import build_options, check_trackers, make_run_name, name_flag, run_folder
+from tune_amp.search.options import name_flag
 from tune_amp.trial.config import InputError, TrialConfig, check, describe_error, shown
 from tune_amp.trial.consent import name_function
 
@@ -197,45 +196,22 @@ def tune(
     }
     wanted = {**named, **{key: value for key, value in given.items() if value is not None}, **more}
     arguments = _build_arguments(wanted)
-    arguments.quiet = quiet
     mend_streams()
     if resume is not None:
         check("space", space, space is None, "must be left out beside resume, which has the space of the run")
-        return _resume(str(resume), wanted, arguments, begun)
-    adopt_own_code(arguments)
-    options = build_options(vars(arguments))
-    searched, label = _load_space(space)
-    from tune_amp.search.samplers import build_sampler
-    from tune_amp.search.warm_start import load_donor
-
-    build_sampler(options.sampler, searched, seed=0, objectives=options.objectives, num_samples=options.num_samples)
-    donor = None
-    if arguments.warm_start is not None:
-        past = find_run(arguments.warm_start, arguments.results_dir)
-        donor = load_donor(past, objectives=options.objectives, top_k=options.top_k)
-    run = arguments.name or make_run_name(label)
-    with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
-        request = SearchRequest(arguments=arguments, space=searched, donor=donor, command=(PROGRAM,), begun=begun)
+        words = ["--resume", str(resume), *_list_words(wanted)]
+        opened = resumed_request(str(resume), arguments.results_dir, search_parser(PROGRAM), words, (PROGRAM,), begun)
+    else:
+        opened = begun_request(arguments, lambda: _load_space(space), (PROGRAM,), begun)
+    with opened as (request, folder):
+        request.arguments.quiet = quiet
         return _run(request, folder)
 
 
-def _resume(run: str, wanted: Mapping[str, Any], arguments: argparse.Namespace, begun: float) -> TuneResult:
-    from tune_amp.cli.resume import describe_changes, restore_arguments
-    from tune_amp.search.history import open_history
-    from tune_amp.space.space import parse_space
-
-    folder = find_run_folder(run, arguments.results_dir, "resume")
+def _list_words(wanted: Mapping[str, Any]) -> list[str]:
+    """Return arguments as the words of a command line."""
     parts = [(name, part) for name, value in wanted.items() for part in (value if isinstance(value, list) else [value])]
-    command = [word for name, part in parts for word in (name_flag(name), str(part))]
-    with open_history(folder) as history:
-        restored = restore_arguments(search_parser(PROGRAM), ["--resume", run, *command], history)
-        restored.tracker, restored.quiet = check_trackers(restored.tracker), arguments.quiet
-        space = parse_space(history.provenance.space_source, history.provenance.space_text)
-        notes = describe_changes(history, folder)
-        request = SearchRequest(
-            arguments=restored, space=space, history=history, notes=notes, command=(PROGRAM,), begun=begun
-        )
-        return _run(request, folder)
+    return [word for name, part in parts for word in (name_flag(name), str(part))]
 
 
 def _run(request: SearchRequest, folder: Path) -> TuneResult:
@@ -269,7 +245,6 @@ def _build_arguments(given: Mapping[str, Any]) -> argparse.Namespace:
         setattr(arguments, name, value)
     if isinstance(arguments.tracker, str):
         arguments.tracker = [arguments.tracker]
-    arguments.tracker = check_trackers(arguments.tracker)
     return arguments
 
 

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -114,35 +114,48 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     console = open_console(quiet=arguments.quiet or arguments.json)
     if is_screen(console):  # what follows takes seconds
         say(console, "starting   loading Optuna, Ray and PyTorch ...", style="dim")
+    whole = (program, *command)
     if arguments.resume is None:
-        return _begin(arguments, program, command, begun)
-    from tune_amp.cli.resume import describe_changes, restore_arguments
-    from tune_amp.search.history import open_history
-    from tune_amp.space.space import parse_space
-
-    folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
-    with open_history(folder) as history:
-        arguments = restore_arguments(parser, command, history)
-        arguments.tracker = check_trackers(arguments.tracker)
-        notes = describe_changes(history, folder)
-        space = parse_space(history.provenance.space_source, history.provenance.space_text)
-        request = SearchRequest(
-            arguments=arguments, space=space, history=history, notes=notes, command=(program, *command), begun=begun
-        )
+        opened = begun_request(arguments, lambda: _load_named_space(arguments), whole, begun)
+    else:
+        opened = resumed_request(arguments.resume, arguments.results_dir, parser, command, whole, begun)
+    with opened as (request, folder):
         return _run(request, folder)
 
 
-def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], begun: float) -> int:
+def _load_named_space(arguments: argparse.Namespace) -> "tuple[SearchSpace, str]":
+    from tune_amp.space.space import load_space
+
+    name = arguments.space or DEFAULT_SPACE
+    return load_space(name), name
+
+
+@contextlib.contextmanager
+def begun_request(
+    arguments: argparse.Namespace,
+    load_named: "Callable[[], tuple[SearchSpace, str]]",
+    command: Sequence[str],
+    begun: float,
+) -> Iterator[tuple[SearchRequest, Path]]:
+    """Check the arguments of a new run; yield its request and its folder, claimed for the ``with`` block.
+
+    Args:
+        arguments: of the command's parser; the user's own code is read from them.
+        load_named: returns the space, and the name that the run's default name begins with.
+        command: the program and its arguments.
+        begun: ``time.monotonic()`` when the command began.
+
+    Raises:
+        InputError: an argument or the space is not valid, or the folder cannot be made.
+    """
     from tune_amp.search.samplers import build_sampler
     from tune_amp.search.warm_start import load_donor
-    from tune_amp.space.space import load_space
 
     adopt_own_code(arguments)
     options = build_options(vars(arguments))
     checked_field("--imbalance", arguments.imbalance, TrialConfig, "imbalance")
     arguments.tracker = check_trackers(arguments.tracker)
-    name = arguments.space or DEFAULT_SPACE
-    space = load_space(name)
+    space, name = load_named()
     # Built only to refuse bad options early: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
     donor = None
@@ -152,8 +165,43 @@ def _begin(arguments: argparse.Namespace, program: str, command: Sequence[str], 
         )
     run = make_run_name(name) if arguments.name is None else arguments.name
     with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
-        return _run(
-            SearchRequest(arguments=arguments, space=space, donor=donor, command=(program, *command), begun=begun),
+        yield SearchRequest(arguments=arguments, space=space, donor=donor, command=command, begun=begun), folder
+
+
+@contextlib.contextmanager
+def resumed_request(
+    run: str,
+    results_dir: Path,
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    command: Sequence[str],
+    begun: float,
+) -> Iterator[tuple[SearchRequest, Path]]:
+    """Open a run to resume for the ``with`` block; yield its request and its folder.
+
+    Args:
+        run: name or folder of the run.
+        results_dir: where a name is looked up.
+        parser: the command's parser.
+        words: the command's arguments, ``--resume`` among them.
+        command: the program and its arguments, for the record.
+        begun: ``time.monotonic()`` when the command began.
+
+    Raises:
+        InputError: there is no such run, another process has it, or an argument would change what its trials share.
+    """
+    from tune_amp.cli.resume import describe_changes, restore_arguments
+    from tune_amp.search.history import open_history
+    from tune_amp.space.space import parse_space
+
+    folder = find_run_folder(run, results_dir, "--resume")
+    with open_history(folder) as history:
+        arguments = restore_arguments(parser, words, history)
+        arguments.tracker = check_trackers(arguments.tracker)
+        notes = describe_changes(history, folder)
+        space = parse_space(history.provenance.space_source, history.provenance.space_text)
+        yield (
+            SearchRequest(arguments=arguments, space=space, history=history, notes=notes, command=command, begun=begun),
             folder,
         )
 

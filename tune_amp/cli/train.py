@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     import torch
 
     from tune_amp.results.records import BestFile
+    from tune_amp.reuse.final import FinalTraining
+    from tune_amp.reuse.own_final import OwnTraining
     from tune_amp.training.data import Dataset
     from tune_amp.trial.config import EpochMetrics
 
@@ -92,49 +95,71 @@ def _train(arguments: argparse.Namespace) -> int:
                 raise
             print(f"{record.config.train} failed: {describe_error(error)}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
-    if record.config.train or record.config.task:
-        return _train_own(arguments, best, dataset)
-    return _train_final(arguments, best, dataset)
+    return _train_anew(arguments, best, dataset)
 
 
-def _train_final(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
+def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
+    """Train a configuration for use, test it once and save it. Return the exit code."""
     import torch
 
-    from tune_amp.results.records import list_versions
-    from tune_amp.reuse.card import CardSource, describe_card
-    from tune_amp.reuse.final import CARD_FILE, METRICS_FILE, WEIGHTS_FILE, FinalTraining
+    from tune_amp.reuse.final import FinalTraining
+    from tune_amp.reuse.own_final import OwnTraining
 
-    config = _choose_config(arguments, best)
-    device = choose_device(arguments.device)
+    config, device, console = _choose_config(arguments, best), choose_device(arguments.device), open_console()
+    is_own = bool(config.train or config.task)
+    own_code = config.train or config.task or (config.model if is_function_name(config.model) else None)
     _check_own_model(config, dataset, device)
-    console = open_console()
     name = f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
     with claimed_folder(choose_output(arguments, name)) as output:
         try:
-            training = FinalTraining(config, dataset, device)
+            metrics = [metric_of(objective) for objective in best.provenance.objectives]
+            training = (
+                OwnTraining(config, dataset, device, metrics) if is_own else FinalTraining(config, dataset, device)
+            )
             _print_training(console, arguments, config, device)
-            for metrics in training.epochs():
-                console.print(_describe_epoch(metrics, config.max_epochs), markup=False, soft_wrap=True)
+            for epoch in training.epochs():
+                line = (_describe_own_epoch if is_own else _describe_epoch)(epoch, config.max_epochs)
+                console.print(line, markup=False, soft_wrap=True)
             if training.divergence:
                 print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
                 return EXIT_NO_RESULT
-            result = training.test()
+            tested, saved = _test_and_save(training, arguments, best, output)
         except torch.OutOfMemoryError as error:
             print(f"out of memory, nothing saved: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
-        except Exception as error:
-            if isinstance(error, InputError) or not is_function_name(config.model):
+        except Exception as error:  # the user's own code may raise anything
+            if isinstance(error, InputError) or own_code is None:
                 raise
-            print(f"{config.model} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+            print(f"{own_code} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
-        versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
-        card = describe_card(result, CardSource(best=best, rank=arguments.rank, versions=versions))
-        training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
-    console.print(f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once")
-    say(console, describe_recalls(result.test_recalls))
-    saved = f"{WEIGHTS_FILE}, {METRICS_FILE}, {CARD_FILE}"
-    console.print(printable(f"saved   {output}: {saved}"), markup=False, soft_wrap=True)
+    for line in tested:
+        say(console, line)
+    console.print(printable(f"saved   {output}: {', '.join(saved)}"), markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def _test_and_save(
+    training: "FinalTraining | OwnTraining", arguments: argparse.Namespace, best: "BestFile", output: Path
+) -> tuple[list[str], list[str]]:
+    """Test once, and save weights, metrics and card. Return lines about the test, and the names of the files."""
+    from tune_amp.results.records import list_versions
+    from tune_amp.reuse.card import CardSource, describe_card
+    from tune_amp.reuse.final import FinalTraining
+    from tune_amp.reuse.own_final import describe_own_card
+
+    versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
+    source = {"source": str(arguments.best), "rank": arguments.rank}
+    if isinstance(training, FinalTraining):
+        result = training.test()
+        card = describe_card(result, CardSource(best=best, rank=arguments.rank, versions=versions))
+        accuracy = f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once"
+        return [accuracy, describe_recalls(result.test_recalls)], training.save(output, result, source, card)
+    measured = training.test()
+    card = describe_own_card(measured, list(training.models), best=best, rank=arguments.rank, versions=versions)
+    tested = [
+        f"{name} {show_value(name, value)}, measured after the last epoch" for name, value in measured.tested.items()
+    ]
+    return tested, training.save(output, measured, source, card)
 
 
 def _choose_config(arguments: argparse.Namespace, best: "BestFile") -> TrialConfig:
@@ -143,39 +168,6 @@ def _choose_config(arguments: argparse.Namespace, best: "BestFile") -> TrialConf
         return dataclasses.replace(
             best.pick(arguments.rank).trial.config, **{name: v for name, v in wanted.items() if v is not None}
         )
-
-
-def _train_own(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
-    """Train a configuration of the user's own loop or task. Return the exit code."""
-    from tune_amp.results.records import list_versions
-    from tune_amp.reuse.own_final import OwnTraining, describe_own_card
-
-    config, device = _choose_config(arguments, best), choose_device(arguments.device)
-    metrics = [metric_of(objective) for objective in best.provenance.objectives]
-    console, code = open_console(), config.train or config.task
-    name = f"train-rank{arguments.rank}-seed{config.seed}-epochs{config.max_epochs}"
-    with claimed_folder(choose_output(arguments, name)) as output:
-        try:
-            training = OwnTraining(config, dataset, device, metrics)
-            _print_training(console, arguments, config, device)
-            for epoch in training.epochs():
-                console.print(_describe_own_epoch(epoch, config.max_epochs), markup=False, soft_wrap=True)
-            if training.divergence:
-                print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
-                return EXIT_NO_RESULT
-            result = training.test()
-        except InputError:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            print(f"{code} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
-            return EXIT_NO_RESULT
-        versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
-        card = describe_own_card(result, list(training.models), best=best, rank=arguments.rank, versions=versions)
-        saved = training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
-    for metric, value in result.tested.items():
-        say(console, f"{metric} {show_value(metric, value)}, measured after the last epoch")
-    console.print(printable(f"saved   {output}: {', '.join(saved)}"), markup=False, soft_wrap=True)
-    return EXIT_DONE
 
 
 def _describe_own_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:

@@ -125,8 +125,10 @@ class FinalTraining(Training):
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
         )
 
-    def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> None:
-        """Write the fp32 weights (safetensors), a JSON file of metrics, configuration and ``source``, and the card.
+    def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> list[str]:
+        """Write the fp32 weights (safetensors), metrics with configuration and ``source`` as JSON, and the card.
+
+        Return the names of the files.
 
         Raises:
             InputError: a file cannot be written, or exists already; the contents of ``folder`` are unchanged.
@@ -136,10 +138,13 @@ class FinalTraining(Training):
         )  # JSON has no NaN
         written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
         metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
-        weights = save_weights(self._model)
-        write_together(
-            folder, {WEIGHTS_FILE: weights, CARD_FILE: encode_text(card), METRICS_FILE: encode_text(metrics)}
-        )
+        writers = {
+            WEIGHTS_FILE: save_weights(self._model),
+            METRICS_FILE: encode_text(metrics),
+            CARD_FILE: encode_text(card),
+        }
+        write_together(folder, writers)
+        return list(writers)
 
 
 Writer = Callable[[BinaryIO], object]

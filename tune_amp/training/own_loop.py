@@ -89,7 +89,7 @@ class TelemetryScaler(torch.amp.GradScaler):
         settings = {name: getattr(config, name) for name in SCALER_DEFAULTS} if is_fp16 else {"enabled": False}
         super().__init__(device.type, **settings)
         # A place for each step: small tensors that outlive it keep the allocator from reusing what lies beside them.
-        self._log = torch.zeros(2, _LOGGED_STEPS, device=device)
+        self._log = torch.zeros(2, _LOGGED_STEPS if is_fp16 else 0, device=device)
         self._places = list(zip(*(row.unbind() for row in self._log), strict=True))
         self._full: list[Tensor] = []
         self._logged = 0
