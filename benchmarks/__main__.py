@@ -8,6 +8,7 @@ training costs, ``extensions`` what the tutorial's extensions change. Results li
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def time_searches(arguments: argparse.Namespace) -> int:
-    """Time searches beside the obvious program."""
+    """Time searches beside the obvious program, or find where their own time goes."""
     _make_folder(arguments.output)
+    if arguments.profile:
+        return _profile_searches(arguments)
     path = arguments.output / "search-speed.parquet"
     result = speed.measure_speed(
         arguments.data_dir,
@@ -48,6 +51,28 @@ def time_searches(arguments: argparse.Namespace) -> int:
         announce=lambda line: print(line, flush=True),
     )
     return _save_table(arguments.output / "search-speed.md", speed_table.render_speed(result))
+
+
+def _profile_searches(arguments: argparse.Namespace) -> int:
+    from benchmarks.search_speed.profile import measure_profiles, render_profiles
+
+    load = os.getloadavg()[0]
+    pairings = [
+        speed.Pairing(
+            data_dir=arguments.data_dir,
+            precision=precision,
+            trials=trials,
+            repeat=repeat,
+            max_epochs=arguments.max_epochs,
+            slots=speed.plan_slots(arguments.gpus_per_trial),
+            gpus_per_trial=arguments.gpus_per_trial,
+        )
+        for repeat in range(arguments.repeats)
+        for precision in arguments.precisions
+        for trials in arguments.trials
+    ]
+    found = measure_profiles(pairings, announce=lambda line: print(line, flush=True))
+    return _save_table(arguments.output / "search-profile.md", render_profiles(found, load))
 
 
 def time_loop(arguments: argparse.Namespace) -> int:
@@ -280,6 +305,7 @@ def _add_search(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     searching.add_argument(
         "--go-on", action="store_true", help="keep what was measured here before, other settings too"
     )
+    searching.add_argument("--profile", action="store_true", help="instead, where the time of our searches goes")
     _add_output(searching, time_searches)
 
 

@@ -160,7 +160,7 @@ def describe_here() -> dict[str, str]:
 def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]:
     """Both commands, one after the other."""
     # Ray's last processes may still write there after the program has ended.
-    with tempfile.TemporaryDirectory(dir=_short_folder(), ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(dir=short_folder(), ignore_cleanup_errors=True) as name:
         folder = Path(name)
         cost = run_measured(list_our_command(pairing, folder), folder / "ours.log")
         trained = load_trials(folder / "results" / OURS)
@@ -178,10 +178,16 @@ def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]
 
 def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
     """The search as a user runs it, with its space and its results below ``folder``."""
-    space = RunFolder(folder).space
-    space.write_text(write_space(pairing.precision), encoding="utf-8")
     # The program tune-amp itself, also where its script is not on the path.
     program = [sys.executable, "-c", "from tune_amp.cli.main import main; raise SystemExit(main())", "search"]
+    # The obvious program confirms nothing.
+    return [*program, *list_our_arguments(pairing, folder, confirm_seeds=0)]
+
+
+def list_our_arguments(pairing: Pairing, folder: Path, confirm_seeds: int | None) -> list[str]:
+    """The arguments of a search below ``folder``, whose space is written there; None confirms as by default."""
+    space = RunFolder(folder).space
+    space.write_text(write_space(pairing.precision), encoding="utf-8")
     arguments = {
         "--dataset": "mnist",
         "--data-dir": pairing.data_dir,
@@ -189,13 +195,13 @@ def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
         "--max-epochs": pairing.max_epochs,
         "--seed": pairing.repeat,
         "--cpus-per-trial": 1,
-        "--confirm-seeds": 0,  # theirs does nothing of the kind
         "--gpus-per-trial": pairing.gpus_per_trial,  # 0 too: left out, the search would take the GPU that it finds
         "--max-concurrent": pairing.slots,
         "--results-dir": folder / "results",
         "--name": OURS,
+        **({} if confirm_seeds is None else {"--confirm-seeds": confirm_seeds}),
     }
-    return [*program, str(space), *(str(part) for item in arguments.items() for part in item)]
+    return [str(space), *(str(part) for item in arguments.items() for part in item)]
 
 
 def write_space(precision: str) -> str:
@@ -346,7 +352,7 @@ def hide_gpus(pairing: Pairing) -> dict[str, str]:
     return {} if pairing.gpus_per_trial else {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def _short_folder() -> str:
+def short_folder() -> str:
     """Ray's sockets below it must stay under 107 characters."""
     folder = tempfile.gettempdir()
     return folder if len(folder) <= len("/var/folders") else "/tmp"  # noqa: S108 - a private folder is made in it
