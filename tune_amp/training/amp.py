@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tune_amp.training.fp16_products import fast_fp16_products
 from tune_amp.training.verdict import ScaleOutlook, look_ahead
 from tune_amp.trial.config import TrialConfig
 
@@ -399,6 +400,16 @@ def fp32_arithmetic(precision: str) -> Iterator[None]:
         cudnn.allow_tf32 = cudnn_tf32
         for setting, value in zip(settings, previous, strict=True):  # last: the older switches write here too
             setting.fp32_precision = value
+
+
+@contextlib.contextmanager
+def training_arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute what autocast leaves in fp32 as ``fp32_arithmetic`` says, and products in fp16 as fast as ``device`` can.
+
+    It holds for the backward pass too, in which a checkpointed model computes again.
+    """
+    with fp32_arithmetic(precision), fast_fp16_products(precision, device):
+        yield
 
 
 @contextlib.contextmanager

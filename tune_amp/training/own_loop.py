@@ -42,9 +42,9 @@ from tune_amp.training.amp import (
     all_finite,
     autocast_of,
     find_outlook,
-    fp32_arithmetic,
     probe_gradients,
     summarise_steps,
+    training_arithmetic,
 )
 from tune_amp.training.generators import Generators, seed_generators, undisturbed, write_generators
 from tune_amp.training.memory import MemoryMeter
@@ -341,7 +341,8 @@ class OwnRun:
         """
         before = self._trial.scaler.telemetry
         started = time.perf_counter()
-        with self._generators.in_use(), self._memory.measure(), fp32_arithmetic(self._config.precision):
+        arithmetic = training_arithmetic(self._config.precision, self._device)
+        with self._generators.in_use(), self._memory.measure(), arithmetic:
             with torch.enable_grad():
                 yielded = self._advance()
             telemetry = self._trial.scaler.read()
@@ -471,7 +472,8 @@ class OwnRun:
             seed_generators(config.seed)  # the same dropout every time
             return loss()
 
-        with undisturbed(model, self._device), fp32_arithmetic(config.precision), torch.enable_grad():
+        arithmetic = training_arithmetic(config.precision, self._device)
+        with undisturbed(model, self._device), arithmetic, torch.enable_grad():
             return probe_gradients(
                 config,
                 scaler,

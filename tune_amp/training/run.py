@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_amp.training.amp import AmpStep, GradientProbe, all_finite, find_nan, flushing_denormals, fp32_arithmetic
+from tune_amp.training.amp import AmpStep, GradientProbe, all_finite, find_nan, flushing_denormals, training_arithmetic
 from tune_amp.training.batches import Batch, DeviceSplit, InputScaling, batch_indices
 from tune_amp.training.buffers import FiniteBuffers
 from tune_amp.training.cuda_graph import Capture, StepLoop, capturable, capture_cuda_graph, explain_eager
@@ -219,7 +219,7 @@ class TrainingRun:
         self.model.train()
         if self._loop is None and self._why_eager is None:
             self._choose_loop()
-        with fp32_arithmetic(self._config.precision), flushing_denormals():
+        with training_arithmetic(self._config.precision, self._data.device), flushing_denormals():
             if self._loop is not None:
                 self._loop.take(batches)
             elif isinstance(self._data.train, StreamedBatches):
@@ -324,7 +324,10 @@ class TrainingRun:
             return GradientProbe()
         batch_size = self._config.batch_size
         try:
-            with undisturbed(self.model, self._data.device), fp32_arithmetic(self._config.precision):
+            with (
+                undisturbed(self.model, self._data.device),
+                training_arithmetic(self._config.precision, self._data.device),
+            ):
                 return self._amp.probe(
                     [parameter for parameter in self.model.parameters() if parameter.requires_grad],
                     lambda images: self._probe_loss(images, batch_size),
@@ -390,7 +393,7 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
 
     def run_once() -> float:
         started = time.perf_counter()
-        with fp32_arithmetic(config.precision):
+        with training_arithmetic(config.precision, device):
             batch = data.train.take(torch.arange(len(few), device=device), ESTIMATE_SCALING)
             with amp.autocast():
                 loss = task.loss(model, batch)
