@@ -1,9 +1,19 @@
 """What a search says as it begins."""
 
-import pytest
+import io
+from collections.abc import Callable
+from pathlib import Path
 
-from tune_amp.cli.search_output import describe_unfit
+import pytest
+from rich.console import Console
+
+from tune_amp.cli.search_output import describe_unfit, print_start
 from tune_amp.cluster.resources import TrialResources
+from tune_amp.cluster.session import RaySession
+from tune_amp.search.options import SearchOptions
+from tune_amp.search.plan import SearchPlan
+from tune_amp.space.space import SearchSpace
+from tune_amp.training.data import Dataset
 
 
 @pytest.mark.parametrize(
@@ -16,3 +26,22 @@ from tune_amp.cluster.resources import TrialResources
 def test_precision_that_does_not_run_on_this_cpu_concerns_trials_on_cpus_only(gpus: float, expected: str) -> None:
     resources = TrialResources(cpus=1, gpus=gpus, max_concurrent=1, reason="")
     assert describe_unfit("mine:Net", "fp16", "E: no kernel", resources) == expected
+
+
+@pytest.mark.parametrize(("gpus", "shown"), [(0.5, True), (1.0, False), (2.0, False)])
+def test_line_on_mps_is_printed_if_trials_share_a_gpu(
+    gpus: float, shown: bool, make_space: Callable[[str], SearchSpace], digits: Dataset, tmp_path: Path
+) -> None:
+    plan = SearchPlan(
+        space=make_space("parameters:\n  lr: {low: 1.0e-4, high: 1.0e-2}\n"),
+        dataset=digits,
+        options=SearchOptions(),
+        folder=tmp_path,
+        resources=TrialResources(cpus=1, gpus=gpus, max_concurrent=2, reason="as many as fit"),
+        unfit={},
+    )
+    session = RaySession(resources={}, dashboard_url=None, token_path=None, authenticated=True, mps="private MPS")
+    text = io.StringIO()
+    print_start(Console(file=text), plan, session)
+    assert ("resources  as many as fit\nmps        private MPS\n" in text.getvalue()) is shown
+    assert ("MPS" in text.getvalue()) is shown

@@ -304,6 +304,7 @@ def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, std
         modules=modules,
         num_gpus=_count_usable_gpus(),
         preload=WORKER_MODULES,
+        mps=options.mps if options.may_share_gpus else "off",
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
         stop.reinstall_handlers()  # again: Ray has installed a SIGTERM handler that ends at once

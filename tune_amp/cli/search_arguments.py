@@ -15,7 +15,7 @@ GROUPS = {
     "how much": ("num_samples", "max_epochs", "time_budget", "trial_time_limit", "max_failures"),
     "how it is searched": ("objective", "mode", "sampler", "scheduler", "grace_period", "reduction_factor", "seed"),
     "before and after": ("warm_start", "top_k", "confirm_seeds"),
-    "hardware and cluster": ("gpus_per_trial", "cpus_per_trial", "max_concurrent", "address", "storage_path"),
+    "hardware and cluster": ("gpus_per_trial", "mps", "cpus_per_trial", "max_concurrent", "address", "storage_path"),
     "the run and its output": ("name", "results_dir", "resume", "tracker", "quiet", "json"),
 }
 """Headings of the help -> the flags below each, by their fields. Others stand below ``OTHER_FLAGS``."""

@@ -56,6 +56,8 @@ def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> 
     for line in list_inert(plan):
         say(console, f"inert      {line}", style="yellow")
     console.print(f"resources  {resources.reason}", soft_wrap=True)
+    if session.mps and 0 < resources.gpus < 1:
+        say(console, f"mps        {session.mps}")
     if "train_seconds" in options.objectives and resources.max_concurrent > 1:
         text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
         say(console, f"note       train_seconds: {text}", style="yellow")

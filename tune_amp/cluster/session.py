@@ -22,6 +22,7 @@ from types import ModuleType
 
 from tune_amp.cluster import ray_patches
 from tune_amp.cluster.cpus import count_cpus
+from tune_amp.cluster.mps import Mps, provide_mps
 from tune_amp.cluster.private_home import HOME_PREFIX, private_home
 from tune_amp.trial.config import InputError, describe_error
 from tune_amp.trial.text import hide_credentials
@@ -69,6 +70,8 @@ class RaySession:
     """File with the token that the dashboard requires; None if tune_amp did not start this Ray."""
     authenticated: bool
     """Whether Ray refused a test request without a token, and no server accepted one."""
+    mps: str | None = None
+    """How processes that share a GPU use it; None if tune_amp did not start this Ray, or it has no GPU."""
 
     @property
     def exposure(self) -> str | None:
@@ -91,6 +94,7 @@ def ray_session(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     preload: Sequence[str] = (),
+    mps: str = "off",
     announce: Callable[[str], None] = lambda _: None,
 ) -> Iterator[RaySession]:
     """Provide Ray for a ``with`` block: the one already started in this process, a cluster's, or a private one.
@@ -104,20 +108,26 @@ def ray_session(
         num_cpus: CPUs that a private Ray offers; None for those that this process may use.
         num_gpus: GPUs that a private Ray offers; None for those that Ray finds.
         preload: modules that the workers of a private Ray import as they start, while Ray itself is still starting.
+        mps: whether the workers of a private Ray share GPUs by MPS: ``auto``, ``on`` or ``off``; see ``provide_mps``.
         announce: receives a line if a private Ray starts differently than the user may expect.
 
     Raises:
-        InputError: ``address`` cannot be joined, or Ray would find no home folder.
+        InputError: ``address`` cannot be joined, Ray would find no home folder, or MPS is wanted and cannot be had.
         StartError: a private Ray does not start.
     """
     _check_home()
+    is_running = "ray" in sys.modules and _ray_is_initialized()
+    if mps == "on" and (is_running or address is not None):
+        raise InputError(
+            "--mps: on is not allowed in a Ray that runs already (--address): whoever runs it starts MPS on its nodes"
+        )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(QUIET_TUNE))
-        if "ray" in sys.modules and _ray_is_initialized():
+        if is_running:
             yield _describe_session(token_path=None)
         elif address is None:
-            token_path = stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload, announce))
-            yield _describe_session(token_path)
+            token_path, how = stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload, mps, announce))
+            yield dataclasses.replace(_describe_session(token_path), mps=how)
         else:
             stack.enter_context(_joined_ray(address, run, modules))
             yield _describe_session(token_path=None)
@@ -125,9 +135,14 @@ def ray_session(
 
 @contextlib.contextmanager
 def _private_ray(
-    run: str, num_cpus: int | None, num_gpus: int | None, preload: Sequence[str], announce: Callable[[str], None]
-) -> Iterator[Path]:
-    """Start a private Ray; yield the path of its token."""
+    run: str,
+    num_cpus: int | None,
+    num_gpus: int | None,
+    preload: Sequence[str],
+    mps: str,
+    announce: Callable[[str], None],
+) -> Iterator[tuple[Path, str | None]]:
+    """Start a private Ray; yield the path of its token, and how its processes share GPUs."""
     with contextlib.ExitStack() as stack:
         parent = None
         try:
@@ -139,6 +154,7 @@ def _private_ray(
             _check_room(home)
         except OSError as error:
             raise _start_error(error, parent) from error
+        sharing = stack.enter_context(_gpu_sharing(mps, num_gpus, home))
         secured: dict[str, str | None] = {
             **ray_patches.LOOPBACK_ONLY,
             **ray_patches.preloading(preload),
@@ -146,6 +162,7 @@ def _private_ray(
             "RAY_AUTH_TOKEN_PATH": str(token_path),
             "RAY_AUTH_TOKEN": None,  # would take precedence over the file
             "PYTHONPATH": _extend_python_path(),
+            **(sharing.variables if sharing else {}),
             # Ray would send usage data to its makers for every run longer than a minute.
             "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         }
@@ -163,7 +180,16 @@ def _private_ray(
             except OSError as full:
                 raise _start_error(full, parent) from error
             raise _start_error(error, parent) from error
-        yield token_path
+        yield token_path, sharing.description if sharing else None
+
+
+def _gpu_sharing(mps: str, num_gpus: int | None, home: Path) -> contextlib.AbstractContextManager[Mps | None]:
+    """Return a context manager of the MPS of a private Ray; of None if it has no GPU."""
+    if num_gpus if num_gpus is not None else ray_patches.count_gpus_of_ray():
+        return provide_mps(mps, home)
+    if mps == "on":
+        raise InputError("--mps: on needs a GPU, and Ray finds none here")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

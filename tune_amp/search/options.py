@@ -147,6 +147,12 @@ class SearchOptions:
         metavar="auto|X",
         read=_read_gpu_share,
     )
+    mps: str = option(
+        "NVIDIA MPS, by which trials that share a GPU compute at the same time",
+        "auto",
+        one_of("auto", "on", "off"),
+        metavar="auto|on|off",
+    )
     cpus_per_trial: int | None = option("CPU threads of a trial", None, at_least(1), unset="1")
     max_concurrent: int | None = option("largest number of trials at a time", None, at_least(1), unset="as many as fit")
     time_budget: float | None = option(
@@ -184,6 +190,11 @@ class SearchOptions:
         """Whether the user's own task or training loop is trained."""
         return self.task is not None or self.train is not None
 
+    @property
+    def may_share_gpus(self) -> bool:
+        """Whether a trial may get less than a GPU."""
+        return self.gpus_per_trial is None or 0 < self.gpus_per_trial < 1
+
     def _check_objectives(self) -> None:
         """Check the objectives, and write them in their shortest form.
 
@@ -194,6 +205,9 @@ class SearchOptions:
         if (self.gpus_per_trial or 0) > 1 and self.train is None:
             rule = "must be at most 1: only a loop of your own (--train) can use several GPUs"
             raise InputError(f"--gpus-per-trial: {rule}, got {self.gpus_per_trial:g}")
+        if self.mps == "on" and not self.may_share_gpus:
+            rule = "must be auto or off where no trials share a GPU"
+            raise InputError(f"--mps: {rule} (--gpus-per-trial {self.gpus_per_trial:g}), got on")
         text = read_objectives("--objective", self.objective, self.mode, () if self.is_own else OBJECTIVES)
         names = text.split(",")
         check("--objective", len(names), len(names) <= MOST_OBJECTIVES, f"must name {MOST_OBJECTIVES} at most")
