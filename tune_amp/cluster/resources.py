@@ -7,10 +7,12 @@ A MIG slice counts as a GPU: torch sees only the slice and its memory. Slices ar
 """
 
 import dataclasses
+import functools
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ray
 import torch
@@ -24,6 +26,7 @@ from tune_amp.cluster.gpu_sharing import (
     list_counts,
     measure_shares,
 )
+from tune_amp.cluster.share_cache import describe_measurement, recall_shares
 from tune_amp.training.data import Split
 from tune_amp.trial.config import TrialConfig, check, one_line
 from tune_amp.trial.consent import consent_to, list_consented
@@ -210,7 +213,13 @@ def cap_memory(share: float) -> None:
 
 
 def measure_with_ray(
-    config: TrialConfig, train: Split, num_classes: int, most: int, announce: Callable[[str], None]
+    config: TrialConfig,
+    train: Split,
+    num_classes: int,
+    most: int,
+    *,
+    keep: bool = False,
+    announce: Callable[[str], None],
 ) -> SharedGpu:
     """Measure on one of Ray's GPUs how many trials share it best, up to ``most``. The GPU is free again afterwards.
 
@@ -219,13 +228,15 @@ def measure_with_ray(
         train: the training split.
         num_classes: labels are 0 .. num_classes - 1.
         most: maximum number of trials on a GPU.
+        keep: whether to use an earlier measurement on such a GPU, and to keep this one for later searches.
         announce: receives one line that explains the delay.
     """
     counts = list_counts(most)
-    announce("measuring how many trials share a GPU best (half a minute; --gpus-per-trial X chooses without)")
+    before = ", unless it was measured before" if keep else ""
+    announce(f"measuring how many trials share a GPU best (half a minute{before}; --gpus-per-trial X chooses without)")
     # The worker ends after its only task: its CUDA context would keep memory otherwise.
-    task = ray.remote(num_gpus=1, num_cpus=counts[-1], max_calls=1, max_retries=0)(_measure_here)
-    result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path), list_consented())
+    task: Any = ray.remote(num_gpus=1, num_cpus=counts[-1], max_calls=1, max_retries=0)(_measure_here)
+    result = task.remote(ray.put(train), config, num_classes, counts, tuple(sys.path), list_consented(), keep)
     fallback = min(TRIALS_PER_GPU, most)
     try:
         shared: SharedGpu = ray.get(result, timeout=WAIT_SECONDS)
@@ -245,22 +256,27 @@ def _measure_here(
     counts: Sequence[int],
     search_path: Sequence[str],
     consented: Sequence[str],
+    keep: bool = False,
 ) -> SharedGpu:
     """Measure in a worker to which Ray assigned a GPU; on the CPU if torch cannot use the GPU, as trials will."""
     sys.path.extend(folder for folder in search_path if folder not in sys.path)
     consent_to(*consented)
     cuda = torch.cuda.is_available()
+    device_type = "cuda" if cuda else "cpu"
+    measure = functools.partial(
+        measure_shares, config, train, num_classes, device_type, counts=counts, seconds=MEASURED_SECONDS
+    )
     try:
-        measured = measure_shares(
-            config, train, num_classes, "cuda" if cuda else "cpu", counts=counts, seconds=MEASURED_SECONDS
-        )
+        key = describe_measurement(config, train, num_classes, counts) if cuda and keep else None
+        measured, note = recall_shares(key, measure)
     except MeasurementError as error:
         if error.out_of_memory:
             return SharedGpu(trials=1, reason=f"the largest does not fit a GPU alone ({error})")
         if DEVICE_BUSY in str(error):
             return SharedGpu(trials=1, reason=f"a GPU takes one process (compute mode EXCLUSIVE_PROCESS): {error}")
         return SharedGpu(trials=min(TRIALS_PER_GPU, counts[-1]), reason=f"not measured ({error})")
-    return choose_trials(measured, torch.cuda.get_device_properties(0).total_memory if cuda else None)
+    chosen = choose_trials(measured, torch.cuda.get_device_properties(0).total_memory if cuda else None)
+    return dataclasses.replace(chosen, reason=chosen.reason + note)
 
 
 def _share_gpu(

@@ -19,7 +19,7 @@ from tune_amp.search.preflight import check_fit
 from tune_amp.search.warm_start import Donor, WarmStart, plan_warm_start
 from tune_amp.space.space import SearchSpace
 from tune_amp.training.data import Dataset, StreamedSplit
-from tune_amp.trial.config import InputError
+from tune_amp.trial.config import MODELS, InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,14 @@ def plan_resources(
         largest = find_largest(
             space, model=options.model, dataset=dataset.name, max_epochs=options.max_epochs, seed=options.seed
         )
-        measure = functools.partial(measure_with_ray, largest, dataset.train, dataset.num_classes, announce=announce)
+        measure = functools.partial(
+            measure_with_ray,
+            largest,
+            dataset.train,
+            dataset.num_classes,
+            keep=options.model in MODELS and not options.is_own,
+            announce=announce,
+        )
     resources = allocate_resources(
         list_nodes(),
         gpus_per_trial=options.gpus_per_trial,
