@@ -3,13 +3,17 @@
 If a test named ``test_stock_...`` fails, Ray has changed: remove what is no longer needed from ``ray_patches.py``.
 """
 
+import concurrent.futures
 import inspect
 import logging
 import os
 import re
 import signal
 import sys
+import threading
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +34,13 @@ from ray.tune.experiment import Trial
 
 from tune_amp.cluster import ray_patches
 from tune_amp.trial.config import SIGNALS
+
+
+@pytest.fixture
+def pool() -> Iterator[concurrent.futures.Executor]:
+    with concurrent.futures.ThreadPoolExecutor(1) as started:
+        yield started
+
 
 RAY_OPTIONS = "\n".join(inspect.signature(ray.init).parameters)
 """Public arguments of ``ray.init``; the private ones are in ``**kwargs``."""
@@ -95,22 +106,27 @@ def test_stock_ray_sends_folders_of_the_driver_to_the_workers_and_has_no_option_
     assert (options["_temp_dir"], options["num_cpus"]) == (str(tmp_path), 1)
 
 
-def test_stock_ray_has_no_option_for_the_agents_port_the_session_and_its_folder(tmp_path: Path) -> None:
+def test_stock_ray_has_no_option_for_the_agents_port_the_session_and_its_folder(
+    tmp_path: Path, pool: concurrent.futures.Executor
+) -> None:
     assert re.findall(r".*(?:agent|session|temp|dir).*", RAY_OPTIONS) == []
     stock = parameter.RayParams()
     assert (stock.dashboard_agent_listen_port, stock.session_name) == (52365, None)
-    with ray_patches.private_start(tmp_path, "short"):
+    with ray_patches.private_start(tmp_path, "short", pool):
         ours = parameter.RayParams()
         assert (ours.dashboard_agent_listen_port, ours.session_name) == (0, "short")
+        assert ours.include_log_monitor is False
     assert parameter.RayParams().session_name is None
 
 
-def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stock_dashboard_imports_from_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
+) -> None:
     assert "PYTHONSAFEPATH" not in inspect.getsource(services)
     started: list[tuple[str, Any]] = []
     monkeypatch.setattr(services, "start_ray_process", lambda _, kind, **options: started.append((kind, options)))
     stock = services.start_ray_process
-    with ray_patches.private_start(tmp_path, "short"):
+    with ray_patches.private_start(tmp_path, "short", pool):
         for kind in (ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_RAYLET):
             services.start_ray_process([], kind, fate_share=True)
     assert services.start_ray_process is stock
@@ -119,6 +135,80 @@ def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.Mon
         (ray_constants.PROCESS_TYPE_DASHBOARD, own),
         (ray_constants.PROCESS_TYPE_RAYLET, {"fate_share": True}),
     ]
+
+
+class StartedProcess:
+    """Stands in for a process of Ray that was started."""
+
+    def __init__(self) -> None:
+        self.process = self
+        self.killed = threading.Event()
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+def test_stock_ray_waits_for_the_dashboard_before_it_starts_the_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
+) -> None:
+    assert (
+        inspect.getsource(node_module.Node.start_head_processes)
+        .rstrip()
+        .endswith("raise_on_failure=raise_on_api_server_failure,\n        )")
+    )
+    assert "_internal_kv_get" in inspect.getsource(services.start_api_server)
+    node: Any = object.__new__(node_module.Node)
+    ready, threads = threading.Event(), list[Any]()
+
+    def start(self: Any, **options: Any) -> None:
+        assert ready.wait(20)
+        threads.append((threading.current_thread().is_alive(), self is node, options))
+
+    monkeypatch.setattr(node_module.Node, "start_api_server", start)
+    with ray_patches.private_start(tmp_path, "short", pool):
+        node.start_api_server(include_dashboard=None, raise_on_failure=False)
+        assert threads == []
+        ready.set()
+    assert threads == [(True, True, {"include_dashboard": None, "raise_on_failure": False})]
+    assert pool.submit(lambda: True).result()  # the thread lives
+
+
+@pytest.mark.parametrize("failing", ["the dashboard", "the node"])
+def test_a_start_that_fails_does_not_wait_for_the_dashboard(
+    failing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
+) -> None:
+    started = StartedProcess()
+    monkeypatch.setattr(services, "start_ray_process", lambda *_, **__: started)
+
+    def start(self: Any) -> None:
+        info = services.start_ray_process([], ray_constants.PROCESS_TYPE_DASHBOARD)
+        if failing == "the dashboard":
+            raise RuntimeError(failing)
+        assert info.killed.wait(20)
+
+    monkeypatch.setattr(node_module.Node, "start_api_server", start)
+
+    def begin() -> None:
+        with ray_patches.private_start(tmp_path, "short", pool):
+            node: Any = object.__new__(node_module.Node)
+            node.start_api_server()
+            if failing == "the node":
+                while not pool._work_queue.empty():  # type: ignore[attr-defined]
+                    time.sleep(0.01)
+                raise RuntimeError(failing)
+
+    with pytest.raises(RuntimeError, match=failing):
+        begin()
+
+
+def test_stock_ray_waits_a_second_for_the_monitor_which_is_killed_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "wait_timeout_seconds = 1\n" in inspect.getsource(node_module.Node._kill_process_impl)
+    processes = {kind: [StartedProcess()] for kind in ("monitor", "raylet", "dashboard")}
+    monkeypatch.setattr(ray_patches, "find_node", lambda: SimpleNamespace(all_processes=processes))
+    ray_patches.end_monitor()
+    assert [kind for kind, [started] in processes.items() if started.killed.is_set()] == ["monitor"]
+    monkeypatch.setattr(ray_patches, "find_node", lambda: None)
+    ray_patches.end_monitor()
 
 
 def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:

@@ -5,9 +5,11 @@ once.
 """
 
 import argparse
+import atexit
 import codecs
 import contextlib
 import errno
+import gc
 import io
 import os
 import sys
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     import torch
 
     from tune_amp.training.data import Dataset
+
+# As it ends, Python would look at every object of PyTorch, Ray and plotly once more: 1.1 s after a search, 0.2 s so.
+atexit.register(gc.freeze)
 
 MOST_CHARACTERS = 2_000
 """Longest error line for a bad input, in characters; it may name paths."""

@@ -46,6 +46,7 @@ from tune_amp.cli.search_output import (
     print_json_start,
     print_start,
 )
+from tune_amp.cluster.cpus import count_cpus
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.journal import read_journal
 from tune_amp.results.run_folder import RunFolder
@@ -59,6 +60,7 @@ from tune_amp.search.options import (
     naming_flags,
     run_folder,
 )
+from tune_amp.trial.collection import without_collection
 from tune_amp.trial.config import InputError, TrialConfig, checked_field, describe_error, is_function_name
 from tune_amp.trial.consent import list_own_code, list_provided, load_function
 from tune_amp.trial.text import hide_credentials, printable
@@ -97,7 +99,7 @@ class SearchRequest:
         return build_options(vars(self.arguments))
 
 
-WORKER_MODULES = ("tune_amp.cluster.trainable",)
+WORKER_MODULES = ("tune_amp.cluster.preload",)
 """Modules that workers import at start, with all modules that these import."""
 
 
@@ -298,12 +300,14 @@ def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, std
     load = functools.partial(_load_checked, request)
     find_checked = _call(load, in_background=not has_own_code)
     modules = _user_modules(arguments.task or arguments.model)
+    gpus = _count_usable_gpus()
     with ray_session(
         arguments.address,
         run=folder.name,
         modules=modules,
-        num_gpus=_count_usable_gpus(),
+        num_gpus=gpus,
         preload=WORKER_MODULES,
+        workers=_count_first_workers(options, gpus),
         mps=options.mps if options.may_share_gpus else "off",
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
@@ -382,6 +386,7 @@ def _write_report(folder: Path) -> None:
         print(f"report.html was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
+@without_collection()
 def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     """Return the data set, checked to fit, and the result of ``check_fit``. Also import the search's modules early."""
     import torch
@@ -438,6 +443,14 @@ def _count_usable_gpus() -> int:
     from tune_amp.cluster.resources import count_gpus
 
     return count_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+
+
+def _count_first_workers(options: SearchOptions, gpus: int) -> int:
+    """Return how many trials will start at once at least. How many share a GPU is not known yet."""
+    slots = count_cpus() // (options.cpus_per_trial or 1)
+    if gpus and options.gpus_per_trial != 0:
+        slots = min(slots, gpus)
+    return min(slots, options.num_samples, options.max_concurrent or slots)
 
 
 def _user_modules(model: str) -> tuple[ModuleType, ...]:

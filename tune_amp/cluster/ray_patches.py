@@ -5,6 +5,7 @@ has a test that fails once Ray no longer needs it. Ray is imported inside the fu
 environment on import.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -90,30 +91,54 @@ def init_ray(address: str, run: str, *, temp_dir: Path | None = None, **options:
 
 
 @contextlib.contextmanager
-def private_start(home: Path, session_name: str) -> Iterator[None]:
+def private_start(home: Path, session_name: str, beside: concurrent.futures.Executor) -> Iterator[None]:
     """In the ``with`` block, Ray starts a node whose processes keep to ``home`` and do not need a free port 52365.
 
     The dashboard starts its servers by ``python -c``, which searches the current folder for modules first, and leaves
     the folder of their socket in the temporary folder. The agent's default port, 52365, is taken if another Ray runs
     here: the agent retries for 6 s, then runs without HTTP (ray-project/ray#14763).
 
+    Ray would wait for the dashboard, 2 s, before it starts the node's other processes: here it starts beside them, and
+    the ``with`` block ends when it is ready. The log monitor is left out: it reads the logs that drivers print.
+
     Args:
         home: private folder for the socket, with a short path.
         session_name: name of Ray's own folder. All sockets lie below it, and Ray's default name leaves little of the
             107 bytes that the path of a socket may have (ray-project/ray#7945).
+        beside: starts the dashboard, in a thread that must live as long as the session: Linux ends the dashboard with
+            the thread that started it.
     """
-    from ray._private import parameter, ray_constants, services
+    from ray._private import node, parameter, ray_constants, services
 
-    start = services.start_ray_process
+    start: Any = services.start_ray_process
+    start_dashboard: Any = node.Node.start_api_server
+    dashboards: list[Any] = []
 
     def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
-        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
-            options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
-        return start(command, process_type, *arguments, **options)
+        if process_type != ray_constants.PROCESS_TYPE_DASHBOARD:
+            return start(command, process_type, *arguments, **options)
+        options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
+        dashboards.append(start(command, process_type, *arguments, **options))
+        return dashboards[0]
 
-    params = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0, session_name=session_name)
-    with patch.object(parameter, "RayParams", params), patch.object(services, "start_ray_process", start_process):
-        yield
+    settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False}
+    params = functools.partial(parameter.RayParams, session_name=session_name, **settings)
+    with (
+        patch.object(parameter, "RayParams", params),
+        patch.object(services, "start_ray_process", start_process),
+        contextlib.ExitStack() as waiting,
+    ):
+
+        def start_beside(self: Any, **options: Any) -> None:
+            waiting.callback(beside.submit(start_dashboard, self, **options).result)
+
+        try:
+            with patch.object(node.Node, "start_api_server", start_beside):
+                yield
+        except BaseException:
+            for info in dashboards:
+                info.process.kill()  # else it would be waited for
+            raise
 
 
 @contextlib.contextmanager
@@ -187,6 +212,21 @@ def quiet_logs() -> Iterator[None]:
 # A running Ray
 
 
+def start_workers(count: int) -> None:
+    """Let Ray start ``count`` workers now, which then wait for trials; each has imported the preloaded modules.
+
+    Ray asks for one worker at a time for tasks that need the same, so each task here needs another byte.
+    """
+    import ray
+
+    for number in range(count):
+        ray.remote(num_cpus=1, memory=number + 1, max_retries=0)(_do_nothing).remote()
+
+
+def _do_nothing() -> None:
+    """Be a task."""
+
+
 def find_node() -> Any:
     """Return Ray's node object of this process, which has its processes and addresses; None if Ray does not run.
 
@@ -201,6 +241,15 @@ def list_processes() -> list[subprocess.Popen[bytes]]:
     """Return the processes of Ray that this process started."""
     node = find_node()
     return [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
+
+
+def end_monitor() -> None:
+    """Kill the autoscaler's monitor of a private Ray: it has no state, and takes a second to end otherwise."""
+    from ray._private import ray_constants
+
+    node = find_node()
+    for info in [] if node is None else node.all_processes.get(ray_constants.PROCESS_TYPE_MONITOR, []):
+        info.process.kill()
 
 
 def find_dashboard() -> str | None:

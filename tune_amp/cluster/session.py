@@ -3,6 +3,7 @@
 It does not depend on trials. Ray is imported inside the functions, because parts of it read the environment on import.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -94,6 +95,7 @@ def ray_session(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     preload: Sequence[str] = (),
+    workers: int = 0,
     mps: str = "off",
     announce: Callable[[str], None] = lambda _: None,
 ) -> Iterator[RaySession]:
@@ -107,7 +109,8 @@ def ray_session(
         modules: packages that the workers of a joined cluster need and may not have.
         num_cpus: CPUs that a private Ray offers; None for those that this process may use.
         num_gpus: GPUs that a private Ray offers; None for those that Ray finds.
-        preload: modules that the workers of a private Ray import as they start, while Ray itself is still starting.
+        preload: modules that the workers of a private Ray import as they start.
+        workers: number of workers that a private Ray starts before any are asked for.
         mps: whether the workers of a private Ray share GPUs by MPS: ``auto``, ``on`` or ``off``; see ``provide_mps``.
         announce: receives a line if a private Ray starts differently than the user may expect.
 
@@ -126,7 +129,9 @@ def ray_session(
         if is_running:
             yield _describe_session(token_path=None)
         elif address is None:
-            token_path, how = stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload, mps, announce))
+            token_path, how = stack.enter_context(
+                _private_ray(run, num_cpus, num_gpus, preload, workers, mps, announce)
+            )
             yield dataclasses.replace(_describe_session(token_path), mps=how)
         else:
             stack.enter_context(_joined_ray(address, run, modules))
@@ -139,6 +144,7 @@ def _private_ray(
     num_cpus: int | None,
     num_gpus: int | None,
     preload: Sequence[str],
+    workers: int,
     mps: str,
     announce: Callable[[str], None],
 ) -> Iterator[tuple[Path, str | None]]:
@@ -167,13 +173,15 @@ def _private_ray(
             "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         }
         stack.enter_context(_ray_environment(secured))
+        beside = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         stack.enter_context(_shutting_down())
         cpus = count_cpus() if num_cpus is None else num_cpus
         session_name = home.name.removeprefix(HOME_PREFIX)
         try:
-            with ray_patches.private_start(home, session_name), ray_patches.patient_start(announce):
+            with ray_patches.private_start(home, session_name, beside), ray_patches.patient_start(announce):
                 # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                 ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)
+                ray_patches.start_workers(min(workers, cpus))
         except Exception as error:
             try:
                 _check_room(home)
@@ -202,6 +210,7 @@ def _shutting_down() -> Iterator[None]:
             yield
         finally:
             with reaping(ray_patches.list_processes()):
+                ray_patches.end_monitor()
                 ray.shutdown()
 
 

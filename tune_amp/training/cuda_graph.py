@@ -7,7 +7,6 @@ a graph. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import contextlib
-import gc
 import io
 import pickle
 import random
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tune_amp.trial.collection import without_collection
 from tune_amp.trial.config import describe_error
 
 WARM_UP_STEPS = 3  # as in PyTorch's documentation: libraries and lazily created state are ready by then
@@ -149,7 +149,7 @@ def capture_cuda_graph(step: Step) -> Step:
     clear_workspaces()
     try:
         with (
-            _without_collection(),
+            without_collection(),  # it might destroy an earlier run's graph
             # thread_local: other threads of the process (Ray's) may call CUDA during the capture.
             torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"),
         ):
@@ -225,18 +225,6 @@ def _on_stream(stream: "torch.cuda.Stream | None") -> Iterator[None]:
             yield
     finally:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Disable the cycle collector in the ``with`` block: during a capture it might destroy an earlier run's graph."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def release_failed_pool(end: Callable[[], None], release: Callable[[], None]) -> None:
