@@ -1,13 +1,14 @@
-"""What watching a training costs: the probe after every epoch, and the log of every step.
+"""What watching a training costs: the probe of the gradients, and the log of every step.
 
 The probe's share is its own time over that of the training steps, both as ``TrainingRun`` reports them, with the steps
-taken as in a search: on a GPU as a CUDA graph, of whose shorter steps the probe is the larger share. The log's share is
+taken as in a search: on a GPU as a CUDA graph, with a probe only every so many epochs. The log's share is
 measured against a bare ``GradScaler`` loop (scale, backward, step, update) on the same batches: both take turns in
 short blocks, so that whatever else the machine does falls on both, and each pair of blocks gives a ratio.
 """
 
 import dataclasses
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -35,7 +36,7 @@ BLOCKS = 50
 BLOCK_IMAGES = 2_048
 """2 steps at batch size 1,024, 32 at 64: a fraction of a second, so that what disturbs one block disturbs its pair."""
 MOST_IMAGES = 10_000
-"""Trained on: the probe's share is worked out for the whole split, which has more steps to an epoch."""
+"""Trained on, on the CPU: the probe's share is worked out for the whole split, which has more steps to an epoch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Share:
     high: float
     """The third."""
     count: int
-    """Epochs, or pairs of blocks."""
+    """Epochs, or epochs from probe to probe, or pairs of blocks."""
     loop: str = "eager"
     """How the steps were taken: ``graph`` or ``eager``."""
 
@@ -78,9 +79,8 @@ def measure_telemetry(
     """Measure both shares for ``simple_net`` by precision and batch size; on the CPU in one thread, as trials train."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    few = dataclasses.replace(
-        dataset.train, images=dataset.train.images[:MOST_IMAGES], labels=dataset.train.labels[:MOST_IMAGES]
-    )
+    most = len(dataset.train) if device.type == "cuda" else MOST_IMAGES
+    few = dataclasses.replace(dataset.train, images=dataset.train.images[:most], labels=dataset.train.labels[:most])
     data = TrainingData(few, None, dataset.num_classes, device)
     configs = [
         TrialConfig(precision=precision, batch_size=batch_size)
@@ -98,17 +98,18 @@ def measure_telemetry(
 def measure_probe(
     config: TrialConfig, data: TrainingData, epochs: int, longer: float = 1.0, capture: Capture | None = None
 ) -> Share:
-    """Probe time over training time, by epochs after the first.
+    """Probe time over training time, after the first epoch: by epochs, or on a GPU by the epochs from probe to probe.
 
     Args:
         config: of a trial with so large a budget that a capture of its steps pays.
         data: training images; no validation is needed.
-        epochs: that are trained of it.
+        epochs: that are trained of it; on a GPU as many times the epochs from probe to probe.
         longer: how many times as many steps an epoch shall be taken to have. The probe does not grow with them.
         capture: as ``TrainingRun`` takes it.
     """
     run = TrainingRun(dataclasses.replace(config, max_epochs=LONG), data, capture=capture)
-    told = list(itertools.islice(run.epochs(), epochs))
+    period = max(1, math.ceil(run.probe_every / (len(data.train) // config.batch_size)))
+    told = list(itertools.islice(run.epochs(), 1 + (epochs - 1) * period))[::period]
     shares = [
         (now.probe_seconds - before.probe_seconds) / (longer * (now.train_seconds - before.train_seconds))
         for before, now in itertools.pairwise(told)
@@ -136,7 +137,8 @@ def render_telemetry(cost: TelemetryCost) -> str:
         f"simple_net, {cost.train_images:,} training images, {cost.device}, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Medians, quartiles in brackets, n in the titles."
     )
-    probe_title = f"probe / training time (n = {cost.probes[0].count} epochs)"
+    spans = "spans from probe to probe" if cost.device == "CUDA" else "epochs"
+    probe_title = f"probe / training time (n = {cost.probes[0].count} {spans})"
     log_title = f"log against a bare eager loop (n = {cost.logs[0].count} pairs of blocks)"
     rows = [
         (probe.precision, str(probe.batch_size), probe.loop, _render(probe, ""), _render(log, "+"))

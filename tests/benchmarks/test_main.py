@@ -2,6 +2,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
@@ -11,14 +12,15 @@ from curve_tables import make_stress_table
 from benchmarks.__main__ import main
 from benchmarks.quality import search_quality
 from benchmarks.quality.curves import load_curves, write_curves
-from benchmarks.training import gpu
+from benchmarks.training import gpu, telemetry
 from benchmarks.training.floor import take_again
 from benchmarks.training.gpu import make_images
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.telemetry import measure_probe, measure_telemetry, render_telemetry
 from tune_amp.training.data import Dataset
+from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.config import EpochMetrics, TrialConfig
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
@@ -145,6 +147,28 @@ def test_probe_is_measured_beside_steps_that_are_captured_as_in_a_search(digits:
     data = TrainingData(digits.train, None, digits.num_classes, CPU)
     share = measure_probe(TrialConfig(batch_size=512, max_epochs=3), data, 3, capture=take_again)
     assert (share.loop, share.count) == ("graph", 2)
+
+
+def test_cost_of_a_seldom_probe_is_measured_from_one_probe_to_the_next(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[EpochMetrics] = []
+
+    class SeldomProbed(TrainingRun):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.probe_every = 5
+
+        def train_epoch(self) -> EpochMetrics:
+            reports.append(super().train_epoch())
+            return reports[-1]
+
+    monkeypatch.setattr(telemetry, "TrainingRun", SeldomProbed)
+    data = TrainingData(digits.train.select(range(600)), None, digits.num_classes, CPU)  # two steps an epoch
+    share = measure_probe(TrialConfig(precision="fp16", batch_size=256), data, 3)
+    assert share.count == 2
+    probed = [report.epoch for report in reports if report.underflow_share is not None]
+    assert probed == [1, 4, 7] == list(range(1, len(reports) + 1, 3))
 
 
 def test_telemetry_costs_are_measured_for_every_precision_and_batch_size(digits: Dataset) -> None:

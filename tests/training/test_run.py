@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -958,6 +958,63 @@ def test_states_of_a_transformer_whose_window_of_scales_is_narrower(
 def test_time_of_the_probe_is_told_and_cumulative(small_data: TrainingData) -> None:
     first, second = (metrics.probe_seconds for metrics in TrainingRun(make_config(max_epochs=2), small_data).epochs())
     assert 0 < first < second
+
+
+def run_seldom_probed(config: TrialConfig, data: TrainingData, probe_every: int) -> TrainingRun:
+    run = TrainingRun(config, data)
+    run.probe_every = probe_every  # as on a GPU
+    return run
+
+
+def list_probed(epochs: Iterable[EpochMetrics]) -> list[int]:
+    return [metrics.epoch for metrics in epochs if metrics.underflow_share is not None]
+
+
+def test_gradients_are_probed_after_the_first_epoch_and_then_once_enough_steps_were_taken(
+    small_data: TrainingData,
+) -> None:
+    config = make_config(precision="fp16", max_epochs=9)  # seven steps an epoch
+    assert list_probed(run_seldom_probed(config, small_data, 0).epochs()) == [*range(1, 10)]
+    assert list_probed(run_seldom_probed(config, small_data, 14).epochs()) == [1, 3, 5, 7, 9]
+    assert list_probed(run_seldom_probed(config, small_data, 15).epochs()) == [1, 4, 7]
+
+
+def test_run_that_is_resumed_probes_after_the_same_epochs(small_data: TrainingData) -> None:
+    config = make_config(precision="fp16", max_epochs=9)
+    for stopped_after in (1, 2, 3):
+        run, resumed = (run_seldom_probed(config, small_data, 15) for _ in range(2))
+        epochs = [untimed(run.train_epoch()) for _ in range(stopped_after)]
+        resumed.load_state_dict(run.state_dict())
+        epochs += [untimed(metrics) for metrics in resumed.epochs()]
+        assert epochs == [untimed(metrics) for metrics in run_seldom_probed(config, small_data, 15).epochs()]
+        assert list_probed(epochs) == [1, 4, 7]
+
+
+def test_starved_run_is_probed_until_it_starves_no_longer(small_data: TrainingData) -> None:
+    config = make_config(precision="fp16", init_scale=2.0**-30, growth_interval=1, max_epochs=6)
+    always, seldom = (list(run_seldom_probed(config, small_data, every).epochs()) for every in (0, 10_000))
+    states = [metrics.state for metrics in seldom]
+    assert states == [metrics.state for metrics in always]
+    assert (states[0], states[-1]) == ("starved", "steady")
+    assert list_probed(seldom) == list(range(1, states.index("steady") + 2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_scale": 2.0**60, "backoff_factor": 0.9, "max_epochs": 8},
+        {"init_scale": 2.0**60, "backoff_factor": 0.5, "max_epochs": 3},
+        {"init_scale": 2.0**-30},
+    ],
+)
+def test_hopeless_run_ends_with_the_same_epoch_however_seldom_it_is_probed(
+    settings: dict[str, Any], small_data: TrainingData
+) -> None:
+    config = make_config(precision="fp16", **settings)
+    always, seldom = (run_seldom_probed(config, small_data, every) for every in (0, 10_000))
+    ends = [(len(list(run.epochs())), run.hopeless) for run in (always, seldom)]
+    assert ends[0] == ends[1]
+    assert ends[0][1] is not None
 
 
 # On a GPU

@@ -1,6 +1,7 @@
 """The verdicts on training, against rules, against a real GradScaler, and against runs whose end is known."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tune_amp.training.verdict import COLLAPSED_SCALE, EpochEvidence, ScaleOutlook, judge_epoch, look_ahead
+from tune_amp.training.verdict import (
+    COLLAPSED_SCALE,
+    EpochEvidence,
+    ScaleOutlook,
+    is_probe_needed,
+    judge_epoch,
+    look_ahead,
+)
 from tune_amp.trial.config import HOPELESS_STATES, TrainingState
 
 NAN, INF = math.nan, math.inf
@@ -328,3 +336,55 @@ def test_states_tell_calibration_from_collapse_and_starvation(
     )
     run = dataclasses.replace(usual, **changes)
     assert [judge_epoch(evidence).state for evidence, _ in run.epochs()] == states
+
+
+# When to probe
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"is_due": True}, True),
+        ({"is_due": True, "precision": "bf16"}, False),  # only fp16 underflows
+        ({"weights_moved": False}, True),
+        ({"weights_moved": False, "precision": "fp32"}, False),
+        ({"has_learned": False}, True),
+        ({"has_learned": False, "precision": "fp32"}, True),  # a network may be dead in every precision
+        ({"skipped": 3}, False),  # a model that has learned keeps its value
+        ({"has_learned": None}, False),
+        ({"has_learned": None, "skipped": 3}, True),
+        ({"has_learned": None, "skipped": 3, "precision": "bf16"}, False),
+    ],
+)
+def test_gradients_are_probed_while_the_end_of_the_trial_depends_on_it(changes: dict[str, Any], expected: bool) -> None:
+    plain = {"precision": "fp16", "has_learned": True, "weights_moved": True, "skipped": 0, "is_due": False}
+    assert is_probe_needed(**{**plain, **changes}) is expected
+
+
+def test_no_trial_would_have_ended_by_a_probe_that_was_left_out() -> None:
+    left_out = 0
+    for has_learned, moved, skipped, scale, is_last_epoch in itertools.product(
+        (True, False, None), (True, False), (0, 9, 50), (2.0**16, 2.0**-30, 0.0, INF), (True, False)
+    ):
+        falls_unskipped = scale != 2.0**16 and not skipped
+        if falls_unskipped or is_probe_needed(
+            precision="fp16", has_learned=has_learned, weights_moved=moved, skipped=skipped, is_due=False
+        ):
+            continue
+        for is_dead, share, overflows, vanishes in itertools.product((True, False), (0.0, 1.0), *[(True, None)] * 2):
+            evidence = make_evidence(
+                has_learned=has_learned,
+                weights_moved=moved,
+                epoch_skipped=skipped,
+                skipped_steps=skipped,
+                is_last_epoch=is_last_epoch,
+                is_dead=is_dead,
+                underflow_share=share,
+                outlook=make_outlook(scale),
+                overflows_at_lowest=overflows,
+                vanishes_at_highest=vanishes,
+            )
+            assert judge_epoch(evidence).hopeless is None
+            left_out += 1
+    assert left_out > 100

@@ -23,7 +23,14 @@ from tune_amp.training.own_code import exits_as_errors
 from tune_amp.training.streams import StreamedBatches
 from tune_amp.training.task import make_task
 from tune_amp.training.training_data import TrainingData
-from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch
+from tune_amp.training.verdict import (
+    PROBE_EVERY_STEPS,
+    STARVED_SHARE,
+    EpochEvidence,
+    Verdict,
+    is_probe_needed,
+    judge_epoch,
+)
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
 from tune_amp.trial.curricula import count_drawn_images
 
@@ -83,6 +90,9 @@ class TrainingRun:
         self._loop: StepLoop | None = None
         self._why_eager: str | None = None
         self._can_be_probed = probed
+        self.probe_every = PROBE_EVERY_STEPS if data.device.type == "cuda" else 0
+        """Fewest steps between two probes, unless the end of the trial depends on one."""
+        self._next_probe = 0  # in steps since the trial began; counted, not timed, so that a replay probes alike
         # Kept until a weight has moved, and on the host, so that no device memory is charged for it.
         self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
         self._epoch = 0
@@ -137,8 +147,16 @@ class TrainingRun:
             has_learned = self._task.has_learned(validated.loss, validated.averages)
         steps = self._amp.telemetry.steps - before.steps
         skipped = self._amp.telemetry.skipped_steps - before.skipped_steps
-        probe = self._probe(batches, has_learned=has_learned, all_skipped=skipped == steps)
-        verdict = self._judge(probe, validated, has_learned=has_learned, steps=steps, skipped=skipped)
+        moved = self._weights_moved()
+        needed = is_probe_needed(
+            precision=self._config.precision,
+            has_learned=has_learned,
+            weights_moved=moved,
+            skipped=skipped,
+            is_due=self._amp.telemetry.steps >= self._next_probe,
+        )
+        probe = self._probe(batches, all_skipped=skipped == steps) if needed else GradientProbe()
+        verdict = self._judge(probe, validated, has_learned=has_learned, moved=moved, steps=steps, skipped=skipped)
         self.hopeless = verdict.hopeless
         self._probe_seconds += time.perf_counter() - started
         return EpochMetrics(
@@ -165,6 +183,7 @@ class TrainingRun:
             "optimizer": self._optimizer.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
             "amp": self._amp.state_dict(),
+            "next_probe": self._next_probe,
             "order": self._order.get_state(),
             "generators": self._generators.state,
             "seconds": [self._train_seconds, self._val_seconds, self._probe_seconds, self._data_seconds],
@@ -188,6 +207,7 @@ class TrainingRun:
             for group, values in zip(self._optimizer.param_groups, own, strict=True):
                 group.update((key, values[key]) for key in ("lr", "weight_decay") if key in values)
         self._amp.load_state_dict(state["amp"])
+        self._next_probe = state["next_probe"]
         self._order.set_state(state["order"])
         self._generators.state = state["generators"]
         self._train_seconds, self._val_seconds, self._probe_seconds, data_seconds = state["seconds"]
@@ -311,16 +331,14 @@ class TrainingRun:
         self._val_seconds += time.perf_counter() - started
         return evaluation
 
-    def _probe(self, batches: Tensor, *, has_learned: bool | None, all_skipped: bool) -> GradientProbe:
-        """Probe the gradients on images of the epoch, weighted as in its batches; return an empty probe if not needed.
+    def _probe(self, batches: Tensor, *, all_skipped: bool) -> GradientProbe:
+        """Probe the gradients on images of the epoch, weighted as in its batches; return an empty probe if that fails.
 
         Args:
             batches: indices of the epoch's images, int64 [steps, accumulate * batch_size].
-            has_learned: whether the model is better than guessing. If so, or if it is unknown, only underflow is of
-                interest.
             all_skipped: whether every step of the epoch was skipped.
         """
-        if not self._can_be_probed or (has_learned is not False and self._config.precision != "fp16"):
+        if not self._can_be_probed:
             return GradientProbe()
         batch_size = self._config.batch_size
         try:
@@ -328,7 +346,7 @@ class TrainingRun:
                 undisturbed(self.model, self._data.device),
                 training_arithmetic(self._config.precision, self._data.device),
             ):
-                return self._amp.probe(
+                probe = self._amp.probe(
                     [parameter for parameter in self.model.parameters() if parameter.requires_grad],
                     lambda images: self._probe_loss(images, batch_size),
                     batches.flatten(),
@@ -341,6 +359,9 @@ class TrainingRun:
         except Exception:  # a user's model may require backward() (reentrant checkpoints do), or memory run out
             self._can_be_probed = False
             return GradientProbe()
+        if (probe.underflow_share or 0.0) <= STARVED_SHARE:
+            self._next_probe = self._amp.telemetry.steps + self.probe_every
+        return probe
 
     def _probe_loss(self, images: Tensor, batch_size: int) -> Tensor:
         """Return the loss of ``images`` (indices, int64) weighted as in a batch, with the same dropout every time."""
@@ -355,14 +376,21 @@ class TrainingRun:
         return self._initial is None
 
     def _judge(
-        self, probe: GradientProbe, validated: Evaluation | None, *, has_learned: bool | None, steps: int, skipped: int
+        self,
+        probe: GradientProbe,
+        validated: Evaluation | None,
+        *,
+        has_learned: bool | None,
+        moved: bool,
+        steps: int,
+        skipped: int,
     ) -> Verdict:
         validation = {} if validated is None else validated.select_decisive(self._task.metric[0])
         is_lost = not all(map(math.isfinite, validation.values()))
         return judge_epoch(
             EpochEvidence(
                 weights_finite=all_finite(list(self.model.parameters())),
-                weights_moved=self._weights_moved(),
+                weights_moved=moved,
                 # Weight decay moves weights that get no gradient, and may revive some.
                 **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
                 validation=validation,

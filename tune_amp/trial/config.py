@@ -302,7 +302,7 @@ class EpochMetrics:
     state: str = described("how training stands: " + ", ".join(TrainingState))
     underflow_share: float | None = described(
         "share of the gradient's elements that are zero in fp16 where they are not in fp32, on a few training images; "
-        "null unless precision is fp16, and where gradients overflow"
+        "null unless precision is fp16, where gradients overflow, and in epochs without a probe, as most are on a GPU"
     )
     probe_seconds: float = described("time measuring state and underflow_share", unit="s")
     loop: str = described("how steps were taken: graph (replays of a CUDA graph), or eager: and why")
