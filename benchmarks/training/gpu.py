@@ -31,6 +31,7 @@ from benchmarks.training.gpu_checks import (
     read_every_step,
     train_and_watch,
 )
+from benchmarks.training.gpu_memory import build_memory_rows, measure_workspace
 from benchmarks.training.gpu_rows import GpuRow, count_verdicts, render_row
 from benchmarks.training.gpu_tests import run_gpu_tests
 from benchmarks.training.loop import LoopRow, measure_loop, render_loop, write_loop
@@ -40,7 +41,7 @@ from benchmarks.training.telemetry import measure_telemetry, render_telemetry
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.training.batches import DeviceSplit
 from tune_amp.training.data import Dataset, Split
-from tune_amp.training.memory import release_memory
+from tune_amp.training.memory import MemoryMeter, release_memory
 from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
@@ -255,24 +256,34 @@ def check_telemetry(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
 
 
 def measure_memory(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
-    """Peak memory of training by model, batch size and precision, the resident data apart, and over that of fp32."""
-    rows = []
+    """Peak memory of training by model, batch size and precision; resident data and workspaces apart; over fp32."""
+    deadline = time.monotonic() + left
     data = suite.train(2 * max(BATCH_SIZES))
+    workspaces: dict[str, int] = {}
+    for precision in PRECISIONS:
+        workspace = measure_workspace(precision, suite.device, MemoryMeter(suite.device))
+        if workspace is None:
+            return [GpuRow(part="memory", subject="", quantity="", note="measured on GPUs only")], ""
+        workspaces[precision] = workspace
+    assert isinstance(data.train, DeviceSplit)
+    resident = data.train.images.nbytes + data.train.labels.nbytes
+    rows = [
+        _memory_row("data", f"{len(data.train.labels)} images resident", resident),
+        *(_memory_row(precision, "workspace", workspace) for precision, workspace in workspaces.items()),
+    ]
     for model, batch_size in itertools.product(suite.models, BATCH_SIZES):
+        if time.monotonic() > deadline:
+            note = "skipped: no time is left"
+            rows.append(GpuRow(part="memory", subject=f"{model}, batch {batch_size}", quantity="", note=note))
+            continue
         peaks: dict[str, int] = {}
         for precision in PRECISIONS:
             config = TrialConfig(model=model, precision=precision, batch_size=batch_size, max_epochs=LONG)
             peak = suite.start(config, data, graph=False).train_epoch().peak_memory_bytes
             release_memory(suite.device)
-            if peak is None:
-                return [GpuRow(part="memory", subject=model, quantity="", note="measured on GPUs only")], ""
+            assert peak is not None
             peaks[precision] = peak
-            subject = f"{model}, {precision}, batch {batch_size}"
-            rows.append(_memory_row(subject, "peak, data apart", peak / 2**20, "MiB"))
-            rows.append(_memory_row(subject, "over fp32", peak / peaks["fp32"], ""))
-    assert isinstance(data.train, DeviceSplit)
-    resident = data.train.images.nbytes + data.train.labels.nbytes
-    rows.append(_memory_row("data", f"{len(data.train.labels)} images resident", resident / 2**20, "MiB"))
+        rows += build_memory_rows(f"{model}, batch {batch_size}", peaks, workspaces)
     return rows, ""
 
 
@@ -391,8 +402,8 @@ def _target(applies: bool, holds: bool, target: str) -> dict[str, str]:
     return {"verdict": judge(holds), "note": f"target {target}"} if applies else {}
 
 
-def _memory_row(subject: str, quantity: str, value: float, unit: str) -> GpuRow:
-    return GpuRow(part="memory", subject=subject, quantity=quantity, value=value, unit=unit)
+def _memory_row(subject: str, quantity: str, size: int) -> GpuRow:
+    return GpuRow(part="memory", subject=subject, quantity=quantity, value=size / 2**20, unit="MiB")
 
 
 # ---- the files ----

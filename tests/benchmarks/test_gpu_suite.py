@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
+from fake_memory import FakeMemory
 from records import make_epoch
 from small_mnist import write_mnist
 
@@ -27,6 +28,7 @@ from benchmarks.training.gpu import (
     write_gpu,
 )
 from benchmarks.training.gpu_checks import Watched, compare_training, expand_scales, judge_losses
+from benchmarks.training.gpu_memory import build_memory_rows, measure_workspace
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.gpu_tests import list_gpu_tests, read_test_report, run_gpu_tests
 from benchmarks.training.loop import LoopRow
@@ -39,6 +41,7 @@ from benchmarks.training.share_table import (
 )
 from tune_amp.cluster.gpu_sharing import ShareMeasurement
 from tune_amp.training.cuda_graph import Step
+from tune_amp.training.memory import MemoryMeter
 from tune_amp.trial.config import EpochMetrics, TrialConfig
 
 CPU = torch.device("cpu")
@@ -328,6 +331,38 @@ def test_failure_is_that_of_a_check_and_not_of_a_target() -> None:
 
     assert result("failed").failed
     assert not result("missed").failed
+
+
+# Memory
+
+
+@pytest.mark.parametrize("keeps_workspace", [True, False])
+def test_workspace_of_products_is_measured_whether_torch_keeps_it_or_not(
+    keeps_workspace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = FakeMemory(monkeypatch)
+    memory.allocated = 1000
+    meter = MemoryMeter(torch.device("cuda"))
+
+    def multiply(*_: object) -> None:
+        memory.touch(0 if keeps_workspace else 32, workspaces=32 if keeps_workspace else 0)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(multiply)
+    try:
+        assert measure_workspace("bf16", CPU, meter) == 32
+    finally:
+        hook.remove()
+    assert measure_workspace("bf16", CPU, MemoryMeter(CPU)) is None
+
+
+def test_memory_ratios_are_shown_with_and_without_the_workspace() -> None:
+    mib = 2**20
+    rows = build_memory_rows("net", {"fp32": 74 * mib, "fp16": 69 * mib}, {"fp32": 64 * mib, "fp16": 64 * mib})
+    values = {(row.subject, row.quantity.partition(",")[0], "workspace" in row.quantity): row.value for row in rows}
+    assert values["net, fp32", "peak", False] == 74
+    assert values["net, fp16", "peak", True] == 5
+    assert values["net, fp16", "over fp32", False] == pytest.approx(69 / 74)
+    assert values["net, fp16", "over fp32", True] == 0.5
 
 
 # Shares

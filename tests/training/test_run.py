@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_memory import FakeMemory
 from small_runs import make_split, untimed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -482,34 +483,6 @@ def test_sorting_by_difficulty_is_charged_as_data_time_of_the_first_curriculum_a
 
 
 # Memory
-
-
-class FakeMemory:
-    """Stands in for CUDA's allocator: what is allocated, and the peak since the last reset."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.allocated = self.peak = self.workspaces = 0
-        for name, function in {
-            "memory_allocated": lambda _device: self.allocated,
-            "max_memory_allocated": lambda _device: self.peak,
-            "reset_peak_memory_stats": self.reset,
-            "empty_cache": lambda: None,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, function)
-        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, raising=False)
-
-    def reset(self, _device: torch.device) -> None:
-        self.peak = self.allocated
-
-    def clear_workspaces(self) -> None:
-        self.allocated -= self.workspaces
-        self.workspaces = 0
-
-    def touch(self, amount: int, *, workspaces: int = 0) -> None:
-        """Allocate, and free all but a library's workspaces, which it takes once."""
-        self.allocated += workspaces - self.workspaces
-        self.workspaces = workspaces
-        self.peak = max(self.peak, self.allocated + amount)
 
 
 def test_peak_memory_is_the_largest_of_what_was_measured_without_what_lay_there_before(

@@ -298,7 +298,9 @@ class EpochMetrics:
         "time placing the data on the device (and sorting it for a curriculum); 0 where the worker held it", unit="s"
     )
     samples_per_second: float = described("training images a second, this epoch", unit="1/s")
-    peak_memory_bytes: int | None = described("peak CUDA memory allocated by the trial; null without CUDA", unit="B")
+    peak_memory_bytes: int | None = described(
+        "peak CUDA memory allocated by the trial, workspaces of cuBLAS included; null without CUDA", unit="B"
+    )
     state: str = described("how training stands: " + ", ".join(TrainingState))
     underflow_share: float | None = described(
         "share of the gradient's elements that are zero in fp16 where they are not in fp32, on a few training images; "
