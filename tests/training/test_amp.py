@@ -920,3 +920,19 @@ def test_verdicts_are_asked_of_more_images_than_the_share() -> None:
     assert step.probe([weight], summed, images, batch_size=512, steps_left=1, all_skipped=True).overflows_at_lowest
     assert asked == [32, 32, 512]
     assert not step.probe([weight], summed, images, batch_size=64, steps_left=1, all_skipped=True).overflows_at_lowest
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("position", [None, torch.zeros(1, dtype=torch.int64)])
+def test_loss_of_another_dtype_is_logged_in_fp32(position: Tensor | None, dtype: torch.dtype, precision: str) -> None:
+    """As that of a user's task that averages what the model returns under autocast."""
+    scale = 8.0 if precision == "fp16" else None  # the default's product with a loss in fp16 is infinite
+    step = AmpStep(TrialConfig(precision=precision, init_scale=scale), CPU, max_steps=2)
+    step.follow(position)
+    weight = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([weight], lr=0.0, fused=True)
+    for value in (1.5, 2.5):
+        step.step(optimizer, (weight * value).to(dtype))
+    assert step.read_epoch() == 2.0
+    assert (step.telemetry.applied_steps, step.telemetry.skipped_steps) == (2, 0)

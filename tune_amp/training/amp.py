@@ -26,8 +26,6 @@ PROBE_IMAGES = 32
 # In a nearly dead network, only a few images in a thousand still give some weight a gradient.
 SECOND_LOOK_IMAGES = 2048
 
-_LOSS, _SCALE, _OVERFLOW = range(3)
-
 AUTOCAST_DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -89,8 +87,9 @@ class AmpStep:
         self._config = config
         self._device = device
         self._scaler = build_scaler(config, device)
-        # Rows: loss, scale after the step, whether it was skipped. The last two stay 0 without a scaler.
-        self._log = torch.zeros(3, max_steps, dtype=torch.float32, device=device)
+        # A row a step: loss, and with a scaler the scale after the step and whether the step was skipped.
+        columns = 3 if self._scaler.is_enabled() else 1
+        self._log = torch.zeros(max_steps, columns, dtype=torch.float32, device=device)
         self._logged = 0
         self._position: Tensor | None = None
         self._loss: Tensor | None = None  # of the batches of a step so far
@@ -140,21 +139,23 @@ class AmpStep:
             torch.nn.utils.clip_grad_norm_(parameters, self._config.grad_clip)
         self._scaler.step(optimizer)
         assert self._loss is not None  # set by accumulate()
-        self._write(_LOSS, self._loss)
+        row = self._loss
         self._loss = None
         if self._scaler.is_enabled():
-            # update() clears the overflow flags and replaces the scale: read the flags before it, the scale after it.
-            self._write(_OVERFLOW, _overflow_flag(self._scaler, optimizer))
+            # update() forgets the overflow flags and changes the scale: get the flags before it, the scale after it.
+            overflow = _overflow_flag(self._scaler, optimizer)
             self._scaler.update()
-            self._write(_SCALE, _scale_tensor(self._scaler))
+            row = torch.stack((row, _scale_tensor(self._scaler), overflow))  # one write to the log instead of three
         if self._position is None:
+            self._log[self._logged] = row
             self._logged += 1
         else:
+            self._log.index_copy_(0, self._position, row.to(self._log.dtype).view(1, -1))
             self._position.add_(1)
 
     def wait_whether_applied(self) -> bool:
         """Return whether the last step was applied. With a scaler, wait for the device. Not for captured steps."""
-        return not self._scaler.is_enabled() or not bool(self._log[_OVERFLOW, self._logged - 1])
+        return not self._scaler.is_enabled() or not bool(self._log[self._logged - 1, -1])
 
     def abandon_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Discard a step that raised an exception, so that the next step runs as if it had never started."""
@@ -164,12 +165,6 @@ class AmpStep:
             vars(optimizer).pop(name, None)
         if self._scaler.is_enabled():
             self._scaler._per_optimizer_states.clear()  # noqa: SLF001 - else unscale_() raises: already called
-
-    def _write(self, row: int, value: Tensor) -> None:
-        if self._position is None:
-            self._log[row, self._logged] = value
-        else:
-            self._log[row].index_copy_(0, self._position, value.reshape(1))
 
     def _count_logged(self) -> int:
         return self._logged if self._position is None else int(self._position)
@@ -182,9 +177,11 @@ class AmpStep:
             NaN if no step remains.
         """
         logged = self._count_logged()
-        losses, scales, overflows = self._log[:, :logged].cpu().numpy()
+        losses, *scaling = self._log[:logged].cpu().numpy().T
+        is_skipped = np.zeros(logged, np.bool_)
         if self._scaler.is_enabled():
-            self._telemetry = summarise_steps(self._telemetry, scales, overflows != 0)
+            scales, is_skipped = scaling[0], scaling[1] != 0
+            self._telemetry = summarise_steps(self._telemetry, scales, is_skipped)
         else:
             steps = self._telemetry.steps + logged
             first = self._telemetry.first_applied_step or (1 if steps else None)
@@ -192,7 +189,7 @@ class AmpStep:
         self._logged = 0
         if self._position is not None:
             self._position.zero_()
-        counted = losses[np.isfinite(losses) | (overflows == 0)]
+        counted = losses[np.isfinite(losses) | ~is_skipped]
         return float(counted.mean(dtype=np.float64)) if counted.size else math.nan
 
     def probe(
