@@ -1,19 +1,25 @@
 """All that is to be known of one GPU, in one command of under nine minutes, without Ray, Optuna and scikit-learn.
 
-Parts run one after another, each within what is left of the time: graphed against eager training, training on the GPU
-against the CPU, telemetry against a reference that reads the scaler at every step, memory, the training loop, trials
-side by side, the cost of telemetry, and the tests that need a GPU. A part that fails is a row with its error, and the
-others still run. On the CPU everything but CUDA itself can be tried: a graph is then a step that is taken again.
+Parts run one after another, each within its own time and what is left of all: the tests that need a GPU, graphed
+against eager training, training on the GPU against the CPU, telemetry against a reference that reads the scaler at
+every step, the phases of a short trial, trials side by side in one process and in several, the training loop, memory,
+the cost of telemetry, and mixed precision beside fp32. A part that fails is a row with its error, and the others still
+run.
+
+On the CPU everything but CUDA itself can be tried: a graph is then a step that is taken again.
 """
 
 import dataclasses
 import datetime
 import itertools
+import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -31,21 +37,26 @@ from benchmarks.training.gpu_checks import (
     read_every_step,
     train_and_watch,
 )
+from benchmarks.training.gpu_lanes import measure_lanes
 from benchmarks.training.gpu_memory import build_memory_rows, measure_workspace
+from benchmarks.training.gpu_precisions import compare_precisions
 from benchmarks.training.gpu_rows import GpuRow, count_verdicts, render_row
 from benchmarks.training.gpu_tests import run_gpu_tests
+from benchmarks.training.gpu_turnover import measure_turnover
 from benchmarks.training.loop import LoopRow, measure_loop, render_loop, write_loop
 from benchmarks.training.loop_programs import EAGER, GRAPH, LONG, TUTORIAL
-from benchmarks.training.share_table import ShareRow, group_repeats, measure_share_table, render_shares
+from benchmarks.training.share_table import ShareRow, group_repeats, list_configs, measure_share_table
 from benchmarks.training.telemetry import measure_telemetry, render_telemetry
+from tune_amp.cluster.mps import provide_mps
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.training.batches import DeviceSplit
+from tune_amp.training.cuda_graph import Capture, capture_cuda_graph
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import MemoryMeter, release_memory
 from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import MODELS, OPTIMIZERS, TrialConfig, describe_error
+from tune_amp.trial.config import MODELS, OPTIMIZERS, InputError, TrialConfig, describe_error
 
 SECONDS = 500.0
 """For the whole suite: the machine's start and the transfers come on top."""
@@ -55,6 +66,11 @@ EARLY_STEPS = 10
 """Equivalent optimizers drift apart later: 2e-4 in loss after 150 steps at lr 1e-3."""
 GRAPH_STEPS = 40
 """Three eager steps, and replays enough that in fp16 the scale falls, grows and falls again."""
+PROCESSES = (1, 2, 4, 8)
+PROCESSES_SECONDS = 15.0
+"""Eight processes start and are measured: an estimate."""
+LONGEST_LOOP_CELL = 10.0
+"""Seconds of a cell that has begun: an estimate."""
 LEAST_RATIO, MOST_LAUNCH_RATIO, MOST_TELEMETRY = 50.0, 2.0, 0.01
 
 
@@ -90,10 +106,18 @@ class Suite:
         few = Split(images=split.images[:images], labels=split.labels[:images])
         return TrainingData(few, None, self.dataset.num_classes, device or self.device)
 
+    def place(self) -> TrainingData:
+        """All training and validation images, on the suite's device."""
+        return TrainingData(self.dataset.train, self.dataset.validation, self.dataset.num_classes, self.device)
+
+    @property
+    def capture(self) -> Capture:
+        """What captures a step, or on the CPU takes its place."""
+        return take_again if self.device.type == "cpu" else capture_cuda_graph
+
     def start(self, config: TrialConfig, data: TrainingData, *, graph: bool) -> TrainingRun:
         """A run that captures its steps, or does not."""
-        capture = take_again if graph and self.device.type == "cpu" else None
-        return TrainingRun(config, data, allow_graph=graph, capture=capture)
+        return TrainingRun(config, data, allow_graph=graph, capture=self.capture if graph else None)
 
 
 Part = Callable[[Suite, float], tuple[list[GpuRow], str]]
@@ -139,7 +163,7 @@ def measure_gpu(
     )
     for name in parts or PARTS:
         started = time.monotonic()
-        rows, table = _run_part(name, suite, deadline - started)
+        rows, table = _run_part(name, suite, min(deadline - started, MOST_SECONDS[name]))
         tables = {name: table} if table else {}
         result = dataclasses.replace(result, rows=(*result.rows, *rows), tables={**result.tables, **tables})
         announce(f"{name}: {time.monotonic() - started:.0f} s, {count_verdicts(rows)}")
@@ -287,32 +311,89 @@ def measure_memory(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
     return rows, ""
 
 
+def time_turnover(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The phases of short trials in one process."""
+    return measure_turnover(suite.place(), suite.capture, time.monotonic() + left), ""
+
+
+def share_one_process(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Trials side by side in one process."""
+    return measure_lanes(suite.train(len(suite.dataset.train)), suite.capture, time.monotonic() + left), ""
+
+
+def compare_with_fp32(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Mixed precision beside fp32, the batch size in the middle first."""
+    cells = [(model, batch_size) for batch_size in (512, 64, 4096) for model in suite.models]
+    return compare_precisions(suite.place(), cells, suite.capture, time.monotonic() + left), ""
+
+
 def measure_loops(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
-    """The tutorial's loop, ours eager and ours graphed, beside the floor; to compile would take too long here."""
-    result = measure_loop(
-        suite.dataset,
-        device=suite.device,
-        models=suite.models,
-        batch_sizes=BATCH_SIZES,
-        seconds=0.25,
-        programs=(TUTORIAL, EAGER, GRAPH),
-        deadline=time.perf_counter() + 0.6 * left,
+    """The tutorial's loop, ours eager and ours graphed, beside the floor; to compile would take too long here.
+
+    The smallest model at every batch size, the others at the one in the middle.
+    """
+    deadline = time.perf_counter() + left - LONGEST_LOOP_CELL
+    small = [model for model in suite.models if model == "simple_net"]
+    others = [model for model in suite.models if model not in small]
+    results = [
+        measure_loop(
+            suite.dataset,
+            device=suite.device,
+            models=models,
+            batch_sizes=batch_sizes,
+            seconds=0.25,
+            programs=(TUTORIAL, EAGER, GRAPH),
+            deadline=deadline,
+        )
+        for models, batch_sizes in ((small, BATCH_SIZES), (others, BATCH_SIZES[1:2]))
+        if models
+    ]
+    result = dataclasses.replace(
+        results[0],
+        rows=tuple(row for found in results for row in found.rows),
+        rates=tuple(rate for found in results for rate in found.rates),
     )
     write_loop(suite.folder / "loop.parquet", result)
     return [row for found in result.rows for row in _judge_loop(found)], render_loop(result)
 
 
-def measure_side_by_side(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
-    """Trials that share the device."""
-    result = measure_share_table(suite.dataset, device_type=suite.device.type, seconds=1.0)
-    return [_summarise_share(rows) for rows in group_repeats(result.rows)], render_shares(result)
+def share_processes(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """Trials side by side, each in a process of its own."""
+    return _measure_processes("processes", suite, left), ""
 
 
-def _summarise_share(rows: Sequence[ShareRow]) -> GpuRow:
+def share_processes_under_mps(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
+    """The same under CUDA's Multi-Process Service, if it can be had: a daemon that runs, or a private one."""
+    part = "processes, MPS"
+    with tempfile.TemporaryDirectory(prefix="mps_", ignore_cleanup_errors=True) as folder:
+        try:
+            with provide_mps("on", Path(folder)) as mps, patch.dict(os.environ, mps.variables):
+                rows = _measure_processes(part, suite, left)
+        except InputError as error:
+            return [GpuRow(part=part, subject="", quantity="", note=f"skipped: {error}")], ""
+    return [GpuRow(part=part, subject="", quantity="", note=mps.description), *rows], ""
+
+
+def _measure_processes(part: str, suite: Suite, left: float) -> list[GpuRow]:
+    deadline = time.monotonic() + left
+    rows = []
+    for config in list_configs(suite.device.type):
+        if time.monotonic() + PROCESSES_SECONDS > deadline:
+            subject = f"{config.model}, {config.precision}, batch {config.batch_size}"
+            rows.append(GpuRow(part=part, subject=subject, quantity="", note="skipped: no time is left"))
+            continue
+        result = measure_share_table(
+            suite.dataset, device_type=suite.device.type, configs=[config], counts=PROCESSES, seconds=0.5, repeats=2
+        )
+        rows += [_summarise_share(part, found) for found in group_repeats(result.rows)]
+    return rows
+
+
+def _summarise_share(part: str, rows: Sequence[ShareRow]) -> GpuRow:
     first, spread = rows[0], summarise([row.samples_per_second for row in rows])
     return GpuRow(
-        part="shares",
-        subject=f"{first.model}, {first.precision}, batch {first.batch_size}, {first.trials} trials",
+        part=part,
+        subject=f"{first.model}, {first.precision}, batch {first.batch_size}, {first.trials} processes",
         quantity="images a second of all",
         value=spread.median,
         low=spread.low,
@@ -325,7 +406,7 @@ def _summarise_share(rows: Sequence[ShareRow]) -> GpuRow:
 
 def measure_telemetry_cost(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
     """What the probe and the log cost of the training time."""
-    cost = measure_telemetry(suite.dataset)
+    cost = measure_telemetry(suite.dataset, deadline=time.monotonic() + left)
     rows = [
         GpuRow(
             part="telemetry cost",
@@ -350,24 +431,48 @@ def run_tests(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
 
 
 PARTS: Mapping[str, Part] = {
+    "tests": run_tests,
     "graphs": check_graphs,
     "against the CPU": check_against_cpu,
     "telemetry": check_telemetry,
-    "memory": measure_memory,
+    "turnover": time_turnover,
+    "lanes": share_one_process,
+    "processes": share_processes,
+    "processes, MPS": share_processes_under_mps,
     "loop": measure_loops,
-    "shares": measure_side_by_side,
+    "memory": measure_memory,
     "telemetry cost": measure_telemetry_cost,
-    "tests": run_tests,
+    "precisions": compare_with_fp32,
 }
+"""The parts in their order; the last one takes what is left."""
+MOST_SECONDS = {
+    "tests": 90.0,
+    "graphs": 40.0,
+    "against the CPU": 10.0,
+    "telemetry": 10.0,
+    "turnover": 40.0,
+    "lanes": 60.0,
+    "processes": 40.0,
+    "processes, MPS": 40.0,
+    "loop": 120.0,
+    "memory": 20.0,
+    "telemetry cost": 30.0,
+    "precisions": 120.0,
+}
+"""A part ends soon after its time. Estimates: no GPU has run them."""
 LEAST_SECONDS = {
+    "tests": 30.0,
     "graphs": 5.0,
     "against the CPU": 5.0,
     "telemetry": 5.0,
-    "memory": 10.0,
+    "turnover": 5.0,
+    "lanes": 5.0,
+    "processes": 20.0,
+    "processes, MPS": 20.0,
     "loop": 30.0,
-    "shares": 60.0,
-    "telemetry cost": 30.0,
-    "tests": 30.0,
+    "memory": 10.0,
+    "telemetry cost": 10.0,
+    "precisions": 10.0,
 }
 """A part that has less left is not begun."""
 

@@ -135,7 +135,7 @@ def _prepare_tutorial(cell: Cell, seconds: float) -> Prepared:
             scaler.update()
             running_loss += loss.item()
             count += len(labels)
-        _wait(device)
+        wait_for(device)
         return Turn(images=count, seconds=time.perf_counter() - started)
 
     def train_as_told(steps: int) -> Turn:
@@ -160,7 +160,7 @@ def _prepare_eager(cell: Cell, seconds: float) -> Prepared:
 def _prepare_graph(cell: Cell, seconds: float) -> Prepared:
     data = _place_share(cell, seconds)
     run = TrainingRun(cell.config, data, allow_graph=True)
-    _train_until_captured(run)
+    train_until_captured(run)
     return Prepared(take_turn=lambda: take_epochs(run, len(data.train), seconds))
 
 
@@ -172,7 +172,7 @@ def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) 
         warnings.simplefilter("ignore")  # the compiler's own, about its own parts
         first, second = run.train_epoch(), run.train_epoch()
         if allow_graph:
-            _train_until_captured(run)
+            train_until_captured(run)
     later = second.train_seconds - first.train_seconds
     return Prepared(
         take_turn=lambda: take_epochs(run, len(data.train), seconds),
@@ -184,7 +184,7 @@ def _prepare_compiled_graph(cell: Cell, seconds: float) -> Prepared:
     return _prepare_compiled(cell, seconds, allow_graph=True)
 
 
-def _train_until_captured(run: TrainingRun) -> None:
+def train_until_captured(run: TrainingRun) -> None:
     """Take the eager steps, and the capture after them.
 
     Raises:
@@ -262,7 +262,8 @@ def take(split: Split, count: int) -> Split:
     return Split(images=split.images[:count], labels=split.labels[:count])
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

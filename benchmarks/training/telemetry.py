@@ -75,8 +75,12 @@ def measure_telemetry(
     blocks: int = BLOCKS,
     precisions: Sequence[str] = PRECISIONS,
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    deadline: float = math.inf,
 ) -> TelemetryCost:
-    """Measure both shares for ``simple_net`` by precision and batch size; on the CPU in one thread, as trials train."""
+    """Measure both shares for ``simple_net`` by precision and batch size; on the CPU in one thread, as trials train.
+
+    A configuration that would start after ``deadline`` (of ``time.monotonic``) is left out.
+    """
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     most = len(dataset.train) if device.type == "cuda" else MOST_IMAGES
@@ -87,9 +91,14 @@ def measure_telemetry(
         for precision, batch_size in itertools.product(precisions, batch_sizes)
     ]
     longer = len(dataset.train) / len(few)
+    pairs = [
+        (measure_probe(config, data, epochs, longer), measure_log(config, data, blocks))
+        for config in configs
+        if time.monotonic() < deadline
+    ]
     return TelemetryCost(
-        probes=tuple(measure_probe(config, data, epochs, longer) for config in configs),
-        logs=tuple(measure_log(config, data, blocks) for config in configs),
+        probes=tuple(probe for probe, _ in pairs),
+        logs=tuple(log for _, log in pairs),
         train_images=len(dataset.train),
         device="CUDA" if device.type == "cuda" else "CPU, one thread",
     )

@@ -1,10 +1,13 @@
 """The suite for one GPU, tried on the CPU: what it checks, that it fails where it must, and what it writes."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from records import make_epoch
 from small_mnist import write_mnist
 
 from benchmarks.training import gpu
+from benchmarks.training.floor import Rate, take_again
 from benchmarks.training.gpu import (
     PARTS,
     GpuResult,
@@ -28,10 +32,14 @@ from benchmarks.training.gpu import (
     write_gpu,
 )
 from benchmarks.training.gpu_checks import Watched, compare_training, expand_scales, judge_losses
+from benchmarks.training.gpu_lanes import measure_lanes
 from benchmarks.training.gpu_memory import build_memory_rows, measure_workspace
+from benchmarks.training.gpu_precisions import Outcome, compare_precisions
+from benchmarks.training.gpu_precisions import build_rows as build_rows_beside_fp32
 from benchmarks.training.gpu_rows import GpuRow
 from benchmarks.training.gpu_tests import list_gpu_tests, read_test_report, run_gpu_tests
-from benchmarks.training.loop import LoopRow
+from benchmarks.training.gpu_turnover import measure_turnover
+from benchmarks.training.loop import LoopResult, LoopRow
 from benchmarks.training.loop_programs import GRAPH, TUTORIAL
 from benchmarks.training.share_table import (
     ShareResult,
@@ -40,9 +48,12 @@ from benchmarks.training.share_table import (
     render_shares,
 )
 from tune_amp.cluster.gpu_sharing import ShareMeasurement
+from tune_amp.cluster.mps import PIPES, Mps
 from tune_amp.training.cuda_graph import Step
+from tune_amp.training.data import Dataset
 from tune_amp.training.memory import MemoryMeter
-from tune_amp.trial.config import EpochMetrics, TrialConfig
+from tune_amp.training.training_data import TrainingData
+from tune_amp.trial.config import MODELS, EpochMetrics, TrialConfig
 
 CPU = torch.device("cpu")
 
@@ -303,7 +314,7 @@ import torch
 from benchmarks.training import gpu
 from benchmarks.training.gpu import PARTS, make_images, measure_gpu
 gpu.PRECISIONS, gpu.OPTIMIZERS = ("fp16",), ("adam",)
-parts = ["graphs", "shares"]
+parts = ["graphs", "lanes", "turnover", "precisions"]
 assert set(parts) <= set(PARTS)
 found = measure_gpu(make_images(3000), Path(), device=torch.device("cpu"), models=("simple_net",), parts=["graphs"])
 assert not found.failed, found
@@ -331,6 +342,158 @@ def test_failure_is_that_of_a_check_and_not_of_a_target() -> None:
 
     assert result("failed").failed
     assert not result("missed").failed
+
+
+# Turnover, lanes, processes
+
+
+@pytest.fixture(scope="module")
+def few_data() -> TrainingData:
+    dataset = make_images(720)
+    return TrainingData(dataset.train, dataset.validation, dataset.num_classes, CPU)
+
+
+def test_every_phase_of_a_short_trial_is_timed(few_data: TrainingData) -> None:
+    rows = measure_turnover(few_data, take_again, math.inf, batch_sizes=(64, 128), trials=2)
+    subjects = dict.fromkeys(row.subject for row in rows)
+    assert list(subjects) == ["simple_net, fp16, batch 64", "simple_net, fp16, batch 128"]
+    phases = ("construct", "capture", "second epoch", "validation", "verdict with a probe", "release")
+    for subject in subjects:
+        found = {row.quantity: row for row in rows if row.subject == subject}
+        assert found.keys() >= {*phases}
+        assert all(row.count == 2 and row.value is not None and row.value > 0 for row in found.values())
+    assert measure_turnover(few_data, take_again, -math.inf) == []
+
+
+def test_lanes_train_at_the_same_time_and_agree(few_data: TrainingData) -> None:
+    rows = measure_lanes(few_data, take_again, math.inf, batch_sizes=(64,), counts=(2, 1), repeats=2)
+    assert [(row.subject.rpartition(", ")[2], row.verdict, row.count) for row in rows] == [
+        ("lanes 2", "met", 1),
+        ("lanes 1", "", 2),
+        ("lanes 2", "", 2),
+    ]
+    assert rows[0].value == 0
+    assert measure_lanes(few_data, take_again, -math.inf) == []
+
+
+def test_lane_that_trains_otherwise_than_the_others_fails(few_data: TrainingData) -> None:
+    numbers = itertools.count()
+
+    def break_second(step: Step) -> Step:
+        return skip_every_fourth(step) if next(numbers) == 1 else step
+
+    rows = measure_lanes(few_data, break_second, math.inf, batch_sizes=(64,), counts=(2,), repeats=1)
+    assert rows[0].verdict == "failed"
+
+
+def measure_as_many(dataset: Dataset, *, configs: Sequence[TrialConfig], **_: Any) -> ShareResult:
+    """As many images a second as processes, and a hundred times as many under MPS."""
+    factor = 100.0 if PIPES in os.environ else 1.0
+    measured = [ShareMeasurement(trials=n, samples_per_second=factor * n, trial_memory_bytes=None) for n in (1, 2)]
+    return ShareResult(rows=tuple(build_rows(configs[0], measured)), seconds=0.5, machine="", dataset=dataset.name)
+
+
+def test_processes_are_measured_with_and_without_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def provide(wanted: str, home: Path) -> Iterator[Mps]:
+        assert (wanted, home.is_dir()) == ("on", True)
+        yield Mps(variables={PIPES: str(home / "mps")}, description="private MPS")
+
+    monkeypatch.setattr(gpu, "measure_share_table", measure_as_many)
+    monkeypatch.setattr(gpu, "provide_mps", provide)
+    result = measure(tmp_path, "processes", "processes, MPS")
+    assert not result.failed
+    assert [(row.part, row.value or row.note) for row in result.rows] == [
+        *[("processes", value) for value in (1, 2, 1, 2)],
+        ("processes, MPS", "private MPS"),
+        *[("processes, MPS", value) for value in (100, 200, 100, 200)],
+    ]
+    assert PIPES not in os.environ
+
+
+def test_mps_that_cannot_be_had_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    [row] = measure(tmp_path, "processes, MPS").rows
+    assert row.note == (
+        "skipped: --mps: on needs MPS, which cannot be had (nvidia-cuda-mps-control is not on PATH); "
+        "auto searches without"
+    )
+
+
+def test_processes_without_time_left_are_named(tmp_path: Path) -> None:
+    suite = Suite(dataset=make_images(700), device=CPU, models=("simple_net",), folder=tmp_path)
+    rows, _ = gpu.share_processes(suite, 1.0)
+    assert [row.note for row in rows] == ["skipped: no time is left"] * 2
+
+
+# Mixed precision beside fp32
+
+
+def test_precisions_are_compared_seed_by_seed(few_data: TrainingData) -> None:
+    rows = compare_precisions(
+        few_data, [("simple_net", 64), ("simple_net", 128)], take_again, math.inf, seeds=2, precisions=("fp32", "bf16")
+    )
+    assert [(row.subject, row.quantity.partition(" ")[0], row.count) for row in rows] == [
+        (f"simple_net, batch {size}, bf16", quantity, 2) for size in (64, 128) for quantity in ("speed", "accuracy")
+    ]
+    [skipped] = compare_precisions(few_data, [("simple_net", 64)], take_again, -math.inf)
+    assert skipped.note == "skipped: no time is left"
+
+
+def test_precisions_that_cannot_be_compared_are_a_row_and_the_others_are_compared(few_data: TrainingData) -> None:
+    cells = [("simple_net", 4096), ("simple_net", 128)]
+    rows = compare_precisions(few_data, cells, take_again, math.inf, seeds=1, precisions=("fp32", "bf16"))
+    assert [(row.subject, row.verdict) for row in rows if row.verdict == "failed"] == [
+        ("simple_net, batch 4096", "failed")
+    ]
+    assert rows[0].note.startswith("ZeroDivisionError")
+    assert {row.subject for row in rows[1:]} == {"simple_net, batch 128, bf16"}
+
+
+def test_claims_about_mixed_precision_are_judged_by_medians_of_pairs() -> None:
+    def outcomes(seconds: float, size: int, *accuracies: float) -> list[Outcome]:
+        return [Outcome(epoch_seconds=seconds, peak_bytes=size, accuracy=accuracy) for accuracy in accuracies]
+
+    found = {
+        "fp32": outcomes(3.0, 100, 0.97, 0.98, 0.96),
+        "tf32": outcomes(3.0, 100, 0.97, 0.98, 0.96),
+        "bf16": outcomes(2.0, 55, 0.965, 0.97, 0.95),
+        "fp16": outcomes(2.5, 60, 0.95, 0.97, 0.94),
+    }
+    rows = {(row.subject, row.quantity.partition(" ")[0]): row for row in build_rows_beside_fp32("net", found)}
+    assert [rows["net, bf16", quantity].value for quantity in ("speed", "peak")] == [1.5, 0.55]
+    assert rows["net, bf16", "accuracy"].value == pytest.approx(-1)
+    assert rows["net, bf16", "accuracy"].low == pytest.approx(-1)
+    assert {name[1]: row.verdict for name, row in rows.items() if "fp16" in name[0]} == {
+        "speed": "missed",
+        "peak": "missed",
+        "accuracy": "missed",
+    }
+    assert {rows["net, bf16", quantity].verdict for quantity in ("speed", "peak")} == {"met"}
+    assert {rows["net, tf32", quantity].verdict for quantity in ("speed", "peak", "accuracy")} == {""}
+
+
+def test_every_part_has_its_time_and_the_tests_are_first() -> None:
+    assert list(PARTS) == list(gpu.MOST_SECONDS) == list(gpu.LEAST_SECONDS)
+    assert next(iter(PARTS)) == "tests"
+    assert all(gpu.LEAST_SECONDS[part] <= gpu.MOST_SECONDS[part] for part in PARTS)
+
+
+def test_loop_of_the_smallest_model_is_measured_at_every_batch_size_and_of_the_others_at_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measure_no_loop(dataset: Dataset, *, models: Sequence[str], batch_sizes: Sequence[int], **_: Any) -> LoopResult:
+        asked.append((tuple(models), tuple(batch_sizes)))
+        rate = Rate(what="copy", size="1 byte", value=1.0, unit="B/s")
+        about = {"dataset": dataset.name, "train_images": 1, "threads": 1}
+        return LoopResult(rows=(), rates=(rate,), machine="", about=about)
+
+    monkeypatch.setattr(gpu, "measure_loop", measure_no_loop)
+    suite = Suite(dataset=make_images(700), device=CPU, models=MODELS, folder=tmp_path)
+    gpu.measure_loops(suite, 60.0)
+    assert asked == [(("simple_net",), (64, 512, 4096)), (("conv_net", "vit"), (512,))]
 
 
 # Memory

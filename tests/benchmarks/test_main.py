@@ -109,6 +109,7 @@ def test_gpu_suite_that_is_cut_off_leaves_the_parts_before(tmp_path: Path, monke
 
     monkeypatch.setattr(gpu, "PARTS", {"first": tell, "second": hang})
     monkeypatch.setattr(gpu, "LEAST_SECONDS", {"first": 0.0, "second": 0.0})
+    monkeypatch.setattr(gpu, "MOST_SECONDS", dict.fromkeys(gpu.PARTS, 60.0))
     monkeypatch.setattr(gpu, "make_images", lambda: make_images(120))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.device", lambda name: CPU)
