@@ -112,10 +112,10 @@ def test_stock_ray_has_no_option_for_the_agents_port_the_session_and_its_folder(
     assert re.findall(r".*(?:agent|session|temp|dir).*", RAY_OPTIONS) == []
     stock = parameter.RayParams()
     assert (stock.dashboard_agent_listen_port, stock.session_name) == (52365, None)
-    with ray_patches.private_start(tmp_path, "short", pool):
+    with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
         ours = parameter.RayParams()
         assert (ours.dashboard_agent_listen_port, ours.session_name) == (0, "short")
-        assert ours.include_log_monitor is False
+        assert not ours.include_log_monitor
     assert parameter.RayParams().session_name is None
 
 
@@ -124,9 +124,15 @@ def test_stock_dashboard_imports_from_the_current_folder(
 ) -> None:
     assert "PYTHONSAFEPATH" not in inspect.getsource(services)
     started: list[tuple[str, Any]] = []
-    monkeypatch.setattr(services, "start_ray_process", lambda _, kind, **options: started.append((kind, options)))
+    commands: list[list[str]] = []
+
+    def start(command: list[str], kind: str, **options: Any) -> None:
+        commands.append(command)
+        started.append((kind, options))
+
+    monkeypatch.setattr(services, "start_ray_process", start)
     stock = services.start_ray_process
-    with ray_patches.private_start(tmp_path, "short", pool):
+    with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
         for kind in (ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_RAYLET):
             services.start_ray_process([], kind, fate_share=True)
     assert services.start_ray_process is stock
@@ -135,6 +141,8 @@ def test_stock_dashboard_imports_from_the_current_folder(
         (ray_constants.PROCESS_TYPE_DASHBOARD, own),
         (ray_constants.PROCESS_TYPE_RAYLET, {"fate_share": True}),
     ]
+    assert commands == [[], ["--num_prestart_python_workers=3"]]
+    assert re.findall(r".*(?:worker|prestart).*", RAY_OPTIONS) == []
 
 
 class StartedProcess:
@@ -165,7 +173,7 @@ def test_stock_ray_waits_for_the_dashboard_before_it_starts_the_node(
         threads.append((threading.current_thread().is_alive(), self is node, options))
 
     monkeypatch.setattr(node_module.Node, "start_api_server", start)
-    with ray_patches.private_start(tmp_path, "short", pool):
+    with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
         node.start_api_server(include_dashboard=None, raise_on_failure=False)
         assert threads == []
         ready.set()
@@ -181,7 +189,7 @@ def test_a_start_that_fails_does_not_wait_for_the_dashboard(
     monkeypatch.setattr(services, "start_ray_process", lambda *_, **__: started)
 
     def start(self: Any) -> None:
-        info = services.start_ray_process([], ray_constants.PROCESS_TYPE_DASHBOARD)
+        info: Any = services.start_ray_process([], ray_constants.PROCESS_TYPE_DASHBOARD, fate_share=True)
         if failing == "the dashboard":
             raise RuntimeError(failing)
         assert info.killed.wait(20)
@@ -189,7 +197,7 @@ def test_a_start_that_fails_does_not_wait_for_the_dashboard(
     monkeypatch.setattr(node_module.Node, "start_api_server", start)
 
     def begin() -> None:
-        with ray_patches.private_start(tmp_path, "short", pool):
+        with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
             node: Any = object.__new__(node_module.Node)
             node.start_api_server()
             if failing == "the node":

@@ -42,9 +42,9 @@ find out whether a cluster requires a token."""
 def preloading(modules: Sequence[str]) -> dict[str, str | None]:
     """Return the variables that make the workers of a private Ray import ``modules`` as they start.
 
-    By default, Ray would start one worker per CPU and Tune's actors would start more, which would all import at once.
+    Lightning may not fork in them (ray-project/ray#28197), which Tune sets otherwise: see ``prestarted_workers``.
     """
-    return {"RAY_preload_python_modules": ",".join(modules) or None, "RAY_prestart_worker_first_driver": "0"}
+    return {"RAY_preload_python_modules": ",".join(modules) or None, "PL_DISABLE_FORK": "1"}
 
 
 def read_environment_again() -> None:
@@ -91,7 +91,9 @@ def init_ray(address: str, run: str, *, temp_dir: Path | None = None, **options:
 
 
 @contextlib.contextmanager
-def private_start(home: Path, session_name: str, beside: concurrent.futures.Executor) -> Iterator[None]:
+def private_start(
+    home: Path, session_name: str, *, workers: int, beside: concurrent.futures.Executor
+) -> Iterator[None]:
     """In the ``with`` block, Ray starts a node whose processes keep to ``home`` and do not need a free port 52365.
 
     The dashboard starts its servers by ``python -c``, which searches the current folder for modules first, and leaves
@@ -99,12 +101,14 @@ def private_start(home: Path, session_name: str, beside: concurrent.futures.Exec
     here: the agent retries for 6 s, then runs without HTTP (ray-project/ray#14763).
 
     Ray would wait for the dashboard, 2 s, before it starts the node's other processes: here it starts beside them, and
-    the ``with`` block ends when it is ready. The log monitor is left out: it reads the logs that drivers print.
+    the ``with`` block ends when it is ready. The log monitor is left out: it reads the logs that drivers print. Ray
+    would start a worker for each CPU, and ``ray.init`` has no argument for their number.
 
     Args:
         home: private folder for the socket, with a short path.
         session_name: name of Ray's own folder. All sockets lie below it, and Ray's default name leaves little of the
             107 bytes that the path of a socket may have (ray-project/ray#7945).
+        workers: number of workers that start with the node.
         beside: starts the dashboard, in a thread that must live as long as the session: Linux ends the dashboard with
             the thread that started it.
     """
@@ -116,6 +120,9 @@ def private_start(home: Path, session_name: str, beside: concurrent.futures.Exec
 
     def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
         if process_type != ray_constants.PROCESS_TYPE_DASHBOARD:
+            # The last one of a flag counts.
+            if process_type == ray_constants.PROCESS_TYPE_RAYLET:
+                command = [*command, f"--num_prestart_python_workers={workers}"]
             return start(command, process_type, *arguments, **options)
         options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
         dashboards.append(start(command, process_type, *arguments, **options))
@@ -212,21 +219,6 @@ def quiet_logs() -> Iterator[None]:
 # A running Ray
 
 
-def start_workers(count: int) -> None:
-    """Let Ray start ``count`` workers now, which then wait for trials; each has imported the preloaded modules.
-
-    Ray asks for one worker at a time for tasks that need the same, so each task here needs another byte.
-    """
-    import ray
-
-    for number in range(count):
-        ray.remote(num_cpus=1, memory=number + 1, max_retries=0)(_do_nothing).remote()
-
-
-def _do_nothing() -> None:
-    """Be a task."""
-
-
 def find_node() -> Any:
     """Return Ray's node object of this process, which has its processes and addresses; None if Ray does not run.
 
@@ -311,6 +303,29 @@ def pause_pending(controller: Any, trial: Any) -> None:
     from ray.tune.experiment import Trial
 
     controller._set_trial_status(trial, Trial.PAUSED)
+
+
+@contextlib.contextmanager
+def prestarted_workers() -> Iterator[None]:
+    """In the ``with`` block, Tune's actors use the workers that started with this process's own node.
+
+    Tune gives its actors a runtime environment that copies some of the driver's variables. For it Ray starts further
+    workers, which import PyTorch anew: 2 s of CPU time each. Workers of this process's own node have these variables.
+    """
+    import ray
+    from ray.tune.execution.class_cache import _ActorClassCache
+
+    def get(self: Any, trainable: Any) -> Any:
+        if trainable not in self._cache:
+            self._cache[trainable] = ray.remote(trainable)
+        return self._cache[trainable]
+
+    node = find_node()
+    if node is None or not node.is_head():
+        yield
+        return
+    with patch.object(_ActorClassCache, "get", get):
+        yield
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def ray_session(
         num_cpus: CPUs that a private Ray offers; None for those that this process may use.
         num_gpus: GPUs that a private Ray offers; None for those that Ray finds.
         preload: modules that the workers of a private Ray import as they start.
-        workers: number of workers that a private Ray starts before any are asked for.
+        workers: number of workers that a private Ray starts before any are needed.
         mps: whether the workers of a private Ray share GPUs by MPS: ``auto``, ``on`` or ``off``; see ``provide_mps``.
         announce: receives a line if a private Ray starts differently than the user may expect.
 
@@ -178,10 +178,12 @@ def _private_ray(
         cpus = count_cpus() if num_cpus is None else num_cpus
         session_name = home.name.removeprefix(HOME_PREFIX)
         try:
-            with ray_patches.private_start(home, session_name, beside), ray_patches.patient_start(announce):
+            with (
+                ray_patches.private_start(home, session_name, workers=min(workers, cpus), beside=beside),
+                ray_patches.patient_start(announce),
+            ):
                 # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                 ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)
-                ray_patches.start_workers(min(workers, cpus))
         except Exception as error:
             try:
                 _check_room(home)

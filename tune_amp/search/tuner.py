@@ -12,7 +12,7 @@ from tune_amp.cluster.checkpoints import RunStorage
 from tune_amp.cluster.failures import LARGER_SHARE_SIGN, count_free_retries, find_cause, find_reason
 from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
-from tune_amp.cluster.ray_patches import patched_worker_deaths, quiet_tune
+from tune_amp.cluster.ray_patches import patched_worker_deaths, prestarted_workers, quiet_tune
 from tune_amp.cluster.resources import TrialResources, double_share
 from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 from tune_amp.search.history import RecordedTrial
@@ -152,7 +152,7 @@ class StopWhenAsked(tune.Stopper):
 def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
     """Run the trials. An error of Tune that follows from a fault already reported to ``stop`` is not raised again."""
     try:
-        with quiet_tune(), patched_worker_deaths(stop.ask, UncountedDeaths()):
+        with quiet_tune(), prestarted_workers(), patched_worker_deaths(stop.ask, UncountedDeaths()):
             tuner.fit()
     except Exception:
         if stop.reason is None:
