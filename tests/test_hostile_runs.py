@@ -286,7 +286,7 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
 
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.cluster.trainable import build_worker_setup
-    from tune_amp.confirm.slots import _train_in_worker
+    from tune_amp.confirm.slots import ConfirmWorker
     from tune_amp.results.progress import ConfirmJob
     from tune_amp.results.records import load_best, load_trials
     from tune_amp.reuse.final import FinalTraining, replay_trial
@@ -304,7 +304,7 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
         with pytest.raises(InputError, match="code that only a file names is not run"):
             door()
     setup = build_worker_setup(digits, TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason=""))
-    confirmed = _train_in_worker((setup, digits.test), ConfirmJob(trial_ids=("a",), config=config), None)
+    confirmed = ConfirmWorker((setup, digits.test)).train(ConfirmJob(trial_ids=("a",), config=config))
     assert "evil:net: code that only a file names is not run" in (confirmed.error or "")
     assert not (tmp_path / "ran").exists()
 

@@ -24,7 +24,7 @@ from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import ray_session
 from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES, WorkerSetup
 from tune_amp.confirm.plan import ConfirmPlan, build_default, choose_seeds, confirm, plan_confirmation
-from tune_amp.confirm.slots import Attempt, _train_in_worker, train_and_test, train_on_slots
+from tune_amp.confirm.slots import Attempt, ConfirmSlots, ConfirmWorker, train_and_test
 from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult
@@ -474,7 +474,7 @@ def test_whatever_a_run_raises_is_a_row(
     module = write_module(WATCHED_MODEL + f"    {fault}\n")
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     setup = WorkerSetup(train=TRAIN, validation=VALIDATION, num_classes=3, num_threads=threads, search_path=())
-    run = _train_in_worker((setup, TEST), make_job(f"{module}:net"), None)
+    run = ConfirmWorker((setup, TEST)).train(make_job(f"{module}:net"))
     torch.set_rng_state(state)
     assert (run.trial_id, run.seed, run.status) == ("a", 1000, status)
     assert error in (run.error or "")
@@ -796,7 +796,8 @@ def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
         while ray.available_resources().get("CPU", 0.0):
             time.sleep(0.1)
         began = time.monotonic()
-        ended = list(train_on_slots(jobs, digits, resources, time_limit=limit))
+        with ConfirmSlots(digits, resources, time_limit=limit) as slots:
+            ended = list(slots.train(jobs))
         ray.get(other)
     assert time.monotonic() - began > 1.5 * limit  # they did wait
     assert [(run.status, run.error) for _, run in ended] == [(TrialStatus.COMPLETED, None)] * 2

@@ -77,7 +77,7 @@ with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
     from tune_amp.trial.config import TrialConfig
     from tune_amp.trial.consent import consent_to
     from tune_amp.results.progress import ConfirmJob
-    from tune_amp.confirm.slots import train_on_slots
+    from tune_amp.confirm.slots import ConfirmSlots
     from tune_amp.training.data import load_dataset
     from tune_amp.cluster.resources import TrialResources
 
@@ -85,8 +85,9 @@ with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
     config = TrialConfig(dataset="digits", model="sleepy:net", max_epochs=20)
     job = ConfirmJob(trial_ids=("a",), config=config)
     resources = TrialResources(cpus=2, gpus=0.0, max_concurrent=1, reason="")
-    for _, run in train_on_slots([job], load_dataset("digits"), resources):
-        print(json.dumps({"status": str(run.status), "error": run.error}))
+    with ConfirmSlots(load_dataset("digits"), resources) as slots:
+        for _, run in slots.train([job]):
+            print(json.dumps({"status": str(run.status), "error": run.error}))
 """
 
 

@@ -7,6 +7,6 @@ from tune_amp.doors import open_door
 if TYPE_CHECKING:
     from tune_amp.confirm.plan import confirm as confirm
     from tune_amp.confirm.plan import plan_confirmation as plan_confirmation
-    from tune_amp.confirm.slots import train_on_slots as train_on_slots
+    from tune_amp.confirm.slots import ConfirmSlots as ConfirmSlots
 
-__getattr__ = open_door(__name__, plan=("confirm", "plan_confirmation"), slots=("train_on_slots",))
+__getattr__ = open_door(__name__, plan=("confirm", "plan_confirmation"), slots=("ConfirmSlots",))

@@ -179,7 +179,7 @@ def confirm(
 
     Args:
         plan: from ``plan_confirmation``.
-        train: trains jobs, as ``train_on_slots`` does; yields each job with its run as it ends, and cancels running
+        train: trains jobs, as ``ConfirmSlots.train`` does; yields each job with its run as it ends, and cancels running
             jobs when closed.
         done: runs from before an interruption; those that the plan needs are not repeated.
         folder: folder of the run.

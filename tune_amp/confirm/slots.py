@@ -1,4 +1,4 @@
-"""Trains the runs of a confirmation as Ray tasks: retries them as trials are retried, and ends those that hang."""
+"""Trains the runs of a confirmation in Ray actors: retries them as trials are retried, and ends those that hang."""
 
 import collections
 import contextlib
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import ray
 import torch
@@ -83,45 +83,122 @@ class Attempt:
         return dataclasses.replace(run, error=one_line(f"{run.error}; before that, {self.earlier.error}"))
 
 
-def train_on_slots(
-    jobs: Sequence[ConfirmJob],
-    dataset: Dataset,
-    resources: TrialResources,
-    *,
-    objectives: tuple[str, ...] = (),
-    time_limit: float = math.inf,
-) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
-    """Train ``jobs`` as Ray tasks with the resources and concurrency of trials; yield each job as it ends.
+class ConfirmSlots:
+    """The slots of a confirmation, with the resources and the concurrency of trials.
 
-    A job that takes longer than ``time_limit`` seconds from its start is ended as failed. Closing the generator cancels
-    running jobs.
+    A slot has one worker process, an actor, for all of its jobs: it imports PyTorch and places the data once. After a
+    job that failed or ran out of memory it gets a new one. Use it in a ``with`` block, which ends all workers.
+
+    Args:
+        dataset: the data of the search.
+        resources: resources of a slot, and how many slots there are.
+        objectives: objectives of the search.
+        time_limit: seconds from its start after which a job is ended as failed.
     """
-    if not jobs:
-        return
-    sent = ray.put((build_worker_setup(dataset, resources, objectives=objectives), dataset.test))
-    waiting = collections.deque(Attempt(job=job, share=resources.gpus) for job in jobs)
-    count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
-    running: dict[ray.ObjectRef[ConfirmedRun], Attempt] = {}
-    with reported_starts(time_limit) as starts:
-        try:
-            while waiting or running:
-                while waiting and len(running) < max(1, count_slots()):
-                    attempt = dataclasses.replace(waiting.popleft(), started=None)
-                    running[_start(attempt, resources.cpus, sent, starts)] = attempt
-                ended = _wait_for_one(running, time_limit, starts)
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        resources: TrialResources,
+        *,
+        objectives: tuple[str, ...] = (),
+        time_limit: float = math.inf,
+    ) -> None:
+        self._resources, self._time_limit = resources, time_limit
+        self._content = build_worker_setup(dataset, resources, objectives=objectives), dataset.test
+        self._sent: ray.ObjectRef[Any] | None = None
+        self._count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
+        self._idle: list[_Worker] = []
+        self._running: dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]] = {}
+
+    def __enter__(self) -> Self:
+        """Return these slots; workers start with the first jobs."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all workers."""
+        for worker in (*self._idle, *(worker for _, worker in self._running.values())):
+            worker.end()
+        self._idle, self._running = [], {}
+
+    def train(self, jobs: Sequence[ConfirmJob]) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
+        """Train ``jobs``; yield each job as it ends. Closing the generator cancels running jobs."""
+        if not jobs:
+            return
+        waiting = collections.deque(Attempt(job=job, share=self._resources.gpus) for job in jobs)
+        with contextlib.ExitStack() as stack:
+            starts = stack.enter_context(reported_starts(self._time_limit))
+            stack.callback(self._cancel)
+            while waiting or self._running:
+                while waiting and len(self._running) < max(1, self._count_slots()):
+                    self._start(dataclasses.replace(waiting.popleft(), started=None), starts)
+                ended = _wait_for_one(self._running, self._time_limit, starts)
                 if ended is None:
-                    yield _end_latest(running, time_limit)
+                    yield self._end_latest()
                     continue
-                attempt = running.pop(ended)
+                attempt, worker = self._running.pop(ended)
                 run, died = _fetch(ended, attempt.job)
+                self._release(worker, run)
                 again = attempt.plan_retry(run, died=died)
                 if again is not None:
                     waiting.appendleft(again)
                 else:
                     yield attempt.job, attempt.conclude(run)
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
+
+    def _start(self, attempt: Attempt, starts: Queue | None) -> None:
+        fitting = next((worker for worker in self._idle if worker.share == attempt.share), None)
+        if fitting is not None:
+            self._idle.remove(fitting)
+        else:
+            for idle in self._idle:  # it may hold what the new one needs
+                idle.end()
+            self._idle = []
+        worker = fitting or self._open_worker(attempt.share)
+        name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
+        reference = worker.actor.train.options(name=name).remote(attempt.job, starts)
+        self._running[reference] = attempt, worker
+
+    def _open_worker(self, share: float) -> "_Worker":
+        if self._sent is None:
+            self._sent = ray.put(self._content)
+        # `Attempt` counts retries: an actor that restarts would lose them.
+        actor = ray.remote(num_cpus=self._resources.cpus, num_gpus=share, max_restarts=0)(ConfirmWorker)
+        return _Worker(actor=actor.remote(self._sent), share=share)
+
+    def _release(self, worker: "_Worker", run: ConfirmedRun) -> None:
+        """Keep a worker for the next job, unless its process may be why the last one failed.
+
+        Nor is it kept while a larger share is asked for, which may wait for what this worker holds.
+        """
+        is_sound = run.status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED)
+        if is_sound and all(other.share == worker.share for _, other in self._running.values()):
+            self._idle.append(worker)
+        else:
+            worker.end()
+
+    def _end_latest(self) -> tuple[ConfirmJob, ConfirmedRun]:
+        """End the attempt that has taken the longest: it hangs."""
+        latest = max(self._running, key=lambda reference: self._running[reference][0].seconds)
+        attempt, worker = self._running.pop(latest)
+        worker.end()
+        return attempt.job, attempt.time_out(self._time_limit)
+
+    def _cancel(self) -> None:
+        for _, worker in self._running.values():
+            worker.end()
+        self._running = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Worker:
+    actor: Any
+    """Handle of a ``ConfirmWorker``."""
+    share: float
+    """Share of a GPU; 0 on the CPU."""
+
+    def end(self) -> None:
+        """End the process at once: it has nothing to clean up."""
+        ray.kill(self.actor)
 
 
 @contextlib.contextmanager
@@ -141,9 +218,9 @@ def reported_starts(time_limit: float) -> Iterator[Queue | None]:
 
 
 def _wait_for_one(
-    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float, starts: Queue | None
+    running: "dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]]", time_limit: float, starts: Queue | None
 ) -> "ray.ObjectRef[ConfirmedRun] | None":
-    """Return the first task that has ended, or None if one has taken too long before that."""
+    """Return the first job that has ended, or None if one has taken too long before that."""
     while True:
         ended, _ = ray.wait(list(running), num_returns=1, timeout=CHECK_SECONDS)
         if ended:
@@ -151,34 +228,11 @@ def _wait_for_one(
             return first
         if starts is not None:
             started = starts.get_nowait_batch(starts.qsize())
-            for reference, attempt in running.items():
+            for reference, (attempt, worker) in running.items():
                 if reference.task_id().hex() in started:
-                    running[reference] = dataclasses.replace(attempt, started=time.monotonic())
-        if any(attempt.seconds > time_limit for attempt in running.values()):
+                    running[reference] = dataclasses.replace(attempt, started=time.monotonic()), worker
+        if any(attempt.seconds > time_limit for attempt, _ in running.values()):
             return None
-
-
-def _end_latest(
-    running: "dict[ray.ObjectRef[ConfirmedRun], Attempt]", time_limit: float
-) -> tuple[ConfirmJob, ConfirmedRun]:
-    """End the attempt that has taken the longest: it hangs."""
-    latest = max(running, key=lambda reference: running[reference].seconds)
-    attempt = running.pop(latest)
-    ray.cancel(latest, force=True)
-    return attempt.job, attempt.time_out(time_limit)
-
-
-def _start(attempt: Attempt, cpus: int, sent: Any, starts: Queue | None) -> "ray.ObjectRef[ConfirmedRun]":
-    task = ray.remote(
-        num_cpus=cpus,
-        num_gpus=attempt.share,
-        # A process keeps the GPU, the context and the memory cap that it started with.
-        max_calls=1 if attempt.share else 0,
-        max_retries=0,  # `Attempt` counts retries: Ray would retry forever if the memory monitor kills the worker
-    )(_train_in_worker)
-    name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
-    reference: ray.ObjectRef[ConfirmedRun] = task.options(name=name).remote(sent, attempt.job, starts)
-    return reference
 
 
 def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[ConfirmedRun, bool]:
@@ -191,23 +245,35 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
         return _end(job, status=status, error=cause), True
 
 
-def _train_in_worker(sent: tuple[WorkerSetup, Split], job: ConfirmJob, starts: Queue | None) -> ConfirmedRun:
-    """Train a job in the process that Ray gave it. Any exception becomes a row."""
-    if starts is not None:
-        starts.put(ray.get_runtime_context().get_task_id())
-    worker_setup, test = sent
-    device = torch.device("cpu")
-    try:
-        device = prepare_worker(worker_setup)
-        data = place_data(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
-        return train_and_test(job, data, test, worker_setup.objectives)
-    except Exception as error:
-        report = failure_report(error)
-        status = TrialStatus(report["status"])
-        return _end(job, status=status, error=report["error"], device=name_device(device))
-    finally:
-        with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
-            release_memory(device)
+class ConfirmWorker:
+    """The worker of a slot, a Ray actor.
+
+    Args:
+        sent: what all jobs share, and the test set.
+    """
+
+    def __init__(self, sent: tuple[WorkerSetup, Split]) -> None:
+        self._setup, self._test = sent
+        self._device = torch.device("cpu")
+        self._data: TrainingData | NoData | None = None
+
+    def train(self, job: ConfirmJob, starts: Queue | None = None) -> ConfirmedRun:
+        """Train a job. Any exception becomes a row."""
+        if starts is not None:
+            starts.put(ray.get_runtime_context().get_task_id())
+        setup = self._setup
+        try:
+            if self._data is None:
+                self._device = prepare_worker(setup)
+                self._data = place_data(setup.train, setup.validation, setup.num_classes, self._device)
+            return train_and_test(job, self._data, self._test, setup.objectives)
+        except Exception as error:
+            report = failure_report(error)
+            status = TrialStatus(report["status"])
+            return _end(job, status=status, error=report["error"], device=name_device(self._device))
+        finally:
+            with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
+                release_memory(self._device)
 
 
 def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:

@@ -18,7 +18,7 @@ from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
 from tune_amp.cluster.resources import SlotCounter, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
-from tune_amp.confirm.slots import train_on_slots
+from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.monitor.prometheus import Gauges, SearchObserver
 from tune_amp.results.files import check_free, write_atomically
 from tune_amp.results.importance import ImportanceResult, measure_importance, write_importance
@@ -353,16 +353,13 @@ def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
         objective=options.objectives[0],
         search_seconds=sum(trial.wall_seconds for trial in result.trials),
     )
-    with search.gauges, watching(search.stop, search.health.find_dead_process, search.stop.leave):
+    slots = ConfirmSlots(
+        dataset, resources, objectives=options.objectives, time_limit=options.trial_time_limit or math.inf
+    )
+    with search.gauges, watching(search.stop, search.health.find_dead_process, search.stop.leave), slots:
         confirmation = confirm(
             plan,
-            lambda jobs: train_on_slots(
-                jobs,
-                dataset,
-                resources,
-                objectives=options.objectives,
-                time_limit=options.trial_time_limit or math.inf,
-            ),
+            slots.train,
             done=load_confirmed(result.folder) if RunFolder(result.folder).confirm.exists() else (),
             folder=result.folder,
             provenance=result.provenance,
