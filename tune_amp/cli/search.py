@@ -294,13 +294,12 @@ def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, std
     if arguments.address is not None:  # a bad address is refused before data are loaded
         resolve_address(arguments.address)
     console = open_console(quiet=arguments.quiet or arguments.json)
-    has_own_code = bool(list_own_code(vars(arguments)))
-    # Ray's start is mostly waiting, and takes as long as the data and the imports. Side by side, they bring the first
-    # trial forward by 2 s. A user's own code runs in the main thread, as it may expect.
-    load = functools.partial(_load_checked, request)
-    find_checked = _call(load, in_background=not has_own_code)
     modules = _user_modules(arguments.task or arguments.model)
     gpus = _count_usable_gpus()
+    # Ray's start is mostly waiting for its processes, and takes as long as the data and the imports. Side by side, they
+    # bring the first trial forward by 2 s. A user's own code runs in the main thread, as it may expect.
+    has_own_code = bool(list_own_code(vars(arguments)))
+    find_checked = _call(functools.partial(_load_checked, request), in_background=not has_own_code)
     with ray_session(
         arguments.address,
         run=folder.name,
