@@ -140,7 +140,7 @@ def timing(times: dict[str, list[float]]) -> Iterator[None]:
         "write": (TrialRecorder, "write"),
         "rungs": (searching, "restore_scheduler"),
         "study": (AmpSearch, "__init__"),
-        "suggest": (AmpSearch, "suggest"),
+        "suggest": (AmpSearch, "suggest_config"),
     }
     with contextlib.ExitStack() as stack:
         for name, (owner, attribute) in steps.items():

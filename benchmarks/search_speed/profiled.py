@@ -26,7 +26,8 @@ WATCHED: Mapping[str, str] = {
 }
 """Part of a search -> the function that is it."""
 COMMAND, WHOLE = "command", "whole"
-"""The program from the first line of this file on, and the command without its imports."""
+"""The program from here on, and the command without its imports."""
+BEGUN = time.time()
 
 Span = dict[str, float]
 
@@ -60,7 +61,6 @@ def watch_loaded(spans: dict[str, Span]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the search; write the spans whatever becomes of it. Return its exit code."""
     path, *command = arguments
-    begun = time.time()
     spans: dict[str, Span] = {}
     importlib.import_module("tune_amp.cluster.ray_patches")
     from tune_amp.cli.search import search_command
@@ -70,9 +70,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return int(watch(search_command, whole, lambda: None)(command))
     finally:
-        ended = {"began": begun, "ended": time.time(), "cpu": time.process_time()}
+        ended = {"began": BEGUN, "ended": time.time(), "cpu": time.process_time()}
         Path(path).write_text(json.dumps({**spans, WHOLE: whole, COMMAND: ended}), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from tune_amp.cli.console import leave
+
+    leave(main(sys.argv[1:]))

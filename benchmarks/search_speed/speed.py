@@ -179,7 +179,7 @@ def measure_pair(pairing: Pairing, torchvision_root: Path) -> Iterator[SpeedRow]
 def list_our_command(pairing: Pairing, folder: Path) -> list[str]:
     """The search as a user runs it, with its space and its results below ``folder``."""
     # The program tune-amp itself, also where its script is not on the path.
-    program = [sys.executable, "-c", "from tune_amp.cli.main import main; raise SystemExit(main())", "search"]
+    program = [sys.executable, "-c", "from tune_amp.cli.main import run; run()", "search"]
     # The obvious program confirms nothing.
     return [*program, *list_our_arguments(pairing, folder, confirm_seeds=0)]
 

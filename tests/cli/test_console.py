@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -195,3 +196,40 @@ def test_log_is_no_screen_though_colour_is_asked_for(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("TERM", "dumb")
         assert not is_screen(Console(file=terminal))  # it could not redraw a table
     os.close(ours)
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from tune_amp.cli.console import leave
+
+def end():
+    time.sleep(0.2)
+    print("thread", flush=True)
+
+class Noisy:
+    def __del__(self):
+        print("collected", flush=True)
+
+kept = Noisy()
+atexit.register(print, "at exit")
+threading.Thread(target=end).start()
+sys.stdout.write("written ")
+leave(3)
+"""
+
+
+def test_a_process_leaves_with_its_code_when_its_threads_and_what_is_registered_have_ended() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "written thread\nat exit\n", "")
+
+
+def test_a_process_whose_output_has_no_reader_leaves_with_its_code() -> None:
+    code = "import sys; from tune_amp.cli.console import leave; sys.stdin.read(); print('lost'); leave(3)"
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen([sys.executable, "-c", code], env=buffered, text=True, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, said = process.communicate("")
+    assert (process.returncode, said) == (3, "")

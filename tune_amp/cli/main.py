@@ -4,11 +4,12 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from tune_amp import __version__
 from tune_amp.cli.compare import compare_command
 from tune_amp.cli.completion import completion_command
-from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE
+from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE, leave
 from tune_amp.cli.grafana import grafana_command
 from tune_amp.cli.report import report_command
 from tune_amp.cli.search import search_command
@@ -54,3 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hint = f"; did you mean {near[0]}?" if near else ""
     print(f"error: {shown(name)} is no command{hint} (known: {', '.join(COMMANDS)})", file=sys.stderr)  # noqa: T201
     return EXIT_BAD_INPUT
+
+
+def run() -> NoReturn:
+    """Run a command of ``tune-amp``, and end the process."""
+    leave(main())
