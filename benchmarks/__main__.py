@@ -267,8 +267,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_output(scaling, measure_driver)
 
-    loading = commands.add_parser("load", help="2,000 trials killed halfway, 64 at a time, a study of 10,000 resumed")
-    parts = ("trials", "slots", "resume")
+    loading = commands.add_parser(
+        "load", help="2,000 trials killed halfway, 64 at a time, 10,000 of a second, as many resumed"
+    )
+    parts = ("trials", "slots", "rate", "resume")
     loading.add_argument("--parts", nargs="+", choices=parts, default=parts)
     _add_output(loading, measure_load_of_driver)
 

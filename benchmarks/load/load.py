@@ -1,4 +1,4 @@
-"""What a search bears: thousands of trials in one run that is killed halfway, 64 at a time, a study of 10,000 resumed.
+"""What a search bears: thousands of trials, killed halfway; 64 at a time; 10,000 of a second; a study resumed.
 
 Each search is a real ``run_search`` in a process of its own, which keeps how long its own steps took. What it left is
 counted from its files alone: every report of the journal must be in ``epochs.parquet`` once, and every trial over.
@@ -49,6 +49,16 @@ PLANS: Mapping[str, Plan] = types.MappingProxyType(
             slots=64,
             gpus_per_slot=0.25,
             model="benchmarks.load.load_search:sleepy_net",
+            forked=True,
+        ),
+        # Ray's own test of its driver: 10,000 trials of a second, 16 at a time, drawn at random.
+        "rate": Plan(
+            part="rate",
+            trials=10_000,
+            epochs=1,
+            slots=16,
+            model="benchmarks.load.load_search:second_net",
+            sampler="random",
             forked=True,
         ),
         # As many trials more as were cut off.

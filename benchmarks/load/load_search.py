@@ -181,12 +181,22 @@ def napping_net(input_shape: tuple[int, int, int], num_classes: int) -> "nn.Modu
     return _build_sleepy(input_shape, num_classes, NAP_SECONDS)
 
 
-def _build_sleepy(input_shape: tuple[int, int, int], num_classes: int, seconds: float) -> "nn.Module":
+def second_net(input_shape: tuple[int, int, int], num_classes: int) -> "nn.Module":
+    """A linear model that sleeps for a second in its first training step."""
+    return _build_sleepy(input_shape, num_classes, 1.0, steps=1)
+
+
+def _build_sleepy(
+    input_shape: tuple[int, int, int], num_classes: int, seconds: float, steps: float = math.inf
+) -> "nn.Module":
     from torch import nn
 
     class Sleepy(nn.Linear):
+        left = steps
+
         def forward(self, images: "Tensor") -> "Tensor":
-            if self.training:
+            if self.training and self.left:
+                self.left -= 1
                 time.sleep(seconds)
             return super().forward(images.flatten(1))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 from benchmarks.load.load_search import CUT_OFF
 
-PARTS = ("trials", "slots", "resume")
+PARTS = ("trials", "slots", "rate", "resume")
 LAST_SUGGESTIONS = 20
 """Of a search, of which the median is shown."""
 
@@ -134,6 +134,8 @@ def name_search(row: LoadRow) -> str:
         return f"{row.trials:,} trials, killed halfway"
     if row.part == "slots":
         return f"{row.slots} slots, {row.trials} trials"
+    if row.part == "rate":
+        return f"{row.slots} slots, {row.trials:,} trials of a second"
     return f"{row.trials - CUT_OFF:,} trials resumed"
 
 

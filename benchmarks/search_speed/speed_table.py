@@ -24,16 +24,16 @@ TARGET_TRIALS = 64
 """The targets are for searches of so many trials."""
 
 
-CPU_RATIOS = {"fp32": 10.0, "bf16": 10.0, "fp16": 2.0}
+CPU_RATIOS = {"fp32": 10.0, "bf16": 15.0, "fp16": 3.0}
 
 
 GPU_RATIO = 50.0
 
 
-LEAST_EFFICIENCY = 0.9
+LEAST_EFFICIENCY = 0.8
 
 
-MOST_STARTUP_SECONDS = 8.0
+MOST_STARTUP_SECONDS = 6.0
 
 
 MOST_POINTS_APART = 1.0

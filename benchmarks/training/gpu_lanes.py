@@ -101,7 +101,7 @@ def _measure_batch_size(
                 rates[count].append(count * steps * config.batch_size / seconds)
                 losses = losses or found
     subject = f"simple_net, fp16, batch {config.batch_size}"
-    rows = [_judge_agreement(f"{subject}, lanes {max(counts)}", losses)]
+    rows = [_judge_agreement(f"{subject}, lanes {max(counts)}", losses)] if losses else []
     for count, values in sorted(rates.items()):
         if values:
             spread = summarise(values)

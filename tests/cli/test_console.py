@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -199,8 +198,15 @@ def test_log_is_no_screen_though_colour_is_asked_for(monkeypatch: pytest.MonkeyP
 
 
 LEAVING = """
-import atexit, sys, threading, time
+import atexit, sys, threading, time, types
 from tune_amp.cli.console import leave
+
+if "search" in sys.argv:
+    sys.modules["ray"] = types.ModuleType("ray")  # as after a search
+if "own" in sys.argv:
+    from tune_amp.trial.consent import consent_to
+
+    consent_to("mine:net")
 
 def end():
     time.sleep(0.2)
@@ -218,18 +224,37 @@ leave(3)
 """
 
 
-def test_a_process_leaves_with_its_code_when_its_threads_and_what_is_registered_have_ended() -> None:
-    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "written thread\nat exit\n", "")
+@pytest.mark.parametrize(
+    ("arguments", "collected"), [(["search"], ""), (["search", "own"], "collected\n"), ([], "collected\n")]
+)
+def test_a_process_leaves_with_its_code_when_threads_and_what_is_registered_have_ended(
+    arguments: list[str], collected: str
+) -> None:
+    """After a search without the user's own code, no object is looked at once more."""
+    done = subprocess.run([sys.executable, "-c", LEAVING, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == f"written thread\nat exit\n{collected}"
 
 
-def test_a_process_whose_output_has_no_reader_leaves_with_its_code() -> None:
-    code = "import sys; from tune_amp.cli.console import leave; sys.stdin.read(); print('lost'); leave(3)"
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    with subprocess.Popen([sys.executable, "-c", code], env=buffered, text=True, **pipes) as process:
-        assert process.stdout is not None
-        process.stdout.close()
-        process.stdout = None
+@pytest.mark.parametrize(("code", "place", "expected"), [
+    (0, "pipe", 0), (3, "pipe", 3), (0, "closed", 0), (0, "/dev/full", 1), (3, "/dev/full", 3),
+])  # fmt: skip
+def test_a_process_whose_output_goes_nowhere_leaves_with_its_code(code: int, place: str, expected: int) -> None:
+    """But for a full disk: what was printed is lost, which no code of success hides."""
+    text = "import sys; from tune_amp.cli.console import leave; sys.modules['ray'] = sys; sys.stdin.read(); "
+    text += f"print('lost') if sys.stdout else 0; leave({code})"
+    command = ["/bin/sh", "-c", 'exec "$0" "$@" >&-' if place == "closed" else 'exec "$0" "$@"']
+    with open(os.devnull if place in ("pipe", "closed") else place, "w") as file:  # noqa: PTH123
+        reading, writing = os.pipe()
+        process = subprocess.Popen(
+            [*command, sys.executable, "-c", text],
+            stdin=subprocess.PIPE,
+            stdout=writing if place == "pipe" else file,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+            text=True,
+        )
+        os.close(writing)
+        os.close(reading)
         _, said = process.communicate("")
-    assert (process.returncode, said) == (3, "")
+    assert (process.returncode, said) == (expected, "")

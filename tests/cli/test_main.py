@@ -12,8 +12,9 @@ from records import PROVENANCE, make_trial
 
 from tune_amp import __version__
 from tune_amp.cli.main import COMMANDS, main
-from tune_amp.cli.search import SearchRequest, _load_checked, _print_cut_off, _user_modules, search_command
+from tune_amp.cli.search import _load_checked, _print_cut_off, _user_modules, search_command
 from tune_amp.cli.search_arguments import GROUPS, search_parser
+from tune_amp.cli.search_request import SearchRequest
 from tune_amp.cli.train import describe_recalls, train_command
 from tune_amp.results.records import rank_trials, write_best, write_trials
 from tune_amp.space.space import load_space

@@ -29,6 +29,7 @@ from ray.job_config import JobConfig
 from ray.runtime_context import RuntimeContext
 from ray.tune import Callback
 from ray.tune import tune as tune_module
+from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
@@ -152,6 +153,10 @@ class StartedProcess:
         self.process = self
         self.killed = threading.Event()
 
+    def wait(self) -> int:
+        assert self.killed.is_set()
+        return -9
+
     def kill(self) -> None:
         self.killed.set()
 
@@ -207,6 +212,61 @@ def test_a_start_that_fails_does_not_wait_for_the_dashboard(
 
     with pytest.raises(RuntimeError, match=failing):
         begin()
+
+
+def test_the_dashboard_ends_before_the_node_that_does_not_start_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
+) -> None:
+    """Its start asks the GCS, whose death it would wait out for a minute."""
+    started, ended = StartedProcess(), list[str]()
+    monkeypatch.setattr(services, "start_ray_process", lambda *_, **__: started)
+
+    def start(self: Any) -> None:
+        info: Any = services.start_ray_process([], ray_constants.PROCESS_TYPE_DASHBOARD, fate_share=True)
+        assert info.killed.wait(20)
+        ended.append("dashboard")
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("does not start")
+
+    monkeypatch.setattr(node_module.Node, "start_api_server", start)
+    monkeypatch.setattr(node_module.Node, "start_ray_processes", fail)
+    monkeypatch.setattr(node_module.Node, "kill_all_processes", lambda *_, **__: ended.append("node"))
+    node: Any = object.__new__(node_module.Node)
+
+    def begin() -> None:
+        with (
+            ray_patches.private_start(tmp_path, "short", workers=3, beside=pool) as end_dashboard,
+            ray_patches.patient_start(lambda _: None, end_dashboard),
+        ):
+            node.start_api_server()
+            node.start_ray_processes()
+
+    with pytest.raises(RuntimeError, match="does not start"):
+        begin()
+    assert ended == ["dashboard", "node"]
+    assert services.logger.disabled is False
+
+
+def test_stock_tune_gives_its_actors_an_environment_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def remote(*classes: Any, **options: Any) -> Any:
+        given.append(options)
+        return classes[0] if classes else lambda trainable: trainable
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.delenv(ray_patches.PRELOAD, raising=False)
+    for preloading in (False, True):
+        if preloading:
+            monkeypatch.setenv(ray_patches.PRELOAD, "some.module")
+        with ray_patches.prestarted_workers():
+            assert _ActorClassCache().get(Trial) is Trial
+    assert [options.get("runtime_env", {}).get("env_vars", {}).get("PL_DISABLE_FORK") for options in given] == [
+        "1",  # a Ray of somebody else's: its workers may have another environment
+        None,
+    ]
+    assert ray_patches.preloading(["some.module"])["PL_DISABLE_FORK"] == "1"
 
 
 def test_stock_ray_waits_a_second_for_the_monitor_which_is_killed_instead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ class Machine:
 
     def describe(self, *lines: str) -> None:
         text = "\n".join(lines)
-        self._program.write_text(f'#!/bin/sh\n[ "$1" = --id=3 ] || exit 6\ncat <<END\n{text}\nEND\n')
+        self._program.write_text(f"#!/bin/sh\ncat <<END\n{text}\nEND\n")
         self._program.chmod(0o755)
 
     def measure(
@@ -140,7 +140,24 @@ def test_another_torch_and_mps_are_measured_again(machine: Machine, monkeypatch:
     assert machine.meter.calls == 3
 
 
-@pytest.mark.parametrize("lines", [["NVIDIA H200, 143771 MiB, 570.86.15, Enabled"], [f"{H200}, Disabled"] * 2, [""]])
+def test_another_cpu_or_version_of_ours_and_another_gpu_beside_it_are_measured_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.measure()
+    monkeypatch.setattr("os.cpu_count", lambda: 1234)
+    machine.measure()
+    monkeypatch.setattr(share_cache, "__version__", "99.0")
+    machine.measure()
+    other = H200.replace("200", "100")
+    for lines in ([f"{H200}, Disabled", f"{other}, Disabled"], [f"{other}, Disabled", f"{H200}, Disabled"]):
+        machine.describe(*lines)  # in either order
+        machine.measure()
+    assert machine.meter.calls == 4
+
+
+@pytest.mark.parametrize(
+    "lines", [["NVIDIA H200, 143771 MiB, 570.86.15, Enabled"], [f"{H200}, Disabled", f"{H200}, Enabled"], [""]]
+)
 def test_gpu_that_is_not_known_for_sure_is_always_measured(machine: Machine, lines: list[str]) -> None:
     machine.describe(*lines)
     for _ in range(2):

@@ -499,7 +499,7 @@ def test_a_worker_that_dies_costs_two_more_attempts_at_most() -> None:
 
 
 def test_a_lost_node_costs_an_attempt_nothing_until_it_is_one_of_many() -> None:
-    lost = make_run("a", status=TrialStatus.FAILED, error="the node it was running on is dead or unavailable")
+    lost = make_run("a", status=TrialStatus.FAILED, error="the actor's node was terminated")
     tried: list[Attempt | None] = [attempt(deaths=1)]
     while (last := tried[-1]) is not None:
         tried.append(last.plan_retry(lost, died=True))

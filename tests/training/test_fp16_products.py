@@ -1,5 +1,6 @@
 """Products in fp16 by fp32 units: against PyTorch's own, and that nothing else changes."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,10 +149,46 @@ def test_other_types_and_contexts_compute_as_before(draw: Callable[..., Tensor])
         assert torch.equal(functional.linear(inputs, weights), inputs @ weights.t())  # no autocast
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(functional.linear(inputs, weights), expected)
-        with torch.autocast("cpu", torch.float16):
-            assert functional.linear(inputs.double(), weights.double()).dtype is torch.float16
-            with torch.autocast("cpu", enabled=False):
-                assert functional.linear(inputs, weights).dtype is torch.float32
+        with torch.autocast("cpu", torch.float16), torch.autocast("cpu", enabled=False):
+            assert functional.linear(inputs, weights).dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
+def test_what_autocast_leaves_alone_is_left_alone(dtype: torch.dtype) -> None:
+    one, other = torch.full((2, 3), 1e5).to(dtype), torch.full((3, 2), 2e5).to(dtype)
+    with torch.autocast("cpu", torch.float16):
+        expected = one @ other
+        with fast_fp16_products("fp16", CPU):
+            found = one @ other
+    assert found.dtype is expected.dtype is dtype
+    assert torch.equal(found, expected)
+
+
+def test_blocks_nest_and_the_last_to_end_puts_everything_back() -> None:
+    one = torch.ones(2, 2)
+
+    def is_fast() -> bool:
+        with torch.autocast("cpu", torch.float16), HalfProducts() as used:
+            torch.mm(one, one)
+        return bool(used.count == 0)
+
+    def fail() -> None:
+        with fast_fp16_products("fp16", CPU):
+            assert is_fast()
+            raise ValueError("inside")
+
+    with fast_fp16_products("fp16", CPU):
+        with pytest.raises(ValueError, match="inside"):
+            fail()
+        assert is_fast()
+    assert not is_fast()
+
+
+def test_filters_of_warnings_that_are_set_inside_stay() -> None:
+    with warnings.catch_warnings():
+        with fast_fp16_products("fp16", CPU):
+            warnings.filterwarnings("ignore", message="set inside")
+        assert any(str(rule[1]) != "None" and rule[1].pattern == "set inside" for rule in warnings.filters if rule[1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

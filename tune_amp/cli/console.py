@@ -22,7 +22,7 @@ from rich.console import Console
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import DEFAULT_RESULTS_DIR
 from tune_amp.trial.config import InputError, TrialConfig, describe_error, one_line
-from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to
+from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_consented
 from tune_amp.trial.text import printable
 
 if TYPE_CHECKING:
@@ -67,15 +67,23 @@ def read_place(text: str) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with an exit code, without looking at every object of PyTorch, Ray and plotly once more.
+    """End the process with an exit code; after a search, without looking at every object of PyTorch and Ray once more.
 
-    After a search that takes 1.1 s. What is registered for the end still runs, as in a process of ``multiprocessing``.
+    That takes 1.1 s. What is registered for the end still runs, as in a process of ``multiprocessing``. It is not left
+    out if the user's own code ran here: files that it did not close are written then.
     """
+    if "ray" not in sys.modules or list_consented():
+        sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - waits for threads
     atexit._run_exitfuncs()  # noqa: SLF001
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # it has no reader, or is closed
-            stream.flush()
+        try:
+            if stream is not None:
+                stream.flush()
+        except (BrokenPipeError, ValueError):  # it has no reader, or is closed
+            pass
+        except OSError:  # a full disk
+            code = code or EXIT_NO_RESULT
     os._exit(code)
 
 

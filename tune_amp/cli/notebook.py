@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_amp.cli.console import mend_streams, open_console, say
-from tune_amp.cli.search import SearchRequest, begun_request, resumed_request, search_with_ray
+from tune_amp.cli.own_code import adopt_own_code
+from tune_amp.cli.search import search_with_ray
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
+from tune_amp.cli.search_request import SearchRequest, begun_request, resumed_request
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import name_flag
@@ -202,7 +204,8 @@ def tune(
         words = ["--resume", str(resume), *_list_words(wanted)]
         opened = resumed_request(str(resume), arguments.results_dir, search_parser(PROGRAM), words, (PROGRAM,), begun)
     else:
-        opened = begun_request(arguments, lambda: _load_space(space), (PROGRAM,), begun)
+        adopt_own_code(arguments)
+        opened = begun_request(arguments, *_load_space(space), (PROGRAM,), begun)
     with opened as (request, folder):
         request.arguments.quiet = quiet
         return _run(request, folder)

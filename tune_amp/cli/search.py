@@ -3,7 +3,6 @@
 import argparse
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import importlib
 import os
@@ -14,7 +13,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -27,8 +26,6 @@ from tune_amp.cli.console import (
     EXIT_NO_RESULT,
     answer_bad_input,
     check_same_data,
-    find_run,
-    find_run_folder,
     ignoring_closed_pipe,
     is_screen,
     load_announced,
@@ -46,6 +43,7 @@ from tune_amp.cli.search_output import (
     print_json_start,
     print_start,
 )
+from tune_amp.cli.search_request import SearchRequest, begun_request, resumed_request
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.journal import read_journal
@@ -53,54 +51,21 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import (
     DEFAULT_RESULTS_DIR,
     SearchOptions,
-    build_options,
-    check_trackers,
-    make_run_name,
     name_path,
     naming_flags,
-    run_folder,
 )
 from tune_amp.trial.collection import without_collection
-from tune_amp.trial.config import InputError, TrialConfig, checked_field, describe_error, is_function_name
+from tune_amp.trial.config import InputError, describe_error, is_function_name
 from tune_amp.trial.consent import list_own_code, list_provided, load_function
 from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
     from tune_amp.cluster.session import RaySession
-    from tune_amp.search.history import RunHistory
     from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
-    from tune_amp.search.warm_start import Donor
-    from tune_amp.space.space import SearchSpace
     from tune_amp.training.data import Dataset
 
 _T = TypeVar("_T")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchRequest:
-    """The request of a command line, checked."""
-
-    arguments: argparse.Namespace
-    space: "SearchSpace"
-    donor: "Donor | None" = None
-    history: "RunHistory | None" = None
-    """The run to resume; None for a new run."""
-    notes: Sequence[str] = ()
-    """Changes since the resumed run began."""
-    command: Sequence[str]
-    """The program and its arguments."""
-    begun: float
-    """``time.monotonic()`` when the command began."""
-
-    @property
-    def options(self) -> SearchOptions:
-        """The options of the search."""
-        return build_options(vars(self.arguments))
-
-
-WORKER_MODULES = ("tune_amp.cluster.preload",)
-"""Modules that workers import at start, with all modules that these import."""
 
 
 def search_command(arguments: Sequence[str] | None = None, program: str = "scripts/search.py") -> int:
@@ -118,94 +83,15 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
         say(console, "starting   loading Optuna, Ray and PyTorch ...", style="dim")
     whole = (program, *command)
     if arguments.resume is None:
-        opened = begun_request(arguments, lambda: _load_named_space(arguments), whole, begun)
+        adopt_own_code(arguments)
+        from tune_amp.space.space import load_space
+
+        name = arguments.space or DEFAULT_SPACE
+        opened = begun_request(arguments, load_space(name), name, whole, begun)
     else:
         opened = resumed_request(arguments.resume, arguments.results_dir, parser, command, whole, begun)
     with opened as (request, folder):
         return _run(request, folder)
-
-
-def _load_named_space(arguments: argparse.Namespace) -> "tuple[SearchSpace, str]":
-    from tune_amp.space.space import load_space
-
-    name = arguments.space or DEFAULT_SPACE
-    return load_space(name), name
-
-
-@contextlib.contextmanager
-def begun_request(
-    arguments: argparse.Namespace,
-    load_named: "Callable[[], tuple[SearchSpace, str]]",
-    command: Sequence[str],
-    begun: float,
-) -> Iterator[tuple[SearchRequest, Path]]:
-    """Check the arguments of a new run; yield its request and its folder, claimed for the ``with`` block.
-
-    Args:
-        arguments: of the command's parser; the user's own code is read from them.
-        load_named: returns the space, and the name that the run's default name begins with.
-        command: the program and its arguments.
-        begun: ``time.monotonic()`` when the command began.
-
-    Raises:
-        InputError: an argument or the space is not valid, or the folder cannot be made.
-    """
-    from tune_amp.search.samplers import build_sampler
-    from tune_amp.search.warm_start import load_donor
-
-    adopt_own_code(arguments)
-    options = build_options(vars(arguments))
-    checked_field("--imbalance", arguments.imbalance, TrialConfig, "imbalance")
-    arguments.tracker = check_trackers(arguments.tracker)
-    space, name = load_named()
-    # Built only to refuse bad options early: before Ray starts, and before data are loaded and perhaps downloaded.
-    build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
-    donor = None
-    if arguments.warm_start is not None:
-        donor = load_donor(
-            find_run(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
-        )
-    run = make_run_name(name) if arguments.name is None else arguments.name
-    with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
-        yield SearchRequest(arguments=arguments, space=space, donor=donor, command=command, begun=begun), folder
-
-
-@contextlib.contextmanager
-def resumed_request(
-    run: str,
-    results_dir: Path,
-    parser: argparse.ArgumentParser,
-    words: Sequence[str],
-    command: Sequence[str],
-    begun: float,
-) -> Iterator[tuple[SearchRequest, Path]]:
-    """Open a run to resume for the ``with`` block; yield its request and its folder.
-
-    Args:
-        run: name or folder of the run.
-        results_dir: where a name is looked up.
-        parser: the command's parser.
-        words: the command's arguments, ``--resume`` among them.
-        command: the program and its arguments, for the record.
-        begun: ``time.monotonic()`` when the command began.
-
-    Raises:
-        InputError: there is no such run, another process has it, or an argument would change what its trials share.
-    """
-    from tune_amp.cli.resume import describe_changes, restore_arguments
-    from tune_amp.search.history import open_history
-    from tune_amp.space.space import parse_space
-
-    folder = find_run_folder(run, results_dir, "--resume")
-    with open_history(folder) as history:
-        arguments = restore_arguments(parser, words, history)
-        arguments.tracker = check_trackers(arguments.tracker)
-        notes = describe_changes(history, folder)
-        space = parse_space(history.provenance.space_source, history.provenance.space_text)
-        yield (
-            SearchRequest(arguments=arguments, space=space, history=history, notes=notes, command=command, begun=begun),
-            folder,
-        )
 
 
 def _run(request: SearchRequest, folder: Path) -> int:
@@ -305,7 +191,7 @@ def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, std
         run=folder.name,
         modules=modules,
         num_gpus=gpus,
-        preload=WORKER_MODULES,
+        preload=("tune_amp.cluster.preload",),
         workers=_count_first_workers(options, gpus),
         mps=options.mps if options.may_share_gpus else "off",
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
@@ -385,14 +271,15 @@ def _write_report(folder: Path) -> None:
         print(f"report.html was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
 
 
-@without_collection()
 def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     """Return the data set, checked to fit, and the result of ``check_fit``. Also import the search's modules early."""
-    import torch
+    with without_collection():
+        import torch
 
-    from tune_amp.search.preflight import check_fit
-    from tune_amp.training.data import make_long_tail
+        from tune_amp.search.preflight import check_fit
+        from tune_amp.training.data import make_long_tail
 
+        importlib.import_module("tune_amp.search.run")
     arguments = request.arguments
     dataset = load_announced(arguments.dataset, arguments.data_dir, task=arguments.task, train=arguments.train)
     with naming_flags():
@@ -403,7 +290,6 @@ def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     unfit = check_fit(
         request.space, dataset, request.options, may_use_gpus=elsewhere and request.options.gpus_per_trial != 0
     )
-    importlib.import_module("tune_amp.search.run")
     return dataset, unfit
 
 
@@ -448,7 +334,7 @@ def _count_first_workers(options: SearchOptions, gpus: int) -> int:
     """Return how many trials will start at once at least. How many share a GPU is not known yet."""
     slots = count_cpus() // (options.cpus_per_trial or 1)
     if gpus and options.gpus_per_trial != 0:
-        slots = min(slots, gpus)
+        slots = min(slots, int(gpus / max(1, options.gpus_per_trial or 1)))
     return min(slots, options.num_samples, options.max_concurrent or slots)
 
 

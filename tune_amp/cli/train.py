@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     import torch
 
     from tune_amp.results.records import BestFile
-    from tune_amp.reuse.final import FinalTraining
-    from tune_amp.reuse.own_final import OwnTraining
+    from tune_amp.reuse.final import FinalResult, FinalTraining
+    from tune_amp.reuse.own_final import OwnResult, OwnTraining
     from tune_amp.training.data import Dataset
     from tune_amp.trial.config import EpochMetrics
 
@@ -123,7 +123,7 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
             if training.divergence:
                 print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
                 return EXIT_NO_RESULT
-            tested, saved = _test_and_save(training, arguments, best, output)
+            result = training.test()
         except torch.OutOfMemoryError as error:
             print(f"out of memory, nothing saved: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
@@ -132,34 +132,39 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
                 raise
             print(f"{own_code} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
             return EXIT_NO_RESULT
+        tested, saved = _save(training, result, arguments, best, output)
     for line in tested:
         say(console, line)
     console.print(printable(f"saved   {output}: {', '.join(saved)}"), markup=False, soft_wrap=True)
     return EXIT_DONE
 
 
-def _test_and_save(
-    training: "FinalTraining | OwnTraining", arguments: argparse.Namespace, best: "BestFile", output: Path
+def _save(
+    training: "FinalTraining | OwnTraining",
+    result: "FinalResult | OwnResult",
+    arguments: argparse.Namespace,
+    best: "BestFile",
+    output: Path,
 ) -> tuple[list[str], list[str]]:
-    """Test once, and save weights, metrics and card. Return lines about the test, and the names of the files."""
+    """Save weights, metrics and card. Return lines about the test, and the names of the files."""
     from tune_amp.results.records import list_versions
     from tune_amp.reuse.card import CardSource, describe_card
-    from tune_amp.reuse.final import FinalTraining
-    from tune_amp.reuse.own_final import describe_own_card
+    from tune_amp.reuse.final import FinalResult, FinalTraining
+    from tune_amp.reuse.own_final import OwnTraining, describe_own_card
 
     versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
     source = {"source": str(arguments.best), "rank": arguments.rank}
-    if isinstance(training, FinalTraining):
-        result = training.test()
+    if isinstance(training, FinalTraining) and isinstance(result, FinalResult):
         card = describe_card(result, CardSource(best=best, rank=arguments.rank, versions=versions))
         accuracy = f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once"
         return [accuracy, describe_recalls(result.test_recalls)], training.save(output, result, source, card)
-    measured = training.test()
-    card = describe_own_card(measured, list(training.models), best=best, rank=arguments.rank, versions=versions)
+    assert isinstance(training, OwnTraining)
+    assert not isinstance(result, FinalResult)
+    card = describe_own_card(result, list(training.models), best=best, rank=arguments.rank, versions=versions)
     tested = [
-        f"{name} {show_value(name, value)}, measured after the last epoch" for name, value in measured.tested.items()
+        f"{name} {show_value(name, value)}, measured after the last epoch" for name, value in result.tested.items()
     ]
-    return tested, training.save(output, measured, source, card)
+    return tested, training.save(output, result, source, card)
 
 
 def _choose_config(arguments: argparse.Namespace, best: "BestFile") -> TrialConfig:

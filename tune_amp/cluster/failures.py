@@ -16,11 +16,10 @@ CUDA_SIGN = "CUDA error: "
 # Name of the exception with which a trial requests a larger share of a GPU's memory.
 LARGER_SHARE_SIGN = LargerShareNeeded.__name__
 
-# Texts of ray.exceptions.ActorDiedError (actors) and NodeDiedError (tasks) if the node is lost, not only the worker.
+# Texts of ray.exceptions.ActorDiedError if the node is lost, not only the worker.
 # If raylet and worker die together, ActorUnavailableError comes first, long before Ray checks the node's health.
 NODE_LOST_SIGNS = (
     "the actor's node was terminated",
-    "the node it was running on is dead",
     "The actor is temporarily unavailable",
 )
 

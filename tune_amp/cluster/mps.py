@@ -185,6 +185,8 @@ def _quitting(environment: Mapping[str, str]) -> Iterator[None]:
         quitter.stdin.close()
         try:
             quitter.wait(timeout=QUIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            quitter.kill()  # the program that sends quit; never the daemon
+        except subprocess.TimeoutExpired:  # a forked child of this process may hold its end of the pipe
+            quitter.kill()  # what waits to send quit; never the daemon
             quitter.wait()
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run([PROGRAM], input=b"quit\n", env=environment, timeout=QUIT_SECONDS, check=False)  # noqa: S603

@@ -38,13 +38,15 @@ find out whether a cluster requires a token."""
 
 # The environment
 
+PRELOAD = "RAY_preload_python_modules"
+
 
 def preloading(modules: Sequence[str]) -> dict[str, str | None]:
     """Return the variables that make the workers of a private Ray import ``modules`` as they start.
 
     Lightning may not fork in them (ray-project/ray#28197), which Tune sets otherwise: see ``prestarted_workers``.
     """
-    return {"RAY_preload_python_modules": ",".join(modules) or None, "PL_DISABLE_FORK": "1"}
+    return {PRELOAD: ",".join(modules) or None, "PL_DISABLE_FORK": "1"}
 
 
 def read_environment_again() -> None:
@@ -93,7 +95,7 @@ def init_ray(address: str, run: str, *, temp_dir: Path | None = None, **options:
 @contextlib.contextmanager
 def private_start(
     home: Path, session_name: str, *, workers: int, beside: concurrent.futures.Executor
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """In the ``with`` block, Ray starts a node whose processes keep to ``home`` and do not need a free port 52365.
 
     The dashboard starts its servers by ``python -c``, which searches the current folder for modules first, and leaves
@@ -111,12 +113,18 @@ def private_start(
         workers: number of workers that start with the node.
         beside: starts the dashboard, in a thread that must live as long as the session: Linux ends the dashboard with
             the thread that started it.
+
+    Yields:
+        A function that ends the start of the dashboard. Call it before the GCS is killed, whose death the start would
+        wait out.
     """
     from ray._private import node, parameter, ray_constants, services
 
     start: Any = services.start_ray_process
     start_dashboard: Any = node.Node.start_api_server
     dashboards: list[Any] = []
+    starts: list[concurrent.futures.Future[None]] = []
+    is_over = threading.Event()
 
     def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
         if process_type != ray_constants.PROCESS_TYPE_DASHBOARD:
@@ -126,36 +134,46 @@ def private_start(
             return start(command, process_type, *arguments, **options)
         options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
         dashboards.append(start(command, process_type, *arguments, **options))
+        if is_over.is_set():
+            dashboards[0].process.kill()
         return dashboards[0]
+
+    def start_beside(self: Any, **options: Any) -> None:
+        starts.append(beside.submit(start_dashboard, self, **options))
+
+    def end_dashboard() -> None:
+        is_over.set()
+        for info in dashboards:
+            info.process.kill()
+            info.process.wait()
+        with patch.object(services.logger, "disabled", True):  # it would print the dashboard's log
+            concurrent.futures.wait(starts)
 
     settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False}
     params = functools.partial(parameter.RayParams, session_name=session_name, **settings)
     with (
         patch.object(parameter, "RayParams", params),
         patch.object(services, "start_ray_process", start_process),
-        contextlib.ExitStack() as waiting,
+        patch.object(node.Node, "start_api_server", start_beside),
     ):
-
-        def start_beside(self: Any, **options: Any) -> None:
-            waiting.callback(beside.submit(start_dashboard, self, **options).result)
-
         try:
-            with patch.object(node.Node, "start_api_server", start_beside):
-                yield
+            yield end_dashboard
         except BaseException:
-            for info in dashboards:
-                info.process.kill()  # else it would be waited for
+            end_dashboard()
             raise
+        for dashboard in starts:
+            dashboard.result()
 
 
 @contextlib.contextmanager
-def patient_start(announce: Callable[[str], None]) -> Iterator[None]:
+def patient_start(announce: Callable[[str], None], before_kill: Callable[[], None] = lambda: None) -> Iterator[None]:
     """In the ``with`` block, Ray's node may take ``START_SECONDS`` to start, but a node that has died fails at once.
 
     Ray waits for 30 s, which no setting changes (ray-project/ray#62883), also for a node that is dead.
 
     Args:
         announce: receives a line after ``SLOW_START_SECONDS``.
+        before_kill: is called before the processes of a node that does not start are killed.
     """
     from ray._private import node
 
@@ -166,6 +184,7 @@ def patient_start(announce: Callable[[str], None]) -> Iterator[None]:
             start(self)
             _wait_for_node(self)
         except BaseException:
+            before_kill()
             self.kill_all_processes(check_alive=False)  # no other code has a reference to them yet
             raise
 
@@ -307,10 +326,10 @@ def pause_pending(controller: Any, trial: Any) -> None:
 
 @contextlib.contextmanager
 def prestarted_workers() -> Iterator[None]:
-    """In the ``with`` block, Tune's actors use the workers that started with this process's own node.
+    """In the ``with`` block, Tune's actors use the workers that started with the node of a private Ray.
 
     Tune gives its actors a runtime environment that copies some of the driver's variables. For it Ray starts further
-    workers, which import PyTorch anew: 2 s of CPU time each. Workers of this process's own node have these variables.
+    workers, which import PyTorch anew: 2 s of CPU time each. The workers of a private Ray inherited these variables.
     """
     import ray
     from ray.tune.execution.class_cache import _ActorClassCache
@@ -320,8 +339,7 @@ def prestarted_workers() -> Iterator[None]:
             self._cache[trainable] = ray.remote(trainable)
         return self._cache[trainable]
 
-    node = find_node()
-    if node is None or not node.is_head():
+    if PRELOAD not in os.environ:  # a Ray that was started elsewhere, in another environment
         yield
         return
     with patch.object(_ActorClassCache, "get", get):

@@ -179,8 +179,10 @@ def _private_ray(
         session_name = home.name.removeprefix(HOME_PREFIX)
         try:
             with (
-                ray_patches.private_start(home, session_name, workers=min(workers, cpus), beside=beside),
-                ray_patches.patient_start(announce),
+                ray_patches.private_start(
+                    home, session_name, workers=min(workers, cpus), beside=beside
+                ) as end_dashboard,
+                ray_patches.patient_start(announce, end_dashboard),
             ):
                 # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                 ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)

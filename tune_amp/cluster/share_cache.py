@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tune_amp import __version__
 from tune_amp.cluster.gpu_sharing import ShareMeasurement
 from tune_amp.cluster.mps import list_servers
 from tune_amp.training.data import Split
@@ -36,11 +37,13 @@ def describe_measurement(
     config: TrialConfig, train: Split, num_classes: int, counts: Sequence[int]
 ) -> dict[str, Any] | None:
     """Return everything that a measurement on this worker's GPU depends on; None if the GPU is not known."""
-    gpu = describe_gpu()
-    if gpu is None:
+    gpus = describe_gpus()
+    if gpus is None:
         return None
     return {
-        "gpu": gpu,
+        "gpus": gpus,
+        "cpu": describe_cpu(),
+        "tune_amp": __version__,
         "mps": list_servers() is not None,
         "torch": torch.__version__,
         "config": dataclasses.asdict(dataclasses.replace(config, seed=0)),
@@ -50,15 +53,15 @@ def describe_measurement(
     }
 
 
-def describe_gpu() -> str | None:
-    """Return name, memory and driver of the GPU that Ray assigned to this worker; None if they are not known.
+def describe_gpus() -> list[str] | None:
+    """Return name, memory and driver of each GPU of this node; None if they are not known, or if one is sliced by MIG.
 
-    ``nvidia-smi`` makes no CUDA context, which would keep measuring processes out of a GPU that takes one process. It
-    does not describe MIG slices.
+    ``nvidia-smi`` makes no CUDA context, which would keep measuring processes out of a GPU that takes one process. Its
+    numbers need not be those of CUDA, so that all GPUs of a node are named.
     """
     try:
         done = subprocess.run(  # noqa: S603 - NVIDIA's program, as the user's PATH finds it
-            ["nvidia-smi", f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '')}", QUERY, "--format=csv,noheader"],  # noqa: S607
+            ["nvidia-smi", QUERY, "--format=csv,noheader"],  # noqa: S607
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -67,8 +70,17 @@ def describe_gpu() -> str | None:
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    *known, mig = done.stdout.strip().rsplit(", ", 1)
-    return known[0] if known and "\n" not in done.stdout.strip() and mig != "Enabled" else None
+    gpus = [line.rsplit(", ", 1) for line in done.stdout.strip().splitlines()]
+    known = [known for known, *mig in gpus if mig and mig != ["Enabled"]]
+    return sorted(known) if known and len(known) == len(gpus) else None
+
+
+def describe_cpu() -> list[str | int | None]:
+    """Return name and number of this node's CPUs, which launch the work of a GPU; no name but on Linux."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return [next((line for line in lines if line.startswith("model name")), None), os.cpu_count()]
+    return [None, os.cpu_count()]
 
 
 def recall_shares(

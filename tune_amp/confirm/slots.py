@@ -117,9 +117,8 @@ class ConfirmSlots:
 
     def __exit__(self, *_: object) -> None:
         """End all workers."""
-        for worker in (*self._idle, *(worker for _, worker in self._running.values())):
-            worker.end()
-        self._idle, self._running = [], {}
+        self._end_running()
+        self._end_idle()
 
     def train(self, jobs: Sequence[ConfirmJob]) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
         """Train ``jobs``; yield each job as it ends. Closing the generator cancels running jobs."""
@@ -128,7 +127,7 @@ class ConfirmSlots:
         waiting = collections.deque(Attempt(job=job, share=self._resources.gpus) for job in jobs)
         with contextlib.ExitStack() as stack:
             starts = stack.enter_context(reported_starts(self._time_limit))
-            stack.callback(self._cancel)
+            stack.callback(self._end_running)
             while waiting or self._running:
                 while waiting and len(self._running) < max(1, self._count_slots()):
                     self._start(dataclasses.replace(waiting.popleft(), started=None), starts)
@@ -139,6 +138,8 @@ class ConfirmSlots:
                 attempt, worker = self._running.pop(ended)
                 run, died = _fetch(ended, attempt.job)
                 self._release(worker, run)
+                if died:  # so may all that are idle, on a node that is lost
+                    self._end_idle()
                 again = attempt.plan_retry(run, died=died)
                 if again is not None:
                     waiting.appendleft(again)
@@ -150,9 +151,7 @@ class ConfirmSlots:
         if fitting is not None:
             self._idle.remove(fitting)
         else:
-            for idle in self._idle:  # it may hold what the new one needs
-                idle.end()
-            self._idle = []
+            self._end_idle()  # they may hold what the new one needs
         worker = fitting or self._open_worker(attempt.share)
         name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
         reference = worker.actor.train.options(name=name).remote(attempt.job, starts)
@@ -183,10 +182,15 @@ class ConfirmSlots:
         worker.end()
         return attempt.job, attempt.time_out(self._time_limit)
 
-    def _cancel(self) -> None:
+    def _end_running(self) -> None:
         for _, worker in self._running.values():
             worker.end()
         self._running = {}
+
+    def _end_idle(self) -> None:
+        for worker in self._idle:
+            worker.end()
+        self._idle = []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

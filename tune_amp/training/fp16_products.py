@@ -2,9 +2,11 @@
 
 There PyTorch multiplies fp16 numbers one by one, sums in fp32 and rounds the sum to fp16. The fp32 units do the same: a
 product in fp32 of operands that were rounded to fp16, rounded to fp16 once more, differs only by the order of the sum.
+The gradients of a weight that a model uses several times are added up in fp32, where autocast adds them in fp16.
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,12 +41,37 @@ def fast_fp16_products(precision: str, device: torch.device) -> Iterator[None]:
     if precision != "fp16" or device.type != "cpu" or not _is_slow():
         yield
         return
-    # https://docs.pytorch.org/docs/stable/library.html#torch.library.Library.impl
-    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():  # noqa: SLF001
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        for name in PRODUCTS:
-            library.impl(name, _build_product(name), "AutocastCPU")
+    with _OVERRIDE:
         yield
+
+
+class _Override:
+    """Overrides autocast's products once, however many blocks and threads ask for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                # https://docs.pytorch.org/docs/stable/library.html#torch.library.Library.impl
+                library = self._stack.enter_context(torch.library._scoped_library("aten", "IMPL"))  # noqa: SLF001
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Warning only once for all operators")
+                    for name in PRODUCTS:
+                        library.impl(name, _build_product(name), "AutocastCPU")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._stack.close()
+
+
+_OVERRIDE = _Override()
 
 
 def _is_slow() -> bool:
@@ -66,6 +93,7 @@ def _build_product(name: str) -> Callable[..., Tensor]:
 
         with torch.autocast("cpu", enabled=False):
             product: Tensor = operation(*map(round_operand, operands), **options)
-            return product.to(dtype)
+            # Autocast leaves integers, complex numbers and float64 alone.
+            return product.half() if dtype is torch.float16 and product.dtype is torch.float32 else product
 
     return multiply

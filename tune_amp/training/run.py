@@ -410,8 +410,8 @@ class TrainingRun:
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
     """Estimate an epoch's seconds from the second forward and backward pass on ``ESTIMATE_IMAGES`` images.
 
-    The estimate is rough, for a warning: fp16 convolutions on a CPU without fp16 units take 70 times as long as in
-    fp32. No optimizer is made, because that may import PyTorch's compiler, which takes longer than all else here.
+    The estimate is rough, for a warning. No optimizer is made, because that may import PyTorch's compiler, which takes
+    longer than all else here.
     """
     few = train.select(range(min(ESTIMATE_IMAGES, len(train))))
     data = TrainingData(few, None, num_classes, device, workers=0)

@@ -1,0 +1,157 @@
+"""The slots of a confirmation: which worker gets which job, and that none waits for what an idle one holds."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from tune_amp.cluster.resources import TrialResources
+from tune_amp.confirm import slots
+from tune_amp.confirm.slots import ConfirmSlots
+from tune_amp.results.confirmed import ConfirmedRun
+from tune_amp.results.progress import ConfirmJob
+from tune_amp.trial.config import TrialConfig, TrialStatus
+
+Outcome = TrialStatus | BaseException
+OUT_OF_MEMORY, FAILED, COMPLETED = TrialStatus.OUT_OF_MEMORY, TrialStatus.FAILED, TrialStatus.COMPLETED
+DIED = ray.exceptions.ActorDiedError()
+
+
+class FakeActor:
+    """An actor that is placed as soon as its share of the one GPU is free."""
+
+    def __init__(self, cluster: "FakeRay", share: float) -> None:
+        self._cluster, self.share = cluster, share
+        self.train = self
+
+    def options(self, name: str) -> "FakeActor":
+        return self
+
+    def remote(self, job: ConfirmJob, starts: None) -> "FakeReference":
+        return FakeReference(self, job)
+
+
+class FakeReference:
+    def __init__(self, actor: FakeActor, job: ConfirmJob) -> None:
+        self.actor, self.job = actor, job
+
+
+class FakeRay:
+    """What ``slots`` calls of Ray: actors share one GPU, or none, and jobs end as they are told, in turn."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, outcomes: dict[int, list[Outcome]]) -> None:
+        self.outcomes = outcomes
+        self.opened: list[FakeActor] = []
+        self.living: list[FakeActor] = []
+        self.trained: list[tuple[int, float]] = []
+
+    def put(self, value: object) -> object:
+        return value
+
+    def remote(self, *, num_cpus: int, num_gpus: float, max_restarts: int) -> Callable[[type], Any]:
+        assert max_restarts == 0
+
+        def open_actor(sent: object) -> FakeActor:
+            self.opened.append(FakeActor(self, num_gpus))
+            self.living.append(self.opened[-1])
+            return self.opened[-1]
+
+        return lambda _: SimpleNamespace(remote=open_actor)
+
+    def wait(self, references: Sequence[FakeReference], **_: Any) -> tuple[list[FakeReference], list[FakeReference]]:
+        free, placed = 1.0, []
+        for actor in self.living:  # in the order in which they asked
+            if actor.share <= free:
+                free -= actor.share
+                placed.append(actor)
+        ended = [one for one in references if one.actor in placed]
+        assert ended, "all wait, and nothing ends"
+        return ended[:1], ended[1:]
+
+    def get(self, reference: FakeReference) -> ConfirmedRun:
+        seed = reference.job.config.seed
+        self.trained.append((seed, reference.actor.share))
+        outcome = self.outcomes[seed].pop(0) if self.outcomes.get(seed) else COMPLETED
+        if isinstance(outcome, BaseException):
+            raise outcome
+        error = None if outcome is COMPLETED else str(outcome)
+        return ConfirmedRun(trial_id="a", seed=seed, status=outcome, error=error)
+
+    def kill(self, actor: FakeActor) -> None:
+        if actor in self.living:
+            self.living.remove(actor)
+
+
+@pytest.fixture
+def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[FakeRay, ConfirmSlots]]:
+    def build(outcomes: dict[int, list[Outcome]], *, at_once: int = 2, share: float = 0.0) -> Any:
+        cluster = FakeRay(outcomes)
+        monkeypatch.setattr(slots, "ray", cluster)
+        monkeypatch.setattr(slots, "SlotCounter", lambda *_, **__: lambda: at_once)
+        monkeypatch.setattr(slots, "build_worker_setup", lambda *_, **__: None)
+        resources = TrialResources(cpus=1, gpus=share, max_concurrent=at_once, reason="")
+        dataset: Any = SimpleNamespace(test=None)
+        return cluster, ConfirmSlots(dataset, resources)
+
+    return build
+
+
+def make_jobs(count: int) -> list[ConfirmJob]:
+    return [ConfirmJob(trial_ids=("a",), config=TrialConfig(seed=seed)) for seed in range(count)]
+
+
+Build = Callable[..., tuple[FakeRay, ConfirmSlots]]
+
+
+def test_a_slot_has_one_worker_for_all_its_jobs_and_none_afterwards(confirm: Build) -> None:
+    cluster, opened = confirm({})
+    with opened:
+        assert [run.status for _, run in opened.train(make_jobs(3))] == [COMPLETED] * 3
+        assert [run.status for _, run in opened.train(make_jobs(5))] == [COMPLETED] * 5
+        assert len(cluster.opened) == len(cluster.living) == 2
+    assert cluster.living == []
+
+
+@pytest.mark.parametrize(("outcome", "kept"), [(TrialStatus.DIVERGED, True), (FAILED, False), (OUT_OF_MEMORY, False)])
+def test_only_a_worker_whose_job_was_sound_gets_another(outcome: TrialStatus, kept: bool, confirm: Build) -> None:
+    cluster, opened = confirm({0: [outcome, outcome]}, at_once=1)
+    with opened:
+        ended = [(job.config.seed, run.status) for job, run in opened.train(make_jobs(2))]
+    assert ended == [(0, outcome), (1, COMPLETED)]
+    tries = 2 if outcome is FAILED else 1
+    assert len(cluster.trained) == tries + 1
+    assert len(cluster.opened) == (1 if kept else tries + 1)
+
+
+def test_a_job_that_needs_a_larger_share_gets_it_though_others_hold_the_gpu(confirm: Build) -> None:
+    cluster, opened = confirm({1: [OUT_OF_MEMORY]}, share=0.5)
+    with opened:
+        ended = {job.config.seed: run.status for job, run in opened.train(make_jobs(4))}
+    assert ended == dict.fromkeys(range(4), COMPLETED)
+    assert [share for seed, share in cluster.trained if seed == 1] == [0.5, 1.0]
+    assert {share for seed, share in cluster.trained if seed != 1} == {0.5}
+
+
+def test_a_death_ends_what_is_idle_which_may_have_been_on_the_same_node(confirm: Build) -> None:
+    cluster, opened = confirm({9: [DIED]}, at_once=3)
+    with opened:
+        list(opened.train(make_jobs(3)))
+        idle = list(cluster.living)
+        [(_, run)] = opened.train([ConfirmJob(trial_ids=("a",), config=TrialConfig(seed=9))])
+        assert run.status is COMPLETED
+        assert not {*idle} & {*cluster.living}
+        assert len(cluster.living) == 1
+
+
+def test_closing_the_jobs_ends_those_that_run(confirm: Build) -> None:
+    cluster, opened = confirm({}, at_once=2)
+    with opened:
+        jobs = opened.train(make_jobs(5))
+        next(jobs)
+        assert len(cluster.living) == 2
+        jobs.close()
+        assert len(cluster.living) == 1  # the idle one
