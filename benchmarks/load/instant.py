@@ -27,7 +27,7 @@ parameters:
   lr: {low: 1.0e-4, high: 3.0e-2, log: true}
   batch_size: {low: 64, high: 128, power_of_two: true}
   init_scale: {low: 2^0, high: 2^24, power_of_two: true}
-  growth_interval: {low: 1, high: 2000, log: true}
+  growth_interval: {low: 0.02, high: 0.5, log: true, fraction_of_trial: true}
 fixed:
   precision: fp16
 """

@@ -203,10 +203,9 @@ from tune_amp.cli.console import leave
 
 if "search" in sys.argv:
     sys.modules["ray"] = types.ModuleType("ray")  # as after a search
-if "own" in sys.argv:
-    from tune_amp.trial.consent import consent_to
+from tune_amp.trial.consent import consent_to
 
-    consent_to("mine:net")
+consent_to("mnist", "simple_net", "mine:net" if "own" in sys.argv else "tpe")
 
 def end():
     time.sleep(0.2)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import DEFAULT_RESULTS_DIR
-from tune_amp.trial.config import InputError, TrialConfig, describe_error, one_line
+from tune_amp.trial.config import InputError, TrialConfig, describe_error, is_function_name, one_line
 from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_consented
 from tune_amp.trial.text import printable
 
@@ -72,7 +72,7 @@ def leave(code: int) -> NoReturn:
     That takes 1.1 s. What is registered for the end still runs, as in a process of ``multiprocessing``. It is not left
     out if the user's own code ran here: files that it did not close are written then.
     """
-    if "ray" not in sys.modules or list_consented():
+    if "ray" not in sys.modules or any(map(is_function_name, list_consented())):
         sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - waits for threads
     atexit._run_exitfuncs()  # noqa: SLF001
