@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LONG_PAGES = ("choosing-a-space", "own-model-and-data", "own-training", "trackers")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json", "--working-dir"}
-"""Of TensorBoard and MLflow, in the commands that show what they were told, and of Ray's that submits a job."""
+OTHERS_FLAGS = {"--logdir", "--backend-store-uri", "--runtime-env-json", "--working-dir", "--profile"}
+"""Of TensorBoard and MLflow, in the commands that show what they were told, of Ray's that submits a job, and of the
+benchmarks."""
 OTHER_PROGRAMS = "sh"
 """The language of blocks that test_dashboard.py tries: what they run is not on every machine."""
 FILE_NAME = re.compile(r"# (\w+\.(?:py|yaml))\n")

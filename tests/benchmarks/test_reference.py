@@ -65,8 +65,8 @@ def test_pages_quote_the_measured_tables_as_they_are() -> None:
     pages = "".join((ROOT / "docs" / name).read_text() for name in ("performance.md", "trust.md"))
     tables = re.findall(r"<!-- ([\w-]+\.md) -->", pages)
     assert len(tables) == len(set(tables))
-    expected = {"search-quality.md", "search-speed.md", "loop.md", "scale.md", "load.md", "telemetry.md"}
-    assert set(tables) == expected | {"extensions.md"}
+    expected = {"search-quality.md", "search-profile.md", "search-speed.md", "loop.md", "scale.md", "load.md"}
+    assert set(tables) == expected | {"telemetry.md", "extensions.md"}
     for name in tables:
         measured = set((REFERENCE / name).read_text().splitlines())
         [section] = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end -->", pages, re.DOTALL)
@@ -93,7 +93,7 @@ def test_readme_keeps_three_measured_answers() -> None:
 
     ratios = {tuple(row[:2]): row[6] for row in read_rows("search-speed.md")}
     assert [number for number in re.findall(r"\d+\.\d", ratios["bf16", "64"]) if number not in speed] == []
-    assert ratios["fp16", "16"].partition("x")[0] in speed
+    assert [number for number in re.findall(r"\d+\.\d", ratios["fp16", "64"]) if number not in speed] == []
 
     harmed = [row for row in read_rows("faults.md") if row[1].isdigit()]
     assert f"{sum(int(row[1]) for row in harmed)} deliberate faults" in faults
