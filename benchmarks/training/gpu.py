@@ -27,7 +27,6 @@ import torch
 
 from benchmarks.machine import describe_machine, describe_versions, machine_line
 from benchmarks.markdown import judge, render_table
-from benchmarks.spread import summarise
 from benchmarks.training.floor import take_again
 from benchmarks.training.gpu_checks import (
     compare_training,
@@ -40,7 +39,7 @@ from benchmarks.training.gpu_checks import (
 from benchmarks.training.gpu_lanes import measure_lanes
 from benchmarks.training.gpu_memory import build_memory_rows, measure_workspace
 from benchmarks.training.gpu_precisions import compare_precisions
-from benchmarks.training.gpu_rows import GpuRow, count_verdicts, render_row
+from benchmarks.training.gpu_rows import GpuRow, count_verdicts, render_row, summarise_row
 from benchmarks.training.gpu_tests import run_gpu_tests
 from benchmarks.training.gpu_turnover import measure_turnover
 from benchmarks.training.loop import LoopRow, measure_loop, render_loop, write_loop
@@ -390,15 +389,12 @@ def _measure_processes(part: str, suite: Suite, left: float) -> list[GpuRow]:
 
 
 def _summarise_share(part: str, rows: Sequence[ShareRow]) -> GpuRow:
-    first, spread = rows[0], summarise([row.samples_per_second for row in rows])
-    return GpuRow(
+    first = rows[0]
+    return summarise_row(
+        [row.samples_per_second for row in rows],
         part=part,
         subject=f"{first.model}, {first.precision}, batch {first.batch_size}, {first.trials} processes",
         quantity="images a second of all",
-        value=spread.median,
-        low=spread.low,
-        high=spread.high,
-        count=spread.count,
         unit="1/s",
         note="knee" if first.is_knee else "",
     )

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.spread import summarise
 from benchmarks.training.gpu_checks import MOST_LOSS_DIFFERENCE
-from benchmarks.training.gpu_rows import GpuRow
+from benchmarks.training.gpu_rows import GpuRow, summarise_row
 from benchmarks.training.loop_programs import LONG, train_until_captured, wait_for
 from tune_amp.training.cuda_graph import Capture
 from tune_amp.training.run import TrainingRun
@@ -104,19 +103,8 @@ def _measure_batch_size(
     rows = [_judge_agreement(f"{subject}, lanes {max(counts)}", losses)] if losses else []
     for count, values in sorted(rates.items()):
         if values:
-            spread = summarise(values)
-            rows.append(
-                GpuRow(
-                    part="lanes",
-                    subject=f"{subject}, lanes {count}",
-                    quantity="images a second of all",
-                    value=spread.median,
-                    low=spread.low,
-                    high=spread.high,
-                    count=spread.count,
-                    unit="1/s",
-                )
-            )
+            about = {"subject": f"{subject}, lanes {count}", "quantity": "images a second of all"}
+            rows.append(summarise_row(values, part="lanes", unit="1/s", **about))
     return rows
 
 

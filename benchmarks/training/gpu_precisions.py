@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
 from benchmarks.markdown import judge
-from benchmarks.spread import summarise
-from benchmarks.training.gpu_rows import GpuRow
+from benchmarks.training.gpu_rows import GpuRow, summarise_row
 from tune_amp.reuse.precision_verdicts import CLAIMED, CLAIMED_LOSS_POINTS, CLAIMED_MEMORY, CLAIMED_SPEED
 from tune_amp.training.cuda_graph import LEAST_STEPS, Capture
 from tune_amp.training.memory import release_memory
@@ -123,18 +123,14 @@ def build_rows(subject: str, outcomes: Mapping[str, Sequence[Outcome]]) -> list[
         ):
             if not values:
                 continue
-            spread = summarise(values)
-            is_judged = precision in CLAIMED
+            median, is_judged = statistics.median(values), precision in CLAIMED
             rows.append(
-                GpuRow(
+                summarise_row(
+                    values,
                     part="precisions",
                     subject=f"{subject}, {precision}",
                     quantity=quantity,
-                    value=spread.median,
-                    low=spread.low,
-                    high=spread.high,
-                    count=spread.count,
-                    verdict=judge(sign * spread.median >= sign * target) if is_judged else "",
+                    verdict=judge(sign * median >= sign * target) if is_judged else "",
                     note=f"claim: {'at least' if sign == 1 else 'at most'} {target:g}" if is_judged else "",
                 )
             )

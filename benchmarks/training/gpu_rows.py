@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from benchmarks.spread import summarise
 from tune_amp.trial.config import described
 
 
@@ -20,6 +22,12 @@ class GpuRow:
     unit: str = described("of the value", default="")
     verdict: str = described("met or missed, where there is a target; failed, where the part broke", default="")
     note: str = described("target, reason or error", default="")
+
+
+def summarise_row(values: Sequence[float], **about: Any) -> GpuRow:
+    """The row of a figure that was measured several times; ``about`` holds its other fields."""
+    spread = summarise(values)
+    return GpuRow(value=spread.median, low=spread.low, high=spread.high, count=spread.count, **about)
 
 
 def render_row(row: GpuRow) -> tuple[str, ...]:

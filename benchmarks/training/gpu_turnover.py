@@ -6,8 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 
-from benchmarks.spread import summarise
-from benchmarks.training.gpu_rows import GpuRow
+from benchmarks.training.gpu_rows import GpuRow, summarise_row
 from benchmarks.training.loop_programs import LONG, wait_for
 from tune_amp.training.cuda_graph import Capture, Step
 from tune_amp.training.memory import release_memory
@@ -49,19 +48,8 @@ def measure_turnover(
         gc.unfreeze()
     rows = []
     for (batch_size, phase), values in sorted(seconds.items(), key=lambda item: item[0][0]):
-        spread = summarise(values)
-        rows.append(
-            GpuRow(
-                part="turnover",
-                subject=f"simple_net, fp16, batch {batch_size}",
-                quantity=phase,
-                value=spread.median,
-                low=spread.low,
-                high=spread.high,
-                count=spread.count,
-                unit="s",
-            )
-        )
+        subject = f"simple_net, fp16, batch {batch_size}"
+        rows.append(summarise_row(values, part="turnover", subject=subject, quantity=phase, unit="s"))
     return rows
 
 
