@@ -62,6 +62,12 @@ def test_largest_has_what_the_space_fixes_and_defaults_for_the_rest(make_space: 
     assert (found.batch_size, found.precision, found.optimizer) == (32, "bf16", TrialConfig().optimizer)
 
 
+def test_largest_trains_the_users_own_task_with_its_parameters(make_space: MakeSpace) -> None:
+    space = make_space("parameters: {lr: {low: 0.1, high: 1.0}}\nown: {hidden: {choices: [8, 64]}}\n")
+    found = find_largest(space, task="mine:Task", dataset="mine:Task", own=space.own_defaults)
+    assert (found.task, set(found.own)) == ("mine:Task", {"hidden"})
+
+
 def test_conditional_parameter_may_have_its_default_too(make_space: MakeSpace) -> None:
     text = "parameters:\n  precision: {choices: [fp16, bf16]}\n  optimizer: {choices: [sgd], when: {precision: fp16}}\n"
     assert list_possible(make_space(text), "optimizer") == ["sgd", "adam"]

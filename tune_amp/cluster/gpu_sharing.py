@@ -87,20 +87,21 @@ class SharedGpu:
     """Explanation for the user, to follow a colon."""
 
 
-def find_largest(space: "SearchSpace", *, model: str, dataset: str, max_epochs: int, seed: int) -> TrialConfig:
+def find_largest(space: "SearchSpace", **shared: Any) -> TrialConfig:
     """Return a configuration that needs at least as much memory as any that ``space`` suggests.
 
     It combines the largest batch with the precision and the optimizer that take most memory. If conditions of the space
     exclude this combination, every trial is smaller.
+
+    Args:
+        space: what is searched.
+        shared: ``TrialConfig`` fields that all trials have in common, the user's own task among them.
     """
     sizes = list_possible(space, "batch_size")
     sizes += [bound for bound in space.bounds("batch_size") or () if bound not in sizes]
     precisions, optimizers = list_possible(space, "precision"), list_possible(space, "optimizer")
     return TrialConfig(
-        model=model,
-        dataset=dataset,
-        max_epochs=max_epochs,
-        seed=seed,
+        **shared,
         batch_size=int(max(sizes)),
         precision=min(precisions, key=PRECISIONS_BY_MEMORY.index),
         optimizer=next((name for name in OPTIMIZERS_BY_MEMORY if name in optimizers), optimizers[0]),

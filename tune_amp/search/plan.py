@@ -101,9 +101,7 @@ def plan_resources(
     measure = None
     is_resident = dataset is not None and len(dataset.train) > 0 and not isinstance(dataset.train, StreamedSplit)
     if space is not None and dataset is not None and is_resident:
-        largest = find_largest(
-            space, model=options.model, dataset=dataset.name, max_epochs=options.max_epochs, seed=options.seed
-        )
+        largest = find_largest(space, own=space.own_defaults, **list_shared(dataset, options))
         measure = functools.partial(
             measure_with_ray,
             largest,
