@@ -147,12 +147,12 @@ class ConfirmSlots:
                     yield attempt.job, attempt.conclude(run)
 
     def _start(self, attempt: Attempt, starts: Queue | None) -> None:
-        fitting = next((worker for worker in self._idle if worker.share == attempt.share), None)
-        if fitting is not None:
-            self._idle.remove(fitting)
-        else:
+        worker = next((worker for worker in self._idle if worker.share == attempt.share), None)
+        if worker is None:
             self._end_idle()  # they may hold what the new one needs
-        worker = fitting or self._open_worker(attempt.share)
+            worker = self._open_worker(attempt.share)
+        else:
+            self._idle.remove(worker)
         name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
         reference = worker.actor.train.options(name=name).remote(attempt.job, starts)
         self._running[reference] = attempt, worker
