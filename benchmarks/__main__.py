@@ -244,7 +244,7 @@ def measure_effects(arguments: argparse.Namespace) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m benchmarks", description="Measure tune_amp itself.", allow_abbrev=False)
+    parser = OneLineParser("python -m benchmarks", "Measure tune_amp itself.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
 
     _add_search(commands)

@@ -21,11 +21,9 @@ from tune_amp.reuse.precision_runs import (
     ComparisonPlan,
     choose_arms,
     compare_runs,
-    cpu_threads,
     fit_epochs,
     fresh_seeds,
     in_precision,
-    list_runs,
     measure_map,
     plan_comparison,
     train_arm,
@@ -102,27 +100,27 @@ def test_seeds_are_not_the_one_that_chose_the_configuration() -> None:
 
 
 def test_order_is_shuffled_within_each_seed() -> None:
-    runs = list_runs(PRECISIONS, range(20))
+    runs = make_plan(make_config(), tuple(range(20))).runs
     orders = [[precision for seed, precision in runs if seed == wanted] for wanted in range(20)]
-    assert [seed for seed, _ in runs] == [seed for seed in range(20) for _ in PRECISIONS]
-    assert all(sorted(order) == sorted(PRECISIONS) for order in orders)
-    assert {order[0] for order in orders} == set(PRECISIONS)
-    assert runs == list_runs(PRECISIONS, range(20))
+    assert [seed for seed, _ in runs] == [seed for seed in range(20) for _ in range(3)]
+    assert all(sorted(order) == ["bf16", "fp16", "fp32"] for order in orders)
+    assert {order[0] for order in orders} == {"bf16", "fp16", "fp32"}
+    assert runs == make_plan(make_config(), tuple(range(20))).runs
 
 
 # ---- how long it takes ----
 
 
 @pytest.mark.parametrize(("fp32", "bf16", "fp16", "wanted", "budget", "expected"), [
-    (1.0, 1.0, 1.0, 8, 1000.0, (8, ())),
-    (1.0, 1.0, 1.0, 8, 45.0, (5, ())),
-    (1.0, 1.0, 4.0, 8, 36.0, (2, ())),
-    (1.0, 1.0, 4.1, 8, 36.0, (6, ("fp16",))),  # not even two epochs of all: the slowest goes, the others gain
-    (9.0, 8.0, 4.0, 8, 36.0, (2, ("bf16",))),  # a comparison of two is always made
-    (99.0, 1.0, 2.0, 8, 36.0, (2, ("fp16",))),  # fp32 never goes
+    (1.0, 1.0, 1.0, 8, 1000.0, (8, [])),
+    (1.0, 1.0, 1.0, 8, 45.0, (5, [])),
+    (1.0, 1.0, 4.0, 8, 36.0, (2, [])),
+    (1.0, 1.0, 4.1, 8, 36.0, (6, ["fp16"])),  # not even two epochs of all: the slowest goes, the others gain
+    (9.0, 8.0, 4.0, 8, 36.0, (2, ["bf16"])),  # a comparison of two is always made
+    (99.0, 1.0, 2.0, 8, 36.0, (2, ["fp16"])),  # fp32 never goes
 ])  # fmt: skip
 def test_epochs_are_fitted_to_the_budget(
-    fp32: float, bf16: float, fp16: float, wanted: int, budget: float, expected: tuple[int, tuple[str, ...]]
+    fp32: float, bf16: float, fp16: float, wanted: int, budget: float, expected: tuple[int, list[str]]
 ) -> None:
     seconds = {"fp32": fp32, "bf16": bf16, "fp16": fp16}
     assert fit_epochs(seconds, seeds=3, wanted=wanted, budget=budget) == expected
@@ -232,21 +230,15 @@ def test_a_run_that_fails_is_a_row(
     assert runs[0].error.startswith(raised.split("(", maxsplit=1)[0].removeprefix("torch."))
 
 
-def test_threads_are_put_back() -> None:
-    before = torch.get_num_threads()
-    with cpu_threads(2):
-        assert torch.get_num_threads() == 2
-    assert torch.get_num_threads() == before
-
-
 # ---- the map ----
 
 
 def test_map_times_every_precision_in_every_cell(dataset: Dataset, write_module: Callable[[str], str]) -> None:
     config = make_config(curriculum="linear", class_weighting="balanced")
     mine = f"{write_module(WATCHED_MODEL)}:net"
-    axes = {"models": ("simple_net", mine), "batch_sizes": (16, 120), "precisions": ("fp32", "fp16")}
-    cells = [cell for row in measure_map(config, dataset, CPU, **axes, turn_seconds=0.001) for cell in row]  # type: ignore[arg-type]
+    arms = choose_arms(config, ("fp16",), CPU)
+    found = measure_map(arms, dataset, CPU, ("simple_net", mine), (16, 120), turn_seconds=0.001)
+    cells = [cell for row in found for cell in row]
     assert [(cell.model, cell.batch_size, cell.precision) for cell in cells] == [
         (model, size, precision)
         for model in ("simple_net", mine)
@@ -258,8 +250,8 @@ def test_map_times_every_precision_in_every_cell(dataset: Dataset, write_module:
 
 def test_a_cell_that_would_take_too_long_says_so(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_amp.reuse.precision_runs, "LONGEST_CELL_SECONDS", 0.0)
-    axes = {"models": ("simple_net",), "batch_sizes": (16,), "precisions": ("fp32",)}
-    [[cell]] = measure_map(make_config(), dataset, CPU, **axes, turn_seconds=0.001)  # type: ignore[arg-type]
+    arms = choose_arms(make_config(), (), CPU)
+    [[cell]] = measure_map(arms, dataset, CPU, ("simple_net",), (16,), turn_seconds=0.001)
     assert cell.turn_rates == ()
     assert cell.reason.startswith("skipped: 9 steps would take about ")
 
@@ -271,8 +263,8 @@ def test_a_model_that_fails_leaves_the_other_precisions_their_cell(
         "return self.layer(", "assert not torch.is_autocast_enabled('cpu')\n        return self.layer("
     )
     name = write_module("import torch\n" + text)
-    axes = {"models": (f"{name}:net",), "batch_sizes": (16,), "precisions": ("fp32", "bf16")}
-    [[fp32, bf16]] = measure_map(make_config(), dataset, CPU, **axes, turn_seconds=0.001)  # type: ignore[arg-type]
+    arms = choose_arms(make_config(), ("bf16",), CPU)
+    [[fp32, bf16]] = measure_map(arms, dataset, CPU, (f"{name}:net",), (16,), turn_seconds=0.001)
     assert len(fp32.turn_rates) == TURNS
     assert (bf16.turn_rates, bf16.reason[:14]) == ((), "not available:")
 
@@ -310,7 +302,7 @@ def test_files_hold_the_rows_and_where_they_come_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["compare.parquet", "compare_map.parquet", "compare.md"])
 def test_file_that_was_put_there_before_the_first_was_written_is_left_alone(name: str, tmp_path: Path) -> None:
     unused: Any = None
-    names = ("config", "arms", "max_epochs", "models", "batch_sizes", "dataset", "device", "console")
+    names = ("arms", "max_epochs", "models", "batch_sizes", "dataset", "device", "console")
     comparison = Comparison(**dict.fromkeys(names, unused), origin=ORIGIN, folder=tmp_path)
     comparison.runs.append(ComparedRun(precision="fp32", seed=2, place=1, status=TrialStatus.DIVERGED, error="x"))
     (tmp_path / name).write_text("mine")
@@ -345,8 +337,8 @@ def test_gpu_measures_the_memory_of_every_precision(mnist: Dataset) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_map_charges_no_precision_for_the_others(mnist: Dataset) -> None:
-    axes = {"models": ("conv_net",), "batch_sizes": (512,)}
-    device, config = torch.device("cuda"), TrialConfig()
-    [together] = measure_map(config, mnist, device, **axes, precisions=("fp32", "bf16"), turn_seconds=0.1)  # type: ignore[arg-type]
-    [alone] = measure_map(config, mnist, device, **axes, precisions=("bf16",), turn_seconds=0.1)  # type: ignore[arg-type]
+    device = torch.device("cuda")
+    arms = choose_arms(TrialConfig(), ("bf16",), device)
+    [together] = measure_map(arms, mnist, device, ("conv_net",), (512,), turn_seconds=0.1)
+    [alone] = measure_map({"bf16": arms["bf16"]}, mnist, device, ("conv_net",), (512,), turn_seconds=0.1)
     assert together[1].peak_memory_bytes == pytest.approx(alone[0].peak_memory_bytes, rel=0.05)

@@ -44,8 +44,6 @@ BUSY_SHARE = 0.25
 class Comparison:
     """A comparison in progress. Its files hold everything measured so far."""
 
-    config: TrialConfig
-    """The chosen configuration."""
     arms: Mapping[str, TrialConfig]
     """From ``choose_arms``."""
     max_epochs: int | None
@@ -84,18 +82,18 @@ class Comparison:
         origin = self.origin
         say(self.console, f"rank {origin.rank} of {origin.run} on {origin.place}: {describe_settings(origin)}")
         say(self.console, "validation accuracy decides; the test set is not read")
-        for precision, reason in origin.left_out.items():
-            self._warn(f"left out: {precision}: {reason}")
-        for notice in (*origin.notices, *([CPU_MEANING] if self.device.type == "cpu" else [])):
-            self._warn(f"note: {notice}")
+        meaning = [CPU_MEANING] if self.device.type == "cpu" else []
+        self._print_notes(origin.left_out, (*origin.notices, *meaning))
 
-    def _warn(self, line: str) -> None:
-        say(self.console, line, style="yellow")
+    def _print_notes(self, left_out: Mapping[str, str], notices: Sequence[str], hint: str = "") -> None:
+        lines = [f"left out: {precision}: {reason}{hint}" for precision, reason in left_out.items()]
+        for line in [*lines, *(f"note: {notice}" for notice in notices)]:
+            say(self.console, line, style="yellow")
 
     def _plan(self) -> ComparisonPlan:
         origin = self.origin
         plan = plan_comparison(self.arms, self.dataset, self.device, seeds=origin.seeds, max_epochs=self.max_epochs)
-        notices = [] if self.max_epochs else _explain_epochs(plan, self.config)
+        notices = [] if self.max_epochs else _explain_epochs(plan.epochs, self.arms[BASELINE].max_epochs)
         self.origin = dataclasses.replace(
             origin,
             precisions=tuple(plan.arms),
@@ -103,10 +101,7 @@ class Comparison:
             left_out={**origin.left_out, **plan.left_out},
             notices=(*origin.notices, *notices),
         )
-        for precision, reason in plan.left_out.items():
-            self._warn(f"left out: {precision}: {reason}; --max-epochs measures it all the same")
-        for notice in notices:
-            self._warn(f"note: {notice}")
+        self._print_notes(plan.left_out, notices, "; --max-epochs measures it all the same")
         text = f"{len(plan.runs)} runs of {plan.epochs} epochs, one at a time: about {_clock(plan.seconds)}"
         if self.models:
             cells = len(self.models) * len(self.batch_sizes)
@@ -124,13 +119,7 @@ class Comparison:
 
     def _measure_map(self) -> None:
         for cells in measure_map(
-            self.config,
-            self.dataset,
-            self.device,
-            models=self.models,
-            batch_sizes=self.batch_sizes,
-            precisions=tuple(self.arms),
-            turn_seconds=TURN_SECONDS,
+            self.arms, self.dataset, self.device, self.models, self.batch_sizes, turn_seconds=TURN_SECONDS
         ):
             self.cells += cells
             self._write()
@@ -147,8 +136,8 @@ class Comparison:
         if not self.runs:
             return
         page = self._write()  # again: an interruption may have come between a run and its file
-        names = ", ".join(sorted(path.name for path in self.folder.iterdir()))
         print_page(self.console, page)
+        names = ", ".join(sorted(path.name for path in self.folder.iterdir()))
         say(self.console, f"files    {self.folder}: {names}")
 
 
@@ -222,14 +211,12 @@ def describe_cells(cells: Sequence[MapCell]) -> str:
     return f"map  {cells[0].model}  batch {cells[0].batch_size}  {', '.join(rates)}"
 
 
-def _explain_epochs(plan: ComparisonPlan, config: TrialConfig) -> list[str]:
+def _explain_epochs(epochs: int, wanted: int) -> list[str]:
     """Return why the runs differ in length from the trial."""
-    if plan.epochs == config.max_epochs:
-        return []
-    if plan.epochs > config.max_epochs:
-        return [f"{plan.epochs} epochs instead of {config.max_epochs}: the first of a run is not timed"]
-    limit = f"all {config.max_epochs} would take longer than {_clock(BUDGET_SECONDS)}; --max-epochs measures them"
-    return [f"{plan.epochs} epochs a run: {limit}"]
+    if epochs > wanted:
+        return [f"{epochs} epochs instead of {wanted}: the first of a run is not timed"]
+    limit = f"all {wanted} would take longer than {_clock(BUDGET_SECONDS)}; --max-epochs measures them"
+    return [f"{epochs} epochs a run: {limit}"] if epochs < wanted else []
 
 
 def _clock(seconds: float) -> str:

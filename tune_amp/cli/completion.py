@@ -36,8 +36,8 @@ def completion_command(
 ) -> int:
     """Print the script of the completion; ``commands`` are the functions of all commands by name."""
     OneLineParser(
-        prog=program,
-        description='Print the shell completion of tune-amp: eval "$(tune-amp completion)" in .bashrc, or in .zshrc '
+        program,
+        'Print the shell completion of tune-amp: eval "$(tune-amp completion)" in .bashrc, or in .zshrc '
         "after `autoload -U bashcompinit && bashcompinit`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(arguments)

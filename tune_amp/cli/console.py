@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
@@ -37,6 +37,9 @@ EXIT_DONE, EXIT_NO_RESULT, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like those of all other bad input, not a page of usage."""
+
+    def __init__(self, prog: str, description: str | None = None, **more: Any) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         """Raise the parser's message as InputError."""

@@ -22,11 +22,7 @@ def read_dashboard() -> str:
 
 
 def _grafana_parser(program: str) -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog=program,
-        description="The Grafana dashboard of a search's metrics, as JSON that Grafana imports.",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(program, "The Grafana dashboard of a search's metrics, as JSON that Grafana imports.")
     parser.add_argument("file", metavar="FILE", nargs="?", type=read_path, help="where to write it (standard output)")
     return parser
 

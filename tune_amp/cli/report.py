@@ -21,9 +21,7 @@ def report_command(arguments: Sequence[str] | None = None, program: str = "scrip
 
 def _report_parser(program: str) -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog=program,
-        description="Make the report of a run from its Parquet files: one HTML file that needs no network.",
-        allow_abbrev=False,
+        program, "Make the report of a run from its Parquet files: one HTML file that needs no network."
     )
     add_run_argument(parser, "run", "name or folder of the run, or a file in it")
     parser.add_argument("--output", type=read_path, metavar="FILE", help="where to write it (report.html in RUN)")

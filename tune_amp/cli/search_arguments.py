@@ -24,12 +24,8 @@ OTHER_FLAGS = "how it is searched"
 
 def search_parser(program: str) -> argparse.ArgumentParser:
     """Return the parser of the arguments; its help names ``program``."""
-    parser = OneLineParser(
-        prog=program,
-        usage="%(prog)s [SPACE] [flags]",
-        description="Search for the settings under which mixed-precision training works best.",
-        allow_abbrev=False,
-    )
+    text = "Search for the settings under which mixed-precision training works best."
+    parser = OneLineParser(program, text, usage="%(prog)s [SPACE] [flags]")
     text = f"YAML file, or a bundled space's name ({DEFAULT_SPACE})"
     parser.add_argument("space", help=text, nargs="?", type=read_place, metavar="SPACE")
     groups = {title: parser.add_argument_group(title) for title in GROUPS}

@@ -32,11 +32,7 @@ def show_command(arguments: Sequence[str] | None = None, program: str = "tune-am
 
 
 def _show_parser(program: str) -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog=program,
-        description="Print a run again, finished or not, from its Parquet files alone.",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(program, "Print a run again, finished or not, from its Parquet files alone.")
     add = parser.add_argument
     add_run_argument(parser, "run", "name or folder of the run, or a file in it")
     add("--top-k", type=int, metavar="N", help="how many of the best to show (as many as the search ranked)")

@@ -68,9 +68,7 @@ def train_command(arguments: Sequence[str] | None = None, program: str = "script
 
 def _train_parser(program: str) -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog=program,
-        description="Train a configuration that a search found on the whole training set, and test it once.",
-        allow_abbrev=False,
+        program, "Train a configuration that a search found on the whole training set, and test it once."
     )
     add_winner_arguments(parser, saved="what is saved (train-...")
     add = parser.add_argument

@@ -5,7 +5,7 @@ The page is made from the rows of the Parquet files and their metadata alone.
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -21,13 +21,13 @@ from tune_amp.reuse.precision_verdicts import (
     ComparedRun,
     ComparisonOrigin,
     MapCell,
-    RatioInterval,
+    MapRatio,
     judge_claims,
     map_ratio,
     memory_ratio,
     summarise_arm,
 )
-from tune_amp.trial.config import TrialConfig, TrialStatus, code_span, list_settings
+from tune_amp.trial.config import SCALER_DEFAULTS, TrialConfig, TrialStatus, code_span, list_settings
 
 CPU_MEANING = (
     "On a CPU the arithmetic of bf16 and fp16 and the loss scaling are real, so that the accuracies count; the speed "
@@ -62,7 +62,7 @@ def write_comparison(
 
 def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cells: Sequence[MapCell] = ()) -> str:
     """Return the whole page as Markdown, from ``templates/compare.md``."""
-    arms = [summarise_arm(runs, precision) for precision in _list_measured(origin, runs)]
+    arms = [arm for arm in (summarise_arm(runs, precision) for precision in origin.precisions) if arm.runs]
     return render_markdown(
         "compare.md",
         origin=origin,
@@ -70,7 +70,7 @@ def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cel
         runs=runs,
         cpu_meaning=CPU_MEANING,
         speed=_render_speed(arms),
-        data_bytes=_megabytes(origin.data_bytes),
+        data_bytes=MEGABYTES(origin.data_bytes / 1e6),
         accuracy=_render_accuracy(arms),
         margin=MARGIN_POINTS,
         by_seed=_render_seeds(origin, arms, runs),
@@ -82,8 +82,7 @@ def render_comparison(origin: ComparisonOrigin, runs: Sequence[ComparedRun], cel
 
 def describe_settings(origin: ComparisonOrigin) -> str:
     """Return the trained settings in one line, without precision and its scaler settings, which differ between runs."""
-    apart = {"precision", "seed", "max_epochs", "model", "dataset", *origin.scaler, "init_scale", "growth_interval"}
-    apart |= {"growth_factor", "backoff_factor"}
+    apart = {"precision", "seed", "max_epochs", "model", "dataset", *SCALER_DEFAULTS}
     settings = list_settings(TrialConfig(**origin.config))
     shared = format_settings({name: value for name, value in settings.items() if name not in apart})
     subject = f"{origin.config['model']} on {origin.dataset}: {shared}"
@@ -91,93 +90,79 @@ def describe_settings(origin: ComparisonOrigin) -> str:
 
 
 def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
-    """Return a Markdown table whose columns are also aligned in a terminal.
+    """Return a Markdown table whose columns also line up in a terminal.
 
     Args:
         titles: titles of the columns.
         rows: cells, which must not contain a bar, since it would begin the next cell.
         texts: indices of the left-aligned columns; the others are numbers and right-aligned.
     """
-    widths = [max(3, *(len(row[column]) for row in [titles, *rows])) for column in range(len(titles))]
-    ruler = ["-" * width if column in texts else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    lines = [
-        [
-            cell.ljust(widths[column]) if column in texts else cell.rjust(widths[column])
-            for column, cell in enumerate(row)
-        ]
-        for row in [titles, ruler, *rows]
-    ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    columns = []
+    for place, column in enumerate(zip(titles, *rows, strict=True)):
+        width = max(3, *map(len, column))
+        ruler = "-" * width if place in texts else "-" * (width - 1) + ":"
+        columns.append([f"{cell:{'<' if place in texts else '>'}{width}}" for cell in (column[0], ruler, *column[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
-def _list_measured(origin: ComparisonOrigin, runs: Sequence[ComparedRun]) -> list[str]:
-    measured = {run.precision for run in runs}
-    return [precision for precision in origin.precisions if precision in measured]
+def _cell(form: Callable[..., str], value: object) -> str:
+    return "" if value is None else form(value)
+
+
+RATE = "{:,.0f}".format
+RATIO = "{0.ratio:.2f} ({0.low:.2f} to {0.high:.2f})".format
+MEGABYTES = "{:,.1f} MB".format
+INTERVAL = "{0.mean:.2f} ({0.low:.2f} to {0.high:.2f})".format
+DIFFERENCE = "{0.mean:+.2f} ({0.low:+.2f} to {0.high:+.2f})".format
 
 
 def _render_speed(arms: Sequence[ArmSummary]) -> str:
-    titles = ("precision", "epoch", "images/s", "speed / fp32", "peak memory", "memory / fp32")
-    return render_table(titles, [_speed_cells(arm) for arm in arms])
-
-
-def _speed_cells(arm: ArmSummary) -> tuple[str, ...]:
-    return (
-        arm.precision,
-        "" if arm.epoch_seconds is None else f"{arm.epoch_seconds:.3g} s",
-        "" if arm.samples_per_second is None else f"{arm.samples_per_second:,.0f}",
-        _show_ratio(arm.speed),
-        "" if arm.peak_memory_bytes is None else _megabytes(arm.peak_memory_bytes),
-        _show_ratio(arm.memory),
-    )
-
-
-def _show_ratio(ratio: RatioInterval | None) -> str:
-    return "" if ratio is None else f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    rows = [
+        (
+            arm.precision,
+            _cell("{:.3g} s".format, arm.epoch_seconds),
+            _cell(RATE, arm.samples_per_second),
+            _cell(RATIO, arm.speed),
+            _cell(MEGABYTES, arm.peak_memory_bytes and arm.peak_memory_bytes / 1e6),
+            _cell(RATIO, arm.memory),
+        )
+        for arm in arms
+    ]
+    return render_table(("precision", "epoch", "images/s", "speed / fp32", "peak memory", "memory / fp32"), rows)
 
 
 def _render_accuracy(arms: Sequence[ArmSummary]) -> str:
+    rows = [
+        (
+            arm.precision,
+            _cell(INTERVAL, arm.accuracy),
+            _cell(DIFFERENCE, arm.difference and arm.difference.difference),
+            _cell(describe_equivalence, arm.difference),
+            _cell("{0.smallest_effect:.2f}".format, arm.difference),
+            f"{arm.completed} of {arm.runs}",
+        )
+        for arm in arms
+    ]
     within = f"within {MARGIN_POINTS} points"
     titles = ("precision", "accuracy, %", "minus fp32, points", within, "could have seen", "completed")
-    return render_table(titles, [_accuracy_cells(arm) for arm in arms])
-
-
-def _accuracy_cells(arm: ArmSummary) -> tuple[str, ...]:
-    mean, gap = arm.accuracy, arm.difference
-    return (
-        arm.precision,
-        "" if mean is None else f"{mean.mean:.2f} ({mean.low:.2f} to {mean.high:.2f})",
-        "" if gap is None else f"{gap.difference.mean:+.2f} ({gap.difference.low:+.2f} to {gap.difference.high:+.2f})",
-        "" if gap is None else describe_equivalence(gap),
-        "" if gap is None else f"{gap.smallest_effect:.2f}",
-        f"{arm.completed} of {arm.runs}",
-    )
+    return render_table(titles, rows)
 
 
 def describe_equivalence(gap: Equivalence) -> str:
     """Return ``yes``, ``no`` if the difference is shown to be beyond the margin, else ``undecided``."""
-    if gap.equivalent:
-        return "yes"
     beyond = gap.difference.low > gap.margin or gap.difference.high < -gap.margin
-    return "no" if beyond else "undecided"
+    return "yes" if gap.equivalent else "no" if beyond else "undecided"
 
 
 def _render_seeds(origin: ComparisonOrigin, arms: Sequence[ArmSummary], runs: Sequence[ComparedRun]) -> str:
-    by_place = {(run.seed, run.precision): run for run in runs}
-    rows = [
-        [str(seed), *(_show_run(by_place.get((seed, arm.precision))) for arm in arms)]
-        for seed in origin.seeds
-        if any((seed, arm.precision) in by_place for arm in arms)
-    ]
-    return render_table(["accuracy, % by seed", *(arm.precision for arm in arms)], rows)
+    shown = {(run.seed, run.precision): _show_run(run) for run in runs}
+    table = [[str(seed), *(shown.get((seed, arm.precision), "") for arm in arms)] for seed in origin.seeds]
+    return render_table(
+        ["accuracy, % by seed", *(arm.precision for arm in arms)], [row for row in table if any(row[1:])]
+    )
 
 
-def _show_run(run: ComparedRun | None) -> str:
-    if run is None:
-        return ""
+def _show_run(run: ComparedRun) -> str:
     if run.status is not TrialStatus.COMPLETED or run.val_accuracy is None:
         return str(run.status)
     return f"{100 * run.val_accuracy:.2f}"
@@ -186,47 +171,41 @@ def _show_run(run: ComparedRun | None) -> str:
 # ---- the map ----
 
 
-def _render_map(cells: Sequence[MapCell]) -> str:
-    titles = ("model", "batch", "precision", "images/s", "speed / fp32", "memory / fp32", "")
-    rows = [_map_cells(cell, baseline) for cell, baseline in _pair_cells(cells)]
-    return render_table(titles, rows, texts=(0, 2, 6))
-
-
-def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, MapCell]]:
-    """Return each cell with the fp32 cell of its model and batch size."""
+def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, MapRatio | None, float | None]]:
+    """Return each cell with its speed and memory relative to the fp32 cell of its model and batch size."""
     baselines = {(cell.model, cell.batch_size): cell for cell in cells if cell.precision == BASELINE}
-    return [(cell, baselines[cell.model, cell.batch_size]) for cell in cells]
+    pairs = [(cell, baselines[cell.model, cell.batch_size]) for cell in cells]
+    return [(cell, map_ratio(cell, baseline), memory_ratio(cell, baseline)) for cell, baseline in pairs]
 
 
-def _map_cells(cell: MapCell, baseline: MapCell) -> tuple[str, ...]:
-    head = (cell.model, str(cell.batch_size), cell.precision)
-    if cell.reason:
-        return (*head, "", "", "", code_span(cell.reason.replace("|", "/")))
-    rate = f"{statistics.median(cell.turn_rates):,.0f}"
-    ratio = map_ratio(cell, baseline)
-    if cell is baseline or ratio is None:
-        return (*head, rate, "", "", "")
-    compared = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-    memory = memory_ratio(cell, baseline)
-    return (*head, rate, compared, "" if memory is None else f"{memory:.2f}", ratio.word)
+def _render_map(cells: Sequence[MapCell]) -> str:
+    rows = []
+    for cell, ratio, memory in _pair_cells(cells):
+        compared = ["", "", ""]
+        if cell.reason:
+            compared[2] = code_span(cell.reason.replace("|", "/"))
+        elif ratio is not None and cell.precision != BASELINE:
+            speed = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+            compared = [speed, _cell("{:.2f}".format, memory), ratio.word]
+        rate = f"{statistics.median(cell.turn_rates):,.0f}" if cell.turn_rates else ""
+        rows.append([cell.model, str(cell.batch_size), cell.precision, rate, *compared])
+    titles = ("model", "batch", "precision", "images/s", "speed / fp32", "memory / fp32", "")
+    return render_table(titles, rows, texts=(0, 2, 6))
 
 
 def _sum_up_map(cells: Sequence[MapCell]) -> dict[str, str]:
     """Return, for each precision, where it is faster and needs less memory than fp32, and where not."""
-    pairs = [pair for pair in _pair_cells(cells) if pair[0].precision != BASELINE]
-    precisions = dict.fromkeys(cell.precision for cell, _ in pairs)
-    return {
-        precision: _list_places([pair for pair in pairs if pair[0].precision == precision]) for precision in precisions
-    }
-
-
-def _list_places(pairs: Sequence[tuple[MapCell, MapCell]]) -> str:
     words = ("faster", "no difference", "slower", "less memory", "no less memory", "not measured")
-    places: dict[str, list[str]] = {word: [] for word in words}
-    for cell, baseline in pairs:
-        ratio, memory = map_ratio(cell, baseline), memory_ratio(cell, baseline)
+    places: dict[str, dict[str, list[str]]] = {}
+    for cell, ratio, memory in _pair_cells(cells):
+        if cell.precision == BASELINE:
+            continue
+        found = places.setdefault(cell.precision, {word: [] for word in words})
         name = f"{cell.model} at {cell.batch_size}"
-        places["not measured" if ratio is None else ratio.word].append(name)
+        found["not measured" if ratio is None else ratio.word].append(name)
         if memory is not None:
-            places["less memory" if memory < 1 else "no less memory"].append(name)
-    return "; ".join(f"{word}: {', '.join(names)}" for word, names in places.items() if names)
+            found["less memory" if memory < 1 else "no less memory"].append(name)
+    return {
+        precision: "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
+        for precision, found in places.items()
+    }

@@ -4,6 +4,7 @@ Runs have the device to themselves, one after the other. Their order is shuffled
 machine affect all precisions. The test set is not read: choices see validation only.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tune_amp.cluster.cpus import count_cpus
 from tune_amp.reuse.precision_verdicts import BASELINE, LEAST_SEEDS, ComparedRun, MapCell
 from tune_amp.training.cuda_graph import WARM_UP_STEPS
 from tune_amp.training.data import Dataset, Split
@@ -61,8 +61,10 @@ class ComparisonPlan:
 
     @property
     def runs(self) -> list[tuple[int, str]]:
-        """Seed and precision of each run."""
-        return list_runs(list(self.arms), self.seeds)
+        """Seed and precision: seed by seed, so that an early end leaves pairs; shuffled within each seed."""
+        names = [*self.arms]
+        orders = {seed: random.Random(seed).sample(names, len(names)) for seed in self.seeds}  # noqa: S311 - no secret
+        return [(seed, precision) for seed, order in orders.items() for precision in order]
 
 
 # ---- what is compared ----
@@ -86,27 +88,10 @@ def in_precision(config: TrialConfig, precision: str) -> TrialConfig:
     return dataclasses.replace(config, precision=precision, **scaler)  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on the CPU with ``count`` threads within the context, but no more than there are CPUs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(count, count_cpus()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def fresh_seeds(config: TrialConfig, count: int) -> tuple[int, ...]:
     """Return seeds after the trial's own. That one selected this configuration, and so would favour its precision."""
     assert count >= LEAST_SEEDS
     return tuple((config.seed + number) % 2**63 for number in range(1, count + 1))
-
-
-def list_runs(precisions: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str]]:
-    """Return seed and precision of each run: seed by seed, so that an early end leaves pairs; shuffled within each."""
-    orders = {seed: random.Random(seed).sample([*precisions], len(precisions)) for seed in seeds}  # noqa: S311 - no secret
-    return [(seed, precision) for seed, order in orders.items() for precision in order]
 
 
 # ---- how long it takes ----
@@ -131,22 +116,25 @@ def plan_comparison(
         max_epochs: number of epochs; None for the configuration's own, as far as ``budget`` allows.
         budget: seconds for all runs together, if ``max_epochs`` is None.
     """
-    epoch_seconds = {precision: _warm_up_or_not(config, dataset, device) for precision, config in arms.items()}
-    left_out: dict[str, str] = {}
-    if max_epochs is None:
+    epoch_seconds = dict.fromkeys(arms, 0.0)
+    for precision, config in arms.items():
+        with contextlib.suppress(Exception):  # out of memory, or a user's model: its runs fail soon, and record why
+            epoch_seconds[precision] = warm_up(config, dataset, device)
+    epochs, too_slow = max_epochs, list[str]()
+    if epochs is None:
         wanted = max(LEAST_EPOCHS, arms[BASELINE].max_epochs)
         epochs, too_slow = fit_epochs(epoch_seconds, seeds=len(seeds), wanted=wanted, budget=budget)
-        left_out = {name: f"an epoch would take about {epoch_seconds[name]:,.0f} s" for name in too_slow}
-    else:
-        epochs = max_epochs
-    kept = {precision: config for precision, config in arms.items() if precision not in left_out}
-    seconds = len(seeds) * epochs * sum(epoch_seconds[precision] for precision in kept)
-    return ComparisonPlan(arms=kept, left_out=left_out, seeds=tuple(seeds), epochs=epochs, seconds=seconds)
+    kept = {precision: config for precision, config in arms.items() if precision not in too_slow}
+    return ComparisonPlan(
+        arms=kept,
+        left_out={name: f"an epoch would take about {epoch_seconds[name]:,.0f} s" for name in too_slow},
+        seeds=tuple(seeds),
+        epochs=epochs,
+        seconds=len(seeds) * epochs * sum(epoch_seconds[precision] for precision in kept),
+    )
 
 
-def fit_epochs(
-    epoch_seconds: Mapping[str, float], *, seeds: int, wanted: int, budget: float
-) -> tuple[int, tuple[str, ...]]:
+def fit_epochs(epoch_seconds: Mapping[str, float], *, seeds: int, wanted: int, budget: float) -> tuple[int, list[str]]:
     """Return how many epochs fit into ``budget``, and the precisions dropped for that, slowest first.
 
     No precision is dropped while two epochs of all fit. fp32 and the fastest of the others are never dropped, however
@@ -158,23 +146,11 @@ def fit_epochs(
         wanted: most epochs.
         budget: seconds for all runs together.
     """
-    kept = dict(epoch_seconds)
-    gone: list[str] = []
-    while True:
-        affordable = int(budget / max(1e-9, seeds * sum(kept.values())))
-        if affordable >= LEAST_EPOCHS or len(kept) <= 2:
-            return min(wanted, max(LEAST_EPOCHS, affordable)), tuple(gone)
-        slowest = max((name for name in kept if name != BASELINE), key=lambda name: kept[name])
-        gone.append(slowest)
-        del kept[slowest]
-
-
-def _warm_up_or_not(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
-    """Return the seconds of an epoch; 0 if training fails, since its runs will fail soon and record the error."""
-    try:
-        return warm_up(config, dataset, device)
-    except Exception:  # out of memory, or anything that a user's model raises
-        return 0.0
+    kept, gone = dict(epoch_seconds), list[str]()
+    while (affordable := int(budget / max(1e-9, seeds * sum(kept.values())))) < LEAST_EPOCHS and len(kept) > 2:
+        gone.append(max((name for name in kept if name != BASELINE), key=epoch_seconds.__getitem__))
+        del kept[gone[-1]]
+    return min(wanted, max(LEAST_EPOCHS, affordable)), gone
 
 
 def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
@@ -186,25 +162,20 @@ def warm_up(config: TrialConfig, dataset: Dataset, device: torch.device) -> floa
     steps = len(dataset.train) // config.batch_size
     batches = min(WARM_UP_BATCHES, steps)
     plain = _without_data_settings(config)
-    few = _take(dataset.train, batches * config.batch_size)
     estimate = _estimate_epoch(plain, dataset, device)
     if device.type == "cpu" and estimate * WARM_UP_EPOCHS * batches / steps > LONGEST_WARM_UP_SECONDS:
         return estimate
-    validation = _take(dataset.validation, WARM_UP_IMAGES)
-    run = TrainingRun(plain, TrainingData(few, validation, dataset.num_classes, device))
-    epochs = [run.train_epoch() for _ in range(WARM_UP_EPOCHS)]
+    train, validation = _take(dataset.train, batches * config.batch_size), _take(dataset.validation, WARM_UP_IMAGES)
+    run = TrainingRun(plain, TrainingData(train, validation, dataset.num_classes, device))
+    spent = [  # so far, scaled to all images
+        metrics.train_seconds * steps / batches
+        + metrics.val_seconds * len(dataset.validation) / len(validation)
+        + metrics.probe_seconds
+        for metrics in (run.train_epoch() for _ in range(WARM_UP_EPOCHS))
+    ]
     del run
     _release(device)
-    scales = {
-        "train_seconds": steps / batches,
-        "val_seconds": len(dataset.validation) / len(validation),
-        "probe_seconds": 1,
-    }
-    seconds: list[float] = [
-        sum(scale * (getattr(later, name) - getattr(earlier, name)) for name, scale in scales.items())
-        for earlier, later in itertools.pairwise(epochs)
-    ]
-    return min(seconds)  # as in _estimate_epoch
+    return min(later - earlier for earlier, later in itertools.pairwise(spent))  # as in _estimate_epoch
 
 
 def _estimate_epoch(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
@@ -265,14 +236,14 @@ def train_arm(
 ) -> ComparedRun:
     """Train ``config`` to its end. A failed run is a row with a status, and never stops the comparison."""
     epochs: list[EpochMetrics] = []
-    error = None
+    status, error = TrialStatus.COMPLETED, None
     try:
         run = TrainingRun(config, data)
         for metrics in run.epochs():
             epochs.append(metrics)
             on_epoch(metrics)
-        status = TrialStatus.COMPLETED if run.hopeless is None else TrialStatus.DIVERGED
-        error = None if run.hopeless is None else f"{epochs[-1].state}: {run.hopeless}"
+        if run.hopeless is not None:
+            status, error = TrialStatus.DIVERGED, f"{epochs[-1].state}: {run.hopeless}"
     except (torch.OutOfMemoryError, MemoryError) as caught:
         status, error = TrialStatus.OUT_OF_MEMORY, describe_error(caught)
     except Exception as caught:  # a user's model may raise anything
@@ -282,16 +253,15 @@ def train_arm(
 
 
 def _summarise_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
-    last = epochs[-1]
     seconds = [later.train_seconds - earlier.train_seconds for earlier, later in itertools.pairwise(epochs)]
-    rates = [metrics.samples_per_second for metrics in epochs]
+    rates = tuple(metrics.samples_per_second for metrics in epochs)
     copied = ("val_accuracy", "val_loss", "peak_memory_bytes", "steps", "skipped_steps", "loss_scale", "loop")
     return {
-        "epochs": last.epoch,
+        "epochs": len(epochs),
         "epoch_seconds": statistics.median(seconds) if seconds else None,
         "samples_per_second": statistics.median(rates[1:]) if seconds else None,
-        "epoch_rates": tuple(rates),
-        **{name: getattr(last, name) for name in copied},
+        "epoch_rates": rates,
+        **{name: getattr(epochs[-1], name) for name in copied},
     }
 
 
@@ -299,67 +269,75 @@ def _summarise_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
 
 
 def measure_map(
-    config: TrialConfig,
+    arms: Mapping[str, TrialConfig],
     dataset: Dataset,
     device: torch.device,
-    *,
     models: Sequence[str],
     batch_sizes: Sequence[int],
-    precisions: Sequence[str],
+    *,
     turn_seconds: float,
 ) -> Iterator[list[MapCell]]:
     """Time each model at each batch size briefly in every precision, and yield the precisions of one cell at a time.
 
-    All else is as in ``config``, except that each image is trained on alike. Accuracy is not measured: the learning
+    All else is as in ``arms``, except that each image is trained on alike. Accuracy is not measured: the learning
     rate was chosen for another batch size.
     """
+    plain = [_without_data_settings(config) for config in arms.values()]
     for model, batch_size in itertools.product(models, batch_sizes):
-        plain = dataclasses.replace(_without_data_settings(config), model=model, batch_size=batch_size)
-        arms = {precision: in_precision(plain, precision) for precision in precisions}
-        yield measure_cell(arms, dataset, device, turn_seconds)
+        configs = [dataclasses.replace(config, model=model, batch_size=batch_size) for config in plain]
+        yield measure_cell(configs, dataset, device, turn_seconds)
 
 
 def measure_cell(
-    arms: Mapping[str, TrialConfig], dataset: Dataset, device: torch.device, turn_seconds: float
+    configs: Sequence[TrialConfig], dataset: Dataset, device: torch.device, turn_seconds: float
 ) -> list[MapCell]:
     """Prepare every precision, then time them in turns, each first in rotation. Those that cannot run have a reason."""
-    reasons = dict.fromkeys(arms, "")
-    timed: dict[str, TimedRun] = {}
-    for precision, config in arms.items():
-        with _noting_failure(precision, reasons):
-            reasons[precision] = explain_too_long(config, dataset, device) or ""
-            if not reasons[precision]:
-                timed[precision] = TimedRun(config, dataset, device, turn_seconds)
+    cells = {
+        config: MapCell(model=config.model, batch_size=config.batch_size, precision=config.precision)
+        for config in configs
+    }
+    timed: dict[TrialConfig, TimedRun] = {}
+
+    def leave_out(config: TrialConfig, reason: str | Exception) -> None:
+        timed.pop(config, None)
+        text = reason if isinstance(reason, str) else f"not available: {describe_error(reason)}"
+        cells[config] = dataclasses.replace(cells[config], reason=text)
+
+    for config in configs:
+        try:
+            if reason := explain_too_long(config, dataset, device):
+                leave_out(config, reason)
+            else:
+                timed[config] = TimedRun(config, dataset, device, turn_seconds)
+        except Exception as error:  # out of memory, or a user's model: the other precisions still run
+            leave_out(config, error)
     for turn in range(TURNS):
-        for precision in _rotate([name for name in timed if not reasons[name]], turn):
-            with _noting_failure(precision, reasons):
-                timed[precision].take_turn()
-    cells = [_describe_cell(config, timed.get(name), reasons[name]) for name, config in arms.items()]
+        order = collections.deque(timed)
+        order.rotate(-turn)
+        for config in order:
+            try:
+                timed[config].take_turn()
+            except Exception as error:
+                leave_out(config, error)
+    for config, run in timed.items():
+        memory, loop = run.warm_up.peak_memory_bytes, run.warm_up.loop
+        measured = {"turn_rates": tuple(run.rates), "peak_memory_bytes": memory, "loop": loop}
+        cells[config] = dataclasses.replace(cells[config], **measured)  # type: ignore[arg-type]
     timed.clear()
     _release(device)  # graphs keep their memory
-    return cells
+    return list(cells.values())
 
 
-@contextlib.contextmanager
-def _noting_failure(precision: str, reasons: dict[str, str]) -> Iterator[None]:
-    """Record an exception (out of memory, or a user's model's) as a reason, so that the other precisions still run."""
-    try:
-        yield
-    except Exception as error:
-        reasons[precision] = f"not available: {describe_error(error)}"
-
-
-def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device) -> str | None:
-    """Return why a precision is left out of a cell; None if its fewest steps are quick enough.
+def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device) -> str:
+    """Return why a precision is left out of a cell; empty if its fewest steps are quick enough.
 
     Only the CPU is checked: a GPU takes hardly longer for a batch than for the few images of the estimate.
     """
     if device.type != "cpu":
-        return None
-    epoch_seconds = _estimate_epoch(config, dataset, device)
+        return ""
     steps = PILOT_EPOCHS + 1 + TURNS  # 1 is the warm-up
-    seconds = epoch_seconds * steps * config.batch_size / len(dataset.train)
-    return None if seconds <= LONGEST_CELL_SECONDS else f"skipped: {steps} steps would take about {seconds:,.0f} s"
+    seconds = _estimate_epoch(config, dataset, device) * steps * config.batch_size / len(dataset.train)
+    return "" if seconds <= LONGEST_CELL_SECONDS else f"skipped: {steps} steps would take about {seconds:,.0f} s"
 
 
 class TimedRun:
@@ -380,12 +358,10 @@ class TimedRun:
         self.rates: list[float] = []
         """Training images a second of each turn."""
         for _ in range(WARM_UP_STEPS + 1):  # of at least one step each: by then a graph is captured, or never will be
-            metrics = self._run.train_epoch()
-            if device.type == "cpu" or metrics.loop == "graph":
+            self.warm_up = self._run.train_epoch()
+            """Metrics of the warm-up, before the cell's other precisions take memory on the device."""
+            if device.type == "cpu" or self.warm_up.loop == "graph":
                 break
-        # Read before the cell's other precisions take memory on the device.
-        self.peak_memory_bytes = metrics.peak_memory_bytes
-        self.loop = metrics.loop
 
     def take_turn(self) -> None:
         """Train whole epochs until the turn's seconds are over, even if training diverged: only time is measured."""
@@ -398,23 +374,9 @@ class TimedRun:
 
 def _choose_share(config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> Split:
     """Return as many training images, in whole batches, as an epoch of about ``turn_seconds`` needs."""
-    all_steps = len(dataset.train) // config.batch_size
     few = _take(dataset.train, config.batch_size)
     pilot = TrainingRun(config, TrainingData(few, None, dataset.num_classes, device), allow_graph=False)
     rate = [pilot.train_epoch().samples_per_second for _ in range(PILOT_EPOCHS)][-1]
     least = 1 if device.type == "cpu" else WARM_UP_STEPS + 2
     steps = max(least, int(turn_seconds * rate / config.batch_size))
-    return _take(dataset.train, min(steps, all_steps) * config.batch_size)
-
-
-def _rotate(names: Sequence[str], turn: int) -> list[str]:
-    first = turn % max(1, len(names))
-    return [*names[first:], *names[:first]]
-
-
-def _describe_cell(config: TrialConfig, timed: TimedRun | None, reason: str) -> MapCell:
-    cell = MapCell(model=config.model, batch_size=config.batch_size, precision=config.precision, reason=reason)
-    if timed is None or reason:
-        return cell
-    memory = timed.peak_memory_bytes
-    return dataclasses.replace(cell, turn_rates=tuple(timed.rates), peak_memory_bytes=memory, loop=timed.loop)
+    return _take(dataset.train, min(steps, len(dataset.train) // config.batch_size) * config.batch_size)

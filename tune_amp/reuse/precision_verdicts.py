@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from tune_amp.results.statistics import Equivalence, MeanInterval, judge_equivalence, mean_interval, paired_interval
+from tune_amp.results.statistics import (
+    EQUIVALENCE_CONFIDENCE,
+    Equivalence,
+    MeanInterval,
+    judge_equivalence,
+    mean_interval,
+    paired_interval,
+)
 from tune_amp.trial.config import TrialStatus, described
 
 BASELINE = "fp32"
@@ -215,22 +222,34 @@ def summarise_arm(runs: Sequence[ComparedRun], precision: str) -> ArmSummary:
     own = [run for run in runs if run.precision == precision]
     completed = [run for run in own if run.status is TrialStatus.COMPLETED]
     baseline = {run.seed: run for run in runs if run.precision == BASELINE and run.status is TrialStatus.COMPLETED}
-    pairs = [(run, baseline[run.seed]) for run in completed if run.seed in baseline and precision != BASELINE]
-    accuracies, of_baseline = _pair_values(pairs, "val_accuracy", factor=100)
-    enough = len(accuracies) >= LEAST_SEEDS
+
+    def median(name: str) -> float | None:
+        values = [value for run in completed if (value := getattr(run, name)) is not None]
+        return statistics.median(values) if values else None
+
+    def pair(name: str) -> tuple[list[float], list[float]]:
+        """Return the known values of ``name`` and those of fp32; empty if there are too few, or for fp32 itself."""
+        both = [(run, baseline[run.seed]) for run in completed if run.seed in baseline and precision != BASELINE]
+        pairs = [(getattr(run, name), getattr(other, name)) for run, other in both]
+        known = [values for values in pairs if None not in values]
+        return ([a for a, _ in known], [b for _, b in known]) if len(known) >= LEAST_SEEDS else ([], [])
+
+    rates, memory = pair("samples_per_second"), pair("peak_memory_bytes")
+    ours, theirs = ([100 * value for value in values] for values in pair("val_accuracy"))
+    accuracies = [100 * run.val_accuracy for run in completed if run.val_accuracy is not None]
     return ArmSummary(
         precision=precision,
         runs=len(own),
         completed=len(completed),
         diverged_alone=sum(run.status is TrialStatus.DIVERGED and run.seed in baseline for run in own),
-        epoch_seconds=_median_of(completed, "epoch_seconds"),
-        samples_per_second=_median_of(completed, "samples_per_second"),
-        peak_memory_bytes=_median_of(completed, "peak_memory_bytes"),
-        accuracy=_mean_accuracy(completed),
-        speed=_ratio_of(pairs, "samples_per_second"),
-        memory=_ratio_of(pairs, "peak_memory_bytes"),
-        difference=judge_equivalence(accuracies, of_baseline, MARGIN_POINTS) if enough else None,
-        loss=paired_interval(of_baseline, accuracies, 0.90) if enough else None,
+        epoch_seconds=median("epoch_seconds"),
+        samples_per_second=median("samples_per_second"),
+        peak_memory_bytes=median("peak_memory_bytes"),
+        accuracy=mean_interval(accuracies) if len(accuracies) >= LEAST_SEEDS else None,
+        speed=ratio_interval(*rates) if rates[0] else None,
+        memory=ratio_interval(*memory) if memory[0] else None,
+        difference=judge_equivalence(ours, theirs, MARGIN_POINTS) if ours else None,
+        loss=paired_interval(theirs, ours, EQUIVALENCE_CONFIDENCE) if ours else None,
     )
 
 
@@ -247,29 +266,6 @@ def memory_ratio(cell: MapCell, baseline: MapCell) -> float | None:
     if not cell.peak_memory_bytes or not baseline.peak_memory_bytes:
         return None
     return cell.peak_memory_bytes / baseline.peak_memory_bytes
-
-
-def _median_of(runs: Sequence[ComparedRun], name: str) -> float | None:
-    values = [getattr(run, name) for run in runs if getattr(run, name) is not None]
-    return statistics.median(values) if values else None
-
-
-def _mean_accuracy(runs: Sequence[ComparedRun]) -> MeanInterval | None:
-    values = [100 * run.val_accuracy for run in runs if run.val_accuracy is not None]
-    return mean_interval(values) if len(values) >= LEAST_SEEDS else None
-
-
-def _pair_values(
-    pairs: Sequence[tuple[ComparedRun, ComparedRun]], name: str, factor: float = 1
-) -> tuple[list[float], list[float]]:
-    values = [(getattr(run, name), getattr(other, name)) for run, other in pairs]
-    known = [(value, other) for value, other in values if value is not None and other is not None]
-    return [factor * value for value, _ in known], [factor * other for _, other in known]
-
-
-def _ratio_of(pairs: Sequence[tuple[ComparedRun, ComparedRun]], name: str) -> RatioInterval | None:
-    values, others = _pair_values(pairs, name)
-    return ratio_interval(values, others) if len(values) >= LEAST_SEEDS else None
 
 
 # ---- verdicts ----
@@ -312,56 +308,33 @@ def judge_accuracy(loss: MeanInterval | None, diverged_alone: int = 0) -> Answer
 
 def judge_claims(runs: Sequence[ComparedRun], device: str) -> list[ClaimVerdict]:
     """Judge the tutorial's three claims for bf16 and fp16 by ``runs`` on ``device``."""
-    measured = {run.precision for run in runs}
-    return [
-        verdict
-        for precision in CLAIMED
-        for verdict in _judge_precision(summarise_arm(runs, precision), device, was_measured=precision in measured)
-    ]
+    return [verdict for precision in CLAIMED for verdict in _judge_arm(summarise_arm(runs, precision), device)]
 
 
-def _judge_precision(arm: ArmSummary, device: str, *, was_measured: bool) -> list[ClaimVerdict]:
-    found = {
-        SPEED_CLAIM: (judge_speed(arm.speed), _describe_speed(arm, device)),
-        MEMORY_CLAIM: (judge_memory(arm.memory), _describe_memory(arm, device)),
-        ACCURACY_CLAIM: (judge_accuracy(arm.loss, arm.diverged_alone), _describe_loss(arm, device)),
-    }
-    return [
-        ClaimVerdict(
-            claim=claim,
-            precision=arm.precision,
-            answer=answer,
-            evidence=evidence if was_measured else f"{arm.precision} was not measured ({device})",
-        )
-        for claim, (answer, evidence) in found.items()
-    ]
-
-
-def _describe_speed(arm: ArmSummary, device: str) -> str:
-    if arm.speed is None:
-        return _describe_too_few(arm, device)
-    return f"{arm.speed.ratio:.2f} times the images a second of fp32 ({_quote(arm.speed, device)})"
-
-
-def _describe_memory(arm: ArmSummary, device: str) -> str:
+def _judge_arm(arm: ArmSummary, device: str) -> list[ClaimVerdict]:
+    missing = f"on fewer than {LEAST_SEEDS} seeds did both {arm.precision} and fp32 complete ({device})"
+    if not arm.runs:
+        missing = f"{arm.precision} was not measured ({device})"
+    speed = memory = loss = missing
+    if arm.speed is not None:
+        speed = f"{arm.speed.ratio:.2f} times the images a second of fp32 ({_quote(arm.speed, device)})"
+        memory = f"memory is measured with CUDA only (n = {arm.speed.n} seeds, {device})"
     if arm.memory is not None:
-        return f"{arm.memory.ratio:.2f} times the peak memory of fp32 ({_quote(arm.memory, device)})"
-    if arm.speed is None:
-        return _describe_too_few(arm, device)
-    return f"memory is measured with CUDA only (n = {arm.speed.n} seeds, {device})"
-
-
-def _describe_loss(arm: ArmSummary, device: str) -> str:
+        memory = f"{arm.memory.ratio:.2f} times the peak memory of fp32 ({_quote(arm.memory, device)})"
     if arm.diverged_alone:
-        return f"{arm.diverged_alone} of {arm.runs} runs diverged where fp32 completed ({device})"
-    if arm.loss is None:
-        return _describe_too_few(arm, device)
-    bounds = f"one-sided 95 % bounds {arm.loss.low:+.2f} and {arm.loss.high:+.2f}, n = {arm.loss.n} seeds"
-    return f"{arm.loss.mean:+.2f} points lost to fp32 ({bounds}, {device})"
-
-
-def _describe_too_few(arm: ArmSummary, device: str) -> str:
-    return f"on fewer than {LEAST_SEEDS} seeds did both {arm.precision} and fp32 complete ({device})"
+        loss = f"{arm.diverged_alone} of {arm.runs} runs diverged where fp32 completed ({device})"
+    elif arm.loss is not None:
+        bounds = f"one-sided 95 % bounds {arm.loss.low:+.2f} and {arm.loss.high:+.2f}, n = {arm.loss.n} seeds"
+        loss = f"{arm.loss.mean:+.2f} points lost to fp32 ({bounds}, {device})"
+    verdicts = (
+        (SPEED_CLAIM, judge_speed(arm.speed), speed),
+        (MEMORY_CLAIM, judge_memory(arm.memory), memory),
+        (ACCURACY_CLAIM, judge_accuracy(arm.loss, arm.diverged_alone), loss),
+    )
+    return [
+        ClaimVerdict(claim=claim, precision=arm.precision, answer=answer, evidence=evidence)
+        for claim, answer, evidence in verdicts
+    ]
 
 
 def _quote(ratio: RatioInterval, device: str) -> str:
