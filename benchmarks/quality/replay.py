@@ -34,8 +34,9 @@ from tune_amp.search.samplers import reseed
 from tune_amp.search.schedulers import build_scheduler, objective_mode
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.warm_start import WarmStart
+from tune_amp.space.document import FLAGS
 from tune_amp.space.parameter import Parameter
-from tune_amp.space.space import FLAGS, SearchSpace, parse_space
+from tune_amp.space.space import SearchSpace, parse_space
 from tune_amp.trial.config import HOPELESS_STATES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
 
 SLOTS = 4

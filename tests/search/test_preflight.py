@@ -223,7 +223,7 @@ def test_every_precision_and_optimizer_of_the_space_is_tried(
     load: Callable[[str], SearchSpace], write_module: WriteModule
 ) -> None:
     space = load("parameters:\n  precision: {choices: [fp16, bf16]}\n  optimizer: {choices: [sgd, adamw]}\n")
-    assert (space.precisions, space.optimizers) == (("fp16", "bf16"), ("sgd", "adamw"))
+    assert (space.precisions, space.list_possible("optimizer")) == (("fp16", "bf16"), ("sgd", "adamw"))
     name = write_net(write_module, "print(logits.dtype, file=sys.stderr) if self.training else None")
     text = io.StringIO()
     with contextlib.redirect_stderr(text):

@@ -22,8 +22,9 @@ from tune_amp.results.records import (
 )
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.statistics import mean_interval
+from tune_amp.space.document import SEARCHABLE
 from tune_amp.space.parameter import Parameter
-from tune_amp.space.space import SEARCHABLE, parse_space
+from tune_amp.space.space import parse_space
 from tune_amp.trial.config import (
     OWN,
     RANKING_OBJECTIVES,

@@ -74,7 +74,7 @@ def check_fit(
         options.model,
         dataset,
         precisions=(*space.precisions, *others),
-        optimizers=space.optimizers,
+        optimizers=space.list_possible("optimizer"),
         device=torch.device("cpu"),
         task=options.task,
         own=space.own_defaults,

@@ -26,8 +26,9 @@ from tune_amp.results.records import (
     load_trials,
 )
 from tune_amp.results.run_folder import RunFolder, locate
+from tune_amp.space.document import SEARCHABLE
 from tune_amp.space.parameter import Parameter
-from tune_amp.space.space import MAX_BYTES, SEARCHABLE, SearchSpace, parse_space
+from tune_amp.space.space import MAX_BYTES, SearchSpace, parse_space
 from tune_amp.trial.config import (
     COST_OBJECTIVES,
     OWN,

@@ -5,7 +5,6 @@ Scaler settings outside fp16 would be inert too, but no trial has any: ``TrialCo
 """
 
 import collections
-import functools
 from collections.abc import Mapping
 
 from tune_amp.space.space import SearchSpace
@@ -33,7 +32,7 @@ def find_inert(config: TrialConfig, train_images: int) -> tuple[str, ...]:
         return ()
     steps = count_steps(config, train_images)
     never_grows = config.growth_interval is not None and config.growth_interval >= steps
-    draws = _count_drawn_images(config.curriculum, config.max_epochs, config.batch_size, train_images)
+    draws = _count_drawn_images(config, train_images)
     holds = {
         "growth_factor": never_grows,
         "backoff_factor": config.backoff_factor is not None and steps < 2,
@@ -49,7 +48,7 @@ def count_steps(config: TrialConfig, train_images: int) -> int:
 
     The first epochs of a curriculum have fewer steps.
     """
-    draws = _count_drawn_images(config.curriculum, config.max_epochs, config.batch_size, train_images)
+    draws = _count_drawn_images(config, train_images)
     full_epochs = config.max_epochs - len(draws)
     return sum(images // config.batch_size for images in draws) + full_epochs * (train_images // config.batch_size)
 
@@ -93,25 +92,22 @@ def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_ima
     ]
 
 
-@functools.lru_cache(maxsize=16)  # trials share a few batch sizes, and each call loops over the epochs
-def _count_drawn_images(curriculum: str, max_epochs: int, batch_size: int, train_images: int) -> tuple[int, ...]:
+def _count_drawn_images(config: TrialConfig, train_images: int) -> list[int]:
     """Return the number of images that each growing epoch of a curriculum draws from."""
-    growing_epochs = 0 if curriculum == "none" else max_epochs // 2
-    sizes = {"batch_size": batch_size, "train_images": train_images}
-    return tuple(count_drawn_images(curriculum, epoch, max_epochs, **sizes) for epoch in range(growing_epochs))
+    name, epochs = config.curriculum, config.max_epochs
+    sizes = {"batch_size": config.batch_size, "train_images": train_images}
+    return [count_drawn_images(name, epoch, epochs, **sizes) for epoch in range(0 if name == "none" else epochs // 2)]
 
 
 def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: int) -> str:
     """Describe a full trial with the largest batch: ``424 steps at batch_size 1024 x 8 epochs``."""
-    searched = {parameter.name: parameter for parameter in space.parameters}
-    bounds = space.bounds("batch_size")
-    batch_size = TrialConfig.batch_size if bounds is None else int(bounds[1])
-    if "batch_size" in searched and searched["batch_size"].when:  # a trial without it has the default
-        batch_size = max(batch_size, TrialConfig.batch_size)
-    curricula = searched["curriculum"].choices if "curriculum" in searched else (space.fixed.get("curriculum", "none"),)
+    when = {parameter.name: parameter.when for parameter in space.parameters}
+    bounds = space.bounds("batch_size") or (TrialConfig.batch_size, TrialConfig.batch_size)
+    # A trial without the searched size has the default.
+    batch_size = max(int(bounds[1]), TrialConfig.batch_size if when.get("batch_size") else 0)
     steps, curriculum = min(
         (count_steps(TrialConfig(batch_size=batch_size, max_epochs=max_epochs, curriculum=name), train_images), name)
-        for name in curricula
+        for name in space.list_possible("curriculum")
     )
     with_curriculum = "" if curriculum == "none" else f", curriculum {curriculum}"
     return f"{steps:,} steps at batch_size {batch_size} x {max_epochs} epochs{with_curriculum}"
@@ -119,11 +115,11 @@ def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: 
 
 def _describe_remedy(space: SearchSpace) -> str:
     """Return the remedy for an interval that is too long, which may be intended: it makes the loss scale static."""
-    interval = next((parameter for parameter in space.parameters if parameter.name == "growth_interval"), None)
-    if interval is not None and interval.fraction_of_trial:
-        return "fractions above 1 make the loss scale static, those well below 1 let it grow"
-    if interval is not None:
-        return "fraction_of_trial: true makes it relative"
+    for parameter in space.parameters:
+        if parameter.name == "growth_interval" and parameter.fraction_of_trial:
+            return "fractions above 1 make the loss scale static, those well below 1 let it grow"
+        if parameter.name == "growth_interval":
+            return "fraction_of_trial: true makes it relative"
     static = "that makes the loss scale static; " if "growth_interval" in space.fixed else ""
     return f"{static}searched with fraction_of_trial: true, the interval would be relative"
 

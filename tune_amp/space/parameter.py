@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optuna
 
-from tune_amp.trial.config import value_type
+from tune_amp.trial.config import TrialConfig, value_type
 
 LONGEST_INTERVAL = 2.0**62  # TrialConfig takes 64 bits, and a fraction may be any number above 0
 
@@ -105,6 +105,15 @@ class Parameter:
     def _power(self, exponent: int) -> float | int:
         value: float | int = self.value_type(math.ldexp(1.0, exponent))  # exact, however small
         return value
+
+
+def list_possible(name: str, parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> tuple[str, ...]:
+    """See ``SearchSpace.list_possible``."""
+    default = fixed.get(name, getattr(TrialConfig, name))
+    for parameter in parameters:
+        if parameter.name == name:
+            return tuple(dict.fromkeys((*parameter.choices, *([default] if parameter.when else []))))
+    return (default,)
 
 
 def exponent_of(value: float) -> int:

@@ -30,51 +30,20 @@ configuration that a search has to beat: the first choice, or the middle of the 
 """
 
 import dataclasses
-import difflib
-import functools
-import graphlib
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from tune_amp.space.parameter import Parameter, exponent_of
+from tune_amp.space.document import read_document, suggest_name
+from tune_amp.space.parameter import Parameter, list_possible
 from tune_amp.space.strict_yaml import read_yaml
-from tune_amp.trial.config import (
-    FIELD_TYPES,
-    OWN,
-    SCALER_DEFAULTS,
-    InputError,
-    TrialConfig,
-    check,
-    checked_field,
-    checked_type,
-    nest_own,
-    read_setting,
-    shown,
-    value_type,
-)
+from tune_amp.trial.config import OWN, SCALER_DEFAULTS, InputError, TrialConfig, nest_own, read_setting, shown
 
 MAX_BYTES = 2**16  # a space has a few hundred bytes; PyYAML needs seconds for a megabyte
 
-FLAGS = {
-    "model": "--model",
-    "dataset": "--dataset",
-    "imbalance": "--imbalance",
-    "max_epochs": "--max-epochs",
-    "seed": "--seed",
-    "task": "--task",
-    "train": "--train",
-}
-SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
-RELATIVE = "growth_interval"  # the only field counted in training steps
-
-_POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
 _TOO_LARGE = "is larger than 64 KiB, too large for a search space"
-_SHAPE = "must be a mapping with low and high, or with choices"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,22 +75,14 @@ class SearchSpace:
         """Whether some trials omit a parameter."""
         return any(parameter.when for parameter in self.parameters)
 
+    def list_possible(self, name: str) -> tuple[str, ...]:
+        """Return the values that a text field can have: those searched, the fixed one, or TrialConfig's default."""
+        return list_possible(name, self.parameters, self.fixed)
+
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Precisions that trials can have: those searched, the fixed one, or TrialConfig's default."""
-        return self._list_choices("precision")
-
-    @property
-    def optimizers(self) -> tuple[str, ...]:
-        """Optimizers that trials can have: those searched, the fixed one, or TrialConfig's default."""
-        return self._list_choices("optimizer")
-
-    def _list_choices(self, name: str) -> tuple[str, ...]:
-        default = self.fixed.get(name, getattr(TrialConfig, name))
-        for parameter in self.parameters:
-            if parameter.name == name:
-                return tuple(dict.fromkeys((*parameter.choices, *([default] if parameter.when else []))))
-        return (default,)
+        """Precisions that trials can have."""
+        return self.list_possible("precision")
 
     def suggest(self, trial: optuna.trial.BaseTrial, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """Return the arguments of TrialConfig for the fixed and the active searched settings.
@@ -214,9 +175,10 @@ def parse_space(source: str, text: str) -> SearchSpace:
     if len(text) > MAX_BYTES:
         raise InputError(f"{source}: {_TOO_LARGE}")
     try:
-        return _build_space(source, text, read_yaml(text))
+        parameters, fixed = read_document(read_yaml(text))
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+    return SearchSpace(source=source, text=text, parameters=parameters, fixed=fixed)
 
 
 def _read_text(source: str) -> str:
@@ -242,8 +204,7 @@ def _find_file(source: str) -> Path:
         return bundled[source]
     if source and path.is_dir():
         raise InputError("is a directory, not a file")
-    near = difflib.get_close_matches(source, bundled, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = suggest_name(source, bundled)
     raise InputError(f"is neither a file nor a bundled search space ({', '.join(bundled)}){hint}")
 
 
@@ -254,301 +215,3 @@ def list_bundled() -> dict[str, Path]:
     if not folder.is_dir():
         folder = here.parent / "search_spaces"  # a checkout
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-
-
-def _build_space(source: str, text: str, document: Any) -> SearchSpace:
-    if not isinstance(document, dict):
-        raise InputError(f"must be a mapping with the keys parameters and fixed, got {shown(document)}")
-    _check_keys("", document, ("parameters", "fixed", "own"))
-    fixed = _read_fixed(document.get("fixed"))
-    searched = document.get("parameters") or {}
-    check("parameters", searched, isinstance(searched, dict), "must be a mapping of fields")
-    _check_fields("parameters", searched)
-    own = document.get("own") or {}
-    check("own", own, isinstance(own, dict), "must be a mapping of names")
-    if not searched and not own:
-        raise InputError("parameters: must name at least one field to search")
-    parameters = {name: _read_parameter(name, entry) for name, entry in searched.items()}
-    for name in parameters:
-        if name in fixed:
-            raise InputError(f"fixed.{name}: must not be searched as well (parameters.{name})")
-    parameters |= {f"{OWN}{name}": _read_own(name, entry) for name, entry in own.items()}
-    conditions = {
-        name: _read_when(f"{_place(name)}.when", entry["when"], parameters, fixed) if "when" in entry else {}
-        for name, entry in (searched | {f"{OWN}{name}": entry for name, entry in own.items()}).items()
-    }
-    needs = _collect_needs(conditions, _list_predecessors(parameters, conditions))
-    _check_scaler_fields(parameters, fixed, needs)
-    ordered = tuple(dataclasses.replace(parameters[name], when=conditions[name]) for name in needs)
-    return SearchSpace(source=source, text=text, parameters=ordered, fixed=fixed)
-
-
-def _read_fixed(entries: Any) -> dict[str, Any]:
-    if entries is None:
-        return {}
-    check("fixed", entries, isinstance(entries, dict), "must be a mapping of fields to values")
-    _check_fields("fixed", entries)
-    return {name: _read_value(f"fixed.{name}", name, value) for name, value in entries.items()}
-
-
-def _read_parameter(name: str, entry: Any) -> Parameter:
-    """Return the parameter without its conditions, which are read later."""
-    path = f"parameters.{name}"
-    check(path, entry, isinstance(entry, dict), _SHAPE)
-    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "fraction_of_trial", "choices", "when"))
-    if name != RELATIVE and "fraction_of_trial" in entry:
-        raise InputError(f"{path}.fraction_of_trial: is for {RELATIVE} only, got {shown(entry['fraction_of_trial'])}")
-    relative = _read_flag(path, entry, "fraction_of_trial")
-    if "choices" in entry:
-        for key in ("low", "high", "log", "power_of_two"):
-            check(f"{path}.{key}", entry.get(key), key not in entry, "must be left out beside choices")
-        choices = _read_choices(f"{path}.choices", name, entry["choices"], relative=relative)
-        return Parameter(name=name, choices=choices, fraction_of_trial=relative)
-    check(path, entry, "low" in entry and "high" in entry, _SHAPE)
-    return _read_range(path, name, entry, relative=relative)
-
-
-def _place(name: str) -> str:
-    """Return the place of a parameter in the document."""
-    return name if name.startswith(OWN) else f"parameters.{name}"
-
-
-def _read_own(name: str, entry: Any) -> Parameter:
-    """Return a parameter of the user's own, whose type follows from its values; conditions are read later."""
-    path = _join("own", name)
-    check(path, name, str(name).isidentifier(), "must be a name of letters, digits and _")
-    check(path, entry, isinstance(entry, dict), _SHAPE)
-    _check_keys(path, entry, ("low", "high", "log", "power_of_two", "choices", "default", "when"))
-    bounds = [entry[key] for key in ("low", "high") if key in entry]
-    raw = entry.get("choices", bounds)
-    check(f"{path}.choices", raw, isinstance(raw, list), "must be a list of at least one value")
-    kinds = {type(_read_power_of_two(value, float)) for value in raw}
-    expected = float if kinds == {int, float} else next(iter(kinds)) if len(kinds) == 1 else None
-    rule = "must all be numbers, or all be texts"
-    check(path, raw, expected in (float, int) or (expected is str and "choices" in entry), rule)
-    read = functools.partial(_read_own_value, expected=expected)
-    if "choices" in entry:
-        for key in ("low", "high", "log", "power_of_two"):
-            check(f"{path}.{key}", entry.get(key), key not in entry, "must be left out beside choices")
-        choices = _read_choices(f"{path}.choices", name, raw, relative=False, read=read)
-        parameter = Parameter(name=f"{OWN}{name}", own_type=expected, own_default=choices[0], choices=choices)
-    else:
-        check(path, entry, len(bounds) == 2, _SHAPE)
-        parameter = _read_range(path, f"{OWN}{name}", entry, relative=False, own_type=expected)
-    if "default" not in entry:
-        return parameter
-    default = read(f"{path}.default", name, entry["default"])
-    within = default in parameter.choices if parameter.choices else parameter.low <= default <= parameter.high
-    check(f"{path}.default", default, within, "must be a value that the parameter can have")
-    return dataclasses.replace(parameter, own_default=default)
-
-
-def _read_own_value(path: str, name: str, raw: Any, *, expected: Any) -> Any:
-    return checked_type(path, _read_power_of_two(raw, expected), expected)
-
-
-def _read_flag(path: str, entry: Mapping[str, Any], key: str) -> bool:
-    flag = entry.get(key, False)
-    check(f"{path}.{key}", flag, isinstance(flag, bool), "must be true or false")
-    return bool(flag)
-
-
-def _read_choices(
-    path: str, name: str, raw: Any, *, relative: bool, read: Callable[..., Any] | None = None
-) -> tuple[Any, ...]:
-    check(path, raw, isinstance(raw, list) and bool(raw), "must be a list of at least one value")
-    choices: dict[Any, None] = {}
-    for index, value in enumerate(raw):
-        place = f"{path}[{index}]"
-        choice = _read_fraction(place, value) if relative else (read or _read_value)(place, name, value)
-        if choice in choices:
-            raise InputError(f"{place}: must not repeat a choice, got {shown(choice)} again")
-        choices[choice] = None
-    return tuple(choices)
-
-
-def _read_range(
-    path: str, name: str, entry: Mapping[str, Any], *, relative: bool, own_type: type | None = None
-) -> Parameter:
-    number = own_type or value_type(name)
-    if number is str:
-        raise InputError(f"{path}: must have choices instead of low and high, because {name} is a text")
-    read = _read_own_value if own_type else _read_value
-    low, high = (
-        _read_fraction(f"{path}.{key}", entry[key])
-        if relative
-        else read(f"{path}.{key}", name, entry[key], expected=number)
-        for key in ("low", "high")
-    )
-    if not low < high:
-        raise InputError(f"{path}: low < high must hold, got low={low}, high={high}")
-    log, power_of_two = (_read_flag(path, entry, key) for key in ("log", "power_of_two"))
-    if relative and power_of_two:
-        raise InputError(f"{path}: power_of_two and fraction_of_trial must not both be true")
-    if log and power_of_two:
-        raise InputError(f"{path}: log and power_of_two must not both be true (powers of two are a log scale)")
-    check(f"{path}.low", low, not log or low > 0, "must be greater than 0 where log is true")
-    for key, bound in (("low", low), ("high", high)):
-        check(f"{path}.{key}", bound, not power_of_two or _is_power_of_two(bound), "must be a power of two")
-    parameter = Parameter(name=name, low=low, high=high, log=log, power_of_two=power_of_two, fraction_of_trial=relative)
-    if own_type is None:
-        return parameter
-    middle = math.sqrt(low * high) if log or power_of_two else (low + high) / 2
-    [default] = parameter.find_nearest(own_type(middle), trial_steps=1).values()
-    value = 2**default if power_of_two else default
-    return dataclasses.replace(parameter, own_type=own_type, own_default=own_type(value))
-
-
-def _read_when(
-    path: str, raw: Any, parameters: Mapping[str, Parameter], fixed: Mapping[str, Any]
-) -> dict[str, tuple[Any, ...]]:
-    """Return the conditions on searched fields; those on fixed fields are resolved here."""
-    check(path, raw, isinstance(raw, dict) and bool(raw), "must be a mapping of fields to the values they must have")
-    conditions: dict[str, tuple[Any, ...]] = {}
-    for parent, given in raw.items():
-        place = _join(path, parent)
-        if parent not in parameters and parent not in fixed:
-            known = ", ".join((*parameters, *fixed))
-            raise InputError(f"{place}: must be a field that is searched or fixed here ({known})")
-        check(place, given, given != [], "must be a value or a list of at least one value")
-        own_type = parameters[parent].own_type if parent in parameters else None
-        read = functools.partial(_read_own_value, expected=own_type) if own_type else _read_value
-        values = tuple(read(place, parent, value) for value in (given if isinstance(given, list) else [given]))
-        if parent in parameters:
-            _check_parent(place, parameters[parent], values)
-            _narrow(conditions, parent, values, path)
-            continue
-        for value in values:
-            check(place, value, value == fixed[parent], f"must be {shown(fixed[parent])}, its fixed value")
-        if parent in SCALER_DEFAULTS and "precision" in parameters:  # fixed, but for fp16 trials only
-            _narrow(conditions, "precision", ("fp16",), path)
-    return conditions
-
-
-def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None:
-    possible = parent.listed()
-    if not possible:
-        kind = "a fraction of the trial" if parent.fraction_of_trial else "a plain range"
-        raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is {kind}")
-    for value in values:
-        check(path, value, value in possible, f"must be one of {shown(possible)}, as {parent.name} is")
-
-
-def _list_predecessors(
-    parameters: Mapping[str, Parameter], conditions: Mapping[str, Mapping[str, tuple[Any, ...]]]
-) -> dict[str, list[str]]:
-    """Return for each parameter those that must be suggested before it."""
-    predecessors = {name: list(when) for name, when in conditions.items()}
-    for name, parameter in parameters.items():
-        if parameter.fraction_of_trial and "batch_size" in parameters:  # closes no cycle: a fraction has no children
-            predecessors[name].append("batch_size")
-    return predecessors
-
-
-def _collect_needs(
-    conditions: Mapping[str, Mapping[str, tuple[Any, ...]]], predecessors: Mapping[str, Iterable[str]]
-) -> dict[str, dict[str, tuple[Any, ...]]]:
-    """Return for each parameter, parents first, the values that each ancestor must have for it to be active.
-
-    Conditions are only combined by "and", so one set of values per ancestor describes them fully: the check is exact.
-    """
-    try:
-        order = list(graphlib.TopologicalSorter(predecessors).static_order())
-    except graphlib.CycleError as error:
-        circle = error.args[1]
-        path = f"{_place(circle[-1])}.when"
-        raise InputError(f"{path}: conditions must not form a circle, got {' -> '.join(circle)}") from None
-    needs: dict[str, dict[str, tuple[Any, ...]]] = {}
-    for name in order:
-        needs[name] = {}
-        for parent, values in conditions[name].items():
-            for ancestor, allowed in ((parent, values), *needs[parent].items()):
-                _narrow(needs[name], ancestor, allowed, f"{_place(name)}.when")
-    return needs
-
-
-def _narrow(needs: dict[str, tuple[Any, ...]], name: str, allowed: tuple[Any, ...], path: str) -> None:
-    """Add "``name`` has one of the values ``allowed``" to what a parameter needs."""
-    before = needs.get(name, allowed)
-    needs[name] = tuple(value for value in before if value in allowed)
-    if not needs[name]:
-        raise InputError(
-            f"{path}: can never hold: {name} would have to be {_either(before)} and {_either(allowed)} at once"
-        )
-
-
-def _check_scaler_fields(
-    parameters: Mapping[str, Parameter],
-    fixed: Mapping[str, Any],
-    needs: Mapping[str, Mapping[str, tuple[Any, ...]]],
-) -> None:
-    """Refuse scaler fields that could be suggested outside fp16, where TrialConfig refuses them, or have no effect."""
-    precisions: tuple[Any, ...] = (fixed.get("precision", TrialConfig.precision),)
-    if "precision" in parameters:
-        precisions = parameters["precision"].choices
-        if needs["precision"] and TrialConfig.precision not in precisions:
-            precisions += (TrialConfig.precision,)  # the precision of a trial in which it is inactive
-    for name in SCALER_DEFAULTS:
-        path = f"parameters.{name}" if name in parameters else f"fixed.{name}"
-        if name not in parameters and name not in fixed:
-            continue
-        if "fp16" not in precisions:
-            raise InputError(f"{path}: has no effect unless precision is fp16, and here it is {_either(precisions)}")
-        possible = needs[name].get("precision", precisions) if name in parameters else ("fp16",)
-        if possible != ("fp16",):
-            raise InputError(f"{path}: needs `when: {{precision: fp16}}`, because precision can be {_either(possible)}")
-
-
-def _read_value(path: str, name: str, raw: Any, *, expected: Any = None) -> Any:
-    """Return ``raw`` as a value of field ``name`` of TrialConfig, checked by its rule."""
-    if expected is None:  # null is a setting of grad_clip, but not of a scaler field
-        expected = value_type(name) if name in SCALER_DEFAULTS else FIELD_TYPES[name]
-    value = checked_type(path, _read_power_of_two(raw, value_type(name)), expected)
-    return checked_field(path, value, TrialConfig, name)
-
-
-def _read_fraction(path: str, raw: Any) -> float:
-    """Return ``raw`` as a fraction of a trial's steps; above 1, the interval never ends within the trial."""
-    fraction: float = checked_type(path, _read_power_of_two(raw, float), float)
-    check(path, fraction, fraction > 0, "must be greater than 0")
-    return fraction
-
-
-def _read_power_of_two(raw: Any, number: type) -> Any:
-    """Return the number that a string like ``2^24`` stands for; anything else unchanged."""
-    match = _POWER_OF_TWO.fullmatch(raw) if isinstance(raw, str) and number is not str else None
-    if not match:
-        return raw
-    exponent = int(match[1])
-    return 2**exponent if exponent >= 0 else 2.0**exponent
-
-
-def _is_power_of_two(value: float) -> bool:
-    # Compared as a number, because frexp rounds an int above 2^53.
-    return value > 0 and value == math.ldexp(1.0, exponent_of(value))
-
-
-def _check_fields(path: str, names: Iterable[str]) -> None:
-    for name in names:
-        place = _join(path, name)
-        if name in FLAGS:
-            raise InputError(f"{place}: is not part of a search space: set it with {FLAGS[name]}")
-        if name not in SEARCHABLE:
-            near = difflib.get_close_matches(name, SEARCHABLE, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{place}: unknown field{hint} (known: {', '.join(SEARCHABLE)})")
-
-
-def _check_keys(path: str, mapping: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in mapping:
-        if key not in known:
-            raise InputError(f"{_join(path, key)}: unknown key (known: {', '.join(known)})")
-
-
-def _join(path: str, key: str) -> str:
-    part = key if key.isidentifier() and key.isprintable() else shown(key)
-    return f"{path}.{part}" if path else part
-
-
-def _either(values: Iterable[Any]) -> str:
-    return " or ".join(str(value) for value in values)
