@@ -3,15 +3,14 @@
 If a test named ``test_stock_...`` fails, Ray has changed: remove what is no longer needed from ``ray_patches.py``.
 """
 
-import concurrent.futures
 import inspect
 import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,12 +34,6 @@ from ray.tune.experiment import Trial
 
 from tune_amp.cluster import ray_patches
 from tune_amp.trial.config import SIGNALS
-
-
-@pytest.fixture
-def pool() -> Iterator[concurrent.futures.Executor]:
-    with concurrent.futures.ThreadPoolExecutor(1) as started:
-        yield started
 
 
 RAY_OPTIONS = "\n".join(inspect.signature(ray.init).parameters)
@@ -107,145 +100,179 @@ def test_stock_ray_sends_folders_of_the_driver_to_the_workers_and_has_no_option_
     assert (options["_temp_dir"], options["num_cpus"]) == (str(tmp_path), 1)
 
 
-def test_stock_ray_has_no_option_for_the_agents_port_the_session_and_its_folder(
-    tmp_path: Path, pool: concurrent.futures.Executor
-) -> None:
-    assert re.findall(r".*(?:agent|session|temp|dir).*", RAY_OPTIONS) == []
+def test_stock_ray_has_no_option_for_the_agents_port_the_session_its_folder_and_processes(tmp_path: Path) -> None:
+    assert re.findall(r".*(?:agent|session|temp|dir|worker|prestart|monitor).*", RAY_OPTIONS) == []
     stock = parameter.RayParams()
-    assert (stock.dashboard_agent_listen_port, stock.session_name) == (52365, None)
-    with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
+    assert (stock.dashboard_agent_listen_port, stock.session_name, stock.no_monitor) == (52365, None, False)
+    with ray_patches.private_start(tmp_path, "short", workers=3):
         ours = parameter.RayParams()
-        assert (ours.dashboard_agent_listen_port, ours.session_name) == (0, "short")
+        assert (ours.dashboard_agent_listen_port, ours.session_name, ours.no_monitor) == (0, "short", True)
         assert not ours.include_log_monitor
     assert parameter.RayParams().session_name is None
 
 
-def test_stock_dashboard_imports_from_the_current_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
-) -> None:
-    assert "PYTHONSAFEPATH" not in inspect.getsource(services)
-    started: list[tuple[str, Any]] = []
-    commands: list[list[str]] = []
-
-    def start(command: list[str], kind: str, **options: Any) -> None:
-        commands.append(command)
-        started.append((kind, options))
-
-    monkeypatch.setattr(services, "start_ray_process", start)
-    stock = services.start_ray_process
-    with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
-        for kind in (ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_RAYLET):
-            services.start_ray_process([], kind, fate_share=True)
-    assert services.start_ray_process is stock
-    own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
-    assert started == [
-        (ray_constants.PROCESS_TYPE_DASHBOARD, own),
-        (ray_constants.PROCESS_TYPE_RAYLET, {"fate_share": True}),
-    ]
-    assert commands == [[], ["--num_prestart_python_workers=3"]]
-    assert re.findall(r".*(?:worker|prestart).*", RAY_OPTIONS) == []
+DASHBOARD, GCS, RAYLET = (
+    ray_constants.PROCESS_TYPE_DASHBOARD,
+    ray_constants.PROCESS_TYPE_GCS_SERVER,
+    ray_constants.PROCESS_TYPE_RAYLET,
+)
 
 
 class StartedProcess:
     """Stands in for a process of Ray that was started."""
 
-    def __init__(self) -> None:
+    def __init__(self, returncode: int | None = None) -> None:
         self.process = self
+        self.returncode = returncode
         self.killed = threading.Event()
 
-    def wait(self) -> int:
-        assert self.killed.is_set()
-        return -9
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> None:
+        self.killed.wait(20)
 
     def kill(self) -> None:
         self.killed.set()
 
 
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, StartedProcess]]:
+    """The processes that Ray would start; they live unless the test puts a dead one here before."""
+    parts = {kind: StartedProcess() for kind in (DASHBOARD, GCS, RAYLET)}
+    monkeypatch.setattr(services, "start_ray_process", lambda command, kind, **_: parts[kind])
+    yield parts
+    for part in parts.values():  # ends the thread that waits for the dashboard
+        part.kill()
+
+
+def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "PYTHONSAFEPATH" not in inspect.getsource(services)
+    started: list[tuple[str, list[str], Any]] = []
+
+    def start(command: list[str], kind: str, **options: Any) -> StartedProcess:
+        started.append((kind, command, options))
+        return StartedProcess()
+
+    monkeypatch.setattr(services, "start_ray_process", start)
+    with ray_patches.private_start(tmp_path, "short", workers=3):
+        for kind in (DASHBOARD, RAYLET):
+            services.start_ray_process([], kind, fate_share=True)
+    assert services.start_ray_process is start
+    own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
+    assert started == [
+        (DASHBOARD, [], own),
+        (RAYLET, ["--num_prestart_python_workers=3"], {"fate_share": True}),
+    ]
+
+
 def test_stock_ray_waits_for_the_dashboard_before_it_starts_the_node(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
 ) -> None:
-    assert (
-        inspect.getsource(node_module.Node.start_head_processes)
-        .rstrip()
-        .endswith("raise_on_failure=raise_on_api_server_failure,\n        )")
-    )
+    source = inspect.getsource(node_module.Node.start_head_processes)
+    assert source.rstrip().endswith("raise_on_failure=raise_on_api_server_failure,\n        )")
     assert "_internal_kv_get" in inspect.getsource(services.start_api_server)
     node: Any = object.__new__(node_module.Node)
-    ready, threads = threading.Event(), list[Any]()
+    ready, threads = threading.Event(), list[threading.Thread]()
 
     def start(self: Any, **options: Any) -> None:
         assert ready.wait(20)
-        threads.append((threading.current_thread().is_alive(), self is node, options))
+        assert (self is node, options) == (True, {"include_dashboard": None, "raise_on_failure": False})
+        services.start_ray_process([], DASHBOARD, fate_share=True)  # type: ignore[arg-type]
+        threads.append(threading.current_thread())
 
     monkeypatch.setattr(node_module.Node, "start_api_server", start)
-    with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
+    with ray_patches.private_start(tmp_path, "short", workers=3):
         node.start_api_server(include_dashboard=None, raise_on_failure=False)
         assert threads == []
         ready.set()
-    assert threads == [(True, True, {"include_dashboard": None, "raise_on_failure": False})]
-    assert pool.submit(lambda: True).result()  # the thread lives
-
-
-@pytest.mark.parametrize("failing", ["the dashboard", "the node"])
-def test_a_start_that_fails_does_not_wait_for_the_dashboard(
-    failing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
-) -> None:
-    started = StartedProcess()
-    monkeypatch.setattr(services, "start_ray_process", lambda *_, **__: started)
-
-    def start(self: Any) -> None:
-        info: Any = services.start_ray_process([], ray_constants.PROCESS_TYPE_DASHBOARD, fate_share=True)
-        if failing == "the dashboard":
-            raise RuntimeError(failing)
-        assert info.killed.wait(20)
-
-    monkeypatch.setattr(node_module.Node, "start_api_server", start)
-
-    def begin() -> None:
-        with ray_patches.private_start(tmp_path, "short", workers=3, beside=pool):
-            node: Any = object.__new__(node_module.Node)
-            node.start_api_server()
-            if failing == "the node":
-                while not pool._work_queue.empty():  # type: ignore[attr-defined]
-                    time.sleep(0.01)
-                raise RuntimeError(failing)
-
-    with pytest.raises(RuntimeError, match=failing):
-        begin()
+    [thread] = threads
+    assert thread.is_alive()  # as long as the dashboard
+    processes[DASHBOARD].kill()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_the_dashboard_ends_before_the_node_that_does_not_start_is_killed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: concurrent.futures.Executor
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
 ) -> None:
     """Its start asks the GCS, whose death it would wait out for a minute."""
-    started, ended = StartedProcess(), list[str]()
-    monkeypatch.setattr(services, "start_ray_process", lambda *_, **__: started)
+    begun, ended = threading.Event(), list[bool]()
 
     def start(self: Any) -> None:
-        info: Any = services.start_ray_process([], ray_constants.PROCESS_TYPE_DASHBOARD, fate_share=True)
-        assert info.killed.wait(20)
-        ended.append("dashboard")
-
-    def fail(self: Any) -> None:
-        raise RuntimeError("does not start")
+        services.start_ray_process([], DASHBOARD, fate_share=True)  # type: ignore[arg-type]
+        begun.set()
+        assert processes[DASHBOARD].killed.wait(20)
+        ended.append(processes[GCS].killed.is_set())
 
     monkeypatch.setattr(node_module.Node, "start_api_server", start)
-    monkeypatch.setattr(node_module.Node, "start_ray_processes", fail)
-    monkeypatch.setattr(node_module.Node, "kill_all_processes", lambda *_, **__: ended.append("node"))
-    node: Any = object.__new__(node_module.Node)
 
     def begin() -> None:
-        with (
-            ray_patches.private_start(tmp_path, "short", workers=3, beside=pool) as end_dashboard,
-            ray_patches.patient_start(lambda _: None, end_dashboard),
-        ):
+        with ray_patches.private_start(tmp_path, "short", workers=3):
+            services.start_ray_process([], GCS, fate_share=True)  # type: ignore[arg-type]
+            node: Any = object.__new__(node_module.Node)
             node.start_api_server()
-            node.start_ray_processes()
+            assert begun.wait(20)
+            raise RuntimeError("does not start")
 
     with pytest.raises(RuntimeError, match="does not start"):
         begin()
-    assert ended == ["dashboard", "node"]
+    assert ended == [False]
+    assert processes[GCS].killed.is_set()
     assert services.logger.disabled is False
+
+
+def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:
+    assert "raylet_start_wait_time_s = 30\n" in inspect.getsource(node_module.Node.__init__)
+
+
+def start_patiently(registers: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Start a node that is found at the ``registers``-th question; return what was announced."""
+    lines: list[str] = []
+    asked: list[str] = []
+
+    def get_node(gcs_address: str, node_id: str) -> dict[str, str]:
+        asked.append(node_id)
+        if len(asked) < registers:
+            raise RuntimeError("not found")
+        return {"node": node_id}
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.setattr("tune_amp.cluster.ray_patches.SLOW_START_SECONDS", 0.05)
+    with ray_patches.private_start(folder, "short", workers=3, announce=lines.append):
+        for kind in (GCS, RAYLET):
+            services.start_ray_process([], kind, fate_share=True)  # type: ignore[arg-type]
+        assert services.get_node("127.0.0.1:1", "id") == {"node": "id"}
+    assert len(asked) == registers
+    return lines
+
+
+def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: dict[str, StartedProcess]
+) -> None:
+    [line] = start_patiently(4, tmp_path, monkeypatch)
+    assert not processes[RAYLET].killed.is_set()
+    assert line.startswith("Ray has not started within 0 s (the machine's load is ")
+    assert line.endswith("CPUs); waiting up to 300 s")
+
+
+def test_node_that_never_starts_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: dict[str, StartedProcess]
+) -> None:
+    monkeypatch.setattr("tune_amp.cluster.ray_patches.START_SECONDS", 0)
+    with pytest.raises(TimeoutError, match="its node was not ready after 0 s"):
+        start_patiently(10**9, tmp_path, monkeypatch)
+    assert all(processes[kind].killed.is_set() for kind in (GCS, RAYLET))
+
+
+@pytest.mark.parametrize("part", [RAYLET, GCS])
+def test_node_that_dies_as_it_starts_is_not_waited_for(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: dict[str, StartedProcess]
+) -> None:
+    processes[part].returncode = 1
+    with pytest.raises(ChildProcessError, match=f"^its {part} ended with exit code 1$"):
+        start_patiently(4, tmp_path, monkeypatch)
+    assert processes[RAYLET].killed.is_set()
 
 
 def test_stock_tune_gives_its_actors_an_environment_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,79 +296,6 @@ def test_stock_tune_gives_its_actors_an_environment_of_their_own(monkeypatch: py
     assert ray_patches.preloading(["some.module"])["PL_DISABLE_FORK"] == "1"
 
 
-def test_stock_ray_waits_a_second_for_the_monitor_which_is_killed_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "wait_timeout_seconds = 1\n" in inspect.getsource(node_module.Node._kill_process_impl)
-    processes = {kind: [StartedProcess()] for kind in ("monitor", "raylet", "dashboard")}
-    monkeypatch.setattr(ray_patches, "find_node", lambda: SimpleNamespace(all_processes=processes))
-    ray_patches.end_monitor()
-    assert [kind for kind, [started] in processes.items() if started.killed.is_set()] == ["monitor"]
-    monkeypatch.setattr(ray_patches, "find_node", lambda: None)
-    ray_patches.end_monitor()
-
-
-def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:
-    assert "raylet_start_wait_time_s = 30\n" in inspect.getsource(node_module.Node.__init__)
-
-
-class StartingNode:
-    """Stands in for Ray's node: ``registers`` says at which question it is found, ``dead`` what has ended."""
-
-    gcs_address, node_id = "127.0.0.1:1", "node"
-
-    def __init__(self, registers: int, dead: tuple[str, ...] = ()) -> None:
-        self.left, self.dead, self.killed = registers, dead, False
-
-    def start_ray_processes(self) -> None:
-        pass
-
-    def dead_processes(self) -> list[tuple[str, SimpleNamespace]]:
-        return [(kind, SimpleNamespace(returncode=1)) for kind in self.dead]
-
-    def kill_all_processes(self, check_alive: bool) -> None:
-        self.killed = True
-
-    def get_node(self, gcs_address: str, node_id: str) -> None:
-        self.left -= 1
-        if self.left > 0:
-            raise RuntimeError("not found")
-
-
-def start_patiently(node: StartingNode, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(node_module, "Node", StartingNode)
-    monkeypatch.setattr(services, "get_node", node.get_node)
-    monkeypatch.setattr("tune_amp.cluster.ray_patches.SLOW_START_SECONDS", 0.05)
-    with ray_patches.patient_start(lines.append):
-        node.start_ray_processes()
-    return lines
-
-
-def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another part that has died, such as a monitor, is no reason to give up."""
-    node = StartingNode(registers=4, dead=("monitor",))
-    [line] = start_patiently(node, monkeypatch)
-    assert node.left == 0
-    assert not node.killed
-    assert line.startswith("Ray has not started within 0 s (the machine's load is ")
-    assert line.endswith("CPUs); waiting up to 300 s")
-
-
-def test_node_that_never_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = StartingNode(registers=10**9)
-    monkeypatch.setattr("tune_amp.cluster.ray_patches.START_SECONDS", 0)
-    with pytest.raises(TimeoutError, match="its node was not ready after 0 s"):
-        start_patiently(node, monkeypatch)
-    assert node.killed
-
-
-@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
-def test_node_that_dies_as_it_starts_is_not_waited_for(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = StartingNode(registers=4, dead=(part,))
-    with pytest.raises(RuntimeError, match=f"^its {part} ended with exit code 1$"):
-        start_patiently(node, monkeypatch)
-    assert node.killed
-
-
 def test_stock_ray_prints_logs_of_processes_that_died_even_if_no_logs_go_to_the_driver(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -359,20 +313,24 @@ def test_stock_ray_prints_logs_of_processes_that_died_even_if_no_logs_go_to_the_
 
 
 def test_stock_ray_says_that_it_runs_whatever_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = SimpleNamespace(pid=1)
-    dead = SimpleNamespace(
-        dead_processes=lambda: [("raylet", process)], all_processes={"raylet": [SimpleNamespace(process=process)]}
-    )
+    dead = SimpleNamespace()
     monkeypatch.setattr(worker, "_global_node", dead)
     assert "return ray._private.worker.global_worker.connected\n" in inspect.getsource(worker.is_initialized)
     assert ray_patches.find_node() is dead
-    assert ray_patches.list_processes() == [process]
-    monkeypatch.setattr(worker, "_global_node", None)
-    assert ray_patches.list_processes() == []
 
 
-def test_stock_ray_waits_for_its_processes_for_a_second_only() -> None:
+def test_stock_ray_waits_for_its_processes_for_a_second_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was not waited for is a zombie, and Python warns of it when the object is collected."""
     assert "wait_timeout_seconds = 1\n" in inspect.getsource(node_module.Node._kill_process_impl)
+    monkeypatch.setattr(worker, "_global_node", None)
+    with ray_patches.reaped_processes():
+        pass
+    with subprocess.Popen(["sleep", "1.5"]) as process:
+        node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=process)]})
+        monkeypatch.setattr(worker, "_global_node", node)
+        with ray_patches.reaped_processes():
+            pass
+        assert process.returncode == 0
 
 
 def test_stock_ray_gives_the_dashboards_address_only_to_whoever_started_it() -> None:

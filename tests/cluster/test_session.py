@@ -21,7 +21,6 @@ from tune_amp.cluster.session import (
     _find_source,
     _start_error,
     ray_session,
-    reaping,
 )
 from tune_amp.trial.config import InputError
 
@@ -227,14 +226,6 @@ def test_session_leaves_nothing_behind(sessions: list[dict[str, Any]]) -> None:
         assert session["listens_to_dashboard"]  # in the folder that is gone now
         assert not session["initialized_after"]
         assert session["processes_left"] == []
-
-
-def test_process_that_takes_long_to_end_is_waited_for() -> None:
-    """Else it is a zombie, and Python warns of it wherever the object is collected."""
-    with subprocess.Popen(["sleep", "1.5"]) as process:
-        with reaping([process]):
-            pass
-        assert process.returncode == 0
 
 
 def test_modules_in_the_current_folder_are_imported_by_none_of_rays_processes(sessions: list[dict[str, Any]]) -> None:

@@ -5,7 +5,6 @@ has a test that fails once Ray no longer needs it. Ray is imported inside the fu
 environment on import.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -31,6 +30,8 @@ START_SECONDS = 300
 """Seconds that the node of a private Ray may take to start."""
 SLOW_START_SECONDS = 30.0
 """Seconds after which the user is informed that the start takes long."""
+REAP_SECONDS = 10.0
+"""Seconds to wait for a process that was killed: it takes longer only if a system call cannot be interrupted."""
 LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
 """RPC of the GCS that lists the keys of the default namespace: it reads and changes nothing. Ray has no public way to
 find out whether a cluster requires a token."""
@@ -94,100 +95,93 @@ def init_ray(address: str, run: str, *, temp_dir: Path | None = None, **options:
 
 @contextlib.contextmanager
 def private_start(
-    home: Path, session_name: str, *, workers: int, beside: concurrent.futures.Executor
-) -> Iterator[Callable[[], None]]:
-    """In the ``with`` block, Ray starts a node whose processes keep to ``home`` and do not need a free port 52365.
+    home: Path, session_name: str, *, workers: int, announce: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
+    """In the ``with`` block, Ray starts a private node, faster and with more patience than by itself.
 
-    The dashboard starts its servers by ``python -c``, which searches the current folder for modules first, and leaves
-    the folder of their socket in the temporary folder. The agent's default port, 52365, is taken if another Ray runs
-    here: the agent retries for 6 s, then runs without HTTP (ray-project/ray#14763).
-
-    Ray would wait for the dashboard, 2 s, before it starts the node's other processes: here it starts beside them, and
-    the ``with`` block ends when it is ready. The log monitor is left out: it reads the logs that drivers print. Ray
-    would start a worker for each CPU, and ``ray.init`` has no argument for their number.
+    - The dashboard starts its servers by ``python -c``, which searches the current folder for modules first, and leaves
+      the folder of their socket in the temporary folder: it gets other variables.
+    - The agent's default port, 52365, is taken if another Ray runs here: the agent would retry for 6 s, then run
+      without HTTP (ray-project/ray#14763).
+    - Ray would wait for the dashboard, 2 s, before it starts the node's other processes. Here it starts beside them,
+      and the ``with`` block ends when it is ready. Two processes are left out: the log monitor reads the logs that
+      drivers print, and the autoscaler's monitor adds nodes.
+    - Ray would start a worker for each CPU, and ``ray.init`` has no argument for their number.
+    - Ray waits for its node for 30 s, which no setting changes (ray-project/ray#62883), also if it is dead. Here a dead
+      one fails at once, and a slow one has ``START_SECONDS``.
 
     Args:
         home: private folder for the socket, with a short path.
         session_name: name of Ray's own folder. All sockets lie below it, and Ray's default name leaves little of the
             107 bytes that the path of a socket may have (ray-project/ray#7945).
         workers: number of workers that start with the node.
-        beside: starts the dashboard, in a thread that must live as long as the session: Linux ends the dashboard with
-            the thread that started it.
-
-    Yields:
-        A function that ends the start of the dashboard. Call it before the GCS is killed, whose death the start would
-        wait out.
+        announce: receives a line after ``SLOW_START_SECONDS``.
     """
     from ray._private import node, parameter, ray_constants, services
 
     start: Any = services.start_ray_process
     start_dashboard: Any = node.Node.start_api_server
-    dashboards: list[Any] = []
-    starts: list[concurrent.futures.Future[None]] = []
-    is_over = threading.Event()
+    find_once: Any = services.get_node
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    is_ready = threading.Event()
+    is_ready.set()  # until there is a dashboard to wait for
 
-    def start_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
-        if process_type != ray_constants.PROCESS_TYPE_DASHBOARD:
-            # The last one of a flag counts.
-            if process_type == ray_constants.PROCESS_TYPE_RAYLET:
-                command = [*command, f"--num_prestart_python_workers={workers}"]
-            return start(command, process_type, *arguments, **options)
-        options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
-        dashboards.append(start(command, process_type, *arguments, **options))
-        if is_over.is_set():
-            dashboards[0].process.kill()
-        return dashboards[0]
+    def start_process(command: list[str], kind: str, *arguments: Any, **options: Any) -> Any:
+        if kind == ray_constants.PROCESS_TYPE_RAYLET:
+            command = [*command, f"--num_prestart_python_workers={workers}"]  # the last one of a flag counts
+        if kind == ray_constants.PROCESS_TYPE_DASHBOARD:
+            options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
+        info = start(command, kind, *arguments, **options)
+        started[kind] = info.process
+        return info
 
     def start_beside(self: Any, **options: Any) -> None:
-        starts.append(beside.submit(start_dashboard, self, **options))
+        def run() -> None:
+            try:
+                start_dashboard(self, **options)
+            finally:
+                is_ready.set()
+            if process := started.get(ray_constants.PROCESS_TYPE_DASHBOARD):
+                process.wait()  # Linux ends a process with the thread that started it
 
-    def end_dashboard() -> None:
-        is_over.set()
-        for info in dashboards:
-            info.process.kill()
-            info.process.wait()
-        with patch.object(services.logger, "disabled", True):  # it would print the dashboard's log
-            concurrent.futures.wait(starts)
+        is_ready.clear()
+        threading.Thread(target=run, daemon=True).start()
 
-    settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False}
-    params = functools.partial(parameter.RayParams, session_name=session_name, **settings)
+    def find_patiently(*address: str) -> Any:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            for kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
+                if started[kind].poll() is not None:
+                    raise ChildProcessError(f"its {kind} ended with exit code {started[kind].returncode}")
+            with contextlib.suppress(RuntimeError):  # not found, or no answer yet
+                return find_once(*address)
+            time.sleep(0.1)
+        raise TimeoutError(f"its node was not ready after {START_SECONDS} s; try again when the machine is less busy")
+
+    settings = {"dashboard_agent_listen_port": 0, "include_log_monitor": False, "no_monitor": True}
+    params: Any = functools.partial(parameter.RayParams, session_name=session_name, **settings)
     with (
+        _announcing_slow_start(announce),
         patch.object(parameter, "RayParams", params),
         patch.object(services, "start_ray_process", start_process),
+        patch.object(services, "get_node", find_patiently),
         patch.object(node.Node, "start_api_server", start_beside),
     ):
         try:
-            yield end_dashboard
-        except BaseException:
-            end_dashboard()
+            yield
+            is_ready.wait()
+        except BaseException:  # no other code has a reference to the processes yet
+            with patch.object(services.logger, "disabled", True):  # it would print the dashboard's log
+                if ray_constants.PROCESS_TYPE_DASHBOARD in started:
+                    started[ray_constants.PROCESS_TYPE_DASHBOARD].kill()
+                is_ready.wait(REAP_SECONDS)  # its start asks the GCS, whose death it would wait out for a minute
+            for process in started.values():
+                process.kill()
             raise
-        for dashboard in starts:
-            dashboard.result()
 
 
 @contextlib.contextmanager
-def patient_start(announce: Callable[[str], None], before_kill: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """In the ``with`` block, Ray's node may take ``START_SECONDS`` to start, but a node that has died fails at once.
-
-    Ray waits for 30 s, which no setting changes (ray-project/ray#62883), also for a node that is dead.
-
-    Args:
-        announce: receives a line after ``SLOW_START_SECONDS``.
-        before_kill: is called before the processes of a node that does not start are killed.
-    """
-    from ray._private import node
-
-    start: Any = node.Node.start_ray_processes
-
-    def start_and_wait(self: Any) -> None:
-        try:
-            start(self)
-            _wait_for_node(self)
-        except BaseException:
-            before_kill()
-            self.kill_all_processes(check_alive=False)  # no other code has a reference to them yet
-            raise
-
+def _announcing_slow_start(announce: Callable[[str], None]) -> Iterator[None]:
     def inform() -> None:
         load = f"the machine's load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
         announce(f"Ray has not started within {SLOW_START_SECONDS:.0f} s ({load}); waiting up to {START_SECONDS} s")
@@ -196,43 +190,19 @@ def patient_start(announce: Callable[[str], None], before_kill: Callable[[], Non
     timer.daemon = True
     timer.start()
     try:
-        with patch.object(node.Node, "start_ray_processes", start_and_wait):
-            yield
+        yield
     finally:
         timer.cancel()
 
 
-def _wait_for_node(node: Any) -> None:
-    """Wait until Ray's node is registered.
-
-    Raises:
-        RuntimeError: a process that the node requires has ended.
-        TimeoutError: the start takes too long.
-    """
-    from ray._private import ray_constants, services
-
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        for kind, process in node.dead_processes():
-            if kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
-                raise RuntimeError(f"its {kind} ended with exit code {process.returncode}")
-        with contextlib.suppress(RuntimeError):  # not found, or no answer yet
-            services.get_node(node.gcs_address, node.node_id)
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"its node was not ready after {START_SECONDS} s; try again when the machine is less busy")
-
-
-@contextlib.contextmanager
-def quiet_logs() -> Iterator[None]:
+def quiet_logs() -> contextlib.AbstractContextManager[Any]:
     """In the ``with`` block, Ray prints no pages of its log if one of its processes dies: tune_amp reports the effect.
 
     ``log_to_driver=False`` does not cover these pages.
     """
     from ray._private import worker
 
-    with patch.object(worker, "_worker_logs_enabled", False):
-        yield
+    return patch.object(worker, "_worker_logs_enabled", False)
 
 
 # A running Ray
@@ -248,19 +218,15 @@ def find_node() -> Any:
     return worker._global_node
 
 
-def list_processes() -> list[subprocess.Popen[bytes]]:
-    """Return the processes of Ray that this process started."""
+@contextlib.contextmanager
+def reaped_processes() -> Iterator[None]:
+    """Wait for the processes of Ray that end in the ``with`` block. Ray itself waits for a second only."""
     node = find_node()
-    return [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
-
-
-def end_monitor() -> None:
-    """Kill the autoscaler's monitor of a private Ray: it has no state, and takes a second to end otherwise."""
-    from ray._private import ray_constants
-
-    node = find_node()
-    for info in [] if node is None else node.all_processes.get(ray_constants.PROCESS_TYPE_MONITOR, []):
-        info.process.kill()
+    started = [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
+    yield
+    for process in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(REAP_SECONDS)
 
 
 def find_dashboard() -> str | None:

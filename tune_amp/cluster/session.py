@@ -3,7 +3,6 @@
 It does not depend on trials. Ray is imported inside the functions, because parts of it read the environment on import.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -11,7 +10,6 @@ import json
 import os
 import secrets
 import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -46,8 +44,6 @@ QUIET_TUNE = {
 JOB_EXAMPLE = "ray job submit --address http://HEAD:8265 -- tune-amp search --address auto"
 """A command that submits a search to a cluster; ``HEAD`` is the host of its head node."""
 
-REAP_SECONDS = 10.0
-"""Seconds to wait for a killed Ray process: it takes longer only if a system call cannot be interrupted."""
 ROOM_BYTES = 8 * 2**20
 """Free bytes that a private Ray needs in the temporary folder: its logs and dashboards take 1 MiB during the start."""
 PATH_BYTES = 103 if sys.platform == "darwin" else 107
@@ -173,17 +169,11 @@ def _private_ray(
             "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         }
         stack.enter_context(_ray_environment(secured))
-        beside = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         stack.enter_context(_shutting_down())
         cpus = count_cpus() if num_cpus is None else num_cpus
         session_name = home.name.removeprefix(HOME_PREFIX)
         try:
-            with (
-                ray_patches.private_start(
-                    home, session_name, workers=min(workers, cpus), beside=beside
-                ) as end_dashboard,
-                ray_patches.patient_start(announce, end_dashboard),
-            ):
+            with ray_patches.private_start(home, session_name, workers=min(workers, cpus), announce=announce):
                 # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                 ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)
         except Exception as error:
@@ -213,20 +203,8 @@ def _shutting_down() -> Iterator[None]:
         try:
             yield
         finally:
-            with reaping(ray_patches.list_processes()):
-                ray_patches.end_monitor()
+            with ray_patches.reaped_processes():
                 ray.shutdown()
-
-
-@contextlib.contextmanager
-def reaping(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Wait for ``processes`` after a ``with`` block in which Ray ends them: Ray itself waits for a second only."""
-    try:
-        yield
-    finally:
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=REAP_SECONDS)
 
 
 def _choose_parent(announce: Callable[[str], None]) -> Path:
