@@ -35,7 +35,6 @@ from ray.tune.experiment import Trial
 from tune_amp.cluster import ray_patches
 from tune_amp.trial.config import SIGNALS
 
-
 RAY_OPTIONS = "\n".join(inspect.signature(ray.init).parameters)
 """Public arguments of ``ray.init``; the private ones are in ``**kwargs``."""
 
@@ -155,10 +154,11 @@ def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.Mon
         return StartedProcess()
 
     monkeypatch.setattr(services, "start_ray_process", start)
+    stock: Any = services.start_ray_process
     with ray_patches.private_start(tmp_path, "short", workers=3):
         for kind in (DASHBOARD, RAYLET):
             services.start_ray_process([], kind, fate_share=True)
-    assert services.start_ray_process is start
+    assert services.start_ray_process is stock
     own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
     assert started == [
         (DASHBOARD, [], own),
@@ -178,7 +178,7 @@ def test_stock_ray_waits_for_the_dashboard_before_it_starts_the_node(
     def start(self: Any, **options: Any) -> None:
         assert ready.wait(20)
         assert (self is node, options) == (True, {"include_dashboard": None, "raise_on_failure": False})
-        services.start_ray_process([], DASHBOARD, fate_share=True)  # type: ignore[arg-type]
+        services.start_ray_process([], DASHBOARD, fate_share=True)
         threads.append(threading.current_thread())
 
     monkeypatch.setattr(node_module.Node, "start_api_server", start)
@@ -200,7 +200,7 @@ def test_the_dashboard_ends_before_the_node_that_does_not_start_is_killed(
     begun, ended = threading.Event(), list[bool]()
 
     def start(self: Any) -> None:
-        services.start_ray_process([], DASHBOARD, fate_share=True)  # type: ignore[arg-type]
+        services.start_ray_process([], DASHBOARD, fate_share=True)
         begun.set()
         assert processes[DASHBOARD].killed.wait(20)
         ended.append(processes[GCS].killed.is_set())
@@ -209,7 +209,7 @@ def test_the_dashboard_ends_before_the_node_that_does_not_start_is_killed(
 
     def begin() -> None:
         with ray_patches.private_start(tmp_path, "short", workers=3):
-            services.start_ray_process([], GCS, fate_share=True)  # type: ignore[arg-type]
+            services.start_ray_process([], GCS, fate_share=True)
             node: Any = object.__new__(node_module.Node)
             node.start_api_server()
             assert begun.wait(20)
@@ -241,7 +241,7 @@ def start_patiently(registers: int, folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tune_amp.cluster.ray_patches.SLOW_START_SECONDS", 0.05)
     with ray_patches.private_start(folder, "short", workers=3, announce=lines.append):
         for kind in (GCS, RAYLET):
-            services.start_ray_process([], kind, fate_share=True)  # type: ignore[arg-type]
+            services.start_ray_process([], kind, fate_share=True)
         assert services.get_node("127.0.0.1:1", "id") == {"node": "id"}
     assert len(asked) == registers
     return lines

@@ -570,10 +570,10 @@ def test_trial_continued_from_its_checkpoint_ends_bit_for_bit_as_without(
     expected = train(make_trainable(**changes))
     interrupted = make_trainable(**changes)
     interrupted.train()
-    interrupted.save_checkpoint(str(tmp_path))
+    saved = interrupted.save(str(tmp_path))
     torch.manual_seed(999)  # another process
     continued = make_trainable(**changes)
-    continued.load_checkpoint(str(tmp_path))
+    continued.restore(saved)
     assert_same(train(continued), expected[1:])
 
 
@@ -582,7 +582,7 @@ def test_checkpoint_is_safe_to_load_and_a_pickle_in_its_place_is_refused(
 ) -> None:
     trainable = make_trainable(**STATEFUL)
     trainable.train()
-    trainable.save_checkpoint(str(tmp_path))
+    saved = trainable.save(str(tmp_path))
     path = tmp_path / CHECKPOINT_FILE
     assert zipfile.is_zipfile(path)
     assert torch.load(path, weights_only=True)["epoch"] == 1
@@ -593,7 +593,7 @@ def test_checkpoint_is_safe_to_load_and_a_pickle_in_its_place_is_refused(
 
     torch.save(Malicious(), path)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        make_trainable(**STATEFUL).load_checkpoint(str(tmp_path))
+        make_trainable(**STATEFUL).restore(saved)
     assert not (tmp_path / "owned").exists()
 
 
@@ -602,10 +602,10 @@ def test_ended_trial_saves_nothing_and_nothing_saved_starts_from_the_beginning(
 ) -> None:
     trainable = make_trainable()
     expected = train(trainable)
-    trainable.save_checkpoint(str(tmp_path))
+    saved = trainable.save(str(tmp_path))
     assert not (tmp_path / CHECKPOINT_FILE).exists()
     again = make_trainable()
-    again.load_checkpoint(str(tmp_path))
+    again.restore(saved)
     assert_same(train(again), expected)
 
 

@@ -24,17 +24,17 @@ class FakeActor:
 
     def __init__(self, cluster: "FakeRay", share: float) -> None:
         self._cluster, self.share = cluster, share
-        self.train = self
+        self.train = self.__ray_ready__ = self
 
     def options(self, name: str) -> "FakeActor":
         return self
 
-    def remote(self, job: ConfirmJob, starts: None) -> "FakeReference":
+    def remote(self, job: ConfirmJob | None = None) -> "FakeReference":
         return FakeReference(self, job)
 
 
 class FakeReference:
-    def __init__(self, actor: FakeActor, job: ConfirmJob) -> None:
+    def __init__(self, actor: FakeActor, job: ConfirmJob | None) -> None:
         self.actor, self.job = actor, job
 
 
@@ -73,6 +73,7 @@ class FakeRay:
         return ended[:1], ended[1:]
 
     def get(self, reference: FakeReference) -> ConfirmedRun:
+        assert reference.job is not None
         seed = reference.job.config.seed
         self.trained.append((seed, reference.actor.share))
         outcome = self.outcomes[seed].pop(0) if self.outcomes.get(seed) else COMPLETED

@@ -158,8 +158,8 @@ def private_start(
             time.sleep(0.1)
         raise TimeoutError(f"its node was not ready after {START_SECONDS} s; try again when the machine is less busy")
 
-    settings = {"dashboard_agent_listen_port": 0, "include_log_monitor": False, "no_monitor": True}
-    params: Any = functools.partial(parameter.RayParams, session_name=session_name, **settings)
+    settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False, "no_monitor": True}
+    params = functools.partial(parameter.RayParams, session_name=session_name, **settings)
     with (
         _announcing_slow_start(announce),
         patch.object(parameter, "RayParams", params),

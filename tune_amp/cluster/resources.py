@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.cluster.gpu_sharing import (
     CONTEXT_BYTES,
@@ -182,11 +181,6 @@ def count_gpus(visible: str | None, cuda_devices: int) -> int:
     names = (visible or "").split(",")
     slices = len(set(names)) if all(name.startswith("MIG-") for name in names) else 0
     return max(cuda_devices, slices) if cuda_devices else 0
-
-
-def beside_this_process() -> NodeAffinitySchedulingStrategy:
-    """Return the strategy that places on this node what needs no CPU and must not be lost before this process."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def double_share(share: float) -> float:

@@ -133,7 +133,6 @@ class AmpTrainable(tune.Trainable):
         self._run: Run | None = None
         self._content: bytes | None = None  # of a checkpoint that is being saved
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
-        self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
         self.reset_config(config)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
@@ -150,19 +149,18 @@ class AmpTrainable(tune.Trainable):
                 return save(checkpoint_dir or folder)
 
         saved = ray_patches.save_if_possible(self, save_cleanly)
+        self._content = None
         self._save_seconds.append(time.monotonic() - started)
         self._checkpoint_seconds += self._save_seconds[-1]
         self._unsaved_seconds = 0.0
         return saved
 
     def restore(self, checkpoint_path: Any) -> None:
-        """Restore with Ray's ``restore``, which reads the files for ``load_checkpoint``.
-
-        If the checkpoint is missing or damaged, the trial starts from the beginning.
-        """
+        """Resume from a checkpoint of Ray's. If it is missing or damaged, the trial starts from the beginning."""
         found = checkpoint_path.checkpoint
-        if read_checkpoint(found.filesystem, found.path) is not None:
-            super().restore(checkpoint_path)
+        content = read_checkpoint(found.filesystem, found.path)
+        if content is not None:
+            self._continue_run(content)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Prepare this actor for another trial; keep data and process."""
@@ -170,7 +168,8 @@ class AmpTrainable(tune.Trainable):
             self._release()
         self._settings = dict(new_config)
         self._first_failure: Failure | None = None
-        self._setup_seconds = self._checkpoint_seconds = self._unsaved_seconds = 0.0
+        self._setup_seconds = self._unsaved_seconds = 0.0
+        self._checkpoint_seconds: float = 0.0
         return True
 
     def step(self) -> dict[str, Any]:
@@ -219,27 +218,16 @@ class AmpTrainable(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has no state to save."""
-        content, self._content = self._content or self._write_state(), None
-        if content is not None:
-            (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(content)
+        if self._content is not None:
+            (Path(checkpoint_dir) / CHECKPOINT_FILE).write_bytes(self._content)
 
     def _write_state(self) -> bytes | None:
-        if self._run is None:
-            return None
-        state = self._run.state_dict()
-        if state is None:  # the user's own loop keeps nothing
+        state = None if self._run is None else self._run.state_dict()
+        if state is None:  # the trial has ended, or the user's own loop keeps nothing
             return None
         content = io.BytesIO()  # torch does not raise OSError for a full disk
         torch.save(state, content)
         return content.getvalue()
-
-    def load_checkpoint(self, checkpoint: str | None) -> None:  # type: ignore[override]
-        """Resume from the files of ``save_checkpoint``; start from the beginning if it saved nothing."""
-        assert checkpoint is not None
-        path = Path(checkpoint) / CHECKPOINT_FILE
-        if path.exists():
-            with path.open("rb") as file:
-                self._continue_run(file)
 
     def _train_epoch_or_retry(self) -> dict[str, Any]:
         """Train an epoch. Once per trial, restart it after a failure that need not be the settings' fault.

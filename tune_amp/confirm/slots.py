@@ -5,15 +5,14 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import ray
 import torch
-from ray.util.queue import Queue
 
 from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
-from tune_amp.cluster.resources import SlotCounter, TrialResources, beside_this_process, double_share
+from tune_amp.cluster.resources import SlotCounter, TrialResources, double_share
 from tune_amp.cluster.trainable import (
     WORKER_RETRIES,
     WorkerSetup,
@@ -47,17 +46,6 @@ class Attempt:
     """Number of attempts that ended because a node was lost, or its memory was held by other programs."""
     earlier: ConfirmedRun | None = None
     """Result of the previous attempt, if the job is retried for another reason than a worker's death."""
-    started: float | None = None
-    """``time.monotonic()`` when the report of the worker's start was read; None if it may still wait in Ray's queue."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since this attempt started; 0 while it waits."""
-        return 0.0 if self.started is None else time.monotonic() - self.started
-
-    def time_out(self, time_limit: float) -> ConfirmedRun:
-        """Return the run of a job that took too long."""
-        return self.conclude(_end(self.job, status=TrialStatus.FAILED, error=describe_limit(time_limit)))
 
     def plan_retry(self, run: ConfirmedRun, *, died: bool) -> "Attempt | None":
         """Return the next attempt, or None if ``run`` is final: a configuration gets as many retries as a trial.
@@ -83,7 +71,7 @@ class Attempt:
         return dataclasses.replace(run, error=one_line(f"{run.error}; before that, {self.earlier.error}"))
 
 
-class ConfirmSlots:
+class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
     """The slots of a confirmation, with the resources and the concurrency of trials.
 
     A slot has one worker process, an actor, for all of its jobs: it imports PyTorch and places the data once. After a
@@ -111,10 +99,6 @@ class ConfirmSlots:
         self._idle: list[_Worker] = []
         self._running: dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]] = {}
 
-    def __enter__(self) -> Self:
-        """Return these slots; workers start with the first jobs."""
-        return self
-
     def __exit__(self, *_: object) -> None:
         """End all workers."""
         self._end_running()
@@ -122,47 +106,46 @@ class ConfirmSlots:
 
     def train(self, jobs: Sequence[ConfirmJob]) -> Generator[tuple[ConfirmJob, ConfirmedRun]]:
         """Train ``jobs``; yield each job as it ends. Closing the generator cancels running jobs."""
-        if not jobs:
-            return
         waiting = collections.deque(Attempt(job=job, share=self._resources.gpus) for job in jobs)
-        with contextlib.ExitStack() as stack:
-            starts = stack.enter_context(reported_starts(self._time_limit))
-            stack.callback(self._end_running)
+        try:
             while waiting or self._running:
                 while waiting and len(self._running) < max(1, self._count_slots()):
-                    self._start(dataclasses.replace(waiting.popleft(), started=None), starts)
-                ended = _wait_for_one(self._running, self._time_limit, starts)
-                if ended is None:
-                    yield self._end_latest()
-                    continue
-                attempt, worker = self._running.pop(ended)
-                run, died = _fetch(ended, attempt.job)
-                self._release(worker, run)
-                if died:  # so may all that are idle, on a node that is lost
-                    self._end_idle()
-                again = attempt.plan_retry(run, died=died)
-                if again is not None:
-                    waiting.appendleft(again)
-                else:
+                    self._start(waiting.popleft())
+                ended, _ = ray.wait(list(self._running), num_returns=1, timeout=CHECK_SECONDS)
+                for reference in ended:
+                    attempt, worker = self._running.pop(reference)
+                    run, died = _fetch(reference, attempt.job)
+                    self._release(worker, run)
+                    if died:  # so may all that are idle, on a node that is lost
+                        self._end_idle()
+                    again = attempt.plan_retry(run, died=died)
+                    if again is not None:
+                        waiting.appendleft(again)
+                    else:
+                        yield attempt.job, attempt.conclude(run)
+                for reference in [] if ended else self._list_late():
+                    attempt, worker = self._running.pop(reference)
+                    worker.end()
+                    run = _end(attempt.job, status=TrialStatus.FAILED, error=describe_limit(self._time_limit))
                     yield attempt.job, attempt.conclude(run)
+        finally:
+            self._end_running()
 
-    def _start(self, attempt: Attempt, starts: Queue | None) -> None:
+    def _start(self, attempt: Attempt) -> None:
         worker = next((worker for worker in self._idle if worker.share == attempt.share), None)
         if worker is None:
             self._end_idle()  # they may hold what the new one needs
-            worker = self._open_worker(attempt.share)
+            self._sent = self._sent or ray.put(self._content)
+            worker = _Worker(self._resources.cpus, attempt.share, self._sent)
         else:
             self._idle.remove(worker)
-        name = f"confirm {attempt.job.trial_ids[0]} on seed {attempt.job.config.seed}"
-        reference = worker.actor.train.options(name=name).remote(attempt.job, starts)
-        self._running[reference] = attempt, worker
+        self._running[worker.train(attempt.job)] = attempt, worker
 
-    def _open_worker(self, share: float) -> "_Worker":
-        if self._sent is None:
-            self._sent = ray.put(self._content)
-        # `Attempt` counts retries: an actor that restarts would lose them.
-        actor = ray.remote(num_cpus=self._resources.cpus, num_gpus=share, max_restarts=0)(ConfirmWorker)
-        return _Worker(actor=actor.remote(self._sent), share=share)
+    def _list_late(self) -> "list[ray.ObjectRef[ConfirmedRun]]":
+        """Return the jobs that have taken too long: they hang."""
+        if self._time_limit == math.inf:
+            return []
+        return [ref for ref, (_, worker) in self._running.items() if worker.count_seconds() > self._time_limit]
 
     def _release(self, worker: "_Worker", run: ConfirmedRun) -> None:
         """Keep a worker for the next job, unless its process may be why the last one failed.
@@ -175,13 +158,6 @@ class ConfirmSlots:
         else:
             worker.end()
 
-    def _end_latest(self) -> tuple[ConfirmJob, ConfirmedRun]:
-        """End the attempt that has taken the longest: it hangs."""
-        latest = max(self._running, key=lambda reference: self._running[reference][0].seconds)
-        attempt, worker = self._running.pop(latest)
-        worker.end()
-        return attempt.job, attempt.time_out(self._time_limit)
-
     def _end_running(self) -> None:
         for _, worker in self._running.values():
             worker.end()
@@ -193,50 +169,40 @@ class ConfirmSlots:
         self._idle = []
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Worker:
-    actor: Any
-    """Handle of a ``ConfirmWorker``."""
-    share: float
-    """Share of a GPU; 0 on the CPU."""
+    """Handle of a ``ConfirmWorker``.
+
+    Args:
+        cpus: its CPUs.
+        share: its share of a GPU; 0 on the CPU.
+        sent: argument of the worker.
+    """
+
+    def __init__(self, cpus: int, share: float, sent: "ray.ObjectRef[Any]") -> None:
+        self.share = share
+        # `Attempt` counts retries: an actor that restarts would lose them.
+        worker: Any = ray.remote(num_cpus=cpus, num_gpus=share, max_restarts=0)(ConfirmWorker)
+        self._actor = worker.remote(sent)
+        self._is_ready = self._actor.__ray_ready__.remote()
+        self._started: float | None = None
+
+    def train(self, job: ConfirmJob) -> "ray.ObjectRef[ConfirmedRun]":
+        """Start a job."""
+        self._started = None
+        reference: ray.ObjectRef[ConfirmedRun] = self._actor.train.options(
+            name=f"confirm {job.trial_ids[0]} on seed {job.config.seed}"
+        ).remote(job)
+        return reference
+
+    def count_seconds(self) -> float:
+        """Return the seconds since the job was found to have started; 0 while the process waits for resources."""
+        if self._started is None and ray.wait([self._is_ready], timeout=0)[0]:
+            self._started = time.monotonic()
+        return 0.0 if self._started is None else time.monotonic() - self._started
 
     def end(self) -> None:
         """End the process at once: it has nothing to clean up."""
-        ray.kill(self.actor)
-
-
-@contextlib.contextmanager
-def reported_starts(time_limit: float) -> Iterator[Queue | None]:
-    """Provide a queue for the ids of tasks that have started: before that they wait, perhaps for other jobs.
-
-    It is an actor on the driver's node, and None if time is not limited.
-    """
-    if time_limit == math.inf:
-        yield None
-        return
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": beside_this_process()})
-    try:
-        yield queue
-    finally:
-        queue.shutdown(force=True)
-
-
-def _wait_for_one(
-    running: "dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]]", time_limit: float, starts: Queue | None
-) -> "ray.ObjectRef[ConfirmedRun] | None":
-    """Return the first job that has ended, or None if one has taken too long before that."""
-    while True:
-        ended, _ = ray.wait(list(running), num_returns=1, timeout=CHECK_SECONDS)
-        if ended:
-            first: ray.ObjectRef[ConfirmedRun] = ended[0]
-            return first
-        if starts is not None:
-            started = starts.get_nowait_batch(starts.qsize())
-            for reference, (attempt, worker) in running.items():
-                if reference.task_id().hex() in started:
-                    running[reference] = dataclasses.replace(attempt, started=time.monotonic()), worker
-        if any(attempt.seconds > time_limit for attempt, _ in running.values()):
-            return None
+        ray.kill(self._actor)
 
 
 def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[ConfirmedRun, bool]:
@@ -261,10 +227,8 @@ class ConfirmWorker:
         self._device = torch.device("cpu")
         self._data: TrainingData | NoData | None = None
 
-    def train(self, job: ConfirmJob, starts: Queue | None = None) -> ConfirmedRun:
+    def train(self, job: ConfirmJob) -> ConfirmedRun:
         """Train a job. Any exception becomes a row."""
-        if starts is not None:
-            starts.put(ray.get_runtime_context().get_task_id())
         setup = self._setup
         try:
             if self._data is None:
