@@ -21,8 +21,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from records import PROVENANCE, make_trial
 from report_runs import SLOT_TIME
 
-from tune_amp.monitor.terminal import Quiet
-from tune_amp.results.progress import SearchProgress
+from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import (
     load_best,
     load_best_rows,
@@ -152,7 +151,7 @@ def read_past(data: bytes, folder: Path) -> None:
                     time_budget=None,
                     started=0.0,
                 ),
-                Quiet(),
+                Observer(),
                 storage_root="/",
                 slots=1,
                 begin=0.0,

@@ -22,9 +22,8 @@ from small_runs import untimed
 
 from tune_amp.cluster.failures import find_cause
 from tune_amp.cluster.trainable import REPORT, WORKER_RETRIES, failure_report, progress_report, read_report
-from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
-from tune_amp.results.progress import SearchProgress
+from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import Provenance
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory, open_history
@@ -115,7 +114,7 @@ class Loop:
                 time_budget=None,
                 started=0.0,
             ),
-            Quiet(),
+            Observer(),
             storage_root=str(folder),
             slots=mode.slots,
             begin=0.0,

@@ -160,7 +160,7 @@ def test_only_commands_print() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    warning = {"search/tuner.py", "monitor/trackers.py", "monitor/prometheus.py", "monitor/safe_observer.py"}
+    warning = {"search/tuner.py", "monitor/trackers.py", "monitor/prometheus.py"}
     assert {path for path in printing if not path.startswith("cli/")} == warning
 
 

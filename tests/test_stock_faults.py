@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.quality.replay import SameDraws
 from tune_amp.cluster.session import RaySession, ray_session
-from tune_amp.monitor.terminal import Quiet
+from tune_amp.results.progress import Observer
 from tune_amp.results.records import load_trials
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.options import SearchOptions
@@ -496,7 +496,8 @@ def test_our_record_of_a_trial_that_asha_stopped_counts_over_all_of_its_epochs(d
         seed=SEED_WITH_BAD,
         confirm_seeds=0,
     )
-    run_search(plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run"), Quiet())
+    plan = plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run")
+    run_search(plan, Observer())
     finished, stopped = load_trials(tmp_path / "run")
     assert [finished.status, stopped.status] == [TrialStatus.COMPLETED, TrialStatus.STOPPED]
     assert (finished.config.lr, stopped.config.lr) == (1e-3, 1e-8)

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import TrialRecord
 from tune_amp.space.space import SearchSpace, load_space
 from tune_amp.trial.consent import consent_to
 
 if TYPE_CHECKING:
-    from tune_amp.results.confirmed import ConfirmedRun
-    from tune_amp.results.progress import ConfirmProgress, SearchProgress
     from tune_amp.training.data import Dataset
 
 TRAIN_IMAGES = 300
@@ -47,7 +46,7 @@ class Sample:
     """Resident; None but on Linux."""
 
 
-class Sampler:
+class Sampler(Observer):
     """An observer of a search that samples the driver whenever a trial ends.
 
     Args:
@@ -57,7 +56,7 @@ class Sampler:
     def __init__(self, keep: Callable[[Sample], object]) -> None:
         self._keep = keep
 
-    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Take a sample where a trial ended."""
         if ended is not None:
             self._keep(
@@ -68,9 +67,6 @@ class Sampler:
                     memory_bytes=read_memory(),
                 )
             )
-
-    def on_confirmation(self, progress: "ConfirmProgress", ended: "ConfirmedRun | None") -> None:
-        """Nothing is confirmed here."""
 
 
 def read_memory() -> int | None:

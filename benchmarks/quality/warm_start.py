@@ -31,9 +31,8 @@ from benchmarks.quality.replay import (
     is_state_hopeless,
     replay_program,
 )
-from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.parquet import METADATA_KEY, build_columns, write_parquet
-from tune_amp.results.progress import SearchProgress
+from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, TrialRecord, list_versions
 from tune_amp.results.statistics import MeanInterval, paired_interval
@@ -214,7 +213,7 @@ def plan_replay(table: CurveTable, donor: Donor) -> WarmStart:
 # ---- trained ----
 
 
-class _Tracer(Quiet):
+class _Tracer(Observer):
     """Notes the accuracies of all epochs as they are reported."""
 
     def __init__(self) -> None:

@@ -25,9 +25,8 @@ from tune_amp.cluster.session import ray_session
 from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES, WorkerSetup
 from tune_amp.confirm.plan import ConfirmPlan, build_default, choose_seeds, confirm, plan_confirmation
 from tune_amp.confirm.slots import Attempt, ConfirmSlots, ConfirmWorker, train_and_test
-from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult
+from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult, Observer
 from tune_amp.results.ranking import rank_confirmed
 from tune_amp.results.records import (
     BestRow,
@@ -540,7 +539,7 @@ def test_what_the_settings_decide_is_not_tried_again(status: TrialStatus) -> Non
 # The whole, followed
 
 
-class Watcher:
+class Watcher(Observer):
     """Keeps what it is told, and what the run folder holds at that moment."""
 
     def __init__(self, folder: Path) -> None:
@@ -571,7 +570,7 @@ def follow(folder: Path, plan: ConfirmPlan, observer: Any = None, stop_after: in
         folder=folder,
         provenance=PROVENANCE,
         num_threads=2,
-        observer=observer or Quiet(),
+        observer=observer or Observer(),
     )
 
 
@@ -614,7 +613,7 @@ def test_ctrl_c_keeps_what_finished_and_leaves_best_as_the_search_wrote_it(tmp_p
 
 
 def test_ctrl_c_while_a_run_is_told_stops_those_that_go_on_and_keeps_it(tmp_path: Path) -> None:
-    class Impatient:
+    class Impatient(Observer):
         def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
             if progress.done == 2:
                 raise KeyboardInterrupt
@@ -644,7 +643,7 @@ def test_a_default_that_fails_says_so_in_its_row(tmp_path: Path) -> None:
             fails = job.trial_ids == (DEFAULT_ID,) and run.seed == 1001
             yield job, dataclasses.replace(run, status=TrialStatus.DIVERGED, error="E: no") if fails else run
 
-    result = confirm(plan, train, folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Quiet())
+    result = confirm(plan, train, folder=tmp_path, provenance=PROVENANCE, num_threads=1, observer=Observer())
     [_, row] = result.rows
     assert (row.rank, row.trial.status, row.trial.error) == (2, TrialStatus.DIVERGED, "E: no")
     first = result.rows[0].confirmation
@@ -705,7 +704,7 @@ def test_a_confirmation_that_was_cut_off_at_either_stage_makes_only_what_is_left
         folder=tmp_path,
         provenance=PROVENANCE,
         num_threads=1,
-        observer=Quiet(),
+        observer=Observer(),
     )
     assert made == [(run.trial_id, run.seed) for run in whole[after:]]
     assert {(run.trial_id, run.seed) for run in result.runs} == {(run.trial_id, run.seed) for run in whole}
@@ -752,7 +751,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     )
     with ray_session(num_cpus=2, num_gpus=0):
         plan = plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run")
-        result = run_search(plan, Quiet())
+        result = run_search(plan, Observer())
     assert marker.exists()
     confirmation = result.confirmation
     assert confirmation is not None

@@ -13,9 +13,8 @@ from records import make_epoch, make_trial
 
 from tune_amp.monitor import prometheus as gauges_module
 from tune_amp.monitor.prometheus import ALL_SERIES, Gauges, find_new_epochs
-from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.confirmed import ConfirmedRun
-from tune_amp.results.progress import ConfirmProgress, SearchProgress
+from tune_amp.results.progress import ConfirmProgress, Observer, SearchProgress
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus
 
@@ -79,7 +78,7 @@ def store() -> Store:
 
 @pytest.fixture
 def gauges(store: Store) -> Gauges:
-    return Gauges(Quiet(), slots=2, registry=store.registry)
+    return Gauges(Observer(), slots=2, registry=store.registry)
 
 
 def make_running(number: int, *epochs: Any, **changes: Any) -> TrialRecord:
@@ -291,12 +290,12 @@ def test_slot_time_is_told_as_what_was_added(store: Store, gauges: Gauges) -> No
     assert told == {"training": 5.5, "validation": 0.5, "probe": 0.125}
 
 
-class Watcher:
-    """An observer that remembers, or whose reader is gone."""
+class Watcher(Observer):
+    """An observer that remembers, or fails."""
 
-    def __init__(self, *, gone: bool = False) -> None:
+    def __init__(self, error: BaseException | None = None) -> None:
         self.seen: list[Any] = []
-        self.gone = gone
+        self.error = error
 
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         self._see(progress, ended)
@@ -306,8 +305,8 @@ class Watcher:
 
     def _see(self, *what: Any) -> None:
         self.seen.append(what)
-        if self.gone:
-            raise BrokenPipeError
+        if self.error:
+            raise self.error
 
 
 CONFIRMATION = ConfirmProgress(run="demo", names={"a": "a"}, objective="val_accuracy", total=8, done=3, started=0.0)
@@ -327,7 +326,7 @@ def test_everything_is_passed_on_in_its_order(store: Store) -> None:
 
 
 def test_metrics_go_on_where_whoever_watched_is_gone(store: Store) -> None:
-    watcher = Watcher(gone=True)
+    watcher = Watcher(BrokenPipeError())
     gauges = Gauges(watcher, slots=1, registry=store.registry)
     for number in (1, 2):
         ended = make_ended(number, make_epoch(1))
@@ -354,7 +353,7 @@ def test_a_report_looks_at_no_trial(store: Store, gauges: Gauges) -> None:
 
 def test_gauges_are_set_again_while_nothing_is_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gauges_module, "EVERY_SECONDS", 0.01)
-    gauges = Gauges(Quiet(), slots=1, registry=store.registry)
+    gauges = Gauges(Observer(), slots=1, registry=store.registry)
     running = make_running(1, make_epoch(1))
     for _ in ("the search", "its confirmation"):
         with gauges:
@@ -371,7 +370,7 @@ def test_gauges_are_set_again_while_nothing_is_reported(store: Store, monkeypatc
 
 
 def test_the_last_report_is_published_at_the_end(store: Store) -> None:
-    with Gauges(Quiet(), slots=1, registry=store.registry) as gauges:
+    with Gauges(Observer(), slots=1, registry=store.registry) as gauges:
         ended = make_ended(1, make_epoch(1))
         gauges.on_progress(make_progress([ended]), ended)
     assert store.read("tune_amp_epochs_total") == 1
@@ -399,3 +398,31 @@ def test_the_page_lists_every_series() -> None:
         for series in ALL_SERIES
     }
     assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (BrokenPipeError(), ""),  # the reader has gone
+        (
+            OSError(28, "No space left on device"),
+            "the search continues, but is no longer shown: OSError: [Errno 28] No space left on device\n",
+        ),
+        (KeyError("oh"), "the search continues, but is no longer shown: KeyError: 'oh'\n"),
+    ],
+)
+def test_observer_that_fails_gets_no_more_events_and_does_not_stop_the_search(
+    error: Exception, said: str, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher = Watcher(error)
+    gauges = Gauges(watcher, slots=1, registry=store.registry)
+    gauges.on_confirmation(CONFIRMATION, None)
+    gauges.on_progress(make_progress([]), None)
+    assert watcher.seen == [(CONFIRMATION, None)]
+    assert capsys.readouterr().err == said
+
+
+def test_ctrl_c_in_an_observer_is_not_taken_for_its_failure(store: Store) -> None:
+    gauges = Gauges(Watcher(KeyboardInterrupt()), slots=1, registry=store.registry)
+    with pytest.raises(KeyboardInterrupt):
+        gauges.on_progress(make_progress([]), None)

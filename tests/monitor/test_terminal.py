@@ -19,7 +19,6 @@ from tune_amp.monitor.terminal import (
     JsonLines,
     LiveTable,
     PlainLines,
-    Quiet,
     describe_as_json,
     describe_confirmation_as_json,
     describe_counts,
@@ -311,11 +310,6 @@ def test_json_of_a_trial_without_a_report_has_no_metrics() -> None:
     assert describe_as_json(make_trial(epochs=()))["metrics"] == {}
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    Quiet().on_progress(make_progress(), make_trial())
-    assert capsys.readouterr() == ("", "")
-
-
 # The ranking
 
 
@@ -570,8 +564,3 @@ def test_json_lines_tell_each_run_and_the_result_what_was_confirmed() -> None:
     assert verdict["gain"] == pytest.approx(0.065)
     assert verdict["verdict"].startswith("rank 1 is better than the defaults: +6.50 points")
     assert (found["seconds"], found["interrupted"]) == (1.5, False)
-
-
-def test_quiet_says_nothing_of_a_confirmation(capsys: pytest.CaptureFixture[str]) -> None:
-    Quiet().on_confirmation(make_confirmation(*CONFIRMED), CONFIRMED[0])
-    assert capsys.readouterr() == ("", "")

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import json
 import os
 import pickle
@@ -24,7 +25,6 @@ from tune_amp.cli.main import main
 from tune_amp.cluster.session import ray_session
 from tune_amp.cluster.trainable import REPORT, failure_report, progress_report
 from tune_amp.monitor import trackers as trackers_module
-from tune_amp.monitor.terminal import Quiet
 from tune_amp.monitor.trackers import (
     TrackedTrial,
     Tracker,
@@ -35,6 +35,7 @@ from tune_amp.monitor.trackers import (
     find_wandb_service,
     select_values,
 )
+from tune_amp.results.progress import Observer
 from tune_amp.results.records import TrialRecord, load_trials
 from tune_amp.search.options import TRACKERS, SearchOptions, check_trackers
 from tune_amp.search.plan import plan_search
@@ -96,7 +97,7 @@ def search(folder: Path, digits: Dataset, trackers: list[Any], *, num_samples: i
     (folder.parent / "space.yaml").write_text(SPACE)
     settings = {"num_samples": num_samples, "max_epochs": 3, "confirm_seeds": 0} | options
     plan = plan_search(load_space(str(folder.parent / "space.yaml")), digits, SearchOptions(**settings), folder=folder)
-    return run_search(plan, Quiet(), trackers=trackers)
+    return run_search(plan, Observer(), trackers=trackers)
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +106,14 @@ def tracked(one_ray: None, digits: Dataset, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("tracked") / "a run, 100%?"  # a name that breaks a URL
     module = folder.parent / "mortal_module.py"
     module.write_text(MORTAL_MODEL.replace("PATH", repr(str(folder.parent / "died"))))
-    warnings: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
+    warnings = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(warnings):
         patch.syspath_prepend(folder.parent)
         consent_to("mortal_module:net")
-        trackers = build_trackers(list(TRACKERS), folder, warn=warnings.append)
+        trackers = build_trackers(list(TRACKERS), folder)
         search(folder, digits, trackers, num_samples=4, model="mortal_module:net")
     assert (folder.parent / "died").exists()
-    assert warnings == []
+    assert "switched off" not in warnings.getvalue()
     return folder
 
 
@@ -245,22 +246,26 @@ def test_wandb_keeps_every_epoch_once_in_runs_that_were_not_uploaded(tracked: Pa
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_search_goes_on_without_a_tracker_that_fails(
-    digits: Dataset, tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset,
+    tmp_path: Path,
+    closed_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "tensorboard").write_text("no folder")
-    warnings: list[str] = []
-    trackers = build_trackers(["tensorboard", "mlflow"], folder, warn=warnings.append)
+    trackers = build_trackers(["tensorboard", "mlflow"], folder)
     result = search(folder, digits, trackers)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracker ")]
     assert len(result.ranked) == 3
     assert sorted(warning.split(" (")[0] for warning in warnings) == [
         "tracker mlflow is switched off",
         "tracker tensorboard is switched off",
     ]
-    assert all("\n" not in warning and warning.endswith("; the search continues") for warning in warnings)
+    assert all(warning.endswith("; the search continues") for warning in warnings)
     assert os.environ["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{closed_port}"
 
 
@@ -354,14 +359,9 @@ def listing() -> Listing:
 
 
 @pytest.fixture
-def warnings() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def make_tracker(warnings: list[str]) -> Callable[[Writer], Tracker]:
+def make_tracker() -> Callable[[Writer], Tracker]:
     def make(writer: Writer) -> Tracker:
-        tracker = Tracker("mlflow", lambda: writer, warn=warnings.append)
+        tracker = Tracker("mlflow", lambda: writer)
         tracker.setup()
         return tracker
 
@@ -418,7 +418,7 @@ def test_the_end_of_each_trial_is_sent_with_its_status(make_tracker: MakeTracker
 
 
 def test_a_tracker_that_raises_is_switched_off_and_says_so_once(
-    make_tracker: MakeTracker, listing: Listing, warnings: list[str]
+    make_tracker: MakeTracker, listing: Listing, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Full(Listing):
         def report(self, trial: TrackedTrial, epoch: int, values: Mapping[str, float]) -> None:
@@ -432,7 +432,7 @@ def test_a_tracker_that_raises_is_switched_off_and_says_so_once(
     tracker.on_trial_complete(0, [], trial)
     tracker.on_experiment_end([trial])
     assert full.seen == [("start", "name-of-7422e802")]
-    [warning] = warnings
+    [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith("tracker mlflow is switched off (")
     assert "No space left on device" in warning
 
@@ -449,17 +449,17 @@ def start(program, *arguments):
     command = [program, "-c", "read line", *arguments]
     return stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE))
 
-service, warnings = Path(sys.argv[1]), []
+service = Path(sys.argv[1])
 with contextlib.ExitStack() as stack:
     before = start(service)
-    trackers = [Tracker("wandb", fail, warn=warnings.append, service=service)]
+    trackers = [Tracker("wandb", fail, service=service)]
     after, other = start(service), start("/bin/sh", str(service))
-    trackers.append(Tracker("mlflow", fail, warn=warnings.append))
+    trackers.append(Tracker("mlflow", fail))
     for tracker in trackers:
         tracker.setup()
     print(after.wait(60))
-    while len(warnings) < 2:
-        time.sleep(0.01)
+    for tracker in trackers:
+        tracker.on_experiment_end([])
     time.sleep(0.2)
     print(before.poll(), other.poll())
 """
@@ -479,7 +479,7 @@ import sys
 from pathlib import Path
 from tune_amp.monitor.trackers import build_trackers
 
-[tracker] = build_trackers(["wandb"], Path(sys.argv[1]), warn=print)
+[tracker] = build_trackers(["wandb"], Path(sys.argv[1]))
 tracker.setup()
 tracker.on_experiment_end([])
 """
@@ -490,7 +490,7 @@ def test_wandb_online_without_a_key_is_switched_off_and_does_not_ask_for_one(tmp
     command = [sys.executable, "-c", WITHOUT_KEY, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     reason = "ValueError: no API key was found: set WANDB_API_KEY, or run: wandb login"
-    assert done.stdout == f"tracker wandb is switched off ({reason}); the search continues\n"
+    assert done.stderr == f"tracker wandb is switched off ({reason}); the search continues\n"
 
 
 def test_service_of_wandb_is_where_the_package_has_it() -> None:
@@ -500,7 +500,7 @@ def test_service_of_wandb_is_where_the_package_has_it() -> None:
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(
-    make_tracker: MakeTracker, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    make_tracker: MakeTracker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers_module, "LONGEST_SILENCE_SECONDS", 0.2)
     released = threading.Event()
@@ -516,11 +516,12 @@ def test_a_tracker_that_hangs_holds_nothing_up(
     tracker.on_experiment_end([trial])
     assert waited == []  # it still hangs
     released.set()
-    assert warnings == ["tracker mlflow is switched off (no answer within 0.2 s); the search continues"]
+    expected = "tracker mlflow is switched off (no answer within 0.2 s); the search continues\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_tracker_that_is_slow_but_works_is_waited_for(
-    make_tracker: MakeTracker, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    make_tracker: MakeTracker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers_module, "LONGEST_SILENCE_SECONDS", 0.5)
 
@@ -536,11 +537,11 @@ def test_a_tracker_that_is_slow_but_works_is_waited_for(
         report(tracker, trial, epoch)
     tracker.on_experiment_end([trial])
     assert len(slow.seen) == 12
-    assert warnings == []
+    assert capsys.readouterr().err == ""
 
 
 def test_reports_do_not_pile_up_without_end(
-    make_tracker: MakeTracker, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    make_tracker: MakeTracker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers_module, "MOST_WAITING", 5)
     released = threading.Event()
@@ -555,7 +556,8 @@ def test_reports_do_not_pile_up_without_end(
         report(tracker, trial, epoch)
     released.set()
     tracker.on_experiment_end([trial])
-    assert warnings == ["tracker mlflow is switched off (5 reports wait for it); the search continues"]
+    expected = "tracker mlflow is switched off (5 reports wait for it); the search continues\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_what_a_writer_gets_does_not_change_with_the_trial(make_tracker: MakeTracker) -> None:

@@ -15,7 +15,7 @@ from records import PROVENANCE, make_epoch
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT, failure_report, progress_report, read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
-from tune_amp.results.progress import SearchProgress
+from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import SlotTime, TrialRecord, load_trials, load_trials_file
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search import recorder as recorder_module
@@ -61,7 +61,7 @@ class Clock:
         return self.date
 
 
-class Watcher:
+class Watcher(Observer):
     """An observer that remembers."""
 
     def __init__(self) -> None:
@@ -511,7 +511,7 @@ def test_workers_are_numbered_as_they_come(recorder: TrialRecorder) -> None:
 def test_every_event_is_in_the_journal_before_anyone_is_told(
     recorder: TrialRecorder, watcher: Watcher, tmp_path: Path
 ) -> None:
-    class Reader:
+    class Reader(Observer):
         def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
             seen.append(read_journal(RunFolder(tmp_path).journal)[-1]["event"])
 

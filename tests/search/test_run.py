@@ -20,11 +20,9 @@ from tune_amp.cluster.checkpoints import RAY_FOLDER, prepare_storage
 from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import RaySession, ray_session
-from tune_amp.monitor.prometheus import SearchObserver
-from tune_amp.monitor.terminal import Quiet
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.journal import read_journal
-from tune_amp.results.progress import ConfirmProgress, SearchProgress
+from tune_amp.results.progress import ConfirmProgress, Observer, SearchProgress
 from tune_amp.results.records import TrialRecord, load_best, load_provenance, load_trials, load_trials_file
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import SlotUse, utilisation
@@ -63,14 +61,14 @@ Search = Callable[..., SearchResult]
 
 @pytest.fixture
 def search(digits: Dataset, tmp_path: Path) -> Search:
-    def run(space_text: str, observer: SearchObserver | None = None, **options: Any) -> SearchResult:
-        return search_and_check(tmp_path, digits, space_text, observer or Quiet(), **options)
+    def run(space_text: str, observer: Observer | None = None, **options: Any) -> SearchResult:
+        return search_and_check(tmp_path, digits, space_text, observer or Observer(), **options)
 
     return run
 
 
 def search_and_check(
-    folder: Path, dataset: Dataset, space_text: str, observer: SearchObserver, **options: Any
+    folder: Path, dataset: Dataset, space_text: str, observer: Observer, **options: Any
 ) -> SearchResult:
     source = folder / "space.yaml"
     source.write_text(space_text)
@@ -114,7 +112,7 @@ def load_study(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name=folder.name, storage=storage)
 
 
-class Visitor:
+class Visitor(Observer):
     """An observer that keeps what it was told, and once, while trials run, looks at Ray's dashboard."""
 
     def __init__(self, session: RaySession | None = None) -> None:
@@ -272,7 +270,7 @@ def statuses_by_batch_size(result: SearchResult) -> dict[int, set[str]]:
     return statuses
 
 
-class OnFullDisk(Quiet):
+class OnFullDisk(Observer):
     """Cannot tell that a trial has ended. What leaves a callback of Tune's would count as a fault of the trial."""
 
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
@@ -435,7 +433,7 @@ def resume_until(
             space=space, dataset=digits, options=options, folder=folder, resources=resources, unfit={}, history=written
         )
         with pytest.raises(InputError, match="line 7"):
-            run_search(plan, Quiet(), **arguments)
+            run_search(plan, Observer(), **arguments)
 
 
 def test_resume_that_fails_before_its_trials_run_leaves_none_running_in_the_study(

@@ -13,7 +13,7 @@ from tune_amp.trial.config import TrialConfig
 if TYPE_CHECKING:
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.cluster.session import RaySession
-    from tune_amp.monitor.prometheus import SearchObserver
+    from tune_amp.results.progress import Observer
     from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
     from tune_amp.training.data import Dataset
@@ -23,15 +23,13 @@ SLOW_EPOCH_SECONDS = 120.0
 
 def choose_observer(
     arguments: argparse.Namespace, console: Console, stdout: IO[str]
-) -> "contextlib.AbstractContextManager[SearchObserver]":
+) -> "contextlib.AbstractContextManager[Observer]":
     """Return the observer that shows the running search as the command line asks, in a context manager."""
-    from tune_amp.monitor.terminal import JsonLines, LiveTable, PlainLines, Quiet
+    from tune_amp.monitor.terminal import JsonLines, LiveTable, PlainLines
 
     if arguments.json:
         return contextlib.nullcontext(JsonLines(stdout))
-    if arguments.quiet:
-        return contextlib.nullcontext(Quiet())
-    if console.is_jupyter or is_screen(console):
+    if not console.quiet and (console.is_jupyter or is_screen(console)):
         return LiveTable(console)
     return contextlib.nullcontext(PlainLines(console))
 

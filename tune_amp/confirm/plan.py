@@ -16,7 +16,7 @@ from typing import Any
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.gain import FIRST_SEEDS, judge_gain, may_gain, without_seed
-from tune_amp.results.progress import ConfirmJob, ConfirmObserver, ConfirmProgress, ConfirmResult
+from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult, Observer
 from tune_amp.results.ranking import rank_confirmed
 from tune_amp.results.records import BestRow, Provenance, TrialRecord, write_best, write_confirmed
 from tune_amp.space.no_effect import find_inert
@@ -170,7 +170,7 @@ def confirm(
     folder: Path,
     provenance: Provenance,
     num_threads: int,
-    observer: ConfirmObserver,
+    observer: Observer,
 ) -> ConfirmResult:
     """Make the runs of a plan, then rank its configurations again and rewrite ``best.parquet``.
 

@@ -4,13 +4,11 @@ import collections
 import functools
 import importlib
 import io
-import json
-import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -27,13 +25,11 @@ from tune_amp.monitor.tables import (
 )
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult
+from tune_amp.results.progress import ConfirmProgress, ConfirmResult, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrainingState, TrialStatus, format_scale, list_values
-from tune_amp.trial.text import printable
-
-if TYPE_CHECKING:  # for annotations only
-    from tune_amp.results.progress import ConfirmProgress, ConfirmResult, SearchProgress
+from tune_amp.trial.text import dump_json, printable
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",
@@ -52,7 +48,7 @@ SHOWN_BEST = 3
 """Trials that the live view names as the best so far."""
 
 
-class LiveTable:
+class LiveTable(Observer):
     """A table of the running trials that redraws itself.
 
     Below it are the best so far, the last that ended, counts by status, and above it the time left.
@@ -63,7 +59,7 @@ class LiveTable:
     def __init__(self, console: Console) -> None:
         self._draw: Callable[[], RenderableType] = functools.partial(Text, "starting workers ...", style="dim")
         self._last: TrialRecord | None = None
-        self._reported: dict[str, tuple[int, float]] = {}
+        self._begun: dict[tuple[str, int], float] = {}
         self._first_end: tuple[float, int] | None = None
         # A function, not a table: the clock moves on between reports.
         self._live: Live | NotebookLive
@@ -82,17 +78,14 @@ class LiveTable:
         except OSError:  # the terminal is gone without a SIGHUP: a background process receives none
             forget_closed_terminal()
 
-    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Show this progress from the next redraw on."""
         self._last = ended or self._last
-        for trial in progress.trials:
-            epoch = trial.last.epoch if trial.last else 0
-            if trial.trial_id in progress.running and self._reported.get(trial.trial_id, (-1, 0.0))[0] != epoch:
-                self._reported[trial.trial_id] = epoch, time.monotonic()
-        epochs_begun = {trial_id: begun for trial_id, (_, begun) in self._reported.items()}
-        self._draw = functools.partial(render_progress, progress, self._last, epochs_begun)
+        now, running = time.monotonic(), [_name_epoch(trial) for trial in progress.running_trials]
+        self._begun = {epoch: self._begun.get(epoch, now) for epoch in running}
+        self._draw = functools.partial(render_progress, progress, self._last, self._begun)
 
-    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
+    def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
         """Show this progress from the next redraw on."""
         if ended is not None and self._first_end is None:
             self._first_end = time.monotonic(), progress.done
@@ -100,6 +93,10 @@ class LiveTable:
 
     def _render(self) -> RenderableType:
         return self._draw()
+
+
+def _name_epoch(trial: TrialRecord) -> tuple[str, int]:
+    return trial.trial_id, trial.last.epoch if trial.last else 0
 
 
 class NotebookLive:
@@ -135,20 +132,19 @@ class NotebookLive:
         return self._notebook.HTML(page.export_html(code_format=code_format, inline_styles=True))
 
 
-class PlainLines:
+class PlainLines(Observer):
     """Prints a line for every trial that ends, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Print the trial that ended."""
         if ended is not None:
-            number = progress.count_ended()
-            line = f"[{number}/{progress.num_samples}] {describe_trial(ended, progress.objectives)}"
+            line = f"[{progress.count_ended()}/{progress.num_samples}] {describe_trial(ended, progress.objectives)}"
             self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
-    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
+    def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
         """Print the run that ended."""
         line = f"confirming {describe_plan(progress)}"
         if ended is not None:
@@ -156,66 +152,56 @@ class PlainLines:
         self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
-class JsonLines:
+class JsonLines(Observer):
     """Writes a JSON object on a line for every trial that ends, for programs."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
-    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Write the trial that ended."""
         if ended is not None:
             self.write("trial", describe_as_json(ended))
 
-    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
+    def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
         """Write the run that ended."""
         if ended is not None:
             self.write("confirmed_run", list_values(ended))
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
         """Write one event. Numbers that JSON does not support (NaN, infinity) become null."""
-        self._stream.write(json.dumps({"event": event, **_finite(fields)}, allow_nan=False) + "\n")
+        self._stream.write(dump_json({"event": event, **fields}) + "\n")
         self._stream.flush()
 
 
-class Quiet:
-    """Shows nothing."""
-
-    def on_progress(self, progress: "SearchProgress", ended: TrialRecord | None) -> None:
-        """Stay silent."""
-
-    def on_confirmation(self, progress: "ConfirmProgress", ended: ConfirmedRun | None) -> None:
-        """Stay silent."""
-
-
 def render_progress(
-    progress: "SearchProgress", last: TrialRecord | None = None, epochs_begun: Mapping[str, float] | None = None
+    progress: SearchProgress, last: TrialRecord | None = None, begun: Mapping[tuple[str, int], float] | None = None
 ) -> RenderableType:
     """Render the live view: a headline, the running trials, the best so far, the last that ended, and the counts.
 
     Args:
         progress: of the search.
         last: the trial that ended last.
-        epochs_begun: ``time.monotonic()`` of each running trial's last report or start.
+        begun: trial id and epochs reported -> ``time.monotonic()`` of the report, or of the trial's start.
     """
     headline = Text.assemble(
         (progress.run, "bold"),
         f"  {progress.model} on {progress.dataset}  ",
         (describe_time(progress), "cyan"),
     )
-    ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
+    ended = progress.ended_trials
     best = choose_best(ended, progress.objectives[:1], SHOWN_BEST)
-    parts: list[RenderableType] = [headline, _render_running(progress, epochs_begun or {})]
+    parts: list[RenderableType] = [headline, _render_running(progress, begun or {})]
     if best:
         parts += [Text(), _render_best(progress, best)]
     if last is not None:
         parts.append(
             Text(printable(f"last ended  {describe_trial(last, progress.objectives)}"), STATUS_STYLES[last.status])
         )
-    return Group(*parts, render_counts(progress))
+    return Group(*parts, Text(f"{len(ended)} of {progress.num_samples} trials ended") + _list_counts(ended))
 
 
-def render_confirmation(progress: "ConfirmProgress", first_end: tuple[float, int] | None = None) -> RenderableType:
+def render_confirmation(progress: ConfirmProgress, first_end: tuple[float, int] | None = None) -> RenderableType:
     """Render the live view of a confirmation: a headline, and each configuration with its mean so far.
 
     Args:
@@ -245,12 +231,6 @@ def render_confirmation(progress: "ConfirmProgress", first_end: tuple[float, int
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def render_counts(progress: "SearchProgress") -> Text:
-    """Render the number of ended trials, of all trials, and their counts by status."""
-    ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
-    return Text(f"{len(ended)} of {progress.num_samples} trials ended") + _list_counts(ended)
 
 
 def describe_counts(trials: Sequence[TrialRecord]) -> Text:
@@ -289,33 +269,31 @@ def describe_trial(trial: TrialRecord, objectives: Sequence[str] = ()) -> str:
     return "  ".join(parts)
 
 
-def describe_plan(progress: "ConfirmProgress") -> str:
+def describe_plan(progress: ConfirmProgress) -> str:
     """Describe what is trained next, and on which seeds."""
     seeds = ", ".join(map(str, dict.fromkeys(job.config.seed for job in progress.jobs)))
     distinct = {job.trial_ids for job in progress.jobs}
     return f"{len(distinct)} configurations on seeds {seeds}: {len(progress.jobs)} runs"
 
 
-def describe_run(progress: "ConfirmProgress", run: ConfirmedRun) -> str:
+def describe_run(progress: ConfirmProgress, run: ConfirmedRun) -> str:
     """Describe a run in one line: its configuration, its seed, and how it ended."""
     parts = [progress.names[run.trial_id], f"seed {run.seed}", str(run.status)]
     parts += format_metrics(list_metrics([progress.objective], ["val_accuracy"]), run.find_value)
     return "  ".join([*parts, *([run.error] if run.error else [])])
 
 
-def describe_time(progress: "SearchProgress") -> str:
+def describe_time(progress: SearchProgress) -> str:
     """Describe the time spent and, once two trials have ended, an estimate of the time left with the confirmation."""
     spent = time.monotonic() - progress.started
-    text = f"{format_clock(spent)} spent"
     left = estimate_left(progress, spent)
-    if left is None:
-        return text
-    return f"{text}, about {format_clock(left)} left{' with confirmation' if progress.confirm_runs else ''}"
+    text = "" if left is None else f", about {format_clock(left)} left"
+    return f"{format_clock(spent)} spent{text}{' with confirmation' if text and progress.confirm_runs else ''}"
 
 
-def estimate_left(progress: "SearchProgress", spent: float) -> float | None:
+def estimate_left(progress: SearchProgress, spent: float) -> float | None:
     """Estimate the seconds left from those of the trials that have ended; None before the second has."""
-    ended = [trial for trial in progress.trials if trial.trial_id not in progress.running]
+    ended = progress.ended_trials
     if len(ended) < 2:
         return None
     waiting = progress.num_samples - len(progress.trials)
@@ -338,7 +316,7 @@ def describe_as_json(trial: TrialRecord) -> dict[str, Any]:
     return {**identity, "error": trial.error, "config": config, "metrics": last}
 
 
-def describe_confirmation_as_json(result: "ConfirmResult") -> dict[str, Any]:
+def describe_confirmation_as_json(result: ConfirmResult) -> dict[str, Any]:
     """Return a confirmation for JSON: its results for each configuration, best first; the first has the verdict."""
     confirmed = [
         {"rank": row.rank, "trial_id": row.trial.trial_id, **list_values(row.confirmation)}
@@ -353,34 +331,24 @@ def describe_confirmation_as_json(result: "ConfirmResult") -> dict[str, Any]:
     return {**found, "seconds": result.seconds, "interrupted": result.interrupted}
 
 
-def _render_running(progress: "SearchProgress", epochs_begun: Mapping[str, float]) -> WideTable:
+def _render_running(progress: SearchProgress, begun: Mapping[tuple[str, int], float]) -> WideTable:
     metrics = list_metrics(progress.objectives, ["val_accuracy"])
     names = ["running", "epoch", "this epoch", *map(name_metric, metrics), "training loss", "loss scale", "skipped"]
     table = WideTable(names, left=["running", "loss scale"])
-    for trial in progress.trials:
-        if trial.trial_id in progress.running:
-            begun = epochs_begun.get(trial.trial_id)
-            elapsed = "" if begun is None else format_clock(time.monotonic() - begun)
-            table.add_row(trial.trial_name, *_running_cells(trial, elapsed, metrics))
+    for trial in progress.running_trials:
+        last, start = trial.last, begun.get(_name_epoch(trial))
+        elapsed = "" if start is None else format_clock(time.monotonic() - start)
+        cells: list[str | Text] = [""] * (len(metrics) + 3)
+        if last is not None:
+            remark = SCALE_REMARKS.get(TrainingState(last.state))
+            scale = Text(format_scale(last.loss_scale)) + Text(f" {remark}" if remark else "", "yellow")
+            values = [format_metric(name, last.find_value(name)) for name in metrics]
+            cells = [*values, format_metric("train_loss", last.train_loss), scale, str(last.skipped_steps)]
+        table.add_row(trial.trial_name, f"{last.epoch if last else 0}/{trial.config.max_epochs}", elapsed, *cells)
     return table
 
 
-def _running_cells(trial: TrialRecord, elapsed: str, metrics: Sequence[str]) -> tuple[str | Text, ...]:
-    last = trial.last
-    if last is None:
-        return (f"0/{trial.config.max_epochs}", elapsed, *[""] * (len(metrics) + 3))
-    remark = SCALE_REMARKS.get(TrainingState(last.state))
-    return (
-        f"{last.epoch}/{trial.config.max_epochs}",
-        elapsed,
-        *(format_metric(name, last.find_value(name)) for name in metrics),
-        format_metric("train_loss", last.train_loss),
-        Text(format_scale(last.loss_scale)) + Text(f" {remark}" if remark else "", "yellow"),
-        str(last.skipped_steps),
-    )
-
-
-def _render_best(progress: "SearchProgress", best: Sequence[TrialRecord]) -> WideTable:
+def _render_best(progress: SearchProgress, best: Sequence[TrialRecord]) -> WideTable:
     metrics = list_metrics(progress.objectives, ["val_accuracy"])
     table = WideTable(["best so far", "ended", "epoch", *map(name_metric, metrics)], left=["best so far", "ended"])
     for rank, trial in enumerate(best, start=1):
@@ -390,11 +358,3 @@ def _render_best(progress: "SearchProgress", best: Sequence[TrialRecord]) -> Wid
         epoch = f"{last.epoch}/{trial.config.max_epochs}"
         table.add_row(trial.trial_name, str(trial.status), epoch, *values, style="green" if rank == 1 else None)
     return table
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

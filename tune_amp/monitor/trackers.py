@@ -87,7 +87,6 @@ class Tracker(tune.Callback):
         name: one of ``options.TRACKERS``.
         build: builds the writer; called in the thread in which the writer then works.
         past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id.
-        warn: receives one line when the tracker is switched off because it failed.
         service: program that the writer starts beside this process. When the tracker is switched off, child processes
             that run it are killed, except those that ran before the tracker was created.
     """
@@ -98,16 +97,13 @@ class Tracker(tune.Callback):
         build: Callable[[], Writer],
         *,
         past: Mapping[str, int] = types.MappingProxyType({}),
-        warn: Callable[[str], None] | None = None,
         service: Path | None = None,
     ) -> None:
-        self.name = name
+        self._name = name
+        self._build = build
         self._service = service
         self._services_before = find_children(service)
-        self._build = build
-        self._warn = warn or _print_warning
         self._running: dict[str, TrackedTrial] = {}
-        self._started: set[str] = set()
         self._epochs = dict(past)  # last forwarded epoch of every trial
         self._failed = False
         self._handled = 0
@@ -118,9 +114,7 @@ class Tracker(tune.Callback):
         """Start the thread at the beginning of the search."""
         self._events = queue.Queue(MOST_WAITING)
         # A daemon: a thread that waits for a server must not keep the program from ending.
-        self._thread = threading.Thread(
-            target=self._work, args=(self._events,), name=f"{self.name}-tracker", daemon=True
-        )
+        self._thread = threading.Thread(target=self._work, args=(self._events,), daemon=True)
         self._thread.start()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -133,7 +127,7 @@ class Tracker(tune.Callback):
         """Forward the report of an epoch. A report of an exception has no epoch and is skipped."""
         tracked = self._start(trial)
         metrics = result[REPORT].metrics
-        if metrics is None or metrics.epoch <= self._epochs[trial.trial_id]:
+        if metrics is None or metrics.epoch <= self._epochs.get(trial.trial_id, 0):
             return
         self._epochs[trial.trial_id] = metrics.epoch
         values = select_values(metrics)
@@ -163,7 +157,7 @@ class Tracker(tune.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the thread: Tune pickles its callbacks, and a thread cannot be pickled."""
-        return {**self.__dict__, "_events": None, "_thread": None, "_warn": _print_warning}
+        return {**self.__dict__, "_events": None, "_thread": None}
 
     def _start(self, trial: Any) -> TrackedTrial:
         if trial.trial_id not in self._running:
@@ -171,15 +165,11 @@ class Tracker(tune.Callback):
             settings = {name: value for name, value in values.items() if value is not None}
             tracked = TrackedTrial(trial_id=trial.trial_id, name=str(trial), settings=settings)
             self._running[trial.trial_id] = tracked
-            self._epochs.setdefault(trial.trial_id, 0)
-            if trial.trial_id not in self._started:
-                self._started.add(trial.trial_id)
-                self._put(lambda writer: writer.start(tracked))
+            self._put(lambda writer: writer.start(tracked))
         return self._running[trial.trial_id]
 
     def _end(self, tracked: TrackedTrial, status: TrialStatus) -> None:
-        del self._running[tracked.trial_id]
-        ended = dataclasses.replace(tracked, status=status)
+        ended = dataclasses.replace(self._running.pop(tracked.trial_id), status=status)
         self._put(lambda writer: writer.end(ended))
 
     def _put(self, event: _Event | None) -> None:
@@ -200,13 +190,16 @@ class Tracker(tune.Callback):
             self._switch_off(hide_credentials(describe_error(error)))
 
     def _switch_off(self, reason: str) -> None:
-        if not self._failed:
-            self._failed = True
-            for service in find_children(self._service) - self._services_before:
-                # The service would try to reach its server for minutes after the search's end.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(service, signal.SIGKILL)
-            self._warn(f"tracker {self.name} is switched off ({reason}); the search continues")
+        if self._failed:
+            return
+        self._failed = True
+        for service in find_children(self._service) - self._services_before:
+            # The service would try to reach its server for minutes after the search's end.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(service, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # standard error is closed
+            line = f"tracker {self._name} is switched off ({reason}); the search continues"
+            print(line, file=sys.stderr)  # noqa: T201
 
 
 def find_children(program: Path | None) -> set[int]:
@@ -229,11 +222,7 @@ def find_wandb_service() -> Path | None:
 
 
 def build_trackers(
-    names: Sequence[str],
-    folder: Path,
-    *,
-    past: Mapping[str, int] = types.MappingProxyType({}),
-    warn: Callable[[str], None] | None = None,
+    names: Sequence[str], folder: Path, past: Mapping[str, int] = types.MappingProxyType({})
 ) -> list[Tracker]:
     """Build Tune callbacks that send a search to the named trackers. Call it inside ``session.ray_session``.
 
@@ -242,14 +231,11 @@ def build_trackers(
         folder: the run folder; trackers on this machine write into it, and its name is the run's name.
         past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id. In MLflow
             and W&B such a trial continues as a second run of the same name.
-        warn: receives one line when a tracker is switched off because it failed; None prints to standard error.
     """
     writers: dict[str, Callable[[Path], Writer]] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WandB}
     services = {"wandb": find_wandb_service()}
     return [
-        Tracker(
-            name, functools.partial(writers[name], folder.resolve()), past=past, warn=warn, service=services.get(name)
-        )
+        Tracker(name, functools.partial(writers[name], folder.resolve()), past=past, service=services.get(name))
         for name in names
     ]
 
@@ -287,11 +273,6 @@ def select_values(metrics: EpochMetrics) -> dict[str, float]:
         for name, value in list_values(metrics).items()
         if name != "epoch" and isinstance(value, int | float) and math.isfinite(value)
     }
-
-
-def _print_warning(text: str) -> None:
-    with contextlib.suppress(OSError):  # standard error is closed
-        print(text, file=sys.stderr)  # noqa: T201
 
 
 class _TensorBoard:

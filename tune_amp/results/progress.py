@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.records import BestRow, TrialRecord
@@ -36,12 +35,15 @@ class SearchProgress:
         """Return the number of trials that have ended."""
         return len(self.trials) - len(self.running)
 
+    @property
+    def ended_trials(self) -> list[TrialRecord]:
+        """Trials that have ended."""
+        return [trial for trial in self.trials if trial.trial_id not in self.running]
 
-class Observer(Protocol):
-    """Shows a search to its user."""
-
-    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-        """Show that a trial started, reported or ended; ``ended`` is the trial if it ended."""
+    @property
+    def running_trials(self) -> list[TrialRecord]:
+        """Trials that are running."""
+        return [trial for trial in self.trials if trial.trial_id in self.running]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,11 @@ class ConfirmProgress:
         return self.total - self.done + self.may_follow
 
 
-class ConfirmObserver(Protocol):
-    """Shows a confirmation to its user."""
+class Observer:
+    """Shows a search and then its confirmation to the user. This one shows nothing."""
+
+    def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
+        """Show that a trial started, reported or ended; ``ended`` is the trial if it ended."""
 
     def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
         """Show that the confirmation begins, or that the run ``ended`` has ended."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from tune_amp.training.run import TrainingRun
 from tune_amp.training.runs import Run, place_data, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
+from tune_amp.trial.text import dump_json
 
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
@@ -133,11 +133,7 @@ class FinalTraining(Training):
         Raises:
             InputError: a file cannot be written, or exists already; the contents of ``folder`` are unchanged.
         """
-        test_loss, *test_recalls = (
-            value if math.isfinite(value) else None for value in (result.test_loss, *result.test_recalls)
-        )  # JSON has no NaN
-        written = {**source, **dataclasses.asdict(result), "test_loss": test_loss, "test_recalls": test_recalls}
-        metrics = json.dumps(written, indent=2, allow_nan=False) + "\n"
+        metrics = dump_json({**source, **dataclasses.asdict(result)}, indent=2) + "\n"
         writers = {
             WEIGHTS_FILE: save_weights(self._model),
             METRICS_FILE: encode_text(metrics),

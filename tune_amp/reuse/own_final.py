@@ -1,7 +1,6 @@
 """Trains a configuration of the user's own loop or task again, for use: the user's code decides what is measured."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from tune_amp.training.runs import NoData, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import COMMON_METRICS, EpochMetrics, TrialConfig, list_settings
 from tune_amp.trial.consent import list_own_code
+from tune_amp.trial.text import dump_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class OwnTraining(Training):
         """
         about = {**source, "config": dataclasses.asdict(result.config), "device": result.device}
         measured = {"epochs": list(map(dataclasses.asdict, result.epochs)), "tested": dict(result.tested)}
-        text = json.dumps(_without_nan(about | measured), indent=2, allow_nan=False) + "\n"
+        text = dump_json(about | measured, indent=2) + "\n"
         writers = {f"{name}.safetensors": save_weights(model) for name, model in self.models.items()}
         writers |= {CARD_FILE: encode_text(card), METRICS_FILE: encode_text(text)}
         write_together(folder, writers)
@@ -114,12 +114,3 @@ def list_metrics(metrics: EpochMetrics) -> dict[str, float]:
     common = {name: getattr(metrics, name) for name in COMMON_METRICS}
     known = {name: value for name, value in common.items() if value is not None and not math.isnan(value)}
     return known | dict(metrics.metrics)
-
-
-def _without_nan(value: Any) -> Any:
-    """Return ``value`` with None for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

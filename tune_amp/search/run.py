@@ -19,11 +19,11 @@ from tune_amp.cluster.interrupt import StopRequest, watching
 from tune_amp.cluster.resources import SlotCounter, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import ConfirmSlots
-from tune_amp.monitor.prometheus import Gauges, SearchObserver
+from tune_amp.monitor.prometheus import Gauges
 from tune_amp.results.files import check_free, write_atomically
 from tune_amp.results.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.results.journal import JOURNAL_VERSION, Journal
-from tune_amp.results.progress import ConfirmResult, SearchProgress
+from tune_amp.results.progress import ConfirmResult, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.results.run_folder import RunFolder
@@ -79,7 +79,7 @@ class SearchResult:
 
 def run_search(
     plan: SearchPlan,
-    observer: SearchObserver,
+    observer: Observer,
     *,
     stop: StopRequest | None = None,
     trackers: Sequence[tune.Callback] = (),
@@ -132,7 +132,7 @@ class _OpenSearch:
 
 @contextlib.contextmanager
 def _open_search(
-    plan: SearchPlan, observer: SearchObserver, stop: StopRequest, announce: Callable[[str], object]
+    plan: SearchPlan, observer: Observer, stop: StopRequest, announce: Callable[[str], object]
 ) -> Iterator[_OpenSearch]:
     """Open the storage of a run and its journal, which begins or continues."""
     storage, history = _open_storage(plan), plan.history

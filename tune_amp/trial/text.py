@@ -1,5 +1,6 @@
 """Makes text safe to show: removes credentials from command lines and control characters from file contents."""
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -27,3 +28,9 @@ def join_names(names: Sequence[str]) -> str:
 def hide_credentials(text: str) -> str:
     """Return ``text`` without the users, passwords and keys in URLs and assignments, for messages and records."""
     return _SECRET.sub(rf"\1={HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", text))
+
+
+def dump_json(value: object, indent: int | None = None) -> str:
+    """Return ``value`` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent, allow_nan=False)
