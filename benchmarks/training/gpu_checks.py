@@ -137,7 +137,7 @@ def judge_losses(part: str, subject: str, precision: str, one: EpochMetrics, oth
 def read_every_step(run: TrainingRun, data: TrainingData) -> Iterator[tuple[float, bool]]:
     """The scale that each step used, and whether it was skipped, read from the scaler: one wait a step."""
     run.model.train()
-    scaler = run._amp._scaler  # noqa: SLF001 - the reference looks where telemetry does not
+    scaler = run._amp.scaler  # noqa: SLF001 - the reference looks where telemetry does not
     for indices in run._draw_batches():  # noqa: SLF001
         before = scaler.get_scale()
         run._step(indices)  # noqa: SLF001

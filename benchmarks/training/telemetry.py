@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.markdown import render_table
-from tune_amp.training.amp import AmpStep, build_scaler
+from tune_amp.training.amp import AmpStep, scaler_settings
 from tune_amp.training.cuda_graph import Capture
 from tune_amp.training.data import Dataset
 from tune_amp.training.models import build_model
@@ -196,7 +196,7 @@ Block = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 def _prepare_bare(config: TrialConfig, data: TrainingData) -> Block:
     """What PyTorch's AMP examples show, with nothing recorded."""
     model, optimizer = _build(config, data)
-    scaler = build_scaler(config, data.device)
+    scaler = torch.amp.GradScaler(data.device.type, **scaler_settings(config))
     autocast = AmpStep(config, data.device, max_steps=1).autocast
 
     def train(batches: Sequence[tuple[Tensor, Tensor]]) -> None:

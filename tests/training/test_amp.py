@@ -17,10 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_amp.training.amp import (
     AmpStep,
-    GradientProbe,
     ScalerTelemetry,
-    all_finite,
-    build_scaler,
     describe_cuda,
     describe_hardware,
     flushing_denormals,
@@ -440,7 +437,7 @@ def test_without_a_scaler_training_is_a_plain_loop(precision: str, optimizer: st
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         plain.step()
         losses.append(loss.item())
-    assert not build_scaler(config, CPU).is_enabled()
+    assert not trained.amp.scaler.is_enabled()
     assert trained.amp.read_epoch() == np.mean(losses)
     assert trained.amp.telemetry == ScalerTelemetry(steps=3, applied_steps=3, first_applied_step=1)
     assert equal_bits(trained.weights(), list(model.parameters()))
@@ -509,46 +506,6 @@ def test_state_has_only_plain_values_and_is_a_snapshot() -> None:
     saved.step(make_batches(1)[0])
     with pytest.raises(AssertionError):  # steps not yet read would be lost
         saved.amp.state_dict()
-
-
-def test_restoring_keeps_the_trials_own_growth_and_backoff_settings() -> None:
-    saved = train_epoch(make_config(), ["inf"] * 3).amp.state_dict()
-    assert saved["scaler"]["scale"] == 2.0**7
-    own = {"growth_factor": 4.0, "backoff_factor": 0.125, "growth_interval": 2}
-    # What GradScaler itself would do: the checkpoint's settings in the place of the trial's own (FACTS 18).
-    naive = build_scaler(make_config(**own), CPU)
-    naive.load_state_dict(saved["scaler"])
-    assert naive.get_growth_interval() == 2000
-    assert naive.get_growth_factor() == 2
-    assert naive.get_backoff_factor() == 0.5
-
-    restored = Trained(make_config(**own))
-    restored.amp.load_state_dict(saved)
-    for batch, poison in zip(make_batches(3), ["fine", "fine", "inf"], strict=True):
-        restored.step(batch, poison)
-    restored.amp.read_epoch()
-    telemetry = restored.amp.telemetry
-    assert telemetry.loss_scale_values == (2.0**7, 2.0**9)
-    assert telemetry.loss_scale_steps == (4, 6)
-    assert telemetry.loss_scale == 2.0**6
-
-
-@pytest.mark.parametrize("source", ["another init_scale", "no scaler"])
-def test_restoring_with_another_init_scale_starts_the_scale_afresh(source: str) -> None:
-    other = {"precision": "bf16", "init_scale": None} if source == "no scaler" else {"init_scale": 2.0**9}
-    saved = train_epoch(make_config(**other), ["fine"] * 5).amp.state_dict()
-    restored = Trained(make_config(growth_interval=3))
-    restored.amp.load_state_dict(saved)
-    telemetry = restored.amp.telemetry
-    assert (telemetry.loss_scale, telemetry.steps, telemetry.applied_steps) == (2.0**10, 5, 5)
-    lowest = 2.0**10 if source == "no scaler" else 2.0**9
-    assert (telemetry.min_loss_scale, telemetry.max_loss_scale) == (lowest, 2.0**10)
-    for batch in make_batches(4):
-        restored.step(batch)
-    restored.amp.read_epoch()
-    assert restored.amp.telemetry.loss_scale_steps == (6, 9)  # the growth tracker began at 0
-    assert restored.amp.telemetry.loss_scale_values == (2.0**10, 2.0**11)
-    assert restored.amp.telemetry.applied_steps == 9
 
 
 # What is left in fp32, and what the hardware can do
@@ -795,133 +752,6 @@ def test_step_on_a_gpu_never_waits_for_it(optimizer: str, precision: str, grad_c
     assert trained.amp.telemetry.steps == 4
 
 
-# The probe
-
-
-@pytest.mark.parametrize(("scale_exponent", "lost"), [(0, 0.0), (-16, 0.0), (-18, 0.75), (-22, 0.9375), (-24, 1.0)])
-def test_underflow_share_is_that_of_the_elements_that_fp32_has_and_fp16_has_not(
-    scale_exponent: int, lost: float
-) -> None:
-    """The gradient is the scale times the input: elements below half of 2^-24 become zero in fp16."""
-    inputs = torch.tensor([[0.0] * 8 + [2.0**-8] * 12 + [2.0**-4] * 3 + [2.0**-2]])
-    weight = torch.zeros(1, 24, requires_grad=True)
-    step = AmpStep(make_config(init_scale=2.0**scale_exponent, growth_interval=10**6), CPU, max_steps=1)
-    probe = step.probe(
-        [weight],
-        lambda _: nn.functional.linear(inputs, weight).float().sum(),
-        torch.arange(1),
-        batch_size=1,
-        steps_left=5,
-        all_skipped=False,
-    )
-    assert probe.underflow_share == lost
-    assert probe.vanishes_at_highest == (True if lost == 1 else None)
-    assert (probe.is_dead, probe.overflows_at_lowest) == (False, None)
-    assert weight.grad is None
-
-
-def test_probe_tries_the_extremes_that_the_scale_can_reach() -> None:
-    weight = torch.zeros(1, 4, requires_grad=True)
-
-    def probe(scale: float, magnitude: float, **settings: Any) -> GradientProbe:
-        inputs = torch.full((1, 4), magnitude)
-        step = AmpStep(make_config(init_scale=scale, **settings), CPU, max_steps=1)
-        return step.probe(
-            [weight],
-            lambda images: nn.functional.linear(inputs, weight).float().sum() * (len(images) / 64),
-            torch.arange(64),
-            batch_size=64,
-            steps_left=11,
-            all_skipped=scale > 1,
-        )
-
-    assert probe(2.0**20, 1.0, backoff_factor=0.5).overflows_at_lowest is False  # ten halvings: 2^10
-    assert probe(2.0**30, 1.0, backoff_factor=0.5).overflows_at_lowest is True
-    assert probe(2.0**30, 1.0, backoff_factor=0.5).underflow_share is None
-    assert probe(2.0**-25, 1.0, growth_interval=5).vanishes_at_highest is False  # two doublings, half a batch
-    assert probe(2.0**-25, 1.0, growth_interval=11).vanishes_at_highest is True
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_probe_tells_dead_weights(precision: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    step = AmpStep(TrialConfig(precision=precision), CPU, max_steps=1)
-
-    def probe() -> GradientProbe:
-        inputs = torch.ones(2, 3)
-        labels = torch.tensor([0, 1])
-        return step.probe(
-            list(model.parameters()),
-            lambda _: nn.functional.cross_entropy(model(inputs), labels),
-            torch.arange(2),
-            batch_size=2,
-            steps_left=1,
-            all_skipped=False,
-        )
-
-    assert not probe().is_dead
-    with torch.no_grad():
-        list(model.parameters())[1].fill_(-10)
-    assert probe().is_dead  # the last bias still gets a gradient
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_element_that_is_not_finite_is_found(value: float) -> None:
-    tensors = [torch.ones(3), torch.full((2, 2), 1e30)]
-    assert all_finite(tensors)
-    tensors[1][1, 0] = value
-    assert not all_finite(tensors)
-
-
-def test_verdicts_are_asked_of_more_images_than_the_share() -> None:
-    """Weights that only some image in a thousand reaches are not dead; a whole batch overflows before a few images."""
-    weight = torch.ones(1, 1, requires_grad=True)
-    asked: list[int] = []
-
-    def reaches(image: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def compute_loss(images: torch.Tensor) -> torch.Tensor:
-            asked.append(len(images))
-            return weight.sum() * (images == image).sum() * 2.0**-8
-
-        return compute_loss
-
-    step = AmpStep(TrialConfig(precision="fp32"), CPU, max_steps=1)
-    images = torch.arange(5000)
-    assert not step.probe([weight], reaches(999), images, batch_size=300, steps_left=1, all_skipped=False).is_dead
-    assert asked == [32, 300, 300, 300, 300]  # never more than a batch at once
-    asked.clear()
-    assert step.probe([weight], reaches(2048), images, batch_size=300, steps_left=1, all_skipped=False).is_dead
-    assert asked == [32, *[300] * 6, 2048 - 6 * 300]
-    asked.clear()
-
-    # Twenty growths on, a single image has a gradient in fp16: 2^-20. Those of all others are below 2^-40.
-    step = AmpStep(make_config(init_scale=2.0**-40, growth_interval=1), CPU, max_steps=1)
-
-    def vanishes(image: int) -> bool | None:
-        def compute_loss(images: torch.Tensor) -> torch.Tensor:
-            asked.append(len(images))
-            strength = torch.where(images == image, 1.0, 2.0**-30).sum().reshape(1, 1)
-            return nn.functional.linear(strength, weight).float().sum()
-
-        return step.probe(
-            [weight], compute_loss, images, batch_size=8, steps_left=21, all_skipped=False
-        ).vanishes_at_highest
-
-    assert vanishes(2047) is False
-    assert max(asked) == 8
-    assert vanishes(2048) is True
-    asked.clear()
-
-    def summed(images: torch.Tensor) -> torch.Tensor:
-        asked.append(len(images))
-        return nn.functional.linear(torch.full((1, 1), len(images) / 16), weight).float().sum()
-
-    step = AmpStep(make_config(init_scale=2.0**14), CPU, max_steps=1)
-    assert step.probe([weight], summed, images, batch_size=512, steps_left=1, all_skipped=True).overflows_at_lowest
-    assert asked == [32, 32, 512]
-    assert not step.probe([weight], summed, images, batch_size=64, steps_left=1, all_skipped=True).overflows_at_lowest
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("position", [None, torch.zeros(1, dtype=torch.int64)])
@@ -929,7 +759,7 @@ def test_loss_of_another_dtype_is_logged_in_fp32(position: Tensor | None, dtype:
     """As that of a user's task that averages what the model returns under autocast."""
     scale = 8.0 if precision == "fp16" else None  # the default's product with a loss in fp16 is infinite
     step = AmpStep(TrialConfig(precision=precision, init_scale=scale), CPU, max_steps=2)
-    step.follow(position)
+    step.position = position
     weight = nn.Parameter(torch.ones(()))
     optimizer = torch.optim.SGD([weight], lr=0.0, fused=True)
     for value in (1.5, 2.5):

@@ -24,7 +24,6 @@ from tune_amp.training.cuda_graph import (
     StepLoop,
     capturable,
     explain_change,
-    explain_eager,
     release_failed_pool,
 )
 from tune_amp.training.memory import release_memory
@@ -170,14 +169,14 @@ def test_epochs_of_different_length_are_the_same_too(curriculum: str, data: Trai
     config = make_config(curriculum=curriculum, precision="fp16")
     eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=Repeating())
     for run in (eager, graphed):
-        run._epoch = LONG // 2 - 2  # the last two that grow, and then whole ones
+        run.epoch = LONG // 2 - 2  # the last two that grow, and then whole ones
     told = train(eager, 4)
     assert told == train(graphed, 4)
     whole, half = 60 // 8, 30 // 8
     steps = 2 * half + 2 * whole if curriculum == "step" else 4 * whole
     assert told[-1].steps == steps
     for run in (eager, graphed):
-        run._epoch = 0  # half of the images
+        run.epoch = 0  # half of the images
     assert train(eager, 1) == train(graphed, 1)
     assert eager._amp.telemetry.steps == steps + half
 
@@ -219,27 +218,14 @@ def test_every_built_in_model_may_be_captured(model: str) -> None:
 # Where there is no graph
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({}, None),
-        ({"has_graphs": False}, "the CPU has no CUDA graphs"),
-        ({"allowed": False}, "graphs are not allowed"),
-        ({"steps_left": 99}, "a capture pays from 100 steps"),
-    ],
-)
-def test_reason_to_train_eagerly(changes: dict[str, Any], reason: str | None) -> None:
-    fine: dict[str, Any] = {"has_graphs": True, "allowed": True, "steps_left": 100, "least_steps": 100}
-    assert explain_eager(**{**fine, **changes}) == reason
-
-
 def test_epoch_tells_why_it_was_trained_eagerly(data: TrainingData) -> None:
-    assert TrainingRun(make_config(), data).train_epoch().loop == "eager: the CPU has no CUDA graphs"
-    few = make_config(max_epochs=2)  # 14 steps
-    assert (
-        TrainingRun(few, data, capture=Repeating()).train_epoch().loop
-        == f"eager: a capture pays from {LEAST_STEPS} steps"
-    )
+    def train_epochs(max_epochs: int, **settings: Any) -> str:
+        return TrainingRun(make_config(max_epochs=max_epochs), data, **settings).train_epoch().loop
+
+    assert train_epochs(LONG) == "eager: the CPU has no CUDA graphs"
+    assert train_epochs(LONG, capture=Repeating(), allow_graph=False) == "eager: the CPU has no CUDA graphs"
+    assert train_epochs(14, capture=Repeating()) == "eager: a capture pays from 100 steps"  # 98 steps
+    assert train_epochs(15, capture=Repeating()) == "graph"
 
 
 @pytest.mark.parametrize("grad_clip", [None, 0.5])
@@ -311,9 +297,9 @@ def test_comparison_of_the_gpu_test_finds_a_graph_that_does_not_update_the_scale
 
     def leave_out_updates(step: Step) -> Step:
         def replay() -> None:
-            state = run._amp._scaler.state_dict()
+            state = run._amp.scaler.state_dict()
             step()
-            run._amp._scaler.load_state_dict(state)
+            run._amp.scaler.load_state_dict(state)
 
         return replay
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tune_amp.training.verdict import (
     COLLAPSED_SCALE,
     EpochEvidence,
+    GradientProbe,
     ScaleOutlook,
     is_probe_needed,
     judge_epoch,
@@ -38,18 +39,15 @@ def make_evidence(**changes: Any) -> EpochEvidence:
         "validation": {"val_loss": 0.3},
         "nan_buffer": None,
         "has_learned": True,
-        "is_dead": False,
         "epoch_steps": 50,
         "epoch_skipped": 0,
         "applied_steps": 100,
         "skipped_steps": 0,
-        "underflow_share": 0.0,
-        "outlook": make_outlook(),
-        "overflows_at_lowest": None,
-        "vanishes_at_highest": None,
         "is_last_epoch": False,
     }
-    return EpochEvidence(**values | changes)
+    probed: dict[str, Any] = {"underflow_share": 0.0, "outlook": make_outlook()} | changes
+    probe = {field.name: probed.pop(field.name) for field in dataclasses.fields(GradientProbe) if field.name in probed}
+    return EpochEvidence(probe=GradientProbe(**probe), **values | probed)
 
 
 FP32 = {"underflow_share": None, "outlook": None}
@@ -142,10 +140,10 @@ ALL_SKIPPED = {"epoch_skipped": 50, "skipped_steps": 50, "applied_steps": 0, **U
     ],
 )
 def test_verdict_follows_from_the_evidence(changes: dict[str, Any], state: TrainingState, reason: str | None) -> None:
-    verdict = judge_epoch(make_evidence(**changes))
-    assert verdict.state is state
-    assert (verdict.hopeless or "").startswith(reason or "")
-    assert (verdict.hopeless is None) == (reason is None) == (state not in HOPELESS_STATES)
+    judged, hopeless = judge_epoch(make_evidence(**changes))
+    assert judged is state
+    assert (hopeless or "").startswith(reason or "")
+    assert (hopeless is None) == (reason is None) == (state not in HOPELESS_STATES)
 
 
 # What the scale can still reach, against the scaler itself
@@ -304,11 +302,11 @@ def test_no_run_that_would_recover_is_ended_and_what_is_hopeless_ends_with_its_f
     epochs = list(run.epochs())
     useful = [learned for _, learned in epochs]
     for number, (evidence, _) in enumerate(epochs):
-        verdict = judge_epoch(evidence)
+        _, hopeless = judge_epoch(evidence)
         if any(useful):
-            assert verdict.hopeless is None, f"ended after epoch {number + 1}, useful epochs are {useful}"
+            assert hopeless is None, f"ended after epoch {number + 1}, useful epochs are {useful}"
         elif not evidence.is_last_epoch:  # after the last one nothing is left to save
-            assert verdict.hopeless is not None
+            assert hopeless is not None
 
 
 @pytest.mark.parametrize(
@@ -335,7 +333,7 @@ def test_states_tell_calibration_from_collapse_and_starvation(
         max_epochs=4,
     )
     run = dataclasses.replace(usual, **changes)
-    assert [judge_epoch(evidence).state for evidence, _ in run.epochs()] == states
+    assert [judge_epoch(evidence)[0] for evidence, _ in run.epochs()] == states
 
 
 # When to probe
@@ -385,6 +383,6 @@ def test_no_trial_would_have_ended_by_a_probe_that_was_left_out() -> None:
                 overflows_at_lowest=overflows,
                 vanishes_at_highest=vanishes,
             )
-            assert judge_epoch(evidence).hopeless is None
+            assert judge_epoch(evidence)[1] is None
             left_out += 1
     assert left_out > 100

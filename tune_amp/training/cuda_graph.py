@@ -25,6 +25,7 @@ from tune_amp.trial.config import describe_error
 WARM_UP_STEPS = 3  # as in PyTorch's documentation: libraries and lazily created state are ready by then
 # A capture is expected to take 15 to 40 ms and to save 0.2 to 0.4 ms a step. Estimates, to be measured on a GPU.
 LEAST_STEPS = 100
+"""Fewest steps left in a run for which a capture pays."""
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]
@@ -33,24 +34,6 @@ Capture = Callable[[Step], Step]
 
 class CaptureError(Exception):
     """A step cannot be captured. Training can continue without a graph."""
-
-
-def explain_eager(*, has_graphs: bool, allowed: bool, steps_left: int, least_steps: int = LEAST_STEPS) -> str | None:
-    """Return why steps are not to be captured, or None if they are.
-
-    Args:
-        has_graphs: whether the device can capture at all.
-        allowed: whether the caller allows graphs.
-        steps_left: maximum number of steps that the run still takes.
-        least_steps: minimum number of steps for which a capture pays.
-    """
-    if not has_graphs:
-        return "the CPU has no CUDA graphs"
-    if not allowed:
-        return "graphs are not allowed"
-    if steps_left < least_steps:
-        return f"a capture pays from {least_steps} steps"
-    return None
 
 
 class StepLoop:
@@ -78,7 +61,7 @@ class StepLoop:
         max_steps: int,
         batch_size: int,
         capture: Capture,
-        read_state: Callable[[], object] = lambda: None,
+        read_state: Callable[[], object],
     ) -> None:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """Number of the step within the epoch, from 0: int64 [1], on the device."""
@@ -196,10 +179,10 @@ def explain_change(
     what a function that the model holds encloses.
     """
     before = _describe_host_state(model, read_state())
-    with _noting_waits(device) as waits:
+    with _recording_waits(device) as warned:
         step()
     after = _describe_host_state(model, read_state())
-    if waits:
+    if any("called a synchronizing CUDA operation" in str(warning.message) for warning in warned):
         return "the model waits for the device"
     if before is None or after is None:
         return "the model's state on the host cannot be compared"
@@ -208,9 +191,7 @@ def explain_change(
 
 def clear_workspaces() -> None:
     """Free the workspaces that cuBLAS allocates with PyTorch's allocator and keeps for the life of the process."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # noqa: SLF001 - no public name for it
-    if clear is not None:
-        clear()
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - no public name for it
 
 
 @contextlib.contextmanager
@@ -267,22 +248,19 @@ def _find_cause(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _noting_waits(device: torch.device) -> Iterator[list[str]]:
-    """Record, without preventing them, the host's waits for the device in the ``with`` block."""
-    waits: list[str] = []
+def _recording_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+    """Record torch's warnings of the host's waits for the device in the ``with`` block."""
     if device.type != "cuda":
-        yield waits
+        yield []
         return
     mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield waits
+            yield warned
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-            told = [str(warning.message) for warning in caught]
-            waits += [text for text in told if "called a synchronizing CUDA operation" in text]
 
 
 class _StatePickler(pickle.Pickler):

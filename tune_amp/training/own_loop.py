@@ -31,34 +31,33 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from tune_amp.training.amp import (
-    GradientProbe,
     ScalerTelemetry,
-    all_finite,
     autocast_of,
-    find_outlook,
-    probe_gradients,
+    count_unscaled,
+    scaler_settings,
+    start_telemetry,
     summarise_steps,
     training_arithmetic,
 )
 from tune_amp.training.generators import Generators, seed_generators, undisturbed, write_generators
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.own_code import exits_as_errors
-from tune_amp.training.verdict import EpochEvidence, Verdict, judge_epoch
+from tune_amp.training.probe import all_finite, find_outlook, probe_gradients
+from tune_amp.training.verdict import EpochEvidence, GradientProbe, judge_epoch
 from tune_amp.trial.config import (
     COMMON_METRICS,
     COST_OBJECTIVES,
     KEEPS_NOTHING,
     MEAN_PARTS,
     RESERVED_NAMES,
-    SCALER_DEFAULTS,
     EpochMetrics,
     InputError,
+    TrainingState,
     TrialConfig,
     one_line,
     shown,
@@ -85,17 +84,14 @@ class TelemetryScaler(torch.amp.GradScaler):
     """
 
     def __init__(self, config: TrialConfig, device: torch.device) -> None:
-        is_fp16 = config.precision == "fp16"
-        settings = {name: getattr(config, name) for name in SCALER_DEFAULTS} if is_fp16 else {"enabled": False}
-        super().__init__(device.type, **settings)
+        super().__init__(device.type, **scaler_settings(config))
         # A place for each step: small tensors that outlive it keep the allocator from reusing what lies beside them.
-        self._log = torch.zeros(2, _LOGGED_STEPS if is_fp16 else 0, device=device)
+        self._log = torch.zeros(2, _LOGGED_STEPS if self.is_enabled() else 0, device=device)
         self._places = list(zip(*(row.unbind() for row in self._log), strict=True))
         self._full: list[Tensor] = []
         self._logged = 0
         self._updates = 0
-        scale = float(np.float32(config.init_scale)) if config.init_scale is not None else None
-        self.telemetry = ScalerTelemetry(loss_scale=scale, min_loss_scale=scale, max_loss_scale=scale)
+        self.telemetry = start_telemetry(config)
         """Telemetry as of the last ``read``."""
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -125,8 +121,7 @@ class TelemetryScaler(torch.amp.GradScaler):
             overflows, scales = torch.cat([*self._full, self._log[:, : self._logged]], dim=1).cpu().numpy()
             self.telemetry = summarise_steps(self.telemetry, scales, overflows != 0)
         else:
-            steps = self.telemetry.steps + self._updates
-            self.telemetry = ScalerTelemetry(steps=steps, applied_steps=steps, first_applied_step=1 if steps else None)
+            self.telemetry = count_unscaled(self.telemetry, self._updates)
         self._full, self._logged, self._updates = [], 0, 0
         return self.telemetry
 
@@ -355,8 +350,7 @@ class OwnRun:
         probe = self._probe(telemetry, steps, skipped)
         self._probe_seconds += time.perf_counter() - started
         self.tested = {name: value for name, value in metrics.items() if name.startswith(TEST_PREFIX)}
-        verdict = self._judge(metrics, telemetry, steps, skipped, probe)
-        self.hopeless = verdict.hopeless
+        state, self.hopeless = self._judge(metrics, telemetry, steps, skipped, probe)
         return EpochMetrics(
             epoch=self.epoch,
             train_loss=metrics.get("train_loss", math.nan),
@@ -368,7 +362,7 @@ class OwnRun:
             data_seconds=0.0,
             samples_per_second=steps * self._config.batch_size * self._config.accumulate / seconds,
             peak_memory_bytes=self._memory.peak_bytes,
-            state=str(verdict.state),
+            state=str(state),
             underflow_share=probe.underflow_share,
             probe_seconds=self._probe_seconds,
             loop="own" if self._trial.keeps_state else KEEPS_NOTHING,
@@ -465,7 +459,7 @@ class OwnRun:
         config, scaler, probed = self._config, self._trial.scaler, self._trial.probed
         steps_left = steps * (config.max_epochs - self.epoch)
         if probed is None or not scaler.is_enabled():
-            return GradientProbe(outlook=find_outlook(config, scaler, telemetry, steps_left))
+            return GradientProbe(outlook=find_outlook(scaler, telemetry, steps_left))
         model, loss = probed
 
         def compute_loss(_: Tensor) -> Tensor:
@@ -478,7 +472,7 @@ class OwnRun:
                 config,
                 scaler,
                 telemetry,
-                [parameter for parameter in model.parameters() if parameter.requires_grad],
+                model.parameters(),
                 compute_loss,
                 torch.zeros(1),
                 batch_size=1,
@@ -493,15 +487,13 @@ class OwnRun:
         steps: int,
         skipped: int,
         probe: GradientProbe,
-    ) -> Verdict:
+    ) -> tuple[TrainingState, str | None]:
         return judge_epoch(
             EpochEvidence(
                 weights_finite=self._trial.are_weights_finite(),
                 weights_moved=self._trial.have_weights_moved(),
-                **vars(probe),
+                probe=probe,
                 validation={name: metrics[name] for name in (*self._objectives, "val_loss") if name in metrics},
-                nan_buffer=None,
-                has_learned=None,
                 epoch_steps=steps,
                 epoch_skipped=skipped,
                 applied_steps=telemetry.applied_steps,

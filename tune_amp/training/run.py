@@ -1,5 +1,6 @@
 """Trains and evaluates one configuration. It does not use Ray: a trial, a replay and a script run the same code."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_amp.training.amp import AmpStep, GradientProbe, all_finite, find_nan, flushing_denormals, training_arithmetic
+from tune_amp.training.amp import AmpStep, ScalerTelemetry, flushing_denormals, training_arithmetic
 from tune_amp.training.batches import Batch, DeviceSplit, InputScaling, batch_indices
 from tune_amp.training.buffers import FiniteBuffers
-from tune_amp.training.cuda_graph import Capture, StepLoop, capturable, capture_cuda_graph, explain_eager
+from tune_amp.training.cuda_graph import LEAST_STEPS, Capture, StepLoop, capturable, capture_cuda_graph
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import Evaluation, evaluate
 from tune_amp.training.generators import Generators, keep_generators, seed_generators, undisturbed
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.models import check_model
 from tune_amp.training.own_code import exits_as_errors
+from tune_amp.training.probe import all_finite, probe_gradients
 from tune_amp.training.streams import StreamedBatches
 from tune_amp.training.task import make_task
 from tune_amp.training.training_data import TrainingData
@@ -27,15 +29,14 @@ from tune_amp.training.verdict import (
     PROBE_EVERY_STEPS,
     STARVED_SHARE,
     EpochEvidence,
-    Verdict,
+    GradientProbe,
     is_probe_needed,
     judge_epoch,
 )
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.config import EpochMetrics, InputError, TrainingState, TrialConfig
 from tune_amp.trial.curricula import count_drawn_images
 
 ESTIMATE_IMAGES = 32
-ESTIMATE_SCALING = InputScaling(shift=0.0, factor=1 / 255)
 
 
 class TrainingRun:
@@ -84,8 +85,9 @@ class TrainingRun:
         self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
         # With any other precision no step is skipped, and an overflow destroys the weights as well.
         self._buffers = FiniteBuffers(self.model.buffers() if config.precision == "fp16" else ())
-        self._allow_graph = allow_graph
-        self._capture = capture_cuda_graph if capture is None and data.device.type == "cuda" else capture
+        if capture is None and data.device.type == "cuda":
+            capture = capture_cuda_graph
+        self._capture = capture if allow_graph else None
         # Chosen in the first epoch of a run, and again after it resumes from a checkpoint.
         self._loop: StepLoop | None = None
         self._why_eager: str | None = None
@@ -95,11 +97,12 @@ class TrainingRun:
         self._next_probe = 0  # in steps since the trial began; counted, not timed, so that a replay probes alike
         # Kept until a weight has moved, and on the host, so that no device memory is charged for it.
         self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
-        self._epoch = 0
+        self.epoch = 0
+        """Number of epochs trained so far."""
         self.hopeless: str | None = None
         """Reason why training is past saving after the last epoch; None while it may still get better."""
-        self._train_seconds = self._val_seconds = self._probe_seconds = 0.0
-        self._data_seconds = data.claim_placing_seconds()
+        self._seconds: dict[str, Any] = {"train_seconds": 0.0, "val_seconds": 0.0, "probe_seconds": 0.0}
+        self._seconds["data_seconds"] = data.claim_placing_seconds()
 
     def _count_steps(self) -> int:
         """Return the largest number of steps in an epoch."""
@@ -109,14 +112,9 @@ class TrainingRun:
             raise InputError(f"accumulate: {rule}, got {batch_size} times {accumulate}")
         return count // (batch_size * accumulate)
 
-    @property
-    def epoch(self) -> int:
-        """Number of epochs trained so far."""
-        return self._epoch
-
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train the epochs left of ``max_epochs``, and stop early if the run is past saving."""
-        while self._epoch < self._config.max_epochs and self.hopeless is None:
+        while self.epoch < self._config.max_epochs and self.hopeless is None:
             yield self.train_epoch()
 
     @exits_as_errors()
@@ -131,54 +129,41 @@ class TrainingRun:
             return self._train_epoch()
 
     def _train_epoch(self) -> EpochMetrics:
-        before = self._amp.telemetry
-        started = time.perf_counter()
-        batches = self._draw_batches()  # timed: other programs' loaders draw batches within the loop
-        with self._memory.measure():  # without validation, which is in fp32 whatever the precision
-            train_loss = self._train(batches)
-            train_seconds = time.perf_counter() - started
-        self._train_seconds += train_seconds
-        self._epoch += 1
-        validated = self._validate()
-        started = time.perf_counter()
-        if validated is None:
-            has_learned = self._task.has_learned(train_loss, {})
-        else:
-            has_learned = self._task.has_learned(validated.loss, validated.averages)
-        steps = self._amp.telemetry.steps - before.steps
-        skipped = self._amp.telemetry.skipped_steps - before.skipped_steps
-        moved = self._weights_moved()
-        needed = is_probe_needed(
-            precision=self._config.precision,
-            has_learned=has_learned,
-            weights_moved=moved,
-            skipped=skipped,
-            is_due=self._amp.telemetry.steps >= self._next_probe,
-        )
-        probe = self._probe(batches, all_skipped=skipped == steps) if needed else GradientProbe()
-        verdict = self._judge(probe, validated, has_learned=has_learned, moved=moved, steps=steps, skipped=skipped)
-        self.hopeless = verdict.hopeless
-        self._probe_seconds += time.perf_counter() - started
+        before, seconds = self._amp.telemetry, self._seconds["train_seconds"]
+        with self._timed("train_seconds"):
+            batches = self._draw_batches()  # timed: other programs' loaders draw batches within the loop
+            with self._memory.measure():  # without validation, which is in fp32 whatever the precision
+                train_loss = self._train(batches)
+        self.epoch += 1
+        validated = None
+        if self._data.validation is not None:
+            with self._timed("val_seconds"):
+                validated = self._evaluate(self._data.validation)
+        with self._timed("probe_seconds"):
+            state, probe = self._judge(batches, before, train_loss, validated)
         return EpochMetrics(
-            epoch=self._epoch,
+            epoch=self.epoch,
             train_loss=train_loss,
             **({"val_loss": None, "val_accuracy": None} if validated is None else validated.columns("val")),
             **vars(self._amp.telemetry),
-            train_seconds=self._train_seconds,
-            val_seconds=self._val_seconds,
-            data_seconds=self._data_seconds,
-            samples_per_second=batches.numel() / train_seconds,
+            **self._seconds,
+            samples_per_second=batches.numel() / (self._seconds["train_seconds"] - seconds),
             peak_memory_bytes=self._memory.peak_bytes,
-            state=str(verdict.state),
+            state=str(state),
             underflow_share=probe.underflow_share,
-            probe_seconds=self._probe_seconds,
-            loop=self._loop.describe() if self._loop is not None else f"eager: {self._why_eager}",
+            loop=f"eager: {self._why_eager}" if self._loop is None else self._loop.describe(),
         )
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to resume from bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": None if self._schedule is None else self._schedule.state_dict(),
@@ -186,32 +171,25 @@ class TrainingRun:
             "next_probe": self._next_probe,
             "order": self._order.get_state(),
             "generators": self._generators.state,
-            "seconds": [self._train_seconds, self._val_seconds, self._probe_seconds, self._data_seconds],
+            "seconds": list(self._seconds.values()),
             "peak_memory_bytes": self._memory.peak_bytes,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state_dict``, with this run's own scaler settings.
-
-        Learning rate and weight decay are this run's own too, unless the task has a schedule.
-        """
-        self._epoch = state["epoch"]
-        self._loop = self._why_eager = None  # a graph would keep using the tensors that are replaced here
-        self._amp.follow(None)
+        """Resume from the ``state_dict`` of a run of the same configuration."""
+        self.epoch = state["epoch"]
+        self._loop = self._why_eager = self._amp.position = None  # a graph would keep using tensors replaced here
         self.model.load_state_dict(state["model"])
-        own = [dict(group) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
         if self._schedule is not None:
             self._schedule.load_state_dict(state["schedule"])
-        else:
-            for group, values in zip(self._optimizer.param_groups, own, strict=True):
-                group.update((key, values[key]) for key in ("lr", "weight_decay") if key in values)
         self._amp.load_state_dict(state["amp"])
         self._next_probe = state["next_probe"]
         self._order.set_state(state["order"])
         self._generators.state = state["generators"]
-        self._train_seconds, self._val_seconds, self._probe_seconds, data_seconds = state["seconds"]
-        self._data_seconds += data_seconds
+        placing_seconds = self._seconds["data_seconds"]
+        self._seconds = dict(zip(self._seconds, state["seconds"], strict=True))
+        self._seconds["data_seconds"] += placing_seconds
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
     def evaluate(self, split: DeviceSplit | StreamedBatches) -> Evaluation:
@@ -244,7 +222,7 @@ class TrainingRun:
                 self._loop.take(batches)
             elif isinstance(self._data.train, StreamedBatches):
                 split = batches.view(-1, self._config.batch_size)
-                read = self._data.train.stream(split, self._config.seed + self._epoch + 1, self._scaling)
+                read = self._data.train.stream(split, self._config.seed + self.epoch + 1, self._scaling)
                 for _ in batches:
                     self._take_step(itertools.islice(read, self._config.accumulate))
             else:
@@ -253,15 +231,17 @@ class TrainingRun:
             return self._amp.read_epoch()  # waits for the device, so that the caller's timing is right
 
     def _choose_loop(self) -> None:
-        steps_left = (self._config.max_epochs - self._epoch) * self._max_steps
-        has_graphs = self._capture is not None
+        """Prepare to capture a step, or note why not."""
         if isinstance(self._data.train, StreamedBatches):
             self._why_eager = self._data.train.reason
         elif self._schedule is not None:
             self._why_eager = "a schedule sets the learning rate on the host"
+        elif self._capture is None:
+            on_gpu = self._data.device.type == "cuda"
+            self._why_eager = "graphs are not allowed" if on_gpu else "the CPU has no CUDA graphs"
+        elif (self._config.max_epochs - self.epoch) * self._max_steps < LEAST_STEPS:
+            self._why_eager = f"a capture pays from {LEAST_STEPS} steps"
         else:
-            self._why_eager = explain_eager(has_graphs=has_graphs, allowed=self._allow_graph, steps_left=steps_left)
-        if self._why_eager is None:
             self._loop = StepLoop(
                 self._step,
                 self.model,
@@ -271,7 +251,7 @@ class TrainingRun:
                 capture=self._capture_step,
                 read_state=self._task.read_state,
             )
-            self._amp.follow(self._loop.position)
+            self._amp.position = self._loop.position
 
     def _capture_step(self, step: Callable[[], None]) -> Callable[[], None]:
         assert self._capture is not None
@@ -284,10 +264,7 @@ class TrainingRun:
 
     def _step(self, indices: Tensor) -> None:
         parts = (indices,) if self._config.accumulate == 1 else indices.split(self._config.batch_size)
-        self._take_step(self._take_batch(part) for part in parts)
-
-    def _take_batch(self, indices: Tensor) -> Batch:
-        return self._data.train.take(indices, self._scaling)
+        self._take_step(self._data.train.take(part, self._scaling) for part in parts)
 
     def _take_step(self, batches: Iterable[Batch]) -> None:
         """Take one step, with the summed gradients of ``accumulate`` batches."""
@@ -309,49 +286,79 @@ class TrainingRun:
 
     def _draw_batches(self) -> Tensor:
         """Return the indices of this epoch's training items, int64 [steps, accumulate * batch_size] on the device."""
-        count, max_epochs = len(self._data.train), self._config.max_epochs
-        step_size = self._config.batch_size * self._config.accumulate
+        config, count = self._config, len(self._data.train)
+        step_size = config.batch_size * config.accumulate
         drawn = count_drawn_images(
-            self._config.curriculum, self._epoch, max_epochs, batch_size=step_size, train_images=count
+            config.curriculum, self.epoch, config.max_epochs, batch_size=step_size, train_images=count
         )
-        is_streamed = isinstance(self._data.train, StreamedBatches)
-        batches = batch_indices(
-            drawn, step_size, self._order, torch.device("cpu") if is_streamed else self._data.device
-        )
+        device = torch.device("cpu") if isinstance(self._data.train, StreamedBatches) else self._data.device
+        batches = batch_indices(drawn, step_size, self._order, device)
         if drawn == count:
             return batches
         assert self._easy_to_hard is not None
         return self._easy_to_hard[batches]
 
-    def _validate(self) -> Evaluation | None:
-        if self._data.validation is None:
-            return None
-        started = time.perf_counter()
-        evaluation = self._evaluate(self._data.validation)
-        self._val_seconds += time.perf_counter() - started
-        return evaluation
-
-    def _probe(self, batches: Tensor, *, all_skipped: bool) -> GradientProbe:
-        """Probe the gradients on images of the epoch, weighted as in its batches; return an empty probe if that fails.
+    def _judge(
+        self, batches: Tensor, before: ScalerTelemetry, train_loss: float, validated: Evaluation | None
+    ) -> tuple[TrainingState, GradientProbe]:
+        """Judge how training stands after an epoch, on a probe of its gradients if the verdict depends on that.
 
         Args:
             batches: indices of the epoch's images, int64 [steps, accumulate * batch_size].
-            all_skipped: whether every step of the epoch was skipped.
+            before: telemetry before the epoch.
+            train_loss: mean loss of the epoch.
+            validated: results on the validation split; None if there is none.
         """
-        if not self._can_be_probed:
-            return GradientProbe()
-        batch_size = self._config.batch_size
+        telemetry = self._amp.telemetry
+        steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
+        loss, averages = (train_loss, {}) if validated is None else (validated.loss, validated.averages)
+        has_learned, moved = self._task.has_learned(loss, averages), self._weights_moved()
+        needed = self._can_be_probed and is_probe_needed(
+            precision=self._config.precision,
+            has_learned=has_learned,
+            weights_moved=moved,
+            skipped=skipped,
+            is_due=telemetry.steps >= self._next_probe,
+        )
+        probe = self._probe(batches.flatten(), all_skipped=skipped == steps) if needed else GradientProbe()
+        validation = {} if validated is None else validated.select_decisive(self._task.metric[0])
+        is_lost = not all(map(math.isfinite, validation.values()))
+        state, self.hopeless = judge_epoch(
+            EpochEvidence(
+                weights_finite=all_finite(self.model.parameters()),
+                weights_moved=moved,
+                validation=validation,
+                nan_buffer=self._find_nan_buffer() if is_lost else None,
+                has_learned=has_learned,
+                probe=probe,
+                epoch_steps=steps,
+                epoch_skipped=skipped,
+                applied_steps=telemetry.applied_steps,
+                skipped_steps=telemetry.skipped_steps,
+                is_last_epoch=self.epoch >= self._config.max_epochs,
+            )
+        )
+        return state, probe
+
+    def _probe(self, images: Tensor, *, all_skipped: bool) -> GradientProbe:
+        """Probe the gradients on ``images`` (indices, int64 [n]). If that fails, there is no probe from then on.
+
+        ``all_skipped`` is whether every step of the epoch was skipped.
+        """
         try:
             with (
                 undisturbed(self.model, self._data.device),
                 training_arithmetic(self._config.precision, self._data.device),
             ):
-                probe = self._amp.probe(
-                    [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-                    lambda images: self._probe_loss(images, batch_size),
-                    batches.flatten(),
-                    batch_size=batch_size,
-                    steps_left=(self._config.max_epochs - self._epoch) * self._max_steps,
+                probe = probe_gradients(
+                    self._config,
+                    self._amp.scaler,
+                    self._amp.telemetry,
+                    self.model.parameters(),
+                    self._compute_probe_loss,
+                    images,
+                    batch_size=self._config.batch_size,
+                    steps_left=(self._config.max_epochs - self.epoch) * self._max_steps,
                     all_skipped=all_skipped,
                 )
         except torch.AcceleratorError:
@@ -363,10 +370,11 @@ class TrainingRun:
             self._next_probe = self._amp.telemetry.steps + self.probe_every
         return probe
 
-    def _probe_loss(self, images: Tensor, batch_size: int) -> Tensor:
+    def _compute_probe_loss(self, images: Tensor) -> Tensor:
         """Return the loss of ``images`` (indices, int64) weighted as in a batch, with the same dropout every time."""
         seed_generators(self._config.seed)
-        return self._compute_loss(self._take_batch(images)) * (len(images) / batch_size)
+        loss = self._compute_loss(self._data.train.take(images, self._scaling))
+        return loss * (len(images) / self._config.batch_size)
 
     def _weights_moved(self) -> bool:
         if self._initial is not None:
@@ -375,34 +383,9 @@ class TrainingRun:
                 self._initial = None
         return self._initial is None
 
-    def _judge(
-        self,
-        probe: GradientProbe,
-        validated: Evaluation | None,
-        *,
-        has_learned: bool | None,
-        moved: bool,
-        steps: int,
-        skipped: int,
-    ) -> Verdict:
-        validation = {} if validated is None else validated.select_decisive(self._task.metric[0])
-        is_lost = not all(map(math.isfinite, validation.values()))
-        return judge_epoch(
-            EpochEvidence(
-                weights_finite=all_finite(list(self.model.parameters())),
-                weights_moved=moved,
-                # Weight decay moves weights that get no gradient, and may revive some.
-                **{**vars(probe), "is_dead": probe.is_dead and self._config.weight_decay == 0},
-                validation=validation,
-                nan_buffer=find_nan(self.model.named_buffers()) if is_lost else None,
-                has_learned=has_learned,
-                epoch_steps=steps,
-                epoch_skipped=skipped,
-                applied_steps=self._amp.telemetry.applied_steps,
-                skipped_steps=self._amp.telemetry.skipped_steps,
-                is_last_epoch=self._epoch >= self._config.max_epochs,
-            )
-        )
+    def _find_nan_buffer(self) -> str | None:
+        """Return the name of the first buffer with a NaN. Infinity may be intended, as in a mask."""
+        return next((name for name, buffer in self.model.named_buffers() if buffer.isnan().any()), None)
 
 
 @exits_as_errors()
@@ -422,7 +405,7 @@ def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, 
     def run_once() -> float:
         started = time.perf_counter()
         with training_arithmetic(config.precision, device):
-            batch = data.train.take(torch.arange(len(few), device=device), ESTIMATE_SCALING)
+            batch = data.train.take(torch.arange(len(few), device=device), InputScaling(shift=0.0, factor=1 / 255))
             with amp.autocast():
                 loss = task.loss(model, batch)
             loss.backward()

@@ -40,44 +40,47 @@ class ScaleOutlook:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientProbe:
+    """Findings about the gradients, from backward passes over a few images at fixed weights.
+
+    The defaults mean that nothing was probed.
+    """
+
+    is_dead: bool = False
+    """Whether no weight matrix gets a gradient, not even in fp32, and weight decay moves none either."""
+    underflow_share: float | None = None
+    """Share of the gradient elements non-zero in fp32 that are zero in fp16 at the current loss scale; None if fp16
+    gradients overflow or there is no gradient."""
+    outlook: ScaleOutlook | None = None
+    """None if the precision uses no scaler."""
+    overflows_at_lowest: bool | None = None
+    """Whether some gradient overflows even at half the lowest reachable scale; tested if every step was skipped."""
+    vanishes_at_highest: bool | None = None
+    """Whether the whole gradient is zero at the highest reachable scale; tested if it is zero at the current scale."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochEvidence:
-    """The values that a verdict is based on. Fields about the scaler are None if the precision uses none."""
+    """The values that a verdict is based on."""
 
     weights_finite: bool
     weights_moved: bool
     """Whether any weight differs from its value before the first step."""
     validation: Mapping[str, float]
     """Validation values that must be finite, by name: ``val_loss`` and the task's metric; empty without validation."""
-    nan_buffer: str | None
+    nan_buffer: str | None = None
     """Name of a buffer that holds NaN, such as a batch norm's running variance; searched for only if one of
     ``validation`` is not finite."""
-    has_learned: bool | None
+    has_learned: bool | None = None
     """Whether the model is now better than guessing: by its loss or by its accuracy. None if the task has no baseline:
     then a trial does not end because its network is dead, nor continue because it has learned."""
-    is_dead: bool
-    """Whether no weight matrix gets a gradient, not even in fp32, and weight decay moves none either."""
+    probe: GradientProbe
     epoch_steps: int
     epoch_skipped: int
     applied_steps: int
     """Steps applied since the trial began."""
     skipped_steps: int
-    underflow_share: float | None
-    """Share of the gradient's elements that underflow at the current scale."""
-    outlook: ScaleOutlook | None
-    overflows_at_lowest: bool | None
-    """Whether gradients overflow even at the lowest reachable scale; None if not tested."""
-    vanishes_at_highest: bool | None
-    """Whether the whole gradient is zero even at the highest reachable scale; None if not tested."""
     is_last_epoch: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """The state of training, and why it is past saving if it is."""
-
-    state: TrainingState
-    hopeless: str | None = None
-    """Reason, on one line, why training is past saving; None while the trial may still get better."""
 
 
 def is_probe_needed(
@@ -135,19 +138,17 @@ def look_ahead(
     )
 
 
-def judge_epoch(evidence: EpochEvidence) -> Verdict:
-    """Return the state of training, testing for the worst state first."""
-    hopeless = _find_divergence(evidence)
-    if hopeless is not None:
-        return Verdict(state=TrainingState.DIVERGED, hopeless=hopeless)
-    hopeless = _find_collapse(evidence)
-    if hopeless is not None:
-        return Verdict(state=TrainingState.COLLAPSED, hopeless=hopeless)
+def judge_epoch(evidence: EpochEvidence) -> tuple[TrainingState, str | None]:
+    """Return the state of training, testing for the worst first, and on one line why it is past saving if it is."""
+    if hopeless := _find_divergence(evidence):
+        return TrainingState.DIVERGED, hopeless
+    if hopeless := _find_collapse(evidence):
+        return TrainingState.COLLAPSED, hopeless
     if 2 * evidence.epoch_skipped > evidence.epoch_steps:
-        return Verdict(state=TrainingState.CALIBRATING)
-    if (evidence.underflow_share or 0.0) > STARVED_SHARE:
-        return Verdict(state=TrainingState.STARVED)
-    return Verdict(state=TrainingState.STEADY)
+        return TrainingState.CALIBRATING, None
+    if (evidence.probe.underflow_share or 0.0) > STARVED_SHARE:
+        return TrainingState.STARVED, None
+    return TrainingState.STEADY, None
 
 
 def _find_divergence(evidence: EpochEvidence) -> str | None:
@@ -171,11 +172,12 @@ def _find_collapse(evidence: EpochEvidence) -> str | None:
     """
     if evidence.has_learned and evidence.weights_moved:
         return None
-    if evidence.is_dead and evidence.has_learned is not None:
+    if evidence.probe.is_dead and evidence.has_learned is not None:
         return "no weight gets a gradient, in fp32 either, and the model is no better than guessing"
-    if evidence.outlook is None:
+    outlook = evidence.probe.outlook
+    if outlook is None:
         return None
-    return _find_collapsed_scale(evidence, evidence.outlook) or _find_unreachable_scale(evidence, evidence.outlook)
+    return _find_collapsed_scale(evidence, outlook) or _find_unreachable_scale(evidence, outlook)
 
 
 def _find_collapsed_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> str | None:
@@ -200,10 +202,10 @@ def _find_unreachable_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> s
         return None
     if evidence.is_last_epoch and evidence.applied_steps == 0:
         return f"no step was applied: all {evidence.skipped_steps} were skipped"
-    if evidence.overflows_at_lowest and evidence.epoch_skipped == evidence.epoch_steps:
+    if evidence.probe.overflows_at_lowest and evidence.epoch_skipped == evidence.epoch_steps:
         lowest = format_scale(outlook.lowest)
         return f"every step is skipped, and gradients overflow even at {lowest}, the lowest loss_scale left to try"
-    if evidence.vanishes_at_highest:
+    if evidence.probe.vanishes_at_highest:
         highest = format_scale(outlook.highest)
         return f"gradients vanish in fp16, even at {highest}, the highest loss_scale within the trial"
     return None
