@@ -17,7 +17,7 @@ from small_runs import TIED_MODEL, make_split
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
-from tune_amp.reuse.card import CardSource, describe_card
+from tune_amp.reuse.card import describe_card
 from tune_amp.reuse.final import FinalResult, FinalTraining
 from tune_amp.training.data import Dataset
 from tune_amp.trial.config import TrialConfig, code_span
@@ -43,10 +43,10 @@ def make_confirmation(**changes: Any) -> Confirmation:
     return Confirmation(**values | changes)
 
 
-def make_source(*rows: BestRow, rank: int = 1, **provenance: Any) -> CardSource:
+def make_source(*rows: BestRow, rank: int = 1, **provenance: Any) -> dict[str, Any]:
     about = dataclasses.replace(PROVENANCE, **provenance)
     best = BestFile(path=Path("best.parquet"), rows=rows, provenance=about, has_epochs=False)
-    return CardSource(best=best, rank=rank, versions={"tune_amp": "0.1.0", "torch": "2.15.0"})
+    return {"best": best, "rank": rank, "versions": {"tune_amp": "0.1.0", "torch": "2.15.0"}}
 
 
 def make_row(rank: int | None, accuracy: float = 0.97, **changes: Any) -> BestRow:
@@ -71,7 +71,9 @@ def lines_of(card: str, section: str) -> list[str]:
 
 
 def told(result: FinalResult, *rows: BestRow, rank: int = 1, **provenance: Any) -> str:
-    return "\n".join(lines_of(describe_card(result, make_source(*rows, rank=rank, **provenance)), "Where the .* from"))
+    return "\n".join(
+        lines_of(describe_card(result, **make_source(*rows, rank=rank, **provenance)), "Where the .* from")
+    )
 
 
 @pytest.mark.parametrize("model", ["simple_net", "tied"])
@@ -85,7 +87,7 @@ def test_the_snippet_loads_the_weights_and_classifies_as_tested(
 ) -> None:
     name = f"{write_module(TIED_MODEL)}:net" if model == "tied" else model
     training, result = train(dataclasses.replace(CONFIG, model=name, input_scaling=input_scaling))
-    card = describe_card(result, make_source(make_row(1)))
+    card = describe_card(result, **make_source(make_row(1)))
     training.save(tmp_path, result, {}, card)
     monkeypatch.chdir(tmp_path)
     [snippet] = re.findall(r"^```python\n(.*?)^```", (tmp_path / "card.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -109,8 +111,8 @@ def test_texts_of_a_file_stand_in_the_card_as_text_and_nothing_else(result: Fina
     )
     trial = dataclasses.replace(plain.trial, trial_id=HOSTILE, trial_name=HOSTILE)
     failed = Confirmation(confirm_seeds=(1, 2), confirm_failures=(HOSTILE, HOSTILE), verdict=HOSTILE)
-    innocent = describe_card(result, make_source(plain))
-    hostile = describe_card(result, make_source(BestRow(rank=1, trial=trial, confirmation=failed), run=HOSTILE))
+    innocent = describe_card(result, **make_source(plain))
+    hostile = describe_card(result, **make_source(BestRow(rank=1, trial=trial, confirmation=failed), run=HOSTILE))
     assert hostile.count("Owned") == 6
     assert all(character.isprintable() or character == "\n" for character in hostile)
     acting = {"heading_open", "fence", "html_block", "html_inline", "link_open", "list_item_open", "table_open"}
@@ -144,7 +146,7 @@ def test_code_span_holds_any_text(text: str, expected: str) -> None:
 
 
 def test_accuracy_comes_with_its_interval_over_images_and_that_the_test_set_was_read_once(result: FinalResult) -> None:
-    card = describe_card(result, make_source(make_row(1)))
+    card = describe_card(result, **make_source(make_row(1)))
     low, high = wilson_interval(result.test_accuracy, 45)
     accuracy, reading = lines_of(card, "How good")
     numbers = [float(number) for number in re.findall(r"([\d.]+) %", accuracy)]
@@ -154,7 +156,7 @@ def test_accuracy_comes_with_its_interval_over_images_and_that_the_test_set_was_
 
 
 def test_what_the_weights_need_is_told(result: FinalResult) -> None:
-    card = describe_card(result, make_source(make_row(1)))
+    card = describe_card(result, **make_source(make_row(1)))
     model, given, output = lines_of(card, "What it is")
     assert model.startswith("Model: `simple_net`, 5,123 parameters")
     assert "[batch, 1, 4, 4]" in given
@@ -164,7 +166,7 @@ def test_what_the_weights_need_is_told(result: FinalResult) -> None:
 
 
 def test_what_they_were_trained_on_is_told(result: FinalResult) -> None:
-    text = "\n".join(lines_of(describe_card(result, make_source(make_row(1))), "What it was trained on"))
+    text = "\n".join(lines_of(describe_card(result, **make_source(make_row(1))), "What it was trained on"))
     for part in (
         "84 images",
         "`cafe`",
@@ -178,7 +180,7 @@ def test_what_they_were_trained_on_is_told(result: FinalResult) -> None:
 
 def test_the_confirmation_of_the_settings_is_told_apart_from_these_weights(result: FinalResult) -> None:
     default = make_row(None, confirmation=make_confirmation(test_accuracy_mean=0.9555))
-    card = describe_card(result, make_source(make_row(1, confirmation=make_confirmation()), default))
+    card = describe_card(result, **make_source(make_row(1, confirmation=make_confirmation()), default))
     text = "\n".join(lines_of(card, "How good"))
     assert "again on 3 fresh seeds" in text
     assert "accuracy 97.13 %, 95 % interval 96.88 % to 97.38 % (Student's t, over seeds)" in text
@@ -189,7 +191,7 @@ def test_the_confirmation_of_the_settings_is_told_apart_from_these_weights(resul
 def test_a_confirmation_at_another_budget_is_said_to_be_another_training(result: FinalResult) -> None:
     trial = dataclasses.replace(make_row(1).trial, config=dataclasses.replace(CONFIG, max_epochs=9, seed=4))
     row = BestRow(rank=1, trial=trial, confirmation=make_confirmation())
-    card = describe_card(result, make_source(row))
+    card = describe_card(result, **make_source(row))
     assert "Those runs took 9 epochs, this one 2: not the same training." in lines_of(card, "How good")
     changed = lines_of(card, "Where the settings come from")[-1]
     assert changed == "Changed for this training: max_epochs 2 instead of 9, seed 0 instead of 4."
@@ -197,7 +199,7 @@ def test_a_confirmation_at_another_budget_is_said_to_be_another_training(result:
 
 def test_settings_that_failed_on_a_fresh_seed_get_no_mean_of_the_others(result: FinalResult) -> None:
     failed = Confirmation(confirm_seeds=(11, 12), confirm_failures=("seed 12: diverged",))
-    card = describe_card(result, make_source(make_row(1, confirmation=failed)))
+    card = describe_card(result, **make_source(make_row(1, confirmation=failed)))
     assert lines_of(card, "How good")[2:] == [
         "Of 2 runs of these settings on fresh seeds not all completed: `seed 12: diverged`."
     ]
@@ -235,7 +237,7 @@ def test_a_default_that_no_other_beats_is_not_said_to_have_been_found(result: Fi
         BestRow(rank=1, trial=trial, confirmation=make_confirmation()),
         make_row(2, confirmation=make_confirmation()),
     ]
-    card = describe_card(result, make_source(*rows))
+    card = describe_card(result, **make_source(*rows))
     assert "with the default settings, which none was shown to beat; the weights are fp32" in card
     assert "The tutorial's default configuration, which was no trial of the search." in card
     assert "default settings reached" not in card  # beside themselves

@@ -21,7 +21,6 @@ from tune_amp.reuse.final import (
     EPOCH_FIELDS,
     MEASURED_FIELDS,
     METRICS_FILE,
-    WEIGHTS_FILE,
     FinalResult,
     FinalTraining,
     find_differences,
@@ -117,7 +116,7 @@ def test_final_training_and_replay_have_the_long_tail_that_the_configuration_was
 def test_test_set_is_what_is_tested(dataset: Dataset) -> None:
     final, result = train_finally(make_config(max_epochs=1), dataset)
     whole = dataset.train.join(dataset.validation)
-    correct = count_correct(final._model, dataset.test, scaled_as=whole)
+    correct = count_correct(final.models["model"], dataset.test, scaled_as=whole)
     assert result.test_accuracy == pytest.approx(correct / 37, abs=1e-12)
     counts = np.bincount(dataset.test.labels)
     assert sum(count * recall for count, recall in zip(counts, result.test_recalls, strict=True)) == pytest.approx(
@@ -161,14 +160,14 @@ def test_saved_weights_give_the_same_test_result_in_a_fresh_model(
     final.save(tmp_path, result, {}, "")
     torch.manual_seed(77)
     fresh = build_model(name, dataset.input_shape, dataset.num_classes)
-    stored = load_file(tmp_path / WEIGHTS_FILE)
+    stored = load_file(tmp_path / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
     missing, unexpected = fresh.load_state_dict(stored, strict=model != "tied")
     assert len(missing) == (model == "tied")  # one name of two for the same weights
     assert not unexpected
     whole = dataset.train.join(dataset.validation)
     assert count_correct(fresh, dataset.test, scaled_as=whole) / 37 == pytest.approx(result.test_accuracy, abs=1e-12)
-    trained = final._model.state_dict()
+    trained = final.models["model"].state_dict()
     assert all(torch.equal(tensor, trained[key]) for key, tensor in fresh.state_dict().items())
 
 
@@ -194,7 +193,7 @@ def test_saved_metrics_are_valid_json_with_configuration_and_source(
     epochs = [EpochMetrics(**{**epoch, **{name: tuple(epoch[name]) for name in tuples}}) for epoch in content["epochs"]]
     assert epochs == list(result.epochs)
     assert (tmp_path / CARD_FILE).read_text() == "# a card\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, METRICS_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, METRICS_FILE, "model.safetensors"]
 
 
 def test_saving_leaves_a_file_that_was_put_there_meanwhile_and_nothing_of_its_own(

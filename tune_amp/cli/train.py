@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     import torch
 
     from tune_amp.results.records import BestFile
-    from tune_amp.reuse.final import FinalResult, FinalTraining
-    from tune_amp.reuse.own_final import OwnResult, OwnTraining
+    from tune_amp.reuse.final import FinalResult, FinalTraining, OwnResult, OwnTraining
     from tune_amp.training.data import Dataset
     from tune_amp.trial.config import EpochMetrics
 
@@ -91,8 +90,7 @@ def _train(arguments: argparse.Namespace) -> int:
         except Exception as error:
             if isinstance(error, InputError) or record.config.train is None:
                 raise
-            print(f"{record.config.train} failed: {describe_error(error)}", file=sys.stderr)  # noqa: T201
-            return EXIT_NO_RESULT
+            return _fail(f"{record.config.train} failed: {describe_error(error)}")
     return _train_anew(arguments, best, dataset)
 
 
@@ -100,10 +98,12 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
     """Train a configuration for use, test it once and save it. Return the exit code."""
     import torch
 
-    from tune_amp.reuse.final import FinalTraining
-    from tune_amp.reuse.own_final import OwnTraining
+    from tune_amp.reuse.final import FinalTraining, OwnTraining
 
-    config, device, console = _choose_config(arguments, best), choose_device(arguments.device), open_console()
+    given = {name: value for name in ("seed", "max_epochs") if (value := getattr(arguments, name)) is not None}
+    with naming_flags():
+        config = dataclasses.replace(best.pick(arguments.rank).trial.config, **given)
+    device, console = choose_device(arguments.device), open_console()
     is_own = bool(config.train or config.task)
     own_code = config.train or config.task or (config.model if is_function_name(config.model) else None)
     _check_own_model(config, dataset, device)
@@ -116,25 +116,27 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
             )
             _print_training(console, arguments, config, device)
             for epoch in training.epochs():
-                line = (_describe_own_epoch if is_own else _describe_epoch)(epoch, config.max_epochs)
+                line = _describe_epoch(epoch, config.max_epochs, by_loss=not is_own)
                 console.print(line, markup=False, soft_wrap=True)
             if training.divergence:
-                print(f"diverged, nothing saved: {training.divergence}", file=sys.stderr)  # noqa: T201
-                return EXIT_NO_RESULT
+                return _fail(f"diverged, nothing saved: {training.divergence}")
             result = training.test()
         except torch.OutOfMemoryError as error:
-            print(f"out of memory, nothing saved: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
-            return EXIT_NO_RESULT
+            return _fail(f"out of memory, nothing saved: {one_line(str(error))}")
         except Exception as error:  # the user's own code may raise anything
             if isinstance(error, InputError) or own_code is None:
                 raise
-            print(f"{own_code} failed, nothing saved: {describe_error(error)}", file=sys.stderr)  # noqa: T201
-            return EXIT_NO_RESULT
+            return _fail(f"{own_code} failed, nothing saved: {describe_error(error)}")
         tested, saved = _save(training, result, arguments, best, output)
     for line in tested:
         say(console, line)
     console.print(printable(f"saved   {output}: {', '.join(saved)}"), markup=False, soft_wrap=True)
     return EXIT_DONE
+
+
+def _fail(line: str) -> int:
+    print(line, file=sys.stderr)  # noqa: T201
+    return EXIT_NO_RESULT
 
 
 def _save(
@@ -146,39 +148,32 @@ def _save(
 ) -> tuple[list[str], list[str]]:
     """Save weights, metrics and card. Return lines about the test, and the names of the files."""
     from tune_amp.results.records import list_versions
-    from tune_amp.reuse.card import CardSource, describe_card
-    from tune_amp.reuse.final import FinalResult, FinalTraining
-    from tune_amp.reuse.own_final import OwnTraining, describe_own_card
+    from tune_amp.reuse.card import describe_card, describe_own_card
+    from tune_amp.reuse.final import FinalResult
 
-    versions = list_versions("tune_amp", "torch", "numpy", "safetensors")
-    source = {"source": str(arguments.best), "rank": arguments.rank}
-    if isinstance(training, FinalTraining) and isinstance(result, FinalResult):
-        card = describe_card(result, CardSource(best=best, rank=arguments.rank, versions=versions))
+    rank, versions = arguments.rank, list_versions("tune_amp", "torch", "numpy", "safetensors")
+    if isinstance(result, FinalResult):
+        card = describe_card(result, best=best, rank=rank, versions=versions)
         accuracy = f"test accuracy {result.test_accuracy:.2%} on {result.test_images:,} images, in fp32, read once"
-        return [accuracy, describe_recalls(result.test_recalls)], training.save(output, result, source, card)
-    assert isinstance(training, OwnTraining)
-    assert not isinstance(result, FinalResult)
-    card = describe_own_card(result, list(training.models), best=best, rank=arguments.rank, versions=versions)
-    tested = [
-        f"{name} {show_value(name, value)}, measured after the last epoch" for name, value in result.tested.items()
-    ]
-    return tested, training.save(output, result, source, card)
+        lines = [accuracy, describe_recalls(result.test_recalls)]
+    else:
+        card = describe_own_card(result, list(training.models), best=best, rank=rank, versions=versions)
+        values = [f"{name} {show_value(name, value)}" for name, value in result.tested.items()]
+        lines = [f"{value}, measured after the last epoch" for value in values]
+    return lines, training.save(output, result, {"source": str(arguments.best), "rank": rank}, card)
 
 
-def _choose_config(arguments: argparse.Namespace, best: "BestFile") -> TrialConfig:
-    wanted = {"seed": arguments.seed, "max_epochs": arguments.max_epochs}
-    with naming_flags():
-        return dataclasses.replace(
-            best.pick(arguments.rank).trial.config, **{name: v for name, v in wanted.items() if v is not None}
-        )
+def _describe_epoch(metrics: "EpochMetrics", max_epochs: int, *, by_loss: bool = False) -> str:
+    """Return an epoch in a line: all its metrics, or only the average training loss."""
+    from tune_amp.reuse.card import list_metrics
 
-
-def _describe_own_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
-    from tune_amp.reuse.own_final import list_metrics
-
-    values = [f"{name} {show_value(name, value)}" for name, value in list_metrics(metrics).items()]
-    line = "  ".join([f"epoch {metrics.epoch}/{max_epochs}", *values])
-    return line if metrics.loss_scale is None else f"{line}  {_describe_scale(metrics)}"
+    parts = [f"{name} {show_value(name, value)}" for name, value in list_metrics(metrics).items()]
+    if by_loss:
+        parts = [f"average loss {metrics.train_loss:.4f}"]
+    if metrics.loss_scale is not None:
+        skipped = f"{metrics.skipped_steps} of {metrics.steps} steps skipped"
+        parts.append(f"loss scale {format_scale(metrics.loss_scale)}, {skipped}")
+    return "  ".join([f"epoch {metrics.epoch}/{max_epochs}", *parts])
 
 
 def _check_own_model(config: TrialConfig, dataset: "Dataset", device: "torch.device") -> None:
@@ -230,24 +225,13 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
     device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
     _check_own_model(record.config, dataset, device)
     for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
-        line = _describe_own_epoch(metrics, record.config.max_epochs)
+        line = _describe_epoch(metrics, record.config.max_epochs)
         if metrics.epoch in recorded:
             differences = find_differences(recorded[metrics.epoch], metrics, left_out)
             equal = equal and not differences
             line += f"  differs in {', '.join(differences)}" if differences else "  equal to the record, bit for bit"
         console.print(line, markup=False, soft_wrap=True)
     return EXIT_DONE if equal else EXIT_NO_RESULT
-
-
-def _describe_epoch(metrics: "EpochMetrics", max_epochs: int) -> str:
-    line = f"epoch {metrics.epoch}/{max_epochs}  average loss {metrics.train_loss:.4f}"
-    if metrics.loss_scale is not None:
-        line += f"  {_describe_scale(metrics)}"
-    return line
-
-
-def _describe_scale(metrics: "EpochMetrics") -> str:
-    return f"loss scale {format_scale(metrics.loss_scale)}, {metrics.skipped_steps} of {metrics.steps} steps skipped"
 
 
 def describe_recalls(recalls: Sequence[float]) -> str:

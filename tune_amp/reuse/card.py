@@ -3,7 +3,7 @@
 It follows "Model cards for model reporting" (Mitchell et al. 2019, arXiv:1810.03993), limited to what is known here.
 """
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,39 +11,35 @@ from tune_amp.results.ranking import count_ties
 from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
 from tune_amp.reuse.markdown import render_markdown
-from tune_amp.trial.config import code_span, is_function_name, list_settings
+from tune_amp.trial.config import COMMON_METRICS, EpochMetrics, code_span, is_function_name, list_settings
+from tune_amp.trial.consent import list_own_code
 
 if TYPE_CHECKING:
-    from tune_amp.reuse.final import FinalResult  # imports torch
+    from tune_amp.reuse.final import FinalResult, OwnResult  # imports torch
 
 _NOISE = "2 standard errors of the validation images, one seed each"
 _PAIRED = "one-sided paired t tests over the confirmed configurations, corrected for their number, 95 %"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CardSource:
-    """The origin of the settings of trained weights."""
+def describe_card(result: "FinalResult", *, best: BestFile, rank: int, versions: Mapping[str, str]) -> str:
+    """Return the card as Markdown, from ``templates/card.md``. Texts from files are inline code in it.
 
-    best: BestFile
-    rank: int
-    """Rank of the row that was trained."""
-    versions: Mapping[str, str]
-    """Versions of the libraries that trained the weights."""
-
-    @property
-    def row(self) -> BestRow:
-        """The row whose settings were trained."""
-        return self.best.pick(self.rank)
-
-
-def describe_card(result: "FinalResult", source: CardSource) -> str:
-    """Return the card as Markdown, from ``templates/card.md``. Texts from files are inline code in it."""
-    config, now, found = result.config, vars(result.config), source.row.trial.config
+    Args:
+        result: what was trained and tested.
+        best: where the settings come from.
+        rank: rank of the row that was trained.
+        versions: versions of the libraries that trained the weights.
+    """
+    config, row = result.config, best.pick(rank)
     low, high = wilson_interval(result.test_accuracy, result.test_images)
+    now, found = vars(config), vars(row.trial.config)
     return render_markdown(
         "card.md",
         result=result,
-        source=source,
+        best=best,
+        rank=rank,
+        row=row,
+        versions=versions,
         config=config,
         own=dict(config.own),
         shape=f"[{', '.join(map(str, ['batch', *result.input_shape]))}]",
@@ -51,17 +47,51 @@ def describe_card(result: "FinalResult", source: CardSource) -> str:
         interval=f"{_percent(low)} to {_percent(high)}",
         last=result.epochs[-1],
         settings=list_settings(config),
-        changed={name: (value, now[name]) for name, value in vars(found).items() if value != now[name]},
-        confirmation=_describe_confirmation(result, source),
-        verdicts=_list_verdicts(source),
-        tie=_describe_tie(source),
+        changed={name: (value, now[name]) for name, value in found.items() if value != now[name]},
+        confirmation=_describe_confirmation(config.max_epochs, best, row),
+        tie=_describe_tie(best, rank),
         own_code=config.model.partition(":")[0] if is_function_name(config.model) else "",
     )
 
 
-def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[str]:
+def describe_own_card(
+    result: "OwnResult", models: Sequence[str], *, best: BestFile, rank: int, versions: Mapping[str, str]
+) -> str:
+    """Return the card of the user's own loop or task as Markdown, from ``templates/own_card.md``.
+
+    Args:
+        result: what was measured.
+        models: names of the models whose weights are saved.
+        best: where the settings come from.
+        rank: rank of the row that was trained.
+        versions: versions of the libraries that trained the weights.
+    """
+    last = result.epochs[-1]
+    return render_markdown(
+        "own_card.md",
+        result=result,
+        models=models,
+        config=result.config,
+        last=last,
+        measured={name: value for name, value in list_metrics(last).items() if name not in result.tested},
+        settings=list_settings(result.config),
+        own_code=list_own_code(vars(result.config))[1::2],
+        best=best,
+        rank=rank,
+        versions=versions,
+    )
+
+
+def list_metrics(metrics: EpochMetrics) -> dict[str, float]:
+    """Return what an epoch measured: the common metrics that it has, and the user's own."""
+    common = {name: getattr(metrics, name) for name in COMMON_METRICS}
+    known = {name: value for name, value in common.items() if value is not None and not math.isnan(value)}
+    return known | dict(metrics.metrics)
+
+
+def _describe_confirmation(epochs: int, best: BestFile, row: BestRow) -> list[str]:
     """Return the result of the search's confirmation of these settings, which had other weights and other seeds."""
-    confirmation = source.row.confirmation
+    confirmation = row.confirmation
     if confirmation is None:
         return []
     count = len(confirmation.confirm_seeds)
@@ -74,49 +104,41 @@ def _describe_confirmation(result: "FinalResult", source: CardSource) -> list[st
         f"accuracy {_percent(mean)}, 95 % interval {_percent(low)} to {_percent(high)} (Student's t, over seeds). "
         "That the test set was read there chose nothing either."
     ]
-    budget = source.row.trial.config.max_epochs
-    if budget != result.config.max_epochs:
-        lines.append(f"Those runs took {budget} epochs, this one {result.config.max_epochs}: not the same training.")
-    default = next((row.confirmation for row in source.best.rows if row.is_default), None)
-    if not source.row.is_default and default is not None and default.test_accuracy_mean is not None:
+    budget = row.trial.config.max_epochs
+    if budget != epochs:
+        lines.append(f"Those runs took {budget} epochs, this one {epochs}: not the same training.")
+    default = next((row.confirmation for row in best.rows if row.is_default), None)
+    if not row.is_default and default is not None and default.test_accuracy_mean is not None:
+        fewer = len(default.confirm_seeds)
+        seeds = f"{fewer} of these seeds" if fewer < count else "the same seeds"
         reached = _percent(default.test_accuracy_mean)
-        seeds = (
-            f"{len(default.confirm_seeds)} of these seeds" if len(default.confirm_seeds) < count else "the same seeds"
-        )
         lines.append(f"The tutorial's default settings reached a mean of {reached} on {seeds}.")
     return lines
 
 
-def _list_verdicts(source: CardSource) -> list[str]:
-    return [row.confirmation.verdict for row in source.best.rows if row.confirmation and row.confirmation.verdict]
-
-
-def _describe_tie(source: CardSource) -> str:
-    confirmation = source.row.confirmation
+def _describe_tie(best: BestFile, rank: int) -> str:
+    confirmation = best.pick(rank).confirmation
     if confirmation is None:
-        return f"Not confirmed on fresh seeds. {_describe_search_tie(source)}"
+        return f"Not confirmed on fresh seeds. {_describe_search_tie(best, rank)}"
     if confirmation.tied_with_best is None:
         return "Whether it may be the best is unknown: not all runs of its confirmation completed."
-    others = [row for row in source.best.ranked if row.rank != source.rank and row.confirmation]
-    unknown = [row.rank for row in others if row.may_be_best is None]
+    others = [other for other in best.ranked if other.rank != rank and other.confirmation]
+    unknown = [other.rank for other in others if other.may_be_best is None]
     left_out = f" Runs did not complete of rank {', '.join(map(str, unknown))}: not compared." if unknown else ""
     if len(unknown) == len(others):
         return f"Compared with no other ranked configuration.{left_out}"
     if not confirmation.tied_with_best:
-        return f"Shown to be worse than another in {source.best.provenance.objectives[0]} ({_PAIRED}).{left_out}"
-    tied = [row.rank for row in others if row.may_be_best]
-    return f"{_name_ties(tied)} ({_PAIRED}).{left_out}"
+        return f"Shown to be worse than another in {best.provenance.objectives[0]} ({_PAIRED}).{left_out}"
+    return f"{_name_ties([other.rank for other in others if other.may_be_best])} ({_PAIRED}).{left_out}"
 
 
-def _describe_search_tie(source: CardSource) -> str:
-    if source.best.provenance.objectives != ("val_accuracy",):
+def _describe_search_tie(best: BestFile, rank: int) -> str:
+    if best.provenance.objectives != ("val_accuracy",):
         return "Whether others are as good was not tested."
-    count = count_ties([row.trial for row in source.best.ranked], source.best.provenance.validation_images)
-    if 1 < source.rank <= count:
-        return f"Tied with rank 1 ({_NOISE})."
-    if source.rank > 1:
-        return f"Worse than rank 1 ({_NOISE})."
-    return f"{_name_ties([row.rank for row in source.best.ranked[1:count]])} ({_NOISE})."
+    count = count_ties([row.trial for row in best.ranked], best.provenance.validation_images)
+    if rank > 1:
+        return f"{'Tied with' if rank <= count else 'Worse than'} rank 1 ({_NOISE})."
+    return f"{_name_ties([row.rank for row in best.ranked[1:count]])} ({_NOISE})."
 
 
 def _name_ties(ranks: Sequence[int | None]) -> str:

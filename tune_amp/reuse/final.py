@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +17,13 @@ from torch import nn
 from tune_amp.results.files import write_atomically
 from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
+from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.run import TrainingRun
-from tune_amp.training.runs import Run, place_data, start_run
+from tune_amp.training.runs import NoData, Run, place_data, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
 from tune_amp.trial.text import dump_json
 
-WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 CARD_FILE = "card.md"
 
@@ -63,11 +64,22 @@ class FinalResult:
     """Number of trained values; a value that two layers share counts once."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnResult:
+    """What the user's own loop or task measured."""
+
+    config: TrialConfig
+    epochs: Sequence[EpochMetrics]
+    tested: Mapping[str, float]
+    """Metrics of the test set after the last epoch; empty if the user's own loop yields none while confirming."""
+    device: str
+
+
 class Training:
     """A run whose epochs are kept."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device, run: Run) -> None:
+        self._config, self._dataset, self._device, self._run = config, dataset, device, run
         self._epochs: list[EpochMetrics] = []
 
     def epochs(self) -> Iterator[EpochMetrics]:
@@ -81,6 +93,28 @@ class Training:
         """The reason why the training cannot recover, or None."""
         return self._run.hopeless
 
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """The trained models, by name: several, or none, if the user's own loop keeps them."""
+        return self._run.models if isinstance(self._run, OwnRun) else {"model": self._run.model}
+
+    def save(self, folder: Path, result: "FinalResult | OwnResult", source: dict[str, Any], card: str) -> list[str]:
+        """Write the fp32 weights (safetensors), metrics with configuration and ``source`` as JSON, and the card.
+
+        Return the names of the files.
+
+        Raises:
+            InputError: a file cannot be written, or exists already; the contents of ``folder`` are unchanged.
+        """
+        metrics = dump_json({**source, **dataclasses.asdict(result)}, indent=2) + "\n"
+        writers: dict[str, Writer] = {
+            f"{name}.safetensors": functools.partial(write_weights, model) for name, model in self.models.items()
+        }
+        for name, text in ((METRICS_FILE, metrics), (CARD_FILE, card)):
+            writers[name] = functools.partial(_write_text, text)
+        write_together(folder, writers)
+        return list(writers)
+
 
 class FinalTraining(Training):
     """Trains ``config`` on training and validation images together, then reads the test set once.
@@ -93,21 +127,15 @@ class FinalTraining(Training):
 
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
         whole = join_for_training(dataset, config.imbalance)
-        self._config = config
-        self._dataset = dataset
-        self._device = device
         self._train_images = len(whole)
         data = TrainingData(whole, None, dataset.num_classes, device)
         self._scaling = data.input_scaling(config.input_scaling)
-        run = TrainingRun(config, data)
-        self._model = run.model
-        super().__init__(run)
+        super().__init__(config, dataset, device, TrainingRun(config, data))
 
     def test(self) -> FinalResult:
         """Evaluate the test set, once, after the last epoch."""
         assert len(self._epochs) == self._config.max_epochs  # epochs() ended, without divergence
         tested = self._run.test(self._dataset.test)
-        name = name_device(self._device)
         return FinalResult(
             config=self._config,
             epochs=self._epochs,
@@ -116,31 +144,39 @@ class FinalTraining(Training):
             test_recalls=tested["test_recalls"],
             train_images=self._train_images,
             test_images=len(self._dataset.test),
-            device=name,
+            device=name_device(self._device),
             data_hash=self._dataset.content_hash,
             input_shape=self._dataset.input_shape,
             num_classes=self._dataset.num_classes,
             input_shift=self._scaling.shift,
             input_factor=self._scaling.factor,
-            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            num_parameters=sum(parameter.numel() for parameter in self.models["model"].parameters()),
         )
 
-    def save(self, folder: Path, result: FinalResult, source: dict[str, Any], card: str) -> list[str]:
-        """Write the fp32 weights (safetensors), metrics with configuration and ``source`` as JSON, and the card.
 
-        Return the names of the files.
+class OwnTraining(Training):
+    """Trains the user's own task on training and validation data together, or the user's own loop on what it has.
 
-        Raises:
-            InputError: a file cannot be written, or exists already; the contents of ``folder`` are unchanged.
-        """
-        metrics = dump_json({**source, **dataclasses.asdict(result)}, indent=2) + "\n"
-        writers = {
-            WEIGHTS_FILE: save_weights(self._model),
-            METRICS_FILE: encode_text(metrics),
-            CARD_FILE: encode_text(card),
-        }
-        write_together(folder, writers)
-        return list(writers)
+    Args:
+        config: from ``results.load_best``; it names the loop or task.
+        dataset: the data that ``config`` was chosen on; empty for a loop.
+        device: where to train.
+        objectives: metrics that a loop must yield.
+    """
+
+    def __init__(
+        self, config: TrialConfig, dataset: Dataset, device: torch.device, objectives: Sequence[str] = ()
+    ) -> None:
+        data: TrainingData | NoData = NoData(device=device)
+        if config.train is None:
+            data = TrainingData(join_for_training(dataset, config.imbalance), None, dataset.num_classes, device)
+        super().__init__(config, dataset, device, start_run(config, data, objectives=objectives, confirming=True))
+
+    def test(self) -> OwnResult:
+        """Return the metrics of the test set, which was read once, after the last epoch."""
+        columns = self._run.test(self._dataset.test)
+        tested = {name: value for name, value in columns.items() if isinstance(value, float)} | columns["metrics"]
+        return OwnResult(config=self._config, epochs=self._epochs, tested=tested, device=name_device(self._device))
 
 
 Writer = Callable[[BinaryIO], object]
@@ -163,21 +199,16 @@ def write_together(folder: Path, writers: Mapping[str, Writer]) -> None:
         undo.pop_all()
 
 
-def save_weights(model: nn.Module) -> Writer:
-    """Return what writes the weights of a model as safetensors."""
-
-    def write(file: BinaryIO) -> None:
-        with tempfile.TemporaryDirectory() as folder:  # safetensors needs a path, and writes beside it
-            path = Path(folder, WEIGHTS_FILE)
-            save_model(model, str(path))
-            file.write(path.read_bytes())
-
-    return write
+def write_weights(model: nn.Module, file: BinaryIO) -> None:
+    """Write the weights of a model as safetensors."""
+    with tempfile.TemporaryDirectory() as folder:  # safetensors needs a path, and writes beside it
+        path = Path(folder, "weights")
+        save_model(model, str(path))
+        file.write(path.read_bytes())
 
 
-def encode_text(text: str) -> Writer:
-    """Return what writes a text."""
-    return lambda file: file.write(text.encode())
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
