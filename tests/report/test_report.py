@@ -348,8 +348,9 @@ def test_the_diamonds_distance_is_search_minus_confirmed(objective: str, tmp_pat
     assert "distance from the grey dot is search minus confirmed" in section_of(tmp_path, "best")
     traces = {trace.name: trace for trace in draw_confirmed(run).data}
     grey, diamonds = traces[f"{objective_title(objective)}: mean, 95% interval"], traces["in the search"]
-    found = {row.name: row.confirmation.optimism for row in run.rows if row.confirmation and not row.is_default}
-    drawn = {name: diamonds.x[place] - grey.x[[*grey.customdata].index(name)] for place, name in enumerate(found)}
+    means = dict(zip(grey.y, grey.x, strict=True))
+    drawn = [value - means[place] for place, value in zip(diamonds.y, diamonds.x, strict=True)]
+    found = [row.confirmation.optimism for row in run.rows if row.confirmation and not row.is_default]
     assert drawn == pytest.approx(found)
 
 

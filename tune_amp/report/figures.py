@@ -1,16 +1,26 @@
-"""A report's figures of all trials: history, epochs, validation curves, confirmation on fresh seeds, and slot time.
+"""A report's figures of all trials: history, settings, epochs, validation curves, fresh seeds, and slot time.
 
 plotly draws them directly: the plots of ``optuna.visualization`` show neither how a trial ended nor after how many
 epochs.
 """
 
 import collections
+import itertools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-from tune_amp.report.axes import Axis, count_step, format_value, linear_axis, objective_axis, objective_title
+from tune_amp.report.axes import (
+    Axis,
+    count_ticks,
+    format_value,
+    linear_axis,
+    objective_axis,
+    objective_title,
+    setting_axis,
+)
 from tune_amp.report.run import Run, find_interval, find_value, list_pair, list_rankable
 from tune_amp.report.style import (
     SYMBOLS,
@@ -21,6 +31,7 @@ from tune_amp.report.style import (
     list_statuses,
     style_line,
 )
+from tune_amp.results.importance import ImportanceResult
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import SlotUse
 from tune_amp.trial.config import TrialStatus, is_finite
@@ -46,91 +57,99 @@ USE_COLOURS: Mapping[SlotUse, str] = types.MappingProxyType(
 
 def draw_history(run: Run) -> go.Figure:
     """Draw the objective of every trial in order of start; trials without a value are in a row below."""
-    axis = _with_place_for_none(build_objective_axis(run, run.objective), run)
+    axis = build_objective_axis(run, run.objective)
     numbers = {trial.trial_id: number for number, trial in enumerate(run.trials, start=1)}
-    traces = [_draw_best_so_far(run, axis, numbers)]
-    for status in list_statuses(run.trials):
-        group = [trial for trial in run.trials if trial.status is status]
-        xs = [float(numbers[trial.trial_id]) for trial in group]
-        traces.append(draw_trials(run, group, xs, axis, name=format_status(status)))
-    if run.winner and run.winner.trial.trial_id in numbers:
-        trial = run.winner.trial
-        traces.append(draw_ring([numbers[trial.trial_id]], [axis.place(find_value(trial, run.objective))], "rank 1"))
-    count = len(run.trials)
-    margin = 0.6 + 0.01 * count
-    x = {
-        "title": {"text": "trial, in order of start"},
-        "range": [1 - margin, count + margin],
-        "dtick": count_step(count),
-    }
-    return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly())
+    traces = [_draw_best_so_far(run, axis, numbers), *_draw_trials(run, numbers, axis, run.ranked[:1], "rank 1")]
+    x = {"title": "trial, in order of start", **count_ticks(len(run.trials))}
+    missing = [trial for trial in run.trials if find_value(trial, run.objective) is None]
+    if not missing:
+        return build_figure(traces, height=HEIGHT, xaxis=x, yaxis=axis.as_plotly())
+    points = [(numbers[trial.trial_id], "no value", _describe_point(run, trial, ())) for trial in missing]
+    statuses = [trial.status for trial in missing]
+    marker = _style_marks([SYMBOLS[status] for status in statuses], [*map(colour_of, statuses)])
+    traces.append(_draw_points(points, marker=marker, yaxis="y2", showlegend=False))
+    y = axis.as_plotly(domain=[0.14, 1], visible=len(missing) < len(run.trials))
+    row = {"domain": [0, 0.1], "type": "category"}
+    return build_figure(traces, height=HEIGHT, xaxis={**x, "anchor": "y2"}, yaxis=y, yaxis2=row)
 
 
 def draw_pareto(run: Run, other: str) -> go.Figure:
     """Draw the first objective against another one, with the Pareto set ringed."""
     y, x = build_objective_axis(run, run.objective), build_objective_axis(run, other)
-    traces = []
-    for status in list_statuses(run.trials):
-        group = [trial for trial in run.trials if trial.status is status and find_value(trial, other) is not None]
-        xs = x.place_all(find_value(trial, other) for trial in group)
-        traces.append(draw_trials(run, group, xs, y, name=format_status(status), also=(other, x)))
-    front = [row.trial for row in run.ranked]
-    xs = x.place_all(find_value(trial, other) for trial in front)
-    traces.append(draw_ring(xs, y.place_all(find_value(trial, run.objective) for trial in front), "Pareto set"))
-    return build_figure(traces, height=HEIGHT, x=x.as_plotly(), y=y.as_plotly())
+    xs = _place_trials(x, {trial.trial_id: find_value(trial, other) for trial in run.trials})
+    traces = _draw_trials(run, xs, y, run.ranked, "Pareto set", other)
+    return build_figure(traces, height=HEIGHT, xaxis=x.as_plotly(), yaxis=y.as_plotly())
 
 
-def draw_trials(
-    run: Run,
-    trials: Sequence[TrialRecord],
-    xs: Sequence[float | None],
-    axis: Axis,
-    *,
-    name: str,
-    also: tuple[str, Axis] | None = None,
-) -> go.Scatter:
-    """Draw trials of one status as points: their first objective against ``xs``."""
-    status = trials[0].status if trials else TrialStatus.COMPLETED
-    axes = [(run.objective, axis)] + ([also] if also else [])
-    return go.Scatter(
-        x=xs,
-        y=axis.place_all(find_value(trial, run.objective) for trial in trials),
-        mode="markers",
-        marker={"symbol": SYMBOLS[status], "size": 9, "color": colour_of(status), "opacity": 0.85},
-        name=name,
-        text=["<br>".join([describe_trial(trial), *_describe_values(trial, axes)]) for trial in trials],
-        hovertemplate="%{text}<extra></extra>",
-    )
+def draw_slices(run: Run) -> dict[str, go.Figure]:
+    """Draw, for each searched parameter, the first objective of every trial against it."""
+    y = build_objective_axis(run, run.objective)
+    figures = {}
+    for parameter in run.parameters:
+        settings = {trial.trial_id: run.find_setting(parameter, trial.config) for trial in run.trials}
+        x = setting_axis(parameter, settings.values())
+        traces = _draw_trials(run, _place_trials(x, settings), y, run.ranked[:1], "rank 1")
+        axes = {"xaxis": x.as_plotly(), "yaxis": y.as_plotly(title="")}
+        figures[parameter.name] = build_figure(traces, height=300, showlegend=False, **axes)
+    return figures
 
 
 def build_objective_axis(run: Run, objective: str) -> Axis:
-    """Return the axis of an objective, spanning all trials."""
+    """Return the axis of an objective, for the last values of all trials."""
     values = [find_value(trial, objective) for trial in run.trials]
     return objective_axis(objective, values, run.provenance.validation_images)
 
 
-def _with_place_for_none(axis: Axis, run: Run) -> Axis:
-    """Return ``axis``, extended below by a place for trials without a value if there are any."""
-    missing = [find_value(trial, run.objective) is None for trial in run.trials]
-    if not any(missing):
-        return axis
-    below = axis.low - 0.08 * (axis.high - axis.low)
-    return axis.replace(
-        place=lambda value: below if value is None else axis.place(value),
-        ticks=((below, "no value"), *(() if all(missing) else axis.ticks)),
-        low=below - 0.06 * (axis.high - axis.low),
-    )
+def _place_trials(axis: Axis, values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(values, axis.place_all(values.values()), strict=True))
+
+
+def _draw_trials(
+    run: Run, xs: Mapping[str, Any], axis: Axis, ringed: Sequence[BestRow], ring: str, *others: str
+) -> Iterator[go.Scatter]:
+    """Draw trials as points, their first objective against ``xs``, and a ring around some.
+
+    Args:
+        run: the run.
+        xs: trial id -> position; None for a trial that is not drawn.
+        axis: the axis of the first objective.
+        ringed: rows with a ring; one that is no trial of the search has none.
+        ring: name of the ring.
+        others: objectives that the hover text says in addition.
+    """
+    ys = _place_trials(axis, {trial.trial_id: find_value(trial, run.objective) for trial in run.trials})
+    for status in list_statuses(run.trials):
+        group = [trial for trial in run.trials if trial.status is status and xs[trial.trial_id] is not None]
+        points = [(xs[trial.trial_id], ys[trial.trial_id], _describe_point(run, trial, others)) for trial in group]
+        yield _draw_points(points, marker=_style_marks(SYMBOLS[status], colour_of(status)), name=format_status(status))
+    ids = [row.trial.trial_id for row in ringed if row.trial.trial_id in xs]
+    marker = {"symbol": "circle-open", "size": 17, "color": colour_of("ink"), "line": {"width": 2}}
+    if ids:
+        points = [(xs[trial_id], ys[trial_id], "") for trial_id in ids]
+        yield _draw_points(points, marker=marker, name=ring, hoverinfo="skip", hovertemplate=None)
+
+
+def _style_marks(symbol: Any, colour: Any) -> dict[str, Any]:
+    return {"symbol": symbol, "color": colour, "size": 9, "opacity": 0.85}
+
+
+def _describe_point(run: Run, trial: TrialRecord, others: Iterable[str]) -> str:
+    values = {name: format_value(name, find_value(trial, name)) or "none" for name in (run.objective, *others)}
+    return "<br>".join([describe_trial(trial), *(f"{objective_title(name)} {text}" for name, text in values.items())])
+
+
+def _draw_points(points: Iterable[tuple[Any, Any, str]], **style: Any) -> go.Scatter:
+    """Draw points, each a position on both axes and a hover text."""
+    xs, ys, texts = [*zip(*points, strict=True)] or ((), (), ())
+    return go.Scatter(x=xs, y=ys, text=texts, **{"mode": "markers", "hovertemplate": "%{text}<extra></extra>", **style})
 
 
 def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Scatter:
-    best = max if is_maximized(run.objective) else min
-    values: list[float] = []
-    xs: list[float] = []
-    for trial in list_rankable(run):
-        value = find_value(trial, run.objective)
-        assert value is not None  # otherwise it would not be ranked
-        values.append(best(values[-1], value) if values else value)
-        xs.append(numbers[trial.trial_id])
+    ranked = list_rankable(run)
+    best: Callable[[float, float], float] = max if is_maximized(run.objective) else min
+    found = [value for trial in ranked if (value := find_value(trial, run.objective)) is not None]
+    values = [*itertools.accumulate(found, best)]
+    xs = [float(numbers[trial.trial_id]) for trial in ranked]
     if values:  # extended to the last trial
         values.append(values[-1])
         xs.append(len(run.trials) + 0.5)
@@ -138,16 +157,35 @@ def _draw_best_so_far(run: Run, axis: Axis, numbers: Mapping[str, int]) -> go.Sc
     return go.Scatter(x=xs, y=axis.place_all(values), mode="lines", line=line, name="best so far", hoverinfo="skip")
 
 
-def draw_ring(xs: Sequence[float | None], ys: Sequence[float | None], name: str) -> go.Scatter:
-    """Draw a ring around points."""
-    marker = {"symbol": "circle-open", "size": 17, "color": colour_of("ink"), "line": {"width": 2}}
-    return go.Scatter(x=xs, y=ys, mode="markers", marker=marker, name=name, hoverinfo="skip")
-
-
-def _describe_values(trial: TrialRecord, axes: Sequence[tuple[str, Axis]]) -> Iterator[str]:
-    for name, axis in axes:
-        value = find_value(trial, name)
-        yield f"{axis.title} {'none' if value is None else axis.show(value)}"
+def draw_importance(result: ImportanceResult) -> go.Figure:
+    """Draw a bar for each parameter, with a mark for the importance that permuted values reach."""
+    names = [row.parameter for row in result.rows]
+    clear = [row.told_from_noise for row in result.rows]
+    bars = go.Bar(
+        x=[row.importance for row in result.rows],
+        y=names,
+        orientation="h",
+        marker={
+            "color": [colour_of("completed" if one else "stopped") for one in clear],
+            "opacity": [1.0 if one else 0.55 for one in clear],
+        },
+        width=0.5,
+        customdata=[[row.p_value, "" if row.told_from_noise else "in"] for row in result.rows],
+        hovertemplate="%{y}: importance %{x:.2f}, p %{customdata[0]:.3f}<br>%{customdata[1]}distinguishable from noise"
+        "<extra></extra>",
+        showlegend=False,
+    )
+    noise = go.Scatter(
+        x=[row.null_95 for row in result.rows],
+        y=names,
+        mode="markers",
+        marker={"symbol": "line-ns", "size": 26, "line": {"width": 3, "color": colour_of("ink")}},
+        name="what 5% of permutations reach",
+        hovertemplate="%{y}: 95% of permutations stay below %{x:.2f}<extra></extra>",
+    )
+    y = {"type": "category", "showgrid": False, "autorange": "reversed"}
+    height = 120 + 46 * len(names)
+    return build_figure([bars, noise], height=height, xaxis={"title": "importance, of 1 in all"}, yaxis=y)
 
 
 # ---- epochs ----
@@ -159,27 +197,27 @@ def draw_epochs(run: Run) -> go.Figure:
     most = max(1, *last)
     each = -(-most // MOST_BARS)  # epochs of a bar, labelled by the last of them
     epochs = range(each, most + each, each)
-    bars = []
+    counts = {}
     for status in list_statuses([trial for trial in run.trials if trial.last]):
         own = [trial.last.epoch for trial in run.trials if trial.last and trial.status is status]
         ended = collections.Counter(-(-epoch // each) * each for epoch in own)
-        name = format_status(status)
-        bars.append(_draw_bars(epochs, [ended[number] for number in epochs], f"{name} here", colour_of(status)))
-    went_on = [sum(epoch > number for epoch in last) for number in epochs]
-    bars.append(_draw_bars(epochs, went_on, "went on", colour_of("pale")))
-    x = {"title": {"text": "epoch"}, "dtick": count_step(epochs[-1]), "range": [0.4, epochs[-1] + 0.6 * each]}
-    y = {"title": {"text": "trials"}, "rangemode": "tozero", "dtick": count_step(len(last))}
-    return build_figure(bars, height=320, x=x, y=y, barmode="stack", bargap=0.25)
-
-
-def _draw_bars(epochs: Sequence[int], counts: Sequence[int], name: str, colour: str) -> go.Bar:
-    return go.Bar(
-        x=list(epochs),
-        y=counts,
-        name=name,
-        marker={"color": colour},
-        hovertemplate=f"epoch %{{x}}: %{{y}} {name}<extra></extra>",
-    )
+        counts[f"{format_status(status)} here"] = colour_of(status), [ended[number] for number in epochs]
+    counts["went on"] = colour_of("pale"), [sum(epoch > number for epoch in last) for number in epochs]
+    bars = [
+        go.Bar(
+            x=[*epochs],
+            y=heights,
+            name=name,
+            marker={"color": colour},
+            hovertemplate=f"epoch %{{x}}: %{{y}} {name}<extra></extra>",
+        )
+        for name, (colour, heights) in counts.items()
+    ]
+    axes = {
+        "xaxis": {"title": "epoch", **count_ticks(epochs[-1])},
+        "yaxis": {"title": "trials", **count_ticks(len(last))},
+    }
+    return build_figure(bars, height=320, barmode="stack", bargap=0.25, **axes)
 
 
 def build_curve_axis(run: Run) -> Axis | None:
@@ -196,14 +234,13 @@ def draw_curves(run: Run, axis: Axis) -> go.Figure:
         (trial for trial in run.trials if trial.epochs),
         key=lambda trial: (run.is_winner(trial), trial.status is TrialStatus.COMPLETED),
     )
+    x = {"title": "epoch", **count_ticks(max(trial.epochs[-1].epoch for trial in drawn))}
     traces = [_draw_curve(trial, run.objective, axis, run.is_winner(trial)) for trial in drawn]
-    x = {"title": {"text": "epoch"}, "dtick": count_step(max(t.epochs[-1].epoch for t in drawn))}
-    return build_figure(traces, height=HEIGHT, x=x, y=axis.as_plotly(), showlegend=False)
+    return build_figure(traces, height=HEIGHT, xaxis=x, yaxis=axis.as_plotly(), showlegend=False)
 
 
 def _draw_curve(trial: TrialRecord, objective: str, axis: Axis, is_winner: bool) -> go.Scatter:
     values = [report.find_value(objective) for report in trial.epochs]
-    shown = ["no value" if value is None else axis.show(value) for value in values]
     return go.Scatter(
         x=[report.epoch for report in trial.epochs],
         y=axis.place_all(values),
@@ -211,7 +248,7 @@ def _draw_curve(trial: TrialRecord, objective: str, axis: Axis, is_winner: bool)
         line=style_line(trial, is_winner=is_winner),
         marker={"symbol": SYMBOLS[trial.status], "size": 7 if is_winner else 5},
         opacity=1.0 if is_winner else 0.6,
-        customdata=shown,
+        customdata=[format_value(objective, value) or "no value" for value in values],
         meta=[describe_trial(trial), trial.trial_id],
         hovertemplate="%{meta[0]}<br>epoch %{x}: " + axis.title + " %{customdata}<extra></extra>",
         legendgroup=str(trial.status),
@@ -224,90 +261,60 @@ def _draw_curve(trial: TrialRecord, objective: str, axis: Axis, is_winner: bool)
 def draw_confirmed(run: Run) -> go.Figure:
     """Draw mean and interval of every confirmed configuration, its single runs, and the search's own value."""
     rows = [row for row in run.listed if row.confirmation]
-    places = {row.name: float(-index) for index, row in enumerate(rows)}
-    metrics = list_pair(run)
+    metrics, axis = list_pair(run), linear_axis(run.objective)
     styles = ((0.14, "completed"), (-0.14, "stopped"))[-len(metrics) :]
     traces = []
     for metric, (offset, colour) in zip(metrics, styles, strict=True):
-        traces.append(_draw_intervals(run, rows, metric, offset, places, colour))
-        traces.append(_draw_runs(run, rows, metric, offset, places, colour))
-    traces.append(_draw_search_values(run, rows, places))
-    intervals = [find_interval(run, row, metric) or () for row in rows for metric in metrics]
-    values = [*(value for trace in traces for value in trace.x), *(end for ends in intervals for end in ends)]
-    title = " and ".join(map(objective_title, metrics))
-    x = linear_axis(title, values, lambda value: format_value(run.objective, value))
-    ticks = {"tickmode": "array", "tickvals": [*places.values()], "ticktext": [*places], "showgrid": False}
-    y = {**ticks, "range": [-len(rows) + 0.4, 0.6]}
-    return build_figure(traces, height=140 + 78 * len(rows), x=x.as_plotly(tickangle=0), y=y)
+        traces += [_draw_means(run, rows, metric, offset, colour), _draw_runs(run, rows, metric, offset, colour)]
+    searched = [
+        (axis.place(value), -place - 0.14, f"{axis.title} in the search: {format_value(run.objective, value)}")
+        for place, row in enumerate(rows)
+        if (value := find_value(row.trial, run.objective)) is not None
+    ]
+    marker = {"symbol": "diamond-open", "size": 11, "color": colour_of("diverged"), "line": {"width": 2}}
+    traces.append(_draw_points(searched, name="in the search", marker=marker))
+    x = axis.as_plotly(title=" and ".join(map(objective_title, metrics)), tickangle=0)
+    ticks = {"tickvals": [-place for place in range(len(rows))], "ticktext": [row.name for row in rows]}
+    y = {**ticks, "showgrid": False, "range": [-len(rows) + 0.4, 0.6]}
+    return build_figure(traces, height=140 + 78 * len(rows), xaxis=x, yaxis=y)
 
 
-def _draw_intervals(
-    run: Run, rows: Sequence[BestRow], metric: str, offset: float, places: Mapping[str, float], colour: str
-) -> go.Scatter:
-    drawn = [(row.name, interval) for row in rows if (interval := find_interval(run, row, metric))]
+def _draw_means(run: Run, rows: Sequence[BestRow], metric: str, offset: float, colour: str) -> go.Scatter:
     title = objective_title(metric)
-    return go.Scatter(
-        x=[mean for _, (mean, _, _) in drawn],
-        y=[places[name] + offset for name, _ in drawn],
-        mode="markers",
-        marker={"size": 10, "color": colour_of(colour)},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [high - mean for _, (mean, _, high) in drawn],
-            "arrayminus": [mean - low for _, (mean, low, _) in drawn],
-            "color": colour_of(colour),
-            "thickness": 2.5,
-            "width": 6,
-        },
-        name=f"{title}: mean, 95% interval",
-        showlegend=bool(drawn),
-        text=[format_interval(metric, interval) for _, interval in drawn],
-        customdata=[name for name, _ in drawn],
-        hovertemplate=f"%{{customdata}}<br>{title} %{{text}}<extra></extra>",
-    )
+    intervals = [find_interval(run, row, metric) for row in rows]
+    drawn = [(place, interval) for place, interval in enumerate(intervals) if interval]
+    points = [
+        (interval[0], offset - place, f"{rows[place].name}<br>{title} {format_interval(metric, interval)}")
+        for place, interval in drawn
+    ]
+    ends = {
+        "symmetric": False,
+        "array": [high - mean for _, (mean, _, high) in drawn],
+        "arrayminus": [mean - low for _, (mean, low, _) in drawn],
+        "color": colour_of(colour),
+        "thickness": 2.5,
+        "width": 6,
+    }
+    marker = {"size": 10, "color": colour_of(colour)}
+    name = f"{title}: mean, 95% interval"
+    return _draw_points(points, name=name, marker=marker, error_x=ends, showlegend=bool(points))
+
+
+def _draw_runs(run: Run, rows: Sequence[BestRow], metric: str, offset: float, colour: str) -> go.Scatter:
+    points = [
+        (value, 1.9 * offset - place, f"{row.name}, seed {one.seed}: {format_value(metric, value)}")
+        for place, row in enumerate(rows)
+        for one in run.confirmed
+        if one.trial_id == row.trial.trial_id and is_finite(value := one.find_value(metric))
+    ]
+    marker = {"symbol": "circle-open", "size": 6, "color": colour_of(colour), "opacity": 0.9}
+    return _draw_points(points, name="each seed", marker=marker, showlegend=offset < 0 and bool(points))
 
 
 def format_interval(metric: str, interval: tuple[float, float, float]) -> str:
     """Return mean and interval, such as ``97.80% [97.61%, 98.02%]``."""
     mean, low, high = (format_value(metric, value) for value in interval)
     return f"{mean} [{low}, {high}]"
-
-
-def _draw_runs(
-    run: Run, rows: Sequence[BestRow], metric: str, offset: float, places: Mapping[str, float], colour: str
-) -> go.Scatter:
-    names = {row.trial.trial_id: row.name for row in rows}
-    drawn = [
-        (names[one.trial_id], one.seed, value)
-        for one in run.confirmed
-        if one.trial_id in names and is_finite(value := one.find_value(metric))
-    ]
-    marker = {"symbol": "circle-open", "size": 6, "color": colour_of(colour), "opacity": 0.9}
-    return go.Scatter(
-        x=[value for _, _, value in drawn],
-        y=[places[name] + 1.9 * offset for name, _, _ in drawn],
-        mode="markers",
-        marker=marker,
-        name="each seed",
-        showlegend=offset < 0 and bool(drawn),
-        customdata=[[name, seed, format_value(metric, value)] for name, seed, value in drawn],
-        hovertemplate="%{customdata[0]}, seed %{customdata[1]}: %{customdata[2]}<extra></extra>",
-    )
-
-
-def _draw_search_values(run: Run, rows: Sequence[BestRow], places: Mapping[str, float]) -> go.Scatter:
-    found = [(row.name, find_value(row.trial, run.objective)) for row in rows]
-    drawn = [(name, value) for name, value in found if value is not None]
-    return go.Scatter(
-        x=[value for _, value in drawn],
-        y=[places[name] - 0.14 for name, _ in drawn],
-        mode="markers",
-        marker={"symbol": "diamond-open", "size": 11, "color": colour_of("diverged"), "line": {"width": 2}},
-        name="in the search",
-        text=[format_value(run.objective, value) for _, value in drawn],
-        hovertemplate=f"{objective_title(run.objective)} in the search: %{{text}}<extra></extra>",
-    )
 
 
 def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
@@ -324,6 +331,6 @@ def draw_utilisation(shares: Mapping[SlotUse, float]) -> go.Figure:
         hovertemplate="%{y}: %{text} of the slot time<extra></extra>",
     )
     most = 100 * max(shares.values(), default=0.0)
-    x = {"range": [0, 1.3 * most], "ticksuffix": "%", "title": {"text": "share of the slot time"}}
+    x = {"range": [0, 1.3 * most], "ticksuffix": "%", "title": "share of the slot time"}
     y = {"type": "category", "autorange": "reversed", "showgrid": False}
-    return build_figure([bars], height=90 + 34 * len(shares), x=x, y=y)
+    return build_figure([bars], height=90 + 34 * len(shares), xaxis=x, yaxis=y)

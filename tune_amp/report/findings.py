@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from tune_amp.report.axes import format_value, objective_title
-from tune_amp.report.figures import draw_confirmed, draw_utilisation, format_interval
+from tune_amp.report.figures import draw_confirmed, draw_importance, draw_slices, draw_utilisation, format_interval
 from tune_amp.report.page import Figure, Origin, Section, Table, quote_words
-from tune_amp.report.parameters import draw_importance, draw_slices
 from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_metrics, list_pair
 from tune_amp.report.sections import describe_trouble, format_epochs
 from tune_amp.report.summary import format_moment, format_setting

@@ -7,14 +7,14 @@ only after a gradient overflowed, and skips that step: a decrease at step n is a
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-from tune_amp.report.axes import Axis, count_step, power_axis, raise_to_power
+from tune_amp.report.axes import Axis, count_ticks, power_axis
 from tune_amp.report.run import Run
-from tune_amp.report.style import build_figure, colour_of, describe_trial, style_line
+from tune_amp.report.style import build_figure, describe_trial, style_line
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrialStatus, format_scale
 
@@ -57,21 +57,17 @@ def trace_scale(trial: TrialRecord) -> Trajectory:
     overflows: list[ScalePoint] = []
     last_epoch, last_steps = 0, 0
     for report in trial.epochs:
-        steps = max(1, report.steps - last_steps)
-        length = (report.epoch - last_epoch) / steps
-
-        def at(step: int, scale: float, first: int = last_epoch, before: int = last_steps, per: float = length) -> Any:
-            return ScalePoint(step=step, epoch=first + (step - 1 - before) * per, scale=scale)
-
+        length = (report.epoch - last_epoch) / max(1, report.steps - last_steps)
         changes = list(zip(report.loss_scale_steps, report.loss_scale_values, strict=False))
         if changes and report.loss_scale is not None:
             changes.append((report.steps + 1, report.loss_scale))  # in force after the epoch's last step
         for step, scale in changes:
+            epoch = last_epoch + (step - 1 - last_steps) * length
             before = points[-1].scale if points else scale
             if scale < before:
-                overflows.append(at(step - 1, before))
+                overflows.append(ScalePoint(step=step - 1, epoch=epoch - length, scale=before))
             if not points or scale != before or step > report.steps:
-                points.append(at(step, scale))
+                points.append(ScalePoint(step=step, epoch=epoch, scale=scale))
         last_epoch, last_steps = report.epoch, report.steps
     return Trajectory(trial=trial, points=tuple(points), overflows=tuple(overflows))
 
@@ -95,83 +91,65 @@ def count_first_steps(trajectories: Sequence[Trajectory]) -> int:
 
 def draw_scales(run: Run, trajectories: Sequence[Trajectory]) -> tuple[go.Figure, go.Figure]:
     """Draw the first steps by step, and whole trials by epoch, on the same axis of powers of two."""
-    values = [point.scale for trajectory in trajectories for point in trajectory.points]
-    axis = power_axis("loss scale", values, raise_to_power)
+    axis = power_axis("loss scale", [point.scale for trajectory in trajectories for point in trajectory.points])
     steps = count_first_steps(trajectories)
     epochs = max(trajectory.points[-1].epoch for trajectory in trajectories)
-    first = _draw_panel(run, [_cut(trajectory, steps) for trajectory in trajectories], axis, by_step=True)
-    first.update_xaxes(range=[0, steps + 1], title_text="training step")
-    first.update_layout(title_text=f"First {steps} steps")
-    whole = _draw_panel(run, [_thin(trajectory, epochs) for trajectory in trajectories], axis, by_step=False)
-    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title_text="epoch", dtick=count_step(math.ceil(epochs)))
-    whole.update_layout(title_text="Whole trials")
+    first = _draw_panel(run, [_cut(trajectory, steps) for trajectory in trajectories], axis, lambda point: point.step)
+    first.update_xaxes(range=[0, steps + 1], title="training step")
+    first.update_layout(title=f"First {steps} steps")
+    thinned = [_thin(trajectory, epochs) for trajectory in trajectories]
+    whole = _draw_panel(run, thinned, axis, lambda point: round(point.epoch, 5))
+    whole.update_xaxes(range=[-0.01 * epochs, 1.01 * epochs], title="epoch", **count_ticks(epochs))
+    whole.update_layout(title="Whole trials")
     return first, whole
 
 
-def _draw_panel(run: Run, trajectories: Sequence[Trajectory], axis: Axis, *, by_step: bool) -> go.Figure:
+def _draw_panel(
+    run: Run, trajectories: Sequence[Trajectory], axis: Axis, place: Callable[[ScalePoint], float]
+) -> go.Figure:
     # The winner is drawn last, on top of all others; completed trials are above the rest.
     order = {status: place for place, status in enumerate((TrialStatus.STOPPED, *TrialStatus, TrialStatus.COMPLETED))}
     drawn = sorted(trajectories, key=lambda of: (run.is_winner(of.trial), order[of.trial.status]))
-    lines = [_draw_line(trajectory, axis, run.is_winner(trajectory.trial), by_step=by_step) for trajectory in drawn]
-    marks = [
-        _draw_overflows(trajectory, axis, run.is_winner(trajectory.trial), by_step=by_step)
-        for trajectory in drawn
-        if trajectory.overflows
-    ]
-    return build_figure(
-        [*lines, *marks], height=HEIGHT, x={"title": {"text": ""}}, y=axis.as_plotly(), showlegend=False
-    )
+    lines, marks = [], []
+    for trajectory in drawn:
+        trial, is_winner = trajectory.trial, run.is_winner(trajectory.trial)
+        style = style_line(trial, is_winner=is_winner)
+        lines.append(
+            go.Scatter(
+                x=[place(point) for point in trajectory.points],
+                y=axis.place_all(point.scale for point in trajectory.points),
+                mode="lines",
+                line={"shape": "hv", **style},
+                opacity=1.0 if is_winner else 0.6,
+                customdata=[[point.step, _describe_scale(point)] for point in trajectory.points],
+                meta=[describe_trial(trial), trial.trial_id],
+                hovertemplate="%{meta[0]}<br>from step %{customdata[0]}: %{customdata[1]}<extra></extra>",
+                legendgroup=str(trial.status),
+            )
+        )
+        line = {"width": 1.5 if is_winner else 1.0, "color": style["color"]}
+        marks.append(
+            go.Scatter(
+                x=[place(point) for point in trajectory.overflows],
+                y=axis.place_all(point.scale for point in trajectory.overflows),
+                mode="markers",
+                marker={"symbol": "x-thin", "size": 6, "line": line},
+                opacity=1.0 if is_winner else 0.8,
+                customdata=[[point.step, _describe_scale(point)] for point in trajectory.overflows],
+                meta=[describe_trial(trial), trial.trial_id, "overflow"],
+                hovertemplate="%{meta[0]}<br>step %{customdata[0]} skipped at %{customdata[1]}<extra></extra>",
+                legendgroup=str(trial.status),
+            )
+        )
+    return build_figure([*lines, *marks], height=HEIGHT, yaxis=axis.as_plotly(), showlegend=False)
 
 
-def _draw_line(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: bool) -> go.Scatter:
-    points = trajectory.points
-    return go.Scatter(
-        x=_places(points, by_step=by_step),
-        y=axis.place_all(point.scale for point in points),
-        mode="lines",
-        line={"shape": "hv", **style_line(trajectory.trial, is_winner=is_winner)},
-        opacity=1.0 if is_winner else 0.6,
-        customdata=[[point.step, _describe_scale(point.scale)] for point in points],
-        meta=[describe_trial(trajectory.trial), trajectory.trial.trial_id],
-        hovertemplate="%{meta[0]}<br>from step %{customdata[0]}: %{customdata[1]}<extra></extra>",
-        legendgroup=str(trajectory.trial.status),
-    )
-
-
-def _draw_overflows(trajectory: Trajectory, axis: Axis, is_winner: bool, *, by_step: bool) -> go.Scatter:
-    points = trajectory.overflows
-    return go.Scatter(
-        x=_places(points, by_step=by_step),
-        y=axis.place_all(point.scale for point in points),
-        mode="markers",
-        marker={
-            "symbol": "x-thin",
-            "size": 6,
-            "line": {
-                "width": 1.5 if is_winner else 1.0,
-                "color": colour_of("ink" if is_winner else trajectory.trial.status),
-            },
-        },
-        opacity=1.0 if is_winner else 0.8,
-        customdata=[[point.step, _describe_scale(point.scale), _describe_count(point)] for point in points],
-        meta=[describe_trial(trajectory.trial), trajectory.trial.trial_id, "overflow"],
-        hovertemplate="%{meta[0]}<br>step %{customdata[0]} skipped at %{customdata[1]}%{customdata[2]}<extra></extra>",
-        legendgroup=str(trajectory.trial.status),
-    )
-
-
-def _places(points: Iterable[ScalePoint], *, by_step: bool) -> list[float]:
-    return [point.step if by_step else round(point.epoch, 5) for point in points]
-
-
-def _describe_scale(scale: float) -> str:
-    """Return ``2^16``; for a scale between powers of two, the value and its exponent."""
-    text = format_scale(scale)
-    return text if text.startswith("2^") or scale <= 0 else f"{text} (2^{math.log2(scale):.1f})"
-
-
-def _describe_count(point: ScalePoint) -> str:
-    return "" if point.count == 1 else f", and {point.count - 1} more until the next mark"
+def _describe_scale(point: ScalePoint) -> str:
+    """Return ``2^16``; for a scale between powers of two, the value and its exponent; then what the mark stands for."""
+    text = format_scale(point.scale)
+    if not text.startswith("2^") and point.scale > 0:
+        text = f"{text} (2^{math.log2(point.scale):.1f})"
+    return text if point.count == 1 else f"{text}, and {point.count - 1} more until the next mark"
 
 
 # ---- fewer points ----
@@ -207,9 +185,6 @@ def _split(points: Iterable[ScalePoint], width: float) -> Iterator[list[ScalePoi
 
 
 def _keep_extremes(column: Sequence[ScalePoint]) -> list[ScalePoint]:
-    kept = (column[0], min(column, key=_scale_of), max(column, key=_scale_of), column[-1])
+    scale_of = operator.attrgetter("scale")
+    kept = (column[0], min(column, key=scale_of), max(column, key=scale_of), column[-1])
     return sorted({point.step: point for point in kept}.values(), key=lambda point: point.step)
-
-
-def _scale_of(point: ScalePoint) -> float:
-    return point.scale

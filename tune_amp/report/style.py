@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
@@ -60,62 +60,37 @@ def colour_of(name: str) -> str:
     return PALETTE[name].light
 
 
-def build_figure(
-    traces: Sequence[Any], *, height: int, x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any
-) -> go.Figure:
-    """Return a figure as wide as its place on the page, in the page's own colours.
-
-    Args:
-        traces: the plotly traces.
-        height: in pixels.
-        x: the horizontal axis, as a dict for plotly.
-        y: the vertical axis.
-        layout: other differences from the shared layout.
-    """
-    return go.Figure(
-        data=traces,
-        layout={
-            "template": {},
-            "height": height,
-            "margin": {"l": 10, "r": 14, "t": 12, "b": 10},
-            "paper_bgcolor": CLEAR,
-            "plot_bgcolor": CLEAR,
-            "font": {"family": FONT, "size": 13, "color": colour_of("ink")},
-            "hovermode": "closest",
-            "hoverlabel": {
-                "bgcolor": colour_of("surface"),
-                "bordercolor": colour_of("muted"),
-                "font": {"family": FONT, "size": 13, "color": colour_of("ink")},
-                "align": "left",
-            },
-            "title": {
-                "x": 0,
-                "xref": "paper",
-                "font": {"size": 14},
-                "automargin": True,
-                "yref": "paper",
-                "pad": {"b": 8},
-            },
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
-            "xaxis": style_axis(x),
-            "yaxis": style_axis(y),
-            **layout,
-        },
-    )
+_TEXT = {"family": FONT, "size": 13, "color": colour_of("ink")}
+_AXIS = {
+    "automargin": True,
+    "title": {"standoff": 10, "font": {"color": colour_of("muted"), "size": 13}},
+    **dict.fromkeys(("gridcolor", "linecolor", "tickcolor"), colour_of("grid")),
+    "showline": True,
+    "ticks": "outside",
+    "zeroline": False,
+}
+_LAYOUT = {
+    "margin": {"l": 10, "r": 14, "t": 12, "b": 10},
+    "paper_bgcolor": CLEAR,
+    "plot_bgcolor": CLEAR,
+    "font": _TEXT,
+    "hovermode": "closest",
+    "hoverlabel": {
+        "bgcolor": colour_of("surface"),
+        "bordercolor": colour_of("muted"),
+        "font": _TEXT,
+        "align": "left",
+    },
+    "title": {"x": 0, "xref": "paper", "yref": "paper", "font": {"size": 14}, "automargin": True, "pad": {"b": 8}},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
+    "xaxis": _AXIS,
+    "yaxis": _AXIS,
+}
 
 
-def style_axis(axis: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the axis style that all figures share, overridden by ``axis``."""
-    title = {"standoff": 10, "font": {"color": colour_of("muted"), "size": 13}, **axis.get("title", {})}
-    shared = {
-        "automargin": True,
-        "gridcolor": colour_of("grid"),
-        "linecolor": colour_of("grid"),
-        "tickcolor": colour_of("grid"),
-        "zeroline": False,
-        "fixedrange": False,
-    }
-    return {**shared, **axis, "title": title}
+def build_figure(traces: Iterable[go.Scatter | go.Bar], **layout: Any) -> go.Figure:
+    """Return a figure of ``traces`` in the style that all figures share, as wide as its place on the page."""
+    return go.Figure(data=[*traces], layout={"template": {"layout": _LAYOUT}, **layout})
 
 
 def count_of(count: int, name: str) -> str:
