@@ -125,9 +125,10 @@ def test_a_batch_larger_than_the_data_set_is_refused(capsys: pytest.CaptureFixtu
 
 def test_a_tail_that_is_too_long_for_the_data_names_the_flag() -> None:
     arguments = argparse.Namespace(dataset="digits", data_dir=None, imbalance=100.0, task=None, train=None)
-    task = SearchRequest(arguments=arguments, space=load_space("quick"), command=("scripts/search.py",), begun=0.0)
+    space = load_space("quick")
+    request = SearchRequest(arguments=arguments, space=space, folder=Path("run"), command=("search",), begun=0.0)
     with pytest.raises(InputError) as caught:
-        _load_checked(task)
+        _load_checked(request)
     rule = "each class of digits must keep at least 2 training images"
     assert str(caught.value) == f"--imbalance: {rule}, got 1 of class 9 at 100:1"
 
@@ -333,16 +334,18 @@ def test_run_folder_that_was_removed_under_a_search_is_one_line(
     """Ray and the last files of the search may have made a part of it again."""
     folder = tmp_path / "run"
     arguments = search_parser("search").parse_args([])
-    task = SearchRequest(arguments=arguments, space=load_space("quick"), command=("search",), begun=0.0)
+    request = SearchRequest(
+        arguments=arguments, space=load_space("quick"), folder=folder, command=("search",), begun=0.0
+    )
     if left is not None:
         folder.mkdir()
         (folder / left).touch()
-    assert _print_cut_off("no such file", task, folder) == 1
+    assert _print_cut_off("no such file", request) == 1
     expected = (
         f"error: {folder} was removed or moved while the search ran, and cannot be resumed there (no such file)\n"
     )
     assert capsys.readouterr().err == expected
     folder.mkdir(exist_ok=True)
     (folder / "reports.journal").write_text("begun")
-    assert _print_cut_off("no such file", task, folder) == 130
+    assert _print_cut_off("no such file", request) == 130
     assert capsys.readouterr().err.startswith("cut off  no such file\nresume   ")

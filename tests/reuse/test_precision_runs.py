@@ -302,7 +302,7 @@ def test_files_hold_the_rows_and_where_they_come_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["compare.parquet", "compare_map.parquet", "compare.md"])
 def test_file_that_was_put_there_before_the_first_was_written_is_left_alone(name: str, tmp_path: Path) -> None:
     unused: Any = None
-    names = ("arms", "max_epochs", "models", "batch_sizes", "dataset", "device", "console")
+    names = ("arguments", "arms", "dataset", "device", "console")
     comparison = Comparison(**dict.fromkeys(names, unused), origin=ORIGIN, folder=tmp_path)
     comparison.runs.append(ComparedRun(precision="fp32", seed=2, place=1, status=TrialStatus.DIVERGED, error="x"))
     (tmp_path / name).write_text("mine")

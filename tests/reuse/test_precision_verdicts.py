@@ -17,7 +17,7 @@ from tune_amp.reuse.precision_verdicts import (
     ClaimVerdict,
     ComparedRun,
     MapCell,
-    RatioInterval,
+    Ratio,
     judge_accuracy,
     judge_claims,
     judge_memory,
@@ -74,7 +74,7 @@ def find(verdicts: list[ClaimVerdict], precision: str, claim: str) -> ClaimVerdi
     (3.5, 4.0, HOLDS),
 ])  # fmt: skip
 def test_speed_is_judged_by_the_whole_interval(low: float, high: float, answer: Answer) -> None:
-    assert judge_speed(RatioInterval(ratio=math.sqrt(low * high), low=low, high=high, n=3)) is answer
+    assert judge_speed(Ratio(ratio=math.sqrt(low * high), low=low, high=high, n=3)) is answer
 
 
 @pytest.mark.parametrize(("low", "high", "answer"), [
@@ -85,7 +85,7 @@ def test_speed_is_judged_by_the_whole_interval(low: float, high: float, answer: 
     (0.98, 0.98, FAILS),
 ])  # fmt: skip
 def test_memory_is_judged_by_the_whole_interval(low: float, high: float, answer: Answer) -> None:
-    assert judge_memory(RatioInterval(ratio=math.sqrt(low * high), low=low, high=high, n=3)) is answer
+    assert judge_memory(Ratio(ratio=math.sqrt(low * high), low=low, high=high, n=3)) is answer
 
 
 @pytest.mark.parametrize(("low", "high", "answer"), [
@@ -222,7 +222,7 @@ def test_map_calls_a_precision_faster_where_all_turns_agree(rates: tuple[float, 
     assert found is not None
     assert found.word == word
     paired = [rate / other for rate, other in zip(rates, baseline.turn_rates, strict=True)]
-    assert (found.low, found.median, found.high) == tuple(sorted(paired))
+    assert (found.low, found.ratio, found.high) == tuple(sorted(paired))
 
 
 def test_map_has_no_ratio_where_a_cell_was_skipped() -> None:

@@ -8,22 +8,14 @@ from tune_amp.cli.console import (
     OneLineParser,
     add_winner_arguments,
     answer_bad_input,
-    choose_device,
-    choose_output,
-    load_searched_data,
-    open_console,
     parse_winner,
     take_consent,
 )
-from tune_amp.cluster.cpus import count_cpus
 from tune_amp.cluster.interrupt import interrupted_by_signals
-from tune_amp.results.files import claimed_folder
-from tune_amp.reuse.precision_verdicts import LEAST_SEEDS
+from tune_amp.reuse.precision_verdicts import CPU_SEEDS, CUDA_SEEDS, LEAST_SEEDS
 from tune_amp.search.options import MOST_SEEDS
 from tune_amp.trial.config import MODELS, PRECISIONS, InputError, TrialConfig, check, checked_field, shown
 from tune_amp.trial.consent import consent_to
-
-CPU_SEEDS, CUDA_SEEDS = 3, 5
 
 
 def compare_command(arguments: Sequence[str] | None = None, program: str = "scripts/compare.py") -> int:
@@ -90,8 +82,7 @@ def _compare(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     from tune_amp.results.records import load_best_file
 
     best = load_best_file(arguments.best)
-    record = best.pick(arguments.rank).trial
-    config = record.config
+    config = best.pick(arguments.rank).trial.config
     take_consent(arguments, config)
     if config.train or config.task:
         rule = (
@@ -99,51 +90,6 @@ def _compare(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         )
         raise InputError(f"{arguments.best}: rank {arguments.rank}: {rule}, got {config.train or config.task}")
     consent_to(*arguments.models)
-    import torch
+    from tune_amp.cli.comparison import compare_precisions
 
-    from tune_amp.cli.comparison import Comparison, describe_origin
-    from tune_amp.reuse.precision_runs import choose_arms, fresh_seeds
-    from tune_amp.search.preflight import check_training
-    from tune_amp.training.amp import describe_hardware
-    from tune_amp.training.data import make_long_tail
-
-    given = load_searched_data(config, arguments.data_dir, best.provenance.data_hash)
-    dataset = make_long_tail(given, config.imbalance)
-    device = choose_device(arguments.device)
-    arms = choose_arms(config, arguments.precisions, device)
-    for size in arguments.batch_sizes:
-        rule = f"must be at most the {len(dataset.train):,} training images of {dataset.name}"
-        check("--batch-sizes", size, size <= len(dataset.train), rule)
-    for model in (config.model, *arguments.models):
-        check_training(model, dataset, precisions=tuple(arms), optimizers=(config.optimizer,), device=device)
-    left_out = {}
-    if "tf32" in arguments.precisions and "tf32" not in arms:
-        left_out["tf32"] = describe_hardware("tf32", device) or "the device computes it as fp32"
-    has_map = bool(arguments.models or arguments.batch_sizes)
-    # As many threads as the trial had: with one thread a core, threads wait for each other on a busy machine.
-    torch.set_num_threads(min(record.num_threads, count_cpus()))
-    with claimed_folder(choose_output(arguments, f"compare-rank{arguments.rank}")) as folder:
-        origin = describe_origin(
-            command,
-            arguments.rank,
-            record,
-            best.provenance,
-            arms,
-            dataset,
-            device,
-            left_out=left_out,
-            seeds=fresh_seeds(config, arguments.seeds or (CPU_SEEDS if device.type == "cpu" else CUDA_SEEDS)),
-            epochs=arguments.max_epochs or config.max_epochs,
-        )
-        comparison = Comparison(
-            arms=arms,
-            max_epochs=arguments.max_epochs,
-            models=arguments.models or (config.model,) if has_map else (),
-            batch_sizes=arguments.batch_sizes or (config.batch_size,),
-            dataset=dataset,
-            device=device,
-            origin=origin,
-            folder=folder,
-            console=open_console(),
-        )
-        return comparison.make()
+    return compare_precisions(arguments, command, best)

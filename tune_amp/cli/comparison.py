@@ -1,5 +1,6 @@
-"""A comparison of precisions in progress, as ``tune-amp compare`` runs it: measuring, writing and printing."""
+"""A comparison of precisions, as ``tune-amp compare`` runs it: measuring, writing and printing."""
 
+import argparse
 import dataclasses
 import datetime
 import os
@@ -8,15 +9,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from tune_amp.cli.console import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NO_RESULT, say
+from tune_amp.cli.console import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_NO_RESULT,
+    choose_device,
+    choose_output,
+    load_searched_data,
+    open_console,
+    say,
+)
+from tune_amp.cluster.cpus import count_cpus
 from tune_amp.monitor.tables import WideTable
-from tune_amp.results.files import check_free
-from tune_amp.results.records import Provenance, TrialRecord, list_versions
+from tune_amp.results.files import check_free, claimed_folder
+from tune_amp.results.records import BestFile, list_versions
 from tune_amp.reuse.precision_page import CPU_MEANING, FILES, describe_settings, write_comparison
 from tune_amp.reuse.precision_runs import (
     BUDGET_SECONDS,
@@ -24,14 +34,24 @@ from tune_amp.reuse.precision_runs import (
     TURN_SECONDS,
     TURNS,
     ComparisonPlan,
+    choose_arms,
     compare_runs,
+    fresh_seeds,
     measure_map,
     plan_comparison,
 )
-from tune_amp.reuse.precision_verdicts import BASELINE, ComparedRun, ComparisonOrigin, MapCell
+from tune_amp.reuse.precision_verdicts import (
+    BASELINE,
+    CPU_SEEDS,
+    CUDA_SEEDS,
+    ComparedRun,
+    ComparisonOrigin,
+    MapCell,
+)
+from tune_amp.search.preflight import check_training
 from tune_amp.training.amp import describe_hardware, name_device
-from tune_amp.training.data import Dataset
-from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.training.data import Dataset, make_long_tail
+from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, check
 from tune_amp.trial.text import hide_credentials, printable
 
 QUIET_SECONDS = 10.0
@@ -40,18 +60,75 @@ BUSY_SHARE = 0.25
 """Share of the cores from which the load of other programs is reported."""
 
 
+def compare_precisions(arguments: argparse.Namespace, command: Sequence[str], best: BestFile) -> int:
+    """Compare the precisions on a configuration of ``best``. Return the exit code.
+
+    Raises:
+        InputError: data, model and flags do not fit together, or the folder of ``--output`` cannot be claimed.
+    """
+    record = best.pick(arguments.rank).trial
+    config = record.config
+    given = load_searched_data(config, arguments.data_dir, best.provenance.data_hash)
+    dataset = make_long_tail(given, config.imbalance)
+    train, validation = dataset.train, dataset.validation
+    device = choose_device(arguments.device)
+    arms = choose_arms(config, arguments.precisions, device)
+    for size in arguments.batch_sizes:
+        rule = f"must be at most the {len(train):,} training images of {dataset.name}"
+        check("--batch-sizes", size, size <= len(train), rule)
+    for model in (config.model, *arguments.models):
+        check_training(model, dataset, precisions=tuple(arms), optimizers=(config.optimizer,), device=device)
+    if arguments.models or arguments.batch_sizes:
+        arguments.models = arguments.models or (config.model,)
+        arguments.batch_sizes = arguments.batch_sizes or (config.batch_size,)
+    # As many threads as the trial had: with one thread a core, threads wait for each other on a busy machine.
+    torch.set_num_threads(min(record.num_threads, count_cpus()))
+    with claimed_folder(choose_output(arguments, f"compare-rank{arguments.rank}")) as folder:
+        notices = [*(describe_hardware(precision, device) for precision in arms), _describe_load()]
+        left_out = {}
+        if "tf32" in arguments.precisions and "tf32" not in arms:
+            left_out["tf32"] = describe_hardware("tf32", device) or "the device computes it as fp32"
+        origin = ComparisonOrigin(
+            run=best.provenance.run,
+            rank=arguments.rank,
+            trial_id=record.trial_id,
+            command=tuple(map(hide_credentials, command)),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            config=dataclasses.asdict(config),
+            scaler={name: getattr(arms["fp16"], name) for name in SCALER_DEFAULTS} if "fp16" in arms else {},
+            precisions=tuple(arms),
+            left_out=left_out,
+            seeds=fresh_seeds(config, arguments.seeds or (CPU_SEEDS if device.type == "cpu" else CUDA_SEEDS)),
+            epochs=arguments.max_epochs or config.max_epochs,
+            dataset=dataset.name,
+            data_hash=dataset.content_hash,
+            train_images=len(train),
+            validation_images=len(validation),
+            data_bytes=sum(part.nbytes for part in (*vars(train).values(), *vars(validation).values())),
+            device=name_device(device),
+            num_threads=torch.get_num_threads(),
+            notices=tuple(notice for notice in notices if notice),
+            versions=list_versions("tune_amp", "torch", "numpy", "pyarrow"),
+        )
+        return Comparison(
+            arguments=arguments,
+            arms=arms,
+            dataset=dataset,
+            device=device,
+            origin=origin,
+            folder=folder,
+            console=open_console(),
+        ).make()
+
+
 @dataclasses.dataclass(kw_only=True)
 class Comparison:
     """A comparison in progress. Its files hold everything measured so far."""
 
+    arguments: argparse.Namespace
+    """``max_epochs``, and ``models`` and ``batch_sizes`` of the map; both are empty if there is no map."""
     arms: Mapping[str, TrialConfig]
     """From ``choose_arms``."""
-    max_epochs: int | None
-    """Number of epochs of a run, if it was given."""
-    models: Sequence[str]
-    """Models of the map; empty if there is no map."""
-    batch_sizes: Sequence[int]
-    """Batch sizes of the map."""
     dataset: Dataset
     device: torch.device
     origin: ComparisonOrigin
@@ -91,9 +168,9 @@ class Comparison:
             say(self.console, line, style="yellow")
 
     def _plan(self) -> ComparisonPlan:
-        origin = self.origin
-        plan = plan_comparison(self.arms, self.dataset, self.device, seeds=origin.seeds, max_epochs=self.max_epochs)
-        notices = [] if self.max_epochs else _explain_epochs(plan.epochs, self.arms[BASELINE].max_epochs)
+        origin, max_epochs = self.origin, self.arguments.max_epochs
+        plan = plan_comparison(self.arms, self.dataset, self.device, seeds=origin.seeds, max_epochs=max_epochs)
+        notices = [] if max_epochs else _explain_epochs(plan.epochs, self.arms[BASELINE].max_epochs)
         self.origin = dataclasses.replace(
             origin,
             precisions=tuple(plan.arms),
@@ -103,8 +180,7 @@ class Comparison:
         )
         self._print_notes(plan.left_out, notices, "; --max-epochs measures it all the same")
         text = f"{len(plan.runs)} runs of {plan.epochs} epochs, one at a time: about {_clock(plan.seconds)}"
-        if self.models:
-            cells = len(self.models) * len(self.batch_sizes)
+        if cells := len(self.arguments.models) * len(self.arguments.batch_sizes):
             seconds = cells * len(plan.arms) * (PILOT_EPOCHS + 1 + TURNS) * TURN_SECONDS
             text += f"; then a map of {cells} cells: at least {_clock(seconds)}"
         say(self.console, text)
@@ -118,9 +194,8 @@ class Comparison:
             progress.on_end(run)
 
     def _measure_map(self) -> None:
-        for cells in measure_map(
-            self.arms, self.dataset, self.device, self.models, self.batch_sizes, turn_seconds=TURN_SECONDS
-        ):
+        models, batch_sizes = self.arguments.models, self.arguments.batch_sizes
+        for cells in measure_map(self.arms, self.dataset, self.device, models, batch_sizes, turn_seconds=TURN_SECONDS):
             self.cells += cells
             self._write()
             say(self.console, describe_cells(cells))
@@ -221,40 +296,6 @@ def _explain_epochs(epochs: int, wanted: int) -> list[str]:
 
 def _clock(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def describe_origin(
-    command: Sequence[str],
-    rank: int,
-    record: TrialRecord,
-    provenance: Provenance,
-    arms: Mapping[str, TrialConfig],
-    dataset: Dataset,
-    device: torch.device,
-    **chosen: Any,
-) -> ComparisonOrigin:
-    """Return the facts that are known before anything is timed; ``chosen`` are the remaining fields."""
-    notices = [*(describe_hardware(precision, device) for precision in arms), _describe_load()]
-    return ComparisonOrigin(
-        run=provenance.run,
-        rank=rank,
-        trial_id=record.trial_id,
-        command=tuple(map(hide_credentials, command)),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        config=dataclasses.asdict(record.config),
-        scaler={name: getattr(arms["fp16"], name) for name in SCALER_DEFAULTS} if "fp16" in arms else {},
-        precisions=tuple(arms),
-        dataset=dataset.name,
-        data_hash=dataset.content_hash,
-        train_images=len(dataset.train),
-        validation_images=len(dataset.validation),
-        data_bytes=sum(part.nbytes for split in (dataset.train, dataset.validation) for part in vars(split).values()),
-        device=name_device(device),
-        num_threads=torch.get_num_threads(),
-        notices=tuple(notice for notice in notices if notice),
-        versions=list_versions("tune_amp", "torch", "numpy", "pyarrow"),
-        **chosen,
-    )
 
 
 def _describe_load() -> str | None:

@@ -1,10 +1,10 @@
 """The function ``tune_amp.tune``: a search from a script or a notebook, by the same code as the command's."""
 
 import _thread
-import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import html
 import inspect
 import logging
@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune_amp.cli.console import mend_streams, open_console, say
-from tune_amp.cli.own_code import adopt_own_code
 from tune_amp.cli.search import search_with_ray
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
-from tune_amp.cli.search_request import SearchRequest, begun_request, resumed_request
+from tune_amp.cli.search_request import SearchRequest, open_request
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import name_flag
 from tune_amp.trial.config import InputError, TrialConfig, check, describe_error, shown
-from tune_amp.trial.consent import name_function
+from tune_amp.trial.consent import OWN_CODE_FLAGS, name_function
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -172,52 +171,39 @@ def tune(
         StartError: Ray could not be started.
         KeyboardInterrupt: the search was interrupted before it could begin.
     """
+    given: dict[str, Any] = {**locals(), **more}  # before there are other local variables
     begun = time.monotonic()
+    del given["space"], given["more"]
     if open_console().is_jupyter:  # nothing here needs ipywidgets, which both ask for
         warnings.filterwarnings("ignore", message="IProgress not found")
         logging.getLogger("ray.widgets").setLevel(logging.WARNING)
-    code = {"train": train, "task": task, "model": model, "dataset": dataset}
-    named = {flag: value if isinstance(value, str) else name_function(value) for flag, value in code.items() if value}
-    objects = [value for value in code.values() if value and not isinstance(value, str)]
+    code = {flag: given[flag] for flag in OWN_CODE_FLAGS if given[flag]}
+    named = {flag: value if isinstance(value, str) else name_function(value) for flag, value in code.items()}
+    objects = [value for value in code.values() if not isinstance(value, str)]
     if len(set(named.values())) < len({*map(id, objects)}):
         raise InputError(f"{', '.join(named)}: must have different names, got {', '.join(named.values())}")
-    given = {
-        "objective": objective,
-        "mode": mode,
-        "num_samples": num_samples,
-        "max_epochs": max_epochs,
-        "seed": seed,
-        "gpus_per_trial": gpus_per_trial,
-        "max_concurrent": max_concurrent,
-        "time_budget": time_budget,
-        "confirm_seeds": confirm_seeds,
-        "name": name,
-        "data_dir": data_dir and Path(data_dir).expanduser(),
-        "results_dir": results_dir and Path(results_dir),
-        "warm_start": warm_start and str(warm_start),
-    }
-    wanted = {**named, **{key: value for key, value in given.items() if value is not None}, **more}
-    arguments = _build_arguments(wanted)
+    parser = search_parser("tune-amp search")
+    known = vars(parser.parse_args([])).keys() - {"json"}
+    if unknown := sorted(more.keys() - known):
+        raise InputError(f"{unknown[0]}: is no argument of tune_amp.tune{_suggest_argument(unknown[0])}")
     mend_streams()
     if resume is not None:
         check("space", space, space is None, "must be left out beside resume, which has the space of the run")
-        words = ["--resume", str(resume), *_list_words(wanted)]
-        opened = resumed_request(str(resume), arguments.results_dir, search_parser(PROGRAM), words, (PROGRAM,), begun)
-    else:
-        adopt_own_code(arguments)
-        opened = begun_request(arguments, *_load_space(space), (PROGRAM,), begun)
-    with opened as (request, folder):
-        request.arguments.quiet = quiet
-        return _run(request, folder)
+    words = _list_words(given | named)
+    with open_request(parser, words, functools.partial(_load_space, space), (PROGRAM,), begun) as request:
+        return _run(request)
 
 
-def _list_words(wanted: Mapping[str, Any]) -> list[str]:
+def _list_words(given: Mapping[str, Any]) -> list[str]:
     """Return arguments as the words of a command line."""
-    parts = [(name, part) for name, value in wanted.items() for part in (value if isinstance(value, list) else [value])]
-    return [word for name, part in parts for word in (name_flag(name), str(part))]
+    words = []
+    for name, value in given.items():
+        parts = value if isinstance(value, list) else [] if value is None or value is False else [value]
+        words += [name_flag(name) if part is True else f"{name_flag(name)}={part}" for part in parts]
+    return words
 
 
-def _run(request: SearchRequest, folder: Path) -> TuneResult:
+def _run(request: SearchRequest) -> TuneResult:
     def leave() -> None:
         if threading.current_thread() is not threading.main_thread():
             _thread.interrupt_main()
@@ -227,7 +213,7 @@ def _run(request: SearchRequest, folder: Path) -> TuneResult:
     stop = StopRequest(leave)
     is_main = threading.current_thread() is threading.main_thread()
     with stopping_on_signals(stop) if is_main else contextlib.nullcontext():
-        result: SearchResult = search_with_ray(request, folder, stop, sys.stdout)
+        result: SearchResult = search_with_ray(request, stop, sys.stdout)
     found = TuneResult(folder=result.folder, interrupted=result.is_cut_off, reason=result.reason)
     if found.interrupted:
         say(open_console(quiet=request.arguments.quiet), _describe_cut_off(found))
@@ -237,18 +223,6 @@ def _run(request: SearchRequest, folder: Path) -> TuneResult:
 def _describe_cut_off(result: TuneResult) -> str:
     call = f"tune_amp.tune(resume={str(result.folder)!r})"
     return f"cut off  {result.reason or 'interrupted'}: {call} resumes it; give your own code again"
-
-
-def _build_arguments(given: Mapping[str, Any]) -> argparse.Namespace:
-    """Return the arguments of the command, with those that are given."""
-    arguments = search_parser(PROGRAM).parse_args([])
-    for name, value in given.items():
-        if not hasattr(arguments, name) or name in ("space", "resume", "json"):
-            raise InputError(f"{name}: is no argument of tune_amp.tune{_suggest_argument(name)}")
-        setattr(arguments, name, value)
-    if isinstance(arguments.tracker, str):
-        arguments.tracker = [arguments.tracker]
-    return arguments
 
 
 def _suggest_argument(name: str) -> str:

@@ -33,7 +33,6 @@ from tune_amp.cli.console import (
     say,
     show_cursor,
 )
-from tune_amp.cli.own_code import adopt_own_code
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cli.search_output import (
     choose_observer,
@@ -43,7 +42,7 @@ from tune_amp.cli.search_output import (
     print_json_start,
     print_start,
 )
-from tune_amp.cli.search_request import SearchRequest, begun_request, resumed_request
+from tune_amp.cli.search_request import SearchRequest, open_request
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.journal import read_journal
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from tune_amp.cluster.session import RaySession
     from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
+    from tune_amp.space.space import SearchSpace
     from tune_amp.training.data import Dataset
 
 _T = TypeVar("_T")
@@ -81,20 +81,18 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
     console = open_console(quiet=arguments.quiet or arguments.json)
     if is_screen(console):  # what follows takes seconds
         say(console, "starting   loading Optuna, Ray and PyTorch ...", style="dim")
-    whole = (program, *command)
-    if arguments.resume is None:
-        adopt_own_code(arguments)
+
+    def load() -> "tuple[SearchSpace, str]":
         from tune_amp.space.space import load_space
 
         name = arguments.space or DEFAULT_SPACE
-        opened = begun_request(arguments, load_space(name), name, whole, begun)
-    else:
-        opened = resumed_request(arguments.resume, arguments.results_dir, parser, command, whole, begun)
-    with opened as (request, folder):
-        return _run(request, folder)
+        return load_space(name), name
+
+    with open_request(parser, command, load, (program, *command), begun) as request:
+        return _run(request)
 
 
-def _run(request: SearchRequest, folder: Path) -> int:
+def _run(request: SearchRequest) -> int:
     """Search, print the result, and print how to resume if the search was cut off. Return the exit code."""
     from tune_amp.cluster.session import StartError
 
@@ -102,7 +100,7 @@ def _run(request: SearchRequest, folder: Path) -> int:
 
     def leave() -> None:
         try:
-            _print_cut_off(f"{stop.reason}; left at once", request, folder)
+            _print_cut_off(f"{stop.reason}; left at once", request)
         finally:
             show_cursor()
             os._exit(EXIT_INTERRUPTED)  # Ray's processes end with this one
@@ -112,36 +110,37 @@ def _run(request: SearchRequest, folder: Path) -> int:
     pure = contextlib.redirect_stdout(sys.stderr) if arguments.quiet or arguments.json else contextlib.nullcontext()
     try:
         with pure, stopping_on_signals(stop):
-            result = search_with_ray(request, folder, stop, stdout)
+            result = search_with_ray(request, stop, stdout)
     except StartError as error:  # nothing began that could be resumed: the same command can be run again
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return EXIT_NO_RESULT
     except (OSError, KeyboardInterrupt) as error:  # a full disk, most often, or Ctrl-C
         reason = describe_error(error) if isinstance(error, OSError) else stop.reason or "interrupted"
-        return _print_cut_off(reason, request, folder)
+        return _print_cut_off(reason, request)
     except SystemExit as error:
         if error.code != signal.SIGTERM:  # raised by Ray's own SIGTERM handler while it starts
             raise
-        return _print_cut_off("SIGTERM", request, folder)
+        return _print_cut_off("SIGTERM", request)
     except Exception as error:  # a bug here or in Ray: its traceback follows, but the run is not lost
         if not isinstance(error, InputError):
-            code = _print_cut_off(describe_error(error), request, folder)
-            if _is_gone(folder):
+            code = _print_cut_off(describe_error(error), request)
+            if _is_gone(request.folder):
                 return code
         raise
     with ignoring_closed_pipe():
         if arguments.quiet and result.ranked:
             print(result.best_path)  # noqa: T201
         if arguments.json:
-            print_json_end(stdout, result, _resume_command(request, folder))
+            print_json_end(stdout, result, _resume_command(request))
     if result.is_cut_off:
-        code = _print_cut_off(result.reason or stop.reason or "interrupted", request, folder)
+        code = _print_cut_off(result.reason or stop.reason or "interrupted", request)
         return EXIT_NO_RESULT if result.failing else code
     return EXIT_DONE if result.ranked else EXIT_NO_RESULT
 
 
-def _print_cut_off(reason: str, request: SearchRequest, folder: Path) -> int:
+def _print_cut_off(reason: str, request: SearchRequest) -> int:
     """Print what cut a run off, and how to resume it. Return the exit code."""
+    folder = request.folder
     if _is_gone(folder):
         text = f"error: {folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
         with contextlib.suppress(OSError):  # standard error has no reader
@@ -149,8 +148,8 @@ def _print_cut_off(reason: str, request: SearchRequest, folder: Path) -> int:
         return EXIT_NO_RESULT
     with contextlib.suppress(OSError):  # standard error has no reader
         print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
-        if _is_resumable(request, folder):
-            print(f"resume   {printable(_resume_command(request, folder))}", file=sys.stderr)  # noqa: T201
+        if _is_resumable(request):
+            print(f"resume   {printable(_resume_command(request))}", file=sys.stderr)  # noqa: T201
     return EXIT_INTERRUPTED
 
 
@@ -159,15 +158,15 @@ def _is_gone(folder: Path) -> bool:
     return not folder.exists() or (any(folder.iterdir()) and not RunFolder(folder).journal.exists())
 
 
-def _is_resumable(request: SearchRequest, folder: Path) -> bool:
+def _is_resumable(request: SearchRequest) -> bool:
     """Return whether the run can be resumed. A warm start is recorded with the first trial, so it needs one."""
-    path = RunFolder(folder).journal
+    path = RunFolder(request.folder).journal
     if not path.exists() or path.stat().st_size == 0:
         return False
     return request.donor is None or any(event["event"] == "trial" for event in read_journal(path))
 
 
-def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
+def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) -> "SearchResult":
     """Start Ray, search as requested, write the report and print the result.
 
     Raises:
@@ -176,7 +175,8 @@ def search_with_ray(request: SearchRequest, folder: Path, stop: StopRequest, std
     """
     from tune_amp.cluster.session import ray_session, resolve_address
 
-    arguments, space, options, history = request.arguments, request.space, request.options, request.history
+    arguments, folder, space = request.arguments, request.folder, request.space
+    options, history = request.options, request.history
     if arguments.address is not None:  # a bad address is refused before data are loaded
         resolve_address(arguments.address)
     console = open_console(quiet=arguments.quiet or arguments.json)
@@ -297,7 +297,7 @@ def _call(function: Callable[[], _T], *, in_background: bool) -> Callable[[], _T
     """Call ``function``, here or in a thread that does not outlive the program.
 
     Returns:
-        A function that returns the result. It waits for the thread, and raises an exception of the thread.
+        A function that waits for the thread, and returns its result or raises its exception.
     """
     future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
@@ -374,12 +374,12 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
     )
 
 
-def _resume_command(request: SearchRequest, folder: Path) -> str:
+def _resume_command(request: SearchRequest) -> str:
     from tune_amp.cli.resume import name_resume_command, remember
 
-    program = request.command[0]
+    program, remembered = request.command[0], remember(request.arguments)
     search = ("tune-amp", "search") if program.startswith(("tune-amp", "tune_amp")) else (_name_python(), sys.argv[0])
-    return name_resume_command(search, folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remember(request.arguments))
+    return name_resume_command(search, request.folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remembered)
 
 
 def _name_python() -> str:

@@ -1,15 +1,16 @@
-"""The request of a search, from the arguments of a command or of ``tune_amp.tune``: a new run, or one to resume."""
+"""The request of a search, from the arguments of a command or of `tune_amp.tune`: a new run, or one to resume."""
 
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune_amp.cli.console import find_run, find_run_folder
-from tune_amp.search.options import SearchOptions, build_options, check_trackers, make_run_name, run_folder
-from tune_amp.trial.config import TrialConfig, checked_field
+from tune_amp.search.options import SearchOptions, build_options, check_trackers, make_run_name, name_flag, run_folder
+from tune_amp.trial.config import InputError, TrialConfig, checked_field, is_function_name, shown
+from tune_amp.trial.consent import OWN_CODE_FLAGS, consent_to
 
 if TYPE_CHECKING:
     from tune_amp.search.history import RunHistory
@@ -23,13 +24,15 @@ class SearchRequest:
 
     arguments: argparse.Namespace
     space: "SearchSpace"
+    folder: Path
+    """The run folder."""
     donor: "Donor | None" = None
     history: "RunHistory | None" = None
     """The run to resume; None for a new run."""
     notes: Sequence[str] = ()
     """Changes since the resumed run began."""
     command: Sequence[str]
-    """The program and its arguments."""
+    """The program and its arguments, for the record."""
     begun: float
     """``time.monotonic()`` when the command began."""
 
@@ -40,21 +43,44 @@ class SearchRequest:
 
 
 @contextlib.contextmanager
-def begun_request(
-    arguments: argparse.Namespace, space: "SearchSpace", name: str, command: Sequence[str], begun: float
-) -> Iterator[tuple[SearchRequest, Path]]:
-    """Check the arguments of a new run; yield its request and its folder, claimed for the ``with`` block.
+def open_request(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    load: "Callable[[], tuple[SearchSpace, str]]",
+    command: Sequence[str],
+    begun: float,
+) -> Iterator[SearchRequest]:
+    """Check the arguments of a search, and hold its run folder for the ``with`` block.
 
     Args:
-        arguments: of the command's parser, after ``adopt_own_code``.
-        space: what is searched.
-        name: what the run's default name begins with.
-        command: the program and its arguments.
+        parser: of the command.
+        words: the command's arguments; with ``--resume`` among them, a run is resumed, else a new folder is claimed.
+        load: returns the space of a new run, and what the run's default name begins with.
+        command: the program and its arguments, for the record.
         begun: ``time.monotonic()`` when the command began.
 
     Raises:
-        InputError: an argument or the space is not valid, or the folder cannot be made.
+        InputError: an argument or the space is not valid, or the folder cannot be made; or there is no run to resume,
+            another process has it, or an argument would change what its trials share.
     """
+    arguments = parser.parse_args(words)
+    with contextlib.ExitStack() as stack:
+        if arguments.resume is None:
+            yield _begin(arguments, load, command, begun, stack)
+        else:
+            folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
+            yield _resume(parser, words, folder, command, begun, stack)
+
+
+def _begin(
+    arguments: argparse.Namespace,
+    load: "Callable[[], tuple[SearchSpace, str]]",
+    command: Sequence[str],
+    begun: float,
+    stack: contextlib.ExitStack,
+) -> SearchRequest:
+    adopt_own_code(arguments)
+    space, name = load()
     from tune_amp.search.samplers import build_sampler
     from tune_amp.search.warm_start import load_donor
 
@@ -65,47 +91,62 @@ def begun_request(
     build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
     donor = None
     if arguments.warm_start is not None:
-        donor = load_donor(
-            find_run(arguments.warm_start, arguments.results_dir), objectives=options.objectives, top_k=options.top_k
-        )
-    run = make_run_name(name) if arguments.name is None else arguments.name
-    with run_folder(arguments.results_dir, run, numbered=arguments.name is None) as folder:
-        yield SearchRequest(arguments=arguments, space=space, donor=donor, command=command, begun=begun), folder
+        place = find_run(arguments.warm_start, arguments.results_dir)
+        donor = load_donor(place, objectives=options.objectives, top_k=options.top_k)
+    numbered = arguments.name is None
+    run = make_run_name(name) if numbered else arguments.name
+    folder = stack.enter_context(run_folder(arguments.results_dir, run, numbered=numbered))
+    return SearchRequest(arguments=arguments, space=space, folder=folder, donor=donor, command=command, begun=begun)
 
 
-@contextlib.contextmanager
-def resumed_request(
-    run: str,
-    results_dir: Path,
+def _resume(
     parser: argparse.ArgumentParser,
     words: Sequence[str],
+    folder: Path,
     command: Sequence[str],
     begun: float,
-) -> Iterator[tuple[SearchRequest, Path]]:
-    """Open a run to resume for the ``with`` block; yield its request and its folder.
-
-    Args:
-        run: name or folder of the run.
-        results_dir: where a name is looked up.
-        parser: the command's parser.
-        words: the command's arguments, ``--resume`` among them.
-        command: the program and its arguments, for the record.
-        begun: ``time.monotonic()`` when the command began.
-
-    Raises:
-        InputError: there is no such run, another process has it, or an argument would change what its trials share.
-    """
+    stack: contextlib.ExitStack,
+) -> SearchRequest:
     from tune_amp.cli.resume import describe_changes, restore_arguments
     from tune_amp.search.history import open_history
     from tune_amp.space.space import parse_space
 
-    folder = find_run_folder(run, results_dir, "--resume")
-    with open_history(folder) as history:
-        arguments = restore_arguments(parser, words, history)
-        arguments.tracker = check_trackers(arguments.tracker)
-        notes = describe_changes(history, folder)
-        space = parse_space(history.provenance.space_source, history.provenance.space_text)
-        yield (
-            SearchRequest(arguments=arguments, space=space, history=history, notes=notes, command=command, begun=begun),
-            folder,
-        )
+    history = stack.enter_context(open_history(folder))
+    arguments = restore_arguments(parser, words, history)
+    arguments.tracker = check_trackers(arguments.tracker)
+    return SearchRequest(
+        arguments=arguments,
+        space=parse_space(history.provenance.space_source, history.provenance.space_text),
+        folder=folder,
+        history=history,
+        notes=describe_changes(history, folder),
+        command=command,
+        begun=begun,
+    )
+
+
+def adopt_own_code(arguments: argparse.Namespace) -> None:
+    """Set the model, the data set and the objective that the user's own loop or task determines, and take consent.
+
+    Raises:
+        InputError: a flag has no meaning beside ``--train``, or the task cannot be loaded.
+    """
+    consent_to(*(getattr(arguments, flag) for flag in OWN_CODE_FLAGS), arguments.sampler)
+    if arguments.train is not None:
+        for field, default in (("model", SearchOptions.model), ("dataset", "auto"), ("data_dir", None)):
+            value = getattr(arguments, field)
+            if value not in (default, arguments.train):
+                rule = "must be left out beside --train, whose loop has its own model and data"
+                raise InputError(f"{name_flag(field)}: {rule}, got {shown(str(value))}")
+        arguments.model = arguments.dataset = arguments.train
+    elif arguments.task is not None and is_function_name(arguments.task):
+        from tune_amp.training.task import Task, load_task
+
+        task = type(load_task(arguments.task))
+        if arguments.model == SearchOptions.model and task.model is not Task.model:
+            arguments.model = arguments.task
+        if arguments.dataset == "auto" and task.data is not Task.data:
+            arguments.dataset = arguments.task
+        name, mode = task.metric
+        if arguments.objective == SearchOptions.objective and name != "accuracy":
+            arguments.objective = f"val_{name}:{mode}"

@@ -21,7 +21,7 @@ from tune_amp.reuse.precision_verdicts import (
     ComparedRun,
     ComparisonOrigin,
     MapCell,
-    MapRatio,
+    Ratio,
     judge_claims,
     map_ratio,
     memory_ratio,
@@ -171,7 +171,7 @@ def _show_run(run: ComparedRun) -> str:
 # ---- the map ----
 
 
-def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, MapRatio | None, float | None]]:
+def _pair_cells(cells: Sequence[MapCell]) -> list[tuple[MapCell, Ratio | None, float | None]]:
     """Return each cell with its speed and memory relative to the fp32 cell of its model and batch size."""
     baselines = {(cell.model, cell.batch_size): cell for cell in cells if cell.precision == BASELINE}
     pairs = [(cell, baselines[cell.model, cell.batch_size]) for cell in cells]
@@ -185,8 +185,7 @@ def _render_map(cells: Sequence[MapCell]) -> str:
         if cell.reason:
             compared[2] = code_span(cell.reason.replace("|", "/"))
         elif ratio is not None and cell.precision != BASELINE:
-            speed = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-            compared = [speed, _cell("{:.2f}".format, memory), ratio.word]
+            compared = [RATIO(ratio), _cell("{:.2f}".format, memory), ratio.word]
         rate = f"{statistics.median(cell.turn_rates):,.0f}" if cell.turn_rates else ""
         rows.append([cell.model, str(cell.batch_size), cell.precision, rate, *compared])
     titles = ("model", "batch", "precision", "images/s", "speed / fp32", "memory / fp32", "")

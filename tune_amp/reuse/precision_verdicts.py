@@ -24,7 +24,8 @@ BASELINE = "fp32"
 """Precision that the others are compared with: strict fp32, not PyTorch's mixture of TF32 and fp32."""
 CLAIMED = ("bf16", "fp16")
 """Precisions that the tutorial's claims are about."""
-LEAST_SEEDS = 2
+LEAST_SEEDS, CPU_SEEDS, CUDA_SEEDS = 2, 3, 5
+"""Fewest seeds, and those of a comparison on a CPU and on a GPU."""
 
 MARGIN_POINTS = 0.2
 """Percentage points of accuracy within which two precisions are the same: the effect of one seed on MNIST."""
@@ -129,14 +130,23 @@ class ComparisonOrigin:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RatioInterval:
-    """A ratio of two quantities, with the interval in which it is expected over further seeds."""
+class Ratio:
+    """A ratio of two quantities, measured in pairs."""
 
     ratio: float
-    """Geometric mean of the paired ratios."""
+    """Geometric mean of the ratios over seeds, or their median over turns."""
     low: float
+    """Lower end of the interval in which it is expected over further seeds, or the smallest of the turns."""
     high: float
     n: int
+    """Number of pairs."""
+
+    @property
+    def word(self) -> str:
+        """What all of the interval, or all turns, agree on about a speed."""
+        if self.low > 1:
+            return "faster"
+        return "slower" if self.high < 1 else "no difference"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,32 +167,14 @@ class ArmSummary:
     peak_memory_bytes: float | None
     accuracy: MeanInterval | None
     """Accuracy in per cent."""
-    speed: RatioInterval | None
+    speed: Ratio | None
     """Images a second divided by those of fp32."""
-    memory: RatioInterval | None
+    memory: Ratio | None
     """Peak memory divided by that of fp32."""
     difference: Equivalence | None
     """Accuracy minus that of fp32, in points."""
     loss: MeanInterval | None
     """Points of accuracy lost to fp32, with a 90 % interval: each end is a one-sided bound of 95 %."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MapRatio:
-    """Images a second of a cell divided by those of fp32 in the same turn."""
-
-    median: float
-    low: float
-    """Smallest ratio of the turns."""
-    high: float
-    """Largest ratio of the turns."""
-
-    @property
-    def word(self) -> str:
-        """The result that all turns agree on."""
-        if self.low > 1:
-            return "faster"
-        return "slower" if self.high < 1 else "no difference"
 
 
 class Answer(StrEnum):
@@ -207,14 +199,14 @@ class ClaimVerdict:
 # ---- statistics ----
 
 
-def ratio_interval(values: Sequence[float], others: Sequence[float]) -> RatioInterval:
+def ratio_interval(values: Sequence[float], others: Sequence[float]) -> Ratio:
     """Return the geometric mean of the paired ``values / others``, with Student's 95 % interval of the mean log ratio.
 
     It is the mean for ratios (Fleming & Wallace 1986, "How not to lie with statistics", doi:10.1145/5666.5673): for the
     inverted ratio, mean and interval are the reciprocals.
     """
     logs = mean_interval([math.log(value / other) for value, other in zip(values, others, strict=True)])
-    return RatioInterval(ratio=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high), n=logs.n)
+    return Ratio(ratio=math.exp(logs.mean), low=math.exp(logs.low), high=math.exp(logs.high), n=logs.n)
 
 
 def summarise_arm(runs: Sequence[ComparedRun], precision: str) -> ArmSummary:
@@ -253,12 +245,12 @@ def summarise_arm(runs: Sequence[ComparedRun], precision: str) -> ArmSummary:
     )
 
 
-def map_ratio(cell: MapCell, baseline: MapCell) -> MapRatio | None:
+def map_ratio(cell: MapCell, baseline: MapCell) -> Ratio | None:
     """Return how much faster ``cell`` trains than ``baseline``, turn by turn; None if one of them has no figure."""
     if not cell.turn_rates or not baseline.turn_rates:
         return None
     ratios = [rate / other for rate, other in zip(cell.turn_rates, baseline.turn_rates, strict=True)]
-    return MapRatio(median=statistics.median(ratios), low=min(ratios), high=max(ratios))
+    return Ratio(ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), n=len(ratios))
 
 
 def memory_ratio(cell: MapCell, baseline: MapCell) -> float | None:
@@ -271,7 +263,7 @@ def memory_ratio(cell: MapCell, baseline: MapCell) -> float | None:
 # ---- verdicts ----
 
 
-def judge_speed(ratio: RatioInterval | None) -> Answer:
+def judge_speed(ratio: Ratio | None) -> Answer:
     """Judge the claim on speed: it holds if the whole interval is at 1.5 or above, and fails if all of it is below.
 
     Above 3 it holds too, since the promise is exceeded.
@@ -281,7 +273,7 @@ def judge_speed(ratio: RatioInterval | None) -> Answer:
     return Answer.HOLDS if ratio.low >= CLAIMED_SPEED else Answer.FAILS
 
 
-def judge_memory(ratio: RatioInterval | None) -> Answer:
+def judge_memory(ratio: Ratio | None) -> Answer:
     """Judge the claim on memory: it holds if all of the interval is at most ``CLAIMED_MEMORY``, fails if none is."""
     if ratio is None or ratio.low <= CLAIMED_MEMORY < ratio.high:
         return Answer.UNKNOWN
@@ -337,5 +329,5 @@ def _judge_arm(arm: ArmSummary, device: str) -> list[ClaimVerdict]:
     ]
 
 
-def _quote(ratio: RatioInterval, device: str) -> str:
+def _quote(ratio: Ratio, device: str) -> str:
     return f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}, n = {ratio.n} seeds, {device}"
