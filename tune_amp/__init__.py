@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tune_amp.cli.notebook import TuneResult as TuneResult
     from tune_amp.cli.notebook import tune as tune
     from tune_amp.results.records import load_best as load_best
-    from tune_amp.training.own_loop import Trial as Trial
+    from tune_amp.training.own_trial import Trial as Trial
     from tune_amp.training.task import Task as Task
     from tune_amp.trial.config import InputError as InputError
     from tune_amp.trial.config import TrialConfig as TrialConfig
@@ -24,7 +24,7 @@ __getattr__ = open_door(
     **{
         "cli.notebook": ("tune", "TuneResult"),
         "results.records": ("load_best",),
-        "training.own_loop": ("Trial",),
+        "training.own_trial": ("Trial",),
         "training.task": ("Task",),
         "trial.config": ("InputError", "TrialConfig"),
     },

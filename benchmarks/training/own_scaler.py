@@ -19,7 +19,7 @@ from benchmarks.machine import machine_line
 from benchmarks.markdown import judge, render_table
 from benchmarks.training.floor import one_thread
 from tune_amp.training.models import simple_net
-from tune_amp.training.own_loop import TelemetryScaler
+from tune_amp.training.own_trial import TelemetryScaler
 from tune_amp.trial.config import TrialConfig
 
 MOST_OVERHEAD = 0.01

@@ -16,7 +16,8 @@ from tune_amp.results.records import SCHEMAS
 from tune_amp.training.amp import AmpStep
 from tune_amp.training.data import load_dataset
 from tune_amp.training.models import simple_net
-from tune_amp.training.own_loop import OwnRun, TelemetryScaler, Trial
+from tune_amp.training.own_loop import OwnRun
+from tune_amp.training.own_trial import TelemetryScaler, Trial
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import COMMON_METRICS, RESERVED_NAMES, EpochMetrics, InputError, TrialConfig, shown
@@ -153,7 +154,7 @@ def test_a_step_of_two_optimizers_counts_once_and_as_skipped_if_one_overflows() 
 
 def test_telemetry_does_not_depend_on_when_it_is_compacted(monkeypatch: pytest.MonkeyPatch) -> None:
     once = without_seconds(run(regression, init_scale=TOO_HIGH, growth_interval=3)[-1])
-    monkeypatch.setattr("tune_amp.training.own_loop._LOGGED_STEPS", 2)
+    monkeypatch.setattr("tune_amp.training.own_trial._LOGGED_STEPS", 2)
     assert without_seconds(run(regression, init_scale=TOO_HIGH, growth_interval=3)[-1]) == once
 
 
