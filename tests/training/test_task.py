@@ -436,7 +436,7 @@ def test_memory_that_runs_out_in_a_method_is_no_fault_of_the_task(write_module: 
         ("class Own(Task):\n    def data(self): return (a, a), (a, a), (a, a[1:])", "test inputs: must be as many as"),
         ("class Own(Task):\n    def data(self): return (a, a), (a, a), (a[0:0], a[0:0])", "one, got ((0, 3), "),
         ("class Own(Task):\n    def data(self): return (a, a), (a[:, 1:], a), (a, a)", "must have the shape "),
-        ("class Own(Task):\n    def data(self): return (a, a), (a > 0, a), (a, a)", "must have the dtype of valid"),
+        ("class Own(Task):\n    def data(self): return (a, a), (a > 0, a), (a, a)", ".data: validation inputs, bool"),
         ("class Own(Task):\n    def data(self): return (a, a / 0), (a, a), (a, a)", "must be finite in float32, got"),
         ("class Own(Task):\n    def data(self): return (a, a.astype(str)), (a, a), (a, a)", "must be uint8 images, "),
     ],

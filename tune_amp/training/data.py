@@ -5,6 +5,8 @@ The driver reads a data set once and sends it as numpy arrays; each worker copie
 """
 
 import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from tune_amp.training.own_data import (
     check_classes_part,
     check_task_part,
     count_items,
-    hash_parts,
     name_parts,
     read_example,
     read_targets,
@@ -223,22 +224,17 @@ def _load_mnist_or_digits(data_dir: Path | None) -> Dataset:
 
 
 def _load_files(name: str, data_dir: Path | None) -> Dataset:
-    train_images, train_labels, test_images, test_labels = locate_files(name, data_dir)
-    train = _read_split(train_images, train_labels)
-    test = _read_split(test_images, test_labels)
-    num_classes = 10  # in each of the three data sets, by torchvision's class lists
-    for split, path in ((train, train_labels), (test, test_labels)):
-        if split.labels.max() >= num_classes:
-            raise InputError(f"{path}: labels must be between 0 and {num_classes - 1}, got {split.labels.max()}")
-    return _split_dataset(name, num_classes, train, test, places=(str(train_images), str(test_images)))
-
-
-def _read_split(images_path: Path, labels_path: Path) -> Split:
-    images = read_idx(images_path, IMAGES_MAGIC)
-    labels = read_idx(labels_path, LABELS_MAGIC)
-    if len(images) != len(labels):
-        raise InputError(f"{labels_path}: must hold a label for each of {len(images)} images, got {len(labels)}")
-    return Split(images=images[:, None], labels=labels.astype(np.int64))
+    paths = locate_files(name, data_dir)
+    splits, places = {}, {}
+    for part, (images_path, labels_path) in {"train": paths[:2], "test": paths[2:]}.items():
+        images, labels = read_idx(images_path, IMAGES_MAGIC), read_idx(labels_path, LABELS_MAGIC)
+        if len(images) != len(labels):
+            raise InputError(f"{labels_path}: must hold a label for each of {len(images)} images, got {len(labels)}")
+        if labels.max() > 9:
+            raise InputError(f"{labels_path}: labels must be between 0 and 9, got {labels.max()}")
+        splits[part] = Split(images=images[:, None], labels=labels.astype(np.int64))
+        places[part] = str(images_path)
+    return _build_dataset(name, splits, places, 10)
 
 
 def _load_digits(notice: str | None) -> Dataset:
@@ -248,7 +244,7 @@ def _load_digits(notice: str | None) -> Dataset:
     images = _enlarge_digits(bundle.images.astype(np.int64))[:, None]
     labels = bundle.target.astype(np.int64)
     rest, test = _stratified_split(Split(images=images, labels=labels), len(labels) // DIGITS_TEST_SHARE)
-    return _split_dataset("digits", 10, rest, test, places=("digits", "digits"), notice=notice)
+    return _build_dataset("digits", {"train": rest, "test": test}, {"train": "digits", "test": "digits"}, 10, notice)
 
 
 def _enlarge_digits(images: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
@@ -272,20 +268,7 @@ def _load_from_function(name: str) -> Dataset:
         raise
     except Exception as error:  # a user's function may raise anything
         raise InputError(f"{name}: the call failed ({describe_error(error)})") from error
-    notices: list[str] = []
-    parts = {part: check_classes_part(value, name, part, notices) for part, value in name_parts(name, result).items()}
-    splits = {part: build_split(checked, f"{name}: {part}") for part, checked in parts.items()}
-    num_classes = int(max(split.labels.max() for split in splits.values())) + 1
-    return _split_dataset(
-        name,
-        num_classes,
-        splits["train"],
-        splits["test"],
-        validation=splits.get("validation"),
-        places=(f"{name}: train_images", f"{name}: test_images"),
-        notice="; ".join(notices) or None,
-        content_hash=hash_parts(list(parts.values())),
-    )
+    return _build_own(name, name, name_parts(name, result), has_classes=True)
 
 
 def build_task_dataset(name: str, result: Any, *, has_classes: bool = False) -> Dataset:
@@ -294,45 +277,43 @@ def build_task_dataset(name: str, result: Any, *, has_classes: bool = False) -> 
     Raises:
         InputError: it is not the three parts of a task's data.
     """
-    place, notices = f"{name}.data", list[str]()
-    parts = {
-        part: check_classes_part(value, place, part, notices) if has_classes else check_task_part(value, place, part)
-        for part, value in name_parts(place, result, of_task=True).items()
-    }
-    splits = {part: build_split(checked, f"{place}: {part}") for part, checked in parts.items()}
-    for part in ("validation", "test"):
-        _check_alike(splits["train"], splits[part], f"{place}: train inputs", f"{part} inputs")
+    place = f"{name}.data"
+    return _build_own(name, place, name_parts(place, result, of_task=True), has_classes=has_classes)
+
+
+def _build_own(name: str, place: str, parts: Mapping[str, Any], *, has_classes: bool) -> Dataset:
+    """Return the parts of a user's own data as a data set; ``place`` names them in messages."""
+    splits: dict[str, Split] = {}
+    notices: list[str] = []
+    for part, value in parts.items():
+        checked = (
+            check_classes_part(value, place, part, notices) if has_classes else check_task_part(value, place, part)
+        )
+        splits[part] = build_split(checked, f"{place}: {part}")
+    places = {part: f"{place}: {part}{'_images' if has_classes else ' inputs'}" for part in parts}
     num_classes = int(max(split.labels.max() for split in splits.values())) + 1 if has_classes else 0
-    if has_classes:
-        _check_classes(splits["train"], num_classes, f"{place}: train_images")
-    return Dataset(
-        name=name,
-        num_classes=num_classes,
-        notice="; ".join(notices) or None,
-        train=splits["train"],
-        validation=splits["validation"],
-        test=splits["test"],
-        content_hash=hash_parts(list(parts.values())),
-    )
+    return _build_dataset(name, splits, places, num_classes, "; ".join(notices) or None)
 
 
-def _split_dataset(
-    name: str,
-    num_classes: int,
-    train: Split,
-    test: Split,
-    *,
-    places: tuple[str, str],
-    validation: Split | None = None,
-    notice: str | None = None,
-    content_hash: str | None = None,
+def _build_dataset(
+    name: str, splits: dict[str, Split], places: Mapping[str, str], num_classes: int, notice: str | None = None
 ) -> Dataset:
-    """Split off the validation images unless they are given; ``places`` name train and test images in messages."""
-    _check_alike(train, test, *places)
-    if validation is not None:
-        _check_alike(train, validation, places[0], f"{name}: validation_images")
-    _check_classes(train, num_classes, places[0])
-    content_hash = content_hash or hash_parts([(train.images, train.labels), (test.images, test.labels)])
+    """Return the checked splits as a data set; validation images are split off unless they are given.
+
+    Args:
+        name: name of the data set.
+        splits: train, test and perhaps validation.
+        places: their images, for messages.
+        num_classes: 0 if the targets are no classes.
+        notice: warning to show the user.
+    """
+    train = splits["train"]
+    for part, split in splits.items():
+        _check_alike(train, split, places["train"], places[part])
+    if num_classes:
+        _check_classes(train, num_classes, places["train"])
+    content_hash = _hash_splits(splits.values())
+    validation = splits.get("validation")
     if validation is None:
         # At least one image a class, which scikit-learn requires of both sides; it matters below twelve a class.
         train, validation = _stratified_split(train, max(len(train) // VALIDATION_SHARE, num_classes))
@@ -341,10 +322,24 @@ def _split_dataset(
         num_classes=num_classes,
         train=train,
         validation=validation,
-        test=test,
+        test=splits["test"],
         content_hash=content_hash,
         notice=notice,
     )
+
+
+def _hash_splits(splits: Iterable[Split]) -> str:
+    """Return SHA-256 over shapes, dtypes and bytes of arrays; of a data set, over its length and listed targets."""
+    digest = hashlib.sha256()
+    for split in splits:
+        arrays = [split.images, split.labels]
+        if isinstance(split, StreamedSplit):
+            digest.update(f"{type(split.source).__name__} {len(split)}".encode())
+            arrays = [split.labels] if split.labels.size else []
+        for array in arrays:
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _check_alike(train: Split, other: Split, place: str, other_place: str) -> None:

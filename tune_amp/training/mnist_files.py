@@ -10,7 +10,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ MOST_IMAGES = 2**24
 """Maximum number of images or labels in a file; a label takes eight bytes in memory."""
 DEFLATE_RATIO = 1032
 """Maximum ratio of unpacked to compressed size: zlib.net/zlib_tech.html."""
-PIECE_BYTES = 2**20
 
 IMAGES_MAGIC = 0x803
 LABELS_MAGIC = 0x801
@@ -89,7 +87,7 @@ def read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
         raise InputError(f"{path}: cannot be read ({describe_error(error)})") from error
 
 
-def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int, available: int) -> npt.NDArray[np.uint8]:
+def _read_array(path: Path, file: io.BufferedIOBase, magic: int, available: int) -> npt.NDArray[np.uint8]:
     """Read header and values; ``available`` is the maximum number of bytes that ``file`` can hold."""
     shape = _read_shape(path, file, magic)
     promised = math.prod(shape)  # a damaged header can promise 2^96 bytes
@@ -100,7 +98,7 @@ def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int, availab
     if promised > MOST_BYTES:
         raise InputError(f"{path}: must hold at most {MOST_BYTES:,} bytes, got {promised:,} (shape {tuple(shape)})")
     values = np.empty(promised, np.uint8)
-    got = _fill(file, values.data)
+    got = file.readinto(values.data)
     if got < promised:
         raise InputError(f"{rule}, got {got}")
     if file.read(1):  # reading to the end of a compressed file also verifies its checksum
@@ -108,7 +106,7 @@ def _read_array(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int, availab
     return values.reshape(shape)
 
 
-def _read_shape(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int) -> list[int]:
+def _read_shape(path: Path, file: io.BufferedIOBase, magic: int) -> list[int]:
     dimensions = magic & 0xFF  # the magic number's last byte
     header_bytes = 4 * (1 + dimensions)
     header = file.read(header_bytes)
@@ -122,15 +120,6 @@ def _read_shape(path: Path, file: IO[bytes] | gzip.GzipFile, magic: int) -> list
     if 0 in shape:
         raise InputError(f"{path}: must hold at least one value, got shape {tuple(shape)}")
     return shape
-
-
-def _fill(file: IO[bytes] | gzip.GzipFile, buffer: memoryview) -> int:
-    """Read into ``buffer`` until it is full or the file ends; return the number of bytes read."""
-    filled = 0
-    while filled < len(buffer) and (piece := file.read(min(PIECE_BYTES, len(buffer) - filled))):
-        buffer[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    return filled
 
 
 def _choose_folder(data_dir: Path | None) -> Path:
@@ -166,12 +155,8 @@ def _files_in(place: Path) -> dict[str, Path]:
         return {}
     except OSError as error:
         raise InputError(f"{place}: must be a folder that can be read ({describe_error(error)})") from error
-    files: dict[str, Path] = {}
-    for stem in FILE_STEMS:
-        for name in (stem, f"{stem}.gz"):  # if torchvision unpacked, both exist: the plain file is faster
-            if name in names:
-                files.setdefault(stem, place / name)
-    return files
+    # If torchvision unpacked, both exist: the plain file is faster.
+    return {stem: place / name for stem in FILE_STEMS for name in (f"{stem}.gz", stem) if name in names}
 
 
 def _download_files(name: str, folder: Path) -> None:

@@ -123,17 +123,13 @@ def _check_images(name: str, input_shape: InputShape) -> tuple[int, int, int]:
 
 def _check_own(name: str, function: ModelFunction, own: Mapping[str, Any]) -> None:
     """Refuse own parameters that a model's function does not take."""
-    if not own:
-        return
-    taken = inspect.signature(function).parameters.values()
-    names = [parameter.name for parameter in list(taken)[2:] if parameter.kind is not parameter.VAR_KEYWORD]
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
-        return
-    for parameter in own:
+    taken = inspect.signature(function).parameters.values() if own else ()
+    names = [parameter.name for parameter in [*taken][2:] if parameter.kind is not parameter.VAR_KEYWORD]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+    for parameter in () if takes_all else own:
         if parameter not in names:
-            raise InputError(
-                f"model: {name} must take own.{parameter} as a keyword argument, it takes {names or 'none'}"
-            )
+            rule = f"must take own.{parameter} as a keyword argument, it takes {names or 'none'}"
+            raise InputError(f"model: {name} {rule}")
 
 
 def _find_lazy(model: nn.Module) -> str | None:

@@ -3,8 +3,6 @@
 A part of the data is a pair (inputs, targets) of arrays of any shape, or a ``torch.utils.data.Dataset`` of such pairs.
 """
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -183,23 +181,6 @@ def read_example(dataset: TorchDataset[Any], place: str) -> npt.NDArray[Any]:
     if isinstance(example, torch.Tensor | np.ndarray | np.generic | float | int):
         return np.asarray(example)[None]
     return np.empty((1, 0), np.float32)
-
-
-def hash_parts(parts: Sequence[Part]) -> str:
-    """Return SHA-256 over shapes, dtypes and bytes of arrays; of a data set, over its length and listed targets."""
-    digest = hashlib.sha256()
-    for part in parts:
-        arrays: Sequence[npt.NDArray[Any]]
-        if isinstance(part, TorchDataset):
-            digest.update(f"{type(part).__name__} {count_items(part)}".encode())
-            targets = read_targets(part)
-            arrays = () if targets is None else (targets,)
-        else:
-            arrays = part
-        for array in arrays:
-            digest.update(f"{array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def count_items(dataset: TorchDataset[Any]) -> int:
