@@ -10,7 +10,6 @@ import pytest
 from tune_amp.cluster.gpu_sharing import (
     MeasurementError,
     ShareMeasurement,
-    _Prepared,
     choose_trials,
     count_fitting,
     find_knee,
@@ -24,7 +23,7 @@ from tune_amp.space.space import SearchSpace
 from tune_amp.training.data import Split
 from tune_amp.trial.config import TrialConfig
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 MakeSpace = Callable[[str], SearchSpace]
 WriteModule = Callable[[str], str]
 
@@ -166,12 +165,6 @@ def test_gpu_that_takes_one_process_gets_one_trial(write_module: WriteModule) ->
     shared = _measure_here(make_split(), TrialConfig(batch_size=32, model=model), 2, (1, 2), (), ())
     assert shared.trials == 1
     assert shared.reason.startswith("a GPU takes one process (compute mode EXCLUSIVE_PROCESS): ")
-
-
-def test_context_is_what_a_process_holds_beside_its_allocator() -> None:
-    """The allocator held 900 MiB at its peak and gave 400 back: the process now takes 1,100, 600 for its context."""
-    prepared = _Prepared(steps=1, reserved_bytes=900 * MIB, held_bytes=500 * MIB, left_out_bytes=47 * MIB)
-    assert prepared.count_bytes(1100 * MIB) == (900 + 600 + 47) * MIB
 
 
 @pytest.mark.slow  # starts processes

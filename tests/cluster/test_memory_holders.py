@@ -1,8 +1,14 @@
 import os
 
 import pytest
+import torch
 
-from tune_amp.cluster.memory_holders import find_gpu_holders, find_node_holders
+from tune_amp.cluster.memory_holders import (
+    MemoryHeldError,
+    find_gpu_holders,
+    find_node_holders,
+    naming_memory_holders,
+)
 
 GIB = 2**30
 
@@ -75,3 +81,23 @@ def test_others_hold_a_gpus_memory_where_a_trial_can_have_less_than_half_of_its_
     found = find_gpu_holders(free=free * GIB, own=own * GIB, total=80 * GIB, share=share)
     text = f"they leave {left} GiB that the trial was given; nvidia-smi lists them"
     assert found == (left and f"the GPU's memory is held by other programs: {text}")
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "cuda", MemoryHeldError),
+        (torch.AcceleratorError("CUDA error: out of memory"), "cuda", MemoryHeldError),
+        (RuntimeError("no kernel"), "cuda", RuntimeError),
+        (RuntimeError("CUDA out of memory"), "cpu", RuntimeError),
+    ],
+)
+def test_gpu_that_others_fill_is_told_from_one_that_the_trial_fills(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, device: str, expected: type[Exception]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
+    for own, raised in ((2**30, expected), (60 * 2**30, type(error))):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, own=own: own)
+        with pytest.raises(Exception) as caught, naming_memory_holders(torch.device(device), 1.0):  # noqa: PT011
+            raise error
+        assert type(caught.value) is raised

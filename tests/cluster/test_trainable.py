@@ -16,18 +16,16 @@ import torch
 from ray.tune import Checkpoint
 from ray.tune.result import SHOULD_CHECKPOINT
 
-from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS
+from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, MemoryHeldError
 from tune_amp.cluster.trainable import (
     CHECKPOINT_FILE,
     READ_BY_TUNE,
     REPORT,
     AmpTrainable,
     LargerShareNeeded,
-    MemoryHeldError,
     WorkerSetup,
     failure_report,
     is_checkpoint_due,
-    naming_memory_holders,
     read_report,
 )
 from tune_amp.reuse.final import find_differences
@@ -411,26 +409,6 @@ def test_same_error_in_another_epoch_is_chance(make_trainable: MakeTrainable, mo
     fail_at_first(monkeypatch, 2, RuntimeError("the driver has hiccups"))
     last = train(make_trainable(max_epochs=3))[-1]
     assert (last["status"], last["config_fault"]) == ("failed", False)
-
-
-@pytest.mark.parametrize(
-    ("error", "device", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "cuda", MemoryHeldError),
-        (torch.AcceleratorError("CUDA error: out of memory"), "cuda", MemoryHeldError),
-        (RuntimeError("no kernel"), "cuda", RuntimeError),
-        (RuntimeError("CUDA out of memory"), "cpu", RuntimeError),
-    ],
-)
-def test_gpu_that_others_fill_is_told_from_one_that_the_trial_fills(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, device: str, expected: type[Exception]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
-    for own, raised in ((2**30, expected), (60 * 2**30, type(error))):
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, own=own: own)
-        with pytest.raises(Exception) as caught, naming_memory_holders(torch.device(device), 1.0):  # noqa: PT011
-            raise error
-        assert type(caught.value) is raised
 
 
 def test_trial_whose_gpu_others_fill_is_tried_again_and_fails_through_no_fault_of_its_settings(

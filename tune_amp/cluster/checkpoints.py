@@ -177,7 +177,10 @@ def prepare_storage(
             owner=identify_folder(run_folder),
         )
         filesystem.create_dir(storage.path, recursive=True)
-        _write_and_delete(filesystem, f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}")
+        probe = f"{storage.path}/.{storage.name}-{secrets.token_hex(4)}"
+        filesystem.open_output_stream(probe).close()
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(probe)
         storage = _choose_name(storage, earlier)
         taken = storage.is_taken
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError, ArrowNotImplementedError an OSError too
@@ -196,12 +199,9 @@ def _choose_name(storage: RunStorage, earlier: Sequence[Part] | None) -> RunStor
     if earlier is None:
         return storage
     own = tuple((name, token) for place, name, token in earlier if place == storage.place)
-    for number in itertools.count(1):
-        name = storage.name if number == 1 else f"{storage.name}-{number}"
-        chosen = dataclasses.replace(storage, name=name, earlier=own)
-        if not chosen.is_taken:
-            return chosen
-    raise AssertionError  # numbers do not end
+    names = itertools.chain([storage.name], (f"{storage.name}-{number}" for number in itertools.count(2)))
+    candidates = (dataclasses.replace(storage, name=name, earlier=own) for name in names)
+    return next(candidate for candidate in candidates if not candidate.is_taken)
 
 
 def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
@@ -226,38 +226,28 @@ def check_from_nodes(storage: RunStorage, resources: TrialResources) -> None:
         ray.cancel(answer)
     try:
         for answer in answered:
-            _check_answer(storage, answer, *nodes[answer])
+            address, path = nodes[answer]
+            try:
+                error = ray.get(answer)
+            except ray.exceptions.RayError:  # the node left
+                continue
+            if error is not None:
+                raise InputError(f"--storage-path: {storage.path} cannot be written on node {address} ({error})")
+            if storage.filesystem.get_file_info(path).type is fs.FileType.NotFound:
+                raise InputError(
+                    f"--storage-path: {storage.path} must be the same place on all nodes; {address} has its own"
+                )
     finally:
         for _, path in nodes.values():
             with contextlib.suppress(OSError):
                 storage.filesystem.delete_file(path)
 
 
-def _check_answer(storage: RunStorage, answer: "ray.ObjectRef[str | None]", address: str, path: str) -> None:
-    """Raise InputError if a node could not write the empty file at ``path``, or if this process does not see it."""
-    try:
-        error = ray.get(answer)
-    except ray.exceptions.RayError:  # the node left
-        return
-    if error is not None:
-        raise InputError(f"--storage-path: {storage.path} cannot be written on node {address} ({error})")
-    if storage.filesystem.get_file_info(path).type is fs.FileType.NotFound:
-        raise InputError(f"--storage-path: {storage.path} must be the same place on all nodes; {address} has its own")
-
-
 def _write(filesystem: fs.FileSystem, path: str) -> str | None:
     """Write an empty file. Return the error as one line, or None."""
     try:
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        with filesystem.open_output_stream(path):
-            pass
+        filesystem.open_output_stream(path).close()
     except (OSError, ValueError) as error:
         return hide_credentials(describe_error(error))
     return None
-
-
-def _write_and_delete(filesystem: fs.FileSystem, path: str) -> None:
-    with filesystem.open_output_stream(path):
-        pass
-    with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_file(path)

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tune_amp.space.space import SearchSpace  # which needs Optuna; measuring does not
 
 # Memory of a CUDA context with its kernels and library handles, which PyTorch's allocator does not count: 400 to
-# 600 MiB on recent GPUs. Used if it cannot be measured from outside.
+# 600 MiB on recent GPUs.
 CONTEXT_BYTES = 600 * 2**20
 
 # A tenth of a device is reserved for fragmentation, the driver, and occasional peaks of the largest configuration.
@@ -165,8 +165,8 @@ def measure_shares(
 ) -> tuple[ShareMeasurement, ...]:
     """Train ``config`` in 1, 2, ... processes at the same time, each with one CPU thread.
 
-    Memory is measured while the first process is alone on the device. Numbers of trials that would not fit it are
-    skipped. If a process fails or is late, the remaining measurements are skipped too.
+    The first process measures its memory. Numbers of trials that would not fit the device are skipped. If a process
+    fails or is late, the remaining measurements are skipped too.
 
     Args:
         config: the configuration that each process trains.
@@ -184,7 +184,7 @@ def measure_shares(
         MeasurementError: no number could be measured.
     """
     deadline = time.monotonic() + START_SECONDS + 2 * seconds * len(counts) * repeats
-    with tempfile.TemporaryDirectory(prefix="tune_amp_shares_") as folder:
+    with tempfile.TemporaryDirectory(prefix="tune_amp_shares_") as folder, contextlib.ExitStack() as stack:
         for name in ("images", "labels"):  # mapped by each process: no copy, and nothing large is pickled
             np.save(Path(folder) / f"{name}.npy", getattr(train, name))
         job = _Job(
@@ -196,23 +196,20 @@ def measure_shares(
             search_path=tuple(sys.path),
             consented=list_consented(),
         )
-        with _start_processes(job, max(counts), deadline) as processes:
-            return _measure_counts(processes, sorted(counts), device_type, repeats)
+        processes: list[_Process] = []
+        for _ in range(max(counts)):
+            processes.append(_Process(job, deadline))
+            stack.callback(processes[-1].kill)
+        return _measure_counts(processes, sorted(counts), repeats)
 
 
 def _measure_counts(
-    processes: "Sequence[_Process]", counts: Sequence[int], device_type: str, repeats: int
+    processes: "Sequence[_Process]", counts: Sequence[int], repeats: int
 ) -> tuple[ShareMeasurement, ...]:
     first = processes[0]
-    meter = processes[1] if device_type == "cuda" and len(processes) > 1 else None
-    before = meter.call("read_memory") if meter else None
-    prepared: _Prepared = first.call("prepare", None)
-    memory, most = prepared.count_bytes(None), len(processes)
-    if meter and before:  # memory taken since then belongs to the first process, its context included
-        free, total = meter.call("read_memory")
-        memory = prepared.count_bytes(before[0] - free)
-        most = min(most, count_fitting(memory, total)) if memory else most
-    ready = [first, *_prepare(processes[1:most], prepared.steps)]
+    first.send("prepare", None)
+    steps, memory, fitting = first.receive()
+    ready = [first, *_prepare(processes[1:fitting], steps)]
     measured: list[ShareMeasurement] = []
     for count in [count for count in counts if count <= len(ready)] * repeats:
         try:
@@ -266,31 +263,6 @@ class _Job:
     consented: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """State of a process after its warm-up."""
-
-    steps: int
-    """Steps per epoch."""
-    reserved_bytes: int | None = None
-    """Peak bytes that PyTorch's allocator held; None on the CPU."""
-    held_bytes: int = 0
-    """Bytes that the allocator holds now: fewer if its cache was emptied. The process's other memory is its context."""
-    left_out_bytes: int = 0
-    """Bytes of training images that a trial would also hold, but this process does not."""
-
-    def count_bytes(self, taken_bytes: int | None) -> int | None:
-        """Return the peak device memory of a trial in bytes; None on the CPU.
-
-        Args:
-            taken_bytes: memory of the process as the device shows it; None if unknown.
-        """
-        if self.reserved_bytes is None:
-            return None
-        context_bytes = CONTEXT_BYTES if taken_bytes is None else max(0, taken_bytes - self.held_bytes)
-        return self.reserved_bytes + self.left_out_bytes + context_bytes
-
-
 class _Process:
     """Handle of a process that trains on command."""
 
@@ -302,15 +274,6 @@ class _Process:
         self._process.start()
         other_end.close()  # so that the pipe ends when the process dies
 
-    def call(self, command: str, *arguments: Any) -> Any:
-        """Send a command and wait for its result.
-
-        Raises:
-            MeasurementError: the command failed, the process died, or time is up.
-        """
-        self.send(command, *arguments)
-        return self.receive()
-
     def send(self, command: str, *arguments: Any) -> None:
         """Send a command. ``receive`` detects a dead process."""
         with contextlib.suppress(OSError):
@@ -320,7 +283,7 @@ class _Process:
         """Wait for the result of the command and return it.
 
         Raises:
-            MeasurementError: see ``call``.
+            MeasurementError: the command failed, the process died, or time is up.
         """
         try:
             if not self._pipe.poll(max(0.0, self._deadline - time.monotonic())):
@@ -338,16 +301,6 @@ class _Process:
         self._process.kill()
         self._process.join()
         self._pipe.close()
-
-
-@contextlib.contextmanager
-def _start_processes(job: _Job, count: int, deadline: float) -> Iterator[list[_Process]]:
-    with contextlib.ExitStack() as stack:
-        processes: list[_Process] = []
-        for _ in range(count):
-            processes.append(_Process(job, deadline))
-            stack.callback(processes[-1].kill)
-        yield processes
 
 
 def _serve(pipe: Connection, job: _Job) -> None:
@@ -377,15 +330,14 @@ class _Commands:
         self._job = job
         self._device = torch.device(job.device_type)
 
-    def read_memory(self) -> tuple[int, int]:
-        """Return the free and total bytes of the device, as its driver reports them."""
-        return torch.cuda.mem_get_info(self._device)
-
-    def prepare(self, steps: int | None) -> _Prepared:
+    def prepare(self, steps: int | None) -> tuple[int, int | None, int | None]:
         """Train until the warm-up is complete.
 
         Args:
             steps: steps per epoch; None to choose them.
+
+        Returns:
+            The steps per epoch, and on a GPU the peak memory of a trial in bytes and how many trials fit; else None.
         """
         batch_size = self._job.config.batch_size
         train = self._load_split()
@@ -401,13 +353,10 @@ class _Commands:
         for _ in range(math.ceil((WARM_UP_STEPS + 1) / steps)):
             self._run.train_epoch()
         if self._device.type != "cuda":
-            return _Prepared(steps=steps)
-        return _Prepared(
-            steps=steps,
-            reserved_bytes=torch.cuda.max_memory_reserved(self._device),
-            held_bytes=torch.cuda.memory_reserved(self._device),
-            left_out_bytes=train.images.nbytes - placed.images.nbytes,
-        )
+            return steps, None, None
+        left_out = train.images.nbytes - placed.images.nbytes  # a trial would hold them too
+        memory = torch.cuda.max_memory_reserved(self._device) + left_out + CONTEXT_BYTES
+        return steps, memory, count_fitting(memory, torch.cuda.mem_get_info(self._device)[1])
 
     def measure(self, start: float) -> float:
         """Train from ``start`` (``time.monotonic``) for the job's seconds. Return the training images per second."""

@@ -3,9 +3,15 @@
 Memory that other programs hold is not the fault of a trial's settings: the trial waits, retries, and finally fails.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+
+from tune_amp.training.memory import is_out_of_gpu_memory
 
 MEMORY_HELD_SIGN = "memory is held by other programs"
 """Text in the reason of a death or failure that other programs caused."""
@@ -18,6 +24,10 @@ MEMORY_WAIT_SECONDS = 10.0
 _USED = re.compile(r"Memory usage (\d+)B exceeded threshold")
 _WORKER = re.compile(r"pid=(\d+), actual memory used=([\d.]+)GB, worker ID=")
 _USER = re.compile(r"^(\d+)\t([\d.]+)\t(.+)$", re.MULTILINE)
+
+
+class MemoryHeldError(OSError):
+    """A GPU's memory ran out while other programs held a trial's part of it: not the fault of the trial's settings."""
 
 
 def find_node_holders(text: str) -> str | None:
@@ -62,3 +72,23 @@ def find_gpu_holders(*, free: int, own: int, total: int, share: float) -> str | 
         return None
     held = f"they leave {(free + own) / 2**30:.2f} of the {due / 2**30:.2f} GiB that the trial was given"
     return f"the GPU's {MEMORY_HELD_SIGN}: {held}; nvidia-smi lists them"
+
+
+@contextlib.contextmanager
+def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
+    """In the ``with`` block, raise MemoryHeldError if a GPU is out of memory because of other programs.
+
+    Args:
+        device: device of the trial.
+        share: share of a GPU assigned to the trial.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device.type != "cuda" or not is_out_of_gpu_memory(error):
+            raise
+        free, total = torch.cuda.mem_get_info(device)
+        holders = find_gpu_holders(free=free, own=torch.cuda.memory_reserved(device), total=total, share=share)
+        if holders is None:
+            raise
+        raise MemoryHeldError(holders) from error

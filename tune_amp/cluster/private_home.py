@@ -39,7 +39,7 @@ def private_home(parent: Path | None = None) -> Iterator[Path]:
     try:
         with contextlib.suppress(OSError):  # fails on NFS; elsewhere systemd-tmpfiles spares a locked folder
             fcntl.flock(folder, fcntl.LOCK_EX)
-        with open(home / OWNER_FILE, "xb", opener=_open_private) as owner:
+        with (home / OWNER_FILE).open("xb") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
             owner.write(proof)  # after the lock: if the text is there, the lock shows whether this process lives
             owner.flush()
@@ -51,10 +51,6 @@ def private_home(parent: Path | None = None) -> Iterator[Path]:
                 break
             time.sleep(0.1)
         os.close(folder)
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _describe_home(home: Path) -> bytes:

@@ -115,7 +115,7 @@ def ray_session(
         StartError: a private Ray does not start.
     """
     _check_home()
-    is_running = "ray" in sys.modules and _ray_is_initialized()
+    is_running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if mps == "on" and (is_running or address is not None):
         raise InputError(
             "--mps: on is not allowed in a Ray that runs already (--address): whoever runs it starts MPS on its nodes"
@@ -177,7 +177,7 @@ def _private_ray(
                 # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                 ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)
         except Exception as error:
-            try:
+            try:  # Ray's own files may have taken the room
                 _check_room(home)
             except OSError as full:
                 raise _start_error(full, parent) from error
@@ -266,7 +266,7 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
     address = resolve_address(address)
     runtime_env = {"py_modules": [_find_source(module) for module in (tune_amp, *modules)]}
     settings: dict[str, str | None] = {**ray_patches.ONE_CONNECTION_ATTEMPT}
-    if "RAY_AUTH_MODE" not in os.environ and _default_token().exists():
+    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").exists():
         # Joining by address never turns authentication on: Ray would wait, then fail without a reason.
         settings["RAY_AUTH_MODE"] = "token"
     with _ray_environment(settings), _shutting_down():
@@ -371,12 +371,6 @@ def _is_refused_by_server(address: str) -> bool | None:
     return False
 
 
-def _ray_is_initialized() -> bool:
-    import ray
-
-    return bool(ray.is_initialized())
-
-
 @contextlib.contextmanager
 def _ray_environment(settings: Mapping[str, str | None]) -> Iterator[None]:
     """Set environment variables for a ``with`` block, such that Ray sees them even if it was imported before."""
@@ -386,10 +380,6 @@ def _ray_environment(settings: Mapping[str, str | None]) -> Iterator[None]:
             yield
     finally:
         ray_patches.read_environment_again()  # otherwise the next session of this process would still use this token
-
-
-def _default_token() -> Path:
-    return Path.home() / ".ray" / "auth_token"
 
 
 @contextlib.contextmanager

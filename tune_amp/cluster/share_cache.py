@@ -104,8 +104,8 @@ def recall_shares(
     if kept is not None:
         measurements, date = kept
         return measurements, f"; measured on {date}: delete {path} to measure again"
-    measurements = measure()
-    _write(path, {"key": key, "date": _today(), "measurements": [*map(dataclasses.asdict, measurements)]})
+    measurements, today = measure(), datetime.datetime.now(datetime.UTC).date().isoformat()
+    _write(path, {"key": key, "date": today, "measurements": [*map(dataclasses.asdict, measurements)]})
     return measurements, ""
 
 
@@ -115,10 +115,6 @@ def _find_folder() -> Path | None:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tune_amp"
     except RuntimeError:
         return None
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> tuple[tuple[ShareMeasurement, ...], datetime.date] | None:

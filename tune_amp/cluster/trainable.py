@@ -7,7 +7,6 @@ next trial. Only the death of the process itself and a permanently broken CUDA c
 import collections
 import contextlib
 import dataclasses
-import functools
 import gc
 import io
 import math
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +28,7 @@ from ray.air.constants import TRAINING_ITERATION
 from ray.tune.result import DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRIAL_ID
 
 from tune_amp.cluster import ray_patches
-from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, find_gpu_holders
+from tune_amp.cluster.memory_holders import MEMORY_WAIT_SECONDS, MemoryHeldError, naming_memory_holders
 from tune_amp.cluster.resources import TrialResources, cap_memory
 from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split
@@ -107,10 +106,6 @@ class LargerShareNeeded(RuntimeError):  # noqa: N818 - a request, not a fault
     """A trial ran out of its share of a GPU's memory. Ends the worker, so that Tune retries with a larger share."""
 
 
-class MemoryHeldError(OSError):
-    """A GPU's memory ran out while other programs held a trial's part of it: not the fault of the trial's settings."""
-
-
 class AmpTrainable(tune.Trainable):
     """One trial, one epoch per ``step``.
 
@@ -134,6 +129,7 @@ class AmpTrainable(tune.Trainable):
         self._content: bytes | None = None  # of a checkpoint that is being saved
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
         self.reset_config(config)
+        gc.freeze()  # modules and data stay: collecting torch's modules costs 0.15 s a trial
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """Save with Ray's ``save``, which stores the files of ``save_checkpoint``, and measure its cost.
@@ -301,7 +297,6 @@ class AmpTrainable(tune.Trainable):
         # The trial's report counts; a broken context fails the next step too.
         with contextlib.suppress(RuntimeError):
             release_memory(self._data.device)
-        _exempt_what_is_left()
 
 
 def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> bool:
@@ -326,15 +321,6 @@ def read_checkpoint(filesystem: fs.FileSystem, folder: str) -> io.BytesIO | None
         return None
     content.seek(0)
     return content if whole else None
-
-
-@functools.cache
-def _exempt_what_is_left() -> None:
-    """Exempt what survives a worker's first trial, mostly modules, from garbage collection.
-
-    Collecting torch's modules cost 0.15 s a trial.
-    """
-    gc.freeze()
 
 
 def progress_report(metrics: EpochMetrics, status: str, error: str | None = None) -> dict[str, Any]:
@@ -395,26 +381,6 @@ def prepare_worker(worker_setup: WorkerSetup) -> torch.device:
 def assigned_gpu_share() -> float:
     """Return the GPUs that Ray assigned to this worker: a fraction if it shares one, 0 without Ray."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
-
-
-@contextlib.contextmanager
-def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
-    """In the ``with`` block, raise MemoryHeldError if a GPU is out of memory because of other programs.
-
-    Args:
-        device: device of the trial.
-        share: share of a GPU assigned to the trial.
-    """
-    try:
-        yield
-    except Exception as error:
-        if device.type != "cuda" or not is_out_of_gpu_memory(error):
-            raise
-        free, total = torch.cuda.mem_get_info(device)
-        holders = find_gpu_holders(free=free, own=torch.cuda.memory_reserved(device), total=total, share=share)
-        if holders is None:
-            raise
-        raise MemoryHeldError(holders) from error
 
 
 def read_report(result: Mapping[str, Any]) -> TrialReport:

@@ -150,18 +150,6 @@ def count_most_runs(top_k: int, seeds: int) -> int:
     return min(seeds, FIRST_SEEDS) * (top_k + 1) + 2 * max(0, seeds - FIRST_SEEDS)
 
 
-def list_left(jobs: Sequence[ConfirmJob], done: Sequence[ConfirmedRun]) -> list[ConfirmJob]:
-    """Return those of ``jobs`` that have a run which is not done yet."""
-    known = {(run.trial_id, run.seed) for run in done}
-    return [job for job in jobs if {(name, job.config.seed) for name in job.trial_ids} - known]
-
-
-def _select_done(jobs: Sequence[ConfirmJob], runs: Sequence[ConfirmedRun]) -> list[ConfirmedRun]:
-    """Return the runs of an earlier, interrupted confirmation that ``jobs`` need too."""
-    needed = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
-    return [run for run in runs if (run.trial_id, run.seed) in needed]
-
-
 def confirm(
     plan: ConfirmPlan,
     train: Callable[[Sequence[ConfirmJob]], Generator[tuple[ConfirmJob, ConfirmedRun]]],
@@ -195,8 +183,10 @@ def confirm(
         most_further = 2 * len(plan.seeds[FIRST_SEEDS:])
         for list_jobs, may_follow in ((lambda _: plan.first_jobs, most_further), (plan.list_further_jobs, 0)):
             jobs = list_jobs(runs)
-            runs = _put_in_order([*runs, *_select_done(jobs, done)], plan)
-            left = list_left(jobs, runs)
+            needed = {(trial_id, job.config.seed) for job in jobs for trial_id in job.trial_ids}
+            runs = _put_in_order([*runs, *(run for run in done if (run.trial_id, run.seed) in needed)], plan)
+            lacking = needed - {(run.trial_id, run.seed) for run in runs}
+            left = [job for job in jobs if any((trial_id, job.config.seed) in lacking for trial_id in job.trial_ids)]
             total, ended = progress.total + len(jobs), progress.done + len(jobs) - len(left)
             progress = dataclasses.replace(
                 progress, jobs=jobs, runs=runs, total=total, done=ended, may_follow=may_follow
