@@ -56,7 +56,6 @@ RAYS_VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
     "TUNE_GLOBAL_CHECKPOINT_S",
     "TUNE_MAX_PENDING_TRIALS_PG",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS",
 }
 """Environment variables that Ray's documentation or its messages name."""
 MOST_NAMES = 6

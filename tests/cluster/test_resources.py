@@ -13,11 +13,11 @@ from tune_amp.cluster.gpu_sharing import CONTEXT_BYTES, SharedGpu
 from tune_amp.cluster.resources import (
     LIST_NODES_SECONDS,
     TRIALS_PER_GPU,
-    SlotCounter,
     allocate_resources,
     cap_memory,
     count_gpus,
     count_slots,
+    count_slots_now,
     double_share,
     memory_fraction,
 )
@@ -388,7 +388,7 @@ def test_hog_runs_out_of_its_own_share_while_a_neighbour_computes_on() -> None:
 
 def test_slots_follow_the_nodes_that_live_now() -> None:
     nodes, now = [machine(2), machine(4)], [0.0]
-    count = SlotCounter(2, 0.0, find_nodes=lambda: nodes, clock=lambda: now[0])
+    count = count_slots_now(2, 0.0, find_nodes=lambda: nodes, clock=lambda: now[0])
     assert count() == 3
     nodes.append(machine(3))  # holds one
     now[0] += LIST_NODES_SECONDS
@@ -403,13 +403,13 @@ def test_slots_follow_the_nodes_that_live_now() -> None:
 
 def test_slots_of_gpus_are_counted_node_by_node() -> None:
     nodes = [machine(16, 1), machine(1, 2), machine(8)]  # the second has one CPU, the third no GPU
-    assert SlotCounter(1, 0.5, find_nodes=lambda: nodes)() == 3
+    assert count_slots_now(1, 0.5, find_nodes=lambda: nodes)() == 3
 
 
 def test_no_more_slots_than_the_user_allows() -> None:
     nodes = [machine(2)]
     now = [0.0]
-    count = SlotCounter(1, 0.0, max_concurrent=3, find_nodes=lambda: nodes, clock=lambda: now[0])
+    count = count_slots_now(1, 0.0, max_concurrent=3, find_nodes=lambda: nodes, clock=lambda: now[0])
     assert count() == 2
     nodes.append(machine(8))
     now[0] += LIST_NODES_SECONDS
@@ -423,7 +423,7 @@ def test_nodes_are_asked_for_once_a_second_at_most() -> None:
         asked.append(now[0])
         return [machine(1)]
 
-    count = SlotCounter(1, 0.0, find_nodes=find_nodes, clock=lambda: now[0])
+    count = count_slots_now(1, 0.0, find_nodes=find_nodes, clock=lambda: now[0])
     for _ in range(25):
         assert count() == 1
         now[0] += 0.125

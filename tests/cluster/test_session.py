@@ -37,7 +37,7 @@ os.umask(0)
 from tune_amp.cluster.session import ray_session
 
 
-VARIABLES = ("RAY_CHDIR_TO_TRIAL_DIR", "TUNE_PRINT_ALL_TRIAL_ERRORS", "RAY_AUTH_TOKEN")
+VARIABLES = ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_AUTH_TOKEN")
 
 
 def find_descendants():
@@ -218,8 +218,7 @@ def test_ray_that_runs_already_is_joined_and_not_shut_down(sessions: list[dict[s
 
 def test_session_leaves_nothing_behind(sessions: list[dict[str, Any]]) -> None:
     for session in sessions:
-        quiet = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
-        assert session["variables"] == quiet | {"RAY_AUTH_TOKEN": None}
+        assert session["variables"] == {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AUTH_TOKEN": None}
         assert session["environment_restored"]
         assert not session["folder_left"]
         assert session["left"] == []  # no ~/.ray/auth_token, no ~/ray_results, no pymp-* in the temporary folder

@@ -92,7 +92,7 @@ def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[FakeRay, Con
     def build(outcomes: dict[int, list[Outcome]], *, at_once: int = 2, share: float = 0.0) -> Any:
         cluster = FakeRay(outcomes)
         monkeypatch.setattr(slots, "ray", cluster)
-        monkeypatch.setattr(slots, "SlotCounter", lambda *_, **__: lambda: at_once)
+        monkeypatch.setattr(slots, "count_slots_now", lambda *_, **__: lambda: at_once)
         monkeypatch.setattr(slots, "build_worker_setup", lambda *_, **__: None)
         resources = TrialResources(cpus=1, gpus=share, max_concurrent=at_once, reason="")
         dataset: Any = SimpleNamespace(test=None)

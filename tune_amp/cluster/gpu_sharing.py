@@ -55,12 +55,7 @@ OPTIMIZERS_BY_MEMORY = ("adamw", "adam", "sgd")  # two buffers a weight, two, on
 
 
 class MeasurementError(RuntimeError):
-    """Not even one trial could be measured.
-
-    Args:
-        text: the reason, in one line.
-        out_of_memory: whether the configuration does not fit the device alone.
-    """
+    """Not even one trial could be measured, perhaps because it does not fit the device alone (``out_of_memory``)."""
 
     def __init__(self, text: str, *, out_of_memory: bool = False) -> None:
         super().__init__(text)

@@ -92,19 +92,23 @@ def provide_mps(wanted: str, home: Path) -> Iterator[Mps]:
 def list_servers(environment: Mapping[str, str] | None = None) -> list[int] | None:
     """Return the process ids of the servers of the daemon in ``environment``; None if no daemon answers."""
     try:
-        done = subprocess.run(  # noqa: S603 - NVIDIA's program, as the user's PATH finds it
-            [PROGRAM],
-            input=b"get_server_list\n",
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=ANSWER_SECONDS,
-            check=False,
-        )
+        done = _ask("get_server_list", environment, ANSWER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     words = done.stdout.split()
     return [int(word) for word in words] if done.returncode == 0 and all(map(bytes.isdigit, words)) else None
+
+
+def _ask(question: str, environment: Mapping[str, str] | None, timeout: float) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(  # noqa: S603 - NVIDIA's program, as the user's PATH finds it
+        [PROGRAM],
+        input=f"{question}\n".encode(),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @contextlib.contextmanager
@@ -182,11 +186,8 @@ def _quitting(environment: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
+        quitter.kill()  # what waits to send quit; never the daemon
         quitter.stdin.close()
-        try:
-            quitter.wait(timeout=QUIT_SECONDS)
-        except subprocess.TimeoutExpired:  # a forked child of this process may hold its end of the pipe
-            quitter.kill()  # what waits to send quit; never the daemon
-            quitter.wait()
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run([PROGRAM], input=b"quit\n", env=environment, timeout=QUIT_SECONDS, check=False)  # noqa: S603
+        quitter.wait()
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            _ask("quit", environment, QUIT_SECONDS)

@@ -1,8 +1,7 @@
 """Uses of Ray's private names and undocumented variables, each with its reason. Seen with Ray 2.60.
 
-No other file names Ray's private parts (``tests/test_rooms.py``). For each use, ``tests/cluster/test_ray_patches.py``
-has a test that fails once Ray no longer needs it. Ray is imported inside the functions, because parts of it read the
-environment on import.
+For each use, ``tests/cluster/test_ray_patches.py`` has a test that fails once Ray no longer needs it. Ray is imported
+inside the functions, because parts of it read the environment on import.
 """
 
 import contextlib
@@ -71,13 +70,8 @@ def init_ray(address: str, run: str, *, temp_dir: Path | None = None, **options:
     """Call ``ray.init`` such that workers do not import from the script's and the current folder.
 
     Ray puts both folders first in the path of its workers (ray-project/ray#43182). A module there that has the name of
-    a library would be imported instead.
-
-    Args:
-        address: see ``ray.init``.
-        run: name shown in the dashboard's list of jobs.
-        temp_dir: folder of all of Ray's files; None for a joined cluster.
-        options: other arguments of ``ray.init``.
+    a library would be imported instead. The dashboard's list of jobs shows ``run``. All files of a private Ray go to
+    ``temp_dir``.
     """
     import ray
     from ray.job_config import JobConfig
@@ -230,13 +224,11 @@ def reaped_processes() -> Iterator[None]:
 
 
 def find_dashboard() -> str | None:
-    """Return host and port of the dashboard; None if it does not run.
-
-    ``ray.init`` returns them, but not if Ray was started before by other code of this process.
-    """
+    """Return the URL of the dashboard; None if it does not run. ``ray.init`` returns it only to whoever starts Ray."""
     from ray._private import worker
 
-    return worker.get_dashboard_url() or None
+    address = worker.get_dashboard_url()
+    return f"http://{address}" if address else None
 
 
 def count_gpus_of_ray() -> int:
@@ -264,12 +256,8 @@ def set_process_title(title: str) -> None:
 def save_if_possible(trainable: Any, save: Callable[[], Any]) -> Any:
     """Return Ray's result of ``save``; if nothing can be written, a result without a checkpoint.
 
-    Ray counts an exception of ``save`` as the death of the worker. Usually the disk is full, or the place is gone, for
-    which Ray raises RuntimeError; the trial is not affected as long as its worker lives.
-
-    Args:
-        trainable: the ``tune.Trainable`` that saves.
-        save: Ray's own ``save``.
+    Ray counts an exception of the trainable's ``save`` as the death of the worker. Usually the disk is full, or the
+    place is gone, for which Ray raises RuntimeError; the trial is not affected as long as its worker lives.
     """
     from ray.train._internal.session import _TrainingResult
 
@@ -327,22 +315,15 @@ def quiet_tune() -> Iterator[None]:
     from ray.air._internal import usage
     from ray.tune import tune
 
-    logger = logging.getLogger("ray.tune.execution.tune_controller")
-    silenced = [logging.getLogger(name) for name in ("ray.tune.execution.experiment_state", "ray.tune.tune")]
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(tune, "_setup_signal_catching", threading.Event))
         if not usage_stats_enabled():
             stack.enter_context(patch.object(usage, "tag_callbacks", lambda callbacks: False))
-        for other in silenced:
-            stack.callback(other.setLevel, other.level)
-            other.setLevel(logging.CRITICAL)
-        logger.addFilter(_is_news)
-        stack.callback(logger.removeFilter, _is_news)
+        for name in ("execution.experiment_state", "execution.tune_controller", "tune"):
+            logger = logging.getLogger(f"ray.tune.{name}")
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
         yield
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return "Error handling checkpoint" not in str(record.msg)
 
 
 @contextlib.contextmanager

@@ -34,20 +34,14 @@ from tune_amp.trial.consent import consent_to, list_consented
 # is measured.
 TRIALS_PER_GPU = 4
 
-# Ray counts in ten-thousandths and drops a smaller share: such a trial would silently train on the CPU.
-
 DEVICE_BUSY = "busy or unavailable"
-"""Text of CUDA's error if a GPU in compute mode EXCLUSIVE_PROCESS has a process already (cudaErrorDevicesUnavailable).
-"""
-
+"""Part of CUDA's error if a GPU in compute mode EXCLUSIVE_PROCESS has a process already."""
 MEASURED_SECONDS = 1.0
 """Seconds of measurement for each number of trials: ten or more of the measured epochs."""
-
-# Listing the nodes of a cluster takes milliseconds, and Tune requests new trials at every event.
 LIST_NODES_SECONDS = 1.0
-
-# Limit for a joined cluster to free a whole GPU, start the worker there and measure.
+"""Seconds between two looks at the nodes: a look takes milliseconds, and Tune requests new trials at every event."""
 WAIT_SECONDS = 60.0
+"""Seconds for a joined cluster to free a whole GPU, start the worker there and measure."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,48 +125,37 @@ def list_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-class SlotCounter:
-    """Counts how many trials may run side by side now, while nodes join and leave.
+def count_slots_now(
+    cpus: int,
+    gpus: float,
+    *,
+    max_concurrent: int | None = None,
+    find_nodes: Callable[[], Sequence[Mapping[str, float]]] = list_nodes,
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[], int]:
+    """Return a function that counts how many trials may run side by side, while nodes join and leave.
 
-    Args:
-        cpus: CPUs of each trial.
-        gpus: GPUs of each trial.
-        max_concurrent: the user's limit; None for as many as fit.
-        find_nodes: lists the resources of each living node.
-        clock: returns seconds. Nodes are listed at most once in ``LIST_NODES_SECONDS`` of its time.
+    Its result is at most ``max_concurrent``, and 0 if no node that lives can hold a trial of ``cpus`` and ``gpus``. It
+    lists the nodes at most once in ``LIST_NODES_SECONDS`` of the ``clock``.
     """
+    slots, counted = 0, -math.inf
 
-    def __init__(
-        self,
-        cpus: int,
-        gpus: float,
-        *,
-        max_concurrent: int | None = None,
-        find_nodes: Callable[[], Sequence[Mapping[str, float]]] = list_nodes,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._cpus, self._gpus = cpus, gpus
-        self._most = max_concurrent
-        self._find_nodes = find_nodes
-        self._clock = clock
-        self._slots = 0
-        self._counted = -math.inf
+    def count() -> int:
+        nonlocal slots, counted
+        if clock() - counted >= LIST_NODES_SECONDS:
+            slots = sum(count_slots(node, cpus, gpus) for node in find_nodes())
+            counted = clock()
+        return slots if max_concurrent is None else min(slots, max_concurrent)
 
-    def __call__(self) -> int:
-        """Return the slots on the nodes that live now; 0 if none of them can hold a trial."""
-        now = self._clock()
-        if now - self._counted >= LIST_NODES_SECONDS:
-            self._slots = sum(count_slots(node, self._cpus, self._gpus) for node in self._find_nodes())
-            self._counted = now
-        return self._slots if self._most is None else min(self._slots, self._most)
+    return count
 
 
 def count_gpus(visible: str | None, cuda_devices: int) -> int:
     """Return the number of GPUs that a private Ray is to offer: those that torch can use.
 
-    Ray itself counts the entries of ``CUDA_VISIBLE_DEVICES``, including ``-1`` and the entries after it, which CUDA
-    ignores. It counts at most the number of boards, although one board may hold seven MIG slices. A process sees only
-    the first slice: Ray assigns each worker its own.
+    Ray itself counts the entries of ``CUDA_VISIBLE_DEVICES``, also those that CUDA ignores, and at most the number of
+    boards, although one board may hold seven MIG slices. A process sees only the first slice: Ray assigns each worker
+    its own.
 
     Args:
         visible: ``CUDA_VISIBLE_DEVICES``; None if it is not set.

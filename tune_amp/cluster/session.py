@@ -1,6 +1,6 @@
 """Starts a private Ray on this machine, or joins a cluster, and describes how to watch it.
 
-It does not depend on trials. Ray is imported inside the functions, because parts of it read the environment on import.
+Ray is imported inside the functions, because parts of it read the environment on import.
 """
 
 import contextlib
@@ -33,17 +33,16 @@ QUIET_TUNE = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # its snapshots are for Tuner.restore; a search resumes from its own journal
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the number of slots decides how many are submitted
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback for each failed attempt, over the live table
     # Tune imports MLflow and Weights & Biases if they are installed, and both would send usage data to their makers.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "WANDB_ERROR_REPORTING": "false",
 }
 
-
 JOB_EXAMPLE = "ray job submit --address http://HEAD:8265 -- tune-amp search --address auto"
 """A command that submits a search to a cluster; ``HEAD`` is the host of its head node."""
-
+REPLY_SECONDS = 5.0
+"""Seconds for a server of Ray to answer whether it requires a token."""
 ROOM_BYTES = 8 * 2**20
 """Free bytes that a private Ray needs in the temporary folder: its logs and dashboards take 1 MiB during the start."""
 PATH_BYTES = 103 if sys.platform == "darwin" else 107
@@ -232,12 +231,11 @@ def _check_room(home: Path) -> None:
 
 
 def _start_error(error: Exception, parent: Path | None) -> StartError:
+    reason = describe_error(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed = f"{ROOM_BYTES // 2**20} MiB"
-        return StartError(
-            f"Ray did not start: the temporary folder {parent} is full; free {needed} there, or set TMPDIR to another"
-        )
-    return StartError(f"Ray did not start: {describe_error(error)}")
+        reason = f"the temporary folder {parent} is full; free {needed} there, or set TMPDIR to another"
+    return StartError(f"Ray did not start: {reason}")
 
 
 def _check_home() -> None:
@@ -322,8 +320,7 @@ def _find_source(module: ModuleType) -> str:
 def _describe_session(token_path: Path | None) -> RaySession:
     import ray
 
-    address = ray_patches.find_dashboard()
-    dashboard_url = f"http://{address}" if address else None
+    dashboard_url = ray_patches.find_dashboard()
     return RaySession(
         resources=ray.cluster_resources(),
         dashboard_url=dashboard_url,
@@ -332,18 +329,12 @@ def _describe_session(token_path: Path | None) -> RaySession:
     )
 
 
-REPLY_SECONDS = 5.0
-
-
 def _requires_token(address: str, dashboard_url: str | None) -> bool:
     """Whether Ray refuses requests without a token. Send real requests: local settings do not show what a cluster does.
 
-    A cluster with TLS but without tokens still has an open dashboard. If no server answers, the result
-    is False, because nothing is known.
+    A cluster with TLS but without tokens still has an open dashboard. If no server answers, nothing is known: False.
     """
-    refusals = [_is_refused_by_server(address)]
-    if dashboard_url is not None:
-        refusals.append(_is_refused_by_dashboard(dashboard_url))
+    refusals = [_is_refused_by_server(address), _is_refused_by_dashboard(dashboard_url) if dashboard_url else None]
     return True in refusals and False not in refusals
 
 

@@ -1,9 +1,8 @@
 """Trains the best configurations of a search again on fresh seeds, and the tutorial's default configuration too.
 
-The best of many on one seed is best partly by luck, and the search cannot measure how much. So the configurations are
-frozen, and trained at full budget on seeds that played no part in choosing them: all on the first few, then, if the
-best of them leads the default, these two on the other seeds (see ``gain``). Validation alone ranks them again. The test
-set is read once, when a run is complete, and decides nothing.
+The best of many on one seed is best partly by luck. So the configurations are trained at full budget on seeds that
+played no part in choosing them: all on the first few, then, if the best of them leads the default, these two on the
+other seeds (see ``gain``). Validation alone ranks them again. The test set is read once, when a run is complete.
 """
 
 import contextlib
@@ -108,10 +107,10 @@ def plan_confirmation(
         ranked: the search's ranking.
         default: from ``build_default``, with the seed of the search.
         train_images: number of images in the training split; 0 if that is unknown.
-        top_k: number of configurations to confirm.
+        top_k: see ``ConfirmPlan``.
         seeds: maximum number of seeds.
-        objective: the first objective of the search.
-        search_seconds: summed time of the search's trials. Further seeds may take as long, or a minute if that is more.
+        objective: see ``ConfirmPlan``.
+        search_seconds: summed time of the search's trials: further seeds may take as long, at least ``SHORT_SECONDS``.
     """
     left_out = None
     if 0 < train_images < default.batch_size:
@@ -167,11 +166,10 @@ def confirm(
 
     Args:
         plan: from ``plan_confirmation``.
-        train: trains jobs, as ``ConfirmSlots.train`` does; yields each job with its run as it ends, and cancels running
-            jobs when closed.
+        train: ``ConfirmSlots.train``, which cancels running jobs when it is closed.
         done: runs from before an interruption; those that the plan needs are not repeated.
-        folder: folder of the run.
-        provenance: provenance to write into the files.
+        folder: folder of the run, in which the files get ``provenance``.
+        provenance: see ``folder``.
         num_threads: CPU threads of a run.
         observer: receives every change of the progress.
     """

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
-from tune_amp.cluster.resources import SlotCounter, TrialResources, double_share
+from tune_amp.cluster.resources import TrialResources, count_slots_now, double_share
 from tune_amp.cluster.trainable import (
     WORKER_RETRIES,
     WorkerSetup,
@@ -95,7 +95,7 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         self._resources, self._time_limit = resources, time_limit
         self._content = build_worker_setup(dataset, resources, objectives=objectives), dataset.test
         self._sent: ray.ObjectRef[Any] | None = None
-        self._count_slots = SlotCounter(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
+        self._count_slots = count_slots_now(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
         self._idle: list[_Worker] = []
         self._running: dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]] = {}
 

@@ -16,7 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
-from tune_amp.cluster.resources import SlotCounter, list_nodes
+from tune_amp.cluster.resources import count_slots_now, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.monitor.prometheus import Gauges
@@ -206,7 +206,7 @@ def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce
             resources = plan.resources
             source = TrialSource(
                 searcher,
-                count_slots=SlotCounter(resources.cpus, resources.gpus, max_concurrent=plan.options.max_concurrent),
+                count_slots=count_slots_now(resources.cpus, resources.gpus, max_concurrent=plan.options.max_concurrent),
                 on_submit=recorder.add_trial,
                 on_fault=stop.ask,
                 past=history.trials,
