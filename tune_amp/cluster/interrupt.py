@@ -1,6 +1,7 @@
 """Ends a search early: on Ctrl-C, a full disk or a dead Ray. The first signal ends it cleanly, the second at once."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import signal
@@ -17,18 +18,18 @@ GRACE_SECONDS = 10.0
 """Seconds that Tune may take to end its trials after a part of Ray has died."""
 
 
+@dataclasses.dataclass
 class StopRequest:
     """Request to end a search. Tune checks it about every tenth of a second."""
 
-    def __init__(self, leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:
-        self.leave = leave
-        """Function that ends the process at once, if nothing else can."""
-        self.reinstall_handlers: Callable[[], object] = lambda: None
-        """Function that installs the signal handlers again, after other code has replaced them."""
-        self.reason: str | None = None
-        """Reason for the request; None if there is none."""
-        self.is_watched = False
-        """Whether Tune checks the request, as it does while trials run."""
+    leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    """Function that ends the process at once, if nothing else can."""
+    reinstall_handlers: Callable[[], object] = lambda: None
+    """Function that installs the signal handlers again, after other code has replaced them."""
+    reason: str | None = None
+    """Reason for the request; None if there is none."""
+    is_watched: bool = False
+    """Whether Tune checks the request, as it does while trials run."""
 
     def ask(self, reason: str) -> None:
         """Request the end of the search. Keep the first reason."""

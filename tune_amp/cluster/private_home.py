@@ -22,16 +22,11 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextlib.contextmanager
-def private_home(parent: Path | None = None) -> Iterator[Path]:
-    """Create a folder that no other user can enter, for the duration of a ``with`` block.
+def private_home(parent: Path) -> Iterator[Path]:
+    """Create a folder in ``parent`` that no other user can enter, for the duration of a ``with`` block.
 
-    If this process is killed, the next process of this user on this machine that creates a home in ``parent`` removes
-    the folder.
-
-    Args:
-        parent: parent folder; None for the user's temporary folder.
+    If this process is killed, the next process of this user on this machine that does so removes the folder.
     """
-    parent = parent or Path(tempfile.gettempdir())
     _remove_abandoned(parent)
     home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir=parent))  # 0700 whatever the umask
     proof = _describe_home(home)

@@ -278,8 +278,7 @@ def pause_pending(controller: Any, trial: Any) -> None:
     controller._set_trial_status(trial, Trial.PAUSED)
 
 
-@contextlib.contextmanager
-def prestarted_workers() -> Iterator[None]:
+def prestarted_workers() -> contextlib.AbstractContextManager[Any]:
     """In the ``with`` block, Tune's actors use the workers that started with the node of a private Ray.
 
     Tune gives its actors a runtime environment that copies some of the driver's variables. For it Ray starts further
@@ -288,16 +287,10 @@ def prestarted_workers() -> Iterator[None]:
     import ray
     from ray.tune.execution.class_cache import _ActorClassCache
 
-    def get(self: Any, trainable: Any) -> Any:
-        if trainable not in self._cache:
-            self._cache[trainable] = ray.remote(trainable)
-        return self._cache[trainable]
-
     if PRELOAD not in os.environ:  # a Ray that was started elsewhere, in another environment
-        yield
-        return
-    with patch.object(_ActorClassCache, "get", get):
-        yield
+        return contextlib.nullcontext()
+    remote = functools.cache(ray.remote)
+    return patch.object(_ActorClassCache, "get", lambda _, trainable: remote(trainable))
 
 
 @contextlib.contextmanager
