@@ -565,7 +565,9 @@ def train_as_documented(config: TrialConfig, data: TrainingData) -> tuple[list[f
             scaler.update()
             scales.append(scaler.get_scale())
         accuracies.append(
-            evaluate(ImageClassification(), model, data.validation, scaling, batch_size=config.batch_size).accuracy
+            evaluate(ImageClassification(), model, data.validation, scaling, batch_size=config.batch_size).number(
+                "accuracy"
+            )
         )
     return accuracies, scales
 

@@ -399,14 +399,13 @@ def test_a_run_is_trained_as_its_trial_was_and_the_test_set_read_once_at_its_end
     assert seen.count(len(TEST)) == 1
     assert (run.trial_id, run.seed, run.status, run.error, run.device) == ("a", 1000, "completed", None, "cpu")
 
-    from tune_amp.training.batches import place_split
     from tune_amp.training.run import TrainingRun
 
     again = TrainingRun(make_job(f"{module}:net").config, data)
     last = list(again.epochs())[-1]
     assert (run.val_loss, run.val_accuracy) == (last.val_loss, last.val_accuracy)
-    tested = again.evaluate(place_split(TEST, CPU))
-    assert (run.test_loss, run.test_accuracy, run.test_recalls) == (tested.loss, tested.accuracy, tested.recalls)
+    tested = again.test(TEST)
+    assert [run.test_loss, run.test_accuracy, run.test_recalls, run.metrics] == list(tested.values())
     assert run.test_accuracy != run.val_accuracy
     counts = [int((TEST.labels == label).sum()) for label in range(3)]
     hits = sum(recall * count for recall, count in zip(run.test_recalls, counts, strict=True))

@@ -44,19 +44,23 @@ def test_evaluation_is_a_mean_over_images_however_they_are_batched(batch: int, m
     model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     found = evaluate(ImageClassification(), model.float(), place_split(split, CPU), scaling, batch_size=batch)
     assert sizes == [len(part) for part in torch.arange(60).split(batch)]
-    assert found.loss == pytest.approx(expected, rel=1e-6)
+    assert found.number("loss") == pytest.approx(expected, rel=1e-6)
     correct = logits.argmax(axis=1) == split.labels
-    assert found.accuracy == correct.mean()
-    assert found.recalls == tuple(correct[split.labels == label].mean() for label in range(3))
-    assert len(set(found.recalls)) == 3
+    assert found.number("accuracy") == correct.mean()
+    recalls = found.averages["recalls"]
+    assert recalls == tuple(correct[split.labels == label].mean() for label in range(3))
+    assert len(set(recalls)) == 3
 
 
 def test_recall_of_a_class_without_an_image_is_no_number() -> None:
     split = make_split(20, classes=2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    first, second, missing = evaluate(
+    found = evaluate(
         ImageClassification(), model, place_split(split, CPU), InputScaling(shift=0.0, factor=0.01), batch_size=8
-    ).recalls
+    )
+    recalls = found.averages["recalls"]
+    assert isinstance(recalls, tuple)
+    first, second, missing = recalls
     assert first >= 0
     assert second >= 0
     assert math.isnan(missing)

@@ -141,7 +141,7 @@ def test_model_that_exits_fails_its_epoch_and_not_the_process(
         run.train_epoch()
     if not in_training:
         with pytest.raises(RuntimeError):
-            run.evaluate(small_data.train)
+            run.test(make_split())
 
 
 def test_gradients_that_the_process_has_turned_off_are_on_in_training(small_data: TrainingData) -> None:
@@ -233,8 +233,7 @@ def test_random_numbers_of_the_process_are_not_disturbed(small_data: TrainingDat
     before = read_generators(CPU)
     run = TrainingRun(make_config(model=f"{write_module(RANDOM_MODEL)}:Net"), small_data)
     run.train_epoch()
-    assert small_data.validation is not None
-    run.evaluate(small_data.validation)
+    run.test(make_split())
     after, own = read_generators(CPU), run.state_dict()["generators"]
     assert torch.equal(before.pop("torch"), after.pop("torch"))
     assert before == after
@@ -405,8 +404,8 @@ def test_evaluation_is_strict_fp32_whatever_the_run_is_trained_in(small_data: Tr
     assert run.model.training
     after = [flag.fp32_precision for flag in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
     assert after == before
-    found = run.evaluate(place_split(make_split(21, seed=1), CPU))
-    assert (found.loss, found.accuracy, found.recalls) == (metrics.val_loss, metrics.val_accuracy, metrics.val_recalls)
+    tested = run.test(make_split(21, seed=1))
+    assert tuple(tested.values()) == (metrics.val_loss, metrics.val_accuracy, metrics.val_recalls, {})
 
 
 def test_without_a_validation_split_there_are_no_validation_metrics() -> None:

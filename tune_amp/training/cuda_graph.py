@@ -44,75 +44,63 @@ class StepLoop:
     Args:
         step: one training step on a batch of indices (int64 [batch_size]). It must read its number within the epoch
             from ``position``, and add 1 to it.
-        model: the model that the step trains. One step checks it for changes that a graph would not repeat.
+        shape: largest number of steps in an epoch, and images in a step.
         device: device of the step's tensors.
-        max_steps: maximum number of steps in an epoch.
-        batch_size: images in a step.
+        find_change: takes a step, and returns why a graph would not repeat it: ``explain_change``.
         capture: function that captures a step.
-        read_state: returns further state on the host that a step may depend on, besides the model's.
     """
 
     def __init__(
         self,
         step: Callable[[Tensor], None],
-        model: nn.Module,
+        shape: tuple[int, int],
         device: torch.device,
         *,
-        max_steps: int,
-        batch_size: int,
+        find_change: Callable[[Step], str | None],
         capture: Capture,
-        read_state: Callable[[], object],
     ) -> None:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """Number of the step within the epoch, from 0: int64 [1], on the device."""
-        self.refusal: str | None = None
-        """Reason why no step will be captured; None if one was or may be."""
         self._step = step
-        self._model = model
-        self._device = device
+        self._batches = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._find_change = find_change
         self._capture = capture
-        self._read_state = read_state
-        self._batches = torch.zeros(max_steps, batch_size, dtype=torch.int64, device=device)
         # Capture needs a stream other than the default one, and the eager steps before it need the same stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._warm_steps = 0
         self._replay: Step | None = None
+        self._refusal: str | None = None  # why no step will be captured
 
     def describe(self) -> str:
         """Return ``graph``, or ``eager: `` and the reason."""
-        if self._replay is not None:
-            return "graph"
-        return f"eager: {self.refusal or 'no step captured yet'}"
+        return "graph" if self._replay is not None else f"eager: {self._refusal or 'no step captured yet'}"
 
     def take(self, batches: Tensor) -> None:
         """Take a step with each of ``batches``, int64 [steps, batch_size], starting at ``position`` 0."""
         self._batches[: len(batches)].copy_(batches)
-        left = len(batches)
-        if self._replay is None and self.refusal is None:
-            left = self._warm_up(left)
-        take_one = self._replay or self._take_step
-        for _ in range(left):
-            take_one()
+        for _ in range(len(batches)):
+            if self._replay is None and self._refusal is None and self._warm_up():
+                continue
+            (self._replay or self._take_step)()
 
     def _take_step(self) -> None:
         self._step(self._batches.index_select(0, self.position).flatten())
 
-    def _warm_up(self, left: int) -> int:
-        """Take eager steps until the capture, capture if a step is left to replay, and return how many are left."""
+    def _warm_up(self) -> bool:
+        """Take an eager step, or capture one if enough were taken; return whether a step was taken."""
         with _on_stream(self._stream):
-            while left and self._warm_steps < WARM_UP_STEPS:
-                self._warm_steps += 1
-                left -= 1
-                if self._warm_steps == WARM_UP_STEPS:
-                    self.refusal = explain_change(self._take_step, self._model, self._device, self._read_state)
-                else:
-                    self._take_step()
-            if left and self.refusal is None:
+            if self._warm_steps == WARM_UP_STEPS:
                 try:
                     self._replay = self._capture(self._take_step)
                 except CaptureError as error:
-                    self.refusal = f"capture failed: {error}"
-        return left
+                    self._refusal = f"capture failed: {error}"
+                return False
+            self._warm_steps += 1
+            if self._warm_steps == WARM_UP_STEPS:
+                self._refusal = self._find_change(self._take_step)
+            else:
+                self._take_step()
+            return True
 
 
 def capture_cuda_graph(step: Step) -> Step:

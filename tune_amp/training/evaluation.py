@@ -24,54 +24,31 @@ class Evaluation:
     """A model's results on a split."""
 
     averages: Averages
-    """Values by name, ``loss`` among them; vectors are tuples."""
+    """Values by name, ``loss`` among them (a cross entropy is in nats); vectors, as of ``recalls``, are tuples."""
 
-    @property
-    def loss(self) -> float:
-        """Mean loss; a cross entropy is in nats."""
-        return self._number("loss")
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the items classified correctly, 0 to 1."""
-        return self._number("accuracy")
-
-    @property
-    def recalls(self) -> tuple[float, ...]:
-        """The same share within each class; NaN for a class without an image in the split."""
-        recalls = self.averages.get("recalls", ())
-        assert isinstance(recalls, tuple)
-        return recalls
-
-    def columns(self, prefix: str) -> dict[str, Any]:
-        """Return the fields of a record: ``PREFIX_loss``, ``PREFIX_accuracy``, ``PREFIX_recalls``, ``metrics``."""
-        known = {f"{prefix}_loss": self.loss, f"{prefix}_accuracy": self.averages.get("accuracy")}
-        others = {
-            f"{prefix}_{name}": value
-            for name, value in self.averages.items()
-            if name not in ("loss", "accuracy", "recalls") and not isinstance(value, tuple)
-        }
-        return {**known, f"{prefix}_recalls": self.recalls, "metrics": others}
-
-    def select_decisive(self, metric: str) -> dict[str, float]:
-        """Return the values without which a trial is lost, by column: the loss and the task's ``metric``."""
-        return {f"val_{name}": self._number(name) for name in ("loss", metric)}
-
-    def _number(self, name: str) -> float:
+    def number(self, name: str) -> float:
+        """Return a value that is no vector."""
         value = self.averages[name]
         assert isinstance(value, float)
         return value
 
+    def columns(self, prefix: str) -> dict[str, Any]:
+        """Return the fields of a record: ``PREFIX_loss``, ``PREFIX_accuracy``, ``PREFIX_recalls``, ``metrics``."""
+        others = dict(self.averages)
+        common: dict[str, Any] = {
+            f"{prefix}_loss": others.pop("loss"),
+            f"{prefix}_accuracy": others.pop("accuracy", None),
+        }
+        common[f"{prefix}_recalls"] = others.pop("recalls", ())
+        metrics = {f"{prefix}_{name}": value for name, value in others.items() if not isinstance(value, tuple)}
+        return {**common, "metrics": metrics}
+
 
 def choose_evaluation_batch(batch_size: int, pixels: int) -> int:
-    """Return how many images to evaluate at a time: a training batch, or more if images are small.
+    """Return how many images of ``pixels`` values to evaluate at a time: a training batch, or more if they are small.
 
     An fp32 batch without gradients takes a quarter to three quarters of the memory that the same batch takes in bf16
     training. The number depends on the settings alone, because the last bits of sums depend on it.
-
-    Args:
-        batch_size: images in a training step.
-        pixels: values in an image, over all channels.
     """
     return min(EVALUATION_BATCH, max(batch_size, EVALUATION_PIXELS // pixels))
 
@@ -109,12 +86,8 @@ def evaluate(
                 sums["loss"] = task.loss(model, batch) * count_in_batch(batch)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value.to(torch.float64)
-        values = torch.cat([total.reshape(-1) for total in totals.values()]).tolist()  # the one wait for the device
     model.train(was_training)
-    read: dict[str, float | list[float]] = {}
-    for name, total in totals.items():
-        part, values = values[: total.numel()], values[total.numel() :]
-        read[name] = part if total.ndim else part[0]
+    read = {name: total.tolist() for name, total in totals.items()}
     return Evaluation(averages=_check_averages(task, task.average(read, len(split))))
 
 

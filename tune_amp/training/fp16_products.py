@@ -6,7 +6,6 @@ The gradients of a weight that a model uses several times are added up in fp32, 
 """
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,37 +40,13 @@ def fast_fp16_products(precision: str, device: torch.device) -> Iterator[None]:
     if precision != "fp16" or device.type != "cpu" or not _is_slow():
         yield
         return
-    with _OVERRIDE:
+    # https://docs.pytorch.org/docs/stable/library.html#torch.library.Library.impl
+    with torch.library._scoped_library("aten", "IMPL") as library:  # noqa: SLF001 - the public class ends with its object
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            for name in PRODUCTS:
+                library.impl(name, _build_product(name), "AutocastCPU", allow_override=True)
         yield
-
-
-class _Override:
-    """Overrides autocast's products once, however many blocks and threads ask for it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                # https://docs.pytorch.org/docs/stable/library.html#torch.library.Library.impl
-                library = self._stack.enter_context(torch.library._scoped_library("aten", "IMPL"))  # noqa: SLF001
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Warning only once for all operators")
-                    for name in PRODUCTS:
-                        library.impl(name, _build_product(name), "AutocastCPU")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._stack.close()
-
-
-_OVERRIDE = _Override()
 
 
 def _is_slow() -> bool:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import sys
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ def build_optimizer(config: TrialConfig, model: nn.Module) -> torch.optim.Optimi
     """Return the trial's optimizer, fused: one kernel, and no host synchronisation to skip an overflowed step."""
     _leave_compiler_out()
     parameters = list(model.parameters())
-    if config.optimizer == "adam":
-        return _unwrap_step(torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
-    if config.optimizer == "adamw":
-        return _unwrap_step(torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True))
-    sgd = torch.optim.SGD(parameters, config.lr, SGD_MOMENTUM, weight_decay=config.weight_decay, fused=True)
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer != "sgd":
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+        return _unwrap_step(kind(parameters, **settings))
+    sgd = torch.optim.SGD(parameters, momentum=SGD_MOMENTUM, **settings)
     for parameter in parameters:
         # torch 2.15 leaves the buffer uninitialised if the first step is skipped; zeros give the same first update.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

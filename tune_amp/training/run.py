@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,15 @@ from torch import Tensor
 from tune_amp.training.amp import AmpStep, ScalerTelemetry, flushing_denormals, training_arithmetic
 from tune_amp.training.batches import Batch, DeviceSplit, InputScaling, batch_indices
 from tune_amp.training.buffers import FiniteBuffers
-from tune_amp.training.cuda_graph import LEAST_STEPS, Capture, StepLoop, capturable, capture_cuda_graph
+from tune_amp.training.cuda_graph import (
+    LEAST_STEPS,
+    Capture,
+    Step,
+    StepLoop,
+    capturable,
+    capture_cuda_graph,
+    explain_change,
+)
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import Evaluation, evaluate
 from tune_amp.training.generators import Generators, keep_generators, seed_generators, undisturbed
@@ -125,22 +133,19 @@ class TrainingRun:
         Raises:
             InputError: ``batch_size`` exceeds the number of training images, so that no step is possible.
         """
-        with self._generators.in_use():
-            return self._train_epoch()
-
-    def _train_epoch(self) -> EpochMetrics:
         before, seconds = self._amp.telemetry, self._seconds["train_seconds"]
-        with self._timed("train_seconds"):
-            batches = self._draw_batches()  # timed: other programs' loaders draw batches within the loop
-            with self._memory.measure():  # without validation, which is in fp32 whatever the precision
-                train_loss = self._train(batches)
-        self.epoch += 1
         validated = None
-        if self._data.validation is not None:
-            with self._timed("val_seconds"):
-                validated = self._evaluate(self._data.validation)
-        with self._timed("probe_seconds"):
-            state, probe = self._judge(batches, before, train_loss, validated)
+        with self._generators.in_use():
+            with self._timed("train_seconds"):
+                batches = self._draw_batches()  # timed: other programs' loaders draw batches within the loop
+                with self._memory.measure():  # without validation, which is in fp32 whatever the precision
+                    train_loss = self._train(batches)
+            self.epoch += 1
+            if self._data.validation is not None:
+                with self._timed("val_seconds"):
+                    validated = self._evaluate(self._data.validation)
+            with self._timed("probe_seconds"):
+                state, probe = self._judge(batches, before, train_loss, validated)
         return EpochMetrics(
             epoch=self.epoch,
             train_loss=train_loss,
@@ -192,14 +197,10 @@ class TrainingRun:
         self._seconds["data_seconds"] += placing_seconds
         self._memory.peak_bytes = state["peak_memory_bytes"]
 
-    def evaluate(self, split: DeviceSplit | StreamedBatches) -> Evaluation:
-        """Evaluate the model on ``split``, in strict fp32."""
-        with self._generators.in_use():
-            return self._evaluate(split)
-
     def test(self, split: Split) -> dict[str, Any]:
         """Return the fields ``test_loss``, ``test_accuracy``, ``test_recalls`` and ``metrics`` of a test split."""
-        return self.evaluate(self._data.place_test(split)).columns("test")
+        with self._generators.in_use():
+            return self._evaluate(self._data.place_test(split)).columns("test")
 
     def _evaluate(self, split: DeviceSplit | StreamedBatches) -> Evaluation:
         return evaluate(self._task, self.model, split, self._scaling, batch_size=self._config.batch_size)
@@ -244,16 +245,17 @@ class TrainingRun:
         else:
             self._loop = StepLoop(
                 self._step,
-                self.model,
+                (self._max_steps, self._config.batch_size * self._config.accumulate),
                 self._data.device,
-                max_steps=self._max_steps,
-                batch_size=self._config.batch_size * self._config.accumulate,
+                find_change=self._find_change,
                 capture=self._capture_step,
-                read_state=self._task.read_state,
             )
             self._amp.position = self._loop.position
 
-    def _capture_step(self, step: Callable[[], None]) -> Callable[[], None]:
+    def _find_change(self, step: Step) -> str | None:
+        return explain_change(step, self.model, self._data.device, self._task.read_state)
+
+    def _capture_step(self, step: Step) -> Step:
         assert self._capture is not None
         try:
             with capturable(self._optimizer):
@@ -311,7 +313,7 @@ class TrainingRun:
         """
         telemetry = self._amp.telemetry
         steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
-        loss, averages = (train_loss, {}) if validated is None else (validated.loss, validated.averages)
+        loss, averages = (train_loss, {}) if validated is None else (validated.number("loss"), validated.averages)
         has_learned, moved = self._task.has_learned(loss, averages), self._weights_moved()
         needed = self._can_be_probed and is_probe_needed(
             precision=self._config.precision,
@@ -321,7 +323,9 @@ class TrainingRun:
             is_due=telemetry.steps >= self._next_probe,
         )
         probe = self._probe(batches.flatten(), all_skipped=skipped == steps) if needed else GradientProbe()
-        validation = {} if validated is None else validated.select_decisive(self._task.metric[0])
+        validation = {}
+        if validated is not None:
+            validation = {f"val_{name}": validated.number(name) for name in ("loss", self._task.metric[0])}
         is_lost = not all(map(math.isfinite, validation.values()))
         state, self.hopeless = judge_epoch(
             EpochEvidence(
