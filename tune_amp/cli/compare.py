@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from tune_amp.cli.console import (
     OneLineParser,
     add_winner_arguments,
-    answer_bad_input,
-    parse_winner,
+    run_winner_command,
     take_consent,
 )
-from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.reuse.precision_verdicts import CPU_SEEDS, CUDA_SEEDS, LEAST_SEEDS
 from tune_amp.search.options import MOST_SEEDS
 from tune_amp.trial.config import MODELS, PRECISIONS, InputError, TrialConfig, check, checked_field, shown
@@ -21,12 +19,8 @@ from tune_amp.trial.consent import consent_to
 def compare_command(arguments: Sequence[str] | None = None, program: str = "scripts/compare.py") -> int:
     """Compare the precisions on a configuration from a Parquet file. Return the exit code."""
     command = tuple(sys.argv[1:] if arguments is None else arguments)
-
-    def run() -> int:
-        with interrupted_by_signals():
-            return _compare(parse_winner(_compare_parser(program), command), (program, *command))
-
-    return answer_bad_input(run)
+    parser = _compare_parser(program)
+    return run_winner_command(parser, command, lambda parsed: _compare(parsed, (program, *command)))
 
 
 def _compare_parser(program: str) -> argparse.ArgumentParser:

@@ -52,11 +52,9 @@ def _list_words(name: str, command: Callable[..., int]) -> str:
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         command(["--help"])
     flags = sorted({*re.findall(r"(?<![\w-])--[a-z][a-z-]*", text.getvalue())})
-    names = LIST_RUNS if name in OF_RUNS else ""
-    return " ".join([*flags, *(_list_spaces() if name == "search" else ()), names]).strip()
+    names = [LIST_RUNS] if name in OF_RUNS else []
+    if name == "search":
+        from tune_amp.space.space import list_bundled
 
-
-def _list_spaces() -> list[str]:
-    from tune_amp.space.space import list_bundled
-
-    return [*list_bundled()]
+        names = [*list_bundled()]
+    return " ".join([*flags, *names])

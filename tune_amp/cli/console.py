@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
+from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import DEFAULT_RESULTS_DIR
 from tune_amp.trial.config import InputError, TrialConfig, describe_error, is_function_name, one_line
@@ -208,11 +209,18 @@ def add_run_argument(parser: argparse.ArgumentParser, name: str, text: str) -> N
     )
 
 
-def parse_winner(parser: argparse.ArgumentParser, command: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments of a command that trains a ranked configuration, with ``best`` as a path."""
-    arguments = parser.parse_args(command)
-    arguments.best = find_run(arguments.best, arguments.results_dir)
-    return arguments
+def run_winner_command(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None, command: Callable[[argparse.Namespace], int]
+) -> int:
+    """Run a command that trains a ranked configuration, with ``best`` as a path, until a signal comes."""
+
+    def run() -> int:
+        with interrupted_by_signals():
+            arguments = parser.parse_args(words)
+            arguments.best = find_run(arguments.best, arguments.results_dir)
+            return command(arguments)
+
+    return answer_bad_input(run)
 
 
 def choose_output(arguments: argparse.Namespace, name: str) -> Path:

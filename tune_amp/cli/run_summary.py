@@ -57,7 +57,7 @@ class RunSummary:
     """Seconds from the last trial's end until files and importance were written; None if no longer known."""
     confirm_seconds: float | None = None
     """Seconds spent on fresh seeds; None if there were none, or if no longer known."""
-    ranking_wanted: bool = False
+    is_ranking_wanted: bool = False
     """Whether the search's own ranking is shown even if fresh seeds give a better one."""
 
     @property
@@ -78,31 +78,25 @@ def load_summary(folder: Path, top_k: int | None = None) -> RunSummary:
     """
     run = RunFolder(folder)
     ended = load_trials_file(folder)
-    trials, provenance = load_epochs(folder, ended.trials), ended.provenance
+    trials, about = load_epochs(folder, ended.trials), ended.provenance
     best = load_best_rows(folder) if run.best.exists() else []
-    wanted = top_k is not None
-    if top_k is None:
-        top_k = sum(not row.is_default for row in best) or 3
+    if run.importance.exists():
+        importance = load_importance(folder)
+    else:  # mostly yields why the search wrote none
+        space = parse_space(about.space_source, about.space_text)
+        sizes = {"train_images": about.train_images, "seed": about.seed}
+        importance = measure_importance(space, trials, about.objectives[0], **sizes)
     return RunSummary(
         folder=folder,
         trials=trials,
-        ranked=choose_best(trials, provenance.objectives, top_k),
+        ranked=choose_best(trials, about.objectives, top_k or sum(not row.is_default for row in best) or 3),
         best=best,
         confirmed_runs=load_confirmed(folder) if run.confirm.exists() else (),
-        provenance=provenance,
-        importance=_find_importance(folder, trials, provenance),
+        provenance=about,
+        importance=importance,
         slot_time=ended.slot_time,
-        ranking_wanted=wanted,
+        is_ranking_wanted=top_k is not None,
     )
-
-
-def _find_importance(folder: Path, trials: Sequence[TrialRecord], provenance: Provenance) -> ImportanceResult:
-    """Return the importance that the search wrote, or measure it likewise, which mostly yields why none was written."""
-    if RunFolder(folder).importance.exists():
-        return load_importance(folder)
-    space = parse_space(provenance.space_source, provenance.space_text)
-    train_images, seed = provenance.train_images, provenance.seed
-    return measure_importance(space, trials, provenance.objectives[0], train_images=train_images, seed=seed)
 
 
 def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Console) -> None:
@@ -114,16 +108,23 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
         reuse: the command that trains the winner.
         errors: where the reasons for having no result are printed.
     """
+    run = RunFolder(summary.folder)
     console.print(describe_counts(summary.trials))
     if summary.interrupted:
         console.print("[magenta]interrupted[/]: everything that was reported is kept")
     if not summary.ranked:
-        _print_slot_time(console, summary)
-        _print_no_result(errors, summary)
+        say(console, *_describe_slot_time(summary))
+        errors.print("[bold red]no trial produced a result[/]:")
+        for line in list_obstacles(summary.trials):  # the commonest reasons first
+            say(errors, f"  {line}")
+        errors.print(printable(f"every trial is in {run.trials}"), markup=False, soft_wrap=True)
         return
     console.print()
-    if summary.ranking_wanted or not summary.is_confirmed or len(summary.provenance.objectives) > 1:
-        _print_ranking(console, summary)
+    if summary.is_ranking_wanted or not summary.is_confirmed or len(summary.provenance.objectives) > 1:
+        console.print(render_ranking(summary.ranked, summary.provenance))
+        ties = describe_ties(summary.ranked, summary.provenance)
+        if ties:
+            say(console, ties)
         console.print()
     if summary.is_confirmed:
         print_confirmed(console, summary.best, summary.provenance)
@@ -136,10 +137,12 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
     if any(row.told_from_noise for row in summary.importance.rows):
         console.print(render_importance(summary.importance))
     console.print()
-    _print_slot_time(console, summary)
+    say(console, *_describe_slot_time(summary))
     if summary.is_confirmed:
-        say(console, _describe_runs(summary))
-    run = RunFolder(summary.folder)
+        seeds = sorted({run.seed for run in summary.confirmed_runs})
+        count = len({run.trial_id for run in summary.confirmed_runs})
+        took = "" if summary.confirm_seconds is None else f" in {summary.confirm_seconds:.0f} s"
+        say(console, f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}")
     files = [path.name for path in run.files if path.exists() and path != run.report]
     say(console, f"files    {summary.folder}: {', '.join(files)}")
     if run.report.exists():
@@ -161,37 +164,11 @@ def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Prove
         say(console, sentence)
 
 
-def _print_ranking(console: Console, summary: RunSummary) -> None:
-    console.print(render_ranking(summary.ranked, summary.provenance))
-    ties = describe_ties(summary.ranked, summary.provenance)
-    if ties:
-        say(console, ties)
-
-
-def _describe_runs(summary: RunSummary) -> str:
-    """Return how many configurations were trained on which fresh seeds, and how long that took, if known."""
-    seeds = sorted({run.seed for run in summary.confirmed_runs})
-    count = len({run.trial_id for run in summary.confirmed_runs})
-    took = "" if summary.confirm_seconds is None else f" in {summary.confirm_seconds:.0f} s"
-    return f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}"
-
-
-def _print_slot_time(console: Console, summary: RunSummary) -> None:
+def _describe_slot_time(summary: RunSummary) -> tuple[str, str | None]:
+    """Return the use of the slots in a sentence, with its style."""
     if summary.slot_time is None:
-        say(
-            console,
-            "unfinished: the search was cut off, or is still running; the line that it printed, or else "
-            f"--resume {shlex.quote(name_run(summary.folder, DEFAULT_RESULTS_DIR))}, resumes it",
-            style="yellow",
-        )
-        return
+        resume = f"--resume {shlex.quote(name_run(summary.folder, DEFAULT_RESULTS_DIR))}"
+        text = "unfinished: the search was cut off, or is still running; the line that it printed, or else"
+        return f"{text} {resume}, resumes it", "yellow"
     wrap_up = "" if summary.wrap_up_seconds is None else f"; then {summary.wrap_up_seconds:.1f} s to wrap up"
-    say(console, f"slot time  {describe_utilisation(summary.trials, summary.slot_time)}{wrap_up}")
-
-
-def _print_no_result(console: Console, summary: RunSummary) -> None:
-    """Print why there is no winner, the commonest reasons first."""
-    console.print("[bold red]no trial produced a result[/]:")
-    for line in list_obstacles(summary.trials):
-        say(console, f"  {line}")
-    console.print(printable(f"every trial is in {RunFolder(summary.folder).trials}"), markup=False, soft_wrap=True)
+    return f"slot time  {describe_utilisation(summary.trials, summary.slot_time)}{wrap_up}", None

@@ -29,9 +29,8 @@ def choose_observer(
 
     if arguments.json:
         return contextlib.nullcontext(JsonLines(stdout))
-    if not console.quiet and (console.is_jupyter or is_screen(console)):
-        return LiveTable(console)
-    return contextlib.nullcontext(PlainLines(console))
+    is_live = not console.quiet and (console.is_jupyter or is_screen(console))
+    return LiveTable(console) if is_live else contextlib.nullcontext(PlainLines(console))
 
 
 def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> None:
@@ -137,12 +136,19 @@ def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession")
     """Write the first JSON line: where the run is, and what it starts with."""
     from tune_amp.monitor.terminal import JsonLines
 
-    token = None if session.token_path is None else str(session.token_path)
-    where = {"folder": str(plan.folder), "dashboard": session.dashboard_url, "token_path": token}
-    warm = None if plan.warm_start is None else plan.warm_start.describe_as_json()
-    found = {"authenticated": session.authenticated, "inert": list_inert(plan), "unfit": plan.unfit, "warm_start": warm}
-    about = {"run": plan.folder.name, "dataset": plan.dataset.name, "objectives": plan.options.objectives}
-    JsonLines(stdout).write("start", {**about, **where, **found})
+    found = {
+        "run": plan.folder.name,
+        "dataset": plan.dataset.name,
+        "objectives": plan.options.objectives,
+        "folder": str(plan.folder),
+        "dashboard": session.dashboard_url,
+        "token_path": session.token_path and str(session.token_path),
+        "authenticated": session.authenticated,
+        "inert": list_inert(plan),
+        "unfit": plan.unfit,
+        "warm_start": plan.warm_start and plan.warm_start.describe_as_json(),
+    }
+    JsonLines(stdout).write("start", found)
 
 
 def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:
@@ -150,18 +156,14 @@ def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None
     from tune_amp.monitor.terminal import JsonLines, describe_as_json, describe_confirmation_as_json
     from tune_amp.results.utilisation import utilisation
 
-    ranked = [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)]
-    best = str(result.best_path) if ranked else None
-    importance = [vars(row) for row in result.importance.rows]
     found: dict[str, Any] = {
-        "best": ranked,
-        "best_parquet": best,
-        "importance": importance,
+        "best": [{"rank": rank, **describe_as_json(trial)} for rank, trial in enumerate(result.ranked, start=1)],
+        "best_parquet": str(result.best_path) if result.ranked else None,
+        "importance": [vars(row) for row in result.importance.rows],
         "interrupted": result.interrupted,
         "reason": result.reason,
         "resume": resume if result.is_cut_off else None,
+        "confirmation": result.confirmation and describe_confirmation_as_json(result.confirmation),
+        "utilisation": {**vars(result.slot_time), "seconds": utilisation(result.trials, result.slot_time)},
     }
-    found["confirmation"] = result.confirmation and describe_confirmation_as_json(result.confirmation)
-    seconds = utilisation(result.trials, result.slot_time)
-    found["utilisation"] = {**vars(result.slot_time), "seconds": seconds}
     JsonLines(stdout).write("result", found)

@@ -16,16 +16,14 @@ from tune_amp.cli.console import (
     EXIT_NO_RESULT,
     OneLineParser,
     add_winner_arguments,
-    answer_bad_input,
     choose_device,
     choose_output,
     load_searched_data,
     open_console,
-    parse_winner,
+    run_winner_command,
     say,
     take_consent,
 )
-from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.results.files import claimed_folder
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.reuse.markdown import format_settings
@@ -57,12 +55,7 @@ MOST_RECALLS = 10
 
 def train_command(arguments: Sequence[str] | None = None, program: str = "scripts/train.py") -> int:
     """Train a configuration from a Parquet file and print its test accuracy. Return the exit code."""
-
-    def run() -> int:
-        with interrupted_by_signals():
-            return _train(parse_winner(_train_parser(program), arguments))
-
-    return answer_bad_input(run)
+    return run_winner_command(_train_parser(program), arguments, _train)
 
 
 def _train_parser(program: str) -> argparse.ArgumentParser:

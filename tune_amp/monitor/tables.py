@@ -57,42 +57,37 @@ class WideTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table, in as many parts as the width needs."""
-        for number, places in enumerate(self._split(options.max_width)):
+        columns = [self._lay_out(place) for place in range(len(self._titles))]
+        for number, places in enumerate(self._split([width for _, width in columns], options.max_width)):
             if number:
                 yield Text()
             table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
             for place in places:
                 justify: JustifyMethod = "left" if self._titles[place] in self._left else "right"
-                table.add_column(Text(self._break_title(place)), justify=justify, vertical="bottom", no_wrap=True)
+                table.add_column(Text(columns[place][0]), justify=justify, vertical="bottom", no_wrap=True)
             for cells, style in self._rows:
                 table.add_row(*(cells[place] for place in places), style=style)
             yield table
 
-    def _split(self, width: int) -> list[list[int]]:
+    def _lay_out(self, place: int) -> tuple[str, int]:
+        """Return the title of a column, broken between words, and the width of the column."""
+        title = self._titles[place]
+        needed = max((cells[place].cell_len for cells, _ in self._rows), default=0)
+        lines = textwrap.wrap(title, max([needed, 1, *map(len, title.split())]), break_on_hyphens=False)
+        return "\n".join(lines), max([needed, *map(len, lines)])
+
+    def _split(self, widths: Sequence[int], most: int) -> list[list[int]]:
         """Return the columns of each part."""
-        parts, used = [[0]], self._measure(0)
-        for place in range(1, len(self._titles)):
+        parts, used = [[0]], widths[0]
+        for place in range(1, len(widths)):
             if not any(cells[place].plain for cells, _ in self._rows):
                 continue
-            needed = 1 + self._measure(place)
-            if used + needed > width and len(parts[-1]) > 1:
+            if used + 1 + widths[place] > most and len(parts[-1]) > 1:
                 parts.append([0])
-                used = self._measure(0)
+                used = widths[0]
             parts[-1].append(place)
-            used += needed
+            used += 1 + widths[place]
         return parts
-
-    def _measure(self, place: int) -> int:
-        lines = map(len, self._break_title(place).splitlines())
-        return max(*lines, self._measure_cells(place), 0)
-
-    def _measure_cells(self, place: int) -> int:
-        return max((cells[place].cell_len for cells, _ in self._rows), default=0)
-
-    def _break_title(self, place: int) -> str:
-        words = self._titles[place].split()
-        width = max([self._measure_cells(place), *map(len, words)])
-        return "\n".join(textwrap.wrap(self._titles[place], width, break_on_hyphens=False)) if words else ""
 
 
 # ---- cells ----
@@ -230,16 +225,16 @@ def _is_tested(confirmed: Sequence[BestRow], objective: str) -> bool:
 
 
 def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
-    judged = [row for row in confirmed if row.may_be_best is not None]
-    behind = [row.name for row in judged if not row.may_be_best]
-    possible = [row.name for row in judged if row.may_be_best]
-    method = "(paired t tests, corrected for their number, 95 %)"
-    if len(judged) > 1 and len(possible) > 1:
-        yield f"Any of {join_names(possible)} may be the best: none is shown to be worse than another {method}."
-    if len(judged) > 1 and behind:
-        yield (
-            f"Shown to be worse than another: {join_names(behind)} {'' if len(possible) > 1 else method}".rstrip() + "."
-        )
+    possible = [row.name for row in confirmed if row.may_be_best]
+    behind = [row.name for row in confirmed if row.may_be_best is False]
+    if len(possible) + len(behind) < 2:
+        return
+    method = " (paired t tests, corrected for their number, 95 %)"
+    if len(possible) > 1:
+        yield f"Any of {join_names(possible)} may be the best: none is shown to be worse than another{method}."
+        method = ""
+    if behind:
+        yield f"Shown to be worse than another: {join_names(behind)}{method}."
 
 
 def _confirmed_cells(confirmation: Confirmation, objective: str, metrics: Sequence[str]) -> tuple[str, ...]:

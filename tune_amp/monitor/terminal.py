@@ -146,9 +146,15 @@ class PlainLines(Observer):
 
     def on_confirmation(self, progress: ConfirmProgress, ended: ConfirmedRun | None) -> None:
         """Print the run that ended."""
-        line = f"confirming {describe_plan(progress)}"
-        if ended is not None:
-            line = f"[confirm {progress.done}/{progress.total}] {describe_run(progress, ended)}"
+        if ended is None:
+            seeds = ", ".join(map(str, dict.fromkeys(job.config.seed for job in progress.jobs)))
+            distinct = {job.trial_ids for job in progress.jobs}
+            line = f"confirming {len(distinct)} configurations on seeds {seeds}: {len(progress.jobs)} runs"
+        else:
+            parts = [progress.names[ended.trial_id], f"seed {ended.seed}", str(ended.status)]
+            parts += format_metrics(list_metrics([progress.objective], ["val_accuracy"]), ended.find_value)
+            parts += [ended.error] if ended.error else []
+            line = f"[confirm {progress.done}/{progress.total}] {'  '.join(parts)}"
         self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -267,20 +273,6 @@ def describe_trial(trial: TrialRecord, objectives: Sequence[str] = ()) -> str:
     if trial.error:
         parts.append(trial.error)
     return "  ".join(parts)
-
-
-def describe_plan(progress: ConfirmProgress) -> str:
-    """Describe what is trained next, and on which seeds."""
-    seeds = ", ".join(map(str, dict.fromkeys(job.config.seed for job in progress.jobs)))
-    distinct = {job.trial_ids for job in progress.jobs}
-    return f"{len(distinct)} configurations on seeds {seeds}: {len(progress.jobs)} runs"
-
-
-def describe_run(progress: ConfirmProgress, run: ConfirmedRun) -> str:
-    """Describe a run in one line: its configuration, its seed, and how it ended."""
-    parts = [progress.names[run.trial_id], f"seed {run.seed}", str(run.status)]
-    parts += format_metrics(list_metrics([progress.objective], ["val_accuracy"]), run.find_value)
-    return "  ".join([*parts, *([run.error] if run.error else [])])
 
 
 def describe_time(progress: SearchProgress) -> str:
