@@ -13,7 +13,7 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
-from tune_amp.trial.config import KEEPS_NOTHING, PICKLING_SAMPLERS, InputError, checked_type, field_types, shown
+from tune_amp.trial.config import KEEPS_NOTHING, PICKLING_SAMPLERS, InputError, check, checked_type, field_types, shown
 from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_own_code
 from tune_amp.trial.text import HIDDEN, hide_credentials
 
@@ -37,16 +37,12 @@ def remember(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments for resuming the run from any folder, as values that JSON can hold."""
     kept = {name: value for name, value in vars(arguments).items() if name not in NOT_REMEMBERED}
     kept["address"] = arguments.address and hide_credentials(arguments.address)
-    kept["storage_path"] = _name_from_anywhere(arguments.storage_path)
-    kept["data_dir"] = None if arguments.data_dir is None else str(arguments.data_dir.absolute())
+    if arguments.storage_path is not None:
+        is_url = "://" in arguments.storage_path
+        place = arguments.storage_path if is_url else str(Path(arguments.storage_path).expanduser().absolute())
+        kept["storage_path"] = hide_credentials(place) if is_url else place
+    kept["data_dir"] = arguments.data_dir and str(arguments.data_dir.absolute())
     return kept
-
-
-def _name_from_anywhere(storage_path: str | None) -> str | None:
-    """Return the place of checkpoints without secrets, and independent of the current folder."""
-    if storage_path is None or "://" in storage_path:
-        return storage_path and hide_credentials(storage_path)
-    return str(Path(storage_path).expanduser().absolute())
 
 
 def restore_arguments(
@@ -71,18 +67,23 @@ def restore_arguments(
     if history.provenance.warm_start is not None and not history.trials:
         raise InputError("--resume: the run was cut off before its warm start was applied; start it again")
     recorded = _read_recorded(history)
-    _check_external_targets([name for name in EXTERNAL_TARGETS if getattr(given, name) in (absent, [])], recorded)
+    # The run may have been made by others.
+    left_out = {name: recorded[name] for name in EXTERNAL_TARGETS if getattr(given, name) in (absent, [])}
+    if missing := _name_external_targets(left_out):
+        raise InputError(f"--resume: must be given again, each as it was or as {NONE}: {shlex.join(missing)}")
     recorded["tracker"] = []  # the given trackers replace the recorded ones
     arguments = parser.parse_args(command, argparse.Namespace(**recorded))
     if HIDDEN in (arguments.storage_path or ""):
-        raise InputError(
-            f"--storage-path: must be given with its secrets, which are not kept: {arguments.storage_path}"
-        )
-    _check_space(given.space, history)
+        rule = "must be given with its secrets, which are not kept"
+        raise InputError(f"--storage-path: {rule}: {arguments.storage_path}")
+    about = history.provenance
+    if given.space is not None and load_space(given.space).text != about.space_text:
+        rule = f"must stay {about.space_source} as it was in a resumed run"
+        raise InputError(f"SPACE: {rule}, got {given.space}, which differs")
     consent_to(*(getattr(given, flag) for flag in OWN_CODE_FLAGS), given.sampler)
     sampler = build_options(recorded).sampler
     check_consent("--resume", **{flag: recorded[flag] or "" for flag in OWN_CODE_FLAGS}, sampler=sampler)
-    _check_fixed(arguments, recorded, history)
+    _check_fixed(arguments, recorded, len(history.trials))
     _check_trials(arguments, history)
     return arguments
 
@@ -102,24 +103,16 @@ def _read_recorded(history: RunHistory) -> dict[str, Any]:
     return recorded | {"dataset": history.provenance.dataset, "tracker": trackers}
 
 
-def _check_external_targets(left_out: Sequence[str], recorded: Mapping[str, Any]) -> None:
-    """Refuse recorded values of ``EXTERNAL_TARGETS`` that are not given again: the run may have been made by others."""
-    missing = _name_external_targets({name: recorded[name] for name in left_out})
-    if missing:
-        raise InputError(f"--resume: must be given again, each as it was or as {NONE}: {shlex.join(missing)}")
-
-
 def _name_external_targets(arguments: Mapping[str, Any]) -> list[str]:
     """Return the flags of ``EXTERNAL_TARGETS`` that are set, each with its value."""
     parts = []
     for name in EXTERNAL_TARGETS:
-        if arguments.get(name):
-            value = arguments[name]
+        if value := arguments.get(name):
             parts += [name_flag(name), ",".join(value) if name == "tracker" else value]
     return parts
 
 
-def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], history: RunHistory) -> None:
+def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], trials: int) -> None:
     now, then = build_options(vars(arguments)), build_options(recorded)
     fixed = [field.name for field in dataclasses.fields(SearchOptions) if "fixed" in field.metadata]
     changes = {name: (getattr(then, name), getattr(now, name)) for name in fixed}
@@ -127,14 +120,7 @@ def _check_fixed(arguments: argparse.Namespace, recorded: Mapping[str, Any], his
     for name, (before, wanted) in changes.items():
         if wanted != before:
             raise InputError(f"{name_flag(name)}: must stay {before} in a resumed run, got {wanted}")
-    if now.num_samples < len(history.trials):
-        raise InputError(f"--num-samples: must be at least the {len(history.trials)} of the run, got {now.num_samples}")
-
-
-def _check_space(given: str | None, history: RunHistory) -> None:
-    if given is not None and load_space(given).text != history.provenance.space_text:
-        source = history.provenance.space_source
-        raise InputError(f"SPACE: must stay {source} as it was in a resumed run, got {given}, which differs")
+    check("--num-samples", now.num_samples, now.num_samples >= trials, f"must be at least the {trials} of the run")
 
 
 def _check_trials(arguments: argparse.Namespace, history: RunHistory) -> None:
