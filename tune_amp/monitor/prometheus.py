@@ -71,6 +71,10 @@ SECONDS = {"training": "train_seconds", "validation": "val_seconds", "probe": "p
 """Map from each counted kind of slot time to its column."""
 
 
+Sample = tuple[str, float, dict[str, str]]
+"""Name, a gauge's value or a counter's increment, and labels."""
+
+
 class Gauges(Observer):
     """Forwards all events to another observer, and keeps the metrics up to date.
 
@@ -92,13 +96,17 @@ class Gauges(Observer):
         self._progress: SearchProgress | None = None
         self._confirmation: ConfirmProgress | None = None
         self._ended: collections.deque[TrialRecord] = collections.deque()
-        self._tally = Tally()
-        self._broken = False
+        self._seen: dict[str, tuple[EpochMetrics, ...]] = {}  # epochs that counters have counted
+        self._best: dict[str, TrialRecord] = {}
+        self._slot_of: dict[str, int] = {}
+        self._is_broken = False
 
     def on_progress(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
         """Store the progress for the next publication, and forward it."""
-        if self._progress is None:
-            self._tally.include_earlier(progress, ended)
+        if self._progress is None:  # of an earlier run of the same search, best values count, but not its epochs
+            left = [trial for trial in progress.trials if trial is not ended]
+            self._seen = {trial.trial_id: tuple(trial.epochs) for trial in left if trial.epochs}
+            self._improve(progress.objectives, [trial for trial in left if trial.trial_id not in progress.running])
         if ended is not None:
             self._ended.append(ended)
         self._progress = progress
@@ -136,60 +144,28 @@ class Gauges(Observer):
 
     def publish(self) -> None:
         """Set all metrics to the current state of the search."""
-        if self._broken or self._progress is None:
+        if self._is_broken or self._progress is None:
             return
         try:
             if not self._metrics:
                 self._metrics = _register(self._registry, self._progress.run)
             # In this order, so that the last epochs of a trial that ends in between are counted the next time.
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
-            for name, value, labels in self._tally.count(self._progress, ended, self._confirmation, self._slots):
+            for name, value, labels in self._list_samples(self._progress, ended):
                 metric = self._metrics[name]
                 if hasattr(metric, "set"):
                     metric.set(value, tags=spell_labels(labels))
                 elif value > 0:  # Ray accepts positive increments only; a counter of 0 need not exist
                     metric.inc(value, tags=spell_labels(labels))
         except Exception as error:
-            self._broken = True
+            self._is_broken = True
             _warn(f"metrics ended, the search continues: {describe_error(error)}")
 
-
-Sample = tuple[str, float, dict[str, str]]
-"""Name, a gauge's value or a counter's increment, and labels."""
-
-
-class Tally:
-    """Converts the state of a search into samples, and stores what counters have already counted."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[EpochMetrics, ...]] = {}
-        self._best: dict[str, TrialRecord] = {}
-        self._slots: dict[str, int] = {}
-
-    def include_earlier(self, progress: SearchProgress, ended: TrialRecord | None) -> None:
-        """Include an earlier run of the same search: its best values count, its epochs are not counted again."""
-        left = [trial for trial in progress.trials if trial is not ended]
-        self._seen = {trial.trial_id: tuple(trial.epochs) for trial in left if trial.epochs}
-        self._improve(progress.objectives, [trial for trial in left if trial.trial_id not in progress.running])
-
-    def count(
-        self,
-        progress: SearchProgress,
-        ended: Sequence[TrialRecord],
-        confirmation: ConfirmProgress | None,
-        slots: int,
-    ) -> Iterator[Sample]:
-        """Yield all samples of the current state.
-
-        Args:
-            progress: progress of the search.
-            ended: trials that ended since the last call.
-            confirmation: progress of the confirmation; None before it starts.
-            slots: number of places in which trials run at a time.
-        """
+    def _list_samples(self, progress: SearchProgress, ended: Sequence[TrialRecord]) -> Iterator[Sample]:
+        """Yield the current state; ``ended`` are the trials that ended since the last call."""
         about = (progress.model, progress.dataset, ",".join(progress.objectives), __version__)
         yield "tune_amp_run_info", 1, dict(zip(ABOUT, about, strict=True))
-        yield "tune_amp_slots", slots, {}
+        yield "tune_amp_slots", self._slots, {}
         running = progress.running_trials
         yield from _count_trials(progress)
         self._improve(progress.objectives, ended)
@@ -200,8 +176,8 @@ class Tally:
         yield from self._count_epochs([*ended, *running])
         self._assign_slots(running)
         for trial in running:
-            yield from _describe_slot(trial, {"slot": str(self._slots[trial.trial_id])})
-        done, total = (confirmation.done, confirmation.total) if confirmation else (0, 0)
+            yield from _describe_slot(trial, {"slot": str(self._slot_of[trial.trial_id])})
+        done, total = (self._confirmation.done, self._confirmation.total) if self._confirmation else (0, 0)
         yield "tune_amp_confirm_runs", done, {"state": "ended"}
         yield "tune_amp_confirm_runs", total - done, {"state": "left"}
 
@@ -230,11 +206,11 @@ class Tally:
     def _assign_slots(self, running: Sequence[TrialRecord]) -> None:
         """Keep the slots of running trials, and assign the lowest free slot to each new one."""
         ids = [trial.trial_id for trial in running]
-        self._slots = {trial_id: self._slots[trial_id] for trial_id in ids if trial_id in self._slots}
-        free = iter(sorted({*range(1, len(ids) + 1)} - {*self._slots.values()}))
+        self._slot_of = {trial_id: self._slot_of[trial_id] for trial_id in ids if trial_id in self._slot_of}
+        free = iter(sorted({*range(1, len(ids) + 1)} - {*self._slot_of.values()}))
         for trial_id in ids:
-            if trial_id not in self._slots:
-                self._slots[trial_id] = next(free)
+            if trial_id not in self._slot_of:
+                self._slot_of[trial_id] = next(free)
 
 
 def find_new_epochs(
