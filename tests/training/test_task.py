@@ -25,7 +25,7 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 from tune_amp.training import Task
-from tune_amp.trial import InputError as Refused
+from tune_amp.trial.config import InputError as Refused
 class Diabetes(Task):
     metric = ("mae", "min")
     def data(self):
@@ -156,7 +156,7 @@ import numpy as np
 import torch
 from torch import nn
 from tune_amp.training import Task
-from tune_amp.trial import InputError as Refused
+from tune_amp.trial.config import InputError as Refused
 class Net(nn.Module):
     def __init__(self, width):
         super().__init__()

@@ -8,12 +8,6 @@ from typing import TYPE_CHECKING
 from tune_amp.doors import open_door
 
 if TYPE_CHECKING:
-    from tune_amp.trial.config import EpochMetrics as EpochMetrics
-    from tune_amp.trial.config import InputError as InputError
-    from tune_amp.trial.config import TrialConfig as TrialConfig
-    from tune_amp.trial.config import TrialStatus as TrialStatus
     from tune_amp.trial.consent import consent_to as consent_to
 
-__getattr__ = open_door(
-    __name__, config=("TrialConfig", "EpochMetrics", "TrialStatus", "InputError"), consent=("consent_to",)
-)
+__getattr__ = open_door(__name__, consent=("consent_to",))
