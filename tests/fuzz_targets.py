@@ -153,7 +153,6 @@ def read_past(data: bytes, folder: Path) -> None:
                 ),
                 Observer(),
                 storage_root="/",
-                slots=1,
                 begin=0.0,
                 explain_death=str,
                 on_fault=print,

@@ -94,6 +94,12 @@ def make_stock(space: Any, draws: int | None = None, **settings: Any) -> Any:
     return OptunaSearch(space, metric="val_accuracy", mode="max", **settings)
 
 
+def suggest(search: Any, trial_id: str) -> dict[str, Any]:
+    """The settings that either searcher suggests."""
+    suggested = search.suggest(trial_id)
+    return vars(suggested) if isinstance(suggested, TrialConfig) else suggested
+
+
 def make_stock_asha(grace_period: int = 1) -> Any:
     settings: dict[str, Any] = {"max_t": MAX_EPOCHS, "grace_period": grace_period, "reduction_factor": 2}
     return ASHAScheduler(time_attr="epoch", metric="val_accuracy", mode="max", **settings)
@@ -166,7 +172,7 @@ def search_in_turn(
     spent = []
     for number in range(count):
         trial = Trial(str(number))
-        config = search.suggest(trial.trial_id)
+        config = suggest(search, trial.trial_id)
         scheduler.on_trial_add(None, trial)
         for epoch in range(1, MAX_EPOCHS + 1):
             status = "completed" if epoch == MAX_EPOCHS else "running"
@@ -183,8 +189,13 @@ def search_in_turn(
     return spent
 
 
+def study_of(search: Any) -> optuna.Study:
+    """Ours, or Ray's."""
+    return search.study if isinstance(search, AmpSearch) else search._ot_study
+
+
 def states(search: Any) -> list[TrialState]:
-    return [trial.state for trial in search._ot_study.trials]
+    return [trial.state for trial in study_of(search).trials]
 
 
 # Fact 1
@@ -312,7 +323,7 @@ def test_stock_forgets_trials_that_raised_and_suggests_their_region_again_and_ag
         """Of 40 trials after the first 20, those in the region where trials run out of memory."""
         returns = 0
         for number in range(60):
-            lr = search.suggest(str(number))["lr"]
+            lr = suggest(search, str(number))["lr"]
             if lr > 0.01:
                 returns += number >= 20
                 search.on_trial_complete(str(number), **ending)
@@ -422,7 +433,7 @@ def test_stock_samples_conditional_parameters_apart_from_the_others_without_a_wo
         for number in range(30):
             search.suggest(str(number))
             search.on_trial_complete(str(number), report(MAX_EPOCHS, number / 30, "completed"))
-        assert any("log2(init_scale)" in trial.params for trial in search._ot_study.trials[20:])
+        assert any("log2(init_scale)" in trial.params for trial in study_of(search).trials[20:])
         return alone.copy()
 
     monkeypatch.setattr(TPESampler, "sample_independent", note)

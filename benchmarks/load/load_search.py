@@ -140,7 +140,7 @@ def timing(times: dict[str, list[float]]) -> Iterator[None]:
         "write": (TrialRecorder, "write"),
         "rungs": (searching, "restore_scheduler"),
         "study": (AmpSearch, "__init__"),
-        "suggest": (AmpSearch, "suggest_config"),
+        "suggest": (AmpSearch, "suggest"),
     }
     with contextlib.ExitStack() as stack:
         for name, (owner, attribute) in steps.items():
@@ -235,10 +235,10 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     from tune_amp.cluster.failures import find_cause
     from tune_amp.cluster.resources import TrialResources
     from tune_amp.results.progress import SearchProgress
+    from tune_amp.search.history import begin_run
     from tune_amp.search.plan import SearchPlan, list_shared
     from tune_amp.search.plan import describe_run as describe
     from tune_amp.search.recorder import TrialRecorder
-    from tune_amp.search.run import begin_run
     from tune_amp.search.schedulers import build_scheduler
     from tune_amp.search.study import AmpSearch
 
@@ -249,8 +249,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
     planned = SearchPlan(space=space, dataset=dataset, options=options, folder=run, resources=resources, unfit={})
     provenance = describe(planned)
     reports = _train_one(TrialConfig(**list_shared(dataset, options)), dataset)
-    history = begin_run(run, space, provenance, {})
-    with history.journal:
+    with begin_run(run, space, provenance, {}) as history:
         progress = SearchProgress(
             run=run.name,
             model=options.model,
@@ -258,6 +257,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
             objectives=options.objectives,
             num_samples=options.num_samples,
             time_budget=None,
+            slots=resources.max_concurrent,
             started=time.monotonic(),
         )
         recorder = TrialRecorder(
@@ -266,7 +266,6 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
             progress,
             Sampler(lambda _: None),
             storage_root=str(run),
-            slots=resources.max_concurrent,
             begin=time.monotonic(),
             explain_death=find_cause,
             on_fault=_refuse_fault,
@@ -314,7 +313,7 @@ def _fabricate_trial(
     from tune_amp.cluster.trainable import REPORT, progress_report, read_report
 
     trial_id = f"{place:08x}"
-    config = searcher.suggest_config(trial_id)
+    config = searcher.suggest(trial_id)
     trial = FabricatedTrial(place, vars(config).copy())
     recorder.add_trial(trial, searcher.find_number(trial_id), config)
     scheduler.on_trial_add(None, trial)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.quality.curves import Curves
@@ -147,7 +146,7 @@ class Problem:
 class Program:
     """A program on Ray Tune, of its parts."""
 
-    build_searcher: Callable[[Problem, Path], Searcher]
+    build_searcher: Callable[[Problem, Path], Any]
     """Its second argument is an empty folder."""
     build_scheduler: Callable[[Problem], TrialScheduler]
     is_over: Callable[[EpochMetrics], bool]
@@ -179,7 +178,7 @@ class ReplayedTrial:
         return self.status if ended and self.status is not None else TrialStatus.INTERRUPTED
 
 
-def build_amp_search(problem: Problem, folder: Path, warm_start: WarmStart | None = None) -> Searcher:
+def build_amp_search(problem: Problem, folder: Path, warm_start: WarmStart | None = None) -> AmpSearch:
     """Ours."""
     table = problem.table
     return AmpSearch(
@@ -195,31 +194,29 @@ def build_amp_search(problem: Problem, folder: Path, warm_start: WarmStart | Non
     )
 
 
-def build_amp_search_without_defaults(problem: Problem, folder: Path) -> Searcher:
+def build_amp_search_without_defaults(problem: Problem, folder: Path) -> AmpSearch:
     """Ours, but that the defaults are not tried first: they are asked for, and forgotten."""
     searcher = build_amp_search(problem, folder)
-    assert isinstance(searcher, AmpSearch)
     searcher.study.tell(searcher.study.ask(), state=TrialState.FAIL)
     return searcher
 
 
-def build_optuna_search_with_defaults(problem: Problem, folder: Path) -> Searcher:
+def build_optuna_search_with_defaults(problem: Problem, folder: Path) -> OptunaSearch:
     """Ray's, told to try the defaults first as ours does."""
     searcher = build_optuna_search(problem, folder)
     table = problem.table
-    assert isinstance(searcher, OptunaSearch)
     defaults = table.space.find_defaults(train_images=table.train_images, max_epochs=table.max_epochs)
     study: Any = searcher._ot_study  # noqa: SLF001 - points_to_evaluate is not for define-by-run spaces
     study.enqueue_trial(defaults)
     return searcher
 
 
-def build_optuna_search(problem: Problem, folder: Path) -> Searcher:
+def build_optuna_search(problem: Problem, folder: Path) -> OptunaSearch:
     """Ray's, with the sampler that it makes by itself, and its study in memory."""
     return _build_stock(problem, seed=problem.seed)
 
 
-def build_random_search(problem: Problem, folder: Path) -> Searcher:
+def build_random_search(problem: Problem, folder: Path) -> OptunaSearch:
     """Ray's, with Optuna's random sampler."""
     return _build_stock(problem, sampler=optuna.samplers.RandomSampler(seed=problem.seed))
 
@@ -238,7 +235,7 @@ class SameDraws(OptunaSearch):
         return super().suggest(trial_id)
 
 
-def _build_stock(problem: Problem, **settings: Any) -> Searcher:
+def _build_stock(problem: Problem, **settings: Any) -> OptunaSearch:
     _silence_optuna()
     # It warns of every value that is not finite, which is what is measured here.
     logging.getLogger("ray.tune.search.optuna.optuna_search").setLevel(logging.ERROR)
@@ -331,8 +328,10 @@ def _start_trial(searcher: Any, scheduler: Any, table: CurveTable, *, number: in
     """As in ``SearchGenerator.create_trial_if_possible`` and ``TuneController.add_trial``."""
     trial_id = f"{number:08x}"
     suggested = searcher.suggest(trial_id)
-    config = TrialConfig(**{field.name: suggested[field.name] for field in dataclasses.fields(TrialConfig)})
-    trial = ReplayedTrial(trial_id=trial_id, config=config, curve=table.find_nearest(config))
+    if not isinstance(suggested, TrialConfig):  # Ray's searcher suggests parameters besides
+        fields = dataclasses.fields(TrialConfig)
+        suggested = TrialConfig(**{field.name: suggested[field.name] for field in fields})
+    trial = ReplayedTrial(trial_id=trial_id, config=suggested, curve=table.find_nearest(suggested))
     scheduler.on_trial_add(None, trial)
     return trial
 

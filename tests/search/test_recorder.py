@@ -106,6 +106,7 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
                 objectives=("val_accuracy",),
                 num_samples=4,
                 time_budget=None,
+                slots=2,
                 started=clock.now,
             )
             return TrialRecorder(
@@ -114,7 +115,6 @@ def make_recorder(tmp_path: Path, watcher: Watcher, clock: Clock, faults: list[s
                 progress,
                 watcher,
                 storage_root="/storage",
-                slots=2,
                 begin=clock.now,
                 explain_death=find_cause,
                 on_fault=faults.append,

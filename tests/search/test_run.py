@@ -27,10 +27,10 @@ from tune_amp.results.records import TrialRecord, load_best, load_provenance, lo
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import SlotUse, utilisation
 from tune_amp.reuse.final import find_differences, replay_trial
-from tune_amp.search.history import open_history
+from tune_amp.search.history import begin_run, open_history
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import SearchPlan, list_shared, plan_resources, plan_search
-from tune_amp.search.run import SearchResult, begin_run, find_failing, run_search, stop_if_failing, was_interrupted
+from tune_amp.search.run import SearchResult, find_failing, run_search, stop_if_failing, was_interrupted
 from tune_amp.search.study import AmpSearch
 from tune_amp.space.space import load_space, parse_space
 from tune_amp.training.data import Dataset
@@ -416,7 +416,10 @@ def resume_until(
         "num_samples": 4,
     }
     searcher = AmpSearch(space, list_shared(digits, options), folder=folder, study_name=folder.name, **sizes)
-    begun = [past_runs.trial("aaaaaaaa", 0) | {"config": searcher.suggest("aaaaaaaa")}, past_runs.start("aaaaaaaa")]
+    begun = [
+        past_runs.trial("aaaaaaaa", 0) | {"config": vars(searcher.suggest("aaaaaaaa"))},
+        past_runs.start("aaaaaaaa"),
+    ]
     searcher.close()
     with RunFolder(folder).study.open("ab") as study:
         study.write(damage)
@@ -501,8 +504,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(search: Search,
 @pytest.mark.parametrize("name", [path.name for path in RunFolder(Path()).files])
 def test_file_that_was_put_into_the_folder_of_a_new_run_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone"):
-        begin_run(tmp_path, load_space("quick"), PROVENANCE, {})
+    refused = pytest.raises(InputError, match=f"{name}: was put there by another program, and is left alone")
+    with refused, begin_run(tmp_path, load_space("quick"), PROVENANCE, {}):
+        pytest.fail("was begun")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
 
 

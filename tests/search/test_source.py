@@ -11,17 +11,16 @@ from tune_amp.search.source import TrialSource
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
 
-class Numbered(tune.search.Searcher):
+class Numbered:
     """Suggests learning rates 1, 2, 3, ...; Optuna's number of a trial is a hundred times that."""
 
     def __init__(self, past: int = 0) -> None:
-        super().__init__(metric="val_accuracy", mode="max")
         self.suggested = past
         self.numbers: dict[str, int] = {}
         self.fault: OSError | None = None
         self.completed: list[str] = []
 
-    def suggest_config(self, trial_id: str) -> TrialConfig:
+    def suggest(self, trial_id: str) -> TrialConfig:
         if self.fault is not None:
             raise self.fault
         self.suggested += 1

@@ -486,13 +486,13 @@ def test_defaults_come_first_then_the_winners_best_first(make_search: MakeSearch
     donor = make_donor_of([make_old("a", lr=0.5), make_old("b", lr=0.02, batch_size=512), make_old("c", lr=0.03)])
     search = make_search(PLAIN, plan(donor))
     suggested = [search.suggest(str(number)) for number in range(4)]
-    assert [(settings["lr"], settings["batch_size"]) for settings in suggested[:3]] == [
+    assert [(config.lr, config.batch_size) for config in suggested[:3]] == [
         (1e-3, 64),
         (0.5, 64),
         (0.02, 512),
     ]
-    assert {settings["seed"] for settings in suggested} == {SHARED["seed"]}
-    assert suggested[3]["lr"] not in (0.5, 0.02, 0.03)
+    assert {config.seed for config in suggested} == {SHARED["seed"]}
+    assert suggested[3].lr not in (0.5, 0.02, 0.03)
 
 
 def test_old_trials_are_none_of_the_searchs_own(make_search: MakeSearch) -> None:
@@ -521,7 +521,7 @@ def test_a_search_that_goes_on_takes_nothing_over_again(make_search: MakeSearch)
     mine = made.recorded("mine", search.find_number("mine"), status="completed")
     again = make_search(PLAIN, warm_start, past=[mine])
     assert len(again.study.trials) == count
-    assert again.suggest("next")["lr"] == 0.01  # the best winner, which was waiting
+    assert again.suggest("next").lr == 0.01  # the best winner, which was waiting
 
 
 def make_teachers(space: str, count: int = 40) -> list[TrialRecord]:
@@ -548,7 +548,7 @@ def test_the_sampler_has_learned_before_the_search_tells_it_anything(
         for seed in range(4):
             warm_start = plan(known, space, sampler=sampler)
             search = make_search(space, warm_start, sampler=sampler, name=f"{name}-{seed}", seed=seed)
-            rates += [search.suggest(str(number))["lr"] for number in range(9)][1:]  # the first are the defaults
+            rates += [search.suggest(str(number)).lr for number in range(9)][1:]  # the first are the defaults
         errors[name] = statistics.median(abs(math.log10(rate / 0.01)) for rate in rates)
     assert errors["warm"] < 0.7 < errors["stripped"]
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tune_amp.results.files import check_free, write_atomically
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.records import Provenance, TrialRecord, build_from
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.space.no_effect import find_inert
+from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
     MOST_SECONDS,
     RUNNING,
@@ -306,6 +308,19 @@ def place_epoch(epochs: Sequence[EpochMetrics], metrics: EpochMetrics, *, is_las
     before = [earlier for earlier in epochs if earlier.epoch < metrics.epoch]
     after = [] if is_last else [earlier for earlier in epochs if earlier.epoch > metrics.epoch]
     return (*before, metrics, *after)
+
+
+@contextlib.contextmanager
+def begin_run(
+    folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]
+) -> Iterator[RunHistory]:
+    """Record how a run begins, before anything else of it happens; its journal is open in the ``with`` block."""
+    check_free(*RunFolder(folder).files)
+    with Journal(RunFolder(folder).journal) as journal:
+        write_atomically(RunFolder(folder).space, lambda file: file.write(space.text.encode()), replace=False)
+        about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
+        journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
+        yield RunHistory(journal, provenance, arguments)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,6 @@ class TrialRecorder(tune.Callback):
         progress: progress of the search before its first trial of this session.
         observer: is notified of everything that happens, and raises nothing.
         storage_root: path below which checkpoints lie.
-        slots: number of trials that can run at a time.
         begin: ``time.monotonic()`` from which slot time counts.
         explain_death: returns, in a line, why a trial's worker died.
         on_fault: is called with a line if a file cannot be written; once the journal cannot, nothing more is recorded.
@@ -52,7 +51,6 @@ class TrialRecorder(tune.Callback):
         observer: Observer,
         *,
         storage_root: str,
-        slots: int,
         begin: float,
         explain_death: Callable[[Any], str],
         on_fault: Callable[[str], None],
@@ -69,7 +67,7 @@ class TrialRecorder(tune.Callback):
         self._on_end, self._on_failure = on_end, on_failure
         self._is_broken = False
         self._lock = threading.Lock()  # if Ray has died, another thread writes the records
-        self._slots, self._begin = slots, begin
+        self._begin = begin
         self._end: float | None = None
         self._written = time.monotonic()
         self._is_unwritten = False
@@ -86,7 +84,7 @@ class TrialRecorder(tune.Callback):
         if self._end is None:
             return None
         # Nodes may have joined.
-        return SlotTime(slots=max(self._slots, self._history.most_running), wall_seconds=self._end)
+        return SlotTime(slots=max(self._progress.slots, self._history.most_running), wall_seconds=self._end)
 
     def open_session(self, **about: Any) -> None:
         """Record that the search starts or resumes."""

@@ -6,12 +6,10 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from ray import tune
-from ray.tune.schedulers import TrialScheduler
 
 from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.cluster.health import RayHealth
@@ -20,24 +18,21 @@ from tune_amp.cluster.resources import count_slots_now, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.monitor.prometheus import Gauges
-from tune_amp.results.files import check_free, write_atomically
 from tune_amp.results.importance import ImportanceResult, measure_importance, write_importance
-from tune_amp.results.journal import JOURNAL_VERSION, Journal
 from tune_amp.results.progress import ConfirmResult, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
 from tune_amp.results.run_folder import RunFolder
-from tune_amp.search.history import RecordedTrial, RunHistory
+from tune_amp.search.history import RecordedTrial, RunHistory, begin_run
 from tune_amp.search.mending import mend_run
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import SearchPlan, describe_run, list_shared
 from tune_amp.search.recorder import TrialRecorder
-from tune_amp.search.schedulers import TrialKey, restore_scheduler
+from tune_amp.search.schedulers import DivergenceAware, make_key, restore_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
 from tune_amp.search.tuner import bind_trainable, build_tuner, fit, schedule
-from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import TrialStatus, generalize_error
 
 
@@ -104,47 +99,14 @@ def run_search(
         InputError: the run cannot be resumed, or its place for checkpoints is of no use; nothing has been trained.
         OSError: a file cannot be written, for example to a full disk; what was reported is in the journal.
     """
-    with _open_search(plan, observer, stop or StopRequest(), announce) as search:
-        _run_trials(search, trackers, announce)
-        result = _conclude(search)
-        if not is_unfinished(result.trials, plan.options):
-            search.remover.submit(search.storage.remove_checkpoints)
-        if result.interrupted or not plan.options.confirm_seeds:
-            return result
-        return _confirm(search, result)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _OpenSearch:
-    """The parts of a running search."""
-
-    plan: SearchPlan
-    history: RunHistory
-    storage: RunStorage
-    recorder: TrialRecorder
-    limit: TimeLimit
-    gauges: Gauges
-    stop: StopRequest
-    health: RayHealth
-    remover: concurrent.futures.Executor
-    """Removes checkpoints in the background: Tune does not wait for a slow disk."""
-
-
-@contextlib.contextmanager
-def _open_search(
-    plan: SearchPlan, observer: Observer, stop: StopRequest, announce: Callable[[str], object]
-) -> Iterator[_OpenSearch]:
-    """Open the storage of a run and its journal, which begins or continues."""
-    storage, history = _open_storage(plan), plan.history
-    with contextlib.ExitStack() as stack:
-        if history is None:
-            history = begin_run(plan.folder, plan.space, describe_run(plan), plan.arguments)
-            stack.enter_context(history.journal)
-        else:
-            for line in mend_run(plan.folder, history):
-                announce(line)
-        gauges = Gauges(observer, slots=plan.resources.max_concurrent)
-        remover = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+    stop = stop or StopRequest()
+    storage = _open_storage(plan)
+    gauges = Gauges(observer, slots=plan.resources.max_concurrent)
+    resumed = contextlib.nullcontext(plan.history) if plan.history else None
+    opened = resumed or begin_run(plan.folder, plan.space, describe_run(plan), plan.arguments)
+    with opened as history, concurrent.futures.ThreadPoolExecutor(1) as remover:  # Tune does not wait for a slow disk
+        for line in mend_run(plan.folder, history):
+            announce(line)
         limit = TimeLimit(plan.options.trial_time_limit)
         recorder = TrialRecorder(
             plan.folder,
@@ -152,24 +114,22 @@ def _open_search(
             _describe_progress(plan),
             gauges,
             storage_root=storage.path,
-            slots=plan.resources.max_concurrent,
             begin=plan.begun,
             explain_death=limit.explain_death,
             on_fault=stop.ask,
             on_end=functools.partial(remover.submit, storage.remove_checkpoints),
             on_failure=functools.partial(stop_if_failing, plan.options, stop),
         )
-        yield _OpenSearch(
-            plan=plan,
-            history=history,
-            storage=storage,
-            recorder=recorder,
-            limit=limit,
-            gauges=gauges,
-            stop=stop,
-            health=RayHealth(),
-            remover=remover,
-        )
+        callbacks = [limit, *trackers, recorder]
+        with gauges:
+            _run_trials(plan, history, storage, recorder, stop, callbacks=callbacks, announce=announce)
+        result = _conclude(plan, recorder, history.provenance, stop)
+        if not is_unfinished(result.trials, plan.options):
+            remover.submit(storage.remove_checkpoints)
+        if result.interrupted or not plan.options.confirm_seeds or not result.ranked:
+            return result
+        with gauges:
+            return _confirm(plan, result, gauges, stop)
 
 
 def _open_storage(plan: SearchPlan) -> RunStorage:
@@ -181,103 +141,96 @@ def _open_storage(plan: SearchPlan) -> RunStorage:
     return storage
 
 
-def _run_trials(search: _OpenSearch, trackers: Sequence[tune.Callback], announce: Callable[[str], object]) -> None:
+def _run_trials(
+    plan: SearchPlan,
+    history: RunHistory,
+    storage: RunStorage,
+    recorder: TrialRecorder,
+    stop: StopRequest,
+    *,
+    callbacks: Sequence[tune.Callback],
+    announce: Callable[[str], object],
+) -> None:
     """Run the trials until all are over or the search is asked to end."""
-    plan, history, storage, recorder, stop = search.plan, search.history, search.storage, search.recorder, search.stop
-    time_left = plan.time_left
+    options, resources, time_left = plan.options, plan.resources, plan.time_left
+    searcher = AmpSearch(
+        plan.space,
+        list_shared(plan.dataset, options),
+        train_images=len(plan.dataset.train),
+        objectives=options.objectives,
+        seed=options.seed,
+        folder=plan.folder,
+        study_name=history.provenance.run,  # the folder may have been renamed since
+        sampler=options.sampler,
+        num_samples=history.num_samples or options.num_samples,
+        warm_start=plan.warm_start,
+        past=history.trials,
+        on_fault=stop.ask,
+    )
     # However the block ends, no trial stays running in the study.
-    with stop.watched_by_tune(), contextlib.closing(_build_searcher(search)) as searcher:
-        scheduler = schedule(plan.options, searcher, plan.resources)
+    with stop.watched_by_tune(), contextlib.closing(searcher):
+        scheduler = schedule(options, searcher, resources)
         restore_scheduler(scheduler, [trial.trial_id for trial in history.trials], history.reports)
         for other in storage.list_foreign():
             announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")
         storage.claim()
         recorder.open_session(
-            num_samples=plan.options.num_samples,
-            slots=plan.resources.max_concurrent,
+            num_samples=options.num_samples,
+            slots=resources.max_concurrent,
             storage={"place": storage.place, "name": storage.name, "token": storage.token},
             command=list(plan.command),
             arguments=dict(plan.arguments),
         )
-        with search.gauges, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             stack.callback(recorder.finish)  # however the block ends
             for trial in history.trials:
                 _pass_on_end(trial, recorder, searcher, scheduler)
-            resources = plan.resources
             source = TrialSource(
                 searcher,
-                count_slots=count_slots_now(resources.cpus, resources.gpus, max_concurrent=plan.options.max_concurrent),
+                count_slots=count_slots_now(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
                 on_submit=recorder.add_trial,
                 on_fault=stop.ask,
                 past=history.trials,
             )
             tuner = build_tuner(
-                bind_trainable(plan.dataset, resources, storage, history.unfinished, plan.options.objectives),
+                bind_trainable(plan.dataset, resources, storage, history.unfinished, options.objectives),
                 source,
                 scheduler,
                 storage=storage,
                 stop=stop,
-                callbacks=[search.limit, *trackers, recorder],
-                num_samples=plan.options.num_samples,
+                callbacks=callbacks,
+                num_samples=options.num_samples,
                 time_left=time_left,
             )
             if time_left is None or time_left > 0:
                 end_process = functools.partial(_end_process, searcher, recorder, stop)
-                with watching(stop, search.health.find_dead_process, end_process):
+                with watching(stop, RayHealth().find_dead_process, end_process):
                     fit(tuner, stop)
 
 
-def _build_searcher(search: _OpenSearch) -> AmpSearch:
-    plan, history = search.plan, search.history
-    return AmpSearch(
-        plan.space,
-        list_shared(plan.dataset, plan.options),
-        train_images=len(plan.dataset.train),
-        objectives=plan.options.objectives,
-        seed=plan.options.seed,
-        folder=plan.folder,
-        study_name=history.provenance.run,  # the folder may have been renamed since
-        sampler=plan.options.sampler,
-        num_samples=history.num_samples or plan.options.num_samples,
-        warm_start=plan.warm_start,
-        past=history.trials,
-        on_fault=search.stop.ask,
-    )
-
-
-def begin_run(folder: Path, space: SearchSpace, provenance: Provenance, arguments: Mapping[str, Any]) -> RunHistory:
-    """Record how a run begins, before anything else of it happens; return its history, whose journal is open."""
-    check_free(*RunFolder(folder).files)
-    journal = Journal(RunFolder(folder).journal)
-    write_atomically(RunFolder(folder).space, lambda file: file.write(space.text.encode()), replace=False)
-    about = {"arguments": dict(arguments), "provenance": dataclasses.asdict(provenance)}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(journal)
-        journal.append({"event": "run", "version": JOURNAL_VERSION, **about})
-        stack.pop_all()
-    return RunHistory(journal, provenance, arguments)
-
-
 def _describe_progress(plan: SearchPlan) -> SearchProgress:
+    options = plan.options
     return SearchProgress(
         run=plan.folder.name,
-        model=plan.options.model,
+        model=options.model,
         dataset=plan.dataset.name,
-        objectives=plan.options.objectives,
-        num_samples=plan.options.num_samples,
-        time_budget=plan.options.time_budget,
+        objectives=options.objectives,
+        num_samples=options.num_samples,
+        time_budget=options.time_budget,
         slots=plan.resources.max_concurrent,
-        confirm_runs=count_most_runs(min(plan.options.top_k, plan.options.num_samples), plan.options.confirm_seeds),
+        confirm_runs=count_most_runs(min(options.top_k, options.num_samples), options.confirm_seeds),
         started=time.monotonic(),
     )
 
 
-def _pass_on_end(trial: RecordedTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: TrialScheduler) -> None:
+def _pass_on_end(
+    trial: RecordedTrial, recorder: TrialRecorder, searcher: AmpSearch, scheduler: DivergenceAware
+) -> None:
     """Pass on the end of a trial that had ended when the search was cut off, before that was recorded."""
     if trial.unrecorded_end is None:
         return
     assert trial.last_result is not None  # it is the report that ended the trial
-    scheduler.on_trial_complete(cast("Any", None), cast("Any", TrialKey(trial_id=trial.trial_id)), trial.last_result)
+    scheduler.on_trial_complete(None, make_key(trial.trial_id), trial.last_result)
     searcher.on_trial_complete(trial.trial_id, trial.last_result)
     recorder.record_end(trial.trial_id, trial.unrecorded_end)
 
@@ -309,44 +262,39 @@ def find_failing(trials: Sequence[TrialRecord], most: int) -> str | None:
     return f"{what}; fix its cause and resume, or resume with a larger --max-failures"
 
 
-def _conclude(search: _OpenSearch) -> SearchResult:
+def _conclude(plan: SearchPlan, recorder: TrialRecorder, provenance: Provenance, stop: StopRequest) -> SearchResult:
     """Rank the trials of a search that is over, and write the best and the importance of the parameters."""
     begun = time.monotonic()
-    plan, options, recorder, stop = search.plan, search.plan.options, search.recorder, search.stop
-    ranked = choose_best(recorder.trials, options.objectives, options.top_k)
+    options, trials, slot_time = plan.options, recorder.trials, recorder.slot_time
+    assert slot_time is not None  # the search is over
+    ranked = choose_best(trials, options.objectives, options.top_k)
     if ranked:
-        write_best(plan.folder, rank_trials(ranked), search.history.provenance)
+        write_best(plan.folder, rank_trials(ranked), provenance)
     importance = measure_importance(
-        plan.space, recorder.trials, options.objectives[0], train_images=len(plan.dataset.train), seed=options.seed
+        plan.space, trials, options.objectives[0], train_images=len(plan.dataset.train), seed=options.seed
     )
     if importance.rows:
-        write_importance(plan.folder, importance, search.history.provenance)
-    slot_time = recorder.slot_time
-    assert slot_time is not None  # the search is over
+        write_importance(plan.folder, importance, provenance)
     return SearchResult(
         folder=plan.folder,
-        trials=recorder.trials,
+        trials=trials,
         ranked=ranked,
         importance=importance,
-        provenance=search.history.provenance,
-        interrupted=stop.reason is not None or was_interrupted(recorder.trials, options, slot_time.wall_seconds),
+        provenance=provenance,
+        interrupted=stop.reason is not None or was_interrupted(trials, options, slot_time.wall_seconds),
         reason=stop.reason,
-        failing=stop.reason is not None and stop.reason == find_failing(recorder.trials, options.max_failures),
+        failing=stop.reason is not None and stop.reason == find_failing(trials, options.max_failures),
         slot_time=slot_time,
         wrap_up_seconds=time.monotonic() - begun,
     )
 
 
-def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
+def _confirm(plan: SearchPlan, result: SearchResult, observer: Observer, stop: StopRequest) -> SearchResult:
     """Train the best trials again on fresh seeds."""
-    if not result.ranked:
-        return result
-    dataset, options, resources = search.plan.dataset, search.plan.options, search.plan.resources
-    plan = plan_confirmation(
+    dataset, options, resources, space = plan.dataset, plan.options, plan.resources, plan.space
+    planned = plan_confirmation(
         result.ranked,
-        build_default(
-            search.plan.space.precisions, own=search.plan.space.own_defaults, **list_shared(dataset, options)
-        ),
+        build_default(space.precisions, own=space.own_defaults, **list_shared(dataset, options)),
         train_images=len(dataset.train),
         top_k=options.top_k,
         seeds=options.confirm_seeds,
@@ -356,15 +304,15 @@ def _confirm(search: _OpenSearch, result: SearchResult) -> SearchResult:
     slots = ConfirmSlots(
         dataset, resources, objectives=options.objectives, time_limit=options.trial_time_limit or math.inf
     )
-    with search.gauges, watching(search.stop, search.health.find_dead_process, search.stop.leave), slots:
+    with watching(stop, RayHealth().find_dead_process, stop.leave), slots:
         confirmation = confirm(
-            plan,
+            planned,
             slots.train,
             done=load_confirmed(result.folder) if RunFolder(result.folder).confirm.exists() else (),
             folder=result.folder,
             provenance=result.provenance,
             num_threads=resources.cpus,
-            observer=search.gauges,
+            observer=observer,
         )
     ranked = [row.trial for row in confirmation.rows if row.rank is not None]
     return dataclasses.replace(result, ranked=ranked or result.ranked, confirmation=confirmation)

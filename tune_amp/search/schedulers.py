@@ -1,24 +1,16 @@
 """Early stopping by epoch: Ray's schedulers, changed so that a trial that diverged ranks last and is stopped."""
 
-import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from tune_amp.cluster.ray_patches import pause_pending
-from tune_amp.trial.config import (
-    RANKING_OBJECTIVES,
-    RUNNING,
-    SCHEDULERS,
-    TrialReport,
-    TrialStatus,
-)
+from tune_amp.trial.config import RANKING_OBJECTIVES, RUNNING, SCHEDULERS, TrialReport, TrialStatus
 from tune_amp.trial.objectives import MAX, MIN, is_maximized, metric_of
 
 LOOK_SECONDS = 0.1
@@ -27,11 +19,15 @@ LOOK_SECONDS = 0.1
 _WORST_VALUES = {"val_accuracy": 0.0, "peak_memory_bytes": 1e15}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialKey:
+class TrialKey(NamedTuple):
     """Stands for a trial in calls of schedulers, which use only its id."""
 
     trial_id: str
+
+
+def make_key(trial_id: str) -> Any:
+    """Return the key of a trial, of no type, since schedulers are typed for Ray's class."""
+    return TrialKey(trial_id)
 
 
 class DivergenceAware(FIFOScheduler):
@@ -43,6 +39,8 @@ class DivergenceAware(FIFOScheduler):
 
     A report without an epoch, which is that of a failure, changes nothing. The rule sees every epoch of a retried trial
     once.
+
+    Ray's rules get a ``TrialKey`` for the trial: the median rule's memory would not outlive the process otherwise.
 
     Args:
         objective: the objective, see ``trial.objectives``.
@@ -77,26 +75,17 @@ class DivergenceAware(FIFOScheduler):
         if result.get("epoch", 0) <= self._seen_epochs.get(trial.trial_id, 0):
             return TrialScheduler.CONTINUE
         self._seen_epochs[trial.trial_id] = result["epoch"]
-        decision: str = super().on_trial_result(tune_controller, trial, self._ranked(result))
+        decision: str = super().on_trial_result(tune_controller, make_key(trial.trial_id), self._ranked(result))
         if is_hopeless(result):
             decision = TrialScheduler.STOP
         if decision == TrialScheduler.STOP:
             self._to_stop.add(trial.trial_id)
         return decision
 
-    @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
-        """In the ``with`` block, the decisions on all results are known, so this rule need not make them."""
-        yield
-
-    def remember_stop(self, trial_id: str) -> None:
-        """Record that a trial was stopped."""
-        self._to_stop.add(trial_id)
-
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Record a trial's last value, or the worst possible if it diverged."""
         if "epoch" in result:
-            super().on_trial_complete(tune_controller, trial, self._ranked(result))
+            super().on_trial_complete(tune_controller, make_key(trial.trial_id), self._ranked(result))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Pass on that the trial's worker died, and make the trial wait if it has to."""
@@ -136,50 +125,16 @@ class DivergenceAwareHyperBand(DivergenceAware, AsyncHyperBandScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Give a new trial its bracket."""
-        if trial.trial_id not in self._trial_info:
-            with self._drawing():
-                super().on_trial_add(tune_controller, trial)
-
-    @contextlib.contextmanager
-    def replaying(self) -> Iterator[None]:
-        """In the ``with`` block, rungs record values without finding a cutoff, which took 5 s with 10,000 trials."""
-        for bracket in self._brackets:
-            bracket.cutoff = _find_no_cutoff  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for bracket in self._brackets:
-                del bracket.cutoff
-
-    @contextlib.contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """In the ``with`` block, numpy's global generator has this scheduler's own state."""
+        if trial.trial_id in self._trial_info:
+            return
         outside = np.random.get_state()  # noqa: NPY002
         np.random.set_state(self._draws)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            self._draws = np.random.get_state()  # noqa: NPY002
-            np.random.set_state(outside)  # noqa: NPY002
+        super().on_trial_add(tune_controller, trial)
+        self._draws = np.random.get_state()  # noqa: NPY002
+        np.random.set_state(outside)  # noqa: NPY002
 
 
-def _find_no_cutoff(recorded: Mapping[str, float]) -> None:
-    """Return no cutoff, in place of the bracket's own method."""
-
-
-class MedianByTrialId(MedianStoppingRule):
-    """Ray's median rule, which remembers trials by id, not as objects, since objects do not outlive a process."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether the trial continues or stops."""
-        return super().on_trial_result(tune_controller, TrialKey(trial_id=trial.trial_id), result)  # type: ignore[arg-type]
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Record a trial's last value."""
-        super().on_trial_complete(tune_controller, TrialKey(trial_id=trial.trial_id), result)  # type: ignore[arg-type]
-
-
-class DivergenceAwareMedian(DivergenceAware, MedianByTrialId):
+class DivergenceAwareMedian(DivergenceAware, MedianStoppingRule):
     """Stops a trial whose best value is worse than the median of the others' averages (Golovin et al. 2017, Vizier).
 
     Ray's own fails with a KeyError at the next report after one without an epoch.
@@ -238,20 +193,16 @@ def restore_scheduler(
     """
     results: dict[str, dict[str, Any]] = {}
     controller: Any = None  # none of these rules uses it
-    keys: dict[str, Any] = {trial_id: TrialKey(trial_id=trial_id) for trial_id in trial_ids}
-    for key in keys.values():
-        scheduler.on_trial_add(controller, key)
-    with scheduler.replaying():
-        for trial_id, report in reports:
-            key, last = keys[trial_id], results.get(trial_id, {})
-            if report is None and last.get("done"):
-                scheduler.on_trial_complete(controller, key, last)
-            elif report is not None:
-                last = results[trial_id] = report.as_result()
-                if report.status == RUNNING:  # a report that ends the trial reaches on_trial_complete only
-                    scheduler.on_trial_result(controller, key, last)
-                    if report.done:  # by the scheduler's decision
-                        scheduler.remember_stop(trial_id)
+    for trial_id in trial_ids:
+        scheduler.on_trial_add(controller, make_key(trial_id))
+    for trial_id, report in reports:
+        key, last = make_key(trial_id), results.get(trial_id, {})
+        if report is None and last.get("done"):
+            scheduler.on_trial_complete(controller, key, last)
+        elif report is not None:
+            last = results[trial_id] = report.as_result()
+            if report.status == RUNNING:  # a report that ends the trial reaches on_trial_complete only
+                scheduler.on_trial_result(controller, key, last)
 
 
 def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) -> int:
@@ -265,7 +216,7 @@ def count_brackets(max_epochs: int, grace_period: int, reduction_factor: float) 
     return brackets
 
 
-def is_hopeless(result: dict[str, Any]) -> bool:
+def is_hopeless(result: Mapping[str, Any]) -> bool:
     """Return whether a result with an epoch is that of a trial that diverged."""
     values = [value for name in RANKING_OBJECTIVES if (value := result.get(name)) is not None]
     return not all(map(math.isfinite, values)) or result.get("status") == TrialStatus.DIVERGED

@@ -42,11 +42,6 @@ class TrialSource(SearchAlgorithm):
         self._running: set[str] = set()
 
     @property
-    def metric(self) -> Any:
-        """See Ray."""
-        return self._searcher.metric
-
-    @property
     def total_samples(self) -> int:
         """Number of trials of the whole search."""
         return int(self._spec.get("num_samples", 0))
@@ -66,7 +61,7 @@ class TrialSource(SearchAlgorithm):
             return self._submit(past.trial_id, past.place, past.config)
         trial_id = Trial.generate_id()
         try:
-            config = self._searcher.suggest_config(trial_id)
+            config = self._searcher.suggest(trial_id)
         except OSError as error:
             self._on_fault(describe_error(error))
             self.set_finished()  # type: ignore[no-untyped-call]

@@ -14,14 +14,13 @@ from typing import Any, cast
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
-from optuna.trial import TrialState
-from ray.tune.search.optuna import OptunaSearch
+from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.samplers import build_sampler, reseed
-from tune_amp.search.schedulers import find_worst_value, is_hopeless, objective_mode
+from tune_amp.search.schedulers import find_worst_value, is_hopeless
 from tune_amp.search.warm_start import OldTrial, WarmStart, find_suggestion
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
@@ -33,12 +32,11 @@ from tune_amp.trial.config import (
     is_finite,
 )
 from tune_amp.trial.consent import check_consent
-from tune_amp.trial.objectives import metric_of
+from tune_amp.trial.objectives import is_maximized, metric_of
 
 STATUS_ATTRIBUTE = "status"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"
 OF_RUN_ATTRIBUTE = "of run"
-RETURNED_ATTRIBUTE = "returned trials"
 FIXED_PARAMS = "fixed_params"
 """Optuna's own name for the parameters with which a trial was enqueued."""
 CONSTRAINTS_PREFIX = "constraints:"
@@ -54,8 +52,8 @@ UNKNOWN_VALUES = {"val_accuracy": 0.0, "val_loss": 10.0}
 MOST_LOST_TRIALS = 10_000
 
 
-class AmpSearch(OptunaSearch):
-    """OptunaSearch that reports the true end of every trial.
+class AmpSearch:
+    """Suggests trials by Optuna, and reports the true end of each.
 
     - completed: its values, at the full budget;
     - stopped: pruned, with the epoch it reached and its values on the way;
@@ -114,20 +112,20 @@ class AmpSearch(OptunaSearch):
         self._objectives = tuple(objectives)
         self._metrics = [metric_of(objective) for objective in objectives]
         self._models_values = sampler == "gp"
+        self._seed, self._suggested = seed, len(past)
+        self._space, self._shared = space, dict(shared)
+        self._sizes = {"train_images": train_images, "max_epochs": shared["max_epochs"]}
+        self._on_fault = on_fault
+        self._trials: dict[str, optuna.Trial] = {}
+        self._ended: set[str] = set()
         self._reported_epochs: dict[str, int] = {}
         self._causes: dict[str, str] = {}
-        self._sampler_seed, self._suggested = seed, len(past)
-        self._on_fault = on_fault
-        self._searched, self._shared = space, dict(shared)
-        self._sizes = {"train_images": train_images, "max_epochs": shared["max_epochs"]}
-        modes = [objective_mode(name) for name in objectives]
-        super().__init__(
-            cast("Any", space.suggest),  # never called; without one, OptunaSearch makes no study
-            metric=self._metrics if len(objectives) > 1 else self._metrics[0],
-            mode=modes if len(objectives) > 1 else modes[0],
-            sampler=built,
+        self.study = optuna.create_study(
             storage=open_storage(path),
+            sampler=built,
             study_name=study_name,
+            directions=["maximize" if is_maximized(name) else "minimize" for name in objectives],
+            load_if_exists=True,
         )
         if self.study.metric_names is None:  # optuna-dashboard shows them
             with warnings.catch_warnings():
@@ -143,46 +141,32 @@ class AmpSearch(OptunaSearch):
             if warm_start is not None:
                 self._add_warm_start(warm_start)
 
-    @property
-    def study(self) -> optuna.Study:
-        """The Optuna study."""
-        return cast("optuna.Study", self._ot_study)  # made by OptunaSearch, as it was given a space
-
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Return the settings of the next trial: every field of ``TrialConfig``, and nothing else.
-
-        Raises:
-            OSError: the study cannot be written.
-        """
-        return vars(self.suggest_config(trial_id)).copy()
-
-    def suggest_config(self, trial_id: str) -> TrialConfig:
+    def suggest(self, trial_id: str) -> TrialConfig:
         """Return the configuration of the next trial.
 
         Raises:
             OSError: the study cannot be written.
         """
-        reseed(self.study.sampler, self._sampler_seed, self._suggested)
-        if trial_id not in self._ot_trials:
-            self._ot_trials[trial_id] = self.study.ask()
+        reseed(self.study.sampler, self._seed, self._suggested)
+        trial = self._trials[trial_id] = self.study.ask()
         self._suggested += 1
         # The searched and fixed settings of the space, the shared ones, and defaults for the rest.
-        return TrialConfig(**{**self._shared, **self._searched.suggest(self._ot_trials[trial_id], **self._sizes)})
+        return TrialConfig(**{**self._shared, **self._space.suggest(trial, **self._sizes)})
 
     def find_number(self, trial_id: str) -> int:
         """Return Optuna's number of a trial."""
-        return int(self._ot_trials[trial_id].number)
+        return int(self._trials[trial_id].number)
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Report the first objective of an epoch to the study."""
         value = result.get(self._metrics[0])
-        if is_finite(value) and trial_id not in self._completed_trials:
+        if is_finite(value) and trial_id not in self._ended:
             with self._reporting_faults():
                 self._report(trial_id, value, result["epoch"])
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Report to the study how a trial ended."""
-        if trial_id not in self._completed_trials:
+        if trial_id not in self._ended:
             cause = self._causes.pop(trial_id, "")
             self._end(trial_id, result, find_status(result, error=error, cause=cause))
 
@@ -192,7 +176,7 @@ class AmpSearch(OptunaSearch):
 
     def close(self) -> None:
         """Report every unfinished trial as interrupted, so that none stays running in the study."""
-        for trial_id in self._ot_trials.keys() - self._completed_trials:
+        for trial_id in self._trials.keys() - self._ended:
             self.on_trial_complete(trial_id)
 
     def _rebuild(self, past: Sequence[RecordedTrial]) -> None:
@@ -204,13 +188,12 @@ class AmpSearch(OptunaSearch):
         last = max(by_number)
         if last > MOST_LOST_TRIALS + 10 * len(past):  # each takes a write
             raise InputError(f"reports.journal: number: must be near the {len(past)} trials, got {last}")
+        failed = optuna.trial.create_trial(state=TrialState.FAIL)
         for number in range(last + 1):
-            self.study.add_trial(self._recreate(by_number.get(number)))
+            self.study.add_trial(self._recreate(by_number[number]) if number in by_number else failed)
 
-    def _recreate(self, past: RecordedTrial | None) -> optuna.trial.FrozenTrial:
-        if past is None:
-            return optuna.trial.create_trial(state=TrialState.FAIL)
-        suggestion = find_suggestion(past.config, self._searched, self._sizes["train_images"], **self._sizes)
+    def _recreate(self, past: RecordedTrial) -> FrozenTrial:
+        suggestion = find_suggestion(past.config, self._space, self._sizes["train_images"], **self._sizes)
         reports = {epoch: metrics.find_value(self._objectives[0]) for epoch, metrics in past.first_metrics.items()}
         if past.report is not None and past.report.done and past.report.metrics is not None:
             reports.pop(past.report.metrics.epoch, None)  # the end decides whether that epoch counts
@@ -235,19 +218,19 @@ class AmpSearch(OptunaSearch):
             # The study has its end, but the journal lacks its beginning: the disk was full.
             ended = trial.state is TrialState.FAIL and trial.user_attrs.get("trial_id", "") not in trial_ids | {""}
             if running or ended:
-                self._requeue_orphan(trial)
+                self._requeue_orphan(trial, stored[trial.number + 1 :])
 
-    def _match_stored(self, past: RecordedTrial, stored: optuna.trial.FrozenTrial) -> None:
+    def _match_stored(self, past: RecordedTrial, stored: FrozenTrial) -> None:
         if past.status is None and _was_interrupted(stored, past):
             stored = self._add_again(past, stored)
-        self._ot_trials[past.trial_id] = optuna.trial.Trial(self.study, stored._trial_id)  # noqa: SLF001 - Optuna's own way
+        self._trials[past.trial_id] = optuna.trial.Trial(self.study, stored._trial_id)  # noqa: SLF001 - Optuna's own way
         self._reported_epochs[past.trial_id] = max(stored.intermediate_values, default=0)
         if stored.state.is_finished():
-            self._completed_trials.add(past.trial_id)
+            self._ended.add(past.trial_id)
         elif past.status is not None:
             self._end(past.trial_id, past.last_result, past.status)
 
-    def _add_again(self, past: RecordedTrial, ended: optuna.trial.FrozenTrial) -> optuna.trial.FrozenTrial:
+    def _add_again(self, past: RecordedTrial, ended: FrozenTrial) -> FrozenTrial:
         """Add a resumed trial, which the study holds as ended, once more as running; return the new trial."""
         running = optuna.trial.create_trial(
             state=TrialState.RUNNING,
@@ -265,21 +248,16 @@ class AmpSearch(OptunaSearch):
         self.study.add_trial(running)
         if ended.state is TrialState.RUNNING:  # the process was killed while it reported the end
             self.study.tell(ended.number, state=TrialState.FAIL)
-        again: optuna.trial.FrozenTrial = self.study.get_trials(deepcopy=False)[-1]
+        again: FrozenTrial = self.study.get_trials(deepcopy=False)[-1]
         past.number = again.number
         return again
 
-    def _requeue_orphan(self, orphan: optuna.trial.FrozenTrial) -> None:
-        """Fail a trial that the journal lacks; if it was enqueued, enqueue its parameters again, once."""
+    def _requeue_orphan(self, orphan: FrozenTrial, later: Sequence[FrozenTrial]) -> None:
+        """Fail a trial that the journal lacks; if it was enqueued, enqueue its parameters again, unless they were."""
         fixed = orphan.system_attrs.get(FIXED_PARAMS)
-        returned = self.study.user_attrs.get(RETURNED_ATTRIBUTE, [])
-        if fixed and orphan.number not in returned:
+        if fixed and fixed not in [trial.system_attrs.get(FIXED_PARAMS) for trial in later]:
             kept = {name: value for name, value in orphan.user_attrs.items() if name == SUGGESTED_BY_ATTRIBUTE}
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            # They wait already if the process was killed between the next two writes.
-            if fixed not in [trial.system_attrs.get(FIXED_PARAMS) for trial in waiting]:
-                self.study.enqueue_trial(fixed, user_attrs=kept)
-            self.study.set_user_attr(RETURNED_ATTRIBUTE, [*returned, orphan.number])
+            self.study.enqueue_trial(fixed, user_attrs=kept)
         if orphan.state is TrialState.RUNNING:
             self.study.tell(orphan.number, state=TrialState.FAIL)
 
@@ -292,22 +270,31 @@ class AmpSearch(OptunaSearch):
                 raise
             self._on_fault(describe_error(error))
 
-    def _end(self, trial_id: str, result: dict[str, Any] | None, status: TrialStatus) -> None:
+    def _end(self, trial_id: str, result: Mapping[str, Any] | None, status: TrialStatus) -> None:
         with self._reporting_faults():
-            self._tell(trial_id, result, status)
-            self._completed_trials.add(trial_id)
+            self._tell(trial_id, result or {}, status)
+            self._ended.add(trial_id)
 
-    def _tell(self, trial_id: str, result: dict[str, Any] | None, status: TrialStatus) -> None:
-        trial = self._ot_trials[trial_id]
+    def _tell(self, trial_id: str, result: Mapping[str, Any], status: TrialStatus) -> None:
+        trial = self._trials[trial_id]
         trial.set_user_attr(STATUS_ATTRIBUTE, str(status))
         trial.set_user_attr("trial_id", trial_id)
-        if status in HOPELESS_STATUSES or (status is TrialStatus.FAILED and (result or {}).get("config_fault")):
-            self._tell_hopeless(trial)
-        elif status in (TrialStatus.COMPLETED, TrialStatus.STOPPED):
-            assert result is not None  # find_status read it there
-            self._tell_result(trial_id, result, stopped=status is TrialStatus.STOPPED)
-        else:
+        stopped = status is TrialStatus.STOPPED
+        is_result = stopped or status is TrialStatus.COMPLETED
+        by_settings = status in HOPELESS_STATUSES or (status is TrialStatus.FAILED and result.get("config_fault"))
+        values = [result[name] for name in self._metrics if is_finite(result.get(name))]
+        if by_settings or (is_result and is_hopeless(result)):
+            self._tell_values(trial, self._hopeless_values(), hopeless=True)
+        elif not is_result or len(values) < len(self._objectives) or (stopped and len(values) > 1):
+            # With several objectives, Optuna keeps no value of a trial that was stopped.
             self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            # Tune passes on a trial's end instead of its last epoch, so that epoch is reported here.
+            self._report(trial_id, values[0], result["epoch"])
+            if stopped:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self._tell_values(trial, values, hopeless=False)
 
     def _add_warm_start(self, warm_start: WarmStart) -> None:
         """Enqueue an earlier run's winners, and add its trials with their true ends, as for trials of this run."""
@@ -316,9 +303,9 @@ class AmpSearch(OptunaSearch):
             self.study.enqueue_trial(dict(suggestion), user_attrs={SUGGESTED_BY_ATTRIBUTE: run})
         # Hopeless ones last: their values for GP depend on the others.
         for old in sorted(warm_start.old_trials, key=_is_old_hopeless):
-            self._add_old_trial(old, {OF_RUN_ATTRIBUTE: run, "trial_id": old.record.trial_id})
+            self._add_old_trial(old, run)
 
-    def _add_old_trial(self, old: OldTrial, attributes: dict[str, Any]) -> None:
+    def _add_old_trial(self, old: OldTrial, run: str) -> None:
         record, hopeless = old.record, _is_old_hopeless(old)
         pruned = record.status is TrialStatus.STOPPED and not hopeless
         reports = {epoch.epoch: epoch.find_value(self._objectives[0]) for epoch in record.epochs}
@@ -330,7 +317,7 @@ class AmpSearch(OptunaSearch):
                 params=dict(old.params),
                 distributions=dict(old.distributions),
                 intermediate_values=self._select_reports(reports),
-                user_attrs={**attributes, STATUS_ATTRIBUTE: str(record.status)},
+                user_attrs={OF_RUN_ATTRIBUTE: run, "trial_id": record.trial_id, STATUS_ATTRIBUTE: str(record.status)},
                 constraints={} if pruned else {HOPELESS_CONSTRAINT: float(hopeless)},
             )
         )
@@ -338,28 +325,6 @@ class AmpSearch(OptunaSearch):
     def _select_reports(self, reports: Mapping[int, float | None]) -> dict[int, float]:
         """Return the finite reports; none for several objectives, where Optuna takes no intermediate values."""
         return {} if len(self._objectives) > 1 else {e: value for e, value in reports.items() if is_finite(value)}
-
-    def _tell_result(self, trial_id: str, result: dict[str, Any], *, stopped: bool) -> None:
-        trial = self._ot_trials[trial_id]
-        values = [result[name] for name in self._metrics if is_finite(result.get(name))]
-        if is_hopeless(result):
-            self._tell_hopeless(trial)
-        elif len(values) < len(self._objectives) or (stopped and len(values) > 1):
-            # Not measured; or stopped with several objectives, where Optuna keeps no value of a trial cut short.
-            self.study.tell(trial, state=TrialState.FAIL)
-        else:
-            # Tune passes on a trial's end instead of its last epoch, so that epoch is reported here.
-            self._report(trial_id, values[0], result["epoch"])
-            if stopped:
-                self.study.tell(trial, state=TrialState.PRUNED)
-            else:
-                self._tell_values(trial, values, hopeless=False)
-
-    def _tell_hopeless(self, trial: optuna.Trial) -> None:
-        self._tell_values(trial, self._hopeless_values(), hopeless=True)
-
-    def _hopeless_values(self) -> list[float]:
-        return self._find_worst() if self._models_values else [find_worst_value(name) for name in self._objectives]
 
     def _tell_values(self, trial: optuna.Trial, values: Sequence[float], *, hopeless: bool) -> None:
         with warnings.catch_warnings():
@@ -370,28 +335,30 @@ class AmpSearch(OptunaSearch):
             warnings.filterwarnings("ignore", "Constraints have been set, but CmaEsSampler will not use them")
             self.study.tell(trial, values)
 
-    def _find_worst(self) -> list[float]:
-        """Return for each objective the worst value of a completed trial so far.
+    def _hopeless_values(self) -> list[float]:
+        """Return the values of a hopeless trial: for GP, the worst of a completed trial so far for each objective.
 
         GPSampler fits the values themselves, in units of their standard deviation: beside one value of 1e9 all others
         are the same. So for GP only the constraint marks a trial as hopeless.
         """
+        if not self._models_values:
+            return [find_worst_value(name) for name in self._objectives]
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         measured = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
         if not measured:
             return [UNKNOWN_VALUES.get(name, 0.0) for name in self._objectives]
         columns = zip(self._objectives, zip(*measured, strict=True), strict=True)
-        return [min(column) if objective_mode(name) == "max" else max(column) for name, column in columns]
+        return [min(column) if is_maximized(name) else max(column) for name, column in columns]
 
     def _report(self, trial_id: str, value: float, epoch: int) -> None:
         """Report an epoch once: a retried trial repeats some, and Optuna keeps the first value."""
         # Optuna takes no intermediate values for several objectives: report raises.
         if len(self._objectives) == 1 and epoch > self._reported_epochs.get(trial_id, 0):
             self._reported_epochs[trial_id] = epoch
-            self._ot_trials[trial_id].report(value, epoch)
+            self._trials[trial_id].report(value, epoch)
 
 
-def _was_interrupted(stored: optuna.trial.FrozenTrial, past: RecordedTrial) -> bool:
+def _was_interrupted(stored: FrozenTrial, past: RecordedTrial) -> bool:
     """Return whether the study has a resumed trial as interrupted, or as out of memory for the deaths of its workers.
 
     The journal gets a trial's last report before the study does, but the meaning of a worker's death after it.
