@@ -28,6 +28,7 @@ from tune_amp.results.records import Provenance
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.mending import mend_run
+from tune_amp.search.options import SearchOptions
 from tune_amp.search.recorder import TrialRecorder
 from tune_amp.search.run import _pass_on_end
 from tune_amp.search.schedulers import build_scheduler, restore_scheduler
@@ -133,14 +134,10 @@ class Loop:
             num_samples=NUM_SAMPLES,
             past=history.trials,
         )
-        self.scheduler: Any = build_scheduler(
-            mode.scheduler,
-            objective=mode.objectives[0],
-            max_epochs=MAX_EPOCHS,
-            grace_period=2,
-            reduction_factor=2,
-            on_worker_death=self.searcher.note_worker_death,
+        options = SearchOptions(
+            scheduler=mode.scheduler, objective=",".join(mode.objectives), max_epochs=MAX_EPOCHS, grace_period=2
         )
+        self.scheduler: Any = build_scheduler(options, lambda trial: None)
         restore_scheduler(self.scheduler, [trial.trial_id for trial in history.trials], history.reports)
         self.recorder.open_session(num_samples=NUM_SAMPLES, slots=mode.slots, arguments={}, storage=STORAGE)
         for trial in history.trials:

@@ -114,14 +114,8 @@ def make_stock_median() -> Any:
 
 
 def make_our_scheduler(name: str = "asha") -> Any:
-    return build_scheduler(
-        name,
-        objective="val_accuracy",
-        max_epochs=MAX_EPOCHS,
-        grace_period=1,
-        reduction_factor=2,
-        on_worker_death=lambda trial: None,
-    )
+    options = SearchOptions(scheduler=name, max_epochs=MAX_EPOCHS, grace_period=1, reduction_factor=2)
+    return build_scheduler(options, lambda trial: None)
 
 
 class Trial:

@@ -281,14 +281,7 @@ def fabricate(plan: Plan, folder: Path, *, cut_off: int = CUT_OFF) -> None:
             sampler="random",
             num_samples=options.num_samples,
         )
-        scheduler = build_scheduler(
-            options.scheduler,
-            objective=options.objectives[0],
-            max_epochs=options.max_epochs,
-            grace_period=options.grace_period,
-            reduction_factor=options.reduction_factor,
-            on_worker_death=lambda _: None,
-        )
+        scheduler = build_scheduler(options, lambda _: None)
         about: dict[str, Any] = {"command": [], "arguments": {}, "storage": {"place": None, "name": RAY_FOLDER}}
         recorder.open_session(num_samples=options.num_samples, slots=resources.max_concurrent, **about)
         random = np.random.default_rng(0)

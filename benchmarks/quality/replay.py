@@ -29,6 +29,7 @@ from benchmarks.quality.curves import Curves
 from tune_amp.cluster.failures import find_status
 from tune_amp.cluster.trainable import progress_report
 from tune_amp.results.records import TrialRecord
+from tune_amp.search.options import SearchOptions
 from tune_amp.search.samplers import reseed
 from tune_amp.search.schedulers import build_scheduler, objective_mode
 from tune_amp.search.study import AmpSearch
@@ -245,14 +246,13 @@ def _build_stock(problem: Problem, **settings: Any) -> OptunaSearch:
 
 def build_amp_scheduler(problem: Problem) -> TrialScheduler:
     """Ours."""
-    return build_scheduler(
-        "asha",
+    options = SearchOptions(
         objective=problem.objective,
         max_epochs=problem.table.max_epochs,
         grace_period=GRACE_PERIOD,
         reduction_factor=REDUCTION_FACTOR,
-        on_worker_death=lambda trial: None,  # no worker dies in a replay
     )
+    return build_scheduler(options, lambda trial: None)  # no worker dies in a replay
 
 
 def build_asha(problem: Problem, reduction_factor: float = REDUCTION_FACTOR) -> TrialScheduler:

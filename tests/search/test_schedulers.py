@@ -22,6 +22,7 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
 )
 
+from tune_amp.search.options import SearchOptions
 from tune_amp.search.schedulers import (
     DivergenceAware,
     build_scheduler,
@@ -49,8 +50,9 @@ def ignore(trial: Any) -> None:
 
 
 def make_ours(name: str = "asha", objective: str = "val_accuracy", max_epochs: int = 8, **settings: Any) -> Any:
-    settings = {"on_worker_death": ignore} | SETTINGS | settings
-    return build_scheduler(name, objective=objective, max_epochs=max_epochs, **settings)
+    on_worker_death = settings.pop("on_worker_death", ignore)
+    about = SETTINGS | settings | {"objective": objective, "max_epochs": max_epochs}
+    return build_scheduler(SearchOptions(scheduler=name, **about), on_worker_death)
 
 
 def make_stock(name: str = "asha", objective: str = "val_accuracy", max_epochs: int = 8, **settings: Any) -> Any:

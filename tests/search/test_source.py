@@ -30,7 +30,7 @@ class Numbered:
     def find_number(self, trial_id: str) -> int:
         return self.numbers[trial_id]
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None, error: bool, cause: str) -> None:
         self.completed.append(trial_id)
 
 

@@ -290,9 +290,7 @@ def test_trial_whose_worker_the_memory_monitor_killed_is_told_out_of_memory(
 ) -> None:
     search = make_search()
     search.suggest("a")
-    search.note_worker_death(die(KILLED))
-    search.note_worker_death(die(KILLED, OUT_OF_MEMORY))
-    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("a", error=True, cause=find_cause(die(KILLED, OUT_OF_MEMORY)))
     assert stored(search, "a").constraints == {"hopeless": 1.0}
     assert stored(search, "a").user_attrs["status"] == "out_of_memory"
 
@@ -300,9 +298,7 @@ def test_trial_whose_worker_the_memory_monitor_killed_is_told_out_of_memory(
 def test_last_death_of_a_worker_decides(make_search: MakeSearch, die: Callable[..., DeadTrial]) -> None:
     search = make_search()
     search.suggest("a")
-    search.note_worker_death(die(OUT_OF_MEMORY))
-    search.note_worker_death(die(OUT_OF_MEMORY, KILLED))
-    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("a", error=True, cause=find_cause(die(OUT_OF_MEMORY, KILLED)))
     assert stored(search, "a").state is TrialState.FAIL
     assert stored(search, "a").user_attrs["status"] == "failed"
 
@@ -323,8 +319,7 @@ def test_trial_whose_nodes_memory_others_hold_is_told_failed(
     worker = "Selected to kill: (pid=5, actual memory used=0.40GB, worker ID=9fac)\n"  # of the 0.98 GiB
     search = make_search()
     search.suggest("a")
-    search.note_worker_death(die(KILLED, OUT_OF_MEMORY + worker))
-    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("a", error=True, cause=find_cause(die(KILLED, OUT_OF_MEMORY + worker)))
     assert (stored(search, "a").state, stored(search, "a").constraints) == (TrialState.FAIL, {})
     assert stored(search, "a").user_attrs["status"] == "failed"
 
@@ -333,16 +328,6 @@ def test_trial_that_asked_for_a_larger_share_and_has_no_attempt_left_ran_out_of_
     cause = f"ray::AmpTrainable.train() tune_amp.cluster.trainable.{LargerShareNeeded.__name__}: CUDA out of memory"
     assert find_status(None, error=True, cause=cause) is TrialStatus.OUT_OF_MEMORY
     assert find_status(None, error=True, cause="The actor died") is TrialStatus.FAILED
-
-
-def test_trial_that_completes_after_its_worker_was_killed_is_told_complete(
-    make_search: MakeSearch, die: Callable[..., DeadTrial]
-) -> None:
-    search = make_search()
-    search.suggest("a")
-    search.note_worker_death(die(OUT_OF_MEMORY))
-    search.on_trial_complete("a", report(3, 0.5, "completed"))
-    assert stored(search, "a").constraints == {"hopeless": 0.0}
 
 
 def test_cause_is_one_line_of_the_last_attempt(die: Callable[..., DeadTrial]) -> None:
@@ -698,8 +683,7 @@ def test_trial_told_as_out_of_memory_of_which_the_journal_had_not_heard_goes_on(
     killed = make_search()
     for trial_id in ("died", "told"):
         killed.suggest(trial_id)
-    killed._causes["died"] = OUT_OF_MEMORY_SIGN
-    killed.on_trial_complete("died", error=True)
+    killed.on_trial_complete("died", error=True, cause=OUT_OF_MEMORY_SIGN)
     killed.on_trial_complete("told", report(2, 0.4, "out_of_memory"))
     past = [
         past_trial(killed, "died", 1, report(2, 0.4), None),
@@ -721,10 +705,9 @@ def test_process_killed_while_it_told_of_a_death_leaves_one_trial_that_goes_on(
 ) -> None:
     killed = make_search()
     killed.suggest("died")  # the defaults, which were enqueued
-    killed._causes["died"] = OUT_OF_MEMORY_SIGN
     monkeypatch.setattr(killed.study, "tell", _die)
     with pytest.raises(KeyboardInterrupt):
-        killed.on_trial_complete("died", error=True)
+        killed.on_trial_complete("died", error=True, cause=OUT_OF_MEMORY_SIGN)
     resumed = make_search(past=[past_trial(killed, "died", 1, report(2, 0.4), None)])
     resumed.on_trial_complete("died", report(3, 0.75, "completed"))
     assert [(t.state, t.constraints.get("hopeless")) for t in resumed.study.trials] == [

@@ -11,7 +11,7 @@ from tune_amp.cluster.memory_holders import MEMORY_RETRIES, MEMORY_WAIT_SECONDS
 from tune_amp.cluster.ray_patches import patched_worker_deaths
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES
-from tune_amp.search.tuner import UncountedDeaths, _prepare_next_attempt, name_trial
+from tune_amp.search.tuner import UncountedDeaths, name_trial, prepare_next_attempt
 from tune_amp.trial.config import TrialConfig
 
 
@@ -54,11 +54,8 @@ def test_trial_that_needs_a_larger_share_gets_it(cause: str, status: str, share:
         error_file=str(tmp_path / "error.txt"),
         update_resources=lambda request: asked.append(request.bundles[0]["GPU"]),
     )
-    noted: list[Any] = []
-    searcher: Any = types.SimpleNamespace(note_worker_death=noted.append)
-    assert _prepare_next_attempt(searcher, SHARED_GPU, set(), trial) == 0.0
+    assert prepare_next_attempt(SHARED_GPU, set(), trial) == 0.0
     assert asked[-1] == share
-    assert noted == [trial]
 
 
 SHARED_GPU = TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason="")
@@ -70,16 +67,15 @@ def test_trial_whose_nodes_memory_others_hold_waits_and_says_so_once(
     (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at now)\n{CROWDED}\n")
     trial = FakeTrial("1")
     trial.trial_id, trial.status, trial.error_file = "a", Trial.ERROR, str(tmp_path / "error.txt")
-    searcher: Any = types.SimpleNamespace(note_worker_death=lambda trial: None)
     announced: set[str] = set()
-    waits = [_prepare_next_attempt(searcher, SHARED_GPU, announced, trial) for _ in range(2)]
+    waits = [prepare_next_attempt(SHARED_GPU, announced, trial) for _ in range(2)]
     assert waits == [MEMORY_WAIT_SECONDS] * 2
     told = (
         "the node's memory is held by other programs: 19.50 of 20.00 GiB; the largest is process 77 (solve, 19.00 GiB)"
     )
     assert capsys.readouterr().err == f"waiting  trial 1: {told}\n"
     trial.status = Trial.RUNNING  # its retries are used up
-    assert _prepare_next_attempt(searcher, SHARED_GPU, announced, trial) == 0.0
+    assert prepare_next_attempt(SHARED_GPU, announced, trial) == 0.0
 
 
 # What a death costs

@@ -28,11 +28,11 @@ from tune_amp.search.mending import mend_run
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import SearchPlan, describe_run, list_shared
 from tune_amp.search.recorder import TrialRecorder
-from tune_amp.search.schedulers import DivergenceAware, make_key, restore_scheduler
+from tune_amp.search.schedulers import DivergenceAware, build_scheduler, make_key, restore_scheduler
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
-from tune_amp.search.tuner import bind_trainable, build_tuner, fit, schedule
+from tune_amp.search.tuner import bind_trainable, build_tuner, fit, prepare_next_attempt
 from tune_amp.trial.config import TrialStatus, generalize_error
 
 
@@ -169,7 +169,7 @@ def _run_trials(
     )
     # However the block ends, no trial stays running in the study.
     with stop.watched_by_tune(), contextlib.closing(searcher):
-        scheduler = schedule(options, searcher, resources)
+        scheduler = build_scheduler(options, functools.partial(prepare_next_attempt, resources, set()))
         restore_scheduler(scheduler, [trial.trial_id for trial in history.trials], history.reports)
         for other in storage.list_foreign():
             announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")

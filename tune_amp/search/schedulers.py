@@ -10,7 +10,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from tune_amp.cluster.ray_patches import pause_pending
-from tune_amp.trial.config import RANKING_OBJECTIVES, RUNNING, SCHEDULERS, TrialReport, TrialStatus
+from tune_amp.search.options import SearchOptions
+from tune_amp.trial.config import RANKING_OBJECTIVES, RUNNING, TrialReport, TrialStatus
 from tune_amp.trial.objectives import MAX, MIN, is_maximized, metric_of
 
 LOOK_SECONDS = 0.1
@@ -141,31 +142,19 @@ class DivergenceAwareMedian(DivergenceAware, MedianStoppingRule):
     """
 
 
-def build_scheduler(
-    name: str,
-    *,
-    objective: str,
-    max_epochs: int,
-    grace_period: int,
-    reduction_factor: float,
-    on_worker_death: Callable[[Any], float | None],
-) -> DivergenceAware:
-    """Return the scheduler of a search.
+def build_scheduler(options: SearchOptions, on_worker_death: Callable[[Any], float | None]) -> DivergenceAware:
+    """Return the scheduler of a search, which sees only the first objective.
 
     HyperBand is the asynchronous one. Ray's synchronous ``HyperBandScheduler`` opens a bracket only when live trials
     fill the one before, and its first bracket runs all of them to the end: of 40 trials with a budget of 8 epochs, 4 at
     a time, it stopped none.
 
     Args:
-        name: one of ``config.SCHEDULERS``.
-        objective: the first objective of the search; the scheduler sees no other.
-        max_epochs: a trial's full budget.
-        grace_period: epochs that every trial gets.
-        reduction_factor: one trial in so many passes a rung of ASHA or HyperBand.
+        options: options of the search.
         on_worker_death: is called with a trial whose worker died, even if it will be retried; may return the seconds
             that the trial waits before the retry.
     """
-    assert name in SCHEDULERS
+    name, objective, grace_period = options.scheduler, options.objectives[0], options.grace_period
     shared: dict[str, Any] = {"objective": objective, "on_worker_death": on_worker_death}
     if name == "none":
         return DivergenceAware(**shared)
@@ -175,8 +164,9 @@ def build_scheduler(
         # Before it has enough trials to compare, Ray would pause running trials whenever others wait; with an infinite
         # slice it never does. A paused trial is saved and gets another worker, only to continue the same way.
         return DivergenceAwareMedian(**shared, hard_stop=True, min_time_slice=math.inf)
-    brackets = count_brackets(max_epochs, grace_period, reduction_factor) if name == "hyperband" else 1
-    return DivergenceAwareHyperBand(**shared, max_t=max_epochs, reduction_factor=reduction_factor, brackets=brackets)
+    factor = options.reduction_factor
+    brackets = count_brackets(options.max_epochs, grace_period, factor) if name == "hyperband" else 1
+    return DivergenceAwareHyperBand(**shared, max_t=options.max_epochs, reduction_factor=factor, brackets=brackets)
 
 
 def restore_scheduler(

@@ -6,6 +6,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.search import SearchAlgorithm
 
+from tune_amp.cluster.failures import find_cause
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
 from tune_amp.trial.config import TrialConfig, describe_error
@@ -39,7 +40,7 @@ class TrialSource(SearchAlgorithm):
         self._unfinished = [trial for trial in past if trial.status is None and trial.unrecorded_end is None]
         self._suggested = len(past)
         self._spec: dict[str, Any] = {}
-        self._running: set[str] = set()
+        self._running: dict[str, Trial] = {}
 
     @property
     def total_samples(self) -> int:
@@ -80,8 +81,9 @@ class TrialSource(SearchAlgorithm):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Free the slot of a trial that has ended, and pass on its end."""
-        self._running.discard(trial_id)
-        self._searcher.on_trial_complete(trial_id, result, error)
+        trial = self._running.pop(trial_id, None)
+        cause = find_cause(trial) if error and trial is not None else ""
+        self._searcher.on_trial_complete(trial_id, result, error, cause)
 
     def _submit(self, trial_id: str, place: int, config: TrialConfig) -> Trial:
         names = ("storage", "checkpoint_config", "max_failures", "trial_name_creator", "trial_dirname_creator")
@@ -94,6 +96,6 @@ class TrialSource(SearchAlgorithm):
             stopping_criterion=self._spec["stop"],
             **{name: self._spec[name] for name in names},
         )
-        self._running.add(trial_id)
+        self._running[trial_id] = trial
         self._on_submit(trial, self._searcher.find_number(trial_id), config)
         return trial

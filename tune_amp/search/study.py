@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_amp.cluster.failures import find_cause, find_status
+from tune_amp.cluster.failures import find_status
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.samplers import build_sampler, reseed
@@ -119,7 +119,6 @@ class AmpSearch:
         self._trials: dict[str, optuna.Trial] = {}
         self._ended: set[str] = set()
         self._reported_epochs: dict[str, int] = {}
-        self._causes: dict[str, str] = {}
         self.study = optuna.create_study(
             storage=open_storage(path),
             sampler=built,
@@ -164,15 +163,12 @@ class AmpSearch:
             with self._reporting_faults():
                 self._report(trial_id, value, result["epoch"])
 
-    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Report to the study how a trial ended."""
+    def on_trial_complete(
+        self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False, cause: str = ""
+    ) -> None:
+        """Report to the study how a trial ended; for the arguments, see ``find_status``."""
         if trial_id not in self._ended:
-            cause = self._causes.pop(trial_id, "")
             self._end(trial_id, result, find_status(result, error=error, cause=cause))
-
-    def note_worker_death(self, trial: Any) -> None:
-        """Record why a trial's worker died. Tune reports only that it did, and only if the trial is not retried."""
-        self._causes[trial.trial_id] = find_cause(trial)
 
     def close(self) -> None:
         """Report every unfinished trial as interrupted, so that none stays running in the study."""

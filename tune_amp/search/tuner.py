@@ -1,6 +1,5 @@
-"""Sets up Ray Tune for a search: the trainable, the scheduler, the handling of workers' deaths, and the end."""
+"""Sets up Ray Tune for a search: the trainable, the handling of workers' deaths, and the end."""
 
-import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +15,8 @@ from tune_amp.cluster.ray_patches import patched_worker_deaths, prestarted_worke
 from tune_amp.cluster.resources import TrialResources, double_share
 from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 from tune_amp.search.history import RecordedTrial
-from tune_amp.search.options import SearchOptions
-from tune_amp.search.schedulers import DivergenceAware, build_scheduler
+from tune_amp.search.schedulers import DivergenceAware
 from tune_amp.search.source import TrialSource
-from tune_amp.search.study import AmpSearch
 from tune_amp.training.data import Dataset
 from tune_amp.trial.config import format_scale
 
@@ -54,19 +51,7 @@ def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
 
 
-def schedule(options: SearchOptions, searcher: AmpSearch, resources: TrialResources) -> DivergenceAware:
-    """Return the scheduler that ``options`` name; it notifies ``searcher`` of each worker that died."""
-    return build_scheduler(
-        options.scheduler,
-        objective=options.objectives[0],
-        max_epochs=options.max_epochs,
-        grace_period=options.grace_period,
-        reduction_factor=options.reduction_factor,
-        on_worker_death=functools.partial(_prepare_next_attempt, searcher, resources, set()),
-    )
-
-
-def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, announced: set[str], trial: Any) -> float:
+def prepare_next_attempt(resources: TrialResources, announced: set[str], trial: Any) -> float:
     """Prepare a trial whose worker died for its retry. The scheduler calls this before Tune requests the resources.
 
     A trial that ran out of its share of a GPU gets twice the share. A trial whose node has memory held by others waits,
@@ -75,7 +60,6 @@ def _prepare_next_attempt(searcher: AmpSearch, resources: TrialResources, announ
     Returns:
         Seconds until the trial may be retried.
     """
-    searcher.note_worker_death(trial)
     cause = find_cause(trial)
     if trial.status != Trial.ERROR:
         return 0.0
@@ -105,7 +89,7 @@ def build_tuner(
     Args:
         trainable: from ``bind_trainable``.
         source: the trials, past ones first.
-        scheduler: from ``schedule``.
+        scheduler: from ``build_scheduler``.
         storage: where checkpoints go.
         stop: ends all trials once the search is to end.
         callbacks: in the order in which they are called.
