@@ -201,11 +201,6 @@ def test_cmaes_learns_from_stopped_trials_too(make_space: MakeSpace) -> None:
 # And refused where it does not
 
 
-def test_unknown_sampler_is_answered_with_the_known_ones(make_space: MakeSpace) -> None:
-    message = refusal("bohb", make_space(RANGES))
-    assert message == "--sampler: must be one of tpe, random, gp, cmaes, nsga2, got 'bohb'"
-
-
 def test_cmaes_refuses_several_objectives(make_space: MakeSpace) -> None:
     message = refusal("cmaes", make_space(RANGES), TWO)
     assert message == "--sampler: cmaes takes one objective, got val_accuracy, train_seconds"

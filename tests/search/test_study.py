@@ -854,9 +854,11 @@ def test_full_disk_is_told_and_leaves_the_study_readable(
     assert stored(search, "a").state is TrialState.FAIL
 
 
-def test_sampler_that_does_not_apply_is_refused_before_a_study_is_made(make_search: MakeSearch, tmp_path: Path) -> None:
+def test_sampler_that_does_not_apply_is_refused_before_a_study_is_made(
+    make_search: MakeSearch, lr_space: SearchSpace, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="--sampler"):
-        make_search(sampler="none")
+        make_search(lr_space, sampler="nsga2")
     assert list((tmp_path / "run").iterdir()) == []
 
 

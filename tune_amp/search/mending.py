@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
 from tune_amp.results.journal import cut_torn_line
 from tune_amp.results.records import load_confirmed
@@ -29,23 +30,18 @@ def mend_run(folder: Path, history: RunHistory) -> list[str]:
     lines = []
     run = RunFolder(folder)
     for path, find_fault in ((run.study, _find_study_fault), (run.confirm, _find_confirmed_fault)):
-        if os.path.lexists(path):
-            fault = find_fault(path, history) if path.is_file() else "is not a file"
-            if fault is not None:
-                aside = _set_aside(path)
-                lines.append(f"{path}: {fault}; it is kept as {aside.name}, and rebuilt from reports.journal")
-            elif path == run.study:
-                cut_torn_line(path)
+        if not os.path.lexists(path):
+            continue
+        fault = find_fault(path, history) if path.is_file() else "is not a file"
+        if fault is not None:
+            aside, numbers = path.with_name(f"{path.name}.damaged"), itertools.count(2)
+            while os.path.lexists(aside):
+                aside = path.with_name(f"{path.name}.damaged-{next(numbers)}")
+            path.rename(aside)
+            lines.append(f"{path}: {fault}; it is kept as {aside.name}, and rebuilt from reports.journal")
+        elif path == run.study:
+            cut_torn_line(path)
     return lines
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename ``path`` to the first of ``.damaged``, ``.damaged-2``, ``.damaged-3`` that is free."""
-    for number in itertools.count(1):
-        aside = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
-        if not os.path.lexists(aside):
-            return path.rename(aside)
-    raise AssertionError  # itertools.count does not end
 
 
 def _find_confirmed_fault(path: Path, history: RunHistory) -> str | None:
@@ -61,30 +57,27 @@ def _find_study_fault(path: Path, history: RunHistory) -> str | None:
     space = parse_space(history.provenance.space_source, history.provenance.space_text)
     try:
         study = optuna.load_study(study_name=history.provenance.run, storage=open_storage(path))
-        stored = study.get_trials(deepcopy=False)
         modes = [direction.name.lower() for direction in study.directions]
-        faults = (_find_trial_fault(trial, stored, space, history.provenance.train_images) for trial in history.trials)
         if [mode[:3] for mode in modes] != [objective_mode(name) for name in history.provenance.objectives]:
             return f"is of a search that would {' and '.join(modes)}"
-        return next((fault for fault in faults if fault is not None), None)
+        stored = study.get_trials(deepcopy=False)
+        for trial in history.trials:
+            if trial.number >= len(stored):
+                return f"has no trial {trial.number}"
+            if not _is_same(trial, stored[trial.number], space, history.provenance.train_images):
+                return f"has another trial {trial.number}"
     except OSError:
         raise
     except Exception as error:  # Optuna does not validate what it reads
         return f"cannot be read ({describe_error(error)})"
+    return None
 
 
-def _find_trial_fault(
-    recorded: RecordedTrial, stored: list[optuna.trial.FrozenTrial], space: SearchSpace, train_images: int
-) -> str | None:
-    if recorded.number >= len(stored):
-        return f"has no trial {recorded.number}"
-    trial = stored[recorded.number]
-    other = trial.user_attrs.get("trial_id", recorded.trial_id) != recorded.trial_id
-    if other or trial.state is optuna.trial.TrialState.WAITING:
-        return f"has another trial {recorded.number}"
+def _is_same(recorded: RecordedTrial, stored: FrozenTrial, space: SearchSpace, train_images: int) -> bool:
+    if stored.user_attrs.get("trial_id", recorded.trial_id) != recorded.trial_id or stored.state is TrialState.WAITING:
+        return False
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna warns of a value that the space does not have
-        fixed = optuna.trial.FixedTrial(trial.params)
+        fixed = optuna.trial.FixedTrial(stored.params)
         settings = space.suggest(fixed, train_images=train_images, max_epochs=recorded.config.max_epochs)
-    same = all(getattr(recorded.config, name) == value for name, value in settings.items())
-    return None if same else f"has another trial {recorded.number}"
+    return all(getattr(recorded.config, name) == value for name, value in settings.items())

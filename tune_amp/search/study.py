@@ -310,8 +310,8 @@ class AmpSearch:
             optuna.trial.create_trial(
                 state=TrialState.PRUNED if pruned else TrialState.COMPLETE,
                 values=self._hopeless_values() if hopeless else cast("list[float]", values),
-                params=dict(old.params),
-                distributions=dict(old.distributions),
+                params=old.suggestion.params,
+                distributions=old.suggestion.distributions,
                 intermediate_values=self._select_reports(reports),
                 user_attrs={OF_RUN_ATTRIBUTE: run, "trial_id": record.trial_id, STATUS_ATTRIBUTE: str(record.status)},
                 constraints={} if pruned else {HOPELESS_CONSTRAINT: float(hopeless)},

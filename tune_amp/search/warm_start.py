@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
 
 from tune_amp.results.parquet import read_kind
 from tune_amp.results.ranking import choose_best
@@ -76,8 +75,7 @@ class OldTrial:
     """A trial of an earlier run, as this search's study would have suggested it."""
 
     record: TrialRecord
-    params: Mapping[str, Any]
-    distributions: Mapping[str, BaseDistribution]
+    suggestion: optuna.trial.FixedTrial
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,16 +134,16 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
     if kind not in ("best", "trials"):
         raise InputError(f"{path}: kind: must be best or trials, got {shown(kind)}")
     provenance = load_provenance(path)
-    trials = tuple(load_trials(path) if kind == "trials" else _load_trials_beside(path, provenance))
-    winners = _load_winners(path) if kind == "best" else choose_best(trials, objectives, top_k)
+    if kind == "trials":
+        trials = load_trials(path)
+        winners = choose_best(trials, objectives, top_k)
+    else:
+        trials = _load_trials_beside(path, provenance)
+        rows = [row for row in load_best_rows(path) if not row.is_default]  # the defaults are tried anyway
+        winners = [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)][:top_k]
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return Donor(path=path, checksum=checksum, winners=tuple(winners[:top_k]), trials=trials, provenance=provenance)
-
-
-def _load_winners(path: Path) -> list[TrialRecord]:
-    rows = [row for row in load_best_rows(path) if not row.is_default]  # the defaults are tried anyway
-    return [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)]
+    return Donor(path=path, checksum=checksum, winners=tuple(winners), trials=tuple(trials), provenance=provenance)
 
 
 def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
@@ -290,41 +288,28 @@ def _list_obstacles(
     for name in here["objective"].split(","):
         if name in COST_OBJECTIVES:
             yield f"{name} depends on the machine and on what runs beside a trial"
-    yield from _list_differing_settings(donor.trials, shared)
-    yield from _list_differing_versions(old.versions)
+    for name, value in shared.items():
+        before = getattr(donor.trials[0].config, name)
+        if name != "seed" and before != value:  # the effect of the seed is chance
+            yield f"{name} differs ({before} there, {value} here)"
+    if is_function_name(shared["model"]):
+        yield "the model is your own, and its code may have changed"
+    for name, version in list_versions(*DECISIVE_VERSIONS).items():
+        there = old.versions.get(name, "unknown")
+        if _cut_version(there) != _cut_version(version):
+            yield f"the versions of {name} differ ({shown(there)} there, {shown(version)} here)"
 
 
 def _is_same_space(old: Provenance, space: SearchSpace) -> bool:
     """Return whether both spaces search the same. Comments and the order of parameters do not matter to a study."""
-    if old.space_text == space.text:
-        return True
+    if old.space_text == space.text or len(old.space_text) > MAX_BYTES:
+        return old.space_text == space.text
     try:
-        other = parse_space(old.space_source, old.space_text) if len(old.space_text) <= MAX_BYTES else None
+        other = parse_space(old.space_source, old.space_text)
     except InputError:  # it was valid for the version that wrote the file
         return False
-    return other is not None and _summarize(other) == _summarize(space)
-
-
-def _summarize(space: SearchSpace) -> tuple[dict[str, Parameter], dict[str, Any]]:
-    return {parameter.name: parameter for parameter in space.parameters}, dict(space.fixed)
-
-
-def _list_differing_settings(trials: Sequence[TrialRecord], shared: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the differences in fields that all trials of a run share, except for the seed, whose effect is chance."""
-    for name, value in shared.items():
-        old = getattr(trials[0].config, name)
-        if name != "seed" and old != value:
-            yield f"{name} differs ({old} there, {value} here)"
-    if is_function_name(shared["model"]):
-        yield "the model is your own, and its code may have changed"
-
-
-def _list_differing_versions(old: Mapping[str, str]) -> Iterator[str]:
-    here = list_versions(*DECISIVE_VERSIONS)
-    for name in DECISIVE_VERSIONS:
-        there = old.get(name, "unknown")
-        if _cut_version(there) != _cut_version(here[name]):
-            yield f"the versions of {name} differ ({shown(there)} there, {shown(here[name])} here)"
+    by_name, others = ({parameter.name: parameter for parameter in each.parameters} for each in (space, other))
+    return others == by_name and dict(other.fixed) == dict(space.fixed)
 
 
 def _cut_version(version: str) -> list[str]:
@@ -344,7 +329,7 @@ def _choose_old_trials(
             suggestion = find_suggestion(record.config, space, donor.provenance.train_images, **sizes)
         except InputError:  # a space of the same text cannot have suggested it: the file was made otherwise
             continue
-        chosen.append(OldTrial(record=record, params=suggestion.params, distributions=suggestion.distributions))
+        chosen.append(OldTrial(record=record, suggestion=suggestion))
     return chosen
 
 
