@@ -400,7 +400,7 @@ def test_share_of_a_gpu_is_measured_and_the_reason_told(digits: Dataset, tmp_pat
     assert re.search(
         r"each, of 1 GPUs and 2 CPUs: 2 trials on a GPU train (only )?[\d.]+ times as fast as one", resources.reason
     )
-    assert plan_resources(SearchOptions(gpus_per_trial=0.25)).gpus == 0.25
+    assert plan_resources(SearchOptions(gpus_per_trial=0.25), space, digits).gpus == 0.25
 
 
 def resume_until(

@@ -81,17 +81,14 @@ def plan_search(
 
 
 def plan_resources(
-    options: SearchOptions,
-    space: SearchSpace | None = None,
-    dataset: Dataset | None = None,
-    announce: Callable[[str], None] = lambda _: None,
+    options: SearchOptions, space: SearchSpace, dataset: Dataset, announce: Callable[[str], None] = lambda _: None
 ) -> TrialResources:
     """Return the resources of the running Ray that each trial gets.
 
     Args:
         options: if they leave the share of a GPU open, it is chosen here.
-        space: with ``dataset``, a measurement chooses the share; without, or for a streamed data set, a rule does.
-        dataset: see ``space``.
+        space: what is searched.
+        dataset: a measurement chooses the share; for a streamed or an empty data set, a rule does.
         announce: is called with a line about what takes long.
 
     Raises:
@@ -99,8 +96,7 @@ def plan_resources(
     """
     free = ray.available_resources()
     measure = None
-    is_resident = dataset is not None and len(dataset.train) > 0 and not isinstance(dataset.train, StreamedSplit)
-    if space is not None and dataset is not None and is_resident:
+    if len(dataset.train) > 0 and not isinstance(dataset.train, StreamedSplit):
         largest = find_largest(space, own=space.own_defaults, **list_shared(dataset, options))
         measure = functools.partial(
             measure_with_ray,

@@ -3,8 +3,7 @@
 import dataclasses
 import threading
 import time
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ class TrialRecorder(tune.Callback):
     ) -> None:
         self._folder = folder
         self._history = history
-        self._earlier_seconds = history.seconds
         self._progress = dataclasses.replace(progress, started=progress.started - history.seconds)
         self._observer = observer
         self._storage_root = storage_root
@@ -67,7 +65,7 @@ class TrialRecorder(tune.Callback):
         self._on_end, self._on_failure = on_end, on_failure
         self._is_broken = False
         self._lock = threading.Lock()  # if Ray has died, another thread writes the records
-        self._begin = begin
+        self._begin = begin - history.seconds  # in search time, the zero
         self._end: float | None = None
         self._written = time.monotonic()
         self._is_unwritten = False
@@ -88,16 +86,15 @@ class TrialRecorder(tune.Callback):
 
     def open_session(self, **about: Any) -> None:
         """Record that the search starts or resumes."""
-        self._log("session", about={"at": self._earlier_seconds, **about})
+        self._log("session", at=self._history.seconds, **about)
 
     def add_trial(self, trial: Any, number: int, config: TrialConfig) -> None:
         """Record a submitted trial, whose Optuna number is ``number``."""
-        self._log("trial", trial.trial_id, {"name": str(trial), "config": vars(config), "number": number}, config)
+        self._log("trial", config, trial_id=trial.trial_id, name=str(trial), config=vars(config), number=number)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial got a worker, perhaps not its first."""
-        worker = str(trial.temporary_state.ray_actor)
-        if self._log("start", trial.trial_id, {"worker": worker, "time": time.time()}):
+        if self._log("start", trial_id=trial.trial_id, worker=str(trial.temporary_state.ray_actor), time=time.time()):
             self._notify()
 
     def on_trial_result(
@@ -107,18 +104,19 @@ class TrialRecorder(tune.Callback):
         report = dataclasses.replace(result[REPORT], done=result[DONE])  # the scheduler may have stopped the trial
         about = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}
         about["metrics"] = report.metrics and vars(report.metrics)
-        if self._log("report", trial.trial_id, about, report):
+        if self._log("report", report, trial_id=trial.trial_id, **about):
             self._is_unwritten = True
             self._notify()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Write the files if a write is due. Tune calls this many times a second."""
-        if self._is_unwritten:
-            self._write_if_due()
+        pause = max(WRITE_EVERY_SECONDS, PAUSE_PER_WRITE * self._write_seconds)
+        if self._is_unwritten and time.monotonic() - self._written >= pause:
+            self.write()
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
         """Record a complete checkpoint of a trial, before the previous one is deleted."""
-        self._log("checkpoint", trial.trial_id, {"path": checkpoint.path.removeprefix(f"{self._storage_root}/")})
+        self._log("checkpoint", trial_id=trial.trial_id, path=checkpoint.path.removeprefix(f"{self._storage_root}/"))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial ended by its own report or by the scheduler."""
@@ -126,18 +124,18 @@ class TrialRecorder(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial's worker died, and that the trial will be retried."""
-        self._log("lost", trial.trial_id)
+        self._log("lost", trial_id=trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record the end of a trial whose worker died and whose retries are used up."""
-        self._log("lost", trial.trial_id)
+        self._log("lost", trial_id=trial.trial_id)
         cause = self._explain_death(trial)
         self._end_trial(trial, find_status(None, error=True, cause=cause), cause)
 
     def record_end(self, trial_id: str, status: TrialStatus) -> None:
         """Record the end of a trial that had ended when the search was cut off, before that was recorded."""
         record = self._history.find(trial_id).record
-        if self._log("end", trial_id, {"status": str(status), "error": record.error}):
+        if self._log("end", trial_id=trial_id, status=str(status), error=record.error):
             self._on_end(record.trial_name)
 
     def finish(self) -> None:
@@ -166,32 +164,25 @@ class TrialRecorder(tune.Callback):
         """
         return {}
 
-    def _log(
-        self,
-        kind: str,
-        trial_id: str | None = None,
-        about: Mapping[str, Any] = types.MappingProxyType({}),
-        value: TrialConfig | TrialReport | None = None,
-    ) -> bool:
+    def _log(self, kind: str, value: TrialConfig | TrialReport | None = None, **about: Any) -> bool:
         """Write an event to the journal, then to the history; return whether that succeeded.
 
         An event that is not in the journal does not count.
         """
         with self._lock:
-            event = {"event": kind, "at": self._now(), **({} if trial_id is None else {"trial_id": trial_id}), **about}
-            try:
-                if not self._is_broken:
-                    self._history.journal.append(event)
-            except OSError as error:
-                self._is_broken = True
-                self._on_fault(describe_error(error))
             if not self._is_broken:
-                self._history.apply(event, value)
+                event = {"event": kind, "at": self._now(), **about}
+                try:
+                    self._history.journal.append(event)
+                    self._history.apply(event, value)
+                except OSError as error:
+                    self._is_broken = True
+                    self._on_fault(describe_error(error))
             return not self._is_broken
 
     def _end_trial(self, trial: Any, status: TrialStatus, error: str | None = None) -> None:
         _drop_details(trial)
-        if self._log("end", trial.trial_id, {"status": str(status), "error": error}):
+        if self._log("end", trial_id=trial.trial_id, status=str(status), error=error):
             self._is_unwritten = True
             if status is not TrialStatus.INTERRUPTED:
                 self._on_end(str(trial))
@@ -200,11 +191,7 @@ class TrialRecorder(tune.Callback):
                 self._on_failure(self.trials)
 
     def _now(self) -> float:
-        return self._earlier_seconds + time.monotonic() - self._begin
-
-    def _write_if_due(self) -> None:
-        if time.monotonic() - self._written >= max(WRITE_EVERY_SECONDS, PAUSE_PER_WRITE * self._write_seconds):
-            self.write()
+        return time.monotonic() - self._begin
 
     def _notify(self, ended: TrialRecord | None = None) -> None:
         now = dataclasses.replace(self._progress, trials=tuple(self.trials), running=frozenset(self._history.running))
