@@ -24,13 +24,13 @@ $(READY): requirements.lock pyproject.toml
 search: $(READY)
 	$(BIN)/python scripts/search.py $(ARGS)
 
-# All that every change is tried with.
+# All that every change is tried with. Tests that start Ray wait most of their time: three of them keep two cores busy.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
 # Rarer faults as well: before a release, and after a change to what survives them.
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Without the tests that start Ray.
 test-fast: $(READY)
