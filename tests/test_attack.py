@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fault_runs import prepare
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -117,10 +118,10 @@ def running(command: list[str], folder: Path, environment: dict[str, str]) -> It
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A search that goes on until the tests are over, started as users start it."""
-    folder = tmp_path_factory.mktemp("search")
-    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", "--json"]
-    command += ["--num-samples", "2000", "--max-concurrent", "1", "--confirm-seeds", "0"]
+    """A search that goes on until the tests are over, started as users start it. Most of the time its trials sleep."""
+    folder = prepare(tmp_path_factory.mktemp("search"), step_seconds=0.05)
+    command = [sys.executable, str(ROOT / "scripts" / "search.py"), "space.yaml", "--dataset", "digits", "--json"]
+    command += ["--model", "slow:net", "--num-samples", "2000", "--max-concurrent", "1", "--confirm-seeds", "0"]
     with running(command, folder, os.environ | {"PYTHONPATH": str(ROOT)}) as (pid, start):
         assert start["authenticated"] is True
         token_path = Path(start["token_path"])

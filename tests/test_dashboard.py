@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fault_runs import prepare
 from test_docs import OTHER_PROGRAMS, blocks
 
 from tune_amp.cli.grafana import read_dashboard
@@ -68,22 +69,13 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A search that would take long; it is ended as a user would, by Ctrl-C."""
-    folder = tmp_path_factory.mktemp("watched")
-    (folder / "space.yaml").write_text(SPACE)
-    command = f"space.yaml --dataset digits --num-samples {NUM_SAMPLES} --max-epochs 60 --scheduler none --name watched"
+    """A search that would take long, of trials that sleep most of the time; it is ended as by a user, with Ctrl-C."""
+    folder = prepare(tmp_path_factory.mktemp("watched"), step_seconds=0.02, space=SPACE)
+    command = f"space.yaml --dataset digits --model slow:net --num-samples {NUM_SAMPLES} --max-epochs 60"
+    command += " --scheduler none --name watched --confirm-seeds 0 --max-concurrent 1 --json"
     with (folder / "errors").open("w") as errors:
         search = subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "scripts" / "search.py"),
-                *command.split(),
-                "--confirm-seeds",
-                "0",
-                "--max-concurrent",
-                "1",
-                "--json",
-            ],
+            [sys.executable, str(ROOT / "scripts" / "search.py"), *command.split()],
             cwd=folder,
             env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             stdout=subprocess.PIPE,
@@ -286,8 +278,8 @@ def test_prometheus_finds_every_series_that_the_grafana_dashboard_asks_for(prome
     assert list(left) == []
     [info] = query(prometheus, "ray_tune_amp_run_info")  # what the variable of the dashboard offers
     assert info["metric"]["run"] == "watched"
-    [rate] = query(prometheus, 'rate(ray_tune_amp_epochs_total{run="watched"}[1m])')
-    assert float(rate["value"][1]) > 0
+    rate = 'rate(ray_tune_amp_epochs_total{run="watched"}[1m])'
+    wait_for(lambda: [float(found["value"][1]) > 0 for found in query(prometheus, rate)] == [True])
 
 
 # Without a dashboard
