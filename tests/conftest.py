@@ -88,7 +88,7 @@ def cluster() -> "Iterator[SimulatedCluster]":
     """A cluster of one node with one CPU; each test adds its own and takes them away."""
     from simulated_cluster import SimulatedCluster
 
-    with SimulatedCluster(num_cpus=1, include_dashboard=True) as started:
+    with SimulatedCluster(num_cpus=1) as started:
         yield started
 
 

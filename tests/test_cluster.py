@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -160,14 +160,21 @@ def test_data_are_placed_once_a_node_however_many_trials_run_there(cluster: Simu
     assert all(images < bytes_of_node < 1.5 * images for bytes_of_node in used)
 
 
-def name_submission(cluster: SimulatedCluster, code: Path, *options: str) -> list[str]:
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[SimulatedCluster]:
+    """A cluster of one node that takes jobs, through its dashboard."""
+    with SimulatedCluster(num_cpus=1, include_dashboard=True) as started:
+        yield started
+
+
+def name_submission(jobs: SimulatedCluster, code: Path, *options: str) -> list[str]:
     """The command that submits, up to what it submits."""
     ray_command = [str(Path(sys.executable).with_name("ray")), "job", "submit"]
-    return [*ray_command, "--address", f"http://{cluster.dashboard}", "--working-dir", str(code), *options, "--"]
+    return [*ray_command, "--address", f"http://{jobs.dashboard}", "--working-dir", str(code), *options, "--"]
 
 
 @pytest.mark.long
-def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_ends_cleanly(jobs: SimulatedCluster, tmp_path: Path) -> None:
     """As the page on clusters has it: Ray alone waits for 3 s, less than an epoch of this model."""
     page = (ROOT / "docs" / "cluster.md").read_text()
     [environment] = re.findall(r"--runtime-env-json '(.*?)'", page)
@@ -177,13 +184,13 @@ def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path:
     search = f"{sys.executable} {ROOT}/scripts/search.py quick --dataset digits --model sleepy:net --address auto"
     search += f" --num-samples 1 --max-epochs {EPOCHS} --scheduler none --confirm-seeds 0 --name run"
     search += f" --results-dir {results} --storage-path {tmp_path}/checkpoints"
-    command = [*name_submission(cluster, tmp_path / "code", *options), *search.split()]
-    subprocess.run(command, env={**os.environ, **cluster.environment}, check=True, capture_output=True, timeout=120)
+    command = [*name_submission(jobs, tmp_path / "code", *options), *search.split()]
+    subprocess.run(command, env={**os.environ, **jobs.environment}, check=True, capture_output=True, timeout=120)
     events = RunFolder(results / "run").journal
     wait_until(lambda: events.exists() and any(event["event"] == "report" for event in read_journal(events)))
-    stop = [command[0], "job", "stop", "--address", f"http://{cluster.dashboard}", "stopped"]
+    stop = [command[0], "job", "stop", "--address", f"http://{jobs.dashboard}", "stopped"]
     done = subprocess.run(
-        stop, env={**os.environ, **cluster.environment}, capture_output=True, text=True, timeout=120, check=False
+        stop, env={**os.environ, **jobs.environment}, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_journal(events)[-1]["event"] == "finish"
@@ -192,24 +199,24 @@ def test_a_job_that_is_stopped_ends_cleanly(cluster: SimulatedCluster, tmp_path:
 
 
 @pytest.mark.long
-def test_a_submitted_job_searches_the_cluster_that_it_runs_on(cluster: SimulatedCluster, tmp_path: Path) -> None:
-    other = cluster.add_node(num_cpus=1)
+def test_a_submitted_job_searches_the_cluster_that_it_runs_on(jobs: SimulatedCluster, tmp_path: Path) -> None:
+    other = jobs.add_node(num_cpus=1)
     write_model(tmp_path / "code")
     results = tmp_path / "results"
-    submit = name_submission(cluster, tmp_path / "code")
+    submit = name_submission(jobs, tmp_path / "code")
     search = f"{sys.executable} {ROOT}/scripts/search.py quick --dataset digits --model sleepy:net --address auto"
     search += f" --num-samples 4 --max-epochs {EPOCHS} --scheduler none --confirm-seeds 0 --name run --quiet"
     search += f" --results-dir {results} --storage-path {tmp_path}/checkpoints"
-    environment = {**os.environ, **cluster.environment}
+    environment = {**os.environ, **jobs.environment}
     refused = {name: text for name, text in environment.items() if not name.startswith("RAY_AUTH")}
     for tried in (refused, environment):
         done = subprocess.run(
             [*submit, *search.split()], env=tried, capture_output=True, text=True, timeout=240, check=False
         )
         assert results.exists() == (tried is environment), done.stdout + done.stderr
-    cluster.remove_node(other)
+    jobs.remove_node(other)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(results / "run" / "best.parquet") in done.stdout  # the search's own output
     check_nothing_is_lost(results / "run", 4)
     attempts = [json.loads(line) for line in (tmp_path / "code" / "attempts").read_text().splitlines()]
-    assert {attempt["node"] for attempt in attempts} == {cluster.head, other}
+    assert {attempt["node"] for attempt in attempts} == {jobs.head, other}
