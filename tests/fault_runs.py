@@ -83,6 +83,9 @@ SIDE_BY_SIDE = ("--max-concurrent", "2", "--sampler", "random", "--scheduler", "
 """Two slots, in which nothing depends on who is first."""
 BUDGET = ("--num-samples", "6", "--max-epochs", "8", "--grace-period", "2", "--top-k", "3")
 
+CUT_OFF = "ends with the command to resume"
+"""What most faults that end a search come to."""
+
 Events = Sequence[Mapping[str, Any]]
 Follow = Callable[["Search"], "Search"]
 """A fixture that ends a search with its test."""
@@ -443,6 +446,27 @@ def check_readable(run: Path) -> None:
     reported = {(event["trial_id"], event["metrics"]["epoch"]) for event in read_events(run) if event.get("metrics")}
     for trial in load_trials(run):
         assert {(trial.trial_id, epoch.epoch) for epoch in trial.epochs} <= reported
+
+
+def check_end(search: Search, run: Path, expected: Ended, *, fallen_back: int = 0) -> Count:
+    """The search ends as one that nothing disturbed, and leaves no process."""
+    assert search.wait() == 0, search.stderr
+    assert read_end(run) == expected
+    count = check_run(run, fallen_back=fallen_back)
+    assert search.find_left() == []
+    return count
+
+
+def check_resumes(
+    fault: str, search: Search, run: Path, expected: Ended, follow: Follow, *, ended: float, outcome: str = CUT_OFF
+) -> None:
+    """The command that a search printed as it was cut off, ``ended`` seconds after the fault, completes the run."""
+    assert "Traceback" not in search.stderr
+    before = count_events(run, "report")
+    hurry(search.folder)
+    count = check_end(follow(Search(search.folder, command=find_resume_command(search))), run, expected)
+    resumed = measure_returns(run)[-1]
+    note_fault(fault, outcome, count, ended=ended, resumed=resumed, before=before, ranking_equal=True)
 
 
 # ---- the table of faults ----

@@ -12,18 +12,14 @@ import pytest
 from fault_runs import (
     ALONE,
     Follow,
-    Search,
     Undisturbed,
     begin,
+    check_end,
     check_readable,
-    check_run,
+    check_resumes,
     count_events,
-    find_resume_command,
-    hurry,
-    measure_returns,
     note_fault,
     prepare,
-    read_end,
     read_events,
 )
 
@@ -64,30 +60,6 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def check_ends_and_goes_on(
-    fault: str, search: Search, run: Path, expected: object, seconds: float, follow: Follow, message: str
-) -> None:
-    """The search has ended for a reason that is gone now."""
-    assert "Traceback" not in search.stderr
-    assert message in search.stderr
-    before = count_events(run, "report")
-    hurry(search.folder)
-    again = follow(Search(search.folder, command=find_resume_command(search)))
-    assert again.wait() == 0, again.stderr
-    assert read_end(run) == expected
-    count = check_run(run)
-    assert again.find_left() == []
-    note_fault(
-        fault,
-        "ends with the command to resume",
-        count,
-        ended=seconds,
-        resumed=measure_returns(run)[-1],
-        before=before,
-        ranking_equal=True,
-    )
-
-
 @pytest.mark.parametrize("left", [0, pytest.param(64 * 1024, marks=pytest.mark.long)])
 def test_full_disk_ends_the_search_and_once_there_is_room_it_goes_on(
     left: int, tmp_path: Path, small_disk: SmallDisk, undisturbed: Undisturbed, follow: Follow
@@ -100,13 +72,14 @@ def test_full_disk_ends_the_search_and_once_there_is_room_it_goes_on(
     small_disk.fill(left)
     asked = time.monotonic()
     assert search.wait() == 130, search.stderr
-    seconds = time.monotonic() - asked
+    ended = time.monotonic() - asked
+    assert "No space left on device" in search.stderr
     assert search.find_left() == []
     check_readable(run)
     assert list(run.glob(".*")) == []
     small_disk.free()
     fault = "disk full in the search" if left == 0 else "disk full in the export"
-    check_ends_and_goes_on(fault, search, run, undisturbed("alone"), seconds, follow, "No space left on device")
+    check_resumes(fault, search, run, undisturbed("alone"), follow, ended=ended)
 
 
 @pytest.mark.long
@@ -119,12 +92,9 @@ def test_search_goes_on_where_checkpoints_find_no_room(
     search.wait_until(lambda: count_events(run, "checkpoint") >= 1)
     small_disk.fill()
     saved = count_events(run, "checkpoint")
-    assert search.wait() == 0, search.stderr
+    count = check_end(search, run, undisturbed("alone"))
     assert search.stderr == ""
-    assert read_end(run) == undisturbed("alone")
     assert count_events(run, "checkpoint") <= saved + 1
-    count = check_run(run)
-    assert search.find_left() == []
     note_fault("disk full in a checkpoint", "goes on without", count, ranking_equal=True)
 
 
@@ -157,14 +127,11 @@ def test_checkpoint_that_found_no_room_spoils_none_of_those_that_do(
     """Two workers die after it: the second finds what the first one's successor saved."""
     run = tmp_path / "results" / "run"
     search = follow(begin(prepare(tmp_path, SECOND_SAVE_FINDS_NO_ROOM), *ALONE))
-    assert search.wait() == 0, search.stderr
+    count = check_end(search, run, undisturbed("alone"))
     assert (tmp_path / "died after 4").exists()
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
     assert count_events(run, "lost") == 2
     paths = [event["path"] for event in read_events(run) if event["event"] == "checkpoint"]
     assert len(set(paths)) == len(paths)  # none was written over
-    assert search.find_left() == []
     note_fault("one checkpoint without room, then two workers killed", "goes on", count, faults=3, ranking_equal=True)
 
 
@@ -177,12 +144,9 @@ def test_search_goes_on_where_the_place_of_its_checkpoints_is_gone(
     search = follow(begin(prepare(tmp_path), *ALONE, "--storage-path", str(tmp_path / "share")))
     search.wait_until(lambda: count_events(run, "checkpoint") >= 1)
     (tmp_path / "share" / "run").rename(tmp_path / "gone")  # at once, whatever is being saved there
-    assert search.wait() == 0, search.stderr
+    count = check_end(search, run, undisturbed("alone"))
     assert search.stderr == ""
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
     assert count_events(run, "lost") == 0
-    assert search.find_left() == []
     note_fault("the place of checkpoints gone", "goes on without", count, ranking_equal=True)
 
 
@@ -202,11 +166,10 @@ def test_folder_that_cannot_be_written_any_more_ends_the_search(
     asked = time.monotonic()
     try:
         assert search.wait() == 130, search.stderr
-        seconds = time.monotonic() - asked
+        ended = time.monotonic() - asked
     finally:
         run.chmod(0o755)
+    assert "Permission denied" in search.stderr
     assert search.find_left() == []
     check_readable(run)
-    check_ends_and_goes_on(
-        "permission to write lost", search, run, undisturbed("alone"), seconds, follow, "Permission denied"
-    )
+    check_resumes("permission to write lost", search, run, undisturbed("alone"), follow, ended=ended)

@@ -23,11 +23,11 @@ from fault_runs import (
     Search,
     Undisturbed,
     begin,
+    check_end,
     check_readable,
+    check_resumes,
     check_run,
     count_events,
-    find_resume_command,
-    hurry,
     measure_returns,
     name_arguments,
     note_fault,
@@ -163,29 +163,12 @@ def test_ctrl_c_ends_within_seconds_with_everything_exported(
     asked = time.monotonic()
     search.signal(signal.SIGINT)
     assert search.wait() == 130, search.stderr
-    seconds = time.monotonic() - asked
-    assert "Traceback" not in search.stderr
+    ended = time.monotonic() - asked
     assert check_run(run).repeated == 0
     assert (run / "best.parquet").exists()
     assert (run / "report.html").exists()
     assert search.find_left() == []
-
-    before = count_events(run, "report")
-    hurry(tmp_path)
-    again = follow(Search(tmp_path, command=find_resume_command(search)))
-    assert again.wait() == 0, again.stderr
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
-    assert again.find_left() == []
-    note_fault(
-        "Ctrl-C once",
-        "ends with the command to resume",
-        count,
-        ended=seconds,
-        resumed=measure_returns(run)[-1],
-        before=before,
-        ranking_equal=True,
-    )
+    check_resumes("Ctrl-C once", search, run, undisturbed("alone"), follow, ended=ended)
 
 
 HANGS_AT_ONCE = """
@@ -209,25 +192,11 @@ def test_second_ctrl_c_leaves_at_once(tmp_path: Path, undisturbed: Undisturbed, 
     asked = time.monotonic()
     search.signal(signal.SIGINT)
     assert search.wait(30) == 130, search.stderr
-    seconds = time.monotonic() - asked
-    assert seconds < 5
-    assert "Traceback" not in search.stderr
+    ended = time.monotonic() - asked
+    assert ended < 5
     check_readable(run)
-
-    before = count_events(run, "report")
-    again = follow(Search(tmp_path, command=find_resume_command(search)))
-    assert again.wait() == 0, again.stderr
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
-    note_fault(
-        "Ctrl-C twice, and a worker that hangs",
-        "leaves at once",
-        count,
-        ended=seconds,
-        resumed=measure_returns(run)[-1],
-        before=before,
-        ranking_equal=True,
-    )
+    fault = "Ctrl-C twice, and a worker that hangs"
+    check_resumes(fault, search, run, undisturbed("alone"), follow, ended=ended, outcome="leaves at once")
 
 
 @pytest.mark.long
@@ -274,26 +243,15 @@ def test_sigterm_outside_of_the_search_ends_it_too(
     asked = time.monotonic()
     search.signal(signal.SIGTERM)
     assert search.wait() == 130, search.stderr
-    seconds = time.monotonic() - asked
+    ended = time.monotonic() - asked
     assert "Traceback" not in search.stderr
     assert search.find_left() == []
-    before = count_events(run, "report")
     if moment == "start-up":
         assert not run.exists()  # nothing was begun
-        again = follow(begin(tmp_path, *CONFIRMED))
+        count = check_end(follow(begin(tmp_path, *CONFIRMED)), run, undisturbed("confirmed"))
+        note_fault("SIGTERM in the start-up", "ends, nothing was begun", count, ended=ended, ranking_equal=True)
     else:
         known = load_confirmed(run)
-        again = follow(Search(tmp_path, command=find_resume_command(search)))
-    assert again.wait() == 0, again.stderr
-    assert read_end(run) == undisturbed("confirmed")
-    if moment == "confirmation":  # those on fresh seeds that were done are not done again
+        check_resumes("SIGTERM in the confirmation", search, run, undisturbed("confirmed"), follow, ended=ended)
+        # Those on fresh seeds that were done are not done again.
         assert [kept for kept in known if kept not in load_confirmed(run)] == []
-    note_fault(
-        f"SIGTERM in the {moment}",
-        "ends with the command to resume" if before else "ends, nothing was begun",
-        check_run(run),
-        ended=seconds,
-        resumed=measure_returns(run)[-1] if before else None,
-        before=before,
-        ranking_equal=True,
-    )

@@ -11,14 +11,12 @@ from fault_runs import (
     Follow,
     Undisturbed,
     begin,
+    check_end,
+    check_resumes,
     check_run,
     count_events,
-    find_resume_command,
-    hurry,
-    measure_returns,
     note_fault,
     prepare,
-    read_end,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
@@ -42,28 +40,11 @@ def test_search_whose_ray_dies_ends_and_can_be_resumed(
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     assert search.wait() == 130, search.stderr
-    seconds = time.monotonic() - killed
-    assert "Traceback" not in search.stderr
+    ended = time.monotonic() - killed
     assert "has died" in search.stderr
     assert check_run(run).repeated == 0
-
-    before = count_events(run, "report")
-    hurry(tmp_path)
-    again = follow(type(search)(tmp_path, command=find_resume_command(search)))
-    assert again.wait() == 0, again.stderr
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
-    assert again.find_left() == []
+    check_resumes(f"Ray's {part} killed", search, run, undisturbed("alone"), follow, ended=ended)
     assert search.find_left(90) == []  # two agents of Ray's look for their GCS for a minute
-    note_fault(
-        f"Ray's {part} killed",
-        "ends with the command to resume",
-        count,
-        ended=seconds,
-        resumed=measure_returns(run)[-1],
-        before=before,
-        ranking_equal=True,
-    )
 
 
 @pytest.mark.long
@@ -75,8 +56,5 @@ def test_search_goes_on_without_its_dashboard(tmp_path: Path, undisturbed: Undis
     os.kill(pid, signal.SIGKILL)
     for pid in search.list_processes("log_monitor.py"):
         os.kill(pid, signal.SIGKILL)
-    assert search.wait() == 0, search.stderr
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
-    assert search.find_left() == []
+    count = check_end(search, run, undisturbed("alone"))
     note_fault("dashboard and log monitor killed", "goes on", count, faults=2, ranking_equal=True)

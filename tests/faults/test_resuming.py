@@ -13,6 +13,7 @@ from fault_runs import (
     Follow,
     Undisturbed,
     begin,
+    check_end,
     check_run,
     count_events,
     measure_returns,
@@ -73,12 +74,10 @@ def test_half_written_checkpoint_is_not_used_and_of_two_processes_that_resume_at
     search, refused = sorted(searches, key=lambda search: search.wait())
     assert refused.stderr.count("\n") == 1
     assert "the run is still active in another process" in refused.stderr
-    assert read_end(run) == undisturbed("alone")
     assert notes.read_text() == "mine"
     notes.unlink()
     cache.rmdir()
-    count = check_run(run, fallen_back=1)
-    assert search.find_left() == []
+    count = check_end(search, run, undisturbed("alone"), fallen_back=1)
     returns = measure_returns(run)
     note_fault("two processes resume at once", "one goes on, one is refused", count, ranking_equal=True)
     note_fault(
@@ -112,11 +111,8 @@ def test_run_that_was_moved_and_renamed_goes_on_and_another_version_is_told(
     before = count_events(moved, "report")
     rewrite_line(RunFolder(moved).journal, 0, lambda event: event["provenance"]["versions"].update(torch="1.2.3"))  # type: ignore[index]
     search = follow(resume(killed, run="elsewhere/other name"))
-    assert search.wait() == 0, search.stderr
+    count = check_end(search, moved, undisturbed("alone"))
     assert re.search(r"^note +torch 1\.2\.3 then, \S+ now: trials from here on may differ", search.stdout, re.MULTILINE)
-    assert read_end(moved) == undisturbed("alone")
-    count = check_run(moved)
-    assert search.find_left() == []
     note_fault(
         "driver killed, and the run folder moved",
         "goes on with --resume",
@@ -216,8 +212,7 @@ def test_finished_run_has_nothing_to_do_and_with_more_samples_runs_the_new_ones_
     shutil.copytree(undisturbed_run("alone").parents[1], tmp_path, dirs_exist_ok=True)
     before = read_events(run)
     search = follow(resume(tmp_path))
-    assert search.wait() == 0, search.stderr
-    assert read_end(run) == undisturbed("alone")
+    check_end(search, run, undisturbed("alone"))
     assert [event["event"] for event in read_events(run)[len(before) :]] == ["session", "finish"]
 
     more = follow(resume(tmp_path, "--num-samples", "8"))

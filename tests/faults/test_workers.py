@@ -9,10 +9,13 @@ import pytest
 from fault_runs import (
     ALONE,
     SIDE_BY_SIDE,
+    Count,
     Ended,
     Follow,
+    Search,
     Undisturbed,
     begin,
+    check_end,
     check_run,
     count_events,
     hurry,
@@ -31,10 +34,14 @@ from tune_amp.trial.config import TrialStatus
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # under a minute each, on a machine of their own
 
 
-def check_others(ended: Ended, expected: Ended, status: TrialStatus) -> None:
+def check_ends_alone(search: Search, run: Path, expected: Ended, status: TrialStatus) -> Count:
     """One trial ended so; all others as in the undisturbed run."""
-    differing = [ours for ours, theirs in zip(ended.trials, expected.trials, strict=True) if ours != theirs]
-    assert [trial[1] for trial in differing] == [status]
+    assert search.wait() == 0, search.stderr
+    trials = zip(read_end(run).trials, expected.trials, strict=True)
+    assert [ours[1] for ours, theirs in trials if ours != theirs] == [status]
+    count = check_run(run)
+    assert search.find_left() == []
+    return count
 
 
 @pytest.mark.parametrize(
@@ -53,12 +60,9 @@ def test_worker_killed_mid_epoch(
         search.wait_until(lambda: "lost" in {event["event"] for event in read_events(run)})
         search.wait_until(lambda before=before: count_events(run, "report") > before + 1)  # type: ignore[misc]
     hurry(tmp_path)
-    assert search.wait() == 0
+    count = check_end(search, run, undisturbed(slots))
     assert search.stderr == ""
     assert count_events(run, "lost") == 2
-    assert read_end(run) == undisturbed(slots)
-    count = check_run(run)
-    assert search.find_left() == []
     note_fault(f"worker killed mid-epoch, {slots}", "goes on", count, faults=2, ranking_equal=True)
 
 
@@ -108,13 +112,10 @@ def test_worker_killed_in_the_middle_of_a_checkpoint(tmp_path: Path, undisturbed
     search.wait_until((tmp_path / "died half way").exists)
     search.wait_until(lambda: count_events(run, "end") >= 1)
     (tmp_path / "more than a trial").touch()
-    assert search.wait() == 0, search.stderr
+    count = check_end(search, run, undisturbed("alone"))
     assert (tmp_path / "died in the copy").exists()
     assert search.stderr == ""
     assert count_events(run, "lost") == 3
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
-    assert search.find_left() == []
     note_fault("worker killed in a checkpoint", "goes on", count, faults=3, ranking_equal=True)
 
 
@@ -140,12 +141,9 @@ def test_worker_killed_between_two_trials_costs_the_next_one_nothing(
     """Tune would queue that trial again, and then end it for good."""
     run = tmp_path / "results" / "run"
     search = follow(begin(prepare(tmp_path, DIES_BETWEEN_TRIALS), *ALONE))
-    assert search.wait() == 0, search.stderr
+    count = check_end(search, run, undisturbed("alone"))
     assert (tmp_path / "died between trials").exists()
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
     assert count_events(run, "lost") == 1
-    assert search.find_left() == []
     note_fault("worker killed between two trials", "goes on", count, ranking_equal=True)
 
 
@@ -163,16 +161,13 @@ def test_trial_that_hangs_is_ended_and_not_tried_again(
 ) -> None:
     run = tmp_path / "results" / "run"
     search = follow(begin(prepare(tmp_path, HANGS), *SIDE_BY_SIDE, "--trial-time-limit", "20"))
-    assert search.wait() == 0, search.stderr
+    count = check_ends_alone(search, run, undisturbed("side by side"), TrialStatus.FAILED)
     [failed] = [trial for trial in load_trials(run) if trial.status is TrialStatus.FAILED]
     assert failed.error is not None
     assert "--trial-time-limit" in failed.error
     assert len(failed.epochs) == 1
     assert failed.wall_seconds >= 20
-    check_others(read_end(run), undisturbed("side by side"), TrialStatus.FAILED)
-    count = check_run(run)
     assert count_events(run, "start") == 6
-    assert search.find_left() == []
     note_fault("a trial that hangs", "that trial fails, the others go on", count)
 
 
@@ -197,11 +192,8 @@ def fault(self, images):
 def test_trial_that_eats_memory_ends_alone(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
     run = tmp_path / "results" / "run"
     search = follow(begin(prepare(tmp_path, EATS_MEMORY), *SIDE_BY_SIDE))
-    assert search.wait() == 0, search.stderr
-    check_others(read_end(run), undisturbed("side by side"), TrialStatus.OUT_OF_MEMORY)
-    count = check_run(run)
+    count = check_ends_alone(search, run, undisturbed("side by side"), TrialStatus.OUT_OF_MEMORY)
     assert count_events(run, "lost") == 0
-    assert search.find_left() == []
     note_fault("a trial that eats memory", "that trial is out_of_memory, the others go on", count)
 
 
@@ -267,9 +259,7 @@ def test_clocks_that_jump_change_no_result_and_no_duration(
     (tmp_path / "clock" / "sitecustomize.py").write_text(JUMPING_CLOCK)  # of every Python that is started
     path = os.pathsep.join([str(tmp_path / "clock"), str(Path(__file__).resolve().parents[2])])
     search = follow(begin(prepare(tmp_path), *ALONE, "--json", environment={"PYTHONPATH": path}))
-    assert search.wait() == 0, search.stderr
-    assert read_end(run) == undisturbed("alone")
-    count = check_run(run)
+    count = check_end(search, run, undisturbed("alone"))
     slot_time, trials = load_trials_file(run).slot_time, load_trials(run)
     assert slot_time is not None
     assert 0 < slot_time.wall_seconds < 600
