@@ -43,12 +43,6 @@ def test_the_example_space_loads(tmp_path: Path) -> None:
     assert space.is_conditional
 
 
-def test_every_linked_file_exists() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith(("http", "#"))]
-    assert len(targets) >= 6
-    assert [target for target in targets if not (ROOT / target.partition("#")[0]).exists()] == []
-
-
 def test_every_make_target_and_flag_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`make ([a-z-]+)", README)) | {"search", "test"}:
