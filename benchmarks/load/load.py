@@ -17,7 +17,7 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -30,9 +30,6 @@ from tune_amp.results.records import build_from, load_trials_file
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import SlotUse, find_shares, utilisation
 from tune_amp.trial.config import EpochMetrics, TrialStatus
-
-if TYPE_CHECKING:
-    pass
 
 LOOK_SECONDS = 0.5
 BUSY_MACHINE = {"RAY_worker_niceness": "0", "RAY_worker_register_timeout_seconds": "600"}
@@ -271,12 +268,3 @@ def _choose_samples(samples: Sequence[Sample], trials: int) -> list[Sample]:
     """Those after a quarter of the trials, half and all, where there are."""
     wanted = (trials // 4, trials // 2, trials)
     return [next(s for s in samples if s.ended >= count) for count in wanted if samples and samples[-1].ended >= count]
-
-
-# ---- the search itself, in its own process ----
-
-
-# ---- a run that was cut off, without Ray ----
-
-
-# ---- the table ----

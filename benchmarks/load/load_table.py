@@ -1,21 +1,13 @@
 """What ``load`` measured of each search: the row, the file and the table."""
 
 import dataclasses
-import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import pyarrow as pa  # type: ignore[import-untyped]
-
-from benchmarks.machine import render_versions
-from benchmarks.markdown import render_table
-from tune_amp.results.parquet import build_columns, build_table, write_parquet
-from tune_amp.trial.config import described
-
-if TYPE_CHECKING:
-    pass
 
 from benchmarks.load.load_search import CUT_OFF
+from benchmarks.machine import render_versions
+from benchmarks.markdown import render_table
+from benchmarks.rows import describe_measurement, write_rows
+from tune_amp.trial.config import described
 
 PARTS = ("trials", "slots", "rate", "resume")
 LAST_SUGGESTIONS = 20
@@ -79,9 +71,6 @@ class LoadResult:
     def nothing_lost(self) -> bool:
         """Whether every search kept every report once, and ended every trial."""
         return not any(row.lost or row.doubled or row.unended for row in self.rows)
-
-
-SCHEMA = pa.schema(build_columns(LoadRow))
 
 
 KEPT_TITLES = (
@@ -180,10 +169,5 @@ def _seconds(value: float | None) -> str:
 
 
 def write_load(path: Path, result: LoadResult) -> None:
-    """Write one row a search; machine and versions stand in the metadata."""
-    origin = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": result.machine,
-        "versions": result.versions,
-    }
-    write_parquet(build_table("load", SCHEMA, [vars(row) for row in result.rows], origin), path)
+    """Write one row a search."""
+    write_rows(path, "load", LoadRow, result.rows, describe_measurement(result.machine, result.versions))

@@ -8,7 +8,6 @@ turns, and are repeated: what else the machine does does not fall on one size al
 
 import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import subprocess
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 
 from benchmarks.load.instant import TRAIN_IMAGES, Sample, Sampler, load_images, load_small_space
 from benchmarks.machine import describe_machine, describe_versions, render_versions
 from benchmarks.markdown import judge, render_table
+from benchmarks.rows import describe_measurement, write_rows
 from benchmarks.spread import render_spread
-from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import SearchOptions, run_folder
 from tune_amp.trial.config import described
@@ -88,9 +86,6 @@ class ScaleResult:
     study: tuple[StudyRow, ...]
     machine: dict[str, str]
     versions: dict[str, str]
-
-
-SCHEMA = pa.schema(build_columns(ScaleRow))
 
 
 def measure_scale(
@@ -368,14 +363,9 @@ def _ms(seconds: float) -> str:
 
 
 def write_scale(path: Path, result: ScaleResult) -> None:
-    """Write one row a search; the study's figures, machine and versions stand in the metadata."""
-    origin = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": result.machine,
-        "versions": result.versions,
-        "study": [vars(row) for row in result.study],
-    }
-    write_parquet(build_table("scale", SCHEMA, [vars(row) for row in result.rows], origin), path)
+    """Write one row a search; the study's figures stand in the metadata."""
+    about = describe_measurement(result.machine, result.versions, study=[vars(row) for row in result.study])
+    write_rows(path, "scale", ScaleRow, result.rows, about)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """What ``speed`` measured of each search: the row, the file, the comparison with the targets and the table."""
 
 import dataclasses
-import datetime
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from benchmarks.machine import render_versions
 from benchmarks.markdown import judge, render_table
+from benchmarks.rows import describe_measurement, write_rows
 from benchmarks.spread import Spread, render_spread, summarise
-from tune_amp.results.parquet import build_columns, build_table, read_file, write_parquet
+from tune_amp.results.parquet import build_columns, read_file
 from tune_amp.trial.config import described
 
 OURS, OBVIOUS = "ours", "obvious"
@@ -99,13 +99,8 @@ class SpeedResult:
 
 
 def write_speed(path: Path, result: SpeedResult) -> None:
-    """Write the rows; machine and versions stand in the metadata."""
-    origin = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": dict(result.machine),
-        "versions": dict(result.versions),
-    }
-    write_parquet(build_table("speed", SCHEMA, [vars(row) for row in result.rows], origin), path)
+    """Write the rows."""
+    write_rows(path, "speed", SpeedRow, result.rows, describe_measurement(result.machine, result.versions))
 
 
 def load_speed(path: Path) -> SpeedResult:

@@ -5,19 +5,17 @@ null is a result: the table says where the interval of an effect holds 0.
 """
 
 import dataclasses
-import datetime
 import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from benchmarks.machine import describe_machine, describe_versions, machine_line
 from benchmarks.markdown import render_table
-from tune_amp.results.parquet import build_columns, build_table, write_parquet
+from benchmarks.rows import describe_measurement, write_rows
 from tune_amp.results.statistics import CONFIDENCE, paired_interval
 from tune_amp.training.data import Dataset, make_long_tail
 from tune_amp.training.run import TrainingRun
@@ -138,9 +136,9 @@ def measure_extensions(
         found = [compare(comparison.extension, off, metric, *sides) for metric in METRICS]
         announce(f"{comparison.extension}: " + ", ".join(f"{row.metric} {render_effect(row)}" for row in found))
         rows += found
-    return ExtensionResult(
-        rows=tuple(rows), machine=machine_line(device), about=_describe(dataset, common, seeds, device)
-    )
+    about = {"dataset": dataset.name, "data_hash": dataset.content_hash, "common": dict(common), "seeds": seeds}
+    about = describe_measurement(describe_machine(device), describe_versions(), **about)
+    return ExtensionResult(rows=tuple(rows), machine=machine_line(device), about=about)
 
 
 def compare(
@@ -160,18 +158,6 @@ def compare(
         low=interval.low,
         high=interval.high,
     )
-
-
-def _describe(dataset: Dataset, common: Mapping[str, Any], seeds: int, device: torch.device) -> dict[str, Any]:
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(device),
-        "versions": describe_versions(),
-        "dataset": dataset.name,
-        "data_hash": dataset.content_hash,
-        "common": dict(common),
-        "seeds": seeds,
-    }
 
 
 def render_extensions(result: ExtensionResult) -> str:
@@ -224,5 +210,4 @@ def render_effect(row: ExtensionRow) -> str:
 
 def write_extensions(path: Path, result: ExtensionResult) -> None:
     """Write the rows, every run's metrics among them, with what they rest on in the metadata."""
-    schema = pa.schema(build_columns(ExtensionRow))
-    write_parquet(build_table("extensions", schema, [vars(row) for row in result.rows], result.about), path)
+    write_rows(path, "extensions", ExtensionRow, result.rows, result.about)

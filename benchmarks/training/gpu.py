@@ -10,7 +10,6 @@ On the CPU everything but CUDA itself can be tried: a graph is then a step that 
 """
 
 import dataclasses
-import datetime
 import itertools
 import os
 import re
@@ -22,11 +21,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from benchmarks.machine import describe_machine, describe_versions, machine_line
 from benchmarks.markdown import judge, render_table
+from benchmarks.rows import describe_measurement, write_rows
 from benchmarks.training.floor import take_again
 from benchmarks.training.gpu_checks import (
     compare_training,
@@ -47,7 +46,6 @@ from benchmarks.training.loop_programs import EAGER, GRAPH, LONG, TUTORIAL
 from benchmarks.training.share_table import ShareRow, group_repeats, list_configs, measure_share_table
 from benchmarks.training.telemetry import measure_telemetry, render_telemetry
 from tune_amp.cluster.mps import provide_mps
-from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.training.batches import DeviceSplit
 from tune_amp.training.cuda_graph import Capture, capture_cuda_graph
 from tune_amp.training.data import Dataset, Split
@@ -152,13 +150,9 @@ def measure_gpu(
         rows=(),
         tables={},
         machine=machine_line(device),
-        about={
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(device),
-            "versions": describe_versions(),
-            "dataset": dataset.name,
-            "train_images": len(dataset.train),
-        },
+        about=describe_measurement(
+            describe_machine(device), describe_versions(), dataset=dataset.name, train_images=len(dataset.train)
+        ),
     )
     for name in parts or PARTS:
         started = time.monotonic()
@@ -518,8 +512,7 @@ def name_folder(device: torch.device) -> str:
 
 def write_gpu(path: Path, result: GpuResult) -> None:
     """Write the rows, with what they rest on in the metadata."""
-    schema = pa.schema(build_columns(GpuRow))
-    write_parquet(build_table("gpu", schema, [vars(row) for row in result.rows], result.about), path)
+    write_rows(path, "gpu", GpuRow, result.rows, result.about)
 
 
 def render_gpu(result: GpuResult) -> str:

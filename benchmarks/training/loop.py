@@ -7,7 +7,6 @@ the probe after an epoch costs is in ``results/reference/telemetry.md``.
 """
 
 import dataclasses
-import datetime
 import itertools
 import math
 import statistics
@@ -16,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from benchmarks.machine import describe_machine, describe_versions, machine_line
 from benchmarks.markdown import render_table
+from benchmarks.rows import describe_measurement, write_rows
 from benchmarks.training.floor import (
     FloorMeter,
     Rate,
@@ -42,7 +41,6 @@ from benchmarks.training.loop_programs import (
     Turn,
     take,
 )
-from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.training.data import Dataset
 from tune_amp.training.memory import release_memory
 from tune_amp.training.run import estimate_epoch_seconds
@@ -150,15 +148,14 @@ def measure_loop(
         rows=tuple(rows),
         rates=tuple(meter.rates),
         machine=machine_line(device),
-        about={
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(device),
-            "versions": describe_versions(),
-            "dataset": dataset.name,
-            "train_images": len(train),
-            "threads": 1 if device.type == "cpu" else torch.get_num_threads(),
-            "rates": [dataclasses.asdict(rate) for rate in meter.rates],
-        },
+        about=describe_measurement(
+            describe_machine(device),
+            describe_versions(),
+            dataset=dataset.name,
+            train_images=len(train),
+            threads=1 if device.type == "cpu" else torch.get_num_threads(),
+            rates=[dataclasses.asdict(rate) for rate in meter.rates],
+        ),
     )
 
 
@@ -359,5 +356,4 @@ def _render_row(row: LoopRow) -> tuple[str, ...]:
 
 def write_loop(path: Path, result: LoopResult) -> None:
     """Write the rows, with what they rest on in the metadata."""
-    schema = pa.schema(build_columns(LoopRow))
-    write_parquet(build_table("loop", schema, [vars(row) for row in result.rows], result.about), path)
+    write_rows(path, "loop", LoopRow, result.rows, result.about)
