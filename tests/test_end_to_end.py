@@ -16,7 +16,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from tune_amp.cli.main import main
 from tune_amp.results.records import load_best, load_provenance, load_trials
 from tune_amp.trial.config import TrialStatus
 
@@ -37,7 +36,7 @@ def read_states(folder: Path, study: str) -> list[TrialState]:
 
 def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_dir: Path, tmp_path: Path) -> None:
     data = ("--data-dir", mnist_dir)
-    size = ("--num-samples", 2, "--max-epochs", 2, "--scheduler", "none", "--confirm-seeds", 0)
+    size = ("--num-samples", 2, "--max-epochs", 1, "--scheduler", "none", "--confirm-seeds", 0)
     done = run_script("search", "--dataset", "mnist", *data, *size, "--name", "demo", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -71,74 +70,6 @@ def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_
         (10,),
         (10, 256),
     ]
-
-
-def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("quick", "--dataset", "digits", "--num-samples", 3, "--max-epochs", 3, "--name", "small", "--quiet")
-    alone = ("--max-concurrent", 1, "--confirm-seeds", 0)
-    done = run_script("search", *arguments, *alone, "--imbalance", 1.5, folder=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "results/small/best.parquet\n"
-    best = tmp_path / done.stdout.strip()
-    assert (load_best(best).precision, load_best(best).imbalance) == ("fp16", 1.5)
-    thinned = load_provenance(best).train_images
-    assert 1_024 < thinned < 1_300  # of 1,413
-    assert read_states(best.parent, "small").count(TrialState.RUNNING) == 0
-
-    replayed = run_script("train", best, "--replay", folder=tmp_path)
-    assert replayed.returncode == 0, replayed.stderr
-    assert replayed.stdout.count("equal to the record, bit for bit") == load_trials(best.parent)[0].config.max_epochs
-
-    train = ["train", str(best), "--output", str(tmp_path / "out")]
-    assert main(train) == 0
-    trained = capsys.readouterr().out
-    assert "imbalance 1.5" in trained
-    assert re.search(r"^recall by class, the worst first: \d: [\d.]+%, ", trained, re.MULTILINE)
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert len(metrics["test_recalls"]) == 10
-    assert thinned < metrics["train_images"] < thinned + 128  # the validation images have a long tail here, too
-    assert main(train) == 2
-    refusal = f"error: --output: {train[-1]} already exists and is no empty folder; choose another\n"
-    assert capsys.readouterr().err == refusal
-
-
-def test_a_search_whose_first_trials_fail_alike_stops_with_exit_code_1_and_says_why(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text(
-        "import os, torch\n"
-        "class Broken(torch.nn.Module):\n"
-        "    def __init__(self, pixels, classes):\n"
-        "        super().__init__()\n"
-        "        self.layer = torch.nn.Linear(pixels, classes)\n"
-        "    def forward(self, images):\n"
-        "        if len(images) > 2:\n"  # not in the check before the search
-        "            raise ValueError(f'no good\\nat all: {len(images)}')\n"
-        "        return self.layer(images.flatten(1))\n"
-        "def net(input_shape, num_classes):\n"
-        "    return Broken(torch.Size(input_shape).numel(), num_classes)\n"
-    )
-    arguments = ("quick", "--dataset", "digits", "--model", "broken:net", "--num-samples", 50, "--name", "x")
-    done = run_script("search", *arguments, "--max-failures", 2, "--max-concurrent", 1, "--json", folder=tmp_path)
-    assert done.returncode == 1
-    assert "no trial produced a result" in done.stderr
-    assert "failed: ValueError: no good at all: 64" in done.stderr
-    assert "Traceback" not in done.stderr
-    reason = (
-        r"the first 2 trials all failed with the same error: ValueError: no good at all: \d+; fix its cause and resume"
-    )
-    assert re.search(
-        rf"^cut off  {reason}, or resume with a larger --max-failures\nresume   .*--resume x", done.stderr, re.M
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert re.match(reason, result["reason"])
-    assert "--resume x" in result["resume"]
-    run = tmp_path / "results" / "x"
-    trials = load_trials(run)
-    assert [trial.status for trial in trials[:2]] == [TrialStatus.FAILED] * 2
-    assert {trial.status for trial in trials[2:]} <= {TrialStatus.FAILED, TrialStatus.INTERRUPTED}
-    assert len(trials) <= 3
-    assert not (run / "best.parquet").exists()
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""A user's own training loop, task, parameters and images go the whole way: search, kill, resume, confirm, train."""
+"""Own loops, tasks, models, parameters and images go the whole way: search, kill, resume, confirm, replay, train."""
 
 import gzip
 import importlib
@@ -20,6 +20,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from numpy.typing import NDArray
+from optuna import load_study
+from optuna.trial import TrialState
 from small_runs import make_split, untimed
 from torch import nn
 
@@ -29,6 +31,7 @@ from tune_amp.cluster.session import ray_session
 from tune_amp.results.journal import read_journal
 from tune_amp.results.records import load_best, load_best_rows, load_confirmed, load_provenance, load_trials
 from tune_amp.results.run_folder import RunFolder
+from tune_amp.search.study import open_storage
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.runs import load_data, place_data, start_run
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
@@ -202,6 +205,49 @@ def test_a_loop_that_cannot_be_searched_is_one_line(
     assert main(["search", "quick", "--train", "mine:train", *size, "--name", "own"]) == 1
     assert load_trials("results/own")[0].error == message
     assert f"all failed with the same error: {message}" in capsys.readouterr().err
+
+
+BROKEN = """
+import math, torch
+
+class Broken(torch.nn.Linear):
+    def forward(self, images):
+        if len(images) > 2:  # not in the check before the search
+            raise ValueError(f'no good\\nat all: {len(images)}')
+        return super().forward(images.flatten(1))
+
+def net(shape, classes):
+    return Broken(math.prod(shape), classes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray", "enter_folder")
+def test_a_search_whose_first_trials_fail_alike_stops_with_exit_code_1_and_says_why(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    command = ["search", "quick", "--dataset", "digits", "--model", "broken:net", "--num-samples", "50", "--name", "x"]
+    assert main([*command, "--max-failures", "2", "--max-concurrent", "1", "--json"]) == 1
+    printed = capfd.readouterr()
+    assert "no trial produced a result" in printed.err
+    assert "failed: ValueError: no good at all: 64" in printed.err
+    assert "Traceback" not in printed.err
+    reason = (
+        r"the first 2 trials all failed with the same error: ValueError: no good at all: \d+; fix its cause and resume"
+    )
+    assert re.search(
+        rf"^cut off  {reason}, or resume with a larger --max-failures\nresume   .*--resume x", printed.err, re.M
+    )
+    result = json.loads(printed.out.splitlines()[-1])
+    assert re.match(reason, result["reason"])
+    assert "--resume x" in result["resume"]
+    run = tmp_path / "results" / "x"
+    trials = load_trials(run)
+    assert [trial.status for trial in trials[:2]] == [TrialStatus.FAILED] * 2
+    assert {trial.status for trial in trials[2:]} <= {TrialStatus.FAILED, TrialStatus.INTERRUPTED}
+    assert len(trials) <= 3
+    assert not (run / "best.parquet").exists()
 
 
 SLOW_LOOP = """
@@ -404,6 +450,33 @@ def test_a_function_goes_all_the_way_and_other_data_are_refused(
     np.savez(tmp_path / "own.npz", **parts | {"test_images": parts["test_images"] // 2})  # type: ignore[arg-type]
     assert main([*reuse, "--seed", "1"]) == 2
     assert "must hold the data that the search used" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_ray", "enter_folder")
+def test_a_search_on_digits_replays_bit_for_bit_and_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--dataset digits --num-samples 3 --max-epochs 3 --name small --quiet --confirm-seeds 0 --imbalance 1.5"
+    [best] = call(capsys, "search", "quick", *options.split())
+    assert best == "results/small/best.parquet"
+    assert (load_best(best).precision, load_best(best).imbalance) == ("fp16", 1.5)
+    thinned = load_provenance(best).train_images
+    assert 1_024 < thinned < 1_300  # of 1,413
+    study = load_study(study_name="small", storage=open_storage(RunFolder(Path("results/small")).study))
+    assert [trial.number for trial in study.trials if trial.state is TrialState.RUNNING] == []
+
+    replayed = call(capsys, "train", best, "--replay")
+    equal = [line for line in replayed if "equal to the record, bit for bit" in line]
+    assert len(equal) == load_trials("results/small")[0].config.max_epochs
+
+    trained = "\n".join(call(capsys, "train", best, "--output", "out"))
+    assert "imbalance 1.5" in trained
+    assert re.search(r"^recall by class, the worst first: \d: [\d.]+%, ", trained, re.MULTILINE)
+    metrics = json.loads(Path("out", "metrics.json").read_text())
+    assert len(metrics["test_recalls"]) == 10
+    assert thinned < metrics["train_images"] < thinned + 128  # the validation images have a long tail here, too
+    assert main(["train", best, "--output", "out"]) == 2
+    refusal = "error: --output: out already exists and is no empty folder; choose another\n"
+    assert capsys.readouterr().err == refusal
 
 
 # ---- from Python ----

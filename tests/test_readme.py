@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tune_amp.cli.main import main
 from tune_amp.results.records import load_best, load_trials
 from tune_amp.space.space import load_space
 from tune_amp.trial.config import TrialStatus
@@ -68,7 +69,9 @@ def test_no_placeholder_is_left() -> None:
 
 
 @pytest.mark.slow
-def test_your_own_model_and_data_are_eight_lines(tmp_path: Path) -> None:
+def test_your_own_model_and_data_are_eight_lines(
+    tmp_path: Path, enter_folder: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     [mine] = [text for text in blocks("python") if "def net(" in text]
     assert len([line for line in mine.splitlines() if line]) <= 8
     (tmp_path / "mine.py").write_text(mine)
@@ -85,8 +88,7 @@ def test_your_own_model_and_data_are_eight_lines(tmp_path: Path) -> None:
     # The printed command names both functions, which is the consent to run them.
     reuse = shlex.split(re.search(r"^reuse +(.*)$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
     assert reuse[0] == program
-    command = [*entry_point(program), *reuse[1:], "--max-epochs", "1"]
-    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert trained.returncode == 0, trained.stderr
-    assert "test accuracy" in trained.stdout
-    assert "on 300 images" in trained.stdout
+    assert main([*reuse[1:], "--max-epochs", "1"]) == 0
+    trained = capsys.readouterr().out
+    assert "test accuracy" in trained
+    assert "on 300 images" in trained
