@@ -6,6 +6,7 @@ trained to its full budget, than the best one recorded. Which trials were past s
 recorded validation accuracy, and by whether anything changed at all, not by our states.
 """
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from scipy import stats  # type: ignore[import-untyped]
 
 from benchmarks.markdown import render_table
 from benchmarks.quality.curves import Curves, load_curves
@@ -52,6 +52,7 @@ from benchmarks.quality.replay import (
 from tune_amp.results.parquet import METADATA_KEY, build_columns, write_parquet
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import list_versions
+from tune_amp.results.statistics import CONFIDENCE, MeanInterval, mean_interval
 from tune_amp.search.schedulers import objective_mode
 from tune_amp.trial.config import HOPELESS_STATES, RANKING_OBJECTIVES, EpochMetrics, TrialStatus, described
 
@@ -66,7 +67,6 @@ RANDOM_TRIALS = 10
 """TPE starts with as many random trials, in ours and in stock alike."""
 
 OURS = "tune_amp"
-CONFIDENCE = 0.95
 
 Choose = Callable[[Sequence[ReplayedTrial], Curves, str, int], "int | None"]
 
@@ -199,12 +199,8 @@ def _select_learning(curve: Sequence[EpochMetrics]) -> Iterator[EpochMetrics]:
 
 def count_hopeless_epochs(trials: Sequence[ReplayedTrial], curves: Curves, spent: int) -> int:
     """Epochs trained after the first hopeless one of their trial: that one was needed to know."""
-    total = 0
-    for trial in trials:
-        hopeless_from = find_hopeless_epoch(curves.epochs[trial.curve])
-        if hopeless_from is not None:
-            total += max(0, trial.count_epochs(spent) - hopeless_from)
-    return total
+    found = [(trial, find_hopeless_epoch(curves.epochs[trial.curve])) for trial in trials]
+    return sum(max(0, trial.count_epochs(spent) - since) for trial, since in found if since is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,12 +225,11 @@ class StateCheck:
 
 def check_states(curves: Curves) -> StateCheck:
     """Compare our verdict on every curve with what became of it."""
-    counts: dict[tuple[int | None, int | None], int] = {}
+    counts: collections.Counter[tuple[int | None, int | None]] = collections.Counter()
     recovered, largest_gain = 0, 0.0
     for curve in curves.epochs:
         stop = next((metrics.epoch for metrics in curve if metrics.state in HOPELESS_STATES), None)
-        pair = (find_hopeless_epoch(curve), stop)
-        counts[pair] = counts.get(pair, 0) + 1
+        counts[find_hopeless_epoch(curve), stop] += 1
         if stop is not None and stop < len(curve):
             accuracies = [metrics.val_accuracy or 0.0 for metrics in curve]
             recovered += any(metrics.epoch > stop for metrics in _select_learning(curve))
@@ -401,30 +396,11 @@ def write_quality(path: Path, quality: SearchQuality) -> None:
 # ---- statistics ----
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
-    """The mean of paired differences, with the half width of its confidence interval (paired t)."""
-
-    mean: float
-    half_width: float
-    count: int
-
-    @property
-    def is_told_apart(self) -> bool:
-        """Whether the interval excludes 0."""
-        return abs(self.mean) > self.half_width
-
-
-def compare_pairs(ours: Sequence[float | None], others: Sequence[float | None]) -> Difference | None:
+def compare_pairs(ours: Sequence[float | None], others: Sequence[float | None]) -> MeanInterval | None:
     """Ours minus the other, pair by pair; pairs in which one is missing are left out. None with fewer than two left."""
     pairs = zip(ours, others, strict=True)
     differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
-    if len(differences) < 2:
-        return None
-    count = len(differences)
-    error = statistics.stdev(differences) / math.sqrt(count)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-    return Difference(mean=statistics.fmean(differences), half_width=quantile * error, count=count)
+    return mean_interval(differences) if len(differences) >= 2 else None
 
 
 # ---- the tables ----
@@ -498,18 +474,18 @@ def _render_regret(ours: Sequence[float | None], theirs: Sequence[float | None],
     difference = None if arm == OURS else compare_pairs(ours, theirs)
     if difference is None:
         return cell
-    text = f"({difference.mean:+.3f} ± {difference.half_width:.3f})"
-    return f"{cell} **{text}**" if difference.is_told_apart else f"{cell} {text}"
+    text = f"({difference.mean:+.3f} ± {difference.high - difference.mean:.3f})"
+    return f"{cell} {text}" if difference.low <= 0 <= difference.high else f"{cell} **{text}**"
 
 
 def describe_check(space: str, check: StateCheck) -> str:
     """One sentence on our states beside hindsight."""
     hopeless = check.count(hopeless=True, stopped=True) + check.count(hopeless=True, stopped=False)
     others = check.count(hopeless=False, stopped=True) + check.count(hopeless=False, stopped=False)
-    when: dict[int, int] = {}
+    when: collections.Counter[int] = collections.Counter()
     for (truth, stop), number in check.counts.items():
         if truth is not None and stop is not None:
-            when[stop] = when.get(stop, 0) + number
+            when[stop] += number
     epochs = ", ".join(f"{number} after epoch {epoch}" for epoch, number in sorted(when.items()))
     return (
         f"States on the recorded curves of {space}: of {hopeless} that are hopeless in hindsight "

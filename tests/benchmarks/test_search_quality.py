@@ -3,6 +3,7 @@ import json
 import math
 import statistics
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from benchmarks.quality.search_quality import (
     GUESSING_LOSS,
     OURS,
     SCHEMA,
-    Difference,
     SearchQuality,
+    _render_regret,
     check_states,
     choose_as_amp,
     choose_as_optuna,
@@ -235,9 +236,8 @@ def test_paired_difference_is_that_of_scipys_paired_t_test() -> None:
     assert difference is not None
     low, high = stats.ttest_rel(ours, other).confidence_interval(0.95)
     assert difference.mean == pytest.approx(-0.6)
-    assert difference.mean - difference.half_width == pytest.approx(low)
-    assert difference.mean + difference.half_width == pytest.approx(high)
-    assert difference.count == 5
+    assert (difference.low, difference.high) == pytest.approx((low, high))
+    assert difference.n == 5
 
 
 def test_pairs_of_which_one_is_missing_are_left_out() -> None:
@@ -246,9 +246,12 @@ def test_pairs_of_which_one_is_missing_are_left_out() -> None:
     assert compare_pairs([1.0, None], [2.0, 3.0]) is None
 
 
-def test_a_difference_is_told_apart_where_its_interval_excludes_0() -> None:
-    verdicts = [Difference(mean=m, half_width=0.5, count=9).is_told_apart for m in (-0.6, -0.4, 0.0, 0.6)]
-    assert verdicts == [True, False, False, True]
+@pytest.mark.parametrize(
+    ("differences", "bold"),
+    [((-0.6, -0.5, -0.7), True), ((-0.6, 0.5, -0.1), False), ((0.0, 0.0, 0.0), False), ((0.6, 0.5, 0.7), True)],
+)
+def test_a_difference_is_in_bold_where_its_interval_excludes_0(differences: Sequence[float], bold: bool) -> None:
+    assert _render_regret([2 + difference for difference in differences], [2.0] * 3, "stock").endswith("**") == bold
 
 
 # The whole
