@@ -36,43 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def time_searches(arguments: argparse.Namespace) -> int:
     """Time searches beside the obvious program, or find where their own time goes."""
     _make_folder(arguments.output)
-    if arguments.profile:
-        return _profile_searches(arguments)
-    path = arguments.output / "search-speed.parquet"
-    result = speed.measure_speed(
+    pairings = speed.list_pairings(
         arguments.data_dir,
-        path=path,
         precisions=arguments.precisions,
         trials=arguments.trials,
         repeats=arguments.repeats,
         max_epochs=arguments.max_epochs,
         gpus_per_trial=arguments.gpus_per_trial,
-        before=speed.load_measured(path) if arguments.go_on else (),
-        announce=lambda line: print(line, flush=True),
     )
+    if arguments.profile:
+        from benchmarks.search_speed.profile import measure_profiles, render_profiles
+
+        load = os.getloadavg()[0]
+        text = render_profiles(measure_profiles(pairings, announce=_say), load)
+        return _save_table(arguments.output / "search-profile.md", text)
+    path = arguments.output / "search-speed.parquet"
+    before = speed.load_measured(path) if arguments.go_on else ()
+    result = speed.measure_speed(pairings, path=path, before=before, announce=_say)
     return _save_table(arguments.output / "search-speed.md", speed_table.render_speed(result))
-
-
-def _profile_searches(arguments: argparse.Namespace) -> int:
-    from benchmarks.search_speed.profile import measure_profiles, render_profiles
-
-    load = os.getloadavg()[0]
-    pairings = [
-        speed.Pairing(
-            data_dir=arguments.data_dir,
-            precision=precision,
-            trials=trials,
-            repeat=repeat,
-            max_epochs=arguments.max_epochs,
-            slots=speed.plan_slots(arguments.gpus_per_trial),
-            gpus_per_trial=arguments.gpus_per_trial,
-        )
-        for repeat in range(arguments.repeats)
-        for precision in arguments.precisions
-        for trials in arguments.trials
-    ]
-    found = measure_profiles(pairings, announce=lambda line: print(line, flush=True))
-    return _save_table(arguments.output / "search-profile.md", render_profiles(found, load))
 
 
 def time_loop(arguments: argparse.Namespace) -> int:
@@ -141,7 +122,7 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
         folder,
         device=device,
         seconds=arguments.seconds,
-        announce=lambda line: print(line, flush=True),
+        announce=_say,
         keep=keep,
     )
     print(render_gpu(result), end="")
@@ -238,7 +219,7 @@ def measure_effects(arguments: argparse.Namespace) -> int:
 
     _make_folder(arguments.output)
     dataset = load_announced(arguments.dataset, arguments.data_dir)
-    result = measure_extensions(dataset, seeds=arguments.seeds, announce=lambda line: print(line, flush=True))
+    result = measure_extensions(dataset, seeds=arguments.seeds, announce=_say)
     write_extensions(arguments.output / "extensions.parquet", result)
     return _save_table(arguments.output / "extensions.md", render_extensions(result))
 
@@ -373,6 +354,10 @@ def _natural(text: str) -> int:
     if not 0 <= number < 2**32:  # numpy's generators take no other
         raise argparse.ArgumentTypeError(f"must be between 0 and 2^32 - 1, got {number}")
     return number
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _tell(row: object) -> None:

@@ -37,10 +37,6 @@ from tune_amp.training.mnist_files import locate_files
 from tune_amp.trial.config import InputError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-TRIALS = (16, 64)
-REPEATS = 3
-MAX_EPOCHS = 8
-
 
 # The ranges of the default space, mnist_amp; inputs are scaled as in the obvious program.
 SPACE_START = """\
@@ -59,7 +55,7 @@ class Pairing:
     """What both programs of a pair are given."""
 
     data_dir: Path
-    """MNIST's four files, as ``--data-dir`` takes them."""
+    """MNIST, in torchvision's layout or as a folder of the four files, as ``--data-dir`` takes them."""
     precision: str
     trials: int
     repeat: int
@@ -73,61 +69,68 @@ class Pairing:
         return (self.precision, self.trials, self.max_epochs, self.gpus_per_trial, self.slots), self.repeat
 
 
-def measure_speed(
+def list_pairings(
     data_dir: Path,
     *,
-    path: Path,
-    precisions: Sequence[str] = PRECISIONS,
-    trials: Sequence[int] = TRIALS,
-    repeats: int = REPEATS,
-    max_epochs: int = MAX_EPOCHS,
-    slots: int | None = None,
+    precisions: Sequence[str],
+    trials: Sequence[int],
+    repeats: int,
+    max_epochs: int,
     gpus_per_trial: float = 0.0,
+    slots: int | None = None,
+) -> list[Pairing]:
+    """The pairs of a measurement, the repeats outermost: a slow hour of the machine falls on all settings.
+
+    Without ``slots`` there are as many as fit. Raises InputError where trials shall have a share of a GPU, and there is
+    none.
+    """
+    return [
+        Pairing(
+            data_dir=data_dir,
+            precision=precision,
+            trials=count,
+            repeat=repeat,
+            max_epochs=max_epochs,
+            slots=slots or plan_slots(gpus_per_trial),
+            gpus_per_trial=gpus_per_trial,
+        )
+        for repeat in range(repeats)
+        for precision in precisions
+        for count in trials
+    ]
+
+
+def measure_speed(
+    pairings: Sequence[Pairing],
+    *,
+    path: Path,
     before: Sequence[SpeedRow] = (),
     announce: Callable[[str], object] = lambda line: None,
 ) -> SpeedResult:
     """Run every pair that ``before`` does not hold. ``path`` is written after each, so that nothing measured is lost.
 
     Args:
-        data_dir: MNIST, in torchvision's layout or as a folder of the four files.
+        pairings: all of the same data.
         path: Parquet file of the rows.
-        precisions: of every trial of a search.
-        trials: sizes of the searches.
-        repeats: pairs of each precision and size.
-        max_epochs: full budget of a trial.
-        slots: trials at a time, of both programs; None for as many as fit.
-        gpus_per_trial: share of a GPU, of both programs; 0 trains on the CPU.
         before: rows of earlier measurements on this machine, of other settings too.
         announce: is told of each command's end.
 
     Raises:
-        InputError: the data are not there, or no GPU.
+        InputError: the data are not there.
         RuntimeError: a command failed; the message ends with the last lines of its output.
     """
-    slots = slots or plan_slots(gpus_per_trial)
     result = SpeedResult(rows=tuple(before), machine=describe_here(), versions=describe_versions())
     known = {row.pair for row in before}
-    with torchvision_folder(data_dir) as root:
-        for repeat in range(repeats):  # outermost: a slow hour of the machine falls on all precisions and sizes
-            for precision in precisions:
-                for count in trials:
-                    pairing = Pairing(
-                        data_dir=data_dir,
-                        precision=precision,
-                        trials=count,
-                        repeat=repeat,
-                        max_epochs=max_epochs,
-                        slots=slots,
-                        gpus_per_trial=gpus_per_trial,
-                    )
-                    if pairing.pair in known:
-                        continue
-                    pair = []
-                    for row in measure_pair(pairing, root):
-                        announce(describe_row(row))
-                        pair.append(row)
-                    result = dataclasses.replace(result, rows=(*result.rows, *pair))
-                    write_speed(path, result)
+    with torchvision_folder(pairings[0].data_dir) as root:
+        for pairing in pairings:
+            if pairing.pair in known:
+                continue
+            pair = []
+            for row in measure_pair(pairing, root):
+                announce(describe_row(row))
+                pair.append(row)
+            result = dataclasses.replace(result, rows=(*result.rows, *pair))
+            write_speed(path, result)
     return result
 
 

@@ -21,6 +21,7 @@ from benchmarks.search_speed.speed import (
     Pairing,
     hide_gpus,
     list_our_command,
+    list_pairings,
     load_measured,
     measure_speed,
     plan_obvious,
@@ -309,7 +310,8 @@ def test_both_programs_train_the_same_configurations_as_long(tmp_path: Path) -> 
     path = tmp_path / "speed.parquet"
     lines: list[str] = []
     sizes: dict[str, Any] = {"precisions": ("fp16",), "trials": (2,), "repeats": 1, "max_epochs": 2, "slots": 2}
-    result = measure_speed(tmp_path, path=path, announce=lines.append, **sizes)
+    pairings = list_pairings(tmp_path, **sizes)
+    result = measure_speed(pairings, path=path, announce=lines.append)
     ours, obvious = result.rows
     assert (ours.program, obvious.program) == (OURS, OBVIOUS)
     assert ours.trial_epochs == obvious.trial_epochs
@@ -319,7 +321,7 @@ def test_both_programs_train_the_same_configurations_as_long(tmp_path: Path) -> 
         assert row.best_val_accuracy > 0.1
     assert load_measured(path) == result.rows
     assert len(lines) == 2
-    again = measure_speed(tmp_path, path=path, before=result.rows, announce=lines.append, **sizes)
+    again = measure_speed(pairings, path=path, before=result.rows, announce=lines.append)
     assert again.rows == result.rows
     assert len(lines) == 2
 
@@ -337,7 +339,7 @@ def test_pair_of_another_budget_is_measured_beside_the_known_one(
     monkeypatch.setattr(speed, "measure_pair", note)
     known = make_pairs((100, 1000))
     sizes: dict[str, Any] = {"precisions": ("bf16", "fp16"), "trials": (64,), "repeats": 1, "slots": 2}
-    measure_speed(tmp_path, path=tmp_path / "speed.parquet", before=known, max_epochs=8, **sizes)
-    assert [(pairing.precision, pairing.max_epochs) for pairing in asked] == [("fp16", 8)]
-    measure_speed(tmp_path, path=tmp_path / "speed.parquet", before=known, max_epochs=2, **sizes)
-    assert [(pairing.precision, pairing.max_epochs) for pairing in asked[1:]] == [("bf16", 2), ("fp16", 2)]
+    for max_epochs in (8, 2):
+        pairings = list_pairings(tmp_path, max_epochs=max_epochs, **sizes)
+        measure_speed(pairings, path=tmp_path / "speed.parquet", before=known)
+    assert [(pairing.precision, pairing.max_epochs) for pairing in asked] == [("fp16", 8), ("bf16", 2), ("fp16", 2)]
