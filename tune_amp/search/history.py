@@ -237,12 +237,17 @@ class RunHistory:
             _change(trial, event["at"], started=datetime.datetime.fromtimestamp(event["time"], datetime.UTC))
 
     def _add_report(self, trial: RecordedTrial, event: Mapping[str, Any], report: TrialReport) -> None:
-        trial.report = report
-        epochs = trial.record.epochs
-        if report.metrics is not None:
-            trial.first_metrics.setdefault(report.metrics.epoch, report.metrics)
+        """Add a report, whose epoch replaces an earlier report of it: a retried trial reports epochs again.
+
+        Epochs that it has yet to reach keep theirs until then. None stand after the last epoch of a trial that ended.
+        """
+        trial.report, metrics, epochs = report, report.metrics, trial.record.epochs
+        if metrics is not None:
+            trial.first_metrics.setdefault(metrics.epoch, metrics)
+            before = [earlier for earlier in epochs if earlier.epoch < metrics.epoch]
             is_last = report.status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED)
-            epochs = place_epoch(epochs, report.metrics, is_last=is_last)
+            after = [] if is_last else [earlier for earlier in epochs if earlier.epoch > metrics.epoch]
+            epochs = (*before, metrics, *after)
         _change(
             trial,
             event["at"],
@@ -291,23 +296,6 @@ def _build_report(event: Mapping[str, Any]) -> TrialReport:
         return TrialReport(metrics=None, **about)
     checked_type("epoch", event["metrics"]["epoch"], int)
     return TrialReport(metrics=build_from(EpochMetrics, event["metrics"]), **about)
-
-
-def place_epoch(epochs: Sequence[EpochMetrics], metrics: EpochMetrics, *, is_last: bool) -> tuple[EpochMetrics, ...]:
-    """Return the epochs of a trial after one more report.
-
-    A retried trial reports epochs again. Each report replaces the earlier one of the same epoch, and epochs that it has
-    yet to reach keep theirs until then, so every reported epoch stands once. None stand after the last epoch of a trial
-    that has ended.
-
-    Args:
-        epochs: the epochs so far, in order.
-        metrics: the report.
-        is_last: whether the trial ended with it.
-    """
-    before = [earlier for earlier in epochs if earlier.epoch < metrics.epoch]
-    after = [] if is_last else [earlier for earlier in epochs if earlier.epoch > metrics.epoch]
-    return (*before, metrics, *after)
 
 
 @contextlib.contextmanager

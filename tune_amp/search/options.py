@@ -7,7 +7,6 @@ import datetime
 import importlib.util
 import itertools
 import re
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,7 @@ MOST_SEEDS = 1_000
 COMPLETED_ONLY = ("gp", "nsga2")
 """Optuna's samplers that learn nothing from a trial that was stopped early."""
 
-TRACKERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
-    {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
-)
+TRACKERS = {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
 """Experiment trackers that a search can report to, and the modules that each needs. The extra to install has the
 tracker's name."""
 DEFAULT_RESULTS_DIR = Path("results")

@@ -5,7 +5,7 @@ import io
 import time
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +25,6 @@ if TYPE_CHECKING:  # it imports Optuna, which training a winner does not need
 
 CHECK_SECONDS = 10.0
 """Seconds after which the remaining precisions and optimizers are not checked: their first trials will show."""
-
-STEP: Mapping[str, Any] = types.MappingProxyType({"batch_size": 2, "max_epochs": 1})
-"""Settings of a run that is one step long."""
 
 
 def check_fit(
@@ -53,27 +50,26 @@ def check_fit(
         InputError: the message says what does not fit.
     """
     if options.train is not None:
-        _check_own_loop(space, options.train)
+        import_function(options.train)
+        for parameter in space.parameters:
+            if parameter.fraction_of_trial:
+                rule = "must not be a fraction of the trial beside --train, whose steps are unknown: give steps"
+                raise InputError(f"{space.source}: parameters.{parameter.name}: {rule}")
         return {}
+    images = f"the {len(dataset.train):,} training images of {dataset.name}"
     bounds, batches = space.bounds("batch_size"), space.bounds("accumulate")
     if bounds is not None and bounds[1] > len(dataset.train):
-        raise InputError(
-            f"{space.source}: batch_size: must be at most the {len(dataset.train):,} training images of "
-            f"{dataset.name}, got {bounds[1]}"
-        )
+        raise InputError(f"{space.source}: batch_size: must be at most {images}, got {bounds[1]}")
     largest = TrialConfig().batch_size if bounds is None else bounds[1]
     if batches is not None and batches[1] * largest > len(dataset.train) >= largest:
-        rule = (
-            f"batch_size times accumulate must be at most the {len(dataset.train):,} training images of {dataset.name}"
-        )
+        rule = f"batch_size times accumulate must be at most {images}"
         raise InputError(f"{space.source}: accumulate: {rule}, got {largest} times {batches[1]}")
     if len(dataset.train) < TrialConfig().batch_size and bounds is None:
         raise InputError(f"--dataset: {dataset.name} has fewer training images than the default batch_size")
-    others = [name for name in ("fp32",) if may_use_gpus and name not in space.precisions]
     unfit = check_training(
         options.model,
         dataset,
-        precisions=(*space.precisions, *others),
+        precisions={*space.precisions, *(("fp32",) if may_use_gpus else ())},
         optimizers=space.list_possible("optimizer"),
         device=torch.device("cpu"),
         task=options.task,
@@ -82,20 +78,11 @@ def check_fit(
     return {precision: reason for precision, reason in unfit.items() if precision in space.precisions}
 
 
-def _check_own_loop(space: "SearchSpace", name: str) -> None:
-    """Refuse a loop that cannot be loaded, and a setting that is relative to the steps of a trial, which it decides."""
-    import_function(name)
-    for parameter in space.parameters:
-        if parameter.fraction_of_trial:
-            rule = "must not be a fraction of the trial beside --train, whose steps are unknown: give steps"
-            raise InputError(f"{space.source}: parameters.{parameter.name}: {rule}")
-
-
 def check_training(
     model: str,
     dataset: Dataset,
     *,
-    precisions: Sequence[str],
+    precisions: Collection[str],
     optimizers: Sequence[str],
     device: torch.device,
     task: str | None = None,
@@ -119,7 +106,7 @@ def check_training(
     shape = ", ".join(map(str, dataset.input_shape))
     subject = f"model: {model}" if task is None else f"task: {task}"
     rule = f"{subject} must train on {'images' if two.is_scaled else 'inputs'} of shape [batch, {shape}]"
-    settings = {"model": model, "task": task, "own": own, **STEP}
+    settings: dict[str, Any] = {"model": model, "task": task, "own": own, "batch_size": 2, "max_epochs": 1}
     fit: list[str] = []
     unfit: dict[str, str] = {}
     deadline = time.monotonic() + CHECK_SECONDS
