@@ -12,7 +12,8 @@ from tune_amp.cluster.trainable import read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial, RunHistory, open_history
-from tune_amp.trial.config import TrialConfig, TrialReport, TrialStatus
+from tune_amp.trial.config import TrialConfig, TrialStatus
+from tune_amp.trial.report import TrialReport
 
 STORAGE = {"place": None, "name": "ray"}
 

@@ -20,7 +20,8 @@ from tune_amp.results.statistics import wilson_interval
 from tune_amp.reuse.card import describe_card
 from tune_amp.reuse.final import FinalResult, FinalTraining
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import TrialConfig, code_span
+from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.text import code_span
 
 CONFIG = TrialConfig(lr=0.01, batch_size=8, max_epochs=2)
 

@@ -31,7 +31,8 @@ from tune_amp.search.schedulers import (
     objective_mode,
     restore_scheduler,
 )
-from tune_amp.trial.config import OBJECTIVES, RANKING_OBJECTIVES, SCHEDULERS, TrialReport
+from tune_amp.trial.config import OBJECTIVES, RANKING_OBJECTIVES, SCHEDULERS
+from tune_amp.trial.report import TrialReport
 
 NAN, INF = math.nan, math.inf
 SETTINGS: dict[str, Any] = {"grace_period": 1, "reduction_factor": 2}

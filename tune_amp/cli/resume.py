@@ -13,8 +13,8 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
-from tune_amp.trial.config import KEEPS_NOTHING, PICKLING_SAMPLERS, InputError, check, checked_type, field_types, shown
-from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_own_code
+from tune_amp.trial.config import KEEPS_NOTHING, InputError, check, checked_type, field_types, shown
+from tune_amp.trial.consent import OWN_CODE_FLAGS, PICKLING_SAMPLERS, check_consent, consent_to, list_own_code
 from tune_amp.trial.text import HIDDEN, hide_credentials
 
 EXTERNAL_TARGETS = ("address", "storage_path", "tracker")

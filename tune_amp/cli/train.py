@@ -26,7 +26,7 @@ from tune_amp.cli.console import (
 )
 from tune_amp.results.files import claimed_folder
 from tune_amp.results.run_folder import RunFolder
-from tune_amp.reuse.markdown import format_settings
+from tune_amp.reuse.markdown import format_settings, list_settings
 from tune_amp.search.options import naming_flags
 from tune_amp.trial.config import (
     InputError,
@@ -34,7 +34,6 @@ from tune_amp.trial.config import (
     describe_error,
     format_scale,
     is_function_name,
-    list_settings,
     one_line,
 )
 from tune_amp.trial.objectives import metric_of, show_value

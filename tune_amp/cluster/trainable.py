@@ -41,14 +41,14 @@ from tune_amp.trial.config import (
     EpochMetrics,
     InputError,
     TrialConfig,
-    TrialReport,
     TrialStatus,
     describe_error,
-    generalize_error,
     one_line,
 )
 from tune_amp.trial.consent import consent_to, list_consented, list_provided, provide
 from tune_amp.trial.objectives import metric_of
+from tune_amp.trial.report import TrialReport
+from tune_amp.trial.text import generalize_error
 
 CHECKPOINT_FILE = "trial.pt"
 

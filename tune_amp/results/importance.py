@@ -17,13 +17,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tune_amp.results.parquet import build_columns, build_table, read_file, write_parquet
-from tune_amp.results.records import Provenance, TrialRecord
+from tune_amp.results.records import LARGEST_SHARE, Provenance, TrialRecord
 from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
     HOPELESS_STATES,
     HOPELESS_STATUSES,
-    LARGEST_SHARE,
     InputError,
     TrialConfig,
     TrialStatus,

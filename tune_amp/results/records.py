@@ -33,8 +33,6 @@ from tune_amp.results.parquet import (
 )
 from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.trial.config import (
-    LARGEST_SHARE,
-    MOST_SECONDS,
     SAMPLERS,
     SCHEDULERS,
     SPREAD,
@@ -52,6 +50,11 @@ from tune_amp.trial.consent import distrust
 from tune_amp.trial.objectives import read_objectives
 
 _T = TypeVar("_T")
+
+MOST_SECONDS = 1e12
+"""Largest duration in a file, in seconds: far longer than a search, but still short to print."""
+LARGEST_SHARE = 100.0
+"""Largest share in a file: an accuracy is at most 1, but the interval of a mean over two seeds exceeds that."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from tune_amp.results.ranking import count_ties
 from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
-from tune_amp.reuse.markdown import render_markdown
-from tune_amp.trial.config import COMMON_METRICS, EpochMetrics, code_span, is_function_name, list_settings
+from tune_amp.reuse.markdown import list_settings, render_markdown
+from tune_amp.trial.config import COMMON_METRICS, EpochMetrics, is_function_name
 from tune_amp.trial.consent import list_own_code
+from tune_amp.trial.text import code_span
 
 if TYPE_CHECKING:
     from tune_amp.reuse.final import FinalResult, OwnResult  # imports torch

@@ -13,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from tune_amp.results.files import write_atomically
 from tune_amp.results.parquet import build_columns, build_table, write_parquet
 from tune_amp.results.statistics import Equivalence
-from tune_amp.reuse.markdown import format_settings, render_markdown
+from tune_amp.reuse.markdown import format_settings, list_settings, render_markdown
 from tune_amp.reuse.precision_verdicts import (
     BASELINE,
     MARGIN_POINTS,
@@ -27,7 +27,8 @@ from tune_amp.reuse.precision_verdicts import (
     memory_ratio,
     summarise_arm,
 )
-from tune_amp.trial.config import SCALER_DEFAULTS, TrialConfig, TrialStatus, code_span, list_settings
+from tune_amp.trial.config import SCALER_DEFAULTS, TrialConfig, TrialStatus
+from tune_amp.trial.text import code_span
 
 CPU_MEANING = (
     "On a CPU the arithmetic of bf16 and fp16 and the loss scaling are real, so that the accuracies count; the speed "

@@ -10,22 +10,21 @@ from typing import Any
 
 from tune_amp.results.files import check_free, write_atomically
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
-from tune_amp.results.records import Provenance, TrialRecord, build_from
+from tune_amp.results.records import MOST_SECONDS, Provenance, TrialRecord, build_from
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.space.no_effect import find_inert
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
-    MOST_SECONDS,
     RUNNING,
     EpochMetrics,
     InputError,
     TrialConfig,
-    TrialReport,
     TrialStatus,
     checked_type,
     describe_error,
     shown,
 )
+from tune_amp.trial.report import TrialReport
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

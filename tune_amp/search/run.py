@@ -33,7 +33,8 @@ from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
 from tune_amp.search.tuner import bind_trainable, build_tuner, fit, prepare_next_attempt
-from tune_amp.trial.config import TrialStatus, generalize_error
+from tune_amp.trial.config import TrialStatus
+from tune_amp.trial.text import generalize_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from tune_amp.cluster.ray_patches import pause_pending
 from tune_amp.search.options import SearchOptions
-from tune_amp.trial.config import RANKING_OBJECTIVES, RUNNING, TrialReport, TrialStatus
+from tune_amp.trial.config import RANKING_OBJECTIVES, RUNNING, TrialStatus
 from tune_amp.trial.objectives import MAX, MIN, is_maximized, metric_of
+from tune_amp.trial.report import TrialReport
 
 LOOK_SECONDS = 0.1
 """Seconds that Tune sleeps if all of its trials wait."""

@@ -39,7 +39,7 @@ import optuna
 from tune_amp.space.document import read_document, suggest_name
 from tune_amp.space.parameter import Parameter, list_possible
 from tune_amp.space.strict_yaml import read_yaml
-from tune_amp.trial.config import OWN, SCALER_DEFAULTS, InputError, TrialConfig, nest_own, read_setting, shown
+from tune_amp.trial.config import OWN, SCALER_DEFAULTS, InputError, TrialConfig, read_setting, shown
 
 MAX_BYTES = 2**16  # a space has a few hundred bytes; PyYAML needs seconds for a megabyte
 
@@ -96,7 +96,7 @@ class SearchSpace:
                 settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
         if settings.get("precision") != "fp16":
             settings = {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
-        return nest_own(settings)
+        return _nest_own(settings)
 
     def find_defaults(self, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """Return the usual default settings, or the nearest that the space has, as a study suggests them.
@@ -143,6 +143,13 @@ class SearchSpace:
                 values = parameter.choices or (parameter.low, parameter.high)
         numbers = [value for value in values if isinstance(value, int | float)]
         return (min(numbers), max(numbers)) if numbers else None
+
+
+def _nest_own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of ``TrialConfig``: own settings are in the field ``own``."""
+    own = {name.removeprefix(OWN): value for name, value in settings.items() if name.startswith(OWN)}
+    rest = {name: value for name, value in settings.items() if not name.startswith(OWN)}
+    return rest | ({"own": own} if own else {})
 
 
 def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:

@@ -31,14 +31,6 @@ SAMPLERS = ("tpe", "random", "gp", "cmaes", "nsga2")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 KEEPS_NOTHING = "own: keeps nothing, starts again if interrupted"
 """``EpochMetrics.loop`` of a user's own loop that keeps nothing for a checkpoint."""
-PICKLING_SAMPLERS = ("cmaes",)
-"""Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
-
-MOST_SECONDS = 1e12
-"""Largest duration in a file, in seconds: far longer than a search, but still short to print."""
-LARGEST_SHARE = 100.0
-"""Largest share in a file: an accuracy is at most 1, but the interval of a mean over two seeds exceeds that."""
-
 # torch.amp.GradScaler's own defaults, which fp16 uses unless a value is given.
 SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
     {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
@@ -46,11 +38,6 @@ SCALER_DEFAULTS: Mapping[str, float | int] = types.MappingProxyType(
 
 SMALLEST_SCALE = 2.0**-126
 LARGEST_SCALE = 2.0**127
-
-_NUMBER = re.compile(r"0x[0-9a-f]+|\d+(\.\d+)?", re.IGNORECASE)
-
-
-_FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class InputError(ValueError):
@@ -97,6 +84,11 @@ class TrainingState(StrEnum):
 HOPELESS_STATES = (TrainingState.COLLAPSED, TrainingState.DIVERGED)
 
 
+def is_function_name(name: str) -> bool:
+    """Return whether ``name`` has the form ``package.module:function``."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is not None
+
+
 class Rule(NamedTuple):
     """A condition that a value must fulfil, in addition to its type."""
 
@@ -122,7 +114,7 @@ def one_of(*known: str, function: bool = False) -> Rule:
 
 
 MODEL_RULE = one_of(*MODELS, function=True)
-OWN_CODE_RULE = Rule("must have the form module:name", lambda name: is_function_name(name))  # noqa: PLW0108 (defined below)
+OWN_CODE_RULE = Rule("must have the form module:name", is_function_name)
 SEED_RULE = Rule("must be between 0 and 2^63 - 1", lambda seed: 0 <= seed < 2**63)
 _FRACTION_RULE = Rule("must be between 0 and 1, both excluded", lambda fraction: 0 < fraction < 1)
 # GradScaler keeps its scale in fp32: outside the normal range the scale or its inverse overflows, and weights turn NaN.
@@ -148,8 +140,7 @@ def spread(doc: str) -> Any:
 
     It does not count for the hash of a frozen dataclass, which a mapping does not have.
     """
-    metadata = {"doc": doc, "rule": None, "unit": "", "epoch_only": False}
-    return dataclasses.field(default_factory=dict, hash=False, metadata=metadata)
+    return dataclasses.field(default_factory=dict, hash=False, metadata=described(doc).metadata)
 
 
 OwnValue = float | int | str
@@ -211,31 +202,9 @@ class TrialConfig:
                 object.__setattr__(self, name, default)
 
 
-def list_settings(config: TrialConfig) -> dict[str, Any]:
-    """Return the fields of a configuration that have an effect, without those that are off; ``own.NAME`` for own ones.
-
-    Of a user's own training, the model and the data set have the name of the task or of the loop.
-    """
-    off: dict[str, Any] = {"class_weighting": "none", "curriculum": "none", "imbalance": 1.0, "accumulate": 1}
-    if config.train is not None:  # an own loop has its own optimizer and inputs
-        off |= {"optimizer": "adam", "weight_decay": 0.0, "input_scaling": "minmax"}
-    settings = {name: value for name, value in list_values(config).items() if value not in (None, off.get(name))}
-    own_code = config.train or config.task
-    return {name: value for name, value in settings.items() if own_code is None or value != own_code} | (
-        {"train" if config.train else "task": own_code} if own_code else {}
-    )
-
-
 def read_setting(config: TrialConfig, name: str) -> Any:
     """Return a setting by the name of its column; None for an own parameter that the configuration does not have."""
     return config.own.get(name.removeprefix(OWN)) if name.startswith(OWN) else getattr(config, name)
-
-
-def nest_own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of ``TrialConfig``: settings by the names of their columns, own ones in the field ``own``."""
-    own = {name.removeprefix(OWN): value for name, value in settings.items() if name.startswith(OWN)}
-    rest = {name: value for name, value in settings.items() if not name.startswith(OWN)}
-    return rest | ({"own": own} if own else {})
 
 
 def list_values(record: object) -> dict[str, Any]:
@@ -339,65 +308,23 @@ RESERVED_NAMES = frozenset({*field_types(TrialConfig), *field_types(EpochMetrics
     *("checkpoint_seconds", "worker", "device", "num_threads", "rank", "confirm_seeds", "confirm_failures"),
     *("tied_with_best", "optimism", "verdict", "verdict_kind", "gain", "gain_low", "gain_high", "test_recalls"),
     *(f"{name}_{part}" for name in ("val_loss", "val_accuracy", "test_accuracy") for part in MEAN_PARTS),
-    *(
-        *SPREAD,
-        "report",
-        "config",
-        "done",
-        "date",
-        "timestamp",
-        "pid",
-        "hostname",
-        "node_ip",
-        "experiment_tag",
-    ),  # Ray Tune's
+    *SPREAD,
+    # Ray Tune's
+    *("report", "config", "done", "date", "timestamp", "pid", "hostname", "node_ip", "experiment_tag"),
     *("training_iteration", "time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore"),
 }
 """Names that a user's own metric must not have: columns of the run's files, and keys of Ray Tune's results."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrialReport:
-    """A trial's report of an epoch, or of its end by an exception."""
-
-    metrics: EpochMetrics | None
-    """None if an exception ended the trial before the end of the epoch."""
-    status: str
-    """``RUNNING``, or the ``TrialStatus`` with which the trial ended by itself."""
-    error: str | None
-    """One line: why the trial diverged or failed."""
-    done: bool
-    """Whether the trial ended with this report, by itself or stopped by the scheduler."""
-    config_fault: bool
-    """Whether a failure is the settings' fault."""
-    device: str
-    num_threads: int
-    setup_seconds: float
-    checkpoint_seconds: float
-
-    def as_result(self) -> dict[str, Any]:
-        """Return what Tune's schedulers and searchers receive; without metrics, the objectives are NaN."""
-        metrics = dict.fromkeys(OBJECTIVES, math.nan) if self.metrics is None else list_values(self.metrics)
-        return {**metrics, "status": self.status, "done": self.done, "config_fault": self.config_fault}
-
-
 def check_fields(record: object) -> None:
-    """Check a dataclass by the types and rules of its fields; convert an int to a float if the field is a float.
-
-    Raises:
-        InputError: a field breaks its rule.
-    """
+    """Check each field of a dataclass as ``checked_field`` does; an int becomes a float if the field is a float."""
     owner: type = type(record)
     for name in field_types(owner):
         object.__setattr__(record, name, checked_field(name, getattr(record, name), owner, name))
 
 
 def checked_field(place: str, value: Any, owner: type, name: str) -> Any:
-    """Return ``value`` as the field ``name`` of the dataclass ``owner``, checked by its type and rule.
-
-    Raises:
-        InputError: the value breaks the rule; the message names ``place``.
-    """
+    """Return ``value`` as the field ``name`` of the dataclass ``owner``; raise InputError if it breaks type or rule."""
     value = checked_type(place, value, field_types(owner)[name])
     rule = owner.__dataclass_fields__[name].metadata["rule"]  # type: ignore[attr-defined]
     if rule is not None and value is not None:
@@ -456,11 +383,6 @@ def format_scale(scale: float | None) -> str:
     return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
 
 
-def is_function_name(name: str) -> bool:
-    """Return whether ``name`` has the form ``package.module:function``."""
-    return _FUNCTION_NAME.fullmatch(name) is not None
-
-
 def one_line(text: str, limit: int = 300) -> str:
     """Return ``text`` with each run of white space as one blank, cut to ``limit`` characters if it is longer.
 
@@ -471,19 +393,6 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
-def code_span(text: str) -> str:
-    """Return ``text`` of a file on one line as Markdown inline code, in which Markdown and HTML have no effect."""
-    line = one_line(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    pad = " " if not line or "`" in (line[0], line[-1]) else ""
-    return f"{fence}{pad}{line}{pad}{fence}"
-
-
 def describe_error(error: BaseException) -> str:
     """Return an exception's type and text on one line: some libraries write paragraphs."""
     return one_line(f"{type(error).__name__}: {error}")
-
-
-def generalize_error(text: str) -> str:
-    """Return an error's text without numbers and addresses: errors that differ only in these are the same error."""
-    return _NUMBER.sub("#", text)

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tune_amp.trial.config import PICKLING_SAMPLERS, InputError, describe_error, is_function_name, shown
+from tune_amp.trial.config import InputError, describe_error, is_function_name, shown
 
 OWN_CODE_FLAGS = ("train", "task", "model", "dataset")
 """Flags, and fields of ``TrialConfig``, that can name the user's own code."""
+
+PICKLING_SAMPLERS = ("cmaes",)
+"""Samplers that keep their state in the study as a pickle, which Optuna loads when a search is resumed."""
+
 
 _SCRIPTS_FOLDER = str(Path(__file__).resolve().parents[2] / "scripts")
 

@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from tune_amp.trial.config import one_line
+
 HIDDEN = "***"
 """Replacement of a secret."""
 
@@ -34,3 +36,16 @@ def dump_json(value: object, indent: int | None = None) -> str:
     """Return ``value`` as JSON; numbers that JSON does not have (NaN, infinity) become null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(plain, indent=indent, allow_nan=False)
+
+
+def code_span(text: str) -> str:
+    """Return ``text`` of a file on one line as Markdown inline code, in which Markdown and HTML have no effect."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if not line or "`" in (line[0], line[-1]) else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def generalize_error(text: str) -> str:
+    """Return an error's text without numbers and addresses: errors that differ only in these are the same error."""
+    return re.sub(r"(?i)0x[0-9a-f]+|\d+(\.\d+)?", "#", text)
