@@ -38,22 +38,9 @@ def exits_as_errors() -> Iterator[None]:
         RuntimeError: the code called ``sys.exit`` or raised KeyboardInterrupt.
     """
     signals: list[int] = []
-    with _noting_signals(signals):
-        try:
-            yield
-        except (SystemExit, KeyboardInterrupt) as error:
-            if signals:
-                raise
-            what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else "raised KeyboardInterrupt"
-            raise RuntimeError(f"the code {what}") from error
-
-
-@contextlib.contextmanager
-def _noting_signals(signals: list[int]) -> Iterator[None]:
     before: dict[int, Callable[[int, FrameType | None], Any]] = {}
     if threading.current_thread() is threading.main_thread():  # signals interrupt only this thread
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        before = {number: handler for number, handler in handlers.items() if callable(handler)}
+        before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
@@ -63,6 +50,11 @@ def _noting_signals(signals: list[int]) -> Iterator[None]:
         signal.signal(number, note)
     try:
         yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        if signals:
+            raise
+        what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else "raised KeyboardInterrupt"
+        raise RuntimeError(f"the code {what}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -194,8 +194,8 @@ def load_task(name: str) -> Task:
         raise InputError(
             f'{name}.metric: must be (name, "max" or "min"), a name of letters, digits and _, got {shown(metric)}'
         )
-    for method, check in _CHECKS.items():
-        setattr(task, method, _name_failures(f"{name}.{method}", getattr(task, method), check))
+    for method in _RESULTS:
+        setattr(task, method, _name_failures(f"{name}.{method}", getattr(task, method)))
     return task
 
 
@@ -214,7 +214,7 @@ def load_task_dataset(name: str) -> Dataset:
     return build_task_dataset(name, result, has_classes=isinstance(task, ImageClassification))
 
 
-def _name_failures(place: str, method: Callable[..., Any], check: Callable[[Any], str | None]) -> Callable[..., Any]:
+def _name_failures(place: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``method`` with its errors as one line that names it, and its result checked."""
     # Those that are called for every batch run within the exits_as_errors() of an epoch.
     guard = contextlib.nullcontext if place.endswith((".loss", ".score")) else exits_as_errors
@@ -234,7 +234,7 @@ def _name_failures(place: str, method: Callable[..., Any], check: Callable[[Any]
             if is_out_of_memory(error):
                 raise
             raise TaskError(f"{place} failed ({describe_error(error)})") from error
-        rule = check(result)
+        rule = _find_broken_rule(place.rpartition(".")[2], result)
         if rule is not None:
             raise TaskError(f"{place}: must return {rule}, got {_describe(result)}")
         return result
@@ -254,43 +254,35 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and name.isidentifier() and is_free
 
 
-def _check_scores(scores: Any) -> str | None:
-    if not isinstance(scores, Mapping) or not scores:
-        return "a dict of sums by name"
-    if not all(isinstance(value, Tensor) and value.ndim < 2 for value in scores.values()):
-        return "a dict of tensors, each a sum or a vector of sums"
-    rule = "sums with names of letters, digits and _, each a new column val_NAME"
-    return None if all(map(_is_name, scores)) else rule
-
-
-def _is(kind: type | tuple[type, ...], text: str) -> Callable[[Any], str | None]:
-    return lambda result: None if isinstance(result, kind) else text
-
-
-def _check_loss(loss: Any) -> str | None:
-    is_loss = isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point()
-    return None if is_loss else "a 0-dim float tensor, the mean over the batch"
-
-
-def _check_schedule(schedule: Any) -> str | None:
-    fits = schedule is None or (isinstance(schedule, LRScheduler) and not isinstance(schedule, ReduceLROnPlateau))
-    return None if fits else "a torch.optim.lr_scheduler.LRScheduler that needs no metric, or None"
-
-
-def _check_number(value: Any) -> str | None:
-    fits = value is None or (isinstance(value, int | float) and math.isfinite(value))
-    return None if fits else "a finite number or None"
-
-
-_CHECKS: Mapping[str, Callable[[Any], str | None]] = {
-    "data": lambda _: None,
-    "model": _is(nn.Module, "a torch.nn.Module"),
-    "loss": _check_loss,
-    "score": _check_scores,
-    "average": _is(Mapping, "a dict of values by name"),
-    "optimizer": _is(torch.optim.Optimizer, "a torch.optim.Optimizer"),
-    "schedule": _check_schedule,
-    "baseline": _check_number,
-    "has_learned": _is((bool, type(None)), "a bool or None"),
-    "easy_to_hard": _is((Tensor, type(None)), "a tensor of indices or None"),
+_RESULTS: Mapping[str, tuple[Any, str]] = {
+    "data": (object, "data"),
+    "model": (nn.Module, "a torch.nn.Module"),
+    "loss": (Tensor, "a 0-dim float tensor, the mean over the batch"),
+    "score": (Mapping, "a dict of sums by name"),
+    "average": (Mapping, "a dict of values by name"),
+    "optimizer": (torch.optim.Optimizer, "a torch.optim.Optimizer"),
+    "schedule": (LRScheduler | None, "a torch.optim.lr_scheduler.LRScheduler that needs no metric, or None"),
+    "baseline": (int | float | None, "a finite number or None"),
+    "has_learned": (bool | None, "a bool or None"),
+    "easy_to_hard": (Tensor | None, "a tensor of indices or None"),
 }
+"""Method of a task -> type of its result, and the rule for messages."""
+
+
+def _find_broken_rule(method: str, result: Any) -> str | None:
+    """Return what a method must return; None if ``result`` is that."""
+    kind, rule = _RESULTS[method]
+    fits = isinstance(result, kind)
+    if fits and method == "score":
+        fits = bool(result)
+        if not all(isinstance(value, Tensor) and value.ndim < 2 for value in result.values()):
+            return "a dict of tensors, each a sum or a vector of sums"
+        if not all(map(_is_name, result)):
+            return "sums with names of letters, digits and _, each a new column val_NAME"
+    elif fits and method == "loss":
+        fits = result.ndim == 0 and result.is_floating_point()
+    elif fits and method == "schedule":
+        fits = not isinstance(result, ReduceLROnPlateau)
+    elif fits and method == "baseline":
+        fits = result is None or math.isfinite(result)
+    return None if fits else rule
