@@ -234,39 +234,27 @@ INTERVALS = "growth_interval: {choices: [10000, 20000]}"
 RELATIVE = "growth_interval: {choices: [1, 2], fraction_of_trial: true}"
 SHORTEST = "424 steps at batch_size 1024 x 8 epochs"
 LINES = [
-    (
-        f"parameters: {{{INTERVALS}, batch_size: {{low: 64, high: 1024, power_of_two: true}}}}",
-        f"growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial ({SHORTEST}); "
-        "fraction_of_trial: true makes it relative",
-    ),
-    (
-        f"parameters: {{{RELATIVE}}}",
-        "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
-        "(6,872 steps at batch_size 64 x 8 epochs); fractions above 1 make the loss scale static, those well below 1 "
-        "let it grow",
-    ),
-    (
-        "parameters: {growth_factor: {low: 2, high: 4}, batch_size: {choices: [1024]}}",
-        "growth_factor cannot act in 31 % of this space's trials: growth_interval is not shorter than the trial "
-        f"({SHORTEST}); searched with fraction_of_trial: true, the interval would be relative",
-    ),
-    (
-        f"parameters: {{{INTERVALS}, optimizer: {{choices: [adam, sgd]}},"
-        "batch_size: {choices: [16, 32], when: {optimizer: sgd}}}",
-        "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
-        "(6,872 steps at batch_size 64 x 8 epochs); fraction_of_trial: true makes it relative",
-    ),
-    (
-        f"parameters: {{{INTERVALS}, curriculum: {{choices: [linear, none]}}}}",
-        "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
-        "(5,797 steps at batch_size 64 x 8 epochs, curriculum linear); fraction_of_trial: true makes it relative",
-    ),
-    (
-        f"parameters: {{{INTERVALS}, curriculum: {{choices: [none, step, root, linear]}}}}",
-        "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
-        "(5,152 steps at batch_size 64 x 8 epochs, curriculum step); fraction_of_trial: true makes it relative",
-    ),
-]
+    (f"parameters: {{{INTERVALS}, batch_size: {{low: 64, high: 1024, power_of_two: true}}}}",
+     f"growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial ({SHORTEST}); "
+     "fraction_of_trial: true makes it relative"),
+    (f"parameters: {{{RELATIVE}}}",
+     "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
+     "(6,872 steps at batch_size 64 x 8 epochs); fractions above 1 make the loss scale static, those well below 1 "
+     "let it grow"),
+    ("parameters: {growth_factor: {low: 2, high: 4}, batch_size: {choices: [1024]}}",
+     "growth_factor cannot act in 31 % of this space's trials: growth_interval is not shorter than the trial "
+     f"({SHORTEST}); searched with fraction_of_trial: true, the interval would be relative"),
+    (f"parameters: {{{INTERVALS}, optimizer: {{choices: [adam, sgd]}},"
+     "batch_size: {choices: [16, 32], when: {optimizer: sgd}}}",
+     "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
+     "(6,872 steps at batch_size 64 x 8 epochs); fraction_of_trial: true makes it relative"),
+    (f"parameters: {{{INTERVALS}, curriculum: {{choices: [linear, none]}}}}",
+     "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
+     "(5,797 steps at batch_size 64 x 8 epochs, curriculum linear); fraction_of_trial: true makes it relative"),
+    (f"parameters: {{{INTERVALS}, curriculum: {{choices: [none, step, root, linear]}}}}",
+     "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
+     "(5,152 steps at batch_size 64 x 8 epochs, curriculum step); fraction_of_trial: true makes it relative"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "line"), LINES, ids=range(len(LINES)))

@@ -228,49 +228,33 @@ SHAPE_ERRORS = [
     (f"parameters: {{{LR}}}\nfixed: [1]", "fixed: must be a mapping of fields to values, got [1]"),
     (f"parameters: {{{LR}}}\nfixed: {{lr: 0.1}}", "fixed.lr: must not be searched as well (parameters.lr)"),
     ("parameters: {learning_rate: {low: 1, high: 2}}", f"parameters.learning_rate: unknown field (known: {KNOWN})"),
-    (
-        "parameters: {batchsize: {low: 1, high: 2}}",
-        f"parameters.batchsize: unknown field; did you mean batch_size? (known: {KNOWN})",
-    ),
-    (
-        f"parameters: {{{LR}}}\nfixed: {{optimiser: adam}}",
-        f"fixed.optimiser: unknown field; did you mean optimizer? (known: {KNOWN})",
-    ),
+    ("parameters: {batchsize: {low: 1, high: 2}}",
+     f"parameters.batchsize: unknown field; did you mean batch_size? (known: {KNOWN})"),
+    (f"parameters: {{{LR}}}\nfixed: {{optimiser: adam}}",
+     f"fixed.optimiser: unknown field; did you mean optimizer? (known: {KNOWN})"),
     ('parameters: {"q\\nq": 1}', rf"parameters.'q\nq': unknown field (known: {KNOWN})"),
     ("parameters: {model: {choices: [vit]}}", "parameters.model: is not part of a search space: set it with --model"),
-    (
-        "parameters: {dataset: {choices: [mnist]}}",
-        "parameters.dataset: is not part of a search space: set it with --dataset",
-    ),
-    (
-        "parameters: {max_epochs: {low: 1, high: 9}}",
-        "parameters.max_epochs: is not part of a search space: set it with --max-epochs",
-    ),
+    ("parameters: {dataset: {choices: [mnist]}}",
+     "parameters.dataset: is not part of a search space: set it with --dataset"),
+    ("parameters: {max_epochs: {low: 1, high: 9}}",
+     "parameters.max_epochs: is not part of a search space: set it with --max-epochs"),
     (f"parameters: {{{LR}}}\nfixed: {{seed: 1}}", "fixed.seed: is not part of a search space: set it with --seed"),
     ("parameters: {lr: 0.1}", f"parameters.lr: {SHAPE}, got 0.1"),
     ("parameters: {lr: [0.1, 0.2]}", f"parameters.lr: {SHAPE}, got [0.1, 0.2]"),
     ("parameters: {lr: {}}", f"parameters.lr: {SHAPE}, got {{}}"),
     ("parameters: {lr: {low: 0.1}}", f"parameters.lr: {SHAPE}, got {{'low': 0.1}}"),
     ("parameters: {lr: {high: 0.1}}", f"parameters.lr: {SHAPE}, got {{'high': 0.1}}"),
-    (
-        "parameters: {lr: {low: 0.1, hihg: 2}}",
-        "parameters.lr.hihg: unknown key (known: low, high, log, power_of_two, fraction_of_trial, choices, when)",
-    ),
-    (
-        "parameters: {lr: {low: 0.1, high: 1, choices: [1]}}",
-        "parameters.lr.low: must be left out beside choices, got 0.1",
-    ),
+    ("parameters: {lr: {low: 0.1, hihg: 2}}",
+     "parameters.lr.hihg: unknown key (known: low, high, log, power_of_two, fraction_of_trial, choices, when)"),
+    ("parameters: {lr: {low: 0.1, high: 1, choices: [1]}}",
+     "parameters.lr.low: must be left out beside choices, got 0.1"),
     ("parameters: {lr: {high: 1, choices: [1]}}", "parameters.lr.high: must be left out beside choices, got 1"),
     ("parameters: {lr: {choices: [1], log: true}}", "parameters.lr.log: must be left out beside choices, got True"),
-    (
-        "parameters: {optimizer: {choices: [adam], power_of_two: true}}",
-        "parameters.optimizer.power_of_two: must be left out beside choices, got True",
-    ),
-    (
-        "parameters: {optimizer: {low: adam, high: sgd, log: true}}",
-        "parameters.optimizer: must have choices instead of low and high, because optimizer is a text",
-    ),
-]
+    ("parameters: {optimizer: {choices: [adam], power_of_two: true}}",
+     "parameters.optimizer.power_of_two: must be left out beside choices, got True"),
+    ("parameters: {optimizer: {low: adam, high: sgd, log: true}}",
+     "parameters.optimizer: must have choices instead of low and high, because optimizer is a text"),
+]  # fmt: skip
 
 VALUE_ERRORS = [
     ("lr: {low: '1e-4', high: 0.1}", "lr.low: must be a number, got '1e-4'"),
@@ -298,20 +282,14 @@ VALUE_ERRORS = [
     ("lr: {low: 0.1, high: 1, log: 1}", "lr.log: must be true or false, got 1"),
     ("lr: {low: 0.1, high: 1, log: null}", "lr.log: must be true or false, got None"),
     ("lr: {low: 0.1, high: 1, power_of_two: yes}", "lr.power_of_two: must be true or false, got 'yes'"),
-    (
-        "weight_decay: {low: 0, high: 1, log: true}",
-        "weight_decay.low: must be greater than 0 where log is true, got 0.0",
-    ),
-    (
-        "batch_size: {low: 1, high: 4, log: true, power_of_two: true}",
-        "batch_size: log and power_of_two must not both be true (powers of two are a log scale)",
-    ),
+    ("weight_decay: {low: 0, high: 1, log: true}",
+     "weight_decay.low: must be greater than 0 where log is true, got 0.0"),
+    ("batch_size: {low: 1, high: 4, log: true, power_of_two: true}",
+     "batch_size: log and power_of_two must not both be true (powers of two are a log scale)"),
     ("batch_size: {low: 3, high: 4, power_of_two: true}", "batch_size.low: must be a power of two, got 3"),
     ("batch_size: {low: 2, high: 6, power_of_two: true}", "batch_size.high: must be a power of two, got 6"),
-    (
-        f"batch_size: {{low: 2, high: {2**62 + 1}, power_of_two: true}}",
-        f"batch_size.high: must be a power of two, got {2**62 + 1}",
-    ),
+    (f"batch_size: {{low: 2, high: {2**62 + 1}, power_of_two: true}}",
+     f"batch_size.high: must be a power of two, got {2**62 + 1}"),
     ("weight_decay: {low: 0, high: 1, power_of_two: true}", "weight_decay.low: must be a power of two, got 0.0"),
     ("lr: {choices: []}", "lr.choices: must be a list of at least one value, got []"),
     ("lr: {choices: 0.1}", "lr.choices: must be a list of at least one value, got 0.1"),
@@ -319,30 +297,17 @@ VALUE_ERRORS = [
     ("lr: {choices: [0.5, 2^-1]}", "lr.choices[1]: must not repeat a choice, got 0.5 again"),
     ("lr: {choices: [0.1, big]}", "lr.choices[1]: must be a number, got 'big'"),
     ("optimizer: {choices: [adam, 1]}", "optimizer.choices[1]: must be a text, got 1"),
-    (
-        "optimizer: {choices: [adam, lion]}",
-        "optimizer.choices[1]: must be one of adam, adamw, sgd, got 'lion'",
-    ),
-    (
-        "optimizer: {choices: [2^1]}",
-        "optimizer.choices[0]: must be one of adam, adamw, sgd, got '2^1'",
-    ),
+    ("optimizer: {choices: [adam, lion]}", "optimizer.choices[1]: must be one of adam, adamw, sgd, got 'lion'"),
+    ("optimizer: {choices: [2^1]}", "optimizer.choices[0]: must be one of adam, adamw, sgd, got '2^1'"),
     ("lr: {low: 0, high: 1}", "lr.low: must be greater than 0, got 0.0"),
     ("batch_size: {choices: [0, 1]}", "batch_size.choices[0]: must be at least 1, got 0"),
-    (
-        "backoff_factor: {low: 0.5, high: 1.5}",
-        "backoff_factor.high: must be between 0 and 1, both excluded, got 1.5",
-    ),
-    (
-        "init_scale: {low: 2^-127, high: 1, power_of_two: true}",
-        "init_scale.low: must be between 2^-126 and 2^127 (fp32's normal range), got 5.877471754111438e-39",
-    ),
-    (
-        "init_scale: {low: 1, high: 2^128, power_of_two: true}",
-        "init_scale.high: must be between 2^-126 and 2^127 (fp32's normal range), got 3.402823669209385e+38",
-    ),
+    ("backoff_factor: {low: 0.5, high: 1.5}", "backoff_factor.high: must be between 0 and 1, both excluded, got 1.5"),
+    ("init_scale: {low: 2^-127, high: 1, power_of_two: true}",
+     "init_scale.low: must be between 2^-126 and 2^127 (fp32's normal range), got 5.877471754111438e-39"),
+    ("init_scale: {low: 1, high: 2^128, power_of_two: true}",
+     "init_scale.high: must be between 2^-126 and 2^127 (fp32's normal range), got 3.402823669209385e+38"),
     ("init_scale: {choices: [null, 1]}", "init_scale.choices[0]: must be a number, got None"),
-]
+]  # fmt: skip
 
 FIXED_ERRORS = [
     ("precision: fp8", "fixed.precision: must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
@@ -353,171 +318,96 @@ FIXED_ERRORS = [
 ]
 
 CONDITION_ERRORS = [
-    (
-        "lr: {low: 0.1, high: 1, when: fp16}",
-        "lr.when: must be a mapping of fields to the values they must have, got 'fp16'",
-    ),
+    ("lr: {low: 0.1, high: 1, when: fp16}",
+     "lr.when: must be a mapping of fields to the values they must have, got 'fp16'"),
     ("lr: {choices: [1], when: {}}", "lr.when: must be a mapping of fields to the values they must have, got {}"),
     ("lr: {choices: [1], when: null}", "lr.when: must be a mapping of fields to the values they must have, got None"),
-    (
-        "lr: {choices: [1], when: {precision: fp16}}",
-        "lr.when.precision: must be a field that is searched or fixed here (lr, curriculum)",
-    ),
-    (
-        "lr: {choices: [1], when: {model: vit}}",
-        "lr.when.model: must be a field that is searched or fixed here (lr, curriculum)",
-    ),
-    (
-        "lr: {choices: [1], when: {optimizer: []}}, optimizer: {choices: [adam]}",
-        "lr.when.optimizer: must be a value or a list of at least one value, got []",
-    ),
-    (
-        "lr: {choices: [1], when: {optimizer: lion}}, optimizer: {choices: [adam]}",
-        "lr.when.optimizer: must be one of adam, adamw, sgd, got 'lion'",
-    ),
-    (
-        "lr: {choices: [1], when: {optimizer: [adam, sgd]}}, optimizer: {choices: [adam, adamw]}",
-        "lr.when.optimizer: must be one of ('adam', 'adamw'), as optimizer is, got 'sgd'",
-    ),
-    (
-        "lr: {choices: [1], when: {batch_size: 3}}, batch_size: {low: 2^0, high: 2^7, power_of_two: true}",
-        "lr.when.batch_size: must be one of (1, 2, 4, 8, 16, 32, ...), as batch_size is, got 3",
-    ),
-    (
-        "lr: {choices: [1], when: {batch_size: 256}}, batch_size: {low: 2^0, high: 2^7, power_of_two: true}",
-        "lr.when.batch_size: must be one of (1, 2, 4, 8, 16, 32, ...), as batch_size is, got 256",
-    ),
-    (
-        "lr: {choices: [1], when: {curriculum: [none, linear]}}",
-        "lr.when.curriculum: must be 'none', its fixed value, got 'linear'",
-    ),
-    (
-        "lr: {choices: [1], when: {batch_size: 3}}, batch_size: {low: 1, high: 4}",
-        "lr.when.batch_size: must have choices or power_of_two to be a condition, but is a plain range",
-    ),
-    (
-        "lr: {choices: [1], when: {weight_decay: 0.1}}, weight_decay: {low: 0, high: 4}",
-        "lr.when.weight_decay: must have choices or power_of_two to be a condition, but is a plain range",
-    ),
+    ("lr: {choices: [1], when: {precision: fp16}}",
+     "lr.when.precision: must be a field that is searched or fixed here (lr, curriculum)"),
+    ("lr: {choices: [1], when: {model: vit}}",
+     "lr.when.model: must be a field that is searched or fixed here (lr, curriculum)"),
+    ("lr: {choices: [1], when: {optimizer: []}}, optimizer: {choices: [adam]}",
+     "lr.when.optimizer: must be a value or a list of at least one value, got []"),
+    ("lr: {choices: [1], when: {optimizer: lion}}, optimizer: {choices: [adam]}",
+     "lr.when.optimizer: must be one of adam, adamw, sgd, got 'lion'"),
+    ("lr: {choices: [1], when: {optimizer: [adam, sgd]}}, optimizer: {choices: [adam, adamw]}",
+     "lr.when.optimizer: must be one of ('adam', 'adamw'), as optimizer is, got 'sgd'"),
+    ("lr: {choices: [1], when: {batch_size: 3}}, batch_size: {low: 2^0, high: 2^7, power_of_two: true}",
+     "lr.when.batch_size: must be one of (1, 2, 4, 8, 16, 32, ...), as batch_size is, got 3"),
+    ("lr: {choices: [1], when: {batch_size: 256}}, batch_size: {low: 2^0, high: 2^7, power_of_two: true}",
+     "lr.when.batch_size: must be one of (1, 2, 4, 8, 16, 32, ...), as batch_size is, got 256"),
+    ("lr: {choices: [1], when: {curriculum: [none, linear]}}",
+     "lr.when.curriculum: must be 'none', its fixed value, got 'linear'"),
+    ("lr: {choices: [1], when: {batch_size: 3}}, batch_size: {low: 1, high: 4}",
+     "lr.when.batch_size: must have choices or power_of_two to be a condition, but is a plain range"),
+    ("lr: {choices: [1], when: {weight_decay: 0.1}}, weight_decay: {low: 0, high: 4}",
+     "lr.when.weight_decay: must have choices or power_of_two to be a condition, but is a plain range"),
     ("lr: {choices: [1], when: {lr: 1}}", "lr.when: conditions must not form a circle, got lr -> lr"),
-    (
-        "lr: {choices: [1], when: {optimizer: adam}}, optimizer: {choices: [adam], when: {lr: 1}}",
-        "lr.when: conditions must not form a circle, got lr -> optimizer -> lr",
-    ),
-    (
-        "lr: {choices: [1], when: {optimizer: adam, batch_size: 1}},"
-        "batch_size: {choices: [1], when: {optimizer: [sgd, adamw]}}, optimizer: {choices: [sgd, adam, adamw]}",
-        "lr.when: can never hold: optimizer would have to be adam and sgd or adamw at once",
-    ),
-]
+    ("lr: {choices: [1], when: {optimizer: adam}}, optimizer: {choices: [adam], when: {lr: 1}}",
+     "lr.when: conditions must not form a circle, got lr -> optimizer -> lr"),
+    ("lr: {choices: [1], when: {optimizer: adam, batch_size: 1}},"
+     "batch_size: {choices: [1], when: {optimizer: [sgd, adamw]}}, optimizer: {choices: [sgd, adam, adamw]}",
+     "lr.when: can never hold: optimizer would have to be adam and sgd or adamw at once"),
+]  # fmt: skip
 
 FRACTION_ERRORS = [
-    (
-        "lr: {low: 0.1, high: 1, fraction_of_trial: true}",
-        "lr.fraction_of_trial: is for growth_interval only, got True",
-    ),
-    (
-        "batch_size: {choices: [64], fraction_of_trial: false}",
-        "batch_size.fraction_of_trial: is for growth_interval only, got False",
-    ),
-    (
-        "optimizer: {low: 1, high: 2, fraction_of_trial: true}",
-        "optimizer.fraction_of_trial: is for growth_interval only, got True",
-    ),
-    (
-        "growth_interval: {low: 0.1, high: 1, fraction_of_trial: 1}",
-        "growth_interval.fraction_of_trial: must be true or false, got 1",
-    ),
-    (
-        "growth_interval: {low: 0.1, high: 1, fraction_of_trial: false}",
-        "growth_interval.low: must be a whole number, got 0.1",
-    ),
+    ("lr: {low: 0.1, high: 1, fraction_of_trial: true}", "lr.fraction_of_trial: is for growth_interval only, got True"),
+    ("batch_size: {choices: [64], fraction_of_trial: false}",
+     "batch_size.fraction_of_trial: is for growth_interval only, got False"),
+    ("optimizer: {low: 1, high: 2, fraction_of_trial: true}",
+     "optimizer.fraction_of_trial: is for growth_interval only, got True"),
+    ("growth_interval: {low: 0.1, high: 1, fraction_of_trial: 1}",
+     "growth_interval.fraction_of_trial: must be true or false, got 1"),
+    ("growth_interval: {low: 0.1, high: 1, fraction_of_trial: false}",
+     "growth_interval.low: must be a whole number, got 0.1"),
     ("growth_interval: {choices: [0.1]}", "growth_interval.choices[0]: must be a whole number, got 0.1"),
-    (
-        "growth_interval: {low: 0, high: 1, fraction_of_trial: true}",
-        "growth_interval.low: must be greater than 0, got 0.0",
-    ),
-    (
-        "growth_interval: {low: 0.1, high: .inf, fraction_of_trial: true}",
-        "growth_interval.high: must be a finite number, got inf",
-    ),
-    (
-        "growth_interval: {low: 0.5, high: 0.1, fraction_of_trial: true}",
-        "growth_interval: low < high must hold, got low=0.5, high=0.1",
-    ),
-    (
-        "growth_interval: {low: 2^-3, high: 1, power_of_two: true, fraction_of_trial: true}",
-        "growth_interval: power_of_two and fraction_of_trial must not both be true",
-    ),
-    (
-        "growth_interval: {choices: [0.1, null], fraction_of_trial: true}",
-        "growth_interval.choices[1]: must be a number, got None",
-    ),
-    (
-        "growth_interval: {choices: [-0.1], fraction_of_trial: true}",
-        "growth_interval.choices[0]: must be greater than 0, got -0.1",
-    ),
-    (
-        "growth_interval: {choices: [0.5, 2^-1], fraction_of_trial: true}",
-        "growth_interval.choices[1]: must not repeat a choice, got 0.5 again",
-    ),
-    (
-        "growth_interval: {choices: [0.1], low: 0.1, fraction_of_trial: true}",
-        "growth_interval.low: must be left out beside choices, got 0.1",
-    ),
-    (
-        "growth_interval: {choices: [2], fraction_of_trial: true}, lr: {choices: [1], when: {growth_interval: 2}}",
-        "lr.when.growth_interval: must have choices or power_of_two to be a condition, but is a fraction of the trial",
-    ),
-    (
-        "growth_interval: {low: 1, high: 2, fraction_of_trial: true, when: {batch_size: 1}},"
-        "batch_size: {choices: [1], when: {growth_interval: 1}}",
-        "batch_size.when.growth_interval: must have choices or power_of_two to be a condition, "
-        "but is a fraction of the trial",
-    ),
-]
+    ("growth_interval: {low: 0, high: 1, fraction_of_trial: true}",
+     "growth_interval.low: must be greater than 0, got 0.0"),
+    ("growth_interval: {low: 0.1, high: .inf, fraction_of_trial: true}",
+     "growth_interval.high: must be a finite number, got inf"),
+    ("growth_interval: {low: 0.5, high: 0.1, fraction_of_trial: true}",
+     "growth_interval: low < high must hold, got low=0.5, high=0.1"),
+    ("growth_interval: {low: 2^-3, high: 1, power_of_two: true, fraction_of_trial: true}",
+     "growth_interval: power_of_two and fraction_of_trial must not both be true"),
+    ("growth_interval: {choices: [0.1, null], fraction_of_trial: true}",
+     "growth_interval.choices[1]: must be a number, got None"),
+    ("growth_interval: {choices: [-0.1], fraction_of_trial: true}",
+     "growth_interval.choices[0]: must be greater than 0, got -0.1"),
+    ("growth_interval: {choices: [0.5, 2^-1], fraction_of_trial: true}",
+     "growth_interval.choices[1]: must not repeat a choice, got 0.5 again"),
+    ("growth_interval: {choices: [0.1], low: 0.1, fraction_of_trial: true}",
+     "growth_interval.low: must be left out beside choices, got 0.1"),
+    ("growth_interval: {choices: [2], fraction_of_trial: true}, lr: {choices: [1], when: {growth_interval: 2}}",
+     "lr.when.growth_interval: must have choices or power_of_two to be a condition, but is a fraction of the trial"),
+    ("growth_interval: {low: 1, high: 2, fraction_of_trial: true, when: {batch_size: 1}},"
+     "batch_size: {choices: [1], when: {growth_interval: 1}}",
+     "batch_size.when.growth_interval: must have choices or power_of_two to be a condition, "
+     "but is a fraction of the trial"),
+]  # fmt: skip
 
 SCALER_ERRORS = [
-    (
-        "parameters: {growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}}",
-        "parameters.growth_interval: has no effect unless precision is fp16, and here it is fp32",
-    ),
-    (
-        "parameters: {init_scale: {low: 1, high: 2}}",
-        "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32",
-    ),
-    (
-        "parameters: {init_scale: {low: 1, high: 2, when: {precision: bf16}}}\nfixed: {precision: bf16}",
-        "parameters.init_scale: has no effect unless precision is fp16, and here it is bf16",
-    ),
-    (
-        "parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp32, bf16]}}",
-        "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32 or bf16",
-    ),
-    (
-        "parameters: {precision: {choices: [fp32, bf16]}}\nfixed: {backoff_factor: 0.5}",
-        "fixed.backoff_factor: has no effect unless precision is fp16, and here it is fp32 or bf16",
-    ),
-    (
-        "parameters: {growth_interval: {low: 1, high: 2}, precision: {choices: [fp32, fp16]}}",
-        "parameters.growth_interval: needs `when: {precision: fp16}`, because precision can be fp32 or fp16",
-    ),
-    (
-        "parameters: {init_scale: {low: 1, high: 2, when: {precision: [fp16, bf16]}},"
-        "precision: {choices: [bf16, fp32, fp16]}}",
-        "parameters.init_scale: needs `when: {precision: fp16}`, because precision can be fp16 or bf16",
-    ),
-    (
-        "parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp16], when: {optimizer: sgd}},"
-        "optimizer: {choices: [sgd, adam]}}",
-        "parameters.init_scale: needs `when: {precision: fp16}`, because precision can be fp16 or fp32",
-    ),
-    (
-        "parameters: {lr: {choices: [1], when: {precision: bf16, init_scale: 2}}, precision: {choices: [bf16, fp16]}}"
-        "\nfixed: {init_scale: 2}",
-        "parameters.lr.when: can never hold: precision would have to be bf16 and fp16 at once",
-    ),
-]
+    ("parameters: {growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}}",
+     "parameters.growth_interval: has no effect unless precision is fp16, and here it is fp32"),
+    ("parameters: {init_scale: {low: 1, high: 2}}",
+     "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32"),
+    ("parameters: {init_scale: {low: 1, high: 2, when: {precision: bf16}}}\nfixed: {precision: bf16}",
+     "parameters.init_scale: has no effect unless precision is fp16, and here it is bf16"),
+    ("parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp32, bf16]}}",
+     "parameters.init_scale: has no effect unless precision is fp16, and here it is fp32 or bf16"),
+    ("parameters: {precision: {choices: [fp32, bf16]}}\nfixed: {backoff_factor: 0.5}",
+     "fixed.backoff_factor: has no effect unless precision is fp16, and here it is fp32 or bf16"),
+    ("parameters: {growth_interval: {low: 1, high: 2}, precision: {choices: [fp32, fp16]}}",
+     "parameters.growth_interval: needs `when: {precision: fp16}`, because precision can be fp32 or fp16"),
+    ("parameters: {init_scale: {low: 1, high: 2, when: {precision: [fp16, bf16]}},"
+     "precision: {choices: [bf16, fp32, fp16]}}",
+     "parameters.init_scale: needs `when: {precision: fp16}`, because precision can be fp16 or bf16"),
+    ("parameters: {init_scale: {low: 1, high: 2}, precision: {choices: [fp16], when: {optimizer: sgd}},"
+     "optimizer: {choices: [sgd, adam]}}",
+     "parameters.init_scale: needs `when: {precision: fp16}`, because precision can be fp16 or fp32"),
+    ("parameters: {lr: {choices: [1], when: {precision: bf16, init_scale: 2}}, precision: {choices: [bf16, fp16]}}"
+     "\nfixed: {init_scale: 2}",
+     "parameters.lr.when: can never hold: precision would have to be bf16 and fp16 at once"),
+]  # fmt: skip
 
 ERRORS = [
     *YAML_ERRORS,
@@ -1078,14 +968,10 @@ def test_any_bytes_are_either_a_space_or_refused_in_one_line(content: bytes, fil
             {"lr": 1e-2, "batch_size": 100, "log2(init_scale)": 8, "weight_decay": 1e-6},
         ),
         # relative to the trial: (1000 // 64) * 40 = 600 steps
-        (
-            "parameters: {growth_interval: {low: 0.1, high: 5.0, fraction_of_trial: true}}\nfixed: {precision: fp16}\n",
-            {"growth_interval/trial_steps": 2000 / 600},
-        ),
-        (
-            "parameters: {growth_interval: {choices: [0.1, 0.5], fraction_of_trial: true}}\nfixed: {precision: fp16}\n",
-            {"growth_interval/trial_steps": 0.5},
-        ),
+        ("parameters: {growth_interval: {low: 0.1, high: 5.0, fraction_of_trial: true}}\nfixed: {precision: fp16}\n",
+         {"growth_interval/trial_steps": 2000 / 600}),
+        ("parameters: {growth_interval: {choices: [0.1, 0.5], fraction_of_trial: true}}\nfixed: {precision: fp16}\n",
+         {"growth_interval/trial_steps": 0.5}),
         # conditions: those of the branch that the defaults take
         (
             "parameters:\n"
@@ -1097,7 +983,7 @@ def test_any_bytes_are_either_a_space_or_refused_in_one_line(content: bytes, fil
         ("parameters: {grad_clip: {low: 0.1, high: 1.0}}\n", {}),
         ("parameters: {grad_clip: {choices: [1.0, null]}}\n", {"grad_clip": None}),
     ],
-)
+)  # fmt: skip
 def test_defaults_are_suggested_as_near_as_the_space_has_them(
     tmp_path: Path, text: str, expected: dict[str, Any]
 ) -> None:

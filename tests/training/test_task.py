@@ -376,10 +376,7 @@ def test_image_classification_trains_as_before_there_were_tasks(
         ("def model(self): return nn.Flatten()", ".model: must have a parameter that requires a gradient, got none"),
         ("model = Task.model", ".model: must be defined, or a model be named by --model"),
         ("def model(self): raise Refused('no')", ".model: no"),
-        (
-            "def loss(self, model, batch): return 0.5",
-            ".loss: must return a 0-dim float tensor, the mean",
-        ),
+        ("def loss(self, model, batch): return 0.5", ".loss: must return a 0-dim float tensor, the mean"),
         ("def loss(self, model, batch): return model(batch[0])", "got torch.float32 [20, 1]"),
         ("def loss(self, model, batch): raise KeyError('x')", ".loss failed (KeyError: 'x')"),
         ("def score(self, model, batch): return 0.5", ".score: must return a dict of sums by name, got 0.5"),
@@ -388,19 +385,15 @@ def test_image_classification_trains_as_before_there_were_tasks(
         ("def score(self, model, batch): return {'a b': batch[0].sum()}", "names of letters, digits and _"),
         ("def score(self, model, batch): return {'seconds': batch[0].sum()}", "each a new column val_NAME"),
         ("def average(self, sums, count): return 1.0", ".average: must return a dict of values by name, got 1.0"),
-        (
-            "def average(self, sums, count): return {'mae': None}",
-            ".average: must return numbers or tuples of them (float()",
-        ),
+        ("def average(self, sums, count): return {'mae': None}",
+         ".average: must return numbers or tuples of them (float()"),
         ("def optimizer(self, model, config): return 1", ".optimizer: must return a torch.optim.Optimizer, got 1"),
         ("def schedule(self, optimizer, steps): return 1", ".schedule: must return a torch.optim.lr_scheduler.LRSch"),
-        (
-            "def schedule(self, optimizer, steps): return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)",
-            ".schedule: must return a torch.optim.lr_scheduler.LRScheduler that needs no metric, or None, got Reduce",
-        ),
+        ("def schedule(self, optimizer, steps): return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)",
+         ".schedule: must return a torch.optim.lr_scheduler.LRScheduler that needs no metric, or None, got Reduce"),
         ("def baseline(self): return 'low'", ".baseline: must return a finite number or None, got 'low'"),
     ],
-)
+)  # fmt: skip
 def test_a_method_that_fails_is_named_on_one_line(body: str, expected: str, write_module: WriteModule) -> None:
     name = write_module(DIABETES + f"class Own(Diabetes):\n    {body}\n") + ":Own"
     data = place(load_task_dataset(name))

@@ -127,18 +127,12 @@ def test_scaler_field_is_refused_outside_fp16(precision: str, name: str) -> None
         ({"precision": "fp16", "init_scale": 2.0**-127}, f"init_scale: {SCALE_RULE}, got 5.877471754111438e-39"),
         ({"precision": "fp16", "init_scale": 2.0**128}, f"init_scale: {SCALE_RULE}, got 3.402823669209385e+38"),
         ({"precision": "fp16", "growth_factor": 1}, "growth_factor: must be greater than 1, got 1.0"),
-        (
-            {"precision": "fp16", "backoff_factor": 1},
-            "backoff_factor: must be between 0 and 1, both excluded, got 1.0",
-        ),
-        (
-            {"precision": "fp16", "backoff_factor": 0},
-            "backoff_factor: must be between 0 and 1, both excluded, got 0.0",
-        ),
+        ({"precision": "fp16", "backoff_factor": 1}, "backoff_factor: must be between 0 and 1, both excluded, got 1.0"),
+        ({"precision": "fp16", "backoff_factor": 0}, "backoff_factor: must be between 0 and 1, both excluded, got 0.0"),
         ({"precision": "fp16", "growth_interval": 0}, "growth_interval: must be at least 1, got 0"),
         ({"precision": "fp16", "growth_interval": 2.0}, "growth_interval: must be a whole number or null, got 2.0"),
     ],
-)
+)  # fmt: skip
 def test_bad_setting_is_refused_with_field_rule_and_value(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         TrialConfig(**settings)
