@@ -34,7 +34,7 @@ from tune_amp.search.samplers import reseed
 from tune_amp.search.schedulers import build_scheduler, objective_mode
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.warm_start import WarmStart
-from tune_amp.space.document import FLAGS
+from tune_amp.space.document import SHARED
 from tune_amp.space.parameter import Parameter
 from tune_amp.space.space import SearchSpace, parse_space
 from tune_amp.trial.config import HOPELESS_STATES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
@@ -70,7 +70,7 @@ class CurveTable:
         if self.space.is_conditional:
             raise InputError(f"{self.space.source}: must have no parameter with when, to be replayed")
         self.train_images: int = curves.origin["train_images"]
-        self.shared = {name: getattr(curves.configs[0], name) for name in FLAGS}
+        self.shared = {name: getattr(curves.configs[0], name) for name in SHARED}
         self._weights = np.array([weights.get(p.name, OTHER_WEIGHT) for p in self.space.parameters])
         self._is_choice = np.array([bool(p.choices) for p in self.space.parameters])
         self._places = np.array([self._place(config) for config in curves.configs])

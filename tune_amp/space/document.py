@@ -23,16 +23,9 @@ from tune_amp.trial.config import (
     shown,
 )
 
-FLAGS = {
-    "model": "--model",
-    "dataset": "--dataset",
-    "imbalance": "--imbalance",
-    "max_epochs": "--max-epochs",
-    "seed": "--seed",
-    "task": "--task",
-    "train": "--train",
-}
-SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in FLAGS)
+SHARED = ("model", "dataset", "imbalance", "max_epochs", "seed", "task", "train")
+"""Fields that all trials of a search share: flags set them."""
+SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in SHARED)
 RELATIVE = "growth_interval"  # the only field counted in training steps
 
 _POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
@@ -85,8 +78,9 @@ def _read_section(document: Mapping[str, Any], section: str, content: str) -> di
     check(section, entries, isinstance(entries, dict), f"must be a mapping of {content}")
     for name in entries if section != "own" else ():
         place = _join(section, name)
-        if name in FLAGS:
-            raise InputError(f"{place}: is not part of a search space: set it with {FLAGS[name]}")
+        if name in SHARED:
+            flag = name.replace("_", "-")
+            raise InputError(f"{place}: is not part of a search space: set it with --{flag}")
         if name not in SEARCHABLE:
             raise InputError(f"{place}: unknown field{suggest_name(name, SEARCHABLE)} (known: {', '.join(SEARCHABLE)})")
     return dict(entries)
@@ -216,23 +210,18 @@ def _read_when(path: str, raw: Any, parameters: Mapping[str, Parameter], fixed: 
         parent = parameters.get(name, Parameter(name=name))
         values = tuple(_read_value(place, value, parent) for value in (given if isinstance(given, list) else [given]))
         if name in parameters:
-            _check_parent(place, parent, values)
+            possible, rule = parent.listed(), f"must be one of {shown(parent.listed())}, as {name} is"
+            if not possible:
+                kind = "a fraction of the trial" if parent.fraction_of_trial else "a plain range"
+                raise InputError(f"{place}: must have choices or power_of_two to be a condition, but is {kind}")
             _narrow(conditions, name, values, path)
-            continue
+        else:
+            possible, rule = (fixed[name],), f"must be {shown(fixed[name])}, its fixed value"
+            if name in SCALER_DEFAULTS and "precision" in parameters:  # fixed, but for fp16 trials only
+                _narrow(conditions, "precision", ("fp16",), path)
         for value in values:
-            check(place, value, value == fixed[name], f"must be {shown(fixed[name])}, its fixed value")
-        if name in SCALER_DEFAULTS and "precision" in parameters:  # fixed, but for fp16 trials only
-            _narrow(conditions, "precision", ("fp16",), path)
+            check(place, value, value in possible, rule)
     return conditions
-
-
-def _check_parent(path: str, parent: Parameter, values: tuple[Any, ...]) -> None:
-    possible = parent.listed()
-    if not possible:
-        kind = "a fraction of the trial" if parent.fraction_of_trial else "a plain range"
-        raise InputError(f"{path}: must have choices or power_of_two to be a condition, but is {kind}")
-    for value in values:
-        check(path, value, value in possible, f"must be one of {shown(possible)}, as {parent.name} is")
 
 
 def _collect_needs(parameters: Mapping[str, Parameter], conditions: Mapping[str, Needs]) -> dict[str, Needs]:
