@@ -16,41 +16,19 @@ START = 0.5
 """Share of the images in the first epoch. The papers begin with less, but pace by steps; here the unit is an epoch."""
 
 
-def linear_competence(progress: float) -> float:
-    """Return the share of images at ``progress``; each epoch adds the same number of images.
-
-    Platanios et al. 2019, "Competence-based curriculum learning for neural machine translation" (arXiv:1903.09848).
-
-    Args:
-        progress: fraction of the growing epochs that have passed, from 0 to 1.
-    """
-    return START + (1 - START) * progress
-
-
-def root_competence(progress: float) -> float:
-    """Return the share of images at ``progress``; each epoch adds fewer images than the one before.
-
-    The square root of Platanios et al. 2019 (arXiv:1903.09848): the more images there are, the fewer are added, so that
-    each new image gets as much time.
-
-    Args:
-        progress: fraction of the growing epochs that have passed, from 0 to 1.
-    """
-    return math.sqrt(START**2 + (1 - START**2) * progress)
-
-
-def baby_steps(_progress: float) -> float:
-    """Return the easier half, whatever the progress; all other images are added at once afterwards.
-
-    Baby steps (Soviany et al. 2022, "Curriculum learning: a survey", arXiv:2101.10382) with two buckets, which is the
-    two-stage schedule of Bengio et al. 2009, switched after half of the epochs.
-    """
-    return START
-
-
 PACING: Mapping[str, Callable[[float], float]] = types.MappingProxyType(
-    {"linear": linear_competence, "root": root_competence, "step": baby_steps}
+    {
+        # Each epoch adds as many images. Platanios et al. 2019, "Competence-based curriculum learning for neural
+        # machine translation" (arXiv:1903.09848).
+        "linear": lambda progress: START + (1 - START) * progress,
+        # Their square root: the more images there are, the fewer are added, so that each new one gets as much time.
+        "root": lambda progress: math.sqrt(START**2 + (1 - START**2) * progress),
+        # Baby steps (Soviany et al. 2022, "Curriculum learning: a survey", arXiv:2101.10382) with two buckets, which is
+        # the two-stage schedule of Bengio et al. 2009, switched after half of the epochs.
+        "step": lambda _: START,
+    }
 )
+"""Curriculum -> share of the images at a fraction of the growing epochs, from 0 to 1."""
 
 
 def curriculum_fraction(curriculum: str, epoch: int, max_epochs: int) -> float:
