@@ -12,7 +12,6 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import past_runs as made
@@ -20,6 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from records import PROVENANCE, make_trial
 from report_runs import SLOT_TIME
+from small_mnist import encode_idx
 
 from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import (
@@ -207,8 +207,3 @@ def list_seeds(target: str) -> list[bytes]:
     about = pq.read_schema(pa.BufferReader(make_valid_run()["best"])).metadata[b"tune_amp"]
     changes = [bytes([kind + 3]) + struct.pack(">HB", 40, 3) for kind in range(3)]
     return [*(bytes([kind]) + content for kind, content in enumerate(files)), *changes, bytes([2 + 9]) + about]
-
-
-def encode_idx(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """An array as idx files hold it."""
-    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from refusals import refusal
+from small_mnist import Arrays, make_arrays
 
 from tune_amp.training import data
 from tune_amp.training.data import Dataset, Split, describe_tail, load_dataset, make_long_tail, thin_classes
@@ -19,7 +20,6 @@ from tune_amp.trial.config import InputError, TrialConfig
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-Arrays = list[npt.NDArray[np.uint8]]
 LoadArrays = Callable[[Arrays], Dataset]
 
 
@@ -32,16 +32,6 @@ def load_arrays(monkeypatch: pytest.MonkeyPatch) -> LoadArrays:
         return load_dataset("user_module:load")
 
     return load
-
-
-def make_arrays(train: int = 48, test: int = 20) -> Arrays:
-    """Images of 4x5 pixels, not square, with labels that take turns: of training, then of test."""
-    generator = np.random.default_rng(0)
-    arrays: Arrays = []
-    for count in (train, test):
-        arrays.append(generator.integers(0, 256, (count, 4, 5), np.uint8))
-        arrays.append((np.arange(count) % 10).astype(np.uint8))
-    return arrays
 
 
 def rows_of(*splits: Split) -> npt.NDArray[Any]:

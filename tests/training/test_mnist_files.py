@@ -18,6 +18,7 @@ import torchvision  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refusal
+from small_mnist import Arrays, encode_idx, make_arrays
 
 from tune_amp.training import mnist_files as idx_files
 from tune_amp.training.data import Dataset, load_dataset
@@ -29,22 +30,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def encode_idx(array: npt.NDArray[np.uint8]) -> bytes:
-    header = [0x800 + array.ndim, *array.shape]
-    return b"".join(number.to_bytes(4, "big") for number in header) + array.tobytes()
-
-
-def make_arrays(train: int = 48, test: int = 20) -> list[npt.NDArray[np.uint8]]:
-    """Images of 4x5 pixels, not square, and labels that take turns, in the order of ``STEMS``."""
-    generator = np.random.default_rng(0)
-    arrays: list[npt.NDArray[np.uint8]] = []
-    for count in (train, test):
-        arrays.append(generator.integers(0, 256, (count, 4, 5), np.uint8))
-        arrays.append((np.arange(count) % 10).astype(np.uint8))
-    return arrays
-
-
-def write_set(folder: Path, *, compressed: bool = False, arrays: list[npt.NDArray[np.uint8]] | None = None) -> Path:
+def write_set(folder: Path, *, compressed: bool = False, arrays: Arrays | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stem, array in zip(STEMS, arrays or make_arrays(), strict=True):
         content = encode_idx(array)

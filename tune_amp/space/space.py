@@ -96,7 +96,8 @@ class SearchSpace:
                 settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
         if settings.get("precision") != "fp16":
             settings = {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
-        return _nest_own(settings)
+        own = {name.removeprefix(OWN): settings.pop(name) for name in [*settings] if name.startswith(OWN)}
+        return settings | ({"own": own} if own else {})
 
     def find_defaults(self, *, train_images: int, max_epochs: int) -> dict[str, Any]:
         """Return the usual default settings, or the nearest that the space has, as a study suggests them.
@@ -143,13 +144,6 @@ class SearchSpace:
                 values = parameter.choices or (parameter.low, parameter.high)
         numbers = [value for value in values if isinstance(value, int | float)]
         return (min(numbers), max(numbers)) if numbers else None
-
-
-def _nest_own(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of ``TrialConfig``: own settings are in the field ``own``."""
-    own = {name.removeprefix(OWN): value for name, value in settings.items() if name.startswith(OWN)}
-    rest = {name: value for name, value in settings.items() if not name.startswith(OWN)}
-    return rest | ({"own": own} if own else {})
 
 
 def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:

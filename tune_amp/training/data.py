@@ -173,9 +173,8 @@ def make_long_tail(dataset: Dataset, imbalance: float) -> Dataset:
         return dataset
     assert dataset.imbalance == 1  # thinning a thinned data set would keep other images
     if not dataset.num_classes:
-        raise InputError(
-            f"imbalance: must be left out for the data of a task, which have no classes, got {imbalance:g}"
-        )
+        rule = "must be left out for the data of a task, which have no classes"
+        raise InputError(f"imbalance: {rule}, got {imbalance:g}")
     train = thin_classes(dataset.train, dataset.num_classes, imbalance)
     counts = np.bincount(train.labels, minlength=dataset.num_classes)
     if counts.min() < 2:
@@ -344,12 +343,10 @@ def _hash_splits(splits: Iterable[Split]) -> str:
 
 def _check_alike(train: Split, other: Split, place: str, other_place: str) -> None:
     """Refuse inputs of different shapes or dtypes."""
-    if train.images.shape[1:] != other.images.shape[1:]:
-        got = f"{other.images.shape[1:]}, got {train.images.shape[1:]}"
-        raise InputError(f"{place}: must have the shape (channels, height, width for images) of {other_place}, {got}")
-    if train.images.dtype != other.images.dtype:
-        rule = f"must have the dtype of {other_place}, {other.images.dtype}"
-        raise InputError(f"{place}: {rule}, got {train.images.dtype}")
+    facts = [("shape (channels, height, width for images)", train.images.shape[1:], other.images.shape[1:])]
+    for what, given, wanted in (*facts, ("dtype", train.images.dtype, other.images.dtype)):
+        if given != wanted:
+            raise InputError(f"{place}: must have the {what} of {other_place}, {wanted}, got {given}")
 
 
 def _check_classes(train: Split, num_classes: int, place: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from tune_amp.trial.config import InputError, describe_error
+from tune_amp.trial.config import InputError, check, describe_error
 
 Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 Part = Pair | TorchDataset[Any]
@@ -64,13 +64,11 @@ def check_classes_part(part: Any, name: str, part_name: str, notices: list[str])
     images = _check_inputs(_as_array(part[0], images_place), images_place, notices)
     labels = _as_array(part[1], labels_place)
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        got = f"{labels.dtype} {labels.shape}"
-        rule = f"must be integers, one for each of {len(images)} images, got {got}"
+        rule = f"must be integers, one for each of {len(images)} images, got {labels.dtype} {labels.shape}"
         raise InputError(f"{labels_place}: {rule}; {WRITE_A_TASK}")
-    if labels.min() < 0 or labels.max() >= np.iinfo(np.int64).max:
-        raise InputError(
-            f"{labels_place}: must count from 0, got {labels.min()} to {labels.max()}; number the classes anew"
-        )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= np.iinfo(np.int64).max:
+        raise InputError(f"{labels_place}: must count from 0, got {low} to {high}; number the classes anew")
     return np.ascontiguousarray(images), np.ascontiguousarray(labels, dtype=np.int64)
 
 
@@ -98,16 +96,13 @@ def check_task_part(part: Any, name: str, part_name: str) -> Part:
 def _check_inputs(images: npt.NDArray[Any], place: str, notices: list[str]) -> npt.NDArray[Any]:
     """Return images as [n, c, h, w] uint8; floats and integer tokens as they are, but for channels that come last."""
     if images.dtype == np.uint8:
-        if images.ndim not in (3, 4) or 0 in images.shape:
-            rule = "uint8 images must be [n, h, w] or [n, c, h, w] without a zero"
-            raise InputError(f"{place}: {rule} (integer tokens must be int64), got {images.shape}")
+        rule = "uint8 images must be [n, h, w] or [n, c, h, w] without a zero (integer tokens must be int64)"
+        check(place, images.shape, images.ndim in (3, 4) and 0 not in images.shape, rule)
         images = images[:, None] if images.ndim == 3 else images
     else:
         images = _standard_numbers(images, place)
-        if images.ndim < 2 or 0 in images.shape:
-            raise InputError(
-                f"{place}: must be [n, ...] with two dimensions or more, without a zero, got {images.shape}"
-            )
+        rule = "must be [n, ...] with two dimensions or more, without a zero"
+        check(place, images.shape, images.ndim > 1 and 0 not in images.shape, rule)
     if images.ndim == 4 and _has_channels_last(images.shape):
         before, images = images.shape, images.transpose(0, 3, 1, 2)
         notices.append(f"{place}: channels come last in {before}: taken as {images.shape}")
@@ -118,10 +113,9 @@ def _standard_numbers(array: npt.NDArray[Any], place: str) -> npt.NDArray[Any]:
     """Return floats as float32 and large unsigned integers as int64, which torch computes with."""
     if array.dtype.kind == "f":
         array = array.astype(np.float32, copy=False)
-        if not np.isfinite(array).all():
-            raise InputError(
-                f"{place}: must be finite in float32, got {array[~np.isfinite(array)].flat[0]}; {REPAIR_FIRST}"
-            )
+        others = array[~np.isfinite(array)]
+        if others.size:
+            raise InputError(f"{place}: must be finite in float32, got {others[0]}; {REPAIR_FIRST}")
         return array
     if array.dtype.kind not in "iub":
         raise InputError(f"{place}: must be uint8 images, floats or integers, got {array.dtype}; {REPAIR_FIRST}")
@@ -144,9 +138,8 @@ def _as_array(value: Any, place: str) -> npt.NDArray[Any]:
     except (TypeError, RuntimeError) as error:  # bfloat16, sparse, on no device
         raise InputError(f"{place}: must be a tensor that numpy can hold ({describe_error(error)})") from error
     if not isinstance(array, np.ndarray):
-        raise InputError(
-            f"{place}: must be a numpy array or a torch tensor, got {type(value).__name__}; numpy.asarray makes one"
-        )
+        got = type(value).__name__
+        raise InputError(f"{place}: must be a numpy array or a torch tensor, got {got}; numpy.asarray makes one")
     return np.asarray(array)
 
 
