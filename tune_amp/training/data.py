@@ -151,7 +151,13 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
         InputError: the name is unknown, files are damaged, missing or unreadable, or a function breaks its contract.
     """
     if name == "auto":
-        return _load_mnist_or_digits(data_dir)
+        try:
+            return _load_files("mnist", data_dir)
+        except DownloadError as error:
+            return _load_digits(
+                f"MNIST is neither in {error.folder} nor can it be downloaded ({error.cause}): using scikit-learn's "
+                "bundled digits (1,797 images) instead; accuracies are not MNIST's"
+            )
     if name in TORCHVISION_CLASSES:
         return _load_files(name, data_dir)
     if name == "digits":
@@ -210,16 +216,6 @@ def describe_tail(dataset: Dataset) -> str:
         return ""
     counts = np.bincount(dataset.train.labels, minlength=dataset.num_classes)
     return f" (long tail {dataset.imbalance:g}:1, {counts.max():,} to {counts.min():,} a class)"
-
-
-def _load_mnist_or_digits(data_dir: Path | None) -> Dataset:
-    try:
-        return _load_files("mnist", data_dir)
-    except DownloadError as error:
-        return _load_digits(
-            f"MNIST is neither in {error.folder} nor can it be downloaded ({error.cause}): using scikit-learn's "
-            "bundled digits (1,797 images) instead; accuracies are not MNIST's"
-        )
 
 
 def _load_files(name: str, data_dir: Path | None) -> Dataset:
