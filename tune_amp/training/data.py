@@ -339,8 +339,10 @@ def _hash_splits(splits: Iterable[Split]) -> str:
 
 def _check_alike(train: Split, other: Split, place: str, other_place: str) -> None:
     """Refuse inputs of different shapes or dtypes."""
-    facts = [("shape (channels, height, width for images)", train.images.shape[1:], other.images.shape[1:])]
-    for what, given, wanted in (*facts, ("dtype", train.images.dtype, other.images.dtype)):
+    for what, given, wanted in (
+        ("shape (channels, height, width for images)", train.images.shape[1:], other.images.shape[1:]),
+        ("dtype", train.images.dtype, other.images.dtype),
+    ):
         if given != wanted:
             raise InputError(f"{place}: must have the {what} of {other_place}, {wanted}, got {given}")
 
