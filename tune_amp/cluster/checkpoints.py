@@ -149,10 +149,9 @@ def prepare_storage(
     """Choose the storage, and test that it can be written. A resumed search gets a new folder each time.
 
     Args:
-        storage_path: a path that all nodes can write, or a URL that pyarrow supports: ``file://``, ``s3://``,
-            ``gs://``, ``abfs://``, ``hdfs://`` with its options as a query
-            (``?endpoint_override=host:port&scheme=http``). Credentials come from the environment or from the URL. None
-            for the run folder, which only this node can write.
+        storage_path: a path that all nodes can write, or a URL that pyarrow supports, with its options as a query
+            (``s3://bucket?endpoint_override=host:port``); None for the run folder, which only this node can write.
+            Credentials come from the environment or from the URL.
         run_folder: the run's own folder; its name is the experiment's name at ``storage_path``.
         nodes: number of nodes of the Ray cluster.
         earlier: storage of the earlier parts of a resumed search; None for a new search.

@@ -10,11 +10,8 @@ _CGROUP = Path("/sys/fs/cgroup")
 def count_cpus(cgroup: Path = _CGROUP) -> int:
     """Return the number of CPUs that this process may use, at least one.
 
-    The number is smaller than the machine's if the process is pinned to some CPUs (``taskset``, SLURM) or if a
-    container has a quota. A fraction is rounded down: 1.5 CPUs count as one. Ray itself ignores the pinning.
-
-    Args:
-        cgroup: folder in which the system shows the control group of a container, version 1 or 2.
+    They are fewer than the machine's if the process is pinned to some (``taskset``, SLURM; Ray ignores that) or if a
+    container, whose control group the system shows in ``cgroup``, has a quota. 1.5 CPUs count as one.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max" instead of a number

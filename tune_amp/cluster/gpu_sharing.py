@@ -31,24 +31,18 @@ if TYPE_CHECKING:
 # Memory of a CUDA context with its kernels and library handles, which PyTorch's allocator does not count: 400 to
 # 600 MiB on recent GPUs.
 CONTEXT_BYTES = 600 * 2**20
-
 # A tenth of a device is reserved for fragmentation, the driver, and occasional peaks of the largest configuration.
 USABLE_MEMORY = 0.9
-
 # Trials that share a device slow each other down. A search of stopped and resumed trials gains nothing from the last
 # tenth of throughput, and pays for it with later results, to which neither the sampler nor the scheduler can react.
 KNEE = 0.9
-
 MOST_TRIALS = 16
 """Upper limit on concurrent trials. A sampler learns only from trials that ended before others started: with more
 trials at a time, much of a search is random."""
-
 # Added to the time of the measurements: 16 processes import torch and place their data at the same time.
 START_SECONDS = 30.0
-
 TIMED_STEPS = 4
 EPOCHS_A_MEASUREMENT = 10
-
 # In descending order of memory. tf32 stores numbers in fp32; fp16 and bf16 keep fp32 weights and halve activations.
 PRECISIONS_BY_MEMORY = ("fp32", "tf32", "fp16", "bf16")
 OPTIMIZERS_BY_MEMORY = ("adamw", "adam", "sgd")  # two buffers a weight, two, one
@@ -86,11 +80,7 @@ def find_largest(space: "SearchSpace", **shared: Any) -> TrialConfig:
     """Return a configuration that needs at least as much memory as any that ``space`` suggests.
 
     It combines the largest batch with the precision and the optimizer that take most memory. If conditions of the space
-    exclude this combination, every trial is smaller.
-
-    Args:
-        space: what is searched.
-        shared: ``TrialConfig`` fields that all trials have in common, the user's own task among them.
+    exclude this combination, every trial is smaller. All trials have the fields ``shared`` in common.
     """
     sizes = list_possible(space, "batch_size")
     sizes += [bound for bound in space.bounds("batch_size") or () if bound not in sizes]
@@ -170,10 +160,10 @@ def measure_shares(
         device_type: ``cuda`` for the current device, or ``cpu``.
         counts: numbers of processes.
         seconds: duration of the measurement of each number.
-        repeats: how often each number is measured, in turn, by the same processes.
+        repeats: how often the same processes measure the whole series.
 
     Returns:
-        A measurement for each number that could be measured, in ascending order; the whole series once per repeat.
+        A measurement for each number that could be measured, in ascending order, once per repeat.
 
     Raises:
         MeasurementError: no number could be measured.

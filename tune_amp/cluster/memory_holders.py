@@ -33,10 +33,8 @@ class MemoryHeldError(OSError):
 def find_node_holders(text: str) -> str | None:
     """Return who holds a node's memory, in one line, if Ray's workers hold less than half of what is used; else None.
 
-    The process that runs the search is never named as the largest: its user started it.
-
-    Args:
-        text: Ray's error text for a worker that its memory monitor killed.
+    The process that runs the search is never named as the largest: its user started it. ``text`` is Ray's error for a
+    worker that its memory monitor killed.
     """
     used, workers = _USED.search(text), {pid: float(size) for pid, size in _WORKER.findall(text)}
     if used is None or not workers:
@@ -59,13 +57,9 @@ def _name_program(command: str) -> str:
 
 
 def find_gpu_holders(*, free: int, own: int, total: int, share: float) -> str | None:
-    """Return who holds a GPU's memory, in one line, if less than half of a trial's share is available; else None.
+    """Return who holds a GPU's memory, in one line, if less than half of a trial's ``share`` is available; else None.
 
-    Args:
-        free: bytes that no process holds.
-        own: bytes that the trial's process holds.
-        total: bytes of the GPU.
-        share: fraction of the GPU assigned to the trial.
+    Of the GPU's ``total`` bytes, no process holds those that are ``free``, and the trial's process its ``own``.
     """
     due = share * total
     if free + own >= due / 2:
@@ -76,12 +70,7 @@ def find_gpu_holders(*, free: int, own: int, total: int, share: float) -> str | 
 
 @contextlib.contextmanager
 def naming_memory_holders(device: torch.device, share: float) -> Iterator[None]:
-    """In the ``with`` block, raise MemoryHeldError if a GPU is out of memory because of other programs.
-
-    Args:
-        device: device of the trial.
-        share: share of a GPU assigned to the trial.
-    """
+    """In the ``with`` block, raise MemoryHeldError if a trial's GPU is out of memory because of other programs."""
     try:
         yield
     except Exception as error:

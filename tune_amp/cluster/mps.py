@@ -23,7 +23,6 @@ from tune_amp.trial.config import InputError, one_line
 PROGRAM = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
-
 ANSWER_SECONDS = 5.0
 """Seconds for a daemon to answer a question."""
 START_SECONDS = 30.0
@@ -67,7 +66,7 @@ def provide_mps(wanted: str, home: Path) -> Iterator[Mps]:
 
     Args:
         wanted: ``on``; ``auto``, which continues without MPS if it cannot be had; or ``off``.
-        home: a private folder with room for the path of a Unix socket, for the files of a private daemon.
+        home: a private folder with a short path, for the files and sockets of a private daemon.
 
     Raises:
         InputError: it is wanted ``on``, and cannot be had.

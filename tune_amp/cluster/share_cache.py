@@ -28,7 +28,6 @@ MOST_BYTES = 2**16
 """Size of the largest file that is read; a measurement takes about a kilobyte."""
 MOST_SAMPLES = 1e12
 """Upper limit on a plausible throughput, in images per second."""
-
 QUERY = "--query-gpu=name,memory.total,driver_version,mig.mode.current"
 QUERY_SECONDS = 10.0
 
@@ -90,7 +89,7 @@ def recall_shares(
 
     Args:
         key: everything that the measurement depends on, as JSON has it; None to measure and keep nothing.
-        measure: measures; raises what it likes.
+        measure: measures.
 
     Returns:
         The measurements, and a text to follow their explanation: empty unless they are of an earlier time.

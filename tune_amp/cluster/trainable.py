@@ -51,24 +51,20 @@ from tune_amp.trial.report import TrialReport
 from tune_amp.trial.text import generalize_error
 
 CHECKPOINT_FILE = "trial.pt"
-
 REPORT = "report"
 """Key of the ``TrialReport`` in a result."""
 _TUNES_OWN = (DONE, NODE_IP, PID, SHOULD_CHECKPOINT, TRAINING_ITERATION, TRIAL_ID)
 READ_BY_TUNE = frozenset((*OBJECTIVES, "epoch", "status", "config_fault", *_TUNES_OWN))
 """Other keys of a result: what Tune, the schedulers and the searcher read."""
-
 # A worker's death (killed, a segmentation fault) need not be the settings' fault: the trial is retried.
 WORKER_RETRIES = 2
 # A lost node is never the settings' fault, and does not count as a retry. Neither does a broken connection, which looks
 # the same. This many in a row without a new epoch do count: else a network that keeps breaking is retried forever.
 NODE_RETRIES = 10
-
 # A checkpoint is due after work that takes this many times its cost. Checkpoints then take at most 1 / 21 of a trial's
 # time, under 5 %, and a worker that dies loses at most the work of 20 checkpoints plus its current epoch.
 WORK_PER_CHECKPOINT = 20
-# Assumed cost until a worker has saved once. simple_net takes 0.01 to 0.02 s on a local disk; network storage takes
-# longer.
+# Assumed cost until a worker has saved once. simple_net takes 0.01 to 0.02 s on a local disk.
 FIRST_CHECKPOINT_SECONDS = 0.05
 
 
@@ -300,12 +296,7 @@ class AmpTrainable(tune.Trainable):
 
 
 def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> bool:
-    """Whether a checkpoint is worth its cost.
-
-    Args:
-        unsaved_seconds: seconds of work that would be lost if the worker died.
-        save_seconds: seconds that the last checkpoints of this worker took, those of other trials included.
-    """
+    """Whether a checkpoint of so many seconds of work is worth its cost, judged by the last ones of this worker."""
     cost = statistics.median(save_seconds) if save_seconds else FIRST_CHECKPOINT_SECONDS
     return unsaved_seconds >= WORK_PER_CHECKPOINT * cost
 
