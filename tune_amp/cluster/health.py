@@ -2,7 +2,6 @@
 
 import socket
 from pathlib import Path
-from typing import Any
 
 from tune_amp.cluster import ray_patches
 
@@ -22,12 +21,8 @@ class RayHealth:
         node = ray_patches.find_node()
         if node is None:
             return None
-        if not node.all_processes:
-            return self._find_dead_of_cluster(node)
-        required = ("gcs_server", "raylet")
-        return next((name for name, _ in node.dead_processes() if name in required), None)
-
-    def _find_dead_of_cluster(self, node: Any) -> str | None:
+        if node.all_processes:
+            return next((name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")), None)
         # The kernel's list of sockets, if there is one, shows whether the raylet listens, without disturbing it.
         sockets = Path("/proc/net/unix")
         listens = sockets.exists() and node.raylet_socket_name in sockets.read_text()
@@ -40,5 +35,5 @@ class RayHealth:
         except ConnectionRefusedError:
             return "gcs_server"
         except OSError:  # Ray itself handles a network that fails for a moment
-            return None
+            pass
         return None

@@ -311,10 +311,7 @@ def _check_answers(address: str) -> None:
 
 def _find_source(module: ModuleType) -> str:
     """Return the folder of a package, or the file of a single module."""
-    if hasattr(module, "__path__"):
-        return str(module.__path__[0])
-    assert module.__file__ is not None  # a user's own code, not a built-in
-    return module.__file__
+    return str(module.__path__[0] if hasattr(module, "__path__") else module.__file__)
 
 
 def _describe_session(token_path: Path | None) -> RaySession:

@@ -76,10 +76,10 @@ def describe_gpus() -> list[str] | None:
 
 def describe_cpu() -> list[str | int | None]:
     """Return name and number of this node's CPUs, which launch the work of a GPU; no name but on Linux."""
+    lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        return [next((line for line in lines if line.startswith("model name")), None), os.cpu_count()]
-    return [None, os.cpu_count()]
+    return [next((line for line in lines if line.startswith("model name")), None), os.cpu_count()]
 
 
 def recall_shares(
