@@ -21,7 +21,7 @@ from types import ModuleType
 
 from tune_amp.cluster import ray_patches
 from tune_amp.cluster.cpus import count_cpus
-from tune_amp.cluster.mps import Mps, provide_mps
+from tune_amp.cluster.mps import provide_mps
 from tune_amp.cluster.private_home import HOME_PREFIX, private_home
 from tune_amp.trial.config import InputError, describe_error
 from tune_amp.trial.text import hide_credentials
@@ -122,15 +122,12 @@ def ray_session(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(QUIET_TUNE))
         if is_running:
-            yield _describe_session(token_path=None)
+            yield _describe_session()
         elif address is None:
-            token_path, how = stack.enter_context(
-                _private_ray(run, num_cpus, num_gpus, preload, workers, mps, announce)
-            )
-            yield dataclasses.replace(_describe_session(token_path), mps=how)
+            yield stack.enter_context(_private_ray(run, num_cpus, num_gpus, preload, workers, mps, announce))
         else:
             stack.enter_context(_joined_ray(address, run, modules))
-            yield _describe_session(token_path=None)
+            yield _describe_session()
 
 
 @contextlib.contextmanager
@@ -142,8 +139,8 @@ def _private_ray(
     workers: int,
     mps: str,
     announce: Callable[[str], None],
-) -> Iterator[tuple[Path, str | None]]:
-    """Start a private Ray; yield the path of its token, and how its processes share GPUs."""
+) -> Iterator[RaySession]:
+    """Start a private Ray."""
     with contextlib.ExitStack() as stack:
         parent = None
         try:
@@ -155,7 +152,10 @@ def _private_ray(
             _check_room(home)
         except OSError as error:
             raise _start_error(error, parent) from error
-        sharing = stack.enter_context(_gpu_sharing(mps, num_gpus, home))
+        has_gpu = ray_patches.count_gpus_of_ray() if num_gpus is None else num_gpus
+        if mps == "on" and not has_gpu:
+            raise InputError("--mps: on needs a GPU, and Ray finds none here")
+        sharing = stack.enter_context(provide_mps(mps, home)) if has_gpu else None
         secured: dict[str, str | None] = {
             **ray_patches.LOOPBACK_ONLY,
             **ray_patches.preloading(preload),
@@ -181,16 +181,7 @@ def _private_ray(
             except OSError as full:
                 raise _start_error(full, parent) from error
             raise _start_error(error, parent) from error
-        yield token_path, sharing.description if sharing else None
-
-
-def _gpu_sharing(mps: str, num_gpus: int | None, home: Path) -> contextlib.AbstractContextManager[Mps | None]:
-    """Return a context manager of the MPS of a private Ray; of None if it has no GPU."""
-    if num_gpus if num_gpus is not None else ray_patches.count_gpus_of_ray():
-        return provide_mps(mps, home)
-    if mps == "on":
-        raise InputError("--mps: on needs a GPU, and Ray finds none here")
-    return contextlib.nullcontext()
+        yield _describe_session(token_path, sharing.description if sharing else None)
 
 
 @contextlib.contextmanager
@@ -314,7 +305,7 @@ def _find_source(module: ModuleType) -> str:
     return str(module.__path__[0] if hasattr(module, "__path__") else module.__file__)
 
 
-def _describe_session(token_path: Path | None) -> RaySession:
+def _describe_session(token_path: Path | None = None, mps: str | None = None) -> RaySession:
     import ray
 
     dashboard_url = ray_patches.find_dashboard()
@@ -323,6 +314,7 @@ def _describe_session(token_path: Path | None) -> RaySession:
         dashboard_url=dashboard_url,
         token_path=token_path,
         authenticated=_requires_token(ray.get_runtime_context().gcs_address, dashboard_url),
+        mps=mps,
     )
 
 
