@@ -18,7 +18,7 @@ from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_amp.cluster.failures import OUT_OF_MEMORY_SIGN, find_cause, find_status, is_node_lost
+from tune_amp.cluster.failures import OUT_OF_MEMORY_SIGN, count_free_retries, find_cause, find_status
 from tune_amp.cluster.trainable import LargerShareNeeded
 from tune_amp.results.journal import cut_torn_line
 from tune_amp.results.run_folder import RunFolder
@@ -305,12 +305,12 @@ def test_last_death_of_a_worker_decides(make_search: MakeSearch, die: Callable[.
 
 def test_node_that_left_or_died_is_told_from_a_worker_that_did(die: Callable[..., DeadTrial]) -> None:
     assert find_cause(die(DEVICE_ASSERT)) == "torch.AcceleratorError: CUDA error: device-side assert triggered"
-    assert is_node_lost(find_cause(die(KILLED, NODE_DIED)))
-    assert is_node_lost(find_cause(die(NODE_LEFT)))
-    assert is_node_lost(find_cause(die(KILLED, NODE_UNREACHABLE)))
-    assert not is_node_lost(find_cause(die(NODE_DIED, WORKER_DIED)))
-    assert not is_node_lost(find_cause(die(OUT_OF_MEMORY)))
-    assert not is_node_lost(find_cause(DeadTrial("a", None)))
+    assert count_free_retries(find_cause(die(KILLED, NODE_DIED)))
+    assert count_free_retries(find_cause(die(NODE_LEFT)))
+    assert count_free_retries(find_cause(die(KILLED, NODE_UNREACHABLE)))
+    assert not count_free_retries(find_cause(die(NODE_DIED, WORKER_DIED)))
+    assert not count_free_retries(find_cause(die(OUT_OF_MEMORY)))
+    assert not count_free_retries(find_cause(DeadTrial("a", None)))
 
 
 def test_trial_whose_nodes_memory_others_hold_is_told_failed(

@@ -79,9 +79,4 @@ def count_free_retries(cause: str) -> int:
     """Return how many times in a row a trial is retried for free after a worker death that is not the trial's fault."""
     if MEMORY_HELD_SIGN in cause:
         return MEMORY_RETRIES
-    return NODE_RETRIES if is_node_lost(cause) else 0
-
-
-def is_node_lost(cause: str) -> bool:
-    """Whether a worker died because its node left or failed: never the trial's fault, however often it happens."""
-    return any(sign in cause for sign in NODE_LOST_SIGNS)
+    return NODE_RETRIES if any(sign in cause for sign in NODE_LOST_SIGNS) else 0

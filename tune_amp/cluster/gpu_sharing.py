@@ -325,7 +325,9 @@ class _Commands:
             The steps per epoch, and on a GPU the peak memory of a trial in bytes and how many trials fit; else None.
         """
         batch_size = self._job.config.batch_size
-        train = self._load_split()
+        folder = Path(self._job.folder)
+        images, labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
+        train = Split(images=images, labels=labels)
         if steps is None:
             per_step = self._time_step(train)
             most = max(1, len(train) // batch_size)
@@ -362,11 +364,6 @@ class _Commands:
     def _start_run(self, train: Split, validation: Split | None, *, max_epochs: int = 2) -> TrainingRun:
         data = TrainingData(train, validation, self._job.num_classes, self._device)
         return TrainingRun(dataclasses.replace(self._job.config, max_epochs=max_epochs), data)
-
-    def _load_split(self) -> Split:
-        folder = Path(self._job.folder)
-        images, labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
-        return Split(images=images, labels=labels)
 
 
 def _take(split: Split, count: int) -> Split:

@@ -113,7 +113,11 @@ def ray_session(
         InputError: ``address`` cannot be joined, Ray would find no home folder, or MPS is wanted and cannot be had.
         StartError: a private Ray does not start.
     """
-    _check_home()
+    try:
+        Path.home()  # Ray Tune reads it on import
+    except RuntimeError:
+        text = f"HOME: must name a folder: it is not set, and the user id {os.getuid()} has no home folder"
+        raise InputError(text) from None
     is_running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if mps == "on" and (is_running or address is not None):
         raise InputError(
@@ -229,16 +233,6 @@ def _start_error(error: Exception, parent: Path | None) -> StartError:
     return StartError(f"Ray did not start: {reason}")
 
 
-def _check_home() -> None:
-    """Raise InputError if the user's home folder cannot be determined: Ray Tune reads it on import."""
-    try:
-        Path.home()
-    except RuntimeError:
-        raise InputError(
-            f"HOME: must name a folder: it is not set, and the user id {os.getuid()} has no home folder"
-        ) from None
-
-
 def _extend_python_path() -> str | None:
     """Return a ``PYTHONPATH`` from which workers can import this package even if it is not installed."""
     before, folder = os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2])
@@ -262,7 +256,9 @@ def _joined_ray(address: str, run: str, modules: tuple[ModuleType, ...]) -> Iter
         import ray
 
         try:
-            _check_answers(address)
+            host, _, port = address.rpartition(":")
+            if port.isdecimal():  # not "auto"; if nothing listens there, Ray would retry for a quarter of an hour
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray_patches.init_ray(address, run, runtime_env=runtime_env)
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = hide_credentials(describe_error(error))
@@ -291,13 +287,6 @@ def resolve_address(address: str) -> str:
     if joined != "auto" and (not host or not port.isdecimal() or "://" in host):
         raise InputError(f"--address: must be auto or host:port, got {hide_credentials(joined)}")
     return joined
-
-
-def _check_answers(address: str) -> None:
-    """Raise OSError at once if nothing listens at ``address``: Ray would retry for a quarter of an hour."""
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():  # otherwise it is "auto", or Ray will report what is wrong
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _find_source(module: ModuleType) -> str:

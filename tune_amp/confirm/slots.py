@@ -123,11 +123,12 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
                         waiting.appendleft(again)
                     else:
                         yield attempt.job, attempt.conclude(run)
-                for reference in [] if ended else self._list_late():
-                    attempt, worker = self._running.pop(reference)
-                    worker.end()
-                    run = _end(attempt.job, status=TrialStatus.FAILED, error=describe_limit(self._time_limit))
-                    yield attempt.job, attempt.conclude(run)
+                for reference, (attempt, worker) in list(self._running.items()):
+                    if not ended and worker.count_seconds() > self._time_limit:  # it hangs
+                        del self._running[reference]
+                        worker.end()
+                        run = _end(attempt.job, status=TrialStatus.FAILED, error=describe_limit(self._time_limit))
+                        yield attempt.job, attempt.conclude(run)
         finally:
             self._end_running()
 
@@ -140,12 +141,6 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         else:
             self._idle.remove(worker)
         self._running[worker.train(attempt.job)] = attempt, worker
-
-    def _list_late(self) -> "list[ray.ObjectRef[ConfirmedRun]]":
-        """Return the jobs that have taken too long: they hang."""
-        if self._time_limit == math.inf:
-            return []
-        return [ref for ref, (_, worker) in self._running.items() if worker.count_seconds() > self._time_limit]
 
     def _release(self, worker: "_Worker", run: ConfirmedRun) -> None:
         """Keep a worker for the next job, unless its process may be why the last one failed.
