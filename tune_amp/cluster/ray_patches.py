@@ -224,7 +224,7 @@ def reaped_processes() -> Iterator[None]:
 
 
 def find_dashboard() -> str | None:
-    """Return the URL of the dashboard; None if it does not run. ``ray.init`` returns it only to whoever starts Ray."""
+    """Return the URL of the dashboard; None if it does not run. ``ray.init`` returns it only when Ray starts."""
     from ray._private import worker
 
     address = worker.get_dashboard_url()
