@@ -1,3 +1,4 @@
+import itertools
 import math
 import subprocess
 import sys
@@ -386,34 +387,24 @@ def test_hog_runs_out_of_its_own_share_while_a_neighbour_computes_on() -> None:
 # Slots of a cluster that changes
 
 
-def test_slots_follow_the_nodes_that_live_now() -> None:
-    nodes, now = [machine(2), machine(4)], [0.0]
-    count = count_slots_now(2, 0.0, find_nodes=lambda: nodes, clock=lambda: now[0])
-    assert count() == 3
-    nodes.append(machine(3))  # holds one
-    now[0] += LIST_NODES_SECONDS
-    assert count() == 4
-    del nodes[1]
-    now[0] += LIST_NODES_SECONDS
-    assert count() == 2
-    nodes.clear()
-    now[0] += LIST_NODES_SECONDS
-    assert count() == 0
+@pytest.mark.parametrize(("most", "expected"), [(None, [3, 4, 2, 0]), (3, [3, 3, 2, 0])])
+def test_slots_follow_the_nodes_that_live_now_up_to_the_users_limit(most: int | None, expected: list[int]) -> None:
+    lists = [[2, 4], [2, 4, 3], [2, 3], []]  # CPUs of the nodes; the third holds one trial
+    listed = iter(lists)
+    now = itertools.count(0.0, LIST_NODES_SECONDS)
+    count = count_slots_now(
+        2,
+        0.0,
+        max_concurrent=most,
+        find_nodes=lambda: [machine(cpus) for cpus in next(listed)],
+        clock=lambda: next(now),
+    )
+    assert [count() for _ in lists] == expected
 
 
 def test_slots_of_gpus_are_counted_node_by_node() -> None:
     nodes = [machine(16, 1), machine(1, 2), machine(8)]  # the second has one CPU, the third no GPU
     assert count_slots_now(1, 0.5, find_nodes=lambda: nodes)() == 3
-
-
-def test_no_more_slots_than_the_user_allows() -> None:
-    nodes = [machine(2)]
-    now = [0.0]
-    count = count_slots_now(1, 0.0, max_concurrent=3, find_nodes=lambda: nodes, clock=lambda: now[0])
-    assert count() == 2
-    nodes.append(machine(8))
-    now[0] += LIST_NODES_SECONDS
-    assert count() == 3
 
 
 def test_nodes_are_asked_for_once_a_second_at_most() -> None:

@@ -210,11 +210,14 @@ SCORES = [0.950, 0.952, 0.954]
 
 
 def test_of_several_objectives_the_order_of_the_search_stays_and_the_default_has_no_rank() -> None:
-    ranked = make_ranked(0.99, 0.98, 0.97)
+    """The rest of the set, which was not trained again, has no columns."""
+    ranked = make_ranked(0.99, 0.98, 0.97, 0.96)
     runs = [run for name, value in {"a": 0.90, "b": 0.95, "c": 0.92}.items() for run in make_runs(name, [value] * 3)]
     runs += make_runs(DEFAULT_ID, [0.5] * 3)
     rows = rank_confirmed(ranked, DEFAULT, runs, ["val_accuracy", "train_seconds"])
-    assert ids(rows) == "a1 b2 c3 default"
+    assert ids(rows) == "a1 b2 c3 d4 default"
+    assert rows[3].confirmation is None
+    assert column(rows[:3], "val_accuracy_mean") == pytest.approx({"a": 0.90, "b": 0.95, "c": 0.92})
     first = rows[0].confirmation
     assert first is not None
     assert first.verdict is not None
@@ -229,16 +232,6 @@ def test_runs_without_any_spread_and_a_single_configuration_are_judged() -> None
     runs = [*make_runs("a", [0.9] * 3), *make_runs("b", [0.9] * 3), *make_runs("c", [0.8] * 3)]
     rows = rank_confirmed(make_ranked(0.9, 0.9, 0.9), None, runs, ["val_accuracy"])
     assert column(rows, "tied_with_best") == {"a": True, "b": True, "c": False}
-
-
-def test_several_objectives_keep_the_ranks_of_the_search_and_the_rest_of_the_set_has_no_columns() -> None:
-    ranked = make_ranked(0.99, 0.98, 0.97)
-    runs = [*make_runs("a", [0.90, 0.91, 0.92]), *make_runs("b", [0.95, 0.96, 0.97])]
-    rows = rank_confirmed(ranked, None, runs, ["val_accuracy", "train_seconds"])
-    assert ids(rows) == "a1 b2 c3"
-    assert rows[2].confirmation is None
-    assert rows[1].confirmation is not None
-    assert rows[1].confirmation.val_accuracy_mean == pytest.approx(0.96)
 
 
 # What is trained
