@@ -69,20 +69,20 @@ def stopping_on_signals(stop: StopRequest) -> Iterator[None]:
         if not stop.is_watched:
             raise KeyboardInterrupt
 
-    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
 
     def install() -> None:
         for number in handled:
             signal.signal(number, handle)
 
-    before = [signal.getsignal(number) for number in handled]
     stop.reinstall_handlers = install
     install()
     try:
         yield
     finally:
-        for number, handler in zip(handled, before, strict=True):
-            signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
