@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tune_amp.training.amp import AUTOCAST_DTYPES, fp32_arithmetic
-from tune_amp.training.cuda_graph import Step
+from tune_amp.training.cuda_graph import Step, capture_cuda_graph
 from tune_amp.training.data import Split
 from tune_amp.training.generators import keep_generators
 from tune_amp.training.models import InputShape, build_model
@@ -300,7 +300,7 @@ def _build_short_run(config: TrialConfig, data: TrainingData, steps: int) -> Tra
         images=generator.integers(0, 256, shape, np.uint8),
         labels=np.resize(np.arange(data.num_classes, dtype=np.int64), count),
     )
-    capture = take_again if data.device.type == "cuda" else None
+    capture = take_again if data.device.type == "cuda" else capture_cuda_graph
     return TrainingRun(config, TrainingData(split, None, data.num_classes, data.device), capture=capture)
 
 

@@ -114,7 +114,7 @@ class Suite:
 
     def start(self, config: TrialConfig, data: TrainingData, *, graph: bool) -> TrainingRun:
         """A run that captures its steps, or does not."""
-        return TrainingRun(config, data, allow_graph=graph, capture=self.capture if graph else None)
+        return TrainingRun(config, data, capture=self.capture if graph else None)
 
 
 Part = Callable[[Suite, float], tuple[list[GpuRow], str]]
@@ -243,7 +243,7 @@ def check_against_cpu(suite: Suite, left: float) -> tuple[list[GpuRow], str]:
         config = early_config(model, "fp32", "adam")
         here = suite.start(config, suite.train(EARLY_STEPS * 64), graph=False).train_epoch()
         on_cpu = suite.train(EARLY_STEPS * 64, torch.device("cpu"))
-        there = TrainingRun(config, on_cpu, allow_graph=False).train_epoch()
+        there = TrainingRun(config, on_cpu, capture=None).train_epoch()
         rows.append(judge_losses("against the CPU", f"{model}, fp32", "fp32", here, there))
     return rows, ""
 

@@ -26,10 +26,10 @@ class Lane:
     Args:
         config: configuration of the trial.
         data: training images.
-        capture: function that captures a step; None for a CUDA graph.
+        capture: function that captures a step.
     """
 
-    def __init__(self, config: TrialConfig, data: TrainingData, capture: Capture | None) -> None:
+    def __init__(self, config: TrialConfig, data: TrainingData, capture: Capture) -> None:
         self._run = TrainingRun(config, data, capture=capture)
         train_until_captured(self._run)
         loop = self._run._loop  # noqa: SLF001 - a run itself replays on one stream only
@@ -56,7 +56,7 @@ class Lane:
 
 def measure_lanes(
     data: TrainingData,
-    capture: Capture | None,
+    capture: Capture,
     deadline: float,
     *,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -67,7 +67,7 @@ def measure_lanes(
 
     Args:
         data: training images, which the lanes share.
-        capture: function that captures a step; None for a CUDA graph.
+        capture: function that captures a step.
         deadline: no measurement starts after this moment of ``time.monotonic``.
         batch_sizes: batch sizes of the lanes.
         counts: numbers of lanes, the largest first.
@@ -84,7 +84,7 @@ def measure_lanes(
 def _measure_batch_size(
     config: TrialConfig,
     data: TrainingData,
-    capture: Capture | None,
+    capture: Capture,
     deadline: float,
     *,
     counts: Sequence[int],

@@ -33,7 +33,7 @@ class Outcome:
 def compare_precisions(
     data: TrainingData,
     cells: Sequence[tuple[str, int]],
-    capture: Capture | None,
+    capture: Capture,
     deadline: float,
     *,
     seeds: int = SEEDS,
@@ -44,7 +44,7 @@ def compare_precisions(
     Args:
         data: training and validation images.
         cells: model and batch size of each.
-        capture: function that captures a step; None for a CUDA graph.
+        capture: function that captures a step.
         deadline: a cell that lacks runs at this moment of ``time.monotonic`` is left out.
         seeds: seeds of each precision.
         precisions: fp32, and those compared with it.
@@ -69,7 +69,7 @@ def compare_precisions(
 def _train_cell(
     config: TrialConfig,
     data: TrainingData,
-    capture: Capture | None,
+    capture: Capture,
     deadline: float,
     *,
     seeds: int,
@@ -86,7 +86,7 @@ def _train_cell(
     return outcomes
 
 
-def train_to_end(config: TrialConfig, data: TrainingData, capture: Capture | None) -> Outcome:
+def train_to_end(config: TrialConfig, data: TrainingData, capture: Capture) -> Outcome:
     """Train as many epochs as a capture needs in order to pay, three at least."""
     steps = len(data.train) // config.batch_size
     epochs = max(LEAST_EPOCHS, 1 + LEAST_STEPS // steps)

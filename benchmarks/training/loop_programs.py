@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_amp.training.amp import AUTOCAST_DTYPES, fp32_arithmetic
-from tune_amp.training.cuda_graph import WARM_UP_STEPS
+from tune_amp.training.cuda_graph import WARM_UP_STEPS, Capture, capture_cuda_graph
 from tune_amp.training.data import Split
 from tune_amp.training.models import build_model
 from tune_amp.training.run import TrainingRun
@@ -152,26 +152,26 @@ def _prepare_tutorial(cell: Cell, seconds: float) -> Prepared:
 
 def _prepare_eager(cell: Cell, seconds: float) -> Prepared:
     data = _place_share(cell, seconds)
-    run = TrainingRun(cell.config, data, allow_graph=False)
+    run = TrainingRun(cell.config, data, capture=None)
     run.train_epoch()
     return Prepared(take_turn=lambda: take_epochs(run, len(data.train), seconds))
 
 
 def _prepare_graph(cell: Cell, seconds: float) -> Prepared:
     data = _place_share(cell, seconds)
-    run = TrainingRun(cell.config, data, allow_graph=True)
+    run = TrainingRun(cell.config, data)
     train_until_captured(run)
     return Prepared(take_turn=lambda: take_epochs(run, len(data.train), seconds))
 
 
-def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) -> Prepared:
+def _prepare_compiled(cell: Cell, seconds: float, *, capture: Capture | None = None) -> Prepared:
     data = _place_share(cell, seconds)
-    run = TrainingRun(cell.config, data, allow_graph=allow_graph)
+    run = TrainingRun(cell.config, data, capture=capture)
     run.model = CompiledForBatches(run.model, cell.config.batch_size)
     with _fresh_compiler_cache(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own, about its own parts
         first, second = run.train_epoch(), run.train_epoch()
-        if allow_graph:
+        if capture is not None:
             train_until_captured(run)
     later = second.train_seconds - first.train_seconds
     return Prepared(
@@ -181,7 +181,7 @@ def _prepare_compiled(cell: Cell, seconds: float, *, allow_graph: bool = False) 
 
 
 def _prepare_compiled_graph(cell: Cell, seconds: float) -> Prepared:
-    return _prepare_compiled(cell, seconds, allow_graph=True)
+    return _prepare_compiled(cell, seconds, capture=capture_cuda_graph)
 
 
 def train_until_captured(run: TrainingRun) -> None:
@@ -249,7 +249,7 @@ def _place_share(cell: Cell, seconds: float) -> TrainingData:
     pilot = TrainingRun(
         cell.config,
         TrainingData(take(cell.train, 2 * cell.config.batch_size), None, cell.num_classes, cell.device),
-        allow_graph=False,
+        capture=None,
     )
     pilot.train_epoch()
     rate = pilot.train_epoch().samples_per_second

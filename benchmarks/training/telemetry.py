@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.markdown import render_table
 from tune_amp.training.amp import AmpStep, scaler_settings
-from tune_amp.training.cuda_graph import Capture
+from tune_amp.training.cuda_graph import Capture, capture_cuda_graph
 from tune_amp.training.data import Dataset
 from tune_amp.training.models import build_model
 from tune_amp.training.optimizers import build_optimizer
@@ -105,7 +105,7 @@ def measure_telemetry(
 
 
 def measure_probe(
-    config: TrialConfig, data: TrainingData, epochs: int, longer: float = 1.0, capture: Capture | None = None
+    config: TrialConfig, data: TrainingData, epochs: int, longer: float = 1.0, capture: Capture = capture_cuda_graph
 ) -> Share:
     """Probe time over training time, after the first epoch: by epochs, or on a GPU by the epochs from probe to probe.
 

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tune_amp.training.amp import (
     AmpStep,
     ScalerTelemetry,
-    describe_cuda,
     describe_hardware,
     flushing_denormals,
     fp32_arithmetic,
@@ -629,9 +628,11 @@ def test_product_on_the_cpu_is_strict_whatever_a_users_module_chose() -> None:
     ],
 )
 def test_gpu_without_tensor_cores_for_a_precision_is_named(
-    precision: str, capability: tuple[int, int], enough: bool
+    precision: str, capability: tuple[int, int], enough: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = describe_cuda(precision, capability, "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    text = describe_hardware(precision, torch.device("cuda"))
     if enough:
         assert text is None
     else:

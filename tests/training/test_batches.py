@@ -99,9 +99,12 @@ def test_scaling_of_a_data_set_knows_nothing_of_validation_and_test(digits: Data
 
 
 def test_scaling_leaves_the_resident_images_as_they_are() -> None:
-    images = torch.arange(6, dtype=torch.uint8)
-    assert scale_images(images, InputScaling(shift=1, factor=2)).tolist() == [-2, 0, 2, 4, 6, 8]
-    assert images.tolist() == [0, 1, 2, 3, 4, 5]
+    images = torch.arange(6, dtype=torch.uint8).view(1, 2, 3)
+    scaling = InputScaling(shift=1, factor=2)
+    assert scale_images(images, scaling).tolist() == [[[-2, 0, 2], [4, 6, 8]]]
+    assert images.tolist() == [[[0, 1, 2], [3, 4, 5]]]
+    for other in (images[0], images.float(), images.long()):  # rows of numbers, floats, tokens
+        assert scale_images(other, scaling) is other
 
 
 @pytest.mark.parametrize("method", ["minmax", "standard"])

@@ -23,6 +23,7 @@ from tune_amp.training.cuda_graph import (
     Step,
     StepLoop,
     capturable,
+    capture_cuda_graph,
     explain_change,
     release_failed_pool,
 )
@@ -108,7 +109,7 @@ def test_captured_step_trains_bit_for_bit_as_the_eager_loop(
     scaler = {"init_scale": 2.0**22, "growth_interval": 3} if precision == "fp16" else {}
     config = make_config(precision=precision, optimizer=optimizer, grad_clip=grad_clip, **scaler)
     capture = Repeating()
-    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=capture)
+    eager, graphed = TrainingRun(config, data, capture=None), TrainingRun(config, data, capture=capture)
     told = train(eager, 3)
     assert told == train(graphed, 3)
     assert_same(copy_state(eager), copy_state(graphed))
@@ -150,7 +151,7 @@ def test_a_task_of_floats_with_accumulation_is_captured_too(precision: str, writ
     scaler = {"init_scale": 2.0**22} if precision == "fp16" else {}
     config = make_config(task=name, model=name, precision=precision, batch_size=4, accumulate=2, **scaler)
     capture = Repeating()
-    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=capture)
+    eager, graphed = TrainingRun(config, data, capture=None), TrainingRun(config, data, capture=capture)
     assert train(eager, 3) == train(graphed, 3)
     assert_same(copy_state(eager), copy_state(graphed))
     assert (capture.captured, capture.replayed) == (1, 3 * (60 // 8) - WARM_UP_STEPS)
@@ -167,7 +168,7 @@ def test_a_task_that_counts_on_the_host_is_not_captured(write_module: WriteModul
 @pytest.mark.parametrize("curriculum", PACING)
 def test_epochs_of_different_length_are_the_same_too(curriculum: str, data: TrainingData) -> None:
     config = make_config(curriculum=curriculum, precision="fp16")
-    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=Repeating())
+    eager, graphed = TrainingRun(config, data, capture=None), TrainingRun(config, data, capture=Repeating())
     for run in (eager, graphed):
         run.epoch = LONG // 2 - 2  # the last two that grow, and then whole ones
     told = train(eager, 4)
@@ -183,7 +184,7 @@ def test_epochs_of_different_length_are_the_same_too(curriculum: str, data: Trai
 
 def test_run_goes_on_from_a_checkpoint_with_a_capture_of_its_own(data: TrainingData) -> None:
     config = make_config(precision="fp16", init_scale=2.0**22, optimizer="sgd")
-    whole = TrainingRun(config, data, allow_graph=False)
+    whole = TrainingRun(config, data, capture=None)
     train(whole, 2)
     stored = whole.state_dict()
     state = {**copy_state(whole), "seconds": stored["seconds"]}
@@ -209,7 +210,7 @@ def test_epoch_shorter_than_the_warm_up_captures_in_a_later_one(data: TrainingDa
 def test_every_built_in_model_may_be_captured(model: str) -> None:
     data = TrainingData(make_split(side=8), None, 3, CPU)
     config = make_config(model=model, precision="fp16", grad_clip=1.0)
-    eager, graphed = TrainingRun(config, data, allow_graph=False), TrainingRun(config, data, capture=Repeating())
+    eager, graphed = TrainingRun(config, data, capture=None), TrainingRun(config, data, capture=Repeating())
     assert graphed.train_epoch().loop == "graph"
     eager.train_epoch()
     assert_same(copy_state(eager), copy_state(graphed))
@@ -223,7 +224,7 @@ def test_epoch_tells_why_it_was_trained_eagerly(data: TrainingData) -> None:
         return TrainingRun(make_config(max_epochs=max_epochs), data, **settings).train_epoch().loop
 
     assert train_epochs(LONG) == "eager: the CPU has no CUDA graphs"
-    assert train_epochs(LONG, capture=Repeating(), allow_graph=False) == "eager: the CPU has no CUDA graphs"
+    assert train_epochs(LONG, capture=None) == "eager: graphs are not allowed"
     assert train_epochs(14, capture=Repeating()) == "eager: a capture pays from 100 steps"  # 98 steps
     assert train_epochs(15, capture=Repeating()) == "graph"
 
@@ -255,7 +256,7 @@ def test_failed_capture_leaves_the_run_as_if_it_had_not_been_tried(grad_clip: fl
 
     config = make_config(precision="fp16", grad_clip=grad_clip)
     run = TrainingRun(config, data, capture=break_within)
-    eager = TrainingRun(config, data, allow_graph=False)
+    eager = TrainingRun(config, data, capture=None)
     told = run.train_epoch()
     assert told.loop == "eager: capture failed: operation not permitted when stream is capturing"
     eager.train_epoch()
@@ -269,9 +270,9 @@ def make_early_config(precision: str, **settings: Any) -> TrialConfig:
     return make_config(precision=precision, grad_clip=1.0, lr=1e-3, **scaler, **settings)
 
 
-def list_differences(config: TrialConfig, data: TrainingData, capture: Capture | None = None) -> list[str]:
+def list_differences(config: TrialConfig, data: TrainingData, capture: Capture = capture_cuda_graph) -> list[str]:
     """What an epoch of captured steps does not do as the eager one, up to rounding."""
-    graphed, eager = TrainingRun(config, data, capture=capture), TrainingRun(config, data, allow_graph=False)
+    graphed, eager = TrainingRun(config, data, capture=capture), TrainingRun(config, data, capture=None)
     rows = compare_training("", config.precision, train_and_watch(graphed), train_and_watch(eager))
     return [f"{row.quantity}: {row.note}" for row in rows if row.verdict != "met"]
 
@@ -305,7 +306,7 @@ def test_comparison_of_the_gpu_test_finds_a_graph_that_does_not_update_the_scale
 
     data = TrainingData(make_split(40 * 64, side=8), None, 3, CPU)
     config = early_config(model, "fp16", "adam")
-    eager = train_and_watch(TrainingRun(config, data, allow_graph=False))
+    eager = train_and_watch(TrainingRun(config, data, capture=None))
     run = TrainingRun(config, data, capture=leave_out_updates)
 
     def judge(told: EpochMetrics) -> str | None:
@@ -533,8 +534,6 @@ def test_model_that_waits_for_the_device_trains_eagerly(write_module: WriteModul
 @pytest.mark.gpu
 @on_gpu
 def test_capture_that_fails_leaves_a_gpu_that_trains_on(cuda_data: TrainingData) -> None:
-    from tune_amp.training.cuda_graph import capture_cuda_graph
-
     def capture_with_a_wait(step: Step) -> Step:
         def wait() -> None:
             step()

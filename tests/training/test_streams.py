@@ -147,7 +147,8 @@ def test_arrays_that_do_not_fit_train_as_those_that_do(
     assert isinstance(half_scaled.train, DeviceSplit)
     assert isinstance(data.train, StreamedBatches)
     monkeypatch.undo()
-    monkeypatch.setattr(TrainingData, "input_scaling", lambda *_: InputScaling(shift=0.0, factor=1 / 255))
+    for each in (data, half_scaled):
+        each.input_scaling = lambda _: InputScaling(shift=0.0, factor=1 / 255)  # type: ignore[assignment]
     assert train(data, curriculum="linear") == train(half_scaled, curriculum="linear")
     assert data.train.reason == "streamed from memory: too much"
 

@@ -186,24 +186,25 @@ def test_outlook_is_what_a_grad_scaler_reaches(
         course = Course(scaler)
         course.used_scales(max(before, 1), overflow=False)
         state = scaler.state_dict()
-        outlook = look_ahead(state["scale"], state["scale"], state["_growth_tracker"], steps_left, **factors)
+        outlook = look_ahead(state, state["scale"], steps_left)
         last_used = course.used_scales(steps_left, overflow=overflow)[-1]
         expected = max(last_used, min(COLLAPSED_SCALE, state["scale"])) if overflow else last_used
         assert (outlook.lowest if overflow else outlook.highest) == pytest.approx(expected, rel=1e-5)
 
 
 def test_outlook_without_a_step_left_is_the_present_scale() -> None:
-    outlook = look_ahead(8.0, 4.0, 1, 0, growth_factor=2.0, backoff_factor=0.5, growth_interval=9)
+    state = {"scale": 8.0, "_growth_tracker": 1, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9}
+    outlook = look_ahead(state, 4.0, 0)
     assert outlook == ScaleOutlook(scale=8.0, smallest_so_far=4.0, lowest=8.0, highest=8.0)
 
 
 def test_outlook_survives_scales_and_intervals_at_the_ends_of_their_ranges() -> None:
-    rules = {"growth_factor": 1e30, "backoff_factor": 1e-30, "growth_interval": 1}
-    outlook = look_ahead(2.0**-126, 2.0**-126, 0, 10**6, **rules)  # type: ignore[arg-type]
+    state = {"_growth_tracker": 0, "growth_factor": 1e30, "backoff_factor": 1e-30, "growth_interval": 1}
+    outlook = look_ahead(state | {"scale": 2.0**-126}, 2.0**-126, 10**6)
     assert (outlook.lowest, outlook.highest) == (2.0**-126, 2.0**127)
-    assert look_ahead(2.0**60, 2.0**60, 0, 10**6, **rules).lowest == COLLAPSED_SCALE  # type: ignore[arg-type]
+    assert look_ahead(state | {"scale": 2.0**60}, 2.0**60, 10**6).lowest == COLLAPSED_SCALE
     for scale in (0.0, INF, NAN):
-        assert look_ahead(scale, scale, 0, 5, **rules).highest == 0.0  # type: ignore[arg-type]
+        assert look_ahead(state | {"scale": scale}, scale, 5).highest == 0.0
 
 
 # Runs whose end is known
@@ -242,15 +243,7 @@ class SyntheticRun:
             skipped += epoch_skipped
             learned_ever |= learned
             left = (self.max_epochs - epoch) * self.epoch_steps
-            outlook = look_ahead(
-                scale,
-                smallest,
-                tracker,
-                left,
-                growth_factor=self.growth_factor,
-                backoff_factor=self.backoff_factor,
-                growth_interval=self.growth_interval,
-            )
+            outlook = look_ahead(vars(self) | {"scale": scale, "_growth_tracker": tracker}, smallest, left)
             share = None if scale > self.ceiling else float(scale < self.floor)
             yield (
                 make_evidence(

@@ -375,7 +375,7 @@ class TimedRun:
 def _choose_share(config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> Split:
     """Return as many training images, in whole batches, as an epoch of about ``turn_seconds`` needs."""
     few = _take(dataset.train, config.batch_size)
-    pilot = TrainingRun(config, TrainingData(few, None, dataset.num_classes, device), allow_graph=False)
+    pilot = TrainingRun(config, TrainingData(few, None, dataset.num_classes, device), capture=None)
     rate = [pilot.train_epoch().samples_per_second for _ in range(PILOT_EPOCHS)][-1]
     least = 1 if device.type == "cpu" else WARM_UP_STEPS + 2
     steps = max(least, int(turn_seconds * rate / config.batch_size))

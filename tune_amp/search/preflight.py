@@ -147,7 +147,7 @@ def _pick_two(train: Split) -> Split:
 def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
     """Return why an epoch of one step fails; None if it does not, or if only the device is at fault."""
     try:
-        run = TrainingRun(config, data, allow_graph=False, probed=False)
+        run = TrainingRun(config, data, probed=False)
         if config.task is None:
             run.model = _CheckedModel(run.model, config.model, data.num_classes)
         run.train_epoch()

@@ -25,23 +25,17 @@ AUTOCAST_DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": tor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalerTelemetry:
-    """Telemetry of loss scaling since the trial began. Scales are None if the precision uses no scaler."""
+    """Telemetry of loss scaling since the trial began, in fields of ``EpochMetrics``; without a scaler no scales."""
 
     steps: int = 0
-    """Training steps taken, skipped ones included."""
     applied_steps: int = 0
     skipped_steps: int = 0
-    """Steps without a weight update, because a gradient was not finite."""
     growths: int = 0
-    """Scaler updates that raised the scale."""
     first_applied_step: int | None = None
-    """Number of the first applied step, counted from 1."""
     loss_scale: float | None = None
-    """The scale that the next step will use."""
     min_loss_scale: float | None = None
     max_loss_scale: float | None = None
     loss_scale_steps: tuple[int, ...] = ()
-    """First step of the last epoch that used each of ``loss_scale_values``, counted from 1 over the trial."""
     loss_scale_values: tuple[float, ...] = ()
 
 
@@ -292,32 +286,27 @@ def name_device(device: torch.device) -> str:
 
 
 def describe_hardware(precision: str, device: torch.device) -> str | None:
-    """Return one sentence if ``device`` lacks units for ``precision``, None if it has them."""
+    """Return one sentence if ``device`` lacks units for ``precision``, None if it has them.
+
+    Tensor cores for fp16 came with compute capability 7.0, those for bf16 and TF32 with 8.0:
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
+    """
     if device.type == "cuda":
-        return describe_cuda(precision, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+        needed = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0)}.get(precision, (0, 0))
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= needed:
+            return None
+        return (
+            f"{name_device(device)} has compute capability {capability[0]}.{capability[1]}, and {precision} tensor "
+            f"cores need {needed[0]}.{needed[1]}: expect no speed-up from {precision}"
+        )
     if precision == "tf32":
         return "tf32 needs an NVIDIA GPU of compute capability 8.0 or newer: on the CPU it is computed as fp32"
     # AVX-512 multiplies bf16 pairs in one instruction, twice as many as fp32; its fp16 is not used for products.
     flags = {"fp16": ("amx_fp16",), "bf16": ("amx_bf16", "avx512_bf16")}
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may lack it
-    if precision in flags and not any(capabilities.get(flag, False) for flag in flags[precision]):
-        return (
-            f"this CPU has no {precision} matrix units: arithmetic and loss scaling are real, "
-            "expect no speed-up over fp32"
-        )
-    return None
-
-
-def describe_cuda(precision: str, capability: tuple[int, int], name: str) -> str | None:
-    """Return the same as ``describe_hardware`` for a CUDA device called ``name`` of ``capability`` (major, minor).
-
-    Tensor cores for fp16 came with compute capability 7.0, those for bf16 and TF32 with 8.0:
-    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities
-    """
-    needed = {"fp16": (7, 0), "bf16": (8, 0), "tf32": (8, 0)}.get(precision, (0, 0))
-    if capability >= needed:
+    if precision not in flags or any(capabilities.get(flag, False) for flag in flags[precision]):
         return None
     return (
-        f"{name} has compute capability {capability[0]}.{capability[1]}, and {precision} tensor cores need "
-        f"{needed[0]}.{needed[1]}: expect no speed-up from {precision}"
+        f"this CPU has no {precision} matrix units: arithmetic and loss scaling are real, expect no speed-up over fp32"
     )

@@ -15,6 +15,10 @@ from tune_amp.trial.config import InputError
 CHUNK_IMAGES = 1024  # images widened to 8 bytes a pixel at a time: 6 MB for 28x28
 
 
+Batch = Any
+"""A pair (inputs, targets) of tensors on the device [batch_size, ...]; of a data set of torch, whatever it collates."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceSplit:
     """A split on the device that uses it."""
@@ -23,31 +27,23 @@ class DeviceSplit:
     """Inputs [n, ...]: uint8 images [n, channels, height, width], floats or integer tokens."""
     labels: torch.Tensor
     """Targets [n, ...]; classes are int64 [n]."""
-    is_scaled: bool = True
-    """Whether the inputs are uint8 images, which become floats in a batch."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: torch.Tensor, scaling: "InputScaling") -> "Batch":
+    def take(self, indices: torch.Tensor, scaling: "InputScaling") -> Batch:
         """Return the batch of the items at ``indices``, int64 [batch_size] on the device."""
-        images = self.images.index_select(0, indices)
-        labels = self.labels.index_select(0, indices)
-        return scale_images(images, scaling) if self.is_scaled else images, labels
+        return scale_images(self.images.index_select(0, indices), scaling), self.labels.index_select(0, indices)
 
-    def in_order(self, at_once: int, scaling: "InputScaling") -> "Iterator[Batch]":
+    def in_order(self, at_once: int, scaling: "InputScaling") -> Iterator[Batch]:
         """Return all items in their order, ``at_once`` a batch."""
         for images, labels in zip(self.images.split(at_once), self.labels.split(at_once), strict=True):
-            yield scale_images(images, scaling) if self.is_scaled else images, labels
+            yield scale_images(images, scaling), labels
 
     @property
     def input_size(self) -> int:
         """Number of values in an input."""
         return self.images[0].numel()
-
-
-Batch = Any
-"""A pair (inputs, targets) of tensors on the device [batch_size, ...]; of a data set of torch, whatever it collates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,7 @@ def place_split(split: Split, device: torch.device) -> DeviceSplit:
         # Arrays from Ray's object store are read-only, which torch does not support; nothing here writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
         images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    return DeviceSplit(images=images.to(device), labels=labels.to(device), is_scaled=split.is_scaled)
+    return DeviceSplit(images=images.to(device), labels=labels.to(device))
 
 
 def fit_input_scaling(train: Split, method: str) -> InputScaling:
@@ -88,7 +84,7 @@ def fit_input_scaling(train: Split, method: str) -> InputScaling:
     for start in range(0, len(train), CHUNK_IMAGES):  # bincount widens its argument to int64
         counts += np.bincount(train.images[start : start + CHUNK_IMAGES].reshape(-1), minlength=256)
     values = np.flatnonzero(counts)
-    low, high = int(values[0]), int(values[-1])
+    low, high = values[[0, -1]].tolist()
     if low == high:
         raise InputError(f"input_scaling {method}: pixels of the training images must differ, all are {low}")
     if method == "minmax":
@@ -100,7 +96,9 @@ def fit_input_scaling(train: Split, method: str) -> InputScaling:
 
 
 def scale_images(images: torch.Tensor, scaling: InputScaling) -> torch.Tensor:
-    """Return ``images`` (uint8, any shape) as model inputs, float32 of the same shape."""
+    """Return uint8 images [n, ...] as model inputs, float32 of the same shape; other inputs as they are."""
+    if images.dtype is not torch.uint8 or images.ndim < 3:
+        return images
     # uint8 minus a Python float is float32 in one kernel, without a conversion; minus an int it would wrap around.
     return (images - float(scaling.shift)).mul_(scaling.factor)
 

@@ -80,9 +80,7 @@ def find_outlook(scaler: torch.amp.GradScaler, telemetry: ScalerTelemetry, steps
     if not scaler.is_enabled():
         return None
     assert telemetry.min_loss_scale is not None
-    settings = scaler.state_dict()
-    scale, growth_tracker = settings.pop("scale"), settings.pop("_growth_tracker")
-    return look_ahead(scale, telemetry.min_loss_scale, growth_tracker, steps_left, **settings)
+    return look_ahead(scaler.state_dict(), telemetry.min_loss_scale, steps_left)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -54,9 +54,7 @@ class TrainingRun:
         config: configuration to train. Its seed sets the generator of the data order and, while the model is made,
             trained or evaluated, the global ones of torch, NumPy and Python, whose states are restored afterwards.
         data: resident training data; validation metrics are None if it holds no validation split.
-        allow_graph: whether steps may be captured as a CUDA graph if that pays. ``EpochMetrics.loop`` records whether
-            they were.
-        capture: function that captures a step; if None, a CUDA graph on a GPU and no capture on the CPU.
+        capture: function that captures a step if that pays, which ``EpochMetrics.loop`` records; None to never capture.
         probed: whether gradients are probed after an epoch.
     """
 
@@ -67,8 +65,7 @@ class TrainingRun:
         config: TrialConfig,
         data: TrainingData,
         *,
-        allow_graph: bool = True,
-        capture: Capture | None = None,
+        capture: Capture | None = capture_cuda_graph,
         probed: bool = True,
     ) -> None:
         self._config = config
@@ -93,9 +90,7 @@ class TrainingRun:
         self._amp = AmpStep(config, data.device, max_steps=self._max_steps)
         # With any other precision no step is skipped, and an overflow destroys the weights as well.
         self._buffers = FiniteBuffers(self.model.buffers() if config.precision == "fp16" else ())
-        if capture is None and data.device.type == "cuda":
-            capture = capture_cuda_graph
-        self._capture = capture if allow_graph else None
+        self._capture = capture
         # Chosen in the first epoch of a run, and again after it resumes from a checkpoint.
         self._loop: StepLoop | None = None
         self._why_eager: str | None = None
@@ -238,8 +233,9 @@ class TrainingRun:
         elif self._schedule is not None:
             self._why_eager = "a schedule sets the learning rate on the host"
         elif self._capture is None:
-            on_gpu = self._data.device.type == "cuda"
-            self._why_eager = "graphs are not allowed" if on_gpu else "the CPU has no CUDA graphs"
+            self._why_eager = "graphs are not allowed"
+        elif self._capture is capture_cuda_graph and self._data.device.type != "cuda":
+            self._why_eager = "the CPU has no CUDA graphs"
         elif (self._config.max_epochs - self.epoch) * self._max_steps < LEAST_STEPS:
             self._why_eager = f"a capture pays from {LEAST_STEPS} steps"
         else:
@@ -247,13 +243,10 @@ class TrainingRun:
                 self._step,
                 (self._max_steps, self._config.batch_size * self._config.accumulate),
                 self._data.device,
-                find_change=self._find_change,
+                find_change=lambda step: explain_change(step, self.model, self._data.device, self._task.read_state),
                 capture=self._capture_step,
             )
             self._amp.position = self._loop.position
-
-    def _find_change(self, step: Step) -> str | None:
-        return explain_change(step, self.model, self._data.device, self._task.read_state)
 
     def _capture_step(self, step: Step) -> Step:
         assert self._capture is not None
@@ -303,14 +296,7 @@ class TrainingRun:
     def _judge(
         self, batches: Tensor, before: ScalerTelemetry, train_loss: float, validated: Evaluation | None
     ) -> tuple[TrainingState, GradientProbe]:
-        """Judge how training stands after an epoch, on a probe of its gradients if the verdict depends on that.
-
-        Args:
-            batches: indices of the epoch's images, int64 [steps, accumulate * batch_size].
-            before: telemetry before the epoch.
-            train_loss: mean loss of the epoch.
-            validated: results on the validation split; None if there is none.
-        """
+        """Judge how training stands after an epoch that began with the telemetry ``before``; probe if needed."""
         telemetry = self._amp.telemetry
         steps, skipped = telemetry.steps - before.steps, telemetry.skipped_steps - before.skipped_steps
         loss, averages = (train_loss, {}) if validated is None else (validated.number("loss"), validated.averages)
@@ -375,7 +361,7 @@ class TrainingRun:
         return probe
 
     def _compute_probe_loss(self, images: Tensor) -> Tensor:
-        """Return the loss of ``images`` (indices, int64) weighted as in a batch, with the same dropout every time."""
+        """Return the loss of ``images`` (indices, int64), weighted as in a batch, always with the same dropout."""
         seed_generators(self._config.seed)
         loss = self._compute_loss(self._data.train.take(images, self._scaling))
         return loss * (len(images) / self._config.batch_size)

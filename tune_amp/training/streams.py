@@ -6,7 +6,6 @@ The order of the items is the same as for resident data: batches of indices, dra
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -27,8 +26,7 @@ class StreamedBatches:
         source: data set of items (input, target).
         reason: why it is streamed, for the column ``loop``.
         device: device of the batches. Memory is pinned for a GPU.
-        example: an input as [1, ...].
-        is_scaled: whether the inputs are uint8 images, which become floats in a batch.
+        input_size: number of values in an input.
         workers: processes that read items; with 0, this process reads them.
     """
 
@@ -38,15 +36,13 @@ class StreamedBatches:
         reason: str,
         device: torch.device,
         *,
-        example: "np.ndarray[Any, Any]",
-        is_scaled: bool,
+        input_size: int,
         workers: int,
     ) -> None:
         self.reason = reason
-        self.input_size = max(1, example.size)
+        self.input_size = input_size
         self._source = source
         self._device = device
-        self._is_scaled = is_scaled
         self._workers = workers
 
     def __len__(self) -> int:
@@ -81,9 +77,8 @@ class StreamedBatches:
 
     def _place(self, batch: Any, scaling: InputScaling) -> Batch:
         placed = _move(batch, self._device)
-        if self._is_scaled:
-            images, *others = placed
-            return scale_images(images, scaling), *others
+        if isinstance(placed, tuple) and isinstance(placed[0], Tensor):
+            return scale_images(placed[0], scaling), *placed[1:]
         return placed
 
 
@@ -98,18 +93,17 @@ def place(split: Split, device: torch.device, workers: int | None = None) -> Dev
     """
     if workers is None:
         workers = torch.get_num_threads() if device.type == "cuda" else 0
+    size = max(1, split.images[:1].size)
     if isinstance(split, StreamedSplit):
-        inner = split.source
-        reason = f"streamed from {type(inner).__name__}"
-    else:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        too_large = explain_too_large(split.images.nbytes + split.labels.nbytes, free)
-        if too_large is None:
-            return place_split(split, device)
-        on_host = place_split(split, torch.device("cpu"))
-        inner, reason = TensorDataset(on_host.images, on_host.labels), f"streamed from memory: {too_large}"
-    example = split.images[:1]
-    return StreamedBatches(inner, reason, device, example=example, is_scaled=split.is_scaled, workers=workers)
+        reason = f"streamed from {type(split.source).__name__}"
+        return StreamedBatches(split.source, reason, device, input_size=size, workers=workers)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    too_large = explain_too_large(split.images.nbytes + split.labels.nbytes, free)
+    if too_large is None:
+        return place_split(split, device)
+    on_host = place_split(split, torch.device("cpu"))
+    source = TensorDataset(on_host.images, on_host.labels)
+    return StreamedBatches(source, f"streamed from memory: {too_large}", device, input_size=size, workers=workers)
 
 
 def explain_too_large(data_bytes: int, free_bytes: int | None) -> str | None:

@@ -9,13 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_amp.training.batches import (
-    DeviceSplit,
-    InputScaling,
-    class_weights,
-    difficulty_order,
-    fit_input_scaling,
-)
+from tune_amp.training.batches import DeviceSplit, class_weights, difficulty_order, fit_input_scaling
 from tune_amp.training.data import Split
 from tune_amp.training.models import InputShape
 from tune_amp.training.streams import StreamedBatches, place
@@ -54,6 +48,8 @@ class TrainingData:
         self._workers = workers
         self._placing_seconds = time.perf_counter() - started
         self._host_train = train
+        self.input_scaling = functools.cache(functools.partial(fit_input_scaling, train))
+        """Returns the input scaling by a method, fitted to the training split only."""
         self._measured = train if validation is None else validation
 
     def claim_placing_seconds(self) -> float:
@@ -65,27 +61,14 @@ class TrainingData:
         """Return a test split where the other splits are."""
         return place(test, self.device, self._workers)
 
-    @functools.cache  # noqa: B019 - lives as long as the worker process
-    def input_scaling(self, method: str) -> InputScaling:
-        """Return the input scaling, fitted to the training split only."""
-        return fit_input_scaling(self._host_train, method)
-
-    @functools.cache  # noqa: B019
     def class_weights(self, method: str) -> Tensor | None:
-        """Return the loss weights, float32 [num_classes], from the training split's class counts after any thinning.
-
-        Raises:
-            InputError: a class has no image.
-        """
+        """Return ``batches.class_weights`` of the training split, after any thinning, on the device."""
         weights = class_weights(self._host_train.labels, self.num_classes, method)
         return None if weights is None else weights.to(self.device)
 
     @functools.cached_property
     def guessing(self) -> "Guessing":
-        """Results of a model that uses the class frequencies and ignores the images.
-
-        The frequencies are those of the split that is measured: validation may be balanced if training is not.
-        """
+        """Results of guessing by the class frequencies of the split that is measured."""
         labels = self._measured.labels
         shares = np.bincount(labels, minlength=self.num_classes) / len(labels)
         entropy = -float(sum(share * math.log(share) for share in shares if share > 0))

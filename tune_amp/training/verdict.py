@@ -11,6 +11,7 @@ network.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from tune_amp.trial.config import TrainingState, format_scale
 
@@ -29,14 +30,14 @@ PROBE_EVERY_STEPS = 1_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaleOutlook:
-    """The loss scale after an epoch, and the extremes that it can still reach."""
+    """The loss scale after an epoch, the smallest so far, and the extremes that a step may still use."""
 
     scale: float
     smallest_so_far: float
     lowest: float
-    """Lowest scale that a step may still use: the last step's if every step is skipped; not below ``2^-24``."""
+    """The last step's if every step is skipped; not below ``2^-24``."""
     highest: float
-    """Highest scale that a step may still use: the last step's if none is skipped."""
+    """The last step's if none is skipped."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,52 +89,33 @@ def is_probe_needed(
 ) -> bool:
     """Return whether to probe the gradients after an epoch. No trial ends later than with a probe after every epoch.
 
-    A probe decides about the end of a trial only if its model is no better than guessing or no weight has moved. If
-    there is no baseline to compare the model with, a collapsed scale decides too, and no scale falls without a skipped
-    step. Of a model that has learned, a probe shows only whether it is *starved*, which does not end the trial: the
-    beginning may be seen ``PROBE_EVERY_STEPS`` steps and an epoch late, the end is seen at once.
-
-    Args:
-        precision: the precision of the trial. Only fp16 gradients underflow.
-        has_learned: whether the model is better than guessing; None without a baseline.
-        weights_moved: whether any weight differs from its value before the first step.
-        skipped: steps of the epoch that were skipped.
-        is_due: whether enough steps were taken since the last probe, or the last probe found the trial starved.
+    A probe decides about the end of a trial only if its model is no better than guessing or no weight has moved, or,
+    without a baseline (``has_learned`` is None), if the scale collapsed, which takes a step that was skipped. Otherwise
+    a probe shows only whether fp16 gradients are *starved*: that beginning may be seen ``PROBE_EVERY_STEPS`` steps and
+    an epoch late, the end is seen at once, because a probe of a starved trial ``is_due`` after every epoch.
     """
     if has_learned is False or precision != "fp16":
         return has_learned is False
     return is_due or not weights_moved or (has_learned is None and skipped > 0)
 
 
-def look_ahead(
-    scale: float,
-    smallest_so_far: float,
-    growth_tracker: int,
-    steps_left: int,
-    *,
-    growth_factor: float,
-    backoff_factor: float,
-    growth_interval: int,
-) -> ScaleOutlook:
-    """Return the extremes to which ``torch.amp.GradScaler`` can still bring its scale.
+def look_ahead(scaler: Mapping[str, Any], smallest_so_far: float, steps_left: int) -> ScaleOutlook:
+    """Return the extremes to which a ``torch.amp.GradScaler`` can still bring its scale.
 
     Args:
-        scale: the current scale.
+        scaler: its ``state_dict``.
         smallest_so_far: smallest scale since the trial began.
-        growth_tracker: steps without overflow since the scale last changed.
         steps_left: steps left in the trial's budget.
-        growth_factor: the scaler's setting, like the two below.
-        backoff_factor: applied after each overflow.
-        growth_interval: steps without overflow before the scale grows.
     """
+    scale = scaler["scale"]
     updates = max(steps_left - 1, 0)  # no step uses the scale after the last update
-    growths = (growth_tracker + updates) // growth_interval
+    growths = (scaler["_growth_tracker"] + updates) // scaler["growth_interval"]
     # In powers of two: growth_factor ** growths leaves the range of a float.
-    highest = math.log2(scale) + growths * math.log2(growth_factor) if 0 < scale < math.inf else -math.inf
+    highest = math.log2(scale) + growths * math.log2(scaler["growth_factor"]) if 0 < scale < math.inf else -math.inf
     return ScaleOutlook(
         scale=scale,
         smallest_so_far=smallest_so_far,
-        lowest=min(scale, max(scale * backoff_factor**updates, COLLAPSED_SCALE)),
+        lowest=min(scale, max(scale * scaler["backoff_factor"] ** updates, COLLAPSED_SCALE)),
         highest=2.0 ** min(highest, math.log2(LARGEST_REACHABLE_SCALE)),
     )
 
