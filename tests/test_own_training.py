@@ -33,7 +33,8 @@ from tune_amp.results.records import load_best, load_best_rows, load_confirmed, 
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.study import open_storage
 from tune_amp.training.own_loop import OwnRun
-from tune_amp.training.runs import load_data, place_data, start_run
+from tune_amp.training.runs import load_data, start_run
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 from tune_amp.trial.consent import consent_to
 
@@ -100,7 +101,7 @@ def test_an_example_s_task_learns(name: str) -> None:
     consent_to(task)
     data = load_data(task, None, task=task)
     config = TrialConfig(task=task, model=task, dataset=task, max_epochs=2, **TASKS[name])
-    run = start_run(config, place_data(data.train, data.validation, data.num_classes, CPU))
+    run = start_run(config, TrainingData(data.train, data.validation, data.num_classes, CPU))
     first, last = run.epochs()
     assert last.train_loss < first.train_loss
     assert last.val_accuracy is None

@@ -34,7 +34,8 @@ from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory, release_memory
 from tune_amp.training.own_loop import OwnRun
-from tune_amp.training.runs import Run, place_data, start_run
+from tune_amp.training.runs import Run, start_run
+from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import (
     OBJECTIVES,
     RUNNING,
@@ -117,7 +118,7 @@ class AmpTrainable(tune.Trainable):
         device = prepare_worker(worker_setup)
         self._device_name = name_device(device)
         try:
-            self._data = place_data(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
+            self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
         except Exception as error:
             self._request_larger_share(error)
             raise

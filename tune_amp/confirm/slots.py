@@ -25,7 +25,7 @@ from tune_amp.results.progress import ConfirmJob
 from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import release_memory
-from tune_amp.training.runs import NoData, place_data, start_run
+from tune_amp.training.runs import start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialStatus, one_line
 from tune_amp.trial.objectives import metric_of
@@ -220,7 +220,7 @@ class ConfirmWorker:
     def __init__(self, sent: tuple[WorkerSetup, Split]) -> None:
         self._setup, self._test = sent
         self._device = torch.device("cpu")
-        self._data: TrainingData | NoData | None = None
+        self._data: TrainingData | None = None
 
     def train(self, job: ConfirmJob) -> ConfirmedRun:
         """Train a job. Any exception becomes a row."""
@@ -228,7 +228,7 @@ class ConfirmWorker:
         try:
             if self._data is None:
                 self._device = prepare_worker(setup)
-                self._data = place_data(setup.train, setup.validation, setup.num_classes, self._device)
+                self._data = TrainingData(setup.train, setup.validation, setup.num_classes, self._device)
             return train_and_test(job, self._data, self._test, setup.objectives)
         except Exception as error:
             report = failure_report(error)
@@ -243,9 +243,7 @@ def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:
     return ConfirmedRun(trial_id=job.trial_ids[0], seed=job.config.seed, **fields)
 
 
-def train_and_test(
-    job: ConfirmJob, data: TrainingData | NoData, test: Split, objectives: Sequence[str] = ()
-) -> ConfirmedRun:
+def train_and_test(job: ConfirmJob, data: TrainingData, test: Split, objectives: Sequence[str] = ()) -> ConfirmedRun:
     """Train a job to its end as its trial was trained, then read the test set once, unless the run is past saving.
 
     Raises:

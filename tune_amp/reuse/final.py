@@ -19,7 +19,7 @@ from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split, make_long_tail, thin_classes
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.run import TrainingRun
-from tune_amp.training.runs import NoData, Run, place_data, start_run
+from tune_amp.training.runs import Run, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
 from tune_amp.trial.text import dump_json
@@ -167,9 +167,8 @@ class OwnTraining(Training):
     def __init__(
         self, config: TrialConfig, dataset: Dataset, device: torch.device, objectives: Sequence[str] = ()
     ) -> None:
-        data: TrainingData | NoData = NoData(device=device)
-        if config.train is None:
-            data = TrainingData(join_for_training(dataset, config.imbalance), None, dataset.num_classes, device)
+        train = dataset.train if config.train else join_for_training(dataset, config.imbalance)
+        data = TrainingData(train, None, dataset.num_classes, device)
         super().__init__(config, dataset, device, start_run(config, data, objectives=objectives, confirming=True))
 
     def test(self) -> OwnResult:
@@ -214,7 +213,7 @@ def _write_text(text: str, file: BinaryIO) -> None:
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
     """Train as the trial did: with the same split, seed and data order, and validation after every epoch."""
     train = dataset.train if config.train else make_long_tail(dataset, config.imbalance).train
-    return start_run(config, place_data(train, dataset.validation, dataset.num_classes, device)).epochs()
+    return start_run(config, TrainingData(train, dataset.validation, dataset.num_classes, device)).epochs()
 
 
 EPOCH_FIELDS = tuple(field.name for field in dataclasses.fields(EpochMetrics) if field.metadata["epoch_only"])

@@ -1,26 +1,15 @@
 """Starts the run of a configuration, with our training loop or the user's own, on the data of a worker."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from tune_amp.training.data import Dataset, Split, build_no_data, load_dataset
+from tune_amp.training.data import Dataset, build_no_data, load_dataset
 from tune_amp.training.own_code import import_function
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.task import load_task_dataset
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import TrialConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoData:
-    """Stands for the data of a worker whose trials train by the user's own loop, which has its own data."""
-
-    device: torch.device
-
 
 Run = TrainingRun | OwnRun
 
@@ -42,19 +31,14 @@ def load_data(name: str, data_dir: Path | None, *, task: str | None = None, trai
     return load_task_dataset(name) if name == task else load_dataset(name, data_dir)
 
 
-def place_data(train: Split, validation: Split, num_classes: int, device: torch.device) -> TrainingData | NoData:
-    """Return the data of a worker, placed on its device; ``NoData`` if the splits are empty."""
-    return TrainingData(train, validation, num_classes, device) if len(train) else NoData(device=device)
-
-
 def start_run(
-    config: TrialConfig, data: TrainingData | NoData, *, objectives: Sequence[str] = (), confirming: bool = False
+    config: TrialConfig, data: TrainingData, *, objectives: Sequence[str] = (), confirming: bool = False
 ) -> Run:
     """Return the run of a configuration, before its first epoch.
 
     Args:
         config: the configuration; its field ``train`` names the user's own loop.
-        data: data of the worker.
+        data: data of the worker; empty for an own loop, which has its own.
         objectives: metrics that an own loop must yield.
         confirming: whether an own loop yields metrics of the test set.
 
@@ -64,5 +48,4 @@ def start_run(
     if config.train is not None:
         function = import_function(config.train)
         return OwnRun(config, function, data.device, objectives=objectives, confirming=confirming)
-    assert isinstance(data, TrainingData)
     return TrainingRun(config, data)
