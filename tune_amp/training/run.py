@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tune_amp.training.amp import AmpStep, ScalerTelemetry, flushing_denormals, training_arithmetic
-from tune_amp.training.batches import Batch, DeviceSplit, InputScaling, batch_indices
+from tune_amp.training.batches import Batch, DeviceSplit, batch_indices
 from tune_amp.training.buffers import FiniteBuffers
 from tune_amp.training.cuda_graph import (
     LEAST_STEPS,
@@ -25,7 +25,7 @@ from tune_amp.training.cuda_graph import (
 )
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import Evaluation, evaluate
-from tune_amp.training.generators import Generators, keep_generators, seed_generators, undisturbed
+from tune_amp.training.generators import Generators, seed_generators, undisturbed
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.models import check_model
 from tune_amp.training.own_code import exits_as_errors
@@ -378,30 +378,18 @@ class TrainingRun:
         return next((name for name, buffer in self.model.named_buffers() if buffer.isnan().any()), None)
 
 
-@exits_as_errors()
-@torch.enable_grad()
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
-    """Estimate an epoch's seconds from the second forward and backward pass on ``ESTIMATE_IMAGES`` images.
-
-    The estimate is rough, for a warning. No optimizer is made, because that may import PyTorch's compiler, which takes
-    longer than all else here.
-    """
+    """Estimate an epoch's seconds, roughly, from the second of two steps on ``ESTIMATE_IMAGES`` images."""
     few = train.select(range(min(ESTIMATE_IMAGES, len(train))))
+    # A class may be missing in so few.
+    plain: dict[str, Any] = {
+        "class_weighting": "none",
+        "curriculum": "none",
+        "accumulate": 1,
+        "batch_size": len(few),
+        "max_epochs": 2,
+    }
     data = TrainingData(few, None, num_classes, device, workers=0)
-    task = make_task(config)
-    task.bind(dataclasses.replace(config, class_weighting="none"), data)  # a class may be missing in so few
-    amp = AmpStep(config, device, max_steps=1)
-
-    def run_once() -> float:
-        started = time.perf_counter()
-        with training_arithmetic(config.precision, device):
-            batch = data.train.take(torch.arange(len(few), device=device), InputScaling(shift=0.0, factor=1 / 255))
-            with amp.autocast():
-                loss = task.loss(model, batch)
-            loss.backward()
-        return time.perf_counter() - started
-
-    with keep_generators(device):
-        model = task.model(**config.own).to(device)
-        run_once()
-        return run_once() / len(few) * len(train)
+    run = TrainingRun(dataclasses.replace(config, **plain), data, capture=None, probed=False)
+    first, second = (run.train_epoch().train_seconds for _ in range(2))
+    return (second - first) / len(few) * len(train)
