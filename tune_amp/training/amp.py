@@ -42,14 +42,8 @@ class ScalerTelemetry:
 class AmpStep:
     """Turns a loss into an optimizer step under the trial's precision and scaler settings.
 
-    A step writes its loss, scale and overflow into one device buffer by index, which needs no host synchronisation;
-    ``read_epoch`` copies the buffer to the host once. The index is counted on the host, or on the device so that a CUDA
-    graph can replay a step: see ``position``.
-
-    Args:
-        config: source of precision, scaler settings and gradient clipping.
-        device: device of the model.
-        max_steps: maximum number of steps between two calls of ``read_epoch``.
+    A step writes its loss, scale and overflow into one buffer on the device, which needs no host synchronisation;
+    ``read_epoch`` copies the buffer to the host once. Between two calls of it are at most ``max_steps`` steps.
     """
 
     def __init__(self, config: TrialConfig, device: torch.device, max_steps: int) -> None:
@@ -59,8 +53,8 @@ class AmpStep:
         self.telemetry = start_telemetry(config)
         """Telemetry as of the last ``read_epoch``."""
         self.position: Tensor | None = None
-        """Index in the log if it is counted on the device, int64 [1]: a step adds 1, and ``read_epoch`` sets it to 0.
-        Assign it between epochs only."""
+        """Number of the step since ``read_epoch``, if counted on the device so that a CUDA graph can replay a step: int64
+        [1]. Assign it between epochs only."""
         # A row a step: loss, and with a scaler the scale after the step and whether the step was skipped.
         columns = 3 if self.scaler.is_enabled() else 1
         self._log = torch.zeros(max_steps, columns, dtype=torch.float32, device=device)
@@ -147,10 +141,7 @@ class AmpStep:
         return float(counted.mean(dtype=np.float64)) if counted.size else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors for ``load_state_dict``, safe for ``torch.load(weights_only=True)``.
-
-        Call it between epochs, after ``read_epoch``.
-        """
+        """Return plain values and tensors (``weights_only=True`` loads them). Call it after ``read_epoch``."""
         assert self._logged == 0
         return {"scaler": self.scaler.state_dict(), "telemetry": dataclasses.asdict(self.telemetry)}
 
@@ -257,7 +248,7 @@ def fp32_arithmetic(precision: str) -> Iterator[None]:
 def training_arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Compute what autocast leaves in fp32 as ``fp32_arithmetic`` says, and products in fp16 as fast as ``device`` can.
 
-    It holds for the backward pass too, in which a checkpointed model computes again.
+    The backward pass belongs in it too, in which a checkpointed model computes again.
     """
     with fp32_arithmetic(precision), fast_fp16_products(precision, device):
         yield

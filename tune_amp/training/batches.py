@@ -51,9 +51,7 @@ class InputScaling:
     """The map from a pixel to a model's input: ``(pixel - shift) * factor`` in float32."""
 
     shift: float
-    """Value subtracted from the pixel."""
     factor: float
-    """Multiplier of the difference."""
 
 
 def place_split(split: Split, device: torch.device) -> DeviceSplit:

@@ -19,12 +19,8 @@ class FiniteBuffers:
     the first 14 of an epoch's 22 steps skipped, accuracy was 63 % with them and 55 % without (means of 8 seeds).
 
     There is no host synchronisation, and the device does the same at every step. All buffers of a type go through one
-    tensor, so that a step has six more operations for any number of buffers. On one CPU core, steps of four models with
-    1 to 20 batch norms took 0.99 to 1.02 times as long; two runs of the same step differ as much.
-
-    Args:
-        buffers: a model's buffers, on its device. Those that are not contiguous are ignored. If the model replaces a
-            buffer by another tensor, the new one is not restored.
+    tensor: six more operations a step for any number of buffers, in no measurable time with 1 to 20 batch norms.
+    Buffers that are not contiguous are ignored, and so are tensors that the model puts in the place of others later.
     """
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:

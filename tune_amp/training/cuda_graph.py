@@ -143,8 +143,7 @@ def capture_cuda_graph(step: Step) -> Step:
 def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Allow ``optimizer.step`` to be captured in the ``with`` block.
 
-    The flag is set only there: Adam refuses capture without it, and warns of eager steps with it. A fused Adam computes
-    the same either way (``torch/optim/adam.py``); SGD has no such flag.
+    Adam refuses capture without the flag, and warns of eager steps with it; a fused one computes the same either way.
     """
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     try:
@@ -161,10 +160,9 @@ def explain_change(
 ) -> str | None:
     """Take ``step``, and return why a graph would not repeat it, or None if no reason was found.
 
-    Detected are waits for the device, random numbers drawn on the host (Python's, NumPy's and torch's global
-    generators), and any change in the model's modules and their attributes, and in what ``read_state`` returns, except
-    the values of tensors: counters, generators, replaced tensors. Not detected are changes of state elsewhere, and of
-    what a function that the model holds encloses.
+    Detected are waits for the device, random numbers drawn from the host's global generators, and any change, except of
+    the values of tensors, in the attributes of the model's modules and in what ``read_state`` returns. Not detected are
+    changes elsewhere, and of what a function that the model holds encloses.
     """
     before = _describe_host_state(model, read_state())
     with _recording_waits(device) as warned:
@@ -200,11 +198,8 @@ def release_failed_pool(end: Callable[[], None], release: Callable[[], None]) ->
     """Release the memory pool of a failed capture, unless this torch has done so.
 
     torch before 2.13 leaves the allocator recording: ``empty_cache`` then skips the pools of all later graphs, and
-    memory runs out too early (https://github.com/pytorch/pytorch/pull/180395). A pool must not be released twice.
-
-    Args:
-        end: stops the recording. Raises RuntimeError if torch has stopped it already.
-        release: releases the pool's memory.
+    memory runs out too early (https://github.com/pytorch/pytorch/pull/180395). ``end`` stops the recording, and raises
+    RuntimeError if torch has stopped it: then it has released the pool too, which must not happen twice.
     """
     try:
         end()

@@ -69,7 +69,7 @@ def evaluate(
         model: float32 weights, on the split's device.
         split: the items to evaluate.
         scaling: as fitted to the training split.
-        batch_size: items in a batch of training.
+        batch_size: items in a training step.
 
     Raises:
         TaskError: the task's methods do not return the loss or the task's metric.

@@ -32,10 +32,6 @@ def fast_fp16_products(precision: str, device: torch.device) -> Iterator[None]:
 
     Results are rounded once; attention counts as one product. So are the gradients: the backward pass of a cast rounds
     to the type that was cast from. Nothing happens for other precisions, on a GPU, and on a CPU with fp16 units.
-
-    Args:
-        precision: precision of the trial.
-        device: device of the trial.
     """
     if precision != "fp16" or device.type != "cpu" or not _is_slow():
         yield

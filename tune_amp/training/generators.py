@@ -26,7 +26,7 @@ class Generators:
         self._device = device
         with keep_generators(device):
             seed_generators(seed)
-            self.state: Mapping[str, Any] = read_generators(device)
+            self.state = read_generators(device)
             """State while they are not in use: plain values and tensors (``weights_only=True`` loads it)."""
 
     @contextlib.contextmanager

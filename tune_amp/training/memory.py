@@ -25,17 +25,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
     """Return whether a GPU's memory ran out, or the share of it that the process may use."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _OUT_OF_GPU_MEMORY.search(str(error)) is not None
+    is_named = isinstance(error, RuntimeError) and _OUT_OF_GPU_MEMORY.search(str(error)) is not None
+    return is_named or isinstance(error, torch.OutOfMemoryError)
 
 
 class MemoryMeter:
-    """Peak CUDA memory of a run's training, without evaluation and without memory allocated before the run.
-
-    Args:
-        device: device that the run will train on. Memory allocated there now is not counted.
-    """
+    """Peak CUDA memory of a run's training on ``device``, without evaluation and what is allocated there now."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

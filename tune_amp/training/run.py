@@ -160,14 +160,14 @@ class TrainingRun:
         yield
         self._seconds[name] += time.perf_counter() - started
 
+    def _list_parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self._optimizer, "amp": self._amp, "schedule": self._schedule}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state to resume from bit for bit, as tensors and plain values (``weights_only=True`` loads it)."""
-        return {
+        return {name: part.state_dict() for name, part in self._list_parts().items()} | {
             "epoch": self.epoch,
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": None if self._schedule is None else self._schedule.state_dict(),
-            "amp": self._amp.state_dict(),
             "next_probe": self._next_probe,
             "order": self._order.get_state(),
             "generators": self._generators.state,
@@ -177,14 +177,10 @@ class TrainingRun:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from the ``state_dict`` of a run of the same configuration."""
-        self.epoch = state["epoch"]
         self._loop = self._why_eager = self._amp.position = None  # a graph would keep using tensors replaced here
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._schedule is not None:
-            self._schedule.load_state_dict(state["schedule"])
-        self._amp.load_state_dict(state["amp"])
-        self._next_probe = state["next_probe"]
+        for name, part in self._list_parts().items():
+            part.load_state_dict(state[name])
+        self.epoch, self._next_probe = state["epoch"], state["next_probe"]
         self._order.set_state(state["order"])
         self._generators.state = state["generators"]
         placing_seconds = self._seconds["data_seconds"]

@@ -53,12 +53,9 @@ class StreamedBatches:
         return self._place(default_collate([self._source[int(index)] for index in indices]), scaling)
 
     def stream(self, batches: Iterable[Tensor], seed: int, scaling: InputScaling) -> Iterator[Batch]:
-        """Read the batches of the items at ``batches``, in this order.
+        """Read the batches of the items at ``batches`` (int64 indices), in this order.
 
-        Args:
-            batches: indices of the items of each batch, int64.
-            seed: seed of the random numbers that items are made with in workers. Without workers, the run's are used.
-            scaling: of uint8 images.
+        Items that draw random numbers draw them by ``seed`` in workers; without workers, from the run's generators.
         """
         loader: DataLoader[Any] = DataLoader(
             self._source,
@@ -85,11 +82,8 @@ class StreamedBatches:
 def place(split: Split, device: torch.device, workers: int | None = None) -> DeviceSplit | StreamedBatches:
     """Return the split on ``device``; or a stream of it, if it is a data set of torch or too large.
 
-    Args:
-        split: a split in host memory.
-        device: device of the batches.
-        workers: processes that read the items of a stream; None: on a GPU as many as a trial has CPU threads, which
-            wait meanwhile; on the CPU none, since training needs them.
+    ``workers`` processes read the items of a stream; None: on a GPU as many as a trial has CPU threads, which wait
+    meanwhile; on the CPU none, since training needs them.
     """
     if workers is None:
         workers = torch.get_num_threads() if device.type == "cuda" else 0

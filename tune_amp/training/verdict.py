@@ -159,29 +159,19 @@ def _find_collapse(evidence: EpochEvidence) -> str | None:
     outlook = evidence.probe.outlook
     if outlook is None:
         return None
-    return _find_collapsed_scale(evidence, outlook) or _find_unreachable_scale(evidence, outlook)
-
-
-def _find_collapsed_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> str | None:
-    """Return why the scale is beyond recovery, or None.
-
-    GradScaler has no floor: NaN gradients halve the scale for ever, and a scale of 0 or infinity skips every step.
-    """
-    scale = outlook.scale
-    if not math.isfinite(scale) or scale <= 0:
-        return f"loss_scale is {scale}"
-    if scale < COLLAPSED_SCALE and evidence.skipped_steps and scale == outlook.smallest_so_far:
-        return f"loss_scale collapsed to {scale:.3g} after {evidence.skipped_steps} skipped steps"
-    return None
+    if not math.isfinite(outlook.scale) or outlook.scale <= 0:
+        return f"loss_scale is {outlook.scale}"
+    # GradScaler has no floor: NaN gradients halve the scale for ever.
+    if outlook.scale < COLLAPSED_SCALE and evidence.skipped_steps and outlook.scale == outlook.smallest_so_far:
+        return f"loss_scale collapsed to {outlook.scale:.3g} after {evidence.skipped_steps} skipped steps"
+    return None if evidence.weights_moved else _find_unreachable_scale(evidence, outlook)
 
 
 def _find_unreachable_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> str | None:
-    """Return why no reachable scale lets the model learn, or None if one may or a weight has moved.
+    """Return why no reachable scale lets the model learn, or None if one may.
 
-    Only while no weight has moved are the next gradients like those that were tested.
+    Valid while no weight has moved: only then are the next gradients like those that were tested.
     """
-    if evidence.weights_moved:
-        return None
     if evidence.is_last_epoch and evidence.applied_steps == 0:
         return f"no step was applied: all {evidence.skipped_steps} were skipped"
     if evidence.probe.overflows_at_lowest and evidence.epoch_skipped == evidence.epoch_steps:
