@@ -53,8 +53,8 @@ class AmpStep:
         self.telemetry = start_telemetry(config)
         """Telemetry as of the last ``read_epoch``."""
         self.position: Tensor | None = None
-        """Number of the step since ``read_epoch``, if counted on the device so that a CUDA graph can replay a step: int64
-        [1]. Assign it between epochs only."""
+        """Number of the step since ``read_epoch``, int64 [1], if a CUDA graph is to replay steps; else the host counts.
+        Assign it between epochs only."""
         # A row a step: loss, and with a scaler the scale after the step and whether the step was skipped.
         columns = 3 if self.scaler.is_enabled() else 1
         self._log = torch.zeros(max_steps, columns, dtype=torch.float32, device=device)
