@@ -16,7 +16,7 @@ from tune_amp.trial.config import TrialConfig
 
 def probe(
     config: TrialConfig,
-    parameters: list[torch.Tensor],
+    parameters: list[nn.Parameter],
     compute_loss: Callable[[torch.Tensor], torch.Tensor],
     images: int,
     **sizes: Any,
@@ -24,7 +24,13 @@ def probe(
     scaler = torch.amp.GradScaler("cpu", **scaler_settings(config))
     given = {"batch_size": images, "steps_left": 1, "all_skipped": False, **sizes}
     return probe_gradients(
-        config, scaler, start_telemetry(config), parameters, compute_loss, torch.arange(images), **given
+        config,
+        scaler,
+        start_telemetry(config),
+        nn.ParameterList(parameters),
+        compute_loss,
+        torch.arange(images),
+        **given,
     )
 
 
@@ -38,7 +44,7 @@ def test_underflow_share_is_that_of_the_elements_that_fp32_has_and_fp16_has_not(
 ) -> None:
     """The gradient is the scale times the input: elements below half of 2^-24 become zero in fp16."""
     inputs = torch.tensor([[0.0] * 8 + [2.0**-8] * 12 + [2.0**-4] * 3 + [2.0**-2]])
-    weight = torch.zeros(1, 24, requires_grad=True)
+    weight = nn.Parameter(torch.zeros(1, 24))
     config = make_config(2.0**scale_exponent, growth_interval=10**6)
     found = probe(config, [weight], lambda _: nn.functional.linear(inputs, weight).float().sum(), 1, steps_left=5)
     assert found.underflow_share == lost
@@ -48,7 +54,7 @@ def test_underflow_share_is_that_of_the_elements_that_fp32_has_and_fp16_has_not(
 
 
 def test_probe_tries_the_extremes_that_the_scale_can_reach() -> None:
-    weight = torch.zeros(1, 4, requires_grad=True)
+    weight = nn.Parameter(torch.zeros(1, 4))
 
     def try_scale(scale: float, **settings: Any) -> GradientProbe:
         def compute_loss(images: torch.Tensor) -> torch.Tensor:
@@ -90,7 +96,7 @@ def test_one_element_that_is_not_finite_is_found(value: float) -> None:
 
 def test_verdicts_are_asked_of_more_images_than_the_share() -> None:
     """Weights that only some image in a thousand reaches are not dead; a whole batch overflows before a few images."""
-    weight = torch.ones(1, 1, requires_grad=True)
+    weight = nn.Parameter(torch.ones(1, 1))
     asked: list[int] = []
 
     def is_dead_but_for(image: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_amp.training.amp import ScalerTelemetry, training_arithmetic
-from tune_amp.training.generators import Generators, seed_generators, undisturbed
+from tune_amp.training.generators import Generators
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.own_code import exits_as_errors
 from tune_amp.training.own_trial import Trial, join_sorted
@@ -229,24 +229,10 @@ class OwnRun:
         if probed is None or not scaler.is_enabled():
             return GradientProbe(outlook=find_outlook(scaler, telemetry, steps_left))
         model, loss = probed
-
-        def compute_loss(_: Tensor) -> Tensor:
-            seed_generators(config.seed)  # the same dropout every time
-            return loss()
-
-        arithmetic = training_arithmetic(config.precision, self._device)
-        with undisturbed(model, self._device), arithmetic, torch.enable_grad():
-            return probe_gradients(
-                config,
-                scaler,
-                telemetry,
-                model.parameters(),
-                compute_loss,
-                torch.zeros(1),
-                batch_size=1,
-                steps_left=steps_left,
-                all_skipped=skipped == steps,
-            )
+        sizes = {"batch_size": 1, "steps_left": steps_left}
+        return probe_gradients(
+            config, scaler, telemetry, model, lambda _: loss(), torch.zeros(1), **sizes, all_skipped=skipped == steps
+        )
 
 
 def _check_loads(kept: Mapping[str, Any]) -> None:

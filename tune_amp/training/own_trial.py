@@ -201,9 +201,7 @@ class Trial:
         """Continue from ``read_state``, called before the loop starts."""
         self.checkpoint, self._first_epoch = state, state["epoch"]
         self.scaler.telemetry = ScalerTelemetry(**state["telemetry"])
-        if self.scaler.is_enabled():
-            current = {name: state["scaler"][name] for name in ("scale", "_growth_tracker")}
-            self.scaler.load_state_dict(self.scaler.state_dict() | current)
+        self.scaler.load_state_dict(state["scaler"])
 
     def read_state(self, epoch: int, generators: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state after ``epoch`` epochs, as tensors and plain values."""

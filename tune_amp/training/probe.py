@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tune_amp.training.amp import ScalerTelemetry, autocast_of
+from tune_amp.training.amp import ScalerTelemetry, autocast_of, training_arithmetic
+from tune_amp.training.generators import seed_generators, undisturbed
 from tune_amp.training.verdict import GradientProbe, ScaleOutlook, look_ahead
 from tune_amp.trial.config import TrialConfig
 
@@ -20,7 +21,7 @@ def probe_gradients(
     config: TrialConfig,
     scaler: torch.amp.GradScaler,
     telemetry: ScalerTelemetry,
-    parameters: Iterable[Tensor],
+    model: nn.Module,
     compute_loss: Callable[[Tensor], Tensor],
     images: Tensor,
     *,
@@ -28,50 +29,59 @@ def probe_gradients(
     steps_left: int,
     all_skipped: bool,
 ) -> GradientProbe:
-    """Compare the gradients of a trial's precision with those of fp32. No weight, gradient or scale changes.
+    """Compare the gradients of a trial's precision with those of fp32. No weight, gradient, buffer or scale changes.
 
     A few images show how much underflows. A verdict that would end a trial is tested on more images: whether weights
     are dead, whether the whole gradient vanishes, and whether the sum over a whole batch overflows. No pass exceeds one
-    batch, or the probe would need more memory than training.
+    batch, or the probe would need more memory than training. Every pass has the same dropout.
 
     Args:
-        config: source of precision and weight decay.
+        config: source of precision, weight decay and seed.
         scaler: the trial's scaler.
         telemetry: its telemetry so far.
-        parameters: the fp32 weights; those that are frozen are ignored.
+        model: its fp32 weights, of which those that are frozen are ignored.
         compute_loss: forward pass and loss of some images, each weighted as in a training step.
         images: the images in the form that ``compute_loss`` takes, [n].
         batch_size: images in a training step.
         steps_left: steps left in the trial's budget.
         all_skipped: whether every step of the last epoch was skipped.
     """
-    weights = [parameter for parameter in parameters if parameter.requires_grad]
-    few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
-    exact = _compute_gradients(compute_loss(few), weights)
-    # Weight decay moves weights that get no gradient, and may revive some.
-    is_dead = (config.weight_decay == 0 and _is_dead(exact)) and all(
-        _is_dead(_compute_gradients(compute_loss(some), weights)) for some in more
-    )
-    outlook = find_outlook(scaler, telemetry, steps_left)
-    if outlook is None or not (math.isfinite(outlook.scale) and outlook.scale > 0):
-        return GradientProbe(is_dead=is_dead, outlook=outlook)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = weights[0].device
 
-    def scaled(scale: float, some: Tensor) -> list[Tensor]:
-        with autocast_of(config.precision, weights[0].device):
+    def compute_gradients(some: Tensor, scale: float | None = None) -> list[Tensor]:
+        """Return the gradients in fp32, or at ``scale`` in the trial's precision; ``.grad`` stays as it is."""
+        seed_generators(config.seed)
+        if scale is None:
             loss = compute_loss(some)
-        return _compute_gradients(loss * scale, weights)
+        else:
+            with autocast_of(config.precision, device):
+                loss = compute_loss(some)
+            loss = loss * scale
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        return [gradient.detach() for gradient in gradients]
 
-    share = _measure_underflow(exact, scaled(outlook.scale, few))
-    # Another batch may have smaller gradients: half the scale must overflow too.
-    lowest = outlook.lowest / 2
+    few, more = images[: min(batch_size, PROBE_IMAGES)], images[:SECOND_LOOK_IMAGES].split(batch_size)
+    with undisturbed(model, device), training_arithmetic(config.precision, device), torch.enable_grad():
+        exact = compute_gradients(few)
+        # Weight decay moves weights that get no gradient, and may revive some.
+        is_dead = config.weight_decay == 0 and _is_dead(exact)
+        is_dead = is_dead and all(_is_dead(compute_gradients(some)) for some in more)
+        outlook = find_outlook(scaler, telemetry, steps_left)
+        if outlook is None or not (math.isfinite(outlook.scale) and outlook.scale > 0):
+            return GradientProbe(is_dead=is_dead, outlook=outlook)
+        share = _measure_underflow(exact, compute_gradients(few, outlook.scale))
+        overflows = vanishes = None
+        if all_skipped:  # another batch may have smaller gradients: half the scale must overflow too
+            overflows = not all_finite(compute_gradients(images[:batch_size], outlook.lowest / 2))
+        if share == 1:
+            vanishes = not any(_any_nonzero(compute_gradients(some, outlook.highest)) for some in (few, *more))
     return GradientProbe(
         is_dead=is_dead,
         underflow_share=share,
         outlook=outlook,
-        overflows_at_lowest=not all_finite(scaled(lowest, images[:batch_size])) if all_skipped else None,
-        vanishes_at_highest=(
-            not any(_any_nonzero(scaled(outlook.highest, some)) for some in (few, *more)) if share == 1 else None
-        ),
+        overflows_at_lowest=overflows,
+        vanishes_at_highest=vanishes,
     )
 
 
@@ -90,12 +100,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     exceed 10^30.
     """
     return math.isfinite(torch.stack([tensor.detach().sum() for tensor in tensors]).sum())
-
-
-def _compute_gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients of ``loss``, zero for a weight that it does not depend on; leave ``.grad`` unchanged."""
-    gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-    return [gradient.detach() for gradient in gradients]
 
 
 def _is_dead(gradients: Sequence[Tensor]) -> bool:

@@ -25,7 +25,7 @@ from tune_amp.training.cuda_graph import (
 )
 from tune_amp.training.data import Split
 from tune_amp.training.evaluation import Evaluation, evaluate
-from tune_amp.training.generators import Generators, seed_generators, undisturbed
+from tune_amp.training.generators import Generators
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.models import check_model
 from tune_amp.training.own_code import exits_as_errors
@@ -332,21 +332,17 @@ class TrainingRun:
         ``all_skipped`` is whether every step of the epoch was skipped.
         """
         try:
-            with (
-                undisturbed(self.model, self._data.device),
-                training_arithmetic(self._config.precision, self._data.device),
-            ):
-                probe = probe_gradients(
-                    self._config,
-                    self._amp.scaler,
-                    self._amp.telemetry,
-                    self.model.parameters(),
-                    self._compute_probe_loss,
-                    images,
-                    batch_size=self._config.batch_size,
-                    steps_left=(self._config.max_epochs - self.epoch) * self._max_steps,
-                    all_skipped=all_skipped,
-                )
+            probe = probe_gradients(
+                self._config,
+                self._amp.scaler,
+                self._amp.telemetry,
+                self.model,
+                self._compute_probe_loss,
+                images,
+                batch_size=self._config.batch_size,
+                steps_left=(self._config.max_epochs - self.epoch) * self._max_steps,
+                all_skipped=all_skipped,
+            )
         except torch.AcceleratorError:
             raise
         except Exception:  # a user's model may require backward() (reentrant checkpoints do), or memory run out
@@ -357,8 +353,7 @@ class TrainingRun:
         return probe
 
     def _compute_probe_loss(self, images: Tensor) -> Tensor:
-        """Return the loss of ``images`` (indices, int64), weighted as in a batch, always with the same dropout."""
-        seed_generators(self._config.seed)
+        """Return the loss of ``images`` (indices, int64), weighted as in a batch."""
         loss = self._compute_loss(self._data.train.take(images, self._scaling))
         return loss * (len(images) / self._config.batch_size)
 
