@@ -99,7 +99,7 @@ class TrainingRun:
         """Fewest steps between two probes, unless the end of the trial depends on one."""
         self._next_probe = 0  # in steps since the trial began; counted, not timed, so that a replay probes alike
         # Kept until a weight has moved, and on the host, so that no device memory is charged for it.
-        self._initial: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self.model.parameters()]
+        self._initial = {weight: weight.detach().to("cpu", copy=True) for weight in self.model.parameters()}
         self.epoch = 0
         """Number of epochs trained so far."""
         self.hopeless: str | None = None
@@ -358,11 +358,9 @@ class TrainingRun:
         return loss * (len(images) / self._config.batch_size)
 
     def _weights_moved(self) -> bool:
-        if self._initial is not None:
-            pairs = zip(self.model.parameters(), self._initial, strict=True)
-            if not all(torch.equal(parameter.detach().cpu(), initial) for parameter, initial in pairs):
-                self._initial = None
-        return self._initial is None
+        if any(not torch.equal(weight.detach().cpu(), initial) for weight, initial in self._initial.items()):
+            self._initial = {}
+        return not self._initial
 
     def _find_nan_buffer(self) -> str | None:
         """Return the name of the first buffer with a NaN. Infinity may be intended, as in a mask."""
@@ -372,15 +370,8 @@ class TrainingRun:
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
     """Estimate an epoch's seconds, roughly, from the second of two steps on ``ESTIMATE_IMAGES`` images."""
     few = train.select(range(min(ESTIMATE_IMAGES, len(train))))
-    # A class may be missing in so few.
-    plain: dict[str, Any] = {
-        "class_weighting": "none",
-        "curriculum": "none",
-        "accumulate": 1,
-        "batch_size": len(few),
-        "max_epochs": 2,
-    }
-    data = TrainingData(few, None, num_classes, device, workers=0)
-    run = TrainingRun(dataclasses.replace(config, **plain), data, capture=None, probed=False)
+    plain = dataclasses.replace(config, class_weighting="none", curriculum="none")  # a class may be missing in so few
+    plain = dataclasses.replace(plain, accumulate=1, batch_size=len(few), max_epochs=2)
+    run = TrainingRun(plain, TrainingData(few, None, num_classes, device, workers=0), capture=None, probed=False)
     first, second = (run.train_epoch().train_seconds for _ in range(2))
     return (second - first) / len(few) * len(train)
