@@ -66,8 +66,8 @@ def place_split(split: Split, device: torch.device) -> DeviceSplit:
 def fit_input_scaling(train: Split, method: str) -> InputScaling:
     """Return the scaling that maps the training pixels to [0, 1] (``minmax``) or to mean 0, deviation 1 (``standard``).
 
-    Inputs that are no uint8 images are not scaled. Images that are read one by one are not measured: their range is
-    that of uint8.
+    Other inputs than uint8 images are not scaled. Images that are read one by one are not measured: their range is that
+    of uint8.
 
     Raises:
         InputError: every pixel has the same value, or ``standard`` would need to read a whole data set.
@@ -143,8 +143,7 @@ def difficulty_order(split: Split, num_classes: int) -> npt.NDArray[np.int64]:
 def class_weights(labels: npt.NDArray[np.int64], num_classes: int, method: str) -> torch.Tensor | None:
     """Return the weights of the classes in the loss, float32 [num_classes]; None for ``none``.
 
-    ``balanced`` is scikit-learn's: n / (num_classes * images of the class), over the whole training split. A
-    curriculum's epochs that draw from a part of the split use the same weights.
+    ``balanced`` is scikit-learn's: n / (num_classes * images of the class), over the whole split in all epochs.
 
     Raises:
         InputError: a class has no image.

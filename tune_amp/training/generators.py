@@ -15,12 +15,7 @@ from torch import nn
 
 
 class Generators:
-    """The generators of one run, separate from those of its process and of other runs in the process.
-
-    Args:
-        seed: seed of all generators.
-        device: device that the run trains on. The generator of a GPU is included.
-    """
+    """The generators of one run, that of its GPU included, separate from those of its process and of other runs."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device

@@ -15,16 +15,13 @@ Run = TrainingRun | OwnRun
 
 
 def load_data(name: str, data_dir: Path | None, *, task: str | None = None, train: str | None = None) -> Dataset:
-    """Return the data of a search: of a data set, of the user's own task, or none for the user's own loop.
+    """Return the data of a search: of a data set, or of the user's own ``task`` of that name, or none for an own loop.
 
     Args:
         name: name of the data set; that of the task if the task has its own data.
-        data_dir: see ``load_dataset``.
+        data_dir: see ``load_dataset``, which also says what is raised.
         task: the user's own task, ``module:Class``, if there is one.
         train: the user's own loop, ``module:function``, if there is one.
-
-    Raises:
-        InputError: see ``load_dataset``.
     """
     if train is not None:
         return build_no_data(train)

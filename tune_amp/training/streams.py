@@ -25,7 +25,7 @@ class StreamedBatches:
     Args:
         source: data set of items (input, target).
         reason: why it is streamed, for the column ``loop``.
-        device: device of the batches. Memory is pinned for a GPU.
+        device: device of the batches.
         input_size: number of values in an input.
         workers: processes that read items; with 0, this process reads them.
     """
