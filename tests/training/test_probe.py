@@ -79,9 +79,10 @@ def test_probe_tells_dead_weights(precision: str) -> None:
 
         return probe(TrialConfig(precision=precision, **settings), list(model.parameters()), compute_loss, 2).is_dead
 
+    bias = list(model.parameters())[1]
+    nn.init.constant_(bias, 10.0)
     assert not is_dead()
-    with torch.no_grad():
-        list(model.parameters())[1].fill_(-10)
+    nn.init.constant_(bias, -10.0)
     assert is_dead()  # the last bias still gets a gradient
     assert not is_dead(weight_decay=0.1)  # it may move them back
 
