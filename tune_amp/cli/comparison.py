@@ -217,13 +217,7 @@ class Comparison:
 
 
 class Progress:
-    """Prints a line when a run ends, and in long runs a line for an epoch now and then.
-
-    Args:
-        console: where to print.
-        plan: the planned runs.
-        clock: returns the time in seconds.
-    """
+    """Prints a line when a run ends, and in long runs a line for an epoch now and then. ``clock`` returns seconds."""
 
     def __init__(self, console: Console, plan: ComparisonPlan, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console

@@ -50,11 +50,6 @@ def restore_arguments(
 ) -> argparse.Namespace:
     """Return the arguments of a resumed run: those that it began with, overridden by the command line.
 
-    Args:
-        parser: the command's parser.
-        command: the command's arguments, ``--resume`` among them.
-        history: the run.
-
     Raises:
         InputError: an argument would change what all trials of the run have in common, or the run needs the user's own
             code and no argument names it.
@@ -181,14 +176,9 @@ def describe_progress(history: RunHistory, num_samples: int, time_budget: float 
 
 
 def name_resume_command(search: Sequence[str], folder: Path, *, default_dir: Path, arguments: Mapping[str, Any]) -> str:
-    """Return the command that resumes a run.
+    """Return the command that resumes a run, from ``search``, the words that search, and ``remember``'s arguments.
 
-    Args:
-        search: the command that searches, such as ``("tune-amp", "search")``.
-        folder: the run's folder.
-        default_dir: the results folder that the command searches by default.
-        arguments: from ``remember``. The command names the user's own code again, as consent to run it, and the
-            arguments of ``EXTERNAL_TARGETS`` that are set.
+    It names the user's own code again, as consent to run it, and the arguments of ``EXTERNAL_TARGETS`` that are set.
     """
     parts = [*search, "--resume", name_run(folder, default_dir)]
     parts += list_own_code(arguments)

@@ -69,9 +69,7 @@ class RunSummary:
 def load_summary(folder: Path, top_k: int | None = None) -> RunSummary:
     """Return the result of a run from its files. Some are missing if the run was killed.
 
-    Args:
-        folder: the run folder.
-        top_k: how many of the best are ranked; None for as many as the search ranked, or 3 if it was killed.
+    The ``top_k`` best are ranked: by default as many as the search ranked, or 3 if it was killed.
 
     Raises:
         InputError: ``trials.parquet`` or ``epochs.parquet`` is missing, or any file is damaged or of another version.
@@ -102,11 +100,7 @@ def load_summary(folder: Path, top_k: int | None = None) -> RunSummary:
 def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Console) -> None:
     """Print counts, ranking with ties or confirmation, importance, slot time, files and the command for reuse.
 
-    Args:
-        console: where the result is printed.
-        summary: the result.
-        reuse: the command that trains the winner.
-        errors: where the reasons for having no result are printed.
+    The reasons for having no result are printed to ``errors``.
     """
     run = RunFolder(summary.folder)
     console.print(describe_counts(summary.trials))
@@ -152,13 +146,7 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
 
 
 def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Provenance) -> None:
-    """Print the table of the confirmed configurations and the sentences below it, the verdict last.
-
-    Args:
-        console: where to print.
-        rows: the rows of ``best.parquet``, including those without confirmation.
-        provenance: the run's provenance.
-    """
+    """Print the table of the confirmed configurations and the sentences below it, the verdict last."""
     console.print(render_confirmed(rows, provenance))
     for sentence in describe_confirmed(rows, provenance):
         say(console, sentence)

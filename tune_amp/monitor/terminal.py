@@ -185,10 +185,7 @@ def render_progress(
 ) -> RenderableType:
     """Render the live view: a headline, the running trials, the best so far, the last that ended, and the counts.
 
-    Args:
-        progress: of the search.
-        last: the trial that ended last.
-        begun: trial id and epochs reported -> ``time.monotonic()`` of the report, or of the trial's start.
+    ``begun`` has ``time.monotonic()`` of the report (or the start) of each running trial, by its id and epochs.
     """
     headline = Text.assemble(
         (progress.run, "bold"),
@@ -210,10 +207,8 @@ def render_progress(
 def render_confirmation(progress: ConfirmProgress, first_end: tuple[float, int] | None = None) -> RenderableType:
     """Render the live view of a confirmation: a headline, and each configuration with its mean so far.
 
-    Args:
-        progress: of the confirmation.
-        first_end: ``time.monotonic()`` at the end of the first run, and the number of runs done then. The time left is
-            estimated from what followed, because the first run had to wait for its worker.
+    ``first_end`` is ``time.monotonic()`` at the end of the first run, and the number of runs done then. The time left
+    is estimated from what followed, because the first run had to wait for its worker.
     """
     clock = f"{format_clock(time.monotonic() - progress.started)} spent"
     if first_end is not None and progress.done > first_end[1]:

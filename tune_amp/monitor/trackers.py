@@ -86,7 +86,7 @@ class Tracker(tune.Callback):
     Args:
         name: one of ``options.TRACKERS``.
         build: builds the writer; called in the thread in which the writer then works.
-        past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id.
+        past: last reported epoch of each resumed trial, by trial id.
         service: program that the writer starts beside this process. When the tracker is switched off, child processes
             that run it are killed, except those that ran before the tracker was created.
     """
@@ -226,11 +226,8 @@ def build_trackers(
 ) -> list[Tracker]:
     """Build Tune callbacks that send a search to the named trackers. Call it inside ``session.ray_session``.
 
-    Args:
-        names: from ``options.check_trackers``.
-        folder: the run folder; trackers on this machine write into it, and its name is the run's name.
-        past: last reported epoch of each trial that is resumed after the search was interrupted, by trial id. In MLflow
-            and W&B such a trial continues as a second run of the same name.
+    Trackers on this machine write into the run's ``folder``, whose name is the run's name. ``past`` is the last
+    reported epoch of each resumed trial, by trial id: in MLflow and W&B it continues as a second run of the same name.
     """
     writers: dict[str, Callable[[Path], Writer]] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WandB}
     services = {"wandb": find_wandb_service()}

@@ -60,12 +60,7 @@ def describe_own_card(
 ) -> str:
     """Return the card of the user's own loop or task as Markdown, from ``templates/own_card.md``.
 
-    Args:
-        result: what was measured.
-        models: names of the models whose weights are saved.
-        best: where the settings come from.
-        rank: rank of the row that was trained.
-        versions: versions of the libraries that trained the weights.
+    ``models`` are the names of those whose weights are saved. See ``describe_card``.
     """
     last = result.epochs[-1]
     return render_markdown(

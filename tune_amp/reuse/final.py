@@ -157,11 +157,7 @@ class FinalTraining(Training):
 class OwnTraining(Training):
     """Trains the user's own task on training and validation data together, or the user's own loop on what it has.
 
-    Args:
-        config: from ``results.load_best``; it names the loop or task.
-        dataset: the data that ``config`` was chosen on; empty for a loop.
-        device: where to train.
-        objectives: metrics that a loop must yield.
+    ``objectives`` are metrics that a loop must yield; see ``FinalTraining``.
     """
 
     def __init__(

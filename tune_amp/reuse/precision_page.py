@@ -93,10 +93,8 @@ def describe_settings(origin: ComparisonOrigin) -> str:
 def render_table(titles: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
     """Return a Markdown table whose columns also line up in a terminal.
 
-    Args:
-        titles: titles of the columns.
-        rows: cells, which must not contain a bar, since it would begin the next cell.
-        texts: indices of the left-aligned columns; the others are numbers and right-aligned.
+    Cells must not contain a bar, since it would begin the next one. Columns are numbers, and right-aligned, except for
+    those whose indices are in ``texts``.
     """
     columns = []
     for place, column in enumerate(zip(titles, *rows, strict=True)):

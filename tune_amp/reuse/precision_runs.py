@@ -108,13 +108,7 @@ def plan_comparison(
 ) -> ComparisonPlan:
     """Warm up every arm, and choose the number of epochs from the time that takes.
 
-    Args:
-        arms: from ``choose_arms``.
-        dataset: the data set that the configuration was chosen on.
-        device: where to train.
-        seeds: seeds of the runs.
-        max_epochs: number of epochs; None for the configuration's own, as far as ``budget`` allows.
-        budget: seconds for all runs together, if ``max_epochs`` is None.
+    It is ``max_epochs``, or else the configuration's own, as far as all runs fit into ``budget`` seconds.
     """
     epoch_seconds = dict.fromkeys(arms, 0.0)
     for precision, config in arms.items():
@@ -135,16 +129,10 @@ def plan_comparison(
 
 
 def fit_epochs(epoch_seconds: Mapping[str, float], *, seeds: int, wanted: int, budget: float) -> tuple[int, list[str]]:
-    """Return how many epochs fit into ``budget``, and the precisions dropped for that, slowest first.
+    """Return how many of the ``wanted`` epochs fit into ``budget`` seconds, and the precisions dropped, slowest first.
 
     No precision is dropped while two epochs of all fit. fp32 and the fastest of the others are never dropped, however
-    long they take.
-
-    Args:
-        epoch_seconds: seconds of an epoch in each precision.
-        seeds: number of runs of each precision.
-        wanted: most epochs.
-        budget: seconds for all runs together.
+    long they take. ``epoch_seconds`` are those of an epoch in each precision, of which there are ``seeds`` runs each.
     """
     kept, gone = dict(epoch_seconds), list[str]()
     while (affordable := int(budget / max(1e-9, seeds * sum(kept.values())))) < LEAST_EPOCHS and len(kept) > 2:
@@ -214,11 +202,7 @@ def compare_runs(
 ) -> Iterator[ComparedRun]:
     """Train the planned runs, one after the other, on data that stay on the device.
 
-    Args:
-        plan: from ``plan_comparison``.
-        dataset: the data set, whose training and validation images are used.
-        device: where to train.
-        on_epoch: called with the metrics of each epoch at its end.
+    ``on_epoch`` is called with the metrics of each epoch at its end.
     """
     data = TrainingData(dataset.train, dataset.validation, dataset.num_classes, device)
     for place, (seed, precision) in enumerate(plan.runs, start=1):
@@ -343,11 +327,7 @@ def explain_too_long(config: TrialConfig, dataset: Dataset, device: torch.device
 class TimedRun:
     """A precision of a cell, warmed up and ready to be timed turn by turn.
 
-    Args:
-        config: what to train.
-        dataset: the data set; as many of its training images are used as an epoch of ``turn_seconds`` needs.
-        device: where to train.
-        turn_seconds: seconds of a turn.
+    It trains on as many of the training images as an epoch of ``turn_seconds`` needs.
     """
 
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device, turn_seconds: float) -> None:
