@@ -143,9 +143,7 @@ class Comparison:
     def make(self) -> int:
         """Measure, write and print. Return the exit code."""
         try:
-            self._print_start()
-            self._train_runs(self._plan())
-            self._measure_map()
+            self._measure()
         except KeyboardInterrupt:
             self._print_end()
             kept = f"{len(self.runs)} runs are kept in {self.folder}" if self.runs else "nothing was measured yet"
@@ -155,12 +153,27 @@ class Comparison:
         completed = {run.precision for run in self.runs if run.status is TrialStatus.COMPLETED}
         return EXIT_DONE if BASELINE in completed else EXIT_NO_RESULT
 
-    def _print_start(self) -> None:
-        origin = self.origin
-        say(self.console, f"rank {origin.rank} of {origin.run} on {origin.place}: {describe_settings(origin)}")
-        say(self.console, "validation accuracy decides; the test set is not read")
+    def _measure(self) -> None:
+        origin, console = self.origin, self.console
+        say(console, f"rank {origin.rank} of {origin.run} on {origin.place}: {describe_settings(origin)}")
+        say(console, "validation accuracy decides; the test set is not read")
         meaning = [CPU_MEANING] if self.device.type == "cpu" else []
         self._print_notes(origin.left_out, (*origin.notices, *meaning))
+        plan = self._plan()
+        progress = Progress(console, plan)
+        for run in compare_runs(plan, self.dataset, self.device, progress.on_epoch):
+            self.runs.append(run)
+            self._write()
+            progress.on_end(run)
+        models, sizes = self.arguments.models, self.arguments.batch_sizes
+        for cells in measure_map(self.arms, self.dataset, self.device, models, sizes, turn_seconds=TURN_SECONDS):
+            self.cells += cells
+            self._write()
+            rates = [
+                f"{cell.precision} {cell.reason or f'{statistics.median(cell.turn_rates):,.0f} images/s'}"
+                for cell in cells
+            ]
+            say(console, f"map  {cells[0].model}  batch {cells[0].batch_size}  {', '.join(rates)}")
 
     def _print_notes(self, left_out: Mapping[str, str], notices: Sequence[str], hint: str = "") -> None:
         lines = [f"left out: {precision}: {reason}{hint}" for precision, reason in left_out.items()]
@@ -170,7 +183,12 @@ class Comparison:
     def _plan(self) -> ComparisonPlan:
         origin, max_epochs = self.origin, self.arguments.max_epochs
         plan = plan_comparison(self.arms, self.dataset, self.device, seeds=origin.seeds, max_epochs=max_epochs)
-        notices = [] if max_epochs else _explain_epochs(plan.epochs, self.arms[BASELINE].max_epochs)
+        wanted, notices = self.arms[BASELINE].max_epochs, []
+        if max_epochs is None and plan.epochs > wanted:
+            notices = [f"{plan.epochs} epochs instead of {wanted}: the first of a run is not timed"]
+        elif max_epochs is None and plan.epochs < wanted:
+            limit = f"all {wanted} would take longer than {_clock(BUDGET_SECONDS)}; --max-epochs measures them"
+            notices = [f"{plan.epochs} epochs a run: {limit}"]
         self.origin = dataclasses.replace(
             origin,
             precisions=tuple(plan.arms),
@@ -185,20 +203,6 @@ class Comparison:
             text += f"; then a map of {cells} cells: at least {_clock(seconds)}"
         say(self.console, text)
         return plan
-
-    def _train_runs(self, plan: ComparisonPlan) -> None:
-        progress = Progress(self.console, plan)
-        for run in compare_runs(plan, self.dataset, self.device, progress.on_epoch):
-            self.runs.append(run)
-            self._write()
-            progress.on_end(run)
-
-    def _measure_map(self) -> None:
-        models, batch_sizes = self.arguments.models, self.arguments.batch_sizes
-        for cells in measure_map(self.arms, self.dataset, self.device, models, batch_sizes, turn_seconds=TURN_SECONDS):
-            self.cells += cells
-            self._write()
-            say(self.console, describe_cells(cells))
 
     def _write(self) -> str:
         """Write the files, and return the page."""
@@ -270,22 +274,6 @@ def print_page(console: Console, page: str) -> None:
             continue
         for line in lines:
             say(console, line.removeprefix("## ").replace("**", ""), style="bold" if line.startswith("## ") else None)
-
-
-def describe_cells(cells: Sequence[MapCell]) -> str:
-    """Return a cell of the map in one line."""
-    rates = [
-        f"{cell.precision} {cell.reason or f'{statistics.median(cell.turn_rates):,.0f} images/s'}" for cell in cells
-    ]
-    return f"map  {cells[0].model}  batch {cells[0].batch_size}  {', '.join(rates)}"
-
-
-def _explain_epochs(epochs: int, wanted: int) -> list[str]:
-    """Return why the runs differ in length from the trial."""
-    if epochs > wanted:
-        return [f"{epochs} epochs instead of {wanted}: the first of a run is not timed"]
-    limit = f"all {wanted} would take longer than {_clock(BUDGET_SECONDS)}; --max-epochs measures them"
-    return [f"{epochs} epochs a run: {limit}"] if epochs < wanted else []
 
 
 def _clock(seconds: float) -> str:

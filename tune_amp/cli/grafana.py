@@ -3,7 +3,6 @@
 import argparse
 import importlib.resources
 from collections.abc import Sequence
-from pathlib import Path
 
 from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe, read_path
 from tune_amp.results.files import write_atomically
@@ -33,18 +32,13 @@ def _grafana(arguments: argparse.Namespace) -> int:
         with ignoring_closed_pipe():
             print(text, end="")  # noqa: T201
         return EXIT_DONE
-    try:
-        _write_dashboard(arguments.file, text.encode())
+    content = text.encode()
+    try:  # an edited dashboard is never replaced: it is the user's file
+        if not (arguments.file.is_file() and arguments.file.read_bytes() == content):
+            write_atomically(arguments.file, lambda file: file.write(content), replace=False)
     except FileExistsError:
-        raise InputError(
-            f"FILE: {arguments.file} already exists and is another file: remove it, or name another"
-        ) from None
+        rule = "already exists and is another file: remove it, or name another"
+        raise InputError(f"FILE: {arguments.file} {rule}") from None
     except OSError as error:
         raise InputError(f"FILE: {arguments.file} cannot be written: {error.strerror}") from error
     return EXIT_DONE
-
-
-def _write_dashboard(path: Path, content: bytes) -> None:
-    """Write the dashboard unless the same file exists. An edited dashboard is never replaced: it is the user's file."""
-    if not (path.is_file() and path.read_bytes() == content):
-        write_atomically(path, lambda file: file.write(content), replace=False)

@@ -194,22 +194,23 @@ def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> WideTab
 
 def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Iterator[str]:
     """Yield one sentence each on how the table was made, on ties, on failures, and on the gain of the search."""
-    confirmed = [row for row in rows if row.confirmation is not None]
+    confirmed = [(row, row.confirmation) for row in rows if row.confirmation is not None]
     chosen = "validation ranks" if len(provenance.objectives) == 1 else "ranks are the search's"
-    if _is_tested(confirmed, provenance.objectives[0]):
+    tested = [name for name in _list_confirmed_metrics(provenance.objectives[0]) if name.startswith("test_")]
+    if any(found.find_mean(name) is not None for _, found in confirmed for name in tested):
         chosen += ", the test set was read once a run"
-    yield f"Means over {_count_seeds(confirmed)}, each with its 95 % interval; {chosen}."
-    yield from _describe_ties(confirmed)
-    for row in confirmed:
-        assert row.confirmation is not None
-        if row.confirmation.confirm_failures:
-            yield f"{row.name.capitalize()} has no mean: {'; '.join(row.confirmation.confirm_failures)}."
-    if any(row.trial.last and row.trial.last.epoch < row.trial.config.max_epochs for row in confirmed):
+    counts = sorted({len(found.confirm_seeds) for _, found in confirmed})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    yield f"Means over {seeds} fresh seeds, each with its 95 % interval; {chosen}."
+    yield from _describe_ties([row for row, _ in confirmed])
+    for row, found in confirmed:
+        if found.confirm_failures:
+            yield f"{row.name.capitalize()} has no mean: {'; '.join(found.confirm_failures)}."
+    if any(row.trial.last and row.trial.last.epoch < row.trial.config.max_epochs for row, _ in confirmed):
         yield "For trials that ended early, search - confirmed compares with the epoch that they had reached."
-    for row in confirmed:
-        assert row.confirmation is not None
-        if row.confirmation.verdict:
-            yield f"verdict  {row.confirmation.verdict}"
+    for _, found in confirmed:
+        if found.verdict:
+            yield f"verdict  {found.verdict}"
 
 
 def _list_confirmed_metrics(objective: str) -> list[str]:
@@ -217,11 +218,6 @@ def _list_confirmed_metrics(objective: str) -> list[str]:
     on_validation = list_metrics([objective], ["val_accuracy"])
     on_test = [name.replace("val_", "test_", 1) for name in on_validation if name.startswith("val_")]
     return [*on_validation, *on_test]
-
-
-def _is_tested(confirmed: Sequence[BestRow], objective: str) -> bool:
-    names = [name for name in _list_confirmed_metrics(objective) if name.startswith("test_")]
-    return any(row.confirmation and row.confirmation.find_mean(name) is not None for row in confirmed for name in names)
 
 
 def _describe_ties(confirmed: Sequence[BestRow]) -> Iterator[str]:
@@ -256,8 +252,3 @@ def _show_mean(confirmation: Confirmation, name: str) -> str:
     if 0 <= digits <= 6:
         return f"{mean:.{digits}f} ±{high - mean:.{digits}f}"
     return f"{mean:.4g} ±{high - mean:.2g}"
-
-
-def _count_seeds(confirmed: Sequence[BestRow]) -> str:
-    counts = sorted({len(row.confirmation.confirm_seeds) for row in confirmed if row.confirmation})
-    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} fresh seeds"

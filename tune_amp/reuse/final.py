@@ -110,8 +110,8 @@ class Training:
         writers: dict[str, Writer] = {
             f"{name}.safetensors": functools.partial(write_weights, model) for name, model in self.models.items()
         }
-        for name, text in ((METRICS_FILE, metrics), (CARD_FILE, card)):
-            writers[name] = functools.partial(_write_text, text)
+        writers[METRICS_FILE] = lambda file: file.write(metrics.encode())
+        writers[CARD_FILE] = lambda file: file.write(card.encode())
         write_together(folder, writers)
         return list(writers)
 
@@ -200,10 +200,6 @@ def write_weights(model: nn.Module, file: BinaryIO) -> None:
         path = Path(folder, "weights")
         save_model(model, str(path))
         file.write(path.read_bytes())
-
-
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
 
 
 def replay_trial(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[EpochMetrics]:
