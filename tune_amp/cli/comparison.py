@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from tune_amp.cli.console import (
     EXIT_NO_RESULT,
     choose_device,
     choose_output,
+    complain,
     load_searched_data,
     open_console,
     say,
@@ -147,7 +147,7 @@ class Comparison:
         except KeyboardInterrupt:
             self._print_end()
             kept = f"{len(self.runs)} runs are kept in {self.folder}" if self.runs else "nothing was measured yet"
-            print(f"interrupted: {kept}", file=sys.stderr)  # noqa: T201
+            complain(f"interrupted: {kept}")
             return EXIT_INTERRUPTED
         self._print_end()
         completed = {run.precision for run in self.runs if run.status is TrialStatus.COMPLETED}

@@ -104,9 +104,14 @@ def answer_bad_input(command: Callable[[], int]) -> int:
         message, code = f"error: {describe_error(error)}", EXIT_BAD_INPUT
     except KeyboardInterrupt:
         message, code = "interrupted", EXIT_INTERRUPTED
-    with contextlib.suppress(OSError):  # standard error has no reader
-        print(message, file=sys.stderr)  # noqa: T201
+    complain(message)
     return code
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error, if it has a reader."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)  # noqa: T201
 
 
 SPELLINGS = {"±": "+-", "…": "..."}

@@ -9,7 +9,7 @@ from typing import NoReturn
 from tune_amp import __version__
 from tune_amp.cli.compare import compare_command
 from tune_amp.cli.completion import completion_command
-from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE, leave
+from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE, complain, leave
 from tune_amp.cli.grafana import grafana_command
 from tune_amp.cli.report import report_command
 from tune_amp.cli.search import search_command
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE if name else EXIT_BAD_INPUT
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    print(f"error: {shown(name)} is no command{hint} (known: {', '.join(COMMANDS)})", file=sys.stderr)  # noqa: T201
+    complain(f"error: {shown(name)} is no command{hint} (known: {', '.join(COMMANDS)})")
     return EXIT_BAD_INPUT
 
 

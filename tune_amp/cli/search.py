@@ -26,6 +26,7 @@ from tune_amp.cli.console import (
     EXIT_NO_RESULT,
     answer_bad_input,
     check_same_data,
+    complain,
     ignoring_closed_pipe,
     is_screen,
     load_announced,
@@ -112,7 +113,7 @@ def _run(request: SearchRequest) -> int:
         with pure, stopping_on_signals(stop):
             result = search_with_ray(request, stop, stdout)
     except StartError as error:  # nothing began that could be resumed: the same command can be run again
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        complain(f"error: {error}")
         return EXIT_NO_RESULT
     except (OSError, KeyboardInterrupt) as error:  # a full disk, most often, or Ctrl-C
         reason = describe_error(error) if isinstance(error, OSError) else stop.reason or "interrupted"
@@ -142,14 +143,12 @@ def _print_cut_off(reason: str, request: SearchRequest) -> int:
     """Print what cut a run off, and how to resume it. Return the exit code."""
     folder = request.folder
     if _is_gone(folder):
-        text = f"error: {folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
-        with contextlib.suppress(OSError):  # standard error has no reader
-            print(text, file=sys.stderr)  # noqa: T201
+        text = f"{folder} was removed or moved while the search ran, and cannot be resumed there ({reason})"
+        complain(f"error: {text}")
         return EXIT_NO_RESULT
-    with contextlib.suppress(OSError):  # standard error has no reader
-        print(f"cut off  {hide_credentials(reason)}", file=sys.stderr)  # noqa: T201
-        if _is_resumable(request):
-            print(f"resume   {printable(_resume_command(request))}", file=sys.stderr)  # noqa: T201
+    complain(f"cut off  {hide_credentials(reason)}")
+    if _is_resumable(request):
+        complain(f"resume   {printable(_resume_command(request))}")
     return EXIT_INTERRUPTED
 
 
@@ -245,18 +244,16 @@ def _announce(
     from tune_amp.monitor.trackers import describe_tracker
 
     print_start(console, plan, session)
-    for precision, reason in plan.unfit.items():
-        consequence = describe_unfit(plan.options.model, precision, reason, plan.resources)
-        say(console, f"note       {consequence}", style="yellow")
-    for line in [] if plan.warm_start is None else plan.warm_start.describe():
-        say(console, f"warm       {line}")
+    notes = [describe_unfit(plan.options.model, *unfit, plan.resources) for unfit in plan.unfit.items()]
+    lines = [("note", line) for line in notes]
+    lines += [("warm", line) for line in plan.warm_start.describe()] if plan.warm_start else []
     if plan.history is not None:
         standing = describe_progress(plan.history, plan.options.num_samples, plan.options.time_budget)
-        say(console, f"resumed    {standing}")
-    for line in request.notes:
-        say(console, f"note       {line}", style="yellow")
-    for name in request.arguments.tracker:
-        say(console, f"tracker    {describe_tracker(name, plan.folder)}")
+        lines.append(("resumed", standing))
+    lines += [("note", line) for line in request.notes]
+    lines += [("tracker", describe_tracker(name, plan.folder)) for name in request.arguments.tracker]
+    for kind, line in lines:
+        say(console, f"{kind:<11}{line}", style="yellow" if kind == "note" else None)
     if request.arguments.json:
         print_json_start(stdout, plan, session)
 
@@ -268,7 +265,7 @@ def _write_report(folder: Path) -> None:
     try:
         write_report(folder)
     except Exception as error:
-        print(f"report.html was not written: {describe_error(error)}", file=sys.stderr)  # noqa: T201
+        complain(f"report.html was not written: {describe_error(error)}")
 
 
 def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
@@ -283,13 +280,12 @@ def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     arguments = request.arguments
     dataset = load_announced(arguments.dataset, arguments.data_dir, task=arguments.task, train=arguments.train)
     with naming_flags():
-        dataset = make_long_tail(dataset, request.arguments.imbalance)
+        dataset = make_long_tail(dataset, arguments.imbalance)
     if request.history is not None:
         check_same_data(dataset, request.history.provenance.data_hash)
-    elsewhere = request.arguments.address is not None or torch.cuda.is_available()
-    unfit = check_fit(
-        request.space, dataset, request.options, may_use_gpus=elsewhere and request.options.gpus_per_trial != 0
-    )
+    options = request.options
+    may_use_gpus = options.gpus_per_trial != 0 and (arguments.address is not None or torch.cuda.is_available())
+    unfit = check_fit(request.space, dataset, options, may_use_gpus=may_use_gpus)
     return dataset, unfit
 
 

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from tune_amp.cli.console import (
     add_winner_arguments,
     choose_device,
     choose_output,
+    complain,
     load_searched_data,
     open_console,
     run_winner_command,
@@ -127,7 +127,7 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
 
 
 def _fail(line: str) -> int:
-    print(line, file=sys.stderr)  # noqa: T201
+    complain(line)
     return EXIT_NO_RESULT
 
 
