@@ -18,8 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-
 from tune_amp.cli.console import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -37,7 +35,6 @@ from tune_amp.cli.console import (
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cli.search_output import (
     choose_observer,
-    describe_unfit,
     print_end,
     print_json_end,
     print_json_start,
@@ -60,8 +57,6 @@ from tune_amp.trial.consent import list_own_code, list_provided, load_function
 from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
-    from tune_amp.cluster.session import RaySession
-    from tune_amp.search.plan import SearchPlan
     from tune_amp.search.run import SearchResult
     from tune_amp.space.space import SearchSpace
     from tune_amp.training.data import Dataset
@@ -221,7 +216,9 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
             begun=request.begun,
         )
         with ignoring_closed_pipe():
-            _announce(request, plan, console, stdout, session)
+            print_start(console, plan, session, request.notes, arguments.tracker)
+            if arguments.json:
+                print_json_start(stdout, plan, session)
         with choose_observer(arguments, console, stdout) as observer:
             result = run_search(
                 plan,
@@ -234,28 +231,6 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         with ignoring_closed_pipe():  # before the session closes: Ray takes another second to end
             print_end(console, result, _reuse_command(arguments, result.best_path, request.command[0]))
     return result
-
-
-def _announce(
-    request: SearchRequest, plan: "SearchPlan", console: Console, stdout: IO[str], session: "RaySession"
-) -> None:
-    """Print how the search starts or resumes."""
-    from tune_amp.cli.resume import describe_progress
-    from tune_amp.monitor.trackers import describe_tracker
-
-    print_start(console, plan, session)
-    notes = [describe_unfit(plan.options.model, *unfit, plan.resources) for unfit in plan.unfit.items()]
-    lines = [("note", line) for line in notes]
-    lines += [("warm", line) for line in plan.warm_start.describe()] if plan.warm_start else []
-    if plan.history is not None:
-        standing = describe_progress(plan.history, plan.options.num_samples, plan.options.time_budget)
-        lines.append(("resumed", standing))
-    lines += [("note", line) for line in request.notes]
-    lines += [("tracker", describe_tracker(name, plan.folder)) for name in request.arguments.tracker]
-    for kind, line in lines:
-        say(console, f"{kind:<11}{line}", style="yellow" if kind == "note" else None)
-    if request.arguments.json:
-        print_json_start(stdout, plan, session)
 
 
 def _write_report(folder: Path) -> None:

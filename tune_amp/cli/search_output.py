@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,15 +34,27 @@ def choose_observer(
     return LiveTable(console) if is_live else contextlib.nullcontext(PlainLines(console))
 
 
-def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> None:
-    """Print model, data, space, resources and the dashboard's address, with warnings."""
+def print_start(
+    console: Console, plan: "SearchPlan", session: "RaySession", notes: Sequence[str] = (), trackers: Sequence[str] = ()
+) -> None:
+    """Print model, data, space, resources, the dashboard's address and how the search resumes, with warnings.
+
+    ``notes`` are changes since the resumed run began, ``trackers`` the names of those that the search reports to.
+    """
     import torch
 
+    from tune_amp.cli.resume import describe_progress
+    from tune_amp.monitor.trackers import describe_tracker
     from tune_amp.training.amp import describe_hardware
     from tune_amp.training.data import describe_tail
 
     if console.quiet:
         return  # nothing would be shown, so no step is timed either
+
+    def tell(kind: str, *lines: str, style: str | None = None) -> None:
+        for line in lines:
+            say(console, f"{kind:<11}{line}", style="yellow" if kind in ("inert", "note") else style)
+
     space, dataset, options, resources = plan.space, plan.dataset, plan.options, plan.resources
     sizes = f"{len(dataset.train):,} training{describe_tail(dataset)} and {len(dataset.validation):,} validation images"
     reading = "the test set is read by confirmed runs only" if options.confirm_seeds else "the test set stays unread"
@@ -49,30 +62,33 @@ def print_start(console: Console, plan: "SearchPlan", session: "RaySession") -> 
     if options.train is not None:
         subject = f"[bold]{escape(options.train)}[/]: your own training loop and data"
     console.print(f"{subject}; {reading}", soft_wrap=True)
-    say(console, f"space      {space.source}: {', '.join(p.name for p in space.parameters)}")
-    for line in list_inert(plan):
-        say(console, f"inert      {line}", style="yellow")
+    tell("space", f"{space.source}: {', '.join(p.name for p in space.parameters)}")
+    tell("inert", *list_inert(plan))
     console.print(f"resources  {resources.reason}", soft_wrap=True)
     if session.mps and 0 < resources.gpus < 1:
-        say(console, f"mps        {session.mps}")
+        tell("mps", session.mps)
     if "train_seconds" in options.objectives and resources.max_concurrent > 1:
         text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
-        say(console, f"note       train_seconds: {text}", style="yellow")
+        tell("note", f"train_seconds: {text}")
     if session.dashboard_url:
         hint = "not the one that `ray get-auth-token` prints"
         way_in = f", token in {session.token_path} ({hint})" if session.token_path else ""
         console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
     else:
-        say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
-    if resources.gpus and not torch.cuda.is_available():
-        return  # the GPUs are on other nodes: what they lack is not known here
+        tell("dashboard", "none: this Ray could not start it; pip install 'ray[default]' has what it needs")
     device = torch.device("cuda" if resources.gpus else "cpu")
-    for precision in space.precisions:
-        notice = describe_hardware(precision, device)
-        if notice:
-            say(console, f"note       {precision}: {notice}", style="yellow")
+    is_here = device.type == "cpu" or torch.cuda.is_available()  # else what the GPUs of other nodes lack is not known
+    for precision in space.precisions if is_here else ():
+        if notice := describe_hardware(precision, device):
+            tell("note", f"{precision}: {notice}")
         if device.type == "cpu" and options.train is None:
-            _warn_of_slow_epochs(console, options.model, precision, dataset, resources.cpus)
+            tell("slow", *_find_slow_epochs(options.model, precision, dataset, resources.cpus), style="bold yellow")
+    tell("note", *(describe_unfit(options.model, *unfit, resources) for unfit in plan.unfit.items()))
+    tell("warm", *(plan.warm_start.describe() if plan.warm_start else ()))
+    if plan.history is not None:
+        tell("resumed", describe_progress(plan.history, options.num_samples, options.time_budget))
+    tell("note", *notes)
+    tell("tracker", *(describe_tracker(name, plan.folder) for name in trackers))
 
 
 def describe_unfit(model: str, precision: str, reason: str, resources: "TrialResources") -> str:
@@ -90,8 +106,8 @@ def list_inert(plan: "SearchPlan") -> list[str]:
     return describe_inert(estimate_inert(plan.space, **sizes), plan.space, **sizes)
 
 
-def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: "Dataset", num_threads: int) -> None:
-    """Time a step before the search and warn of slow epochs, so that hours of waiting come as no surprise."""
+def _find_slow_epochs(model: str, precision: str, dataset: "Dataset", num_threads: int) -> list[str]:
+    """Time a step before the search. Return a line if epochs are slow, so that hours of waiting are no surprise."""
     import torch
 
     from tune_amp.training.run import estimate_epoch_seconds
@@ -101,10 +117,11 @@ def _warn_of_slow_epochs(console: Console, model: str, precision: str, dataset: 
     try:
         seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
     except Exception:  # a user's model may raise anything in training: its trials record it
-        return
-    if seconds >= SLOW_EPOCH_SECONDS:
-        text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
-        say(console, f"slow       {precision}: {text}", style="bold yellow")
+        return []
+    if seconds < SLOW_EPOCH_SECONDS:
+        return []
+    text = f"an epoch of {model} will take about {seconds / 60:.0f} min here; the first report comes after that"
+    return [f"{precision}: {text}"]
 
 
 def print_end(console: Console, result: "SearchResult", reuse: str) -> None:

@@ -54,14 +54,11 @@ def _show(arguments: argparse.Namespace) -> int:
 def _print_start(console: Console, summary: "RunSummary") -> None:
     from tune_amp.space.space import parse_space
 
-    about = summary.provenance
-    models = dict.fromkeys(trial.config.model for trial in summary.trials)
-    tails = dict.fromkeys(trial.config.imbalance for trial in summary.trials if trial.config.imbalance != 1)
-    tail = "".join(f" (long tail {imbalance:g}:1)" for imbalance in tails)
+    about, config = summary.provenance, summary.trials[0].config if summary.trials else None  # all trials share these
+    tail = f" (long tail {config.imbalance:g}:1)" if config and config.imbalance != 1 else ""
     sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
-    loops = dict.fromkeys(trial.config.train for trial in summary.trials if trial.config.train)
-    subject = f"{', '.join(models) or 'no model'} on {about.dataset}: {sizes}"
-    say(console, f"{', '.join(loops)}: your own training loop and data" if loops else subject)
+    subject = f"{config.model if config else 'no model'} on {about.dataset}: {sizes}"
+    say(console, f"{config.train}: your own training loop and data" if config and config.train else subject)
     space = parse_space(about.space_source, about.space_text)
     say(console, f"space      {space.source}: {', '.join(parameter.name for parameter in space.parameters)}")
     say(console, f"searched   {about.objective} by {about.sampler} and {about.scheduler}, seed {about.seed}")
