@@ -168,7 +168,7 @@ def test_every_number_on_the_page_follows_from_the_files(
     assert "tf32 is left out: tf32 needs an NVIDIA GPU" in page
     assert "says nothing about a GPU" in page
     assert "init_scale 65536, growth_factor 2, backoff_factor 0.5, growth_interval 5" in page
-    assert re.search(r"6 runs of 3 epochs, one at a time: about \d+ s; then a map of 2 cells", printed)
+    assert re.search(r"6 runs of 3 epochs, one at a time: about \d+s; then a map of 2 cells", printed)
     assert re.search(r"run 6 of 6  seed 3  fp(32|16) +epoch [\d.]+ s  [\d,]+ images/s  val accuracy [\d.]+ %", printed)
 
     runs = pd.read_parquet("compare-rank1/compare.parquet")

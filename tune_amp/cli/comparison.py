@@ -24,7 +24,7 @@ from tune_amp.cli.console import (
     say,
 )
 from tune_amp.cluster.cpus import count_cpus
-from tune_amp.monitor.tables import WideTable
+from tune_amp.monitor.tables import WideTable, format_clock
 from tune_amp.results.files import check_free, claimed_folder
 from tune_amp.results.records import BestFile, list_versions
 from tune_amp.reuse.precision_page import CPU_MEANING, FILES, describe_settings, write_comparison
@@ -187,7 +187,7 @@ class Comparison:
         if max_epochs is None and plan.epochs > wanted:
             notices = [f"{plan.epochs} epochs instead of {wanted}: the first of a run is not timed"]
         elif max_epochs is None and plan.epochs < wanted:
-            limit = f"all {wanted} would take longer than {_clock(BUDGET_SECONDS)}; --max-epochs measures them"
+            limit = f"all {wanted} would take longer than {format_clock(BUDGET_SECONDS)}; --max-epochs measures them"
             notices = [f"{plan.epochs} epochs a run: {limit}"]
         self.origin = dataclasses.replace(
             origin,
@@ -197,10 +197,10 @@ class Comparison:
             notices=(*origin.notices, *notices),
         )
         self._print_notes(plan.left_out, notices, "; --max-epochs measures it all the same")
-        text = f"{len(plan.runs)} runs of {plan.epochs} epochs, one at a time: about {_clock(plan.seconds)}"
+        text = f"{len(plan.runs)} runs of {plan.epochs} epochs, one at a time: about {format_clock(plan.seconds)}"
         if cells := len(self.arguments.models) * len(self.arguments.batch_sizes):
             seconds = cells * len(plan.arms) * (PILOT_EPOCHS + 1 + TURNS) * TURN_SECONDS
-            text += f"; then a map of {cells} cells: at least {_clock(seconds)}"
+            text += f"; then a map of {cells} cells: at least {format_clock(seconds)}"
         say(self.console, text)
         return plan
 
@@ -274,10 +274,6 @@ def print_page(console: Console, page: str) -> None:
             continue
         for line in lines:
             say(console, line.removeprefix("## ").replace("**", ""), style="bold" if line.startswith("## ") else None)
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _describe_load() -> str | None:
