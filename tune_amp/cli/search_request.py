@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tune_amp.cli.console import find_run, find_run_folder
 from tune_amp.search.options import SearchOptions, build_options, check_trackers, make_run_name, name_flag, run_folder
@@ -63,22 +63,36 @@ def open_request(
         InputError: an argument or the space is not valid, or the folder cannot be made; or there is no run to resume,
             another process has it, or an argument would change what its trials share.
     """
-    arguments = parser.parse_args(words)
     with contextlib.ExitStack() as stack:
-        if arguments.resume is None:
-            yield _begin(arguments, load, command, begun, stack)
-        else:
-            folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
-            yield _resume(parser, words, folder, command, begun, stack)
+        parts = _open(parser, words, load, stack)
+        yield SearchRequest(command=command, begun=begun, **parts)
+
+
+def _open(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    load: "Callable[[], tuple[SearchSpace, str]]",
+    stack: contextlib.ExitStack,
+) -> dict[str, Any]:
+    arguments = parser.parse_args(words)
+    if arguments.resume is None:
+        return _begin(arguments, load, stack)
+    from tune_amp.cli.resume import describe_changes, restore_arguments
+    from tune_amp.search.history import open_history
+    from tune_amp.space.space import parse_space
+
+    folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
+    history = stack.enter_context(open_history(folder))
+    arguments = restore_arguments(parser, words, history)
+    arguments.tracker = check_trackers(arguments.tracker)
+    notes = describe_changes(history, folder)
+    space = parse_space(history.provenance.space_source, history.provenance.space_text)
+    return {"arguments": arguments, "space": space, "folder": folder, "history": history, "notes": notes}
 
 
 def _begin(
-    arguments: argparse.Namespace,
-    load: "Callable[[], tuple[SearchSpace, str]]",
-    command: Sequence[str],
-    begun: float,
-    stack: contextlib.ExitStack,
-) -> SearchRequest:
+    arguments: argparse.Namespace, load: "Callable[[], tuple[SearchSpace, str]]", stack: contextlib.ExitStack
+) -> dict[str, Any]:
     adopt_own_code(arguments)
     space, name = load()
     from tune_amp.search.samplers import build_sampler
@@ -96,33 +110,7 @@ def _begin(
     numbered = arguments.name is None
     run = make_run_name(name) if numbered else arguments.name
     folder = stack.enter_context(run_folder(arguments.results_dir, run, numbered=numbered))
-    return SearchRequest(arguments=arguments, space=space, folder=folder, donor=donor, command=command, begun=begun)
-
-
-def _resume(
-    parser: argparse.ArgumentParser,
-    words: Sequence[str],
-    folder: Path,
-    command: Sequence[str],
-    begun: float,
-    stack: contextlib.ExitStack,
-) -> SearchRequest:
-    from tune_amp.cli.resume import describe_changes, restore_arguments
-    from tune_amp.search.history import open_history
-    from tune_amp.space.space import parse_space
-
-    history = stack.enter_context(open_history(folder))
-    arguments = restore_arguments(parser, words, history)
-    arguments.tracker = check_trackers(arguments.tracker)
-    return SearchRequest(
-        arguments=arguments,
-        space=parse_space(history.provenance.space_source, history.provenance.space_text),
-        folder=folder,
-        history=history,
-        notes=describe_changes(history, folder),
-        command=command,
-        begun=begun,
-    )
+    return {"arguments": arguments, "space": space, "folder": folder, "donor": donor}
 
 
 def adopt_own_code(arguments: argparse.Namespace) -> None:
