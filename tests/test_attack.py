@@ -414,18 +414,25 @@ ray.get(ray.remote(num_cpus=0)(lambda: open(mark, "w").close()).remote())
 """
 
 
+def run(
+    command: list[str], target: Target, folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command of somebody else's, that joins the cluster."""
+    return subprocess.run(
+        [sys.executable, *command, target.gcs, *arguments],
+        env=clean_environment(folder, **environment),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 def join(target: Target, home: Path, mark: Path, token: str | None = None) -> str:
     """What a driver that joins the cluster complains of; empty where its task ran."""
     more = {} if token is None else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    done = subprocess.run(
-        [sys.executable, "-c", JOINING, target.gcs, str(mark)],
-        env=clean_environment(home, **more),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run(["-c", JOINING], target, home, str(mark), **more)
     return done.stderr if done.returncode else ""
 
 
@@ -553,22 +560,10 @@ def test_whatever_the_session_writes_lies_where_others_cannot_enter(search: Targ
 # ---- clusters that others started ----
 
 
-def search_on(target: Target, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--address", target.gcs, "--name", "run"]
-    options = ["--dataset", "digits", "--num-samples", "1", "--max-epochs", "1", "--confirm-seeds", "0", "--json"]
-    return subprocess.run(
-        script + options,
-        env=clean_environment(folder, **environment) | {"PYTHONPATH": str(ROOT)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-
-
 def test_search_on_a_cluster_without_a_token_is_warned_of_loudly(open_head: Target, tmp_path: Path) -> None:
-    done = search_on(open_head, tmp_path)
+    options = "--dataset digits --num-samples 1 --max-epochs 1 --confirm-seeds 0 --json --name run"
+    script = [str(ROOT / "scripts" / "search.py"), "quick", *options.split(), "--address"]
+    done = run(script, open_head, tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     [warning] = [line for line in done.stderr.splitlines() if line.startswith("WARNING: ")]
     assert (
@@ -587,33 +582,20 @@ with ray_session(sys.argv[1]) as session:
 """
 
 
+def join_as_ours(target: Target, folder: Path, token: str) -> list[Any]:
+    """Whether a session of ours on the cluster is authenticated, and its warning."""
+    way_in = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    done = run(["-c", JOINED], target, folder, **way_in, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return list(json.loads(done.stdout))
+
+
 def test_cluster_with_a_token_is_joined_without_a_warning(search: Target, tmp_path: Path) -> None:
     assert search.token is not None
-    done = subprocess.run(
-        [sys.executable, "-c", JOINED, search.gcs],
-        env=clean_environment(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=search.token, PYTHONPATH=str(ROOT)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == [True, None]
+    assert join_as_ours(search, tmp_path, search.token) == [True, None]
 
 
 def test_setting_of_the_environment_does_not_make_an_open_cluster_look_closed(
     open_head: Target, tmp_path: Path
 ) -> None:
-    environment = clean_environment(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=WRONG_TOKEN, PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        [sys.executable, "-c", JOINED, open_head.gcs],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)[0] is False
+    assert join_as_ours(open_head, tmp_path, WRONG_TOKEN)[0] is False
