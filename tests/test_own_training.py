@@ -4,13 +4,9 @@ import gzip
 import importlib
 import json
 import math
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
+from fault_runs import Search, count_events
 from numpy.typing import NDArray
 from optuna import load_study
 from optuna.trial import TrialState
@@ -28,7 +25,6 @@ from torch import nn
 import tune_amp
 from tune_amp.cli.main import main
 from tune_amp.cluster.session import ray_session
-from tune_amp.results.journal import read_journal
 from tune_amp.results.records import load_best, load_best_rows, load_confirmed, load_provenance, load_trials
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.study import open_storage
@@ -264,28 +260,20 @@ def test_a_killed_search_of_a_loop_resumes_from_its_checkpoints(tmp_path: Path) 
     """Its trials end as those of a search that ran through."""
     slow = tmp_path / "slow"
     (tmp_path / "mine.py").write_text(SLOW_LOOP.replace("PATH", repr(str(slow))))
-    command = ["search", str(EXAMPLES / "amp_tutorial.yaml"), "--train", "mine:train", "--objective", "val_loss"]
+    command = [str(EXAMPLES / "amp_tutorial.yaml"), "--train", "mine:train", "--objective", "val_loss"]
     command += ["--num-samples", "2", "--max-epochs", "6", "--scheduler", "none", "--max-concurrent", "1"]
     command += ["--confirm-seeds", "0", "--name"]
-    assert main([*command, "through"]) == 0
+    assert main(["search", *command, "through"]) == 0
 
     slow.touch()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tune_amp", *command, "killed"], env=environment, stdout=subprocess.DEVNULL
-    )
-    journal = RunFolder(tmp_path / "results" / "killed").journal
-    deadline = time.monotonic() + 240
-    while not journal.exists() or count(journal, "report") < 4 or not count(journal, "checkpoint"):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run = tmp_path / "results" / "killed"
+    search = Search(tmp_path, [*command, "killed"])
+    search.wait_until(lambda: count_events(run, "report") >= 4 and count_events(run, "checkpoint"))
+    search.destroy()
     slow.unlink()
-    before = count(journal, "report")
+    before = count_events(run, "report")
     assert main(["search", "--resume", "killed", "--train", "mine:train"]) == 0
-    assert count(journal, "report") < before + 12  # not from the beginning
+    assert count_events(run, "report") < before + 12  # not from the beginning
     through, killed = (load_trials(tmp_path / "results" / name) for name in ("through", "killed"))
     assert [trial.config for trial in killed] == [trial.config for trial in through]
     for ours, theirs in zip(killed, through, strict=True):
@@ -301,20 +289,13 @@ def test_each_example_goes_the_whole_way(name: str, tmp_path: Path, capsys: pyte
     file, _, made = name.partition(":")
     code = ["--task", f"examples.{name}"] if made else ["--train", f"examples.{file}:train"]
     objective = re.search(r"--objective .*", (EXAMPLES / f"{file}.py").read_text())
-    command = ["search", str(EXAMPLES / f"{file}.yaml"), *code, *(objective[0].split() if objective else [])]
+    command = [str(EXAMPLES / f"{file}.yaml"), *code, *(objective[0].split() if objective else [])]
     command += ["--num-samples", "3", "--max-epochs", "3", "--top-k", "1", "--confirm-seeds", "2", "--name", "whole"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "tune_amp", *command], env=environment, stdout=subprocess.DEVNULL)
-    journal = RunFolder(tmp_path / "results" / "whole").journal
-    deadline = time.monotonic() + 240
-    while not journal.exists() or count(journal, "report") < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run = tmp_path / "results" / "whole"
+    search = Search(tmp_path, command)
+    search.wait_until(lambda: count_events(run, "report") >= 2)
+    search.destroy()
     assert main(["search", "--resume", "whole", *code]) == 0
-    run = Path("results/whole")
     trials = load_trials(run)
     assert len(trials) == 3
     assert {trial.status for trial in trials} <= {TrialStatus.COMPLETED, TrialStatus.STOPPED, TrialStatus.DIVERGED}
@@ -325,10 +306,6 @@ def test_each_example_goes_the_whole_way(name: str, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main(["train", "whole", *code]) == 0
     assert re.search(r"^test_\w+ [\d.]+( %)?, measured after", capsys.readouterr().out, re.MULTILINE)
-
-
-def count(journal: Path, kind: str) -> int:
-    return sum(event["event"] == kind for event in read_journal(journal))
 
 
 # ---- images ----
