@@ -38,7 +38,6 @@ from tune_amp.results.records import (
     load_confirmed,
     load_provenance,
     load_trials,
-    load_trials_file,
     rank_trials,
     write_best,
     write_confirmed,
@@ -580,14 +579,6 @@ def test_columns_that_an_older_file_lacks_are_null_or_their_default(run: Path) -
     assert load_best(path).weight_decay == 0.0
 
 
-def test_slot_time_is_read_from_the_ledger_of_an_older_file(run: Path) -> None:
-    ledger = {"slots": 2, "wall_seconds": 9.5, "seconds": {"training": 12.0, "idle": 7.0}, "step_seconds": 14.0}
-    about = {"ledger": ledger, "ledger_checksum": parquet.checksum(ledger)}
-    change_file(run / "trials.parquet", lambda table: table, **about)
-    assert load_trials_file(run).slot_time == SlotTime(slots=2, wall_seconds=9.5)
-    assert len(load_trials(run)) == len(TRIALS)
-
-
 @pytest.mark.parametrize(
     ("slots", "wall_seconds", "message"),
     [
@@ -707,9 +698,7 @@ def test_an_unknown_status_is_named(run: Path) -> None:
 def test_a_null_where_none_can_be_is_named(run: Path, name: str, column: str) -> None:
     path = run / f"{name}.parquet"
     change_file(path, change_column(column, [None]))
-    known = "one of completed, stopped, diverged, out_of_memory, failed, interrupted, got None"
-    rule = f"must be {known}" if column == "status" else "must be there, got null"
-    assert message_of(load_trials, run) == f"{path}: trial '7422e802': {column}: {rule}"
+    assert message_of(load_trials, run) == f"{path}: trial '7422e802': {column}: must be there, got null"
 
 
 def test_a_trial_without_id_is_refused(run: Path) -> None:
@@ -787,7 +776,7 @@ def test_too_many_rows_are_refused(tmp_path: Path) -> None:
         ("command", "search.py", "command: must hold texts, got 'search.py'"),
         ("command", [1], "command: must hold texts, got (1,)"),
         ("versions", ["torch"], "versions: must hold texts, got ('torch',)"),
-        ("versions", {"torch": 2}, "versions: must hold texts, got dict_values([2])"),
+        ("versions", {"torch": 2}, "versions: must hold texts, got {'torch': 2}"),
     ],
 )
 def test_provenance_of_other_types_is_refused(run: Path, name: str, value: Any, message: str) -> None:

@@ -136,11 +136,9 @@ def score_runs(trial_id: str, runs: Sequence[ConfirmedRun], objective: str) -> d
     The mean of the runs that completed would reward a configuration that diverges on every other seed.
     """
     own = [run for run in runs if run.trial_id == trial_id]
-    if not own or any(run.status is not TrialStatus.COMPLETED for run in own):
-        return None
-    values = {run.seed: run.find_value(objective) for run in own}
-    known = {seed: value for seed, value in values.items() if value is not None}
-    return known if len(known) == len(values) else None
+    completed = [run for run in own if run.status is TrialStatus.COMPLETED]
+    values = {run.seed: value for run in completed if (value := run.find_value(objective)) is not None}
+    return values if own and len(values) == len(own) else None
 
 
 def describe_verdict(

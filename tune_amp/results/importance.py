@@ -16,8 +16,10 @@ import optuna
 import pyarrow as pa  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from tune_amp.results.parquet import build_columns, build_table, read_file, write_parquet
-from tune_amp.results.records import LARGEST_SHARE, Provenance, TrialRecord
+from tune_amp.results.parquet import build_columns, build_table, placed, read_file, write_parquet
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.records import TrialRecord
+from tune_amp.results.rows import LARGEST_SHARE, build_from
 from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import (
@@ -26,6 +28,7 @@ from tune_amp.trial.config import (
     InputError,
     TrialConfig,
     TrialStatus,
+    check,
     described,
 )
 from tune_amp.trial.objectives import is_maximized
@@ -300,15 +303,12 @@ def load_importance(path: str | Path) -> ImportanceResult:
     """
     path = locate(path, "importance")
     rows = read_file(path, "importance", SCHEMA).rows
-    if not rows:
-        raise InputError(f"{path}: must hold at least one row")
-    for name in SCHEMA.names:
-        if any(row[name] is None for row in rows):
-            raise InputError(f"{path}: {name}: must be there, got null")
-        if any(isinstance(row[name], float) and abs(row[name]) > LARGEST_SHARE for row in rows):
-            raise InputError(f"{path}: {name}: must be at most {LARGEST_SHARE:g}")
-    about = {column: rows[0][column] for column in ("objective", "epoch", "trials", "method")}
-    names = [field.name for field in dataclasses.fields(ParameterImportance)]
-    return ImportanceResult(
-        **about, rows=tuple(ParameterImportance(**{name: row[name] for name in names}) for row in rows)
-    )
+    with placed(path):
+        if not rows:
+            raise InputError("must hold at least one row")
+        for name, value in (item for row in rows for item in row.items()):
+            check(name, value, value is not None, "must be there")
+            is_small = not (isinstance(value, float) and abs(value) > LARGEST_SHARE)
+            check(name, value, is_small, f"must be at most {LARGEST_SHARE:g}")
+        found = tuple(build_from(ParameterImportance, row) for row in rows)
+        return build_from(ImportanceResult, rows[0] | {"rows": found})

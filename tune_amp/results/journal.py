@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,24 +92,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 def cut_torn_line(path: Path) -> None:
     """Cut a file of lines after its last complete line."""
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        for begin in _step_back(end):
-            file.seek(begin)
-            newline = file.read(min(end - begin, _BLOCK)).rfind(b"\n")
-            if newline >= 0 or begin == 0:
-                file.truncate(begin + newline + 1)
-                return
-
-
-_BLOCK = 65_536
-
-
-def _step_back(end: int) -> Iterator[int]:
-    begin = end
-    while begin > 0:
-        begin = max(0, begin - _BLOCK)
-        yield begin
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _write_all(file: IO[bytes], line: bytes) -> None:

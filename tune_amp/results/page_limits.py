@@ -47,14 +47,21 @@ class ColumnPages:
     end: int
 
 
-def check_footer(path: Path) -> None:
-    """Refuse a footer that would take long to read.
+def find_footer(path: Path) -> tuple[int, int]:
+    """Return the position of a file's footer and its length, or 0 and 0 if there is none.
 
     Raises:
         InputError: it is too large. A file that is not Parquet is left to pyarrow to refuse.
     """
     with path.open("rb") as file:
-        _find_footer(file)
+        size = os.fstat(file.fileno()).st_size
+        tail = os.pread(file.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES))
+    length, magic = struct.unpack("<I4s", tail.rjust(_TAIL_BYTES))
+    if magic != _MAGIC or length + _TAIL_BYTES > size:
+        return 0, 0
+    if length > MOST_FOOTER_BYTES:
+        raise InputError(f"must have a footer of at most {MOST_FOOTER_BYTES:,} bytes, got {length:,}")
+    return size - _TAIL_BYTES - length, length
 
 
 def list_pages(path: Path, columns: Collection[str]) -> list[ColumnPages]:
@@ -65,11 +72,11 @@ def list_pages(path: Path, columns: Collection[str]) -> list[ColumnPages]:
         ValueError: the footer cannot be read.
         OSError: the file cannot be read.
     """
+    start, length = find_footer(path)
     with path.open("rb") as file:
-        start, length = _find_footer(file)
         footer = _CompactReader(os.pread(file.fileno(), length, start)).read_struct()
-    chunks = [(group[3], chunk) for group in _get(footer, 4, list) for chunk in _get(group, 1, list)]
-    pages = [_locate_pages(rows, chunk) for rows, chunk in chunks]
+    groups = _get(footer, 4, list)
+    pages = [_locate_pages(group[3], chunk) for group in groups for chunk in _get(group, 1, list)]
     return [column for column in pages if column.path.partition(".")[0] in columns]
 
 
@@ -99,20 +106,13 @@ def check_texts(path: Path, table: pa.Table) -> None:
     Raises:
         InputError: the strings would expand beyond the limit.
     """
-    _check_growth(path.stat().st_size, sum(map(_count_bytes, table.columns)), "texts")
-
-
-def _find_footer(file: BinaryIO) -> tuple[int, int]:
-    """Return the position of the footer and its length, or 0 and 0 if there is none."""
-    size = os.fstat(file.fileno()).st_size
-    if size < _TAIL_BYTES:
-        return 0, 0
-    length, magic = struct.unpack("<I4s", os.pread(file.fileno(), _TAIL_BYTES, size - _TAIL_BYTES))
-    if magic != _MAGIC or length + _TAIL_BYTES > size:
-        return 0, 0
-    if length > MOST_FOOTER_BYTES:
-        raise InputError(f"must have a footer of at most {MOST_FOOTER_BYTES:,} bytes, got {length:,}")
-    return size - _TAIL_BYTES - length, length
+    expanded = 0
+    for array in (chunk for column in table.columns for chunk in column.chunks):
+        texts = array.values if pa.types.is_list(array.type) else array
+        if pa.types.is_dictionary(texts.type):
+            lengths = pc.binary_length(texts.dictionary).cast(pa.int64())
+            expanded += pc.sum(lengths.take(texts.indices)).as_py() or 0
+    _check_growth(path.stat().st_size, expanded, "texts")
 
 
 def _locate_pages(rows: Any, chunk: Any) -> ColumnPages:
@@ -147,19 +147,6 @@ def _check_growth(size: int, expanded: int, what: str) -> None:
     if expanded > allowed:
         rule = f"its {what} must expand to at most {allowed:,} bytes, for a file of {size:,}"
         raise InputError(f"{rule}, got {expanded:,} or more")
-
-
-def _count_bytes(column: pa.ChunkedArray) -> int:
-    return sum(_count_array_bytes(chunk) for chunk in column.chunks)
-
-
-def _count_array_bytes(array: pa.Array) -> int:
-    if pa.types.is_list(array.type):
-        return _count_array_bytes(array.values)
-    if not pa.types.is_dictionary(array.type):
-        return 0
-    lengths = pc.binary_length(array.dictionary).cast(pa.int64())
-    return pc.sum(lengths.take(array.indices)).as_py() or 0
 
 
 def _read_pages(file: BinaryIO, size: int, column: ColumnPages) -> Iterator[tuple[int, int]]:
@@ -242,16 +229,13 @@ class _CompactReader:
         return self._data[begin : self.at]
 
     def _read_varint(self, bits: int) -> int:
-        value = shift = 0
-        while (byte := self._read_byte()) >= 128:
+        value = 0
+        for shift in range(0, bits, 7):
+            byte = self._read_byte()
             value |= (byte & 127) << shift
-            shift += 7
-            if shift >= bits:
-                raise ValueError(f"a number has more than {bits} bits")
-        value |= byte << shift
-        if value >= 1 << bits:
-            raise ValueError(f"a number has more than {bits} bits")
-        return value
+            if byte < 128 and value < 1 << bits:
+                return value
+        raise ValueError(f"a number has more than {bits} bits")
 
     def _read_number(self, bits: int) -> int:
         value = self._read_varint(bits)

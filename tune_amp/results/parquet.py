@@ -19,7 +19,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.results.files import write_atomically
-from tune_amp.results.page_limits import check_footer, check_pages, check_texts, list_pages
+from tune_amp.results.page_limits import check_pages, check_texts, find_footer, list_pages
 from tune_amp.trial.config import SPREAD, InputError, TrialStatus, shown
 
 SCHEMA_VERSION = 6
@@ -56,23 +56,20 @@ def split_optional(hint: Any) -> tuple[Any, bool]:
     return plain, True
 
 
-def _build_column(field: dataclasses.Field[Any], hint: Any, *, nullable: bool) -> pa.Field:
-    plain, optional = split_optional(hint)
-    unit, description = field.metadata["unit"], field.metadata["doc"]
-    metadata = {"description": description} | ({"unit": unit} if unit else {})
-    if field.default not in (dataclasses.MISSING, None):
-        metadata["default"] = json.dumps(field.default)  # the value for files that are older than the column
-    return pa.field(field.name, _ARROW_TYPES[plain], nullable=optional or nullable, metadata=metadata)
-
-
 def build_columns(source: type, *, of_trials: bool = False) -> list[pa.Field]:
     """Return a column for each described field; ``of_trials``: nullable, as a trial may end before its first report."""
     hints = typing.get_type_hints(source)
-    return [
-        _build_column(field, hints[field.name], nullable=of_trials)
-        for field in dataclasses.fields(source)
-        if field.metadata and field.name not in SPREAD and not (of_trials and field.metadata["epoch_only"])
-    ]
+    columns = []
+    for field in dataclasses.fields(source):
+        if not field.metadata or field.name in SPREAD or (of_trials and field.metadata["epoch_only"]):
+            continue
+        plain, optional = split_optional(hints[field.name])
+        unit, description = field.metadata["unit"], field.metadata["doc"]
+        metadata = {"description": description} | ({"unit": unit} if unit else {})
+        if field.default not in (dataclasses.MISSING, None):
+            metadata["default"] = json.dumps(field.default)  # the value for files that are older than the column
+        columns.append(pa.field(field.name, _ARROW_TYPES[plain], nullable=optional or of_trials, metadata=metadata))
+    return columns
 
 
 def _build_own_columns(rows: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[pa.Field]:
@@ -151,23 +148,15 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def read_kind(path: Path) -> str:
-    """Return the kind of a file, as passed to ``build_table``.
-
-    Raises:
-        InputError: the file is missing, damaged, not from tune_amp or of another version.
-    """
-    with placed(path), _refusing_damage(), _opened(path) as file:
-        return str(_read_about(file)["kind"])
+    """Return the kind of a file, as passed to ``build_table``; raise InputError like ``read_file``."""
+    with _opened(path) as (_, about):
+        return str(about["kind"])
 
 
 def read_origin(path: Path) -> dict[str, Any]:
-    """Return where the rows of a file come from, as passed to ``build_table``.
-
-    Raises:
-        InputError: the file is missing, damaged, not from tune_amp or of another version.
-    """
-    with placed(path), _refusing_damage(), _opened(path) as file:
-        return _read_part(_read_about(file), "provenance")
+    """Return where the rows of a file come from, as passed to ``build_table``; raise InputError like ``read_file``."""
+    with _opened(path) as (_, about):
+        return _read_part(about, "provenance")
 
 
 def _read_part(about: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -196,15 +185,21 @@ _DECODING_ERRORS += (ArithmeticError, MemoryError, RecursionError)
 
 
 @contextlib.contextmanager
-def _refusing_damage() -> Iterator[None]:
-    """Turn any exception that pyarrow and json raise on bytes that they cannot decode into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except _DECODING_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"must be a readable, undamaged Parquet file of tune_amp ({reason})") from error
+def _opened(path: Path) -> Iterator[tuple[pq.ParquetFile, dict[str, Any]]]:
+    """Open a file, and read tune_amp's entry in its metadata, after checking its sizes and version.
+
+    Any exception that pyarrow and json raise on bytes that they cannot decode becomes an InputError.
+    """
+    with placed(path):
+        try:
+            find_footer(path)  # refuses one that is too large
+            with pq.ParquetFile(path) as file:
+                yield file, _read_about(file)
+        except InputError:
+            raise
+        except _DECODING_ERRORS as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"must be a readable, undamaged Parquet file of tune_amp ({reason})") from error
 
 
 class FileContent(NamedTuple):
@@ -225,8 +220,7 @@ def read_file(path: Path, kind: str, schema: pa.Schema) -> FileContent:
     Raises:
         InputError: the file is missing, damaged, not from tune_amp, or of another kind or version.
     """
-    with placed(path), _refusing_damage(), _opened(path) as file:
-        about = _read_about(file)
+    with _opened(path) as (file, about):
         if about["kind"] != kind:
             raise InputError(f"kind: must be {kind}, got {shown(about['kind'])}")
         filling = _list_filling(about, schema)
@@ -241,9 +235,8 @@ def read_file(path: Path, kind: str, schema: pa.Schema) -> FileContent:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if own:
             rows = [_nest(row, own) for row in rows]
-        # Files written before utilisation.py existed have the slot time in a part named "ledger", with other numbers.
-        timed = next((name for name in ("slot_time", "ledger") if name in about), None)
-        return FileContent(rows, _read_part(about, "provenance"), _read_part(about, timed) if timed else None)
+        slot_time = _read_part(about, "slot_time") if "slot_time" in about else None
+        return FileContent(rows, _read_part(about, "provenance"), slot_time)
 
 
 def _find_own_columns(found: pa.Schema, expected: pa.Schema) -> dict[str, tuple[str, str]]:
@@ -268,12 +261,6 @@ def _nest(row: dict[str, Any], own: Mapping[str, tuple[str, str]]) -> dict[str, 
         if value is not None:
             nested.setdefault(field, {})[name] = value
     return row | nested
-
-
-def _opened(path: Path) -> pq.ParquetFile:
-    """Open the file after checking the size of its footer."""
-    check_footer(path)
-    return pq.ParquetFile(path)
 
 
 def _read_columns(path: Path, file: pq.ParquetFile, names: list[str]) -> pa.Table:

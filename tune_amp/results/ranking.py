@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tune_amp.results.confirmed import Confirmation, ConfirmedRun
-from tune_amp.results.gain import Verdict, describe_verdict, find_sign, judge_gain, score_runs, without_seed
-from tune_amp.results.records import BestRow, Provenance, TrialRecord
+from tune_amp.results.gain import describe_verdict, find_sign, judge_gain, score_runs, without_seed
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.statistics import list_possible_best, mean_interval
-from tune_amp.trial.config import RANKING_OBJECTIVES, TrialStatus
+from tune_amp.trial.config import MEAN_PARTS, RANKING_OBJECTIVES, TrialStatus
 from tune_amp.trial.objectives import is_maximized, metric_of
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
@@ -45,7 +46,12 @@ def choose_best(trials: Sequence[TrialRecord], objectives: Sequence[str], top_k:
             ranked = sorted(eligible, key=lambda pair: pair[0])
             if len(objectives) == 1:
                 return [trial for _, trial in ranked[:top_k]]
-            return _pick_pareto_set([(scores[: len(objectives)], trial) for scores, trial in ranked])
+            front: list[tuple[tuple[float, ...], TrialRecord]] = []
+            for scores, trial in ranked:
+                # A trial's dominators come before it, and one that is left out is dominated by one of the set.
+                if not any(_dominates(better, scores[: len(objectives)]) for better, _ in front):
+                    front.append((scores[: len(objectives)], trial))
+            return [trial for _, trial in front]
     return []
 
 
@@ -63,16 +69,6 @@ def _score(trial: TrialRecord, names: Sequence[str], needed: int) -> tuple[float
             return None
         scores.append(math.inf if value is None else -value if is_maximized(name) else value)
     return tuple(scores)
-
-
-def _pick_pareto_set(ranked: Sequence[tuple[tuple[float, ...], TrialRecord]]) -> list[TrialRecord]:
-    """Return the trials that no other dominates; ``ranked`` is sorted, so a trial's dominators come before it."""
-    front: list[tuple[tuple[float, ...], TrialRecord]] = []
-    for scores, trial in ranked:
-        # Comparing with the set so far is enough: an excluded trial's dominator also dominates what that trial does.
-        if not any(_dominates(better, scores) for better, _ in front):
-            front.append((scores, trial))
-    return [trial for _, trial in front]
 
 
 def _dominates(scores: tuple[float, ...], others: tuple[float, ...]) -> bool:
@@ -99,7 +95,8 @@ def count_ties(ranked: Sequence[TrialRecord], validation_images: int) -> int:
     unpaired samples. This is conservative: all trials see the same images, so their errors are correlated and the true
     error is smaller.
     """
-    accuracies = [_last_accuracy(trial) for trial in ranked]
+    accuracies = [trial.last.val_accuracy for trial in ranked if trial.last and trial.last.val_accuracy is not None]
+    assert len(accuracies) == len(ranked)
     errors = [accuracy_standard_error(accuracy, validation_images) for accuracy in accuracies]
     for place, (accuracy, error) in enumerate(zip(accuracies, errors, strict=True)):
         if abs(accuracies[0] - accuracy) > 2 * math.hypot(errors[0], error):
@@ -116,26 +113,19 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
         return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
     if provenance.objective != "val_accuracy" or not provenance.validation_images:  # unknown to a user's own loop
         return ""
-    text = _describe_accuracy_ties(ranked, provenance.validation_images)
+    ties, images = (
+        count_ties(ranked, provenance.validation_images),
+        f"{provenance.validation_images:,} validation images",
+    )
+    if len(ranked) == 1:
+        text = f"One seed on {images}: other seeds will differ by some tenths of a point."
+    elif ties == 1:
+        text = f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
+    else:
+        text = f"Ranks 1 to {ties} are indistinguishable on {images} (2 standard errors): a tie, one seed each."
     if any(trial.status is not TrialStatus.COMPLETED for trial in ranked):
         text += " Those with fewer epochs ended early, and count with the accuracy they had."
     return text
-
-
-def _describe_accuracy_ties(ranked: Sequence[TrialRecord], validation_images: int) -> str:
-    ties = count_ties(ranked, validation_images)
-    images = f"{validation_images:,} validation images"
-    if len(ranked) == 1:
-        return f"One seed on {images}: other seeds will differ by some tenths of a point."
-    if ties == 1:
-        return f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
-    return f"Ranks 1 to {ties} are indistinguishable on {images} (2 standard errors): a tie, one seed each."
-
-
-def _last_accuracy(trial: TrialRecord) -> float:
-    assert trial.last is not None
-    assert trial.last.val_accuracy is not None
-    return trial.last.val_accuracy
 
 
 # ---- confirmed ----
@@ -168,46 +158,48 @@ def rank_confirmed(
     trained = {run.trial_id for run in runs}
     configs = {trial.trial_id: trial.config for trial in trials if trial.trial_id in trained}
     verdict = judge_gain(configs, runs, objective)
-    means = {trial.trial_id: _measure_means(own) for trial in trials if (own := _runs_of(trial, runs))}
+    means = {trial_id: _measure_means([run for run in runs if run.trial_id == trial_id]) for trial_id in trained}
     if not several:
         trials.sort(key=lambda trial: _mean_scores(means.get(trial.trial_id), objective))
         trials.sort(key=lambda trial: trial.trial_id != verdict.recommended)
     ranks = {trial.trial_id: None if several and trial is default else rank for rank, trial in enumerate(trials, 1)}
     possible = _list_possible_best(trials, runs, objective)
-    text = describe_verdict(verdict, objective, ranks, several=several)
     rows = []
     for trial in trials:
-        found = _compare(trial, means.get(trial.trial_id), possible, objective)
+        found = means.get(trial.trial_id)
+        mean = found.find_mean(objective) if found else None
+        if found and mean is not None:
+            searched = trial.last.find_value(objective) if trial.last else None
+            optimism = None if searched is None else searched - mean
+            found = dataclasses.replace(found, tied_with_best=trial.trial_id in possible, optimism=optimism)
         if found and trial is trials[0]:
-            found = _add_verdict(found, verdict, text)
+            text = describe_verdict(verdict, objective, ranks, several=several)
+            found = dataclasses.replace(found, verdict=text, verdict_kind=str(verdict.kind))
+            if gain := verdict.gain:
+                found = dataclasses.replace(found, gain=gain.difference, gain_low=gain.low, gain_high=gain.high)
         rows.append(BestRow(rank=ranks[trial.trial_id], trial=trial, confirmation=found))
     return rows
 
 
-def _runs_of(trial: TrialRecord, runs: Iterable[ConfirmedRun]) -> list[ConfirmedRun]:
-    return sorted((run for run in runs if run.trial_id == trial.trial_id), key=lambda run: run.seed)
-
-
-def _measure_means(runs: Sequence[ConfirmedRun]) -> Confirmation:
+def _measure_means(runs: Iterable[ConfirmedRun]) -> Confirmation:
     """Return the means and intervals of one configuration; none if a run did not complete."""
+    runs = sorted(runs, key=lambda run: run.seed)
     failed = [run for run in runs if run.status is not TrialStatus.COMPLETED]
-    failures = tuple(f"seed {run.seed}: {run.error or run.status}" for run in failed)
-    columns = {} if failed else _measure_columns(runs)
-    return Confirmation(confirm_seeds=tuple(run.seed for run in runs), confirm_failures=failures, **columns)
-
-
-def _measure_columns(runs: Sequence[ConfirmedRun]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     own = sorted({name for run in runs for name in run.metrics})
     if any(run.val_accuracy is None for run in runs):  # a user's own training, whose loss may be all that it tests
         own.append("test_loss")
-    for name in ("val_loss", "val_accuracy", "test_accuracy", *own):
+    for name in () if failed else ("val_loss", "val_accuracy", "test_accuracy", *own):
         values = [value for run in runs if (value := run.find_value(name)) is not None]
         if len(values) == len(runs):
             found = mean_interval(values)
-            parts = {f"{name}_{part}": getattr(found, part) for part in ("mean", "std", "low", "high")}
+            parts = {f"{name}_{part}": getattr(found, part) for part in MEAN_PARTS}
             columns |= {"means": columns.get("means", {}) | parts} if name in own else parts
-    return columns
+    return Confirmation(
+        confirm_seeds=tuple(run.seed for run in runs),
+        confirm_failures=tuple(f"seed {run.seed}: {run.error or run.status}" for run in failed),
+        **columns,
+    )
 
 
 def _mean_scores(confirmation: Confirmation | None, objective: str) -> tuple[float, ...]:
@@ -228,23 +220,3 @@ def _list_possible_best(trials: Sequence[TrialRecord], runs: Sequence[ConfirmedR
     first_of = {without_seed(trial.config): trial.trial_id for trial in reversed(trials)}
     possible = list_possible_best({name: scores[name] for name in first_of.values() if name in scores})
     return {trial.trial_id for trial in trials if first_of[without_seed(trial.config)] in possible}
-
-
-def _compare(
-    trial: TrialRecord, means: Confirmation | None, possible: Collection[str], objective: str
-) -> Confirmation | None:
-    """Return ``means`` with the results of a comparison: whether it may be the best, and search minus confirmed."""
-    mean = means.find_mean(objective) if means else None
-    if means is None or mean is None:
-        return means
-    searched = trial.last.find_value(objective) if trial.last else None
-    optimism = None if searched is None else searched - mean
-    return dataclasses.replace(means, tied_with_best=trial.trial_id in possible, optimism=optimism)
-
-
-def _add_verdict(found: Confirmation, verdict: Verdict, text: str) -> Confirmation:
-    found = dataclasses.replace(found, verdict=text, verdict_kind=str(verdict.kind))
-    gain = verdict.gain
-    if gain is None:
-        return found
-    return dataclasses.replace(found, gain=gain.difference, gain_low=gain.low, gain_high=gain.high)

@@ -1,71 +1,40 @@
 """Every path in the folder of a run, importable without Ray and torch."""
 
-import dataclasses
 from pathlib import Path
 
 from tune_amp.trial.config import InputError
 
 
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run; it need not exist."""
+    """The paths in the folder of a run; it need not exist."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = self.table("best")
+        """The best trials, ranked."""
+        self.confirm = self.table("confirm")
+        """The best trials on fresh seeds, one row a run."""
+        self.trials = self.table("trials")
+        """One row a trial."""
+        self.epochs = self.table("epochs")
+        """One row a trial and epoch."""
+        self.importance = self.table("importance")
+        """Importance of the parameters."""
+        self.space = path / "space.yaml"
+        """The search space at the start of the run."""
+        self.study = path / "study.journal"
+        """Optuna's study."""
+        self.journal = path / "reports.journal"
+        """All events, one a line, from which a run resumes."""
+        self.report = path / "report.html"
+        """The HTML page with figures."""
+        results = (self.best, self.confirm, self.trials, self.epochs, self.importance)
+        self.files = (*results, self.space, self.study, self.journal, self.report)
+        """All files, in the order in which a user needs them."""
 
     def table(self, kind: str) -> Path:
         """Return the path of the Parquet file of a kind."""
         return self.path / f"{kind}.parquet"
-
-    @property
-    def best(self) -> Path:
-        """The best trials, ranked."""
-        return self.table("best")
-
-    @property
-    def confirm(self) -> Path:
-        """The best trials on fresh seeds, one row a run."""
-        return self.table("confirm")
-
-    @property
-    def trials(self) -> Path:
-        """One row a trial."""
-        return self.table("trials")
-
-    @property
-    def epochs(self) -> Path:
-        """One row a trial and epoch."""
-        return self.table("epochs")
-
-    @property
-    def importance(self) -> Path:
-        """Importance of the parameters."""
-        return self.table("importance")
-
-    @property
-    def space(self) -> Path:
-        """The search space at the start of the run."""
-        return self.path / "space.yaml"
-
-    @property
-    def study(self) -> Path:
-        """Optuna's study."""
-        return self.path / "study.journal"
-
-    @property
-    def journal(self) -> Path:
-        """All events, one a line, from which a run resumes."""
-        return self.path / "reports.journal"
-
-    @property
-    def report(self) -> Path:
-        """The HTML page with figures."""
-        return self.path / "report.html"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files, in the order in which a user needs them."""
-        results = (self.best, self.confirm, self.trials, self.epochs, self.importance)
-        return (*results, self.space, self.study, self.journal, self.report)
 
 
 def locate(path: str | Path, *kinds: str) -> Path:
