@@ -31,9 +31,9 @@ from tune_amp.cli.report import report_command
 from tune_amp.cli.search import _write_report
 from tune_amp.report.axes import objective_title
 from tune_amp.report.figures import draw_confirmed, draw_epochs, draw_history, draw_utilisation
-from tune_amp.report.report import SECTIONS, build_report, write_report
+from tune_amp.report.report import build_report, write_report
 from tune_amp.report.run import Run, load_run
-from tune_amp.report.sections import describe_savings
+from tune_amp.report.sections import SECTIONS, describe_savings
 from tune_amp.report.summary import list_reuse
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
 from tune_amp.results.ranking import rank_confirmed
@@ -260,9 +260,8 @@ def test_what_early_stopping_saved_is_counted_in_epochs(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path))
     assert describe_savings(run) == (
         "9 trials trained 20 epochs of the 36 that all would have taken at full budget, 44% less. Not trained: 5 "
-        "epochs of trials that were stopped, 2 epochs of trials that diverged, 4 epochs of trials that ran out of "
-        "memory, 4 epochs of trials that failed, 1 epoch of trials that were interrupted. At their own pace, "
-        "stopped trials would have taken 8.8 s more of slot time."
+        "epochs (stopped), 2 epochs (diverged), 4 epochs (out of memory), 4 epochs (failed), 1 epoch (interrupted). "
+        "At their own pace, stopped trials would have taken 8.8 s more of slot time."
     )
 
 

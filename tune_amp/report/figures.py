@@ -260,7 +260,7 @@ def _draw_curve(trial: TrialRecord, objective: str, axis: Axis, is_winner: bool)
 
 def draw_confirmed(run: Run) -> go.Figure:
     """Draw mean and interval of every confirmed configuration, its single runs, and the search's own value."""
-    rows = [row for row in run.listed if row.confirmation]
+    rows = [row for row in run.rows if row.confirmation]
     metrics, axis = list_pair(run), linear_axis(run.objective)
     styles = ((0.14, "completed"), (-0.14, "stopped"))[-len(metrics) :]
     traces = []

@@ -27,13 +27,6 @@ MARK = '<meta name="generator" content="tune_amp report">'
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class Swatch(NamedTuple):
-    """A text beside its colour in the figures."""
-
-    text: str
-    colour: str
-
-
 class Table(NamedTuple):
     """A table."""
 
@@ -70,7 +63,6 @@ class Figure(NamedTuple):
     layout: str = ""
     """CSS class of the grid of several plots."""
     key: LineKey | None = None
-    heading: str = ""
 
 
 class Section(NamedTuple):
@@ -92,8 +84,8 @@ class Summary(NamedTuple):
     """The first screen: what was searched, and the result."""
 
     searched: Sequence[tuple[str, str]]
-    statuses: Sequence[Swatch]
-    """Number of trials of each status."""
+    statuses: Sequence[tuple[str, str]]
+    """Number of trials of each status, and its colour."""
     verdict: str
     """Headline of the verdict, in large type."""
     measured: str = ""
@@ -105,16 +97,6 @@ class Summary(NamedTuple):
     """Words of the command that trains rank 1."""
     unranked: str = ""
     """Reason why there is no such command."""
-
-
-class Origin(NamedTuple):
-    """The origin of the report's data."""
-
-    facts: Sequence[tuple[str, str]]
-    command: Sequence[str]
-    """Words of the search's command."""
-    space_source: str
-    space_text: str
 
 
 def quote_words(words: Iterable[str]) -> list[str]:

@@ -5,32 +5,15 @@ or Ray.
 """
 
 import os
-import types
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tune_amp import __version__
-from tune_amp.report.findings import build_confirmed, build_importance, build_parameters, build_utilisation, find_origin
-from tune_amp.report.page import Section, is_page, render_page
+from tune_amp.report.page import is_page, render_page
 from tune_amp.report.run import Run, load_run
-from tune_amp.report.sections import build_curves, build_epochs, build_history, build_scales
+from tune_amp.report.sections import SECTIONS, find_origin
 from tune_amp.report.summary import build_summary, format_moment, name_subject
 from tune_amp.results.files import write_atomically
 from tune_amp.trial.config import InputError
-
-SECTIONS: Mapping[str, tuple[str, str, Callable[[Run], Section]]] = types.MappingProxyType(
-    {
-        "history": ("history", "How the search went", build_history),
-        "epochs": ("early stopping", "What early stopping saved", build_epochs),
-        "scales": ("loss scales", "The loss scale of every trial", build_scales),
-        "curves": ("validation", "Validation by epoch", build_curves),
-        "importance": ("importance", "Which settings mattered", build_importance),
-        "parameters": ("settings", "Settings and what they led to", build_parameters),
-        "best": ("fresh seeds", "The best, on fresh seeds", build_confirmed),
-        "time": ("slot time", "Use of the slot time", build_utilisation),
-    }
-)
-"""Anchor -> name in the contents, heading, and the function that writes the section."""
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:

@@ -1,17 +1,17 @@
 """The data of a report: a run as read from its Parquet files, with a reason for each missing part."""
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, load_importance
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import (
     BestRow,
-    Provenance,
     SlotTime,
     TrialRecord,
     load_best_file,
@@ -52,7 +52,8 @@ class Run:
     trials: tuple[TrialRecord, ...]
     """In order of submission."""
     rows: tuple[BestRow, ...]
-    """Rows of ``best.parquet``, or ranked here if it cannot be read."""
+    """Rows of ``best.parquet``, or ranked here if it cannot be read: those with a rank, best first, then the default if
+    it has none."""
     importance: ImportanceResult | None
     confirmed: tuple[ConfirmedRun, ...]
     slot_time: SlotTime | None
@@ -66,31 +67,20 @@ class Run:
         """The first objective, by which trials are ranked."""
         return self.provenance.objectives[0]
 
-    @functools.cached_property
+    @property
     def ranked(self) -> tuple[BestRow, ...]:
         """The rows with a rank, best first; including the default if it competed."""
-        ranked = [(row.rank, row) for row in self.rows if row.rank is not None]
-        return tuple(row for _, row in sorted(ranked, key=lambda pair: pair[0]))
+        return tuple(row for row in self.rows if row.rank is not None)
 
     @property
     def winner(self) -> BestRow | None:
         """Rank 1; None if no trial produced a result."""
-        return self.ranked[0] if self.ranked else None
+        return next(iter(self.ranked), None)
 
     @property
     def default(self) -> BestRow | None:
         """The tutorial's configuration; None unless it was confirmed beside the winners."""
         return next((row for row in self.rows if row.is_default), None)
-
-    @property
-    def listed(self) -> tuple[BestRow, ...]:
-        """The ranked rows, and the default if it has no rank."""
-        return self.ranked if self.default is None or self.default.rank else (*self.ranked, self.default)
-
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether the winner was confirmed on fresh seeds."""
-        return self.winner is not None and self.winner.confirmation is not None
 
     def is_winner(self, trial: TrialRecord) -> bool:
         """Return whether ``trial`` is rank 1."""
@@ -127,7 +117,7 @@ def load_run(path: Path) -> Run:
         folder=folder,
         provenance=provenance,
         trials=tuple(trials),
-        rows=tuple(rows),
+        rows=tuple(sorted(rows, key=lambda row: row.rank or math.inf)),
         importance=_attempt(troubles, folder.importance, load_importance),
         confirmed=tuple(_attempt(troubles, folder.confirm, load_confirmed) or ()),
         slot_time=ended.slot_time,

@@ -3,18 +3,18 @@
 import collections
 import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from tune_amp.report.axes import format_value, objective_title
 from tune_amp.report.figures import format_interval
-from tune_amp.report.page import Finding, Summary, Swatch, quote_words
+from tune_amp.report.page import Finding, Summary, quote_words
 from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_pair
 from tune_amp.report.style import count_of, format_status, list_statuses
-from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.gain import format_difference
+from tune_amp.results.provenance import list_reuse_words
 from tune_amp.results.ranking import describe_ties, list_obstacles
-from tune_amp.results.records import BestRow, TrialRecord, list_reuse_words
+from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.trial.config import DATASETS, format_scale, list_values
 from tune_amp.trial.consent import list_own_code
 from tune_amp.trial.objectives import is_maximized, metric_of
@@ -30,7 +30,9 @@ def name_subject(run: Run) -> str:
 
 def build_summary(run: Run) -> Summary:
     """Build both halves of the first screen."""
-    searched, statuses = list(_list_searched(run)), _count_statuses(run.trials)
+    searched = list(_list_searched(run))
+    counts = collections.Counter(trial.status for trial in run.trials)
+    statuses = [(f"{counts[status]} {format_status(status)}", status) for status in list_statuses(run.trials)]
     if run.winner is None:
         reasons = [Finding(reason, is_warning=True) for reason in list_obstacles(run.trials)]
         return Summary(searched, statuses, "No trial produced a result.", findings=reasons)
@@ -54,42 +56,23 @@ def _list_searched(run: Run) -> Iterator[tuple[str, str]]:
     yield "space", f"{origin.space_source}: {names}"
     kind = "images" if origin.dataset in DATASETS else "examples"
     sizes = f"{origin.train_images:,} training and {origin.validation_images:,} validation {kind}"
-    data = f"{sizes}{_describe_tail(run.trials)}" if origin.train_images else "read by the training loop itself"
-    yield "data", data
+    imbalance = run.trials[0].config.imbalance if run.trials else 1  # the same in all trials of a search
+    tail = "" if imbalance == 1 else f", long tail {imbalance:g}:1"
+    yield "data", f"{sizes}{tail}" if origin.train_images else "read by the training loop itself"
     directions = {name: "highest" if is_maximized(name) else "lowest" for name in origin.objectives}
     yield "objective", ", ".join(f"{direction} {metric_of(name)}" for name, direction in directions.items())
     yield "algorithms", f"sampler {origin.sampler}, scheduler {origin.scheduler}"
     budgets = sorted({trial.config.max_epochs for trial in run.trials})
     epochs = f" of up to {count_of(budgets[-1], 'epoch')} each" if budgets else ""
     yield "trials", f"{len(run.trials)}{epochs}"
-    yield "device", "; ".join(_list_devices(run.trials)) or origin.device
-    yield "seeds", _describe_seeds(run)
+    devices = sorted({(trial.device, trial.num_threads) for trial in run.trials})
+    texts = [f"{device}, {count_of(threads, 'CPU thread')} a trial" for device, threads in devices]
+    yield "device", "; ".join(texts) or origin.device
+    confirmation = run.winner.confirmation if run.winner else None
+    confirmed = f"; confirmed on {', '.join(map(str, confirmation.confirm_seeds))}" if confirmation else ""
+    yield "seeds", f"{origin.seed} for the sampler and all trials{confirmed}"
     if run.slot_time:
-        slots = count_of(run.slot_time.slots, "slot")
-        yield "time", f"{format_seconds(run.slot_time.wall_seconds)} in {slots}"
-
-
-def _describe_tail(trials: Sequence[TrialRecord]) -> str:
-    """Return how imbalanced the training classes were made; it is the same in all trials of a search."""
-    imbalance = trials[0].config.imbalance if trials else 1
-    return "" if imbalance == 1 else f", long tail {imbalance:g}:1"
-
-
-def _count_statuses(trials: Sequence[TrialRecord]) -> list[Swatch]:
-    counts = collections.Counter(trial.status for trial in trials)
-    return [Swatch(f"{counts[status]} {format_status(status)}", status) for status in list_statuses(trials)]
-
-
-def _list_devices(trials: Sequence[TrialRecord]) -> list[str]:
-    found = {(trial.device, trial.num_threads) for trial in trials}
-    return [f"{device}, {count_of(threads, 'CPU thread')} a trial" for device, threads in sorted(found)]
-
-
-def _describe_seeds(run: Run) -> str:
-    text = f"{run.provenance.seed} for the sampler and all trials"
-    if run.winner and run.winner.confirmation:
-        text += f"; confirmed on {', '.join(map(str, run.winner.confirmation.confirm_seeds))}"
-    return text
+        yield "time", f"{format_seconds(run.slot_time.wall_seconds)} in {count_of(run.slot_time.slots, 'slot')}"
 
 
 def format_moment(moment: str) -> str:
@@ -141,11 +124,20 @@ def format_setting(name: str, value: Any) -> str:
 
 
 def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
-    if not winner.confirmation:
+    found = winner.confirmation
+    if not found:
         text = describe_ties([row.trial for row in run.ranked], run.provenance)
         yield Finding(f"{text} {_WARNING}".strip(), is_warning=True)
         return
-    yield from _list_confirmation_findings(run, winner, winner.confirmation)
+    for failure in found.confirm_failures:
+        yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
+    for metric in list_pair(run):
+        if interval := find_interval(run, winner, metric):
+            mean = f"{format_interval(metric, interval)}, mean of {len(found.confirm_seeds)} fresh seeds, 95% interval"
+            yield Finding(f"{winner.name.capitalize()}: {objective_title(metric)} {mean}.")
+    if found.optimism is not None:
+        yield Finding(f"Search minus confirmed: {format_difference(found.optimism, run.objective)}.")
+    yield _describe_ties(run)
 
 
 _WARNING = (
@@ -154,21 +146,8 @@ _WARNING = (
 )
 
 
-def _list_confirmation_findings(run: Run, winner: BestRow, found: Confirmation) -> Iterator[Finding]:
-    for failure in found.confirm_failures:
-        yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
-    for metric in list_pair(run):
-        interval = find_interval(run, winner, metric)
-        if interval:
-            mean = f"{format_interval(metric, interval)}, mean of {len(found.confirm_seeds)} fresh seeds, 95% interval"
-            yield Finding(f"{winner.name.capitalize()}: {objective_title(metric)} {mean}.")
-    if found.optimism is not None:
-        yield Finding(f"Search minus confirmed: {format_difference(found.optimism, run.objective)}.")
-    yield _describe_ties(run)
-
-
 def _describe_ties(run: Run) -> Finding:
-    confirmed = [row for row in run.listed if row.confirmation]
+    confirmed = [row for row in run.rows if row.confirmation]
     judged = [row for row in confirmed if row.may_be_best is not None]
     possible = [row.name for row in judged if row.may_be_best]
     method = "(paired t tests, corrected for their number, 95%)"
