@@ -97,79 +97,43 @@ def test_run_that_was_cut_off_before_its_first_session_has_no_samples_and_no_sto
         assert past.storages == [("/all", "run", None), ("/all", "run-2", "secret")]
 
 
-def placed(place: Any, name: str) -> list[Mapping[str, Any]]:
-    return [made.beginning(), made.session(storage={"place": place, "name": name})]
+def placed(place: Any, name: str, **about: Any) -> list[Mapping[str, Any]]:
+    return [made.beginning(), made.session(storage={"place": place, "name": name, **about})]
 
 
 @pytest.mark.parametrize(
     ("events", "expected"),
     [
-        ([], "reports.journal: must hold how the run began"),
-        ([made.session()], "reports.journal: was written by journal version None; this tune_amp resumes 3"),
-        ([made.beginning(version=1)], "reports.journal: was written by journal version 1; this tune_amp resumes 3"),
+        ([], "must hold how the run began"),
+        ([made.session()], "was written by journal version None; this tune_amp resumes 3"),
+        ([made.beginning(version=1)], "was written by journal version 1; this tune_amp resumes 3"),
+        ([made.beginning(), made.report("a", 1)], "line 2: must be written by a search (KeyError: 'a')"),
+        ([made.beginning(), {"event": "party", "at": 1.0}], "line 2: event: must be one that this tune_amp"),
+        ([made.beginning(), made.trial("a", 0), made.end("a", "fine")], "line 3: must be written by a"),
+        ([made.beginning(), made.session(5.0), made.trial("a", 0)], "line 3: at: must not go back, got 1.0"),
+        ([made.beginning(), made.session(10**300)], "line 2: at: must be at most 1e+12 seconds, got 1000000"),
+        ([made.beginning(), made.session(math.nan)], "line 2: at: must not go back, got nan"),
+        ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "line 2: lr: must be"),
+        ([made.beginning(), made.trial("a", 0) | {"config": 7}], "line 2: must be written by a search"),
+        ([made.beginning(), {"event": "session", "at": 0.0, "arguments": {}}], "line 2: must be written by a search"),
+        (placed(7, "ray"), "line 2: storage.place: must be"),
+        (placed(None, ".."), "line 2: storage.name: must"),
+        (placed(None, "a/b"), "line 2: storage.name: must"),
+        (placed(None, ""), "line 2: storage.name: must"),
         (
-            [made.beginning(), made.report("a", 1)],
-            "reports.journal: line 2: must be written by a search (KeyError: 'a')",
+            placed(None, "ray", token=7),
+            "line 2: storage.token: must be",
         ),
-        (
-            [made.beginning(), {"event": "party", "at": 1.0}],
-            "reports.journal: line 2: event: must be one that this tune_amp",
-        ),
-        (
-            [made.beginning(), made.trial("a", 0), made.end("a", "fine")],
-            "reports.journal: line 3: must be written by a",
-        ),
-        (
-            [made.beginning(), made.session(5.0), made.trial("a", 0)],
-            "reports.journal: line 3: at: must not go back, got 1.0",
-        ),
-        (
-            [made.beginning(), made.session(10**300)],
-            "reports.journal: line 2: at: must be at most 1e+12 seconds, got 1000000",
-        ),
-        ([made.beginning(), made.session(math.nan)], "reports.journal: line 2: at: must not go back, got nan"),
-        ([made.beginning(), made.trial("a", 0) | {"config": {"lr": -1.0}}], "reports.journal: line 2: lr: must be"),
-        (
-            [made.beginning(), made.trial("a", 0) | {"config": 7}],
-            "reports.journal: line 2: must be written by a search",
-        ),
-        (
-            [made.beginning(), {"event": "session", "at": 0.0, "arguments": {}}],
-            "reports.journal: line 2: must be written by a search",
-        ),
-        (
-            [made.beginning(), made.session(storage={"place": 7, "name": "ray"})],
-            "reports.journal: line 2: storage.place: must be",
-        ),
-        (
-            [made.beginning(), made.session(storage={"place": None, "name": ".."})],
-            "reports.journal: line 2: storage.name: must",
-        ),
-        (
-            [made.beginning(), made.session(storage={"place": None, "name": "a/b"})],
-            "reports.journal: line 2: storage.name: must",
-        ),
-        (placed(None, ""), "reports.journal: line 2: storage.name: must"),
-        (
-            [made.beginning(), made.session(storage={"place": None, "name": "ray", "token": 7})],
-            "reports.journal: line 2: storage.token: must be",
-        ),
-        (
-            [made.beginning(), made.trial("a", 0), checkpoint("/etc")],
-            "reports.journal: line 3: path: must lie in the run's",
-        ),
-        (
-            [made.beginning(), made.trial("a", 0), checkpoint("ray/../..")],
-            "reports.journal: line 3: path: must lie in the",
-        ),
-        ([made.beginning(provenance={"run": 7})], "reports.journal: "),
+        ([made.beginning(), made.trial("a", 0), checkpoint("/etc")], "line 3: path: must lie in the run's"),
+        ([made.beginning(), made.trial("a", 0), checkpoint("ray/../..")], "line 3: path: must lie in the"),
+        ([made.beginning(provenance={"run": 7})], ""),
     ],
 )
 def test_what_no_search_writes_is_refused_on_one_line(
     tmp_path: Path, events: list[Mapping[str, Any]], expected: str
 ) -> None:
     made.write_journal(tmp_path, events)
-    assert refusal(tmp_path).startswith(expected)
+    assert refusal(tmp_path).startswith(f"reports.journal: {expected}")
     Journal(tmp_path / "reports.journal").__exit__()  # and the lock is free again
 
 

@@ -15,7 +15,7 @@ class Clock:
 
 def make_trial(trial_id: str) -> Any:
     state = types.SimpleNamespace(ray_actor=f"worker of {trial_id}")
-    return types.SimpleNamespace(trial_id=trial_id, max_failures=2, temporary_state=state)
+    return types.SimpleNamespace(trial_id=trial_id, max_failures=2, temporary_state=state, error_file=None)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def killed() -> list[str]:
 
 @pytest.fixture
 def limit(clock: Clock, killed: list[str]) -> TimeLimit:
-    return TimeLimit(60.0, find_cause=lambda trial: f"{trial.trial_id} died", kill=killed.append, clock=clock)
+    return TimeLimit(60.0, kill=killed.append, clock=clock)
 
 
 def look(limit: TimeLimit, clock: Clock, now: float) -> None:
@@ -52,7 +52,7 @@ def test_worker_of_a_trial_that_takes_too_long_is_killed_once_and_for_good(
     assert killed == ["worker of slow"]
     assert (slow.max_failures, late.max_failures) == (0, 2)  # it is not tried again
     assert limit.explain_death(slow) == "it took longer than --trial-time-limit (60 s) and was ended"
-    assert limit.explain_death(late) == "late died"
+    assert limit.explain_death(late) == "its worker died, and Ray left no reason"
 
 
 @pytest.mark.parametrize("end", ["on_trial_complete", "on_trial_error"])
@@ -93,7 +93,7 @@ def test_trial_between_two_workers_is_not_killed_but_soon_after(
 
 
 def test_without_a_limit_nothing_is_killed(clock: Clock, killed: list[str]) -> None:
-    limit = TimeLimit(None, find_cause=str, kill=killed.append, clock=clock)
+    limit = TimeLimit(None, kill=killed.append, clock=clock)
     limit.on_trial_start(0, [], make_trial("a"))
     look(limit, clock, 1e9)
     assert killed == []

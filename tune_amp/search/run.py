@@ -32,7 +32,7 @@ from tune_amp.search.schedulers import DivergenceAware, build_scheduler, make_ke
 from tune_amp.search.source import TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
-from tune_amp.search.tuner import bind_trainable, build_tuner, fit, prepare_next_attempt
+from tune_amp.search.tuner import bind_trainable, prepare_next_attempt, run_tuner
 from tune_amp.trial.config import TrialStatus
 from tune_amp.trial.text import generalize_error
 
@@ -182,10 +182,11 @@ def _run_trials(
             command=list(plan.command),
             arguments=dict(plan.arguments),
         )
-        with contextlib.ExitStack() as stack:
-            stack.callback(recorder.finish)  # however the block ends
+        try:
             for trial in history.trials:
                 _pass_on_end(trial, recorder, searcher, scheduler)
+            if time_left is not None and time_left <= 0:
+                return
             source = TrialSource(
                 searcher,
                 count_slots=count_slots_now(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
@@ -193,20 +194,20 @@ def _run_trials(
                 on_fault=stop.ask,
                 past=history.trials,
             )
-            tuner = build_tuner(
-                bind_trainable(plan.dataset, resources, storage, history.unfinished, options.objectives),
-                source,
-                scheduler,
-                storage=storage,
-                stop=stop,
-                callbacks=callbacks,
-                num_samples=options.num_samples,
-                time_left=time_left,
-            )
-            if time_left is None or time_left > 0:
-                end_process = functools.partial(_end_process, searcher, recorder, stop)
-                with watching(stop, RayHealth().find_dead_process, end_process):
-                    fit(tuner, stop)
+            end_process = functools.partial(_end_process, searcher, recorder, stop)
+            with watching(stop, RayHealth().find_dead_process, end_process):
+                run_tuner(
+                    bind_trainable(plan.dataset, resources, storage, history.unfinished, options.objectives),
+                    source,
+                    scheduler,
+                    storage=storage,
+                    stop=stop,
+                    callbacks=callbacks,
+                    num_samples=options.num_samples,
+                    time_left=time_left,
+                )
+        finally:
+            recorder.finish()
 
 
 def _describe_progress(plan: SearchPlan) -> SearchProgress:

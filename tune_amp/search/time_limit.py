@@ -20,7 +20,6 @@ class TimeLimit(tune.Callback):
     Args:
         seconds: limit of a trial's time in its workers, attempts added up, since the search started or resumed; None
             for no limit.
-        find_cause: returns why a worker died that was not killed here.
         kill: ends a worker.
         clock: returns seconds.
     """
@@ -29,12 +28,11 @@ class TimeLimit(tune.Callback):
         self,
         seconds: float | None,
         *,
-        find_cause: Callable[[Any], str] = find_cause,
         kill: Callable[[Any], object] = ray.kill,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._seconds = seconds
-        self._find_cause, self._kill, self._clock = find_cause, kill, clock
+        self._kill, self._clock = kill, clock
         self._spent: dict[str, float] = {}
         self._running: dict[str, tuple[Any, float]] = {}
         self._killed: set[str] = set()
@@ -42,9 +40,7 @@ class TimeLimit(tune.Callback):
 
     def explain_death(self, trial: Any) -> str:
         """Return why a trial's worker died, in a line."""
-        if trial.trial_id in self._killed:
-            return describe_limit(self._seconds or 0.0)
-        return self._find_cause(trial)
+        return describe_limit(self._seconds or 0.0) if trial.trial_id in self._killed else find_cause(trial)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Start the clock of a trial that got a worker, perhaps not its first."""

@@ -73,7 +73,7 @@ def prepare_next_attempt(resources: TrialResources, announced: set[str], trial: 
     return MEMORY_WAIT_SECONDS
 
 
-def build_tuner(
+def run_tuner(
     trainable: type[AmpTrainable],
     source: TrialSource,
     scheduler: DivergenceAware,
@@ -83,8 +83,8 @@ def build_tuner(
     callbacks: Sequence[tune.Callback],
     num_samples: int,
     time_left: float | None,
-) -> tune.Tuner:
-    """Return the Tuner with all of its settings.
+) -> None:
+    """Run the trials. An error of Tune that follows from a fault already reported to ``stop`` is not raised again.
 
     Args:
         trainable: from ``bind_trainable``.
@@ -115,7 +115,13 @@ def build_tuner(
         checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
         verbose=0,
     )
-    return tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    try:
+        with quiet_tune(), prestarted_workers(), patched_worker_deaths(stop.ask, UncountedDeaths()):
+            tuner.fit()
+    except Exception:
+        if stop.reason is None:
+            raise
 
 
 class StopWhenAsked(tune.Stopper):
@@ -131,16 +137,6 @@ class StopWhenAsked(tune.Stopper):
     def stop_all(self) -> bool:
         """Return whether Tune should end."""
         return self._stop.reason is not None
-
-
-def fit(tuner: tune.Tuner, stop: StopRequest) -> None:
-    """Run the trials. An error of Tune that follows from a fault already reported to ``stop`` is not raised again."""
-    try:
-        with quiet_tune(), prestarted_workers(), patched_worker_deaths(stop.ask, UncountedDeaths()):
-            tuner.fit()
-    except Exception:
-        if stop.reason is None:
-            raise
 
 
 class UncountedDeaths:
