@@ -31,13 +31,13 @@ CONDITIONAL = """parameters:
 MakeSpace = Callable[[str], SearchSpace]
 
 
-def build(name: str, space: SearchSpace, objectives: Sequence[str] = ONE, num_samples: int = 32, seed: int = 0) -> Any:
-    return build_sampler(name, space, seed=seed, objectives=objectives, num_samples=num_samples)
+def build(name: str, space: SearchSpace, num_samples: int = 32, seed: int = 0) -> Any:
+    return build_sampler(name, space, seed=seed, num_samples=num_samples)
 
 
-def refusal(name: str, space: SearchSpace, objectives: Sequence[str] = ONE) -> str:
+def refusal(name: str, space: SearchSpace) -> str:
     with pytest.raises(InputError) as caught:
-        build_sampler(name, space, seed=0, objectives=objectives, num_samples=32)
+        build_sampler(name, space, seed=0, num_samples=32)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -94,7 +94,7 @@ def test_sampler_serves_a_search_of_thirty_trials_without_a_word(
     optuna.logging.enable_propagation()
     try:
         with caplog.at_level(logging.WARNING):
-            suggestions = search(build(name, space, objectives), space, objectives)
+            suggestions = search(build(name, space), space, objectives)
         assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
     finally:
         optuna.logging.disable_propagation()
@@ -161,7 +161,7 @@ def test_gp_draws_at_random_where_no_trial_is_feasible_and_stock_divides_by_zero
             study.tell(trial, [0.0] * len(objectives))
         return [trial.params["lr"] for trial in study.trials]
 
-    gp, random = (build(name, space, objectives, num_samples=16) for name in ("gp", "random"))
+    gp, random = (build(name, space, num_samples=16) for name in ("gp", "random"))
     assert run_out_of_memory(gp) == run_out_of_memory(random)
     stock = GPSampler(seed=0, n_startup_trials=4)
     with pytest.warns(RuntimeWarning, match="invalid value"):  # where this fails, Optuna has mended it
@@ -201,11 +201,6 @@ def test_cmaes_learns_from_stopped_trials_too(make_space: MakeSpace) -> None:
 # And refused where it does not
 
 
-def test_cmaes_refuses_several_objectives(make_space: MakeSpace) -> None:
-    message = refusal("cmaes", make_space(RANGES), TWO)
-    assert message == "--sampler: cmaes takes one objective, got val_accuracy, train_seconds"
-
-
 @pytest.mark.parametrize("name", ["cmaes", "gp"])
 def test_cmaes_and_gp_refuse_conditions(make_space: MakeSpace, name: str) -> None:
     message = refusal(name, make_space(CONDITIONAL))
@@ -232,5 +227,5 @@ def test_cmaes_refuses_fewer_than_two_ranges(make_space: MakeSpace, text: str, g
 
 
 def test_nsga2_refuses_a_single_parameter_which_it_would_draw_at_random(make_space: MakeSpace) -> None:
-    message = refusal("nsga2", make_space(f"parameters:\n{LR}"), TWO)
+    message = refusal("nsga2", make_space(f"parameters:\n{LR}"))
     assert message == "--sampler: nsga2 needs at least two parameters to search, got lr"

@@ -102,7 +102,7 @@ def _begin(
     checked_field("--imbalance", arguments.imbalance, TrialConfig, "imbalance")
     arguments.tracker = check_trackers(arguments.tracker)
     # Built only to refuse bad options early: before Ray starts, and before data are loaded and perhaps downloaded.
-    build_sampler(options.sampler, space, seed=0, objectives=options.objectives, num_samples=options.num_samples)
+    build_sampler(options.sampler, space, seed=0, num_samples=options.num_samples)
     donor = None
     if arguments.warm_start is not None:
         place = find_run(arguments.warm_start, arguments.results_dir)

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,16 +34,13 @@ class FeasibleGPSampler(GPSampler):
         return suggested
 
 
-def build_sampler(
-    name: str, space: SearchSpace, *, seed: int, objectives: Sequence[str], num_samples: int
-) -> BaseSampler:
-    """Return one of Optuna's samplers, set up for this space and these objectives.
+def build_sampler(name: str, space: SearchSpace, *, seed: int, num_samples: int) -> BaseSampler:
+    """Return one of Optuna's samplers, set up for this space.
 
     Args:
         name: one of ``SAMPLERS``.
         space: what is searched.
         seed: seed of the sampler, taken modulo 2^32, as samplers accept no other.
-        objectives: what is optimized; CMA-ES takes only one.
         num_samples: trials of the whole search, by which starting phases and populations are sized.
 
     Raises:
@@ -58,7 +55,7 @@ def build_sampler(
         if name == "gp":
             return _build_gp(space, seed, num_samples)
         if name == "cmaes":
-            return _build_cmaes(space, seed, objectives)
+            return _build_cmaes(space, seed)
         if name == "nsga2":
             return _build_nsga2(space, seed, num_samples)
         assert name == "tpe"
@@ -114,7 +111,7 @@ def _build_gp(space: SearchSpace, seed: int, num_samples: int) -> BaseSampler:
     )
 
 
-def _build_cmaes(space: SearchSpace, seed: int, objectives: Sequence[str]) -> BaseSampler:
+def _build_cmaes(space: SearchSpace, seed: int) -> BaseSampler:
     """Return CMA-ES with margin (Hamano et al. 2022, arXiv:2205.13482), as powers of two are integers of few values.
 
     Beside CMA-ES, Optuna draws choices, and parameters that some trials lack, at random. Then a generation is ranked by
@@ -125,8 +122,6 @@ def _build_cmaes(space: SearchSpace, seed: int, objectives: Sequence[str]) -> Ba
     but it uses only ranks, so the worst value has the same effect. The study holds its state as a pickle: continue only
     studies of trusted origin.
     """
-    if len(objectives) > 1:
-        raise InputError(f"--sampler: cmaes takes one objective, got {', '.join(objectives)}")
     if space.is_conditional:
         raise InputError(f"--sampler: cmaes cannot handle conditions, got `when` for {_list_conditional(space)}")
     chosen = [parameter.name for parameter in space.parameters if len(parameter.choices) > 1]

@@ -101,7 +101,7 @@ class AmpSearch:
         path = RunFolder(folder).study
         if not past:  # a search cut off before its first trial may have enqueued half of what is enqueued below
             path.unlink(missing_ok=True)
-        built = build_sampler(sampler, space, seed=seed, objectives=objectives, num_samples=num_samples)
+        built = build_sampler(sampler, space, seed=seed, num_samples=num_samples)
         self._objectives = tuple(objectives)
         self._metrics = [metric_of(objective) for objective in objectives]
         self._models_values = sampler == "gp"
