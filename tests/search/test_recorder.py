@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from past_runs import STORAGE
-from records import PROVENANCE, make_epoch
+from past_runs import STORAGE, beginning
+from records import make_epoch
 
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT, failure_report, progress_report, read_report
-from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
+from tune_amp.results.journal import Journal, read_journal
 from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import SlotTime, TrialRecord, load_trials, load_trials_file
 from tune_amp.results.run_folder import RunFolder
@@ -663,17 +663,9 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
     assert recorder.slot_time == SlotTime(slots=2, wall_seconds=18)
 
 
-BEGINNING = {
-    "event": "run",
-    "version": JOURNAL_VERSION,
-    "arguments": {},
-    "provenance": dataclasses.asdict(PROVENANCE),
-}
-
-
 def read_history(journal: Journal) -> RunHistory:
     """The history of the run whose journal this is, which begins where it is empty."""
     path = journal._path
     if not path.read_bytes():
-        journal.append(BEGINNING)
+        journal.append(beginning())
     return _read_history(path, journal)
