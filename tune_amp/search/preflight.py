@@ -99,9 +99,9 @@ def check_training(
     Raises:
         InputError: it fails in all of them or with an optimizer, or the outputs are not logits.
     """
-    for name in (model, task):
-        if name is not None and is_function_name(name):
-            import_function(name)  # not silenced: what a module prints when imported is for the user
+    users_own = [name for name in (model, task) if name is not None and is_function_name(name)]
+    for name in users_own:
+        import_function(name)  # not silenced: what a module prints when imported is for the user
     two = _pick_two(dataset.train)
     shape = ", ".join(map(str, dataset.input_shape))
     subject = f"model: {model}" if task is None else f"task: {task}"
@@ -110,7 +110,8 @@ def check_training(
     fit: list[str] = []
     unfit: dict[str, str] = {}
     deadline = time.monotonic() + CHECK_SECONDS
-    with _silence(model, task), unchanged_process():
+    # Built-in models are not silenced: they are checked in a thread, beside others.
+    with _silence() if users_own else contextlib.nullcontext(), unchanged_process():
         data = TrainingData(two, two, dataset.num_classes, device, workers=0)
         for precision in sorted(precisions, key=PRECISIONS.index):  # fp16 last: a CPU may take long for it
             if time.monotonic() < deadline:
@@ -185,14 +186,8 @@ class _CheckedModel(nn.Module):
 
 
 @contextlib.contextmanager
-def _silence(*names: str | None) -> Iterator[None]:
-    """Suppress the output of a user's own model or task in the ``with`` block.
-
-    Built-in models are not silenced: they are checked in a thread, beside others.
-    """
-    if not any(name is not None and is_function_name(name) for name in names):
-        yield
-        return
+def _silence() -> Iterator[None]:
+    """Suppress the output of a user's own model or task in the ``with`` block."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
