@@ -70,10 +70,10 @@ def test_trials_are_added_as_nodes_join_and_move_as_they_leave(cluster: Simulate
 
 CONFIRMING = """
 import json, sys
-import sleepy
+import model_parts, sleepy
 from tune_amp.cluster.session import ray_session
 
-with ray_session(sys.argv[1], run="confirming", modules=(sleepy,)):
+with ray_session(sys.argv[1], run="confirming", modules=(model_parts, sleepy)):
     from tune_amp.trial.config import TrialConfig
     from tune_amp.trial.consent import consent_to
     from tune_amp.results.progress import ConfirmJob
