@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from small_runs import untimed
 
 from tune_amp.results.journal import read_journal
-from tune_amp.results.records import build_from, load_best_rows, load_confirmed, load_trials
+from tune_amp.results.records import load_best_rows, load_confirmed, load_trials
+from tune_amp.results.rows import build_from
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.trial.config import EpochMetrics, TrialStatus
 

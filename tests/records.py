@@ -4,7 +4,8 @@ import datetime
 import math
 from typing import Any
 
-from tune_amp.results.records import Provenance, TrialRecord
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus
 
 NAN, INF = math.nan, math.inf

@@ -9,9 +9,9 @@ from records import INF, NAN, PROVENANCE, make_epoch, make_trial
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, ParameterImportance, write_importance
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import choose_best, rank_confirmed
 from tune_amp.results.records import (
-    Provenance,
     SlotTime,
     TrialRecord,
     rank_trials,

@@ -24,7 +24,7 @@ from tune_amp.cluster.failures import find_cause
 from tune_amp.cluster.trainable import REPORT, WORKER_RETRIES, failure_report, progress_report, read_report
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
 from tune_amp.results.progress import Observer, SearchProgress
-from tune_amp.results.records import Provenance
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.mending import mend_run

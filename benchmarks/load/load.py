@@ -26,7 +26,8 @@ from benchmarks.load.load_search import CUT_OFF, RUN, SAMPLES_FILE, TIMES_FILE, 
 from benchmarks.load.load_table import LAST_SUGGESTIONS, LoadResult, LoadRow
 from benchmarks.machine import describe_machine, describe_versions
 from tune_amp.results.journal import read_journal
-from tune_amp.results.records import build_from, load_trials_file
+from tune_amp.results.records import load_trials_file
+from tune_amp.results.rows import build_from
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import SlotUse, find_shares, utilisation
 from tune_amp.trial.config import EpochMetrics, TrialStatus

@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.results.parquet import build_table, read_file, write_parquet
-from tune_amp.results.records import SCHEMAS, list_versions
+from tune_amp.results.provenance import list_versions
+from tune_amp.results.records import SCHEMAS
 from tune_amp.results.run_folder import locate
 from tune_amp.space.space import SearchSpace
 from tune_amp.training.data import Dataset

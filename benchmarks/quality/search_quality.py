@@ -50,8 +50,8 @@ from benchmarks.quality.replay import (
     select_started,
 )
 from tune_amp.results.parquet import METADATA_KEY, build_columns, write_parquet
+from tune_amp.results.provenance import list_versions
 from tune_amp.results.ranking import choose_best
-from tune_amp.results.records import list_versions
 from tune_amp.results.statistics import CONFIDENCE, MeanInterval, mean_interval
 from tune_amp.search.schedulers import objective_mode
 from tune_amp.trial.config import HOPELESS_STATES, RANKING_OBJECTIVES, EpochMetrics, TrialStatus, described

@@ -33,8 +33,9 @@ from benchmarks.quality.replay import (
 )
 from tune_amp.results.parquet import METADATA_KEY, build_columns, write_parquet
 from tune_amp.results.progress import Observer, SearchProgress
+from tune_amp.results.provenance import Provenance, list_versions
 from tune_amp.results.ranking import choose_best
-from tune_amp.results.records import Provenance, TrialRecord, list_versions
+from tune_amp.results.records import TrialRecord
 from tune_amp.results.statistics import MeanInterval, paired_interval
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import adapt_donor, plan_search

@@ -12,7 +12,7 @@ from records import PROVENANCE
 from tune_amp.cli.resume import describe_changes, describe_progress, name_resume_command, remember, restore_arguments
 from tune_amp.cli.search_arguments import search_parser
 from tune_amp.results.journal import Journal
-from tune_amp.results.records import list_versions
+from tune_amp.results.provenance import list_versions
 from tune_amp.search.history import RunHistory, open_history
 from tune_amp.search.options import build_options, check_trackers
 from tune_amp.space.space import MAX_BYTES, load_space

@@ -12,11 +12,11 @@ from rich.console import Console
 from tune_amp.cli.run_summary import load_summary, print_summary
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.importance import ImportanceResult, ParameterImportance, write_importance
+from tune_amp.results.provenance import list_reuse_words
 from tune_amp.results.records import (
     BestRow,
     SlotTime,
     TrialRecord,
-    list_reuse_words,
     rank_trials,
     write_best,
     write_trials,

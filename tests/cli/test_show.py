@@ -11,7 +11,8 @@ from records import PROVENANCE, make_trial
 from report_runs import write_full_run
 
 from tune_amp.cli.show import show_command
-from tune_amp.results.records import Provenance, rank_trials, write_best, write_trials
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.records import rank_trials, write_best, write_trials
 from tune_amp.trial.config import TrialConfig
 
 RUN = Path("results") / "demo"

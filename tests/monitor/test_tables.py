@@ -14,14 +14,9 @@ from rich.console import Console
 from tune_amp.cli.run_summary import print_confirmed
 from tune_amp.monitor.tables import describe_confirmed, render_confirmed
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import rank_confirmed
-from tune_amp.results.records import (
-    BestRow,
-    Provenance,
-    load_best_rows,
-    load_provenance,
-    write_best,
-)
+from tune_amp.results.records import BestRow, load_best_rows, load_provenance, write_best
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
 SEEDS = (1000, 1001, 1002)

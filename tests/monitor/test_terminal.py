@@ -31,8 +31,9 @@ from tune_amp.monitor.terminal import (
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, ParameterImportance
 from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult, SearchProgress
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import describe_ties, rank_confirmed
-from tune_amp.results.records import Provenance, TrialRecord
+from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrialConfig, TrialStatus, format_scale
 
 NAME = "07-fp16-lr0.0031-b1024-scale2^12"

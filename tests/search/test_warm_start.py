@@ -29,11 +29,10 @@ from benchmarks.quality.warm_start import (
 )
 from tune_amp.cli.search import search_command
 from tune_amp.results.confirmed import DEFAULT_ID
+from tune_amp.results.provenance import Provenance, list_versions
 from tune_amp.results.records import (
     BestRow,
-    Provenance,
     TrialRecord,
-    list_versions,
     load_best,
     load_provenance,
     load_trials,

@@ -26,7 +26,8 @@ from tune_amp.cli.console import (
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.monitor.tables import WideTable, format_clock
 from tune_amp.results.files import check_free, claimed_folder
-from tune_amp.results.records import BestFile, list_versions
+from tune_amp.results.provenance import list_versions
+from tune_amp.results.records import BestFile
 from tune_amp.reuse.precision_page import CPU_MEANING, FILES, describe_settings, write_comparison
 from tune_amp.reuse.precision_runs import (
     BUDGET_SECONDS,

@@ -15,10 +15,10 @@ from tune_amp.monitor.tables import describe_confirmed, render_confirmed, render
 from tune_amp.monitor.terminal import describe_counts, render_importance
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import choose_best, describe_ties, list_obstacles
 from tune_amp.results.records import (
     BestRow,
-    Provenance,
     SlotTime,
     TrialRecord,
     load_best_rows,

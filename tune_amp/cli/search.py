@@ -333,7 +333,7 @@ def _find_folder(module: ModuleType) -> Path | None:
 
 
 def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> str:
-    from tune_amp.results.records import list_reuse_words
+    from tune_amp.results.provenance import list_reuse_words
 
     if list_provided():  # no command finds a function of a notebook
         return f"tune_amp.load_best({str(best)!r})"

@@ -67,7 +67,7 @@ def _print_start(console: Console, summary: "RunSummary") -> None:
 
 def _describe_reuse(summary: "RunSummary") -> str:
     """Return the search's reuse command, but with ``tune-amp``: the folder of the scripts is not known here."""
-    from tune_amp.results.records import list_reuse_words
+    from tune_amp.results.provenance import list_reuse_words
 
     about = summary.provenance
     own_code = list_own_code(vars(summary.trials[0].config)) if summary.trials else []

@@ -139,7 +139,7 @@ def _save(
     output: Path,
 ) -> tuple[list[str], list[str]]:
     """Save weights, metrics and card. Return lines about the test, and the names of the files."""
-    from tune_amp.results.records import list_versions
+    from tune_amp.results.provenance import list_versions
     from tune_amp.reuse.card import describe_card, describe_own_card
     from tune_amp.reuse.final import FinalResult
 

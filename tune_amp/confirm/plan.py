@@ -16,8 +16,9 @@ from typing import Any
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.gain import FIRST_SEEDS, judge_gain, may_gain, without_seed
 from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult, Observer
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import rank_confirmed
-from tune_amp.results.records import BestRow, Provenance, TrialRecord, write_best, write_confirmed
+from tune_amp.results.records import BestRow, TrialRecord, write_best, write_confirmed
 from tune_amp.space.no_effect import find_inert
 from tune_amp.trial.config import TrialConfig, TrialStatus
 

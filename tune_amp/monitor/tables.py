@@ -14,7 +14,8 @@ from rich.text import Text
 
 from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.gain import OBJECTIVE_NAMES, show_difference
-from tune_amp.results.records import BestRow, Provenance, TrialRecord
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.trial.config import (
     COST_OBJECTIVES,
     RANKING_OBJECTIVES,

@@ -147,16 +147,10 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 # ---- read ----
 
 
-def read_kind(path: Path) -> str:
-    """Return the kind of a file, as passed to ``build_table``; raise InputError like ``read_file``."""
+def read_origin(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the kind of a file and where its rows come from, as ``build_table`` got them; raise as ``read_file``."""
     with _opened(path) as (_, about):
-        return str(about["kind"])
-
-
-def read_origin(path: Path) -> dict[str, Any]:
-    """Return where the rows of a file come from, as passed to ``build_table``; raise InputError like ``read_file``."""
-    with _opened(path) as (_, about):
-        return _read_part(about, "provenance")
+        return str(about["kind"]), _read_part(about, "provenance")
 
 
 def _read_part(about: Mapping[str, Any], name: str) -> dict[str, Any]:

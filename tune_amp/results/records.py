@@ -22,12 +22,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation, ConfirmedRun
 from tune_amp.results.parquet import build_columns, build_table, placed, read_file, read_origin, write_parquet
-from tune_amp.results.provenance import Provenance as Provenance  # noqa: PLC0414 (callers follow)
-from tune_amp.results.provenance import find_version as find_version  # noqa: PLC0414 (callers follow)
-from tune_amp.results.provenance import list_reuse_words as list_reuse_words  # noqa: PLC0414 (callers follow)
-from tune_amp.results.provenance import list_versions as list_versions  # noqa: PLC0414 (callers follow)
-from tune_amp.results.rows import MOST_SECONDS as MOST_SECONDS  # noqa: PLC0414 (callers follow)
-from tune_amp.results.rows import build_from as build_from  # noqa: PLC0414 (callers follow)
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.rows import MOST_SECONDS, build_from
 from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.trial.config import (
     EpochMetrics,
@@ -344,7 +340,7 @@ def load_epochs(path: str | Path, trials: Sequence[TrialRecord]) -> list[TrialRe
 def load_provenance(path: str | Path) -> Provenance:
     """Load the origin of a run; ``path`` is any of its Parquet files or its folder."""
     path = locate(path, "trials", "best", "epochs")
-    return _to_provenance(path, read_origin(path))
+    return _to_provenance(path, read_origin(path)[1])
 
 
 def _pick_rank(path: Path, ranked: Mapping[int | None, _T], rank: int) -> _T:

@@ -10,7 +10,9 @@ from typing import Any
 
 from tune_amp.results.files import check_free, write_atomically
 from tune_amp.results.journal import JOURNAL_VERSION, Journal, read_journal
-from tune_amp.results.records import MOST_SECONDS, Provenance, TrialRecord, build_from
+from tune_amp.results.provenance import Provenance
+from tune_amp.results.records import TrialRecord
+from tune_amp.results.rows import MOST_SECONDS, build_from
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.space.no_effect import find_inert
 from tune_amp.space.space import SearchSpace

@@ -12,7 +12,7 @@ import ray
 
 from tune_amp.cluster.gpu_sharing import find_largest
 from tune_amp.cluster.resources import TrialResources, allocate_resources, list_nodes, measure_with_ray
-from tune_amp.results.records import Provenance, list_versions
+from tune_amp.results.provenance import Provenance, list_versions
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import SearchOptions
 from tune_amp.search.preflight import check_fit

@@ -20,8 +20,15 @@ from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.monitor.prometheus import Gauges
 from tune_amp.results.importance import ImportanceResult, measure_importance, write_importance
 from tune_amp.results.progress import ConfirmResult, Observer, SearchProgress
+from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import choose_best
-from tune_amp.results.records import Provenance, SlotTime, TrialRecord, load_confirmed, rank_trials, write_best
+from tune_amp.results.records import (
+    SlotTime,
+    TrialRecord,
+    load_confirmed,
+    rank_trials,
+    write_best,
+)
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RecordedTrial, RunHistory, begin_run
 from tune_amp.search.mending import mend_run

@@ -14,16 +14,10 @@ from typing import Any
 
 import optuna
 
-from tune_amp.results.parquet import read_kind
+from tune_amp.results.parquet import read_origin
+from tune_amp.results.provenance import Provenance, list_versions
 from tune_amp.results.ranking import choose_best
-from tune_amp.results.records import (
-    Provenance,
-    TrialRecord,
-    list_versions,
-    load_best_rows,
-    load_provenance,
-    load_trials,
-)
+from tune_amp.results.records import TrialRecord, load_best_rows, load_provenance, load_trials
 from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.document import SEARCHABLE
 from tune_amp.space.parameter import Parameter
@@ -130,7 +124,7 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
         InputError: a file is missing, damaged, not from tune_amp, or of another kind or version.
     """
     path = locate(path, "best", "trials")
-    kind = read_kind(path)
+    kind, _ = read_origin(path)
     if kind not in ("best", "trials"):
         raise InputError(f"{path}: kind: must be best or trials, got {shown(kind)}")
     provenance = load_provenance(path)
