@@ -254,6 +254,9 @@ LINES = [
     (f"parameters: {{{INTERVALS}, curriculum: {{choices: [none, step, root, linear]}}}}",
      "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
      "(5,152 steps at batch_size 64 x 8 epochs, curriculum step); fraction_of_trial: true makes it relative"),
+    (f"parameters: {{{INTERVALS}, accumulate: {{choices: [1, 8]}}}}",
+     "growth_interval cannot act in 31 % of this space's trials: it is not shorter than the trial "
+     "(856 steps at batch_size 64 x accumulate 8 x 8 epochs); fraction_of_trial: true makes it relative"),
 ]  # fmt: skip
 
 

@@ -650,6 +650,16 @@ def test_fraction_is_of_the_steps_at_the_searched_batch_size_whatever_the_order_
             assert type(value) is int
 
 
+@pytest.mark.parametrize("accumulate_first", [False, True])
+def test_fraction_is_of_the_steps_of_accumulated_batches_whatever_the_order_in_the_file(
+    accumulate_first: bool, load: Load
+) -> None:
+    entries = ["accumulate: {choices: [1, 4]}", "growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}"]
+    space = load(f"parameters: {{{', '.join(entries if accumulate_first else entries[::-1])}}}{FP16}")
+    for accumulate, interval in {1: 3436, 4: 856}.items():  # 859 and 214 steps an epoch
+        assert suggest_interval(space, 0.5, {"accumulate": accumulate}) == interval
+
+
 def test_fraction_is_of_the_whole_budget_at_a_fixed_batch_size(load: Load) -> None:
     entry = "growth_interval: {low: 0.1, high: 1, fraction_of_trial: true}"
     space = load(f"parameters: {{{entry}}}\nfixed: {{precision: fp16, batch_size: 100}}")

@@ -96,7 +96,7 @@ class Run:
         if value is None or not parameter.fraction_of_trial:
             return value
         # Steps as the space counts them: it counts a curriculum's shorter epochs as full ones.
-        steps = self.provenance.train_images // config.batch_size * config.max_epochs
+        steps = config.count_full_steps(self.provenance.train_images)
         return parameter.find_nearest(value, trial_steps=steps).get(parameter.optuna_name)
 
 

@@ -226,8 +226,8 @@ def find_suggestion(
     Raises:
         InputError: the space has no such settings; the message names one.
     """
-    steps = train_images // config.batch_size * max_epochs
-    wanted = _rescale(config, space, old_train_images // config.batch_size * config.max_epochs, steps)
+    steps = dataclasses.replace(config, max_epochs=max_epochs).count_full_steps(train_images)
+    wanted = _rescale(config, space, config.count_full_steps(old_train_images), steps)
     sizes = {"train_images": train_images, "max_epochs": max_epochs}
     suggested: dict[str, Any] = {}
     for parameter, nearest, setting in space.locate(wanted, **sizes):

@@ -27,6 +27,8 @@ SHARED = ("model", "dataset", "imbalance", "max_epochs", "seed", "task", "train"
 """Fields that all trials of a search share: flags set them."""
 SEARCHABLE = tuple(name for name in FIELD_TYPES if name not in SHARED)
 RELATIVE = "growth_interval"  # the only field counted in training steps
+STEP_SIZE = ("batch_size", "accumulate")
+"""Fields that the number of a trial's steps depends on."""
 
 _POWER_OF_TWO = re.compile(r"2\^(-?[0-9]{1,3})")
 _RANGE_KEYS = ("low", "high", "log", "power_of_two")
@@ -230,8 +232,8 @@ def _collect_needs(parameters: Mapping[str, Parameter], conditions: Mapping[str,
     Conditions are only combined by "and", so one set of values per ancestor describes them fully: the check is exact.
     """
     predecessors = {name: list(when) for name, when in conditions.items()}
-    if RELATIVE in parameters and parameters[RELATIVE].fraction_of_trial and "batch_size" in parameters:
-        predecessors[RELATIVE].append("batch_size")  # closes no cycle: a fraction has no children
+    if RELATIVE in parameters and parameters[RELATIVE].fraction_of_trial:  # closes no cycle: a fraction has no children
+        predecessors[RELATIVE] += [name for name in STEP_SIZE if name in parameters]
     try:
         order = list(graphlib.TopologicalSorter(predecessors).static_order())
     except graphlib.CycleError as error:

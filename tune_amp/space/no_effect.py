@@ -6,7 +6,9 @@ Scaler settings outside fp16 would be inert too, but no trial has any: ``TrialCo
 
 import collections
 from collections.abc import Mapping
+from typing import Any
 
+from tune_amp.space.document import STEP_SIZE
 from tune_amp.space.space import SearchSpace
 from tune_amp.trial.config import TrialConfig
 from tune_amp.trial.curricula import count_drawn_images
@@ -50,7 +52,7 @@ def count_steps(config: TrialConfig, train_images: int) -> int:
     """
     draws = _count_drawn_images(config, train_images)
     full_epochs = config.max_epochs - len(draws)
-    return sum(images // config.batch_size for images in draws) + full_epochs * (train_images // config.batch_size)
+    return sum(images // config.step_images for images in draws) + full_epochs * (train_images // config.step_images)
 
 
 def estimate_inert(
@@ -95,22 +97,25 @@ def describe_inert(shares: Mapping[str, float], space: SearchSpace, *, train_ima
 def _count_drawn_images(config: TrialConfig, train_images: int) -> list[int]:
     """Return the number of images that each growing epoch of a curriculum draws from."""
     name, epochs = config.curriculum, config.max_epochs
-    sizes = {"batch_size": config.batch_size, "train_images": train_images}
+    sizes = {"batch_size": config.step_images, "train_images": train_images}
     return [count_drawn_images(name, epoch, epochs, **sizes) for epoch in range(0 if name == "none" else epochs // 2)]
 
 
 def _describe_shortest_trial(space: SearchSpace, train_images: int, max_epochs: int) -> str:
     """Describe a full trial with the largest batch: ``424 steps at batch_size 1024 x 8 epochs``."""
     when = {parameter.name: parameter.when for parameter in space.parameters}
-    bounds = space.bounds("batch_size") or (TrialConfig.batch_size, TrialConfig.batch_size)
-    # A trial without the searched size has the default.
-    batch_size = max(int(bounds[1]), TrialConfig.batch_size if when.get("batch_size") else 0)
+    sizes: dict[str, Any] = {}
+    for name in STEP_SIZE:
+        default = int(getattr(TrialConfig, name))
+        bounds = space.bounds(name) or (default, default)
+        sizes[name] = max(int(bounds[1]), default if when.get(name) else 0)  # a trial without a value has the default
     steps, curriculum = min(
-        (count_steps(TrialConfig(batch_size=batch_size, max_epochs=max_epochs, curriculum=name), train_images), name)
+        (count_steps(TrialConfig(**sizes, max_epochs=max_epochs, curriculum=name), train_images), name)
         for name in space.list_possible("curriculum")
     )
+    accumulated = f" x accumulate {sizes['accumulate']}" if sizes["accumulate"] > 1 else ""
     with_curriculum = "" if curriculum == "none" else f", curriculum {curriculum}"
-    return f"{steps:,} steps at batch_size {batch_size} x {max_epochs} epochs{with_curriculum}"
+    return f"{steps:,} steps at batch_size {sizes['batch_size']}{accumulated} x {max_epochs} epochs{with_curriculum}"
 
 
 def _describe_remedy(space: SearchSpace) -> str:

@@ -19,8 +19,9 @@ omit it, and TrialConfig's default applies. A number may be written as the strin
 Powers of two are suggested by their exponent, under the name ``log2(init_scale)``.
 
 ``fraction_of_trial`` is for ``growth_interval`` alone. Its numbers are fractions of the trial's training steps, which
-are (training images // ``batch_size``) * ``max_epochs``; the interval is rounded to whole steps, at least one. A fixed
-interval of 2,000 steps is a quarter of a trial at batch size 64, but longer than a trial at 1,024, where it never acts.
+are (training images // (``batch_size`` * ``accumulate``)) * ``max_epochs``; the interval is rounded to whole steps, at
+least one. A fixed interval of 2,000 steps is a quarter of a trial at batch size 64, but longer than one at 1,024, where
+it never acts.
 A fraction above 1 never acts in any trial: the loss scale is static and changes only at overflows.
 Fractions are suggested under the name ``growth_interval/trial_steps``, so that no study mixes them with steps.
 
@@ -36,7 +37,7 @@ from typing import Any
 
 import optuna
 
-from tune_amp.space.document import read_document, suggest_name
+from tune_amp.space.document import STEP_SIZE, read_document, suggest_name
 from tune_amp.space.parameter import Parameter, list_possible
 from tune_amp.space.strict_yaml import read_yaml
 from tune_amp.trial.config import OWN, SCALER_DEFAULTS, InputError, TrialConfig, read_setting, shown
@@ -147,9 +148,9 @@ class SearchSpace:
 
 
 def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:
-    """Return the training steps of a trial; the batch size precedes the parameters that depend on the steps."""
-    batch_size: int = settings.get("batch_size", TrialConfig.batch_size)
-    return train_images // batch_size * max_epochs
+    """Return the training steps of a trial; ``STEP_SIZE`` precedes the parameters that depend on them."""
+    sizes = {name: settings[name] for name in STEP_SIZE if name in settings}
+    return TrialConfig(max_epochs=max_epochs, **sizes).count_full_steps(train_images)
 
 
 def load_space(source: str | Path) -> SearchSpace:

@@ -130,7 +130,7 @@ class OwnRun:
             train_seconds=self._seconds,
             val_seconds=0.0,
             data_seconds=0.0,
-            samples_per_second=steps * config.batch_size * config.accumulate / seconds,
+            samples_per_second=steps * config.step_images / seconds,
             peak_memory_bytes=self._memory.peak_bytes,
             state=str(state),
             underflow_share=probe.underflow_share,

@@ -109,11 +109,11 @@ class TrainingRun:
 
     def _count_steps(self) -> int:
         """Return the largest number of steps in an epoch."""
-        count, batch_size, accumulate = len(self._data.train), self._config.batch_size, self._config.accumulate
-        if batch_size <= count < batch_size * accumulate:
+        count, config = len(self._data.train), self._config
+        if config.batch_size <= count < config.step_images:
             rule = f"batch_size times accumulate must not exceed the {count} training images"
-            raise InputError(f"accumulate: {rule}, got {batch_size} times {accumulate}")
-        return count // (batch_size * accumulate)
+            raise InputError(f"accumulate: {rule}, got {config.batch_size} times {config.accumulate}")
+        return count // config.step_images
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train the epochs left of ``max_epochs``, and stop early if the run is past saving."""
@@ -237,7 +237,7 @@ class TrainingRun:
         else:
             self._loop = StepLoop(
                 self._step,
-                (self._max_steps, self._config.batch_size * self._config.accumulate),
+                (self._max_steps, self._config.step_images),
                 self._data.device,
                 find_change=lambda step: explain_change(step, self.model, self._data.device, self._task.read_state),
                 capture=self._capture_step,
@@ -278,12 +278,11 @@ class TrainingRun:
     def _draw_batches(self) -> Tensor:
         """Return the indices of this epoch's training items, int64 [steps, accumulate * batch_size] on the device."""
         config, count = self._config, len(self._data.train)
-        step_size = config.batch_size * config.accumulate
         drawn = count_drawn_images(
-            config.curriculum, self.epoch, config.max_epochs, batch_size=step_size, train_images=count
+            config.curriculum, self.epoch, config.max_epochs, batch_size=config.step_images, train_images=count
         )
         device = torch.device("cpu") if isinstance(self._data.train, StreamedBatches) else self._data.device
-        batches = batch_indices(drawn, step_size, self._order, device)
+        batches = batch_indices(drawn, config.step_images, self._order, device)
         if drawn == count:
             return batches
         assert self._easy_to_hard is not None

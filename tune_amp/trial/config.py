@@ -190,6 +190,15 @@ class TrialConfig:
     train: str | None = described("the user's own training loop, module:function", None, OWN_CODE_RULE)
     own: Mapping[str, OwnValue] = spread("the user's own parameters: columns own.NAME")
 
+    @property
+    def step_images(self) -> int:
+        """Images of a training step: those of ``accumulate`` batches."""
+        return self.batch_size * self.accumulate
+
+    def count_full_steps(self, train_images: int) -> int:
+        """Return the training steps of a trial whose epochs all draw from all images, as without a curriculum."""
+        return train_images // self.step_images * self.max_epochs
+
     def __post_init__(self) -> None:
         check_fields(self)
         for name, value in self.own.items():
