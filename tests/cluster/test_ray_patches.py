@@ -100,12 +100,12 @@ def test_stock_ray_sends_folders_of_the_driver_to_the_workers_and_has_no_option_
 
 
 def test_stock_ray_has_no_option_for_the_agents_port_the_session_its_folder_and_processes(tmp_path: Path) -> None:
-    assert re.findall(r".*(?:agent|session|temp|dir|worker|prestart|monitor).*", RAY_OPTIONS) == []
+    assert re.findall(r".*(?:agent|session|temp|dir|worker|prestart).*", RAY_OPTIONS) == []
     stock = parameter.RayParams()
-    assert (stock.dashboard_agent_listen_port, stock.session_name, stock.no_monitor) == (52365, None, False)
+    assert (stock.dashboard_agent_listen_port, stock.session_name) == (52365, None)
     with ray_patches.private_start(tmp_path, "short", workers=3):
         ours = parameter.RayParams()
-        assert (ours.dashboard_agent_listen_port, ours.session_name, ours.no_monitor) == (0, "short", True)
+        assert (ours.dashboard_agent_listen_port, ours.session_name) == (0, "short")
         assert not ours.include_log_monitor
     assert parameter.RayParams().session_name is None
 
@@ -325,12 +325,13 @@ def test_stock_ray_waits_for_its_processes_for_a_second_only(monkeypatch: pytest
     monkeypatch.setattr(worker, "_global_node", None)
     with ray_patches.reaped_processes():
         pass
-    with subprocess.Popen(["sleep", "1.5"]) as process:
-        node = SimpleNamespace(all_processes={"raylet": [SimpleNamespace(process=process)]})
+    with subprocess.Popen(["sleep", "1.5"]) as process, subprocess.Popen(["sleep", "60"]) as monitor:
+        kinds = {RAYLET: process, ray_constants.PROCESS_TYPE_MONITOR: monitor}
+        node = SimpleNamespace(all_processes={kind: [SimpleNamespace(process=one)] for kind, one in kinds.items()})
         monkeypatch.setattr(worker, "_global_node", node)
         with ray_patches.reaped_processes():
             pass
-        assert process.returncode == 0
+        assert (process.returncode, monitor.returncode) == (0, -signal.SIGKILL)
 
 
 def test_stock_ray_gives_the_dashboards_address_only_to_whoever_started_it() -> None:

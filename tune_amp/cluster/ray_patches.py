@@ -6,6 +6,7 @@ inside the functions, because parts of it read the environment on import.
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import subprocess
@@ -98,8 +99,7 @@ def private_start(
     - The agent's default port, 52365, is taken if another Ray runs here: the agent would retry for 6 s, then run
       without HTTP (ray-project/ray#14763).
     - Ray would wait for the dashboard, 2 s, before it starts the node's other processes. Here it starts beside them,
-      and the ``with`` block ends when it is ready. Two processes are left out: the log monitor reads the logs that
-      drivers print, and the autoscaler's monitor adds nodes.
+      and the ``with`` block ends when it is ready. The log monitor is left out: it reads the logs that drivers print.
     - Ray would start a worker for each CPU, and ``ray.init`` has no argument for their number.
     - Ray waits for its node for 30 s, which no setting changes (ray-project/ray#62883), also if it is dead. Here a dead
       one fails at once, and a slow one has ``START_SECONDS``.
@@ -152,7 +152,7 @@ def private_start(
             time.sleep(0.1)
         raise TimeoutError(f"its node was not ready after {START_SECONDS} s; try again when the machine is less busy")
 
-    settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False, "no_monitor": True}
+    settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False}
     params = functools.partial(parameter.RayParams, session_name=session_name, **settings)
     with (
         _announcing_slow_start(announce),
@@ -214,13 +214,22 @@ def find_node() -> Any:
 
 @contextlib.contextmanager
 def reaped_processes() -> Iterator[None]:
-    """Wait for the processes of Ray that end in the ``with`` block. Ray itself waits for a second only."""
+    """Wait for the processes of Ray that end in the ``with`` block. Ray itself waits for a second only.
+
+    The autoscaler's monitor is killed: it has no state, and ignores the signal to end for that second.
+    """
+    from ray._private import ray_constants
+
     node = find_node()
-    started = [] if node is None else [info.process for kind in node.all_processes.values() for info in kind]
-    yield
-    for process in started:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(REAP_SECONDS)
+    started = {} if node is None else {kind: [info.process for info in of] for kind, of in node.all_processes.items()}
+    for monitor in started.get(ray_constants.PROCESS_TYPE_MONITOR, []):
+        monitor.kill()
+    try:
+        yield
+    finally:
+        for process in itertools.chain(*started.values()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(REAP_SECONDS)
 
 
 def find_dashboard() -> str | None:
