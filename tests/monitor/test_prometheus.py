@@ -240,6 +240,7 @@ def test_gpu_memory_is_the_running_trials_peak_and_zero_on_the_cpu(store: Store,
         ("val_accuracy", (0.8, 0.9, 0.7), (0.8, 0.9, 0.9)),
         ("val_loss", (0.4, 0.5, 0.3), (0.4, 0.4, 0.3)),
         ("val_accuracy", (0.8, float("nan"), 0.85), (0.8, 0.8, 0.85)),
+        ("val_loss:min", (0.4, 0.5, 0.3), (0.4, 0.4, 0.3)),
     ],
 )
 def test_the_best_is_that_of_the_trials_that_ended(
@@ -247,10 +248,11 @@ def test_the_best_is_that_of_the_trials_that_ended(
 ) -> None:
     trials: list[TrialRecord] = []
     for number, value in enumerate(values, start=1):
-        trials.append(make_ended(number, make_epoch(1, **{objective: value})))
+        metric = objective.removesuffix(":min")
+        trials.append(make_ended(number, make_epoch(1, **{metric: value})))
         running = make_running(9, make_epoch(1, val_accuracy=1.0, val_loss=0.0))
         tell(store, gauges, [*trials, running], [running], trials[-1], objectives=(objective,))
-        assert store.read("tune_amp_best", objective=objective) == best[number - 1]
+        assert store.read("tune_amp_best", objective=metric) == best[number - 1]
 
 
 def test_each_of_several_objectives_has_its_own_best(store: Store, gauges: Gauges) -> None:

@@ -10,7 +10,7 @@ from records import INF, NAN, make_epoch, make_scored, make_trial
 
 from tune_amp.results.ranking import accuracy_standard_error, choose_best, count_ties
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import OBJECTIVES, TrialConfig, TrialStatus
+from tune_amp.trial.config import OBJECTIVES, InputError, TrialConfig, TrialStatus
 
 
 def ids(trials: list[TrialRecord]) -> str:
@@ -208,6 +208,18 @@ def test_the_standard_error_is_binomial() -> None:
     assert accuracy_standard_error(0.97, 5_000) == pytest.approx(0.0024125, abs=1e-7)
     assert accuracy_standard_error(0.5, 100) == pytest.approx(0.05)
     assert accuracy_standard_error(1.0, 5_000) == 0
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "message"),
+    [
+        (97.0, 5_000, r"^val_accuracy: must be between 0 and 1, got 97\.0$"),
+        (0.9, -1, "^validation_images: must be at l"),
+    ],
+)
+def test_an_accuracy_that_cannot_be_is_refused_in_one_line(accuracy: float, images: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        accuracy_standard_error(accuracy, images)
 
 
 def test_ties_lie_within_two_standard_errors_of_the_difference() -> None:

@@ -38,6 +38,7 @@ from tune_amp.results.records import (
     load_confirmed,
     load_provenance,
     load_trials,
+    load_trials_file,
     rank_trials,
     write_best,
     write_confirmed,
@@ -579,6 +580,14 @@ def test_columns_that_an_older_file_lacks_are_null_or_their_default(run: Path) -
     assert load_best(path).weight_decay == 0.0
 
 
+def test_slot_time_is_read_from_the_ledger_of_an_older_file(run: Path) -> None:
+    ledger = {"slots": 2, "wall_seconds": 9.5, "seconds": {"training": 12.0, "idle": 7.0}, "step_seconds": 14.0}
+    about = {"ledger": ledger, "ledger_checksum": parquet.checksum(ledger)}
+    change_file(run / "trials.parquet", lambda table: table, **about)
+    assert load_trials_file(run).slot_time == SlotTime(slots=2, wall_seconds=9.5)
+    assert len(load_trials(run)) == len(TRIALS)
+
+
 @pytest.mark.parametrize(
     ("slots", "wall_seconds", "message"),
     [
@@ -900,6 +909,12 @@ def test_epochs_are_written_before_the_trials_that_need_them(tmp_path: Path, mon
     monkeypatch.setattr("tune_amp.results.records.write_parquet", lambda table, path: written.append(path.name))
     write_trials(tmp_path, TRIALS, PROVENANCE)
     assert written == ["epochs.parquet", "trials.parquet"]
+
+
+def test_a_negative_number_of_threads_is_refused() -> None:
+    """It would be passed to ``torch.set_num_threads``."""
+    with pytest.raises(InputError, match="^num_threads: must be at least 0, got -1$"):
+        dataclasses.replace(COMPLETED, num_threads=-1)
 
 
 def test_only_we_can_write_no_best_or_one_trial_twice(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ class Numbered:
         self.numbers: dict[str, int] = {}
         self.fault: OSError | None = None
         self.completed: list[str] = []
+        self.causes: list[str] = []
 
     def suggest(self, trial_id: str) -> TrialConfig:
         if self.fault is not None:
@@ -32,6 +33,7 @@ class Numbered:
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None, error: bool, cause: str) -> None:
         self.completed.append(trial_id)
+        self.causes.append(cause)
 
 
 class Slots:
@@ -105,6 +107,18 @@ def test_no_more_trials_run_than_there_are_slots(make_desk: Any) -> None:
     assert third.config["lr"] == 3.0
     assert desk.searcher.completed == [first[0].trial_id]
     assert not desk.source.is_finished()
+
+
+def test_the_cause_of_a_workers_death_is_passed_on_with_the_end_of_the_trial(
+    make_desk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = make_desk()
+    path = tmp_path / "error.txt"
+    path.write_text("Traceback:\nOSError: The actor died\n")
+    monkeypatch.setattr(Trial, "error_file", str(path))
+    for trial, error in zip(desk.draw(), (True, False), strict=True):
+        desk.source.on_trial_complete(trial.trial_id, error=error)
+    assert desk.searcher.causes == ["OSError: The actor died", ""]
 
 
 def test_slots_are_counted_anew_each_time(make_desk: Any) -> None:

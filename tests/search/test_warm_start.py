@@ -193,6 +193,16 @@ def test_winners_of_a_file_of_trials_are_the_best_by_what_is_sought_now(run: Pat
     assert ids(load(run).winners) == ["best", "second"]
 
 
+def test_no_more_winners_than_asked_for_are_taken_from_a_pareto_set(tmp_path: Path) -> None:
+    trials = [
+        make_trial(str(n), config=make_config(), epochs=(make_epoch(4, val_accuracy=n / 9, train_seconds=n),))
+        for n in (1, 2, 3)
+    ]
+    write_trials(tmp_path, trials, make_provenance())
+    assert len(load(tmp_path, objectives=("val_accuracy", "train_seconds"), top_k=2).winners) == 2
+    assert len(load(tmp_path, objectives=("val_accuracy", "train_seconds"), top_k=9).winners) == 3
+
+
 def test_a_best_file_alone_or_beside_the_trials_of_another_run_has_winners_only(run: Path) -> None:
     write_trials(run, [LAST, SECOND, BEST], make_provenance(run="another"))
     assert load(run).trials == ()
@@ -384,6 +394,7 @@ def test_trials_that_would_be_measured_otherwise_here_are_suggestions_only(
     [
         {"space": "# another comment\nparameters:\n" + "\n".join(reversed(PLAIN.splitlines()[1:])) + "\n"},
         {"versions": {**list_versions(*DECISIVE_VERSIONS), "torch": TORCH.split("+")[0] + "+another", "ray": "0.1"}},
+        {"versions": {**list_versions(*DECISIVE_VERSIONS), "python": "3.9.1"}},
         {"seed": 99, "scheduler": "none", "sampler": "random", "device": "cuda", "validation_images": 1},
     ],
 )

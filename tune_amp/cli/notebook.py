@@ -195,12 +195,13 @@ def tune(
 
 
 def _list_words(given: Mapping[str, Any]) -> list[str]:
-    """Return arguments as the words of a command line."""
-    words = []
-    for name, value in given.items():
-        parts = value if isinstance(value, list) else [] if value is None or value is False else [value]
-        words += [name_flag(name) if part is True else f"{name_flag(name)}={part}" for part in parts]
-    return words
+    """Return arguments as the words of a command line, which joins the parts of a list by commas."""
+    texts = {
+        name: (",".join(map(str, value)) or None) if isinstance(value, list | tuple) else value
+        for name, value in given.items()
+    }
+    words = ["--quiet"] if texts.pop("quiet") else []
+    return [*words, *(f"{name_flag(name)}={text}" for name, text in texts.items() if text is not None)]
 
 
 def _run(request: SearchRequest) -> TuneResult:

@@ -170,14 +170,16 @@ class Gauges(Observer):
         yield from _count_trials(progress)
         self._improve(progress.objectives, ended)
         for objective, best in self._best.items():
-            value = best.last.find_value(metric_of(objective)) if best.last else None
+            metric = metric_of(objective)
+            value = best.last.find_value(metric) if best.last else None
             if value is not None:
-                yield "tune_amp_best", value, {"objective": objective}
+                yield "tune_amp_best", value, {"objective": metric}
         yield from self._count_epochs([*ended, *running])
         self._assign_slots(running)
         for trial in running:
             yield from _describe_slot(trial, {"slot": str(self._slot_of[trial.trial_id])})
-        done, total = (self._confirmation.done, self._confirmation.total) if self._confirmation else (0, 0)
+        confirmation = self._confirmation  # another thread replaces it
+        done, total = (confirmation.done, confirmation.total) if confirmation else (0, 0)
         yield "tune_amp_confirm_runs", done, {"state": "ended"}
         yield "tune_amp_confirm_runs", total - done, {"state": "left"}
 

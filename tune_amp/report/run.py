@@ -117,7 +117,7 @@ def load_run(path: Path) -> Run:
         folder=folder,
         provenance=provenance,
         trials=tuple(trials),
-        rows=tuple(sorted(rows, key=lambda row: row.rank or math.inf)),
+        rows=tuple(sorted(rows, key=lambda row: math.inf if row.rank is None else row.rank)),
         importance=_attempt(troubles, folder.importance, load_importance),
         confirmed=tuple(_attempt(troubles, folder.confirm, load_confirmed) or ()),
         slot_time=ended.slot_time,

@@ -232,7 +232,7 @@ def _explain_no_importance(run: Run) -> str:
 
 
 def build_parameters(run: Run) -> Section:
-    """Build the section on the slices and parallel coordinates."""
+    """Build the section on the slices: a figure for each parameter."""
     if all(find_value(trial, run.objective) is None for trial in run.trials):
         return Section(["No trial has a value to show against its settings."])
     slices = {

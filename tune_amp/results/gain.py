@@ -138,7 +138,7 @@ def score_runs(trial_id: str, runs: Sequence[ConfirmedRun], objective: str) -> d
     own = [run for run in runs if run.trial_id == trial_id]
     completed = [run for run in own if run.status is TrialStatus.COMPLETED]
     values = {run.seed: value for run in completed if (value := run.find_value(objective)) is not None}
-    return values if own and len(values) == len(own) else None
+    return values if own and len(values) == len({run.seed for run in own}) else None
 
 
 def describe_verdict(

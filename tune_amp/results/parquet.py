@@ -229,8 +229,9 @@ def read_file(path: Path, kind: str, schema: pa.Schema) -> FileContent:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if own:
             rows = [_nest(row, own) for row in rows]
-        slot_time = _read_part(about, "slot_time") if "slot_time" in about else None
-        return FileContent(rows, _read_part(about, "provenance"), slot_time)
+        # Files of schema 5 and older have the slot time in a part named "ledger", with other numbers.
+        timed = next((name for name in ("slot_time", "ledger") if name in about), None)
+        return FileContent(rows, _read_part(about, "provenance"), _read_part(about, timed) if timed else None)
 
 
 def _find_own_columns(found: pa.Schema, expected: pa.Schema) -> dict[str, tuple[str, str]]:

@@ -11,7 +11,7 @@ from tune_amp.results.gain import describe_verdict, find_sign, judge_gain, score
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.statistics import list_possible_best, mean_interval
-from tune_amp.trial.config import MEAN_PARTS, RANKING_OBJECTIVES, TrialStatus
+from tune_amp.trial.config import MEAN_PARTS, RANKING_OBJECTIVES, TrialStatus, check
 from tune_amp.trial.objectives import is_maximized, metric_of
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
@@ -83,8 +83,8 @@ def list_obstacles(trials: Sequence[TrialRecord]) -> list[str]:
 
 def accuracy_standard_error(accuracy: float, images: int) -> float:
     """Return the binomial standard error of a share of ``images`` classified correctly: sqrt(p (1 - p) / n)."""
-    assert 0 <= accuracy <= 1
-    assert images >= 1
+    check("val_accuracy", accuracy, 0 <= accuracy <= 1, "must be between 0 and 1")
+    check("validation_images", images, images >= 1, "must be at least 1")
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 

@@ -32,6 +32,7 @@ from tune_amp.trial.config import (
     TrialConfig,
     TrialStatus,
     at_least,
+    check,
     check_fields,
     described,
     shown,
@@ -45,7 +46,7 @@ class TrialRecord:
     """An ended trial: one row of ``trials.parquet``, with its rows of ``epochs.parquet``.
 
     Raises:
-        InputError: epochs do not increase, or ``started`` has no time zone.
+        InputError: epochs do not increase, ``num_threads`` is negative, or ``started`` has no time zone.
     """
 
     trial_id: str = described("Ray Tune's id of the trial; always a text, also where it looks like a number")
@@ -69,9 +70,12 @@ class TrialRecord:
         default=None,
     )
     device: str = described("device the trial computed on: cpu, or the GPU's name")
-    num_threads: int = described("CPU threads the trial computed with; a bit-identical replay needs as many")
+    num_threads: int = described(
+        "CPU threads the trial computed with, 0 if it never began; a bit-identical replay needs as many"
+    )
 
     def __post_init__(self) -> None:
+        check("num_threads", self.num_threads, self.num_threads >= 0, "must be at least 0")
         for earlier, later in itertools.pairwise(self.epochs):
             if later.epoch <= earlier.epoch:
                 raise InputError(f"epochs: must increase, got {later.epoch} after {earlier.epoch}")

@@ -107,7 +107,7 @@ def run_search(
         InputError: the run cannot be resumed, or its place for checkpoints is of no use; nothing has been trained.
         OSError: a file cannot be written, for example to a full disk; what was reported is in the journal.
     """
-    stop = stop or StopRequest()
+    stop, health = stop or StopRequest(), RayHealth()
     storage = _open_storage(plan)
     gauges = Gauges(observer, slots=plan.resources.max_concurrent)
     resumed = contextlib.nullcontext(plan.history) if plan.history else None
@@ -130,14 +130,14 @@ def run_search(
         )
         callbacks = [limit, *trackers, recorder]
         with gauges:
-            _run_trials(plan, history, storage, recorder, stop, callbacks=callbacks, announce=announce)
+            _run_trials(plan, history, storage, recorder, stop, health, callbacks=callbacks, announce=announce)
         result = _conclude(plan, recorder, history.provenance, stop)
         if not is_unfinished(result.trials, plan.options):
             remover.submit(storage.remove_checkpoints)
         if result.interrupted or not plan.options.confirm_seeds or not result.ranked:
             return result
         with gauges:
-            return _confirm(plan, result, gauges, stop)
+            return _confirm(plan, result, gauges, stop, health)
 
 
 def _open_storage(plan: SearchPlan) -> RunStorage:
@@ -155,6 +155,7 @@ def _run_trials(
     storage: RunStorage,
     recorder: TrialRecorder,
     stop: StopRequest,
+    health: RayHealth,
     *,
     callbacks: Sequence[tune.Callback],
     announce: Callable[[str], object],
@@ -202,7 +203,7 @@ def _run_trials(
                 past=history.trials,
             )
             end_process = functools.partial(_end_process, searcher, recorder, stop)
-            with watching(stop, RayHealth().find_dead_process, end_process):
+            with watching(stop, health.find_dead_process, end_process):
                 run_tuner(
                     bind_trainable(plan.dataset, resources, storage, history.unfinished, options.objectives),
                     source,
@@ -298,7 +299,9 @@ def _conclude(plan: SearchPlan, recorder: TrialRecorder, provenance: Provenance,
     )
 
 
-def _confirm(plan: SearchPlan, result: SearchResult, observer: Observer, stop: StopRequest) -> SearchResult:
+def _confirm(
+    plan: SearchPlan, result: SearchResult, observer: Observer, stop: StopRequest, health: RayHealth
+) -> SearchResult:
     """Train the best trials again on fresh seeds."""
     dataset, options, resources, space = plan.dataset, plan.options, plan.resources, plan.space
     planned = plan_confirmation(
@@ -313,7 +316,7 @@ def _confirm(plan: SearchPlan, result: SearchResult, observer: Observer, stop: S
     slots = ConfirmSlots(
         dataset, resources, objectives=options.objectives, time_limit=options.trial_time_limit or math.inf
     )
-    with watching(stop, RayHealth().find_dead_process, stop.leave), slots:
+    with watching(stop, health.find_dead_process, stop.leave), slots:
         confirmation = confirm(
             planned,
             slots.train,

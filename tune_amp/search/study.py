@@ -1,4 +1,4 @@
-"""Reports the outcome of each trial to Optuna.
+"""Asks Optuna for trials, and reports the outcome of each.
 
 Ray's OptunaSearch reports every trial that ASHA stopped as complete, leaves one whose metric is NaN running for ever,
 and reports a crash as a failure that the sampler forgets. Here each outcome is reported as what it is.

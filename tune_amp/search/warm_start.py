@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from tune_amp.results.parquet import read_origin
-from tune_amp.results.provenance import Provenance, list_versions
+from tune_amp.results.provenance import Provenance, find_version
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord, load_best_rows, load_provenance, load_trials
 from tune_amp.results.run_folder import RunFolder, locate
@@ -134,10 +134,12 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
     else:
         trials = _load_trials_beside(path, provenance)
         rows = [row for row in load_best_rows(path) if not row.is_default]  # the defaults are tried anyway
-        winners = [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)][:top_k]
+        winners = [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)]
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return Donor(path=path, checksum=checksum, winners=tuple(winners), trials=tuple(trials), provenance=provenance)
+    return Donor(
+        path=path, checksum=checksum, winners=tuple(winners[:top_k]), trials=tuple(trials), provenance=provenance
+    )
 
 
 def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
@@ -288,10 +290,10 @@ def _list_obstacles(
             yield f"{name} differs ({before} there, {value} here)"
     if is_function_name(shared["model"]):
         yield "the model is your own, and its code may have changed"
-    for name, version in list_versions(*DECISIVE_VERSIONS).items():
-        there = old.versions.get(name, "unknown")
-        if _cut_version(there) != _cut_version(version):
-            yield f"the versions of {name} differ ({shown(there)} there, {shown(version)} here)"
+    for name in DECISIVE_VERSIONS:
+        before, now = old.versions.get(name, "unknown"), find_version(name)
+        if _cut_version(before) != _cut_version(now):
+            yield f"the versions of {name} differ ({shown(before)} there, {shown(now)} here)"
 
 
 def _is_same_space(old: Provenance, space: SearchSpace) -> bool:
