@@ -393,6 +393,22 @@ def test_gradients_that_underflow_are_seen_where_the_loop_gives_a_loss_to_probe(
     assert run(regression, init_scale=2.0**-22)[0].underflow_share is None
 
 
+def test_frozen_model_is_refused_only_where_a_loss_is_to_be_probed() -> None:
+    trial = Trial(make_config(), CPU)
+    model = nn.Linear(2, 1).requires_grad_(requires_grad=False)
+    trial.watch(model)
+    rule = r"^trial.watch: model: must have a parameter that requires a gradient if loss is given, got none$"
+    with pytest.raises(InputError, match=rule):
+        trial.watch(model, lambda: torch.zeros(()))
+    assert trial.probed is None
+
+
+def test_loop_may_train_for_fewer_epochs_than_its_configuration_says() -> None:
+    trial = Trial(make_config(max_epochs=3), CPU)
+    trial.max_epochs = 2
+    assert list(trial.epochs()) == [0, 1]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_probing_changes_no_step(precision: str) -> None:
     with_probe, without = (run(function, precision=precision)[-1] for function in (probed, regression))

@@ -28,7 +28,7 @@ from tune_amp.training.generators import read_generators, seed_generators
 from tune_amp.training.memory import MemoryMeter, release_memory
 from tune_amp.training.models import build_model
 from tune_amp.training.optimizers import build_optimizer
-from tune_amp.training.run import TrainingRun
+from tune_amp.training.run import ESTIMATE_IMAGES, TrainingRun, estimate_epoch_seconds
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, OPTIMIZERS, EpochMetrics, InputError, TrialConfig
 
@@ -304,6 +304,35 @@ def test_train_loss_and_weights_are_those_of_a_plain_loop(small_data: TrainingDa
     run = TrainingRun(config, small_data)
     assert [metrics.train_loss for metrics in run.epochs()] == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(run.model.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-7)
+
+
+OWN_JUDGE = """
+import torch
+from tune_amp.training.task import ImageClassification
+class Judge(ImageClassification):
+    def schedule(self, optimizer, steps):
+        assert steps == 100 // 8 * 3
+        return torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps // 10)
+    def has_learned(self, loss, averages):
+        return averages["accuracy"] > 0.5
+"""
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "standard"])
+def test_epoch_is_estimated_though_the_first_images_are_blank_and_the_task_expects_a_whole_trial(
+    scaling: str, write_module: WriteModule, let_pass: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = make_split(100)
+    blank = Split(images=split.images * (np.arange(100) > ESTIMATE_IMAGES).reshape(-1, 1, 1, 1), labels=split.labels)
+    take = TrainingRun._take_step
+
+    def take_slowly(*arguments: Any) -> None:
+        take(*arguments)
+        let_pass(2000.0)
+
+    monkeypatch.setattr(TrainingRun, "_take_step", take_slowly)
+    config = make_config(input_scaling=scaling, task=write_module(OWN_JUDGE) + ":Judge")
+    assert estimate_epoch_seconds(config, blank, 3, CPU) == pytest.approx(2000 * 100 / ESTIMATE_IMAGES, rel=0.01)
 
 
 def test_batch_larger_than_the_training_images_is_refused(small_data: TrainingData) -> None:
@@ -677,6 +706,15 @@ def net(input_shape, num_classes):
 """
 
 
+@pytest.mark.parametrize("name", ["weight", "other"])
+def test_model_that_replaces_a_parameter_or_adds_one_has_moved(name: str, small_data: TrainingData) -> None:
+    run = TrainingRun(make_config(), small_data)
+    layer = next(module for module in run.model.modules() if isinstance(module, nn.Linear))
+    assert not run._weights_moved()
+    layer.register_parameter(name, nn.Parameter(layer.weight.detach() + 1))
+    assert run._weights_moved()
+
+
 def test_forward_passes_that_overflow_now_and_then_are_no_divergence(write_module: WriteModule) -> None:
     """Their steps are skipped, so that weights and validation stay finite, and the rest of the batches train."""
     split = make_split(240)
@@ -818,7 +856,7 @@ import numpy as np
 import torch
 from tune_amp.trial.config import TrialConfig
 from tune_amp.training.data import Split
-from tune_amp.training.run import TrainingRun
+from tune_amp.training.run import ESTIMATE_IMAGES, TrainingRun, estimate_epoch_seconds
 from tune_amp.training.training_data import TrainingData
 split = Split(images=np.arange(256, dtype=np.uint8).reshape(16, 1, 4, 4), labels=np.arange(16) % 2)
 for optimizer in ("adam", "adamw", "sgd"):

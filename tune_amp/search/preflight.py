@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tune_amp.search.options import SearchOptions
-from tune_amp.training.data import Dataset, Split, StreamedSplit
+from tune_amp.training.batches import pick_few
+from tune_amp.training.data import Dataset
 from tune_amp.training.memory import release_memory
 from tune_amp.training.own_code import import_function, unchanged_process
 from tune_amp.training.run import TrainingRun
@@ -102,7 +102,7 @@ def check_training(
     users_own = [name for name in (model, task) if name is not None and is_function_name(name)]
     for name in users_own:
         import_function(name)  # not silenced: what a module prints when imported is for the user
-    two = _pick_two(dataset.train)
+    two = pick_few(dataset.train, 2)
     shape = ", ".join(map(str, dataset.input_shape))
     subject = f"model: {model}" if task is None else f"task: {task}"
     rule = f"{subject} must train on {'images' if two.is_scaled else 'inputs'} of shape [batch, {shape}]"
@@ -131,18 +131,6 @@ def check_training(
     if device.type == "cuda":
         release_memory(device)
     return unfit
-
-
-def _pick_two(train: Split) -> Split:
-    """Return the images with the darkest and the brightest pixel, so that they are scaled as the whole split is.
-
-    Of other inputs, and of a data set that is read item by item, the first two will do.
-    """
-    if not train.is_scaled or isinstance(train, StreamedSplit):
-        return train.select(range(min(2, len(train))))
-    flat = train.images.reshape(len(train), -1)
-    first, second = int(flat.min(axis=1).argmin()), int(flat.max(axis=1).argmax())
-    return train.select(np.array([first, second if second != first else (first + 1) % len(train)]))
 
 
 def _try_step(config: TrialConfig, data: TrainingData) -> str | None:

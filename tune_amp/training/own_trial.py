@@ -150,7 +150,7 @@ class Trial:
             write_generators(self.checkpoint["generators"], self.device)
             self.checkpoint = None
         self._has_begun = True
-        yield from range(self._first_epoch, self.config.max_epochs)
+        yield from range(self._first_epoch, self.max_epochs)
 
     def keep(self, **named: Any) -> None:
         """Keep models, optimizers, schedules or generators in checkpoints; restore them if the trial is resumed.
@@ -189,8 +189,14 @@ class Trial:
             model: the model; kept models are watched anyway.
             loss: returns the loss of ``model`` on some training examples, computed without autocast. With it, the
                 gradients are probed after each epoch in fp16: ``underflow_share`` tells how much of them is lost.
+
+        Raises:
+            InputError: with ``loss``, no weight of ``model`` requires a gradient.
         """
         if loss is not None:
+            if not any(weight.requires_grad for weight in model.parameters()):
+                rule = "must have a parameter that requires a gradient if loss is given, got none"
+                raise InputError(f"trial.watch: model: {rule}")
             self.probed = model, loss
         if model not in self._watched:
             self._watched.append(model)

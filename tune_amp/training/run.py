@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tune_amp.training.amp import AmpStep, ScalerTelemetry, flushing_denormals, training_arithmetic
-from tune_amp.training.batches import Batch, DeviceSplit, batch_indices
+from tune_amp.training.batches import Batch, DeviceSplit, batch_indices, pick_few
 from tune_amp.training.buffers import FiniteBuffers
 from tune_amp.training.cuda_graph import (
     LEAST_STEPS,
@@ -99,7 +99,7 @@ class TrainingRun:
         """Fewest steps between two probes, unless the end of the trial depends on one."""
         self._next_probe = 0  # in steps since the trial began; counted, not timed, so that a replay probes alike
         # Kept until a weight has moved, and on the host, so that no device memory is charged for it.
-        self._initial = {weight: weight.detach().to("cpu", copy=True) for weight in self.model.parameters()}
+        self._initial = {name: value.detach().to("cpu", copy=True) for name, value in self.model.named_parameters()}
         self.epoch = 0
         """Number of epochs trained so far."""
         self.hopeless: str | None = None
@@ -153,6 +153,15 @@ class TrainingRun:
             underflow_share=probe.underflow_share,
             loop=f"eager: {self._why_eager}" if self._loop is None else self._loop.describe(),
         )
+
+    @exits_as_errors()
+    @torch.enable_grad()
+    def time_training(self) -> float:
+        """Train an epoch without validation and verdict, and return its seconds."""
+        with self._generators.in_use():
+            started = time.perf_counter()
+            self._train(self._draw_batches())
+            return time.perf_counter() - started
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -357,8 +366,10 @@ class TrainingRun:
         return loss * (len(images) / self._config.batch_size)
 
     def _weights_moved(self) -> bool:
-        if any(not torch.equal(weight.detach().cpu(), initial) for weight, initial in self._initial.items()):
-            self._initial = {}
+        if self._initial:  # by name: a model may replace a parameter
+            now, then = dict(self.model.named_parameters()), self._initial
+            if now.keys() != then.keys() or any(not torch.equal(now[name].detach().cpu(), then[name]) for name in now):
+                self._initial = {}
         return not self._initial
 
     def _find_nan_buffer(self) -> str | None:
@@ -367,10 +378,14 @@ class TrainingRun:
 
 
 def estimate_epoch_seconds(config: TrialConfig, train: Split, num_classes: int, device: torch.device) -> float:
-    """Estimate an epoch's seconds, roughly, from the second of two steps on ``ESTIMATE_IMAGES`` images."""
-    few = train.select(range(min(ESTIMATE_IMAGES, len(train))))
+    """Estimate an epoch's training seconds, roughly, from the second of two steps on ``ESTIMATE_IMAGES`` images.
+
+    The optimizer's step is counted once for so many images. Validation and probes are not included.
+    """
+    few = pick_few(train, ESTIMATE_IMAGES)
     plain = dataclasses.replace(config, class_weighting="none", curriculum="none")  # a class may be missing in so few
-    plain = dataclasses.replace(plain, accumulate=1, batch_size=len(few), max_epochs=2)
+    steps = max(2, config.count_full_steps(len(train)))  # what a task's schedule expects, with a step an epoch
+    plain = dataclasses.replace(plain, accumulate=1, batch_size=len(few), max_epochs=steps)
     run = TrainingRun(plain, TrainingData(few, None, num_classes, device, workers=0), capture=None, probed=False)
-    first, second = (run.train_epoch().train_seconds for _ in range(2))
-    return (second - first) / len(few) * len(train)
+    run.time_training()
+    return run.time_training() / len(few) * len(train)
