@@ -505,6 +505,10 @@ def test_state_has_only_plain_values_and_is_a_snapshot() -> None:
     saved.step(make_batches(1)[0])
     with pytest.raises(AssertionError):  # steps not yet read would be lost
         saved.amp.state_dict()
+    saved.amp.read_epoch()
+    saved.amp.position = torch.ones(1, dtype=torch.int64)  # as a captured step counts
+    with pytest.raises(AssertionError):
+        saved.amp.state_dict()
 
 
 # What is left in fp32, and what the hardware can do

@@ -142,7 +142,7 @@ class AmpStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors (``weights_only=True`` loads them). Call it after ``read_epoch``."""
-        assert self._logged == 0
+        assert (self._logged if self.position is None else int(self.position)) == 0
         return {"scaler": self.scaler.state_dict(), "telemetry": dataclasses.asdict(self.telemetry)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

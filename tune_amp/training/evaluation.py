@@ -1,6 +1,7 @@
 """Evaluates a model on a split, in strict fp32, in batches that fit if training fits."""
 
 import dataclasses
+from itertools import islice
 from typing import Any
 
 import torch
@@ -87,7 +88,9 @@ def evaluate(
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value.to(torch.float64)
     model.train(was_training)
-    read = {name: total.tolist() for name, total in totals.items()}
+    device = totals["loss"].device  # a user's sums may be on the CPU
+    values = iter(torch.cat([total.to(device).flatten() for total in totals.values()]).tolist())  # one read
+    read = {name: [*islice(values, len(total))] if total.ndim else next(values) for name, total in totals.items()}
     return Evaluation(averages=_check_averages(task, task.average(read, len(split))))
 
 
