@@ -192,6 +192,22 @@ def test_daemon_that_does_not_end_is_not_waited_for_long(
     fake_mps.wait_for("quit")
 
 
+def test_watchdog_lives_until_the_daemon_was_asked_to_quit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the daemon would outlive a process that is killed while it sends ``quit``."""
+    start, watchdogs, asked = subprocess.Popen, list[Any](), list[Any]()
+
+    def keep(*arguments: Any, **options: Any) -> Any:
+        watchdogs.append(start(*arguments, **options))
+        return watchdogs[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", keep)
+    monkeypatch.setattr(mps, "_ask", lambda question, *_: asked.append((question, watchdogs[0].poll())))
+    with mps._quitting(os.environ):
+        pass
+    assert asked == [("quit", None)]
+    assert [watchdog.returncode for watchdog in watchdogs] == [-signal.SIGKILL]
+
+
 def test_without_the_program_nothing_happens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(home))
     with provided("auto", home) as found:

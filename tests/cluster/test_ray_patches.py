@@ -140,6 +140,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, StartedProc
     """The processes that Ray would start; they live unless the test puts a dead one here before."""
     parts = {kind: StartedProcess() for kind in (DASHBOARD, GCS, RAYLET)}
     monkeypatch.setattr(services, "start_ray_process", lambda command, kind, **_: parts[kind])
+    monkeypatch.setattr(ray_patches, "find_node", lambda: None)
     yield parts
     for part in parts.values():  # ends the thread that waits for the dashboard
         part.kill()
@@ -222,6 +223,57 @@ def test_the_dashboard_ends_before_the_node_that_does_not_start_is_killed(
     assert services.logger.disabled is False
 
 
+def test_dashboard_that_does_not_start_is_the_error_of_the_start_and_ends_no_connected_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
+) -> None:
+    def start(self: Any) -> None:
+        services.start_ray_process([], DASHBOARD, fate_share=True)
+        raise RuntimeError("no dashboard")
+
+    monkeypatch.setattr(node_module.Node, "start_api_server", start)
+
+    def begin() -> None:
+        with ray_patches.private_start(tmp_path, "short", workers=3):
+            services.start_ray_process([], GCS, fate_share=True)
+            node: Any = object.__new__(node_module.Node)
+            node.start_api_server()
+            monkeypatch.setattr(ray_patches, "find_node", lambda: node)  # as ray.init leaves it
+
+    with pytest.raises(RuntimeError, match="no dashboard"):
+        begin()
+    assert processes[DASHBOARD].killed.is_set()
+    assert not processes[GCS].killed.is_set()  # ray.shutdown ends it
+
+
+def test_dashboard_that_starts_after_the_start_has_failed_is_killed_and_its_error_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
+) -> None:
+    failing = threading.Event()
+    end = ray_patches._end_processes
+
+    def note(*arguments: Any) -> None:
+        failing.set()
+        end(*arguments)
+
+    def start(self: Any) -> None:
+        assert failing.wait(20)
+        services.start_ray_process([], DASHBOARD, fate_share=True)
+        raise RuntimeError("no dashboard")
+
+    monkeypatch.setattr(node_module.Node, "start_api_server", start)
+    monkeypatch.setattr(ray_patches, "_end_processes", note)
+
+    def begin() -> None:
+        with ray_patches.private_start(tmp_path, "short", workers=3):
+            node: Any = object.__new__(node_module.Node)
+            node.start_api_server()
+            raise RuntimeError("does not start")
+
+    with pytest.raises(RuntimeError, match="does not start"):
+        begin()
+    assert processes[DASHBOARD].killed.is_set()
+
+
 def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:
     assert "raylet_start_wait_time_s = 30\n" in inspect.getsource(node_module.Node.__init__)
 
@@ -240,7 +292,7 @@ def start_patiently(registers: int, folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(services, "get_node", get_node)
     monkeypatch.setattr("tune_amp.cluster.ray_patches.SLOW_START_SECONDS", 0.05)
     with ray_patches.private_start(folder, "short", workers=3, announce=lines.append):
-        for kind in (GCS, RAYLET):
+        for kind in (DASHBOARD, GCS, RAYLET):
             services.start_ray_process([], kind, fate_share=True)
         assert services.get_node("127.0.0.1:1", "id") == {"node": "id"}
     assert len(asked) == registers
@@ -250,6 +302,8 @@ def start_patiently(registers: int, folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_node_that_is_slow_to_start_is_waited_for_and_the_user_informed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: dict[str, StartedProcess]
 ) -> None:
+    """Another part that has died, such as the dashboard, is no reason to give up."""
+    processes[DASHBOARD].returncode = 1
     [line] = start_patiently(4, tmp_path, monkeypatch)
     assert not processes[RAYLET].killed.is_set()
     assert line.startswith("Ray has not started within 0 s (the machine's load is ")

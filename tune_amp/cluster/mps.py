@@ -181,12 +181,10 @@ def _quitting(environment: Mapping[str, str]) -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for this process
     )
-    assert quitter.stdin is not None
-    try:
-        yield
-    finally:
-        quitter.kill()  # what waits to send quit; never the daemon
-        quitter.stdin.close()
-        quitter.wait()
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            _ask("quit", environment, QUIT_SECONDS)
+    with quitter, contextlib.ExitStack() as stack:
+        stack.callback(quitter.kill)  # what waits to send quit; never the daemon
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                _ask("quit", environment, QUIT_SECONDS)

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -117,8 +118,8 @@ def private_start(
     start_dashboard: Any = node.Node.start_api_server
     find_once: Any = services.get_node
     started: dict[str, subprocess.Popen[bytes]] = {}
-    is_ready = threading.Event()
-    is_ready.set()  # until there is a dashboard to wait for
+    dashboards: list[futures.Future[None]] = []
+    has_failed = threading.Event()
 
     def start_process(command: list[str], kind: str, *arguments: Any, **options: Any) -> Any:
         if kind == ray_constants.PROCESS_TYPE_RAYLET:
@@ -127,18 +128,22 @@ def private_start(
             options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
         info = start(command, kind, *arguments, **options)
         started[kind] = info.process
+        if has_failed.is_set():  # the dashboard's thread was late
+            info.process.kill()
         return info
 
     def start_beside(self: Any, **options: Any) -> None:
+        is_ready: futures.Future[None] = futures.Future()
+        dashboards.append(is_ready)
+
         def run() -> None:
             try:
-                start_dashboard(self, **options)
-            finally:
-                is_ready.set()
+                is_ready.set_result(start_dashboard(self, **options))
+            except BaseException as error:  # for the thread that waits
+                is_ready.set_exception(error)
             if process := started.get(ray_constants.PROCESS_TYPE_DASHBOARD):
                 process.wait()  # Linux ends a process with the thread that started it
 
-        is_ready.clear()
         threading.Thread(target=run, daemon=True).start()
 
     def find_patiently(*address: str) -> Any:
@@ -163,15 +168,29 @@ def private_start(
     ):
         try:
             yield
-            is_ready.wait()
-        except BaseException:  # no other code has a reference to the processes yet
+            for is_ready in dashboards:
+                is_ready.result()
+        except BaseException:
+            has_failed.set()
             with patch.object(services.logger, "disabled", True):  # it would print the dashboard's log
-                if ray_constants.PROCESS_TYPE_DASHBOARD in started:
-                    started[ray_constants.PROCESS_TYPE_DASHBOARD].kill()
-                is_ready.wait(REAP_SECONDS)  # its start asks the GCS, whose death it would wait out for a minute
-            for process in started.values():
-                process.kill()
+                _end_processes(started, dashboards)
             raise
+
+
+def _end_processes(
+    started: Mapping[str, "subprocess.Popen[bytes]"], dashboards: Sequence["futures.Future[None]"]
+) -> None:
+    """End the processes of a start that has failed, the dashboard first."""
+    from ray._private import ray_constants
+
+    try:
+        if dashboard := started.get(ray_constants.PROCESS_TYPE_DASHBOARD):
+            dashboard.kill()
+        futures.wait(dashboards, REAP_SECONDS)  # its start asks the GCS, whose death it would wait out for a minute
+    finally:
+        if find_node() is None:  # else ray.shutdown ends them, which would wait for a dead GCS
+            for process in list(started.values()):
+                process.kill()
 
 
 @contextlib.contextmanager
