@@ -15,7 +15,6 @@ from tune_amp.cluster.gpu_sharing import (
     find_knee,
     find_largest,
     list_counts,
-    list_possible,
     measure_shares,
 )
 from tune_amp.cluster.resources import _measure_here
@@ -68,8 +67,11 @@ def test_largest_trains_the_users_own_task_with_its_parameters(make_space: MakeS
 
 
 def test_conditional_parameter_may_have_its_default_too(make_space: MakeSpace) -> None:
-    text = "parameters:\n  precision: {choices: [fp16, bf16]}\n  optimizer: {choices: [sgd], when: {precision: fp16}}\n"
-    assert list_possible(make_space(text), "optimizer") == ["sgd", "adam"]
+    precision = "parameters:\n  precision: {choices: [fp16, bf16]}\n"
+    space = make_space(precision + "  batch_size: {low: 2, high: 8, when: {precision: fp16}}\n")
+    assert find_largest(space).batch_size == TrialConfig().batch_size
+    space = make_space(precision + "  optimizer: {choices: [sgd], when: {precision: fp16}}\n")
+    assert find_largest(space).optimizer == "adam"
 
 
 # The rule

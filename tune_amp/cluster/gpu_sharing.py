@@ -82,24 +82,15 @@ def find_largest(space: "SearchSpace", **shared: Any) -> TrialConfig:
     It combines the largest batch with the precision and the optimizer that take most memory. If conditions of the space
     exclude this combination, every trial is smaller. All trials have the fields ``shared`` in common.
     """
-    sizes = list_possible(space, "batch_size")
+    sizes = [*space.list_possible("batch_size")]
     sizes += [bound for bound in space.bounds("batch_size") or () if bound not in sizes]
-    precisions, optimizers = list_possible(space, "precision"), list_possible(space, "optimizer")
+    precisions, optimizers = space.list_possible("precision"), space.list_possible("optimizer")
     return TrialConfig(
         **shared,
         batch_size=int(max(sizes)),
         precision=min(precisions, key=PRECISIONS_BY_MEMORY.index),
         optimizer=next((name for name in OPTIMIZERS_BY_MEMORY if name in optimizers), optimizers[0]),
     )
-
-
-def list_possible(space: "SearchSpace", name: str) -> list[Any]:
-    """Return the possible values of field ``name``: choices, fixed value, TrialConfig's default; none for a range."""
-    searched = [parameter for parameter in space.parameters if parameter.name == name]
-    if not searched:
-        return [space.fixed.get(name, getattr(TrialConfig, name))]
-    [parameter] = searched
-    return [*parameter.choices, *([getattr(TrialConfig, name)] if parameter.when else [])]
 
 
 def list_counts(most: int) -> tuple[int, ...]:

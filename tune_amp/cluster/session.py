@@ -291,7 +291,10 @@ def resolve_address(address: str) -> str:
 
 def _find_source(module: ModuleType) -> str:
     """Return the folder of a package, or the file of a single module."""
-    return str(module.__path__[0] if hasattr(module, "__path__") else module.__file__)
+    if hasattr(module, "__path__"):
+        return str(module.__path__[0])
+    assert module.__file__ is not None
+    return module.__file__
 
 
 def _describe_session(token_path: Path | None = None, mps: str | None = None) -> RaySession:

@@ -107,7 +107,7 @@ class Parameter:
         return value
 
 
-def list_possible(name: str, parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> tuple[str, ...]:
+def list_possible(name: str, parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> tuple[Any, ...]:
     """See ``SearchSpace.list_possible``."""
     default = fixed.get(name, getattr(TrialConfig, name))
     for parameter in parameters:

@@ -56,7 +56,7 @@ class SearchSpace:
     text: str
     """The YAML, verbatim."""
     parameters: tuple[Parameter, ...]
-    """Searched fields: parents before children, and the batch size before fractions of the trial."""
+    """Searched fields: parents before children, batch size and accumulate before fractions of the trial."""
     fixed: Mapping[str, Any]
     """Settings of every trial; scaler fields among them apply to fp16 trials only."""
 
@@ -76,8 +76,8 @@ class SearchSpace:
         """Whether some trials omit a parameter."""
         return any(parameter.when for parameter in self.parameters)
 
-    def list_possible(self, name: str) -> tuple[str, ...]:
-        """Return the values that a text field can have: those searched, the fixed one, or TrialConfig's default."""
+    def list_possible(self, name: str) -> tuple[Any, ...]:
+        """Return the values that a field can have: choices, the fixed one, TrialConfig's default; none of a range."""
         return list_possible(name, self.parameters, self.fixed)
 
     @property
