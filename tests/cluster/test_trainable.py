@@ -300,6 +300,14 @@ def test_model_that_cannot_be_built_is_a_failed_trial_with_one_line(
     assert train(trainable)[-1]["status"] == "completed"
 
 
+def test_loop_that_raises_is_a_failed_trial_with_one_line(
+    make_trainable: MakeTrainable, write_module: Callable[[str], str]
+) -> None:
+    lines = "def train(trial):\n    for _ in trial.epochs():\n        yield {'val_f1': trial.own['hidden']}\n"
+    [report] = train(make_trainable(train=f"{write_module(lines)}:train"))
+    assert (report["status"], report["error"]) == ("failed", "KeyError: 'hidden'")
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [

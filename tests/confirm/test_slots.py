@@ -14,7 +14,8 @@ from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmJob
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
-Outcome = TrialStatus | BaseException
+Outcome = TrialStatus | BaseException | None
+"""How a job ends; None if it hangs."""
 OUT_OF_MEMORY, FAILED, COMPLETED = TrialStatus.OUT_OF_MEMORY, TrialStatus.FAILED, TrialStatus.COMPLETED
 DIED = ray.exceptions.ActorDiedError()
 
@@ -48,6 +49,8 @@ class FakeRay:
         self.opened: list[FakeActor] = []
         self.living: list[FakeActor] = []
         self.trained: list[tuple[int, float]] = []
+        self.now = 0.0
+        """Time in seconds, which passes only while jobs hang."""
 
     def put(self, value: object) -> object:
         return value
@@ -62,14 +65,18 @@ class FakeRay:
 
         return lambda _: SimpleNamespace(remote=open_actor)
 
-    def wait(self, references: Sequence[FakeReference], **_: Any) -> tuple[list[FakeReference], list[FakeReference]]:
+    def wait(
+        self, references: Sequence[FakeReference], *, timeout: float, **_: Any
+    ) -> tuple[list[FakeReference], list[FakeReference]]:
         free, placed = 1.0, []
         for actor in self.living:  # in the order in which they asked
             if actor.share <= free:
                 free -= actor.share
                 placed.append(actor)
-        ended = [one for one in references if one.actor in placed]
-        assert ended, "all wait, and nothing ends"
+        running = [one for one in references if one.actor in placed]
+        assert running, "all wait, and nothing ends"
+        ended = [one for one in running if one.job is None or self.outcomes.get(one.job.config.seed) != [None]]
+        self.now += 0 if ended else timeout
         return ended[:1], ended[1:]
 
     def get(self, reference: FakeReference) -> ConfirmedRun:
@@ -77,6 +84,7 @@ class FakeRay:
         seed = reference.job.config.seed
         self.trained.append((seed, reference.actor.share))
         outcome = self.outcomes[seed].pop(0) if self.outcomes.get(seed) else COMPLETED
+        assert outcome is not None
         if isinstance(outcome, BaseException):
             raise outcome
         error = None if outcome is COMPLETED else str(outcome)
@@ -89,14 +97,15 @@ class FakeRay:
 
 @pytest.fixture
 def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[FakeRay, ConfirmSlots]]:
-    def build(outcomes: dict[int, list[Outcome]], *, at_once: int = 2, share: float = 0.0) -> Any:
+    def build(outcomes: dict[int, list[Outcome]], *, at_once: int = 2, share: float = 0.0, **options: Any) -> Any:
         cluster = FakeRay(outcomes)
         monkeypatch.setattr(slots, "ray", cluster)
+        monkeypatch.setattr(slots, "time", SimpleNamespace(monotonic=lambda: cluster.now))
         monkeypatch.setattr(slots, "count_slots_now", lambda *_, **__: lambda: at_once)
         monkeypatch.setattr(slots, "build_worker_setup", lambda *_, **__: None)
         resources = TrialResources(cpus=1, gpus=share, max_concurrent=at_once, reason="")
         dataset: Any = SimpleNamespace(test=None)
-        return cluster, ConfirmSlots(dataset, resources)
+        return cluster, ConfirmSlots(dataset, resources, **options)
 
     return build
 
@@ -146,6 +155,18 @@ def test_a_death_ends_what_is_idle_which_may_have_been_on_the_same_node(confirm:
         assert run.status is COMPLETED
         assert not {*idle} & {*cluster.living}
         assert len(cluster.living) == 1
+
+
+def test_job_that_hangs_is_ended_at_the_time_limit_and_the_others_are_not(confirm: Build) -> None:
+    cluster, opened = confirm({0: [None], 3: [None]}, time_limit=5.0)
+    with opened:
+        ended = [(job.config.seed, run.status, run.error) for job, run in opened.train(make_jobs(5))]
+        assert len(cluster.living) == 1
+    reason = "it took longer than --trial-time-limit (5 s) and was ended"
+    assert [end for end in ended if end[1] is FAILED] == [(0, FAILED, reason), (3, FAILED, reason)]
+    assert [end for end in ended if end[1] is not FAILED] == [(seed, COMPLETED, None) for seed in (1, 2, 4)]
+    assert cluster.now == 7  # both were found to run after the first second, and to hang in the check after the limit
+    assert len(cluster.opened) == 3
 
 
 def test_closing_the_jobs_ends_those_that_run(confirm: Build) -> None:
