@@ -913,7 +913,7 @@ def test_epochs_are_written_before_the_trials_that_need_them(tmp_path: Path, mon
 
 def test_a_negative_number_of_threads_is_refused() -> None:
     """It would be passed to ``torch.set_num_threads``."""
-    with pytest.raises(InputError, match="^num_threads: must be at least 0, got -1$"):
+    with pytest.raises(InputError, match=r"^num_threads: must be at least 0, got -1$"):
         dataclasses.replace(COMPLETED, num_threads=-1)
 
 
