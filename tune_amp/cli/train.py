@@ -205,9 +205,8 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
             )
     if not record.epochs:
         raise InputError(f"--replay: rank {arguments.rank} is the default configuration, which was no trial to repeat")
-    torch.set_num_threads(
-        max(1, record.num_threads)
-    )  # sums are split among threads: their number changes the last bits
+    # Sums are split among threads: their number changes the last bits.
+    torch.set_num_threads(max(1, record.num_threads))
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
     left_out = () if best.has_epochs else EPOCH_FIELDS

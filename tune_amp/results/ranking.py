@@ -113,10 +113,8 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
         return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
     if provenance.objective != "val_accuracy" or not provenance.validation_images:  # unknown to a user's own loop
         return ""
-    ties, images = (
-        count_ties(ranked, provenance.validation_images),
-        f"{provenance.validation_images:,} validation images",
-    )
+    ties = count_ties(ranked, provenance.validation_images)
+    images = f"{provenance.validation_images:,} validation images"
     if len(ranked) == 1:
         text = f"One seed on {images}: other seeds will differ by some tenths of a point."
     elif ties == 1:

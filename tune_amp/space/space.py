@@ -93,7 +93,7 @@ class SearchSpace:
         settings = dict(self.fixed)
         for parameter in self.parameters:
             if parameter.is_active(settings):
-                steps = _count_steps(settings, train_images, max_epochs)
+                steps = _count_steps(parameter, settings, train_images, max_epochs)
                 settings[parameter.name] = parameter.suggest(trial, trial_steps=steps)
         if settings.get("precision") != "fp16":
             settings = {name: value for name, value in settings.items() if name not in SCALER_DEFAULTS}
@@ -121,7 +121,7 @@ class SearchSpace:
         settings = dict(self.fixed)
         for parameter in self.parameters:
             if parameter.is_active(settings):
-                steps = _count_steps(settings, train_images, max_epochs)
+                steps = _count_steps(parameter, settings, train_images, max_epochs)
                 nearest = parameter.find_nearest(read_setting(config, parameter.name), trial_steps=steps)
                 if nearest:
                     settings[parameter.name] = parameter.suggest(optuna.trial.FixedTrial(nearest), trial_steps=steps)
@@ -147,8 +147,10 @@ class SearchSpace:
         return (min(numbers), max(numbers)) if numbers else None
 
 
-def _count_steps(settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:
-    """Return the training steps of a trial; ``STEP_SIZE`` precedes the parameters that depend on them."""
+def _count_steps(parameter: Parameter, settings: Mapping[str, Any], train_images: int, max_epochs: int) -> int:
+    """Return the training steps of a trial, which ``STEP_SIZE`` decides; 0 if ``parameter`` is not relative to them."""
+    if not parameter.fraction_of_trial:
+        return 0
     sizes = {name: settings[name] for name in STEP_SIZE if name in settings}
     return TrialConfig(max_epochs=max_epochs, **sizes).count_full_steps(train_images)
 
