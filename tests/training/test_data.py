@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from refusals import refusal
+from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from small_mnist import Arrays, make_arrays
 
 from tune_amp.training import data
@@ -77,6 +78,20 @@ def test_train_and_validation_are_together_the_original_and_stratified(mnist: Da
     np.testing.assert_array_equal(rows_of(mnist.train, mnist.validation), rows_of(original))
     share = np.bincount(original.labels) / 12
     assert np.abs(np.bincount(mnist.validation.labels) - share).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_split_is_that_of_scikit_learn(seed: int) -> None:
+    """Of classes of any sizes, with ties among their remainders."""
+    generator = np.random.default_rng(seed)
+    sizes = generator.integers(2, 40, generator.integers(2, 12))
+    labels = generator.permutation(np.repeat(np.arange(len(sizes)), sizes if seed % 3 else sizes.max()))
+    images = np.arange(len(labels), dtype=np.uint16)  # each is its own number
+    count = int(generator.integers(len(sizes), len(labels) - len(sizes) + 1))
+    found = data._stratified_split(Split(images=images, labels=labels), count)
+    expected = train_test_split(images, test_size=count, stratify=labels, random_state=data.SPLIT_SEED)
+    for part, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(part.images, np.sort(wanted))
 
 
 def test_split_is_disjoint_and_does_not_follow_the_global_seed(load_arrays: LoadArrays) -> None:
