@@ -98,7 +98,7 @@ def clean_environment(home: Path, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A process that prints a line of JSON when it is ready; interrupted in the end."""
+    """A process that prints a line of JSON with its dashboard's ``url``; interrupted in the end."""
     errors = folder / "stderr"
     with (
         errors.open("w") as stream,
@@ -108,9 +108,10 @@ def running(command: list[str], folder: Path, environment: dict[str, str]) -> It
     ):
         assert process.stdout is not None
         try:
-            line = process.stdout.readline()
-            assert line, errors.read_text()[-3000:]
-            yield process.pid, json.loads(line)
+            lines = map(json.loads, process.stdout)
+            told = next((line for line in lines if "url" in line), None)
+            assert told is not None, errors.read_text()[-3000:]
+            yield process.pid, told
         finally:
             process.send_signal(signal.SIGINT)
             process.stdout.read()
@@ -125,7 +126,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with running(command, folder, os.environ | {"PYTHONPATH": str(ROOT)}) as (pid, start):
         assert start["authenticated"] is True
         token_path = Path(start["token_path"])
-        dashboard = start["dashboard"].removeprefix("http://")
+        dashboard = start["url"].removeprefix("http://")
         session = token_path.parent / "ray" / "session_latest"
         yield Target(pid=pid, dashboard=dashboard, folder=session, token=token_path.read_text())
 
@@ -138,7 +139,7 @@ from ray._private import parameter
 # Ray's own choice is always 52365, where another Ray of this machine may be.
 parameter.RayParams = functools.partial(parameter.RayParams, dashboard_agent_listen_port=0)
 context = ray.init("local", num_cpus=1, num_gpus=0, _temp_dir=sys.argv[1], include_dashboard=True, log_to_driver=False)
-print(json.dumps({"dashboard": context.dashboard_url}), flush=True)
+print(json.dumps({"url": context.dashboard_url}), flush=True)
 try:
     threading.Event().wait()
 except KeyboardInterrupt:
@@ -156,7 +157,7 @@ def open_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         command = [sys.executable, "-c", OPEN_HEAD, f"{short}/ray"]
         with running(command, folder, environment) as (pid, start):
             session = Path(short, "ray", "session_latest")
-            yield Target(pid=pid, dashboard=start["dashboard"], folder=session, token=None)
+            yield Target(pid=pid, dashboard=start["url"], folder=session, token=None)
 
 
 # ---- asking ----
@@ -569,8 +570,8 @@ def test_search_on_a_cluster_without_a_token_is_warned_of_loudly(open_head: Targ
     assert (
         f"(dashboard http://{open_head.dashboard}) requires no token: anyone who reaches its ports can run" in warning
     )
-    start = json.loads(done.stdout.splitlines()[0])
-    assert start["authenticated"] is False
+    [told] = [event for event in map(json.loads, done.stdout.splitlines()) if event["event"] == "dashboard"]
+    assert told["authenticated"] is False
 
 
 JOINED = """

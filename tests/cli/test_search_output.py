@@ -3,11 +3,12 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tune_amp.cli.search_output import describe_unfit, print_start
+from tune_amp.cli.search_output import describe_unfit, print_dashboard, print_start
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import RaySession
 from tune_amp.search.options import SearchOptions
@@ -45,3 +46,31 @@ def test_line_on_mps_is_printed_if_trials_share_a_gpu(
     print_start(Console(file=text), plan, session)
     assert ("resources  as many as fit\nmps        private MPS\n" in text.getvalue()) is shown
     assert ("MPS" in text.getvalue()) is shown
+
+
+@pytest.mark.parametrize(
+    ("found", "line", "warning"),
+    [
+        ({}, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs\n", ""),
+        (
+            {"dashboard_url": "http://127.0.0.1:8265", "token_path": Path("/tmp/home/token")},
+            "dashboard  http://127.0.0.1:8265, token in /tmp/home/token "
+            "(not the one that `ray get-auth-token` prints)\n",
+            "",
+        ),
+        (
+            {"dashboard_url": "http://10.0.0.1:8265", "authenticated": False},
+            "dashboard  http://10.0.0.1:8265\n",
+            "WARNING: this Ray cluster (dashboard http://10.0.0.1:8265) requires no token: anyone ",
+        ),
+    ],
+)
+def test_dashboard_is_named_with_its_token_and_a_warning_if_it_needs_none(
+    found: dict[str, Any], line: str, warning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = RaySession(**{"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True} | found)
+    text = io.StringIO()
+    print_dashboard(Console(file=text), session)
+    assert text.getvalue() == line
+    assert capsys.readouterr().err.startswith(warning)
+    assert (session.exposure is None) is (warning == "")

@@ -3,6 +3,8 @@
 If a test named ``test_stock_...`` fails, Ray has changed: remove what is no longer needed from ``ray_patches.py``.
 """
 
+import contextlib
+import dataclasses
 import inspect
 import logging
 import os
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +112,8 @@ def test_stock_ray_has_no_option_for_the_agents_port_the_session_its_folder_and_
     assert parameter.RayParams().session_name is None
 
 
-DASHBOARD, GCS, RAYLET = (
+MONITOR, DASHBOARD, GCS, RAYLET = (
+    ray_constants.PROCESS_TYPE_MONITOR,
     ray_constants.PROCESS_TYPE_DASHBOARD,
     ray_constants.PROCESS_TYPE_GCS_SERVER,
     ray_constants.PROCESS_TYPE_RAYLET,
@@ -138,7 +141,7 @@ class StartedProcess:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, StartedProcess]]:
     """The processes that Ray would start; they live unless the test puts a dead one here before."""
-    parts = {kind: StartedProcess() for kind in (DASHBOARD, GCS, RAYLET)}
+    parts = {kind: StartedProcess() for kind in (MONITOR, DASHBOARD, GCS, RAYLET)}
     monkeypatch.setattr(services, "start_ray_process", lambda command, kind, **_: parts[kind])
     monkeypatch.setattr(ray_patches, "find_node", lambda: None)
     yield parts
@@ -146,8 +149,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, StartedProc
         part.kill()
 
 
-def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert "PYTHONSAFEPATH" not in inspect.getsource(services)
+def test_stock_ray_starts_no_number_of_workers_of_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[tuple[str, list[str], Any]] = []
 
     def start(command: list[str], kind: str, **options: Any) -> StartedProcess:
@@ -157,121 +159,155 @@ def test_stock_dashboard_imports_from_the_current_folder(monkeypatch: pytest.Mon
     monkeypatch.setattr(services, "start_ray_process", start)
     stock: Any = services.start_ray_process
     with ray_patches.private_start(tmp_path, "short", workers=3):
-        for kind in (DASHBOARD, RAYLET):
-            services.start_ray_process([], kind, fate_share=True)
+        services.start_ray_process([], RAYLET, fate_share=True)
     assert services.start_ray_process is stock
-    own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
-    assert started == [
-        (DASHBOARD, [], own),
-        (RAYLET, ["--num_prestart_python_workers=3"], {"fate_share": True}),
-    ]
+    assert started == [(RAYLET, ["--num_prestart_python_workers=3"], {"fate_share": True})]
 
 
-def test_stock_ray_waits_for_the_dashboard_before_it_starts_the_node(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
-) -> None:
+def test_stock_ray_waits_for_the_dashboard_before_it_starts_the_node() -> None:
     source = inspect.getsource(node_module.Node.start_head_processes)
+    assert source.index("self.start_monitor()") < source.index("self.start_api_server(")
     assert source.rstrip().endswith("raise_on_failure=raise_on_api_server_failure,\n        )")
     assert "_internal_kv_get" in inspect.getsource(services.start_api_server)
-    node: Any = object.__new__(node_module.Node)
-    ready, threads = threading.Event(), list[threading.Thread]()
 
-    def start(self: Any, **options: Any) -> None:
-        assert ready.wait(20)
-        assert (self is node, options) == (True, {"include_dashboard": None, "raise_on_failure": False})
-        services.start_ray_process([], DASHBOARD, fate_share=True)
+
+def test_stock_dashboard_imports_from_the_current_folder() -> None:
+    assert "PYTHONSAFEPATH" not in inspect.getsource(services)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Begun:
+    """A node that has started without its dashboard, and what happened since."""
+
+    dashboard: ray_patches.LateDashboard
+    told: threading.Event = dataclasses.field(default_factory=threading.Event)
+    events: list[Any] = dataclasses.field(default_factory=list)
+
+    def starting(self, delay: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        return self.dashboard.starting(delay, self.told.set)
+
+
+@pytest.fixture
+def begin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
+) -> Callable[[Callable[[], Any]], Begun]:
+    """A function that starts a node, whose dashboard then starts as the argument says."""
+
+    def begin(start: Callable[[], Any]) -> Begun:
+        def start_process(command: list[str], kind: str, **options: Any) -> StartedProcess:
+            begun.events.append((kind, options))
+            return processes[kind]
+
+        def start_dashboard(self: Any, **options: Any) -> None:
+            assert (self is node, options) == (True, {"include_dashboard": None, "raise_on_failure": False})
+            start()
+
+        def start_monitor(self: Any) -> None:
+            services.start_ray_process([], MONITOR, fate_share=True)
+
+        monkeypatch.setattr(services, "start_ray_process", start_process)
+        monkeypatch.setattr(node_module.Node, "start_api_server", start_dashboard)
+        monkeypatch.setattr(node_module.Node, "start_monitor", start_monitor)
+        node: Any = object.__new__(node_module.Node)
+        with ray_patches.private_start(tmp_path, "short", workers=3) as dashboard:
+            begun = Begun(dashboard=dashboard)
+            node.start_monitor()
+            node.start_api_server(include_dashboard=None, raise_on_failure=False)
+        assert begun.events == []
+        return begun
+
+    return begin
+
+
+def start_dashboard_process() -> None:
+    services.start_ray_process([], DASHBOARD, fate_share=True)
+
+
+def test_dashboard_and_monitor_start_after_the_node_with_variables_of_their_own(
+    begin: Callable[..., Begun], tmp_path: Path, processes: dict[str, StartedProcess]
+) -> None:
+    threads = list[threading.Thread]()
+
+    def start() -> None:
+        start_dashboard_process()
         threads.append(threading.current_thread())
 
-    monkeypatch.setattr(node_module.Node, "start_api_server", start)
-    with ray_patches.private_start(tmp_path, "short", workers=3):
-        node.start_api_server(include_dashboard=None, raise_on_failure=False)
-        assert threads == []
-        ready.set()
+    begun = begin(start)
+    with begun.starting():
+        assert begun.told.wait(20)
+    own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
+    assert begun.events == [(MONITOR, own), (DASHBOARD, own)]
+    assert not processes[DASHBOARD].killed.is_set()  # Ray ends it
     [thread] = threads
     assert thread.is_alive()  # as long as the dashboard
-    processes[DASHBOARD].kill()
+    for part in processes.values():
+        part.kill()
     thread.join(20)
     assert not thread.is_alive()
 
 
-def test_the_dashboard_ends_before_the_node_that_does_not_start_is_killed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
-) -> None:
-    """Its start asks the GCS, whose death it would wait out for a minute."""
-    begun, ended = threading.Event(), list[bool]()
+def test_dashboard_of_a_block_that_ends_before_never_starts(begin: Callable[..., Begun]) -> None:
+    begun = begin(start_dashboard_process)
+    with begun.starting(delay=60):
+        pass
+    assert begun.events == []
+    assert not begun.told.is_set()
 
-    def start(self: Any) -> None:
-        services.start_ray_process([], DASHBOARD, fate_share=True)
-        begun.set()
+
+@pytest.mark.parametrize("late", [False, True])
+def test_dashboard_that_is_starting_as_its_block_ends_is_killed_and_not_told(
+    late: bool, begin: Callable[..., Begun], processes: dict[str, StartedProcess], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before Ray ends: its start asks the GCS, whose death it would wait out for a minute."""
+    is_starting = threading.Event()
+
+    def start() -> None:
+        if not late:
+            start_dashboard_process()
+        is_starting.set()
+        if late:
+            assert begun.dashboard._is_unwanted.wait(20)
+            start_dashboard_process()
         assert processes[DASHBOARD].killed.wait(20)
-        ended.append(processes[GCS].killed.is_set())
+        services.logger.error("a page of the dashboard's log")
+        raise RuntimeError("no dashboard")
 
-    monkeypatch.setattr(node_module.Node, "start_api_server", start)
-
-    def begin() -> None:
-        with ray_patches.private_start(tmp_path, "short", workers=3):
-            services.start_ray_process([], GCS, fate_share=True)
-            node: Any = object.__new__(node_module.Node)
-            node.start_api_server()
-            assert begun.wait(20)
-            raise RuntimeError("does not start")
-
-    with pytest.raises(RuntimeError, match="does not start"):
-        begin()
-    assert ended == [False]
-    assert processes[GCS].killed.is_set()
+    begun = begin(start)
+    with begun.starting():
+        assert is_starting.wait(20)
+    assert processes[DASHBOARD].killed.is_set()
+    assert not begun.told.is_set()
     assert services.logger.disabled is False
+    assert capfd.readouterr() == ("", "")
 
 
-def test_dashboard_that_does_not_start_is_the_error_of_the_start_and_ends_no_connected_node(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
+def test_dashboard_that_does_not_start_is_told_without_a_page_of_its_log(
+    begin: Callable[..., Begun], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def start(self: Any) -> None:
-        services.start_ray_process([], DASHBOARD, fate_share=True)
+    def start() -> None:
+        services.logger.error("a page of the dashboard's log")
         raise RuntimeError("no dashboard")
 
-    monkeypatch.setattr(node_module.Node, "start_api_server", start)
+    begun = begin(start)
+    with begun.starting():
+        assert begun.told.wait(20)
+    assert capfd.readouterr() == ("", "")
 
+
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_node_that_does_not_start_is_killed_unless_ray_shuts_it_down(
+    is_connected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
+) -> None:
     def begin() -> None:
         with ray_patches.private_start(tmp_path, "short", workers=3):
             services.start_ray_process([], GCS, fate_share=True)
-            node: Any = object.__new__(node_module.Node)
-            node.start_api_server()
-            monkeypatch.setattr(ray_patches, "find_node", lambda: node)  # as ray.init leaves it
-
-    with pytest.raises(RuntimeError, match="no dashboard"):
-        begin()
-    assert processes[DASHBOARD].killed.is_set()
-    assert not processes[GCS].killed.is_set()  # ray.shutdown ends it
-
-
-def test_dashboard_that_starts_after_the_start_has_failed_is_killed_and_its_error_dropped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
-) -> None:
-    failing = threading.Event()
-    end = ray_patches._end_processes
-
-    def note(*arguments: Any) -> None:
-        failing.set()
-        end(*arguments)
-
-    def start(self: Any) -> None:
-        assert failing.wait(20)
-        services.start_ray_process([], DASHBOARD, fate_share=True)
-        raise RuntimeError("no dashboard")
-
-    monkeypatch.setattr(node_module.Node, "start_api_server", start)
-    monkeypatch.setattr(ray_patches, "_end_processes", note)
-
-    def begin() -> None:
-        with ray_patches.private_start(tmp_path, "short", workers=3):
-            node: Any = object.__new__(node_module.Node)
-            node.start_api_server()
+            if is_connected:
+                monkeypatch.setattr(ray_patches, "find_node", object)
             raise RuntimeError("does not start")
 
     with pytest.raises(RuntimeError, match="does not start"):
         begin()
-    assert processes[DASHBOARD].killed.is_set()
+    assert processes[GCS].killed.is_set() is not is_connected
 
 
 def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 # Runs in a process of its own: what Ray reads of the environment, and when, is part of what is tested.
 SCRIPT = """
-import json, os, stat, sys, tempfile, time, urllib.error, urllib.request
+import json, os, stat, sys, tempfile, threading, time, urllib.error, urllib.request
 from pathlib import Path
 
 if sys.argv[1] == "ray first":
@@ -77,8 +77,22 @@ def ask(url, token):
 def watch(run):
     environment, announced = dict(os.environ), []
     preload = ("colorsys", "this_module_is_missing")
-    with ray_session(run=run, num_cpus=1, num_gpus=2, preload=preload, announce=announced.append) as session:
+    ready, told = threading.Event(), []
+
+    def tell(session):
+        told.append(session)
+        ready.set()
+
+    with (
+        ray_session(run=run, num_cpus=1, num_gpus=2, preload=preload, announce=announced.append) as session,
+        session.dashboard(tell),
+    ):
         import ray
+
+        assert session.dashboard_url is None and session.authenticated
+        assert ready.wait(60)
+        [session] = told
+        assert session.authenticated
 
         token = session.token_path.read_text()
         paths = ("/api/version", "/api/jobs/", "/logical/actors")

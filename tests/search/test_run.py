@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import queue
 import re
 import signal
 import urllib.request
@@ -52,8 +53,9 @@ fixed: {lr: 1.0e-3}
 @pytest.fixture(scope="module")
 def session() -> Iterator[RaySession]:
     """One Ray for all searches here: it takes 7 s to start. It believes in a GPU, whatever the machine has."""
-    with ray_session(num_cpus=2, num_gpus=1, run="test_search") as session:
-        yield session
+    told: queue.SimpleQueue[RaySession] = queue.SimpleQueue()
+    with ray_session(num_cpus=2, num_gpus=1, run="test_search") as session, session.dashboard(told.put):
+        yield told.get(timeout=60)
 
 
 Search = Callable[..., SearchResult]

@@ -35,7 +35,9 @@ from tune_amp.cli.console import (
 from tune_amp.cli.search_arguments import DEFAULT_SPACE, search_parser
 from tune_amp.cli.search_output import (
     choose_observer,
+    print_dashboard,
     print_end,
+    print_json_dashboard,
     print_json_end,
     print_json_start,
     print_start,
@@ -51,12 +53,15 @@ from tune_amp.search.options import (
     name_path,
     naming_flags,
 )
-from tune_amp.trial.collection import without_collection
+from tune_amp.trial.collection import importing
 from tune_amp.trial.config import InputError, describe_error, is_function_name
 from tune_amp.trial.consent import list_own_code, list_provided, load_function
 from tune_amp.trial.text import hide_credentials, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tune_amp.cluster.session import RaySession
     from tune_amp.search.run import SearchResult
     from tune_amp.space.space import SearchSpace
     from tune_amp.training.data import Dataset
@@ -191,8 +196,6 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
         stop.reinstall_handlers()  # again: Ray has installed a SIGTERM handler that ends at once
-        if session.exposure:
-            say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
         dataset, unfit = find_checked()
         from tune_amp.cli.resume import remember
         from tune_amp.monitor.trackers import build_trackers
@@ -218,8 +221,9 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         with ignoring_closed_pipe():
             print_start(console, plan, session, request.notes, arguments.tracker)
             if arguments.json:
-                print_json_start(stdout, plan, session)
-        with choose_observer(arguments, console, stdout) as observer:
+                print_json_start(stdout, plan)
+        tell_dashboard = functools.partial(_tell_dashboard, console, stdout if arguments.json else None)
+        with choose_observer(arguments, console, stdout) as observer, session.dashboard(tell_dashboard):
             result = run_search(
                 plan,
                 observer,
@@ -231,6 +235,14 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         with ignoring_closed_pipe():  # before the session closes: Ray takes another second to end
             print_end(console, result, _reuse_command(arguments, result.best_path, request.command[0]))
     return result
+
+
+def _tell_dashboard(console: "Console", stdout: IO[str] | None, session: "RaySession") -> None:
+    """Print where Ray's dashboard is; as JSON if ``stdout`` is given."""
+    with ignoring_closed_pipe():
+        print_dashboard(console, session)
+        if stdout is not None:
+            print_json_dashboard(stdout, session)
 
 
 def _write_report(folder: Path) -> None:
@@ -245,7 +257,7 @@ def _write_report(folder: Path) -> None:
 
 def _load_checked(request: SearchRequest) -> "tuple[Dataset, dict[str, str]]":
     """Return the data set, checked to fit, and the result of ``check_fit``. Also import the search's modules early."""
-    with without_collection():
+    with importing():
         import torch
 
         from tune_amp.search.preflight import check_fit

@@ -37,7 +37,7 @@ def choose_observer(
 def print_start(
     console: Console, plan: "SearchPlan", session: "RaySession", notes: Sequence[str] = (), trackers: Sequence[str] = ()
 ) -> None:
-    """Print model, data, space, resources, the dashboard's address and how the search resumes, with warnings.
+    """Print model, data, space, resources and how the search resumes, with warnings.
 
     ``notes`` are changes since the resumed run began, ``trackers`` the names of those that the search reports to.
     """
@@ -70,12 +70,6 @@ def print_start(
     if "train_seconds" in options.objectives and resources.max_concurrent > 1:
         text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
         tell("note", f"train_seconds: {text}")
-    if session.dashboard_url:
-        hint = "not the one that `ray get-auth-token` prints"
-        way_in = f", token in {session.token_path} ({hint})" if session.token_path else ""
-        console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
-    else:
-        tell("dashboard", "none: this Ray could not start it; pip install 'ray[default]' has what it needs")
     device = torch.device("cuda" if resources.gpus else "cpu")
     is_here = device.type == "cpu" or torch.cuda.is_available()  # else what the GPUs of other nodes lack is not known
     for precision in space.precisions if is_here else ():
@@ -89,6 +83,18 @@ def print_start(
         tell("resumed", describe_progress(plan.history, options.num_samples, options.time_budget))
     tell("note", *notes)
     tell("tracker", *(describe_tracker(name, plan.folder) for name in trackers))
+
+
+def print_dashboard(console: Console, session: "RaySession") -> None:
+    """Print the address of Ray's dashboard, and where its token lies; a warning first if Ray requires none."""
+    if session.exposure:
+        say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
+    if session.dashboard_url is None:
+        say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
+        return
+    hint = "not the one that `ray get-auth-token` prints"
+    way_in = f", token in {session.token_path} ({hint})" if session.token_path else ""
+    console.print(f"dashboard  {session.dashboard_url}{way_in}", soft_wrap=True)
 
 
 def describe_unfit(model: str, precision: str, reason: str, resources: "TrialResources") -> str:
@@ -149,7 +155,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     print_summary(console, summary, reuse, errors=open_console(stderr=True))
 
 
-def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession") -> None:
+def print_json_start(stdout: IO[str], plan: "SearchPlan") -> None:
     """Write the first JSON line: where the run is, and what it starts with."""
     from tune_amp.monitor.terminal import JsonLines
 
@@ -158,14 +164,23 @@ def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession")
         "dataset": plan.dataset.name,
         "objectives": plan.options.objectives,
         "folder": str(plan.folder),
-        "dashboard": session.dashboard_url,
-        "token_path": session.token_path and str(session.token_path),
-        "authenticated": session.authenticated,
         "inert": list_inert(plan),
         "unfit": plan.unfit,
         "warm_start": plan.warm_start and plan.warm_start.describe_as_json(),
     }
     JsonLines(stdout).write("start", found)
+
+
+def print_json_dashboard(stdout: IO[str], session: "RaySession") -> None:
+    """Write the JSON line of Ray's dashboard: its address, None if it did not start, and where its token lies."""
+    from tune_amp.monitor.terminal import JsonLines
+
+    found = {
+        "url": session.dashboard_url,
+        "token_path": session.token_path and str(session.token_path),
+        "authenticated": session.authenticated,
+    }
+    JsonLines(stdout).write("dashboard", found)
 
 
 def print_json_end(stdout: IO[str], result: "SearchResult", resume: str) -> None:

@@ -2,8 +2,8 @@
 
 import gc
 
-from tune_amp.trial.collection import without_collection
+from tune_amp.trial.collection import importing
 
-with without_collection():
+with importing():
     import tune_amp.cluster.trainable  # noqa: F401
 gc.freeze()  # modules stay: collecting them again costs 0.15 s a trial

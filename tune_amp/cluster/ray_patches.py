@@ -13,8 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,18 +88,79 @@ def init_ray(address: str, run: str, *, temp_dir: Path | None = None, **options:
     ray.init(address, job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
+class LateDashboard:
+    """The dashboard of a private Ray, and the autoscaler's monitor that it shows: they start in a thread, after Ray."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._starts: list[Callable[[], None]] = []
+        self._starting: subprocess.Popen[bytes] | None = None
+        self._is_unwanted, self._is_over = threading.Event(), threading.Event()
+
+    def postponing(self, start: Callable[..., None]) -> Callable[..., None]:
+        """Return a method of Ray's node that, when called, leaves the call to ``starting``."""
+        return lambda node, **options: self._starts.append(functools.partial(start, node, **options))
+
+    @contextlib.contextmanager
+    def starting(self, delay: float, tell: Callable[[], None]) -> Iterator[None]:
+        """Start after ``delay`` seconds of the ``with`` block, then call ``tell``, whether the dashboard runs or not.
+
+        After the block, what has started ends with Ray; what is still starting is ended.
+        """
+        threading.Thread(target=self._run, args=(delay, tell), daemon=True).start()
+        try:
+            yield
+        finally:
+            self._is_unwanted.set()
+            if self._starting is not None:
+                self._starting.kill()  # its start asks the GCS, whose death it would wait out for a minute
+            self._is_over.wait(REAP_SECONDS)
+
+    def _run(self, delay: float, tell: Callable[[], None]) -> None:
+        from ray._private import services
+
+        processes: list[subprocess.Popen[bytes]] = []
+        start: Any = services.start_ray_process
+
+        def start_process(*arguments: Any, **options: Any) -> Any:
+            # The dashboard starts its servers by ``python -c``, which searches the current folder for modules first,
+            # and leaves the folder of their socket in the temporary one.
+            variables = {"TMPDIR": str(self._home), "PYTHONSAFEPATH": "1"}
+            info = start(*arguments, **options, env_updates=variables)
+            self._starting = info.process
+            processes.append(info.process)
+            if self._is_unwanted.is_set():
+                info.process.kill()
+            return info
+
+        try:
+            if self._is_unwanted.wait(delay):
+                return
+            # Its errors would print a page of its log. A search goes on without it.
+            quiet = patch.object(services.logger, "disabled", True)
+            with patch.object(services, "start_ray_process", start_process), quiet, contextlib.suppress(Exception):
+                for begin in self._starts:
+                    begin()
+            self._starting = None
+            if not self._is_unwanted.is_set():
+                tell()
+        finally:
+            self._is_over.set()
+        for process in processes:
+            process.wait()  # Linux ends a process with the thread that started it
+
+
 @contextlib.contextmanager
 def private_start(
     home: Path, session_name: str, *, workers: int, announce: Callable[[str], None] = lambda _: None
-) -> Iterator[None]:
+) -> Iterator["LateDashboard"]:
     """In the ``with`` block, Ray starts a private node, faster and with more patience than by itself.
 
-    - The dashboard starts its servers by ``python -c``, which searches the current folder for modules first, and leaves
-      the folder of their socket in the temporary folder: it gets other variables.
+    - Ray would start the dashboard and the autoscaler's monitor first, and wait for the dashboard: 2 s of CPU time that
+      the first trials need. They are left to the object that the block receives. The log monitor is left out: it reads
+      the logs that drivers print.
     - The agent's default port, 52365, is taken if another Ray runs here: the agent would retry for 6 s, then run
       without HTTP (ray-project/ray#14763).
-    - Ray would wait for the dashboard, 2 s, before it starts the node's other processes. Here it starts beside them,
-      and the ``with`` block ends when it is ready. The log monitor is left out: it reads the logs that drivers print.
     - Ray would start a worker for each CPU, and ``ray.init`` has no argument for their number.
     - Ray waits for its node for 30 s, which no setting changes (ray-project/ray#62883), also if it is dead. Here a dead
       one fails at once, and a slow one has ``START_SECONDS``.
@@ -115,36 +175,16 @@ def private_start(
     from ray._private import node, parameter, ray_constants, services
 
     start: Any = services.start_ray_process
-    start_dashboard: Any = node.Node.start_api_server
     find_once: Any = services.get_node
     started: dict[str, subprocess.Popen[bytes]] = {}
-    dashboards: list[futures.Future[None]] = []
-    has_failed = threading.Event()
+    dashboard = LateDashboard(home)
 
     def start_process(command: list[str], kind: str, *arguments: Any, **options: Any) -> Any:
         if kind == ray_constants.PROCESS_TYPE_RAYLET:
             command = [*command, f"--num_prestart_python_workers={workers}"]  # the last one of a flag counts
-        if kind == ray_constants.PROCESS_TYPE_DASHBOARD:
-            options["env_updates"] = {"TMPDIR": str(home), "PYTHONSAFEPATH": "1"}
         info = start(command, kind, *arguments, **options)
         started[kind] = info.process
-        if has_failed.is_set():  # the dashboard's thread was late
-            info.process.kill()
         return info
-
-    def start_beside(self: Any, **options: Any) -> None:
-        is_ready: futures.Future[None] = futures.Future()
-        dashboards.append(is_ready)
-
-        def run() -> None:
-            try:
-                is_ready.set_result(start_dashboard(self, **options))
-            except BaseException as error:  # for the thread that waits
-                is_ready.set_exception(error)
-            if process := started.get(ray_constants.PROCESS_TYPE_DASHBOARD):
-                process.wait()  # Linux ends a process with the thread that started it
-
-        threading.Thread(target=run, daemon=True).start()
 
     def find_patiently(*address: str) -> Any:
         deadline = time.monotonic() + START_SECONDS
@@ -164,33 +204,16 @@ def private_start(
         patch.object(parameter, "RayParams", params),
         patch.object(services, "start_ray_process", start_process),
         patch.object(services, "get_node", find_patiently),
-        patch.object(node.Node, "start_api_server", start_beside),
+        patch.object(node.Node, "start_monitor", dashboard.postponing(node.Node.start_monitor)),
+        patch.object(node.Node, "start_api_server", dashboard.postponing(node.Node.start_api_server)),
     ):
         try:
-            yield
-            for is_ready in dashboards:
-                is_ready.result()
+            yield dashboard
         except BaseException:
-            has_failed.set()
-            with patch.object(services.logger, "disabled", True):  # it would print the dashboard's log
-                _end_processes(started, dashboards)
+            if find_node() is None:  # else ray.shutdown ends them, which would wait for a dead GCS
+                for process in list(started.values()):
+                    process.kill()
             raise
-
-
-def _end_processes(
-    started: Mapping[str, "subprocess.Popen[bytes]"], dashboards: Sequence["futures.Future[None]"]
-) -> None:
-    """End the processes of a start that has failed, the dashboard first."""
-    from ray._private import ray_constants
-
-    try:
-        if dashboard := started.get(ray_constants.PROCESS_TYPE_DASHBOARD):
-            dashboard.kill()
-        futures.wait(dashboards, REAP_SECONDS)  # its start asks the GCS, whose death it would wait out for a minute
-    finally:
-        if find_node() is None:  # else ray.shutdown ends them, which would wait for a dead GCS
-            for process in list(started.values()):
-                process.kill()
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ QUIET_TUNE = {
 
 JOB_EXAMPLE = "ray job submit --address http://HEAD:8265 -- tune-amp search --address auto"
 """A command that submits a search to a cluster; ``HEAD`` is the host of its head node."""
+DASHBOARD_DELAY = 2.0
+"""Seconds that the dashboard of a private Ray waits for the first trials: its start takes 2 s of CPU time."""
 REPLY_SECONDS = 5.0
 """Seconds for a server of Ray to answer whether it requires a token."""
 ROOM_BYTES = 8 * 2**20
@@ -62,12 +64,29 @@ class RaySession:
     resources: Mapping[str, float]
     """Resources that the cluster can schedule: ``CPU``, ``GPU`` and others."""
     dashboard_url: str | None
+    """Address of Ray's dashboard; None if there is none, or ``dashboard`` has not started it yet."""
     token_path: Path | None
     """File with the token that the dashboard requires; None if tune_amp did not start this Ray."""
     authenticated: bool
     """Whether Ray refused a test request without a token, and no server accepted one."""
     mps: str | None = None
     """How processes that share a GPU use it; None if tune_amp did not start this Ray, or it has no GPU."""
+    late_dashboard: ray_patches.LateDashboard | None = None
+    """The dashboard of a private Ray; None if tune_amp did not start this Ray."""
+
+    @contextlib.contextmanager
+    def dashboard(self, tell: Callable[["RaySession"], None]) -> Iterator[None]:
+        """In the ``with`` block, call ``tell`` with the session once its dashboard has started, or failed to.
+
+        If Ray ran before, that is at once. The dashboard of a private Ray starts after ``DASHBOARD_DELAY`` seconds, and
+        a thread calls ``tell``; it never starts if the block ends earlier.
+        """
+        if self.late_dashboard is None:
+            tell(self)
+            yield
+        else:
+            with self.late_dashboard.starting(DASHBOARD_DELAY, lambda: tell(_renew(self))):
+                yield
 
     @property
     def exposure(self) -> str | None:
@@ -176,7 +195,9 @@ def _private_ray(
         cpus = count_cpus() if num_cpus is None else num_cpus
         session_name = home.name.removeprefix(HOME_PREFIX)
         try:
-            with ray_patches.private_start(home, session_name, workers=min(workers, cpus), announce=announce):
+            with ray_patches.private_start(
+                home, session_name, workers=min(workers, cpus), announce=announce
+            ) as dashboard:
                 # Without an address Ray would follow a stale ray_current_cluster file, and may hang on it.
                 ray_patches.init_ray("local", run, temp_dir=home / "ray", num_cpus=cpus, num_gpus=num_gpus)
         except Exception as error:
@@ -185,7 +206,9 @@ def _private_ray(
             except OSError as full:
                 raise _start_error(full, parent) from error
             raise _start_error(error, parent) from error
-        yield _describe_session(token_path, sharing.description if sharing else None)
+        session = _describe_session()
+        described = sharing.description if sharing else None
+        yield dataclasses.replace(session, token_path=token_path, mps=described, late_dashboard=dashboard)
 
 
 @contextlib.contextmanager
@@ -297,17 +320,20 @@ def _find_source(module: ModuleType) -> str:
     return module.__file__
 
 
-def _describe_session(token_path: Path | None = None, mps: str | None = None) -> RaySession:
+def _describe_session() -> RaySession:
     import ray
 
-    dashboard_url = ray_patches.find_dashboard()
-    return RaySession(
-        resources=ray.cluster_resources(),
-        dashboard_url=dashboard_url,
-        token_path=token_path,
-        authenticated=_requires_token(ray.get_runtime_context().gcs_address, dashboard_url),
-        mps=mps,
-    )
+    session = RaySession(resources=ray.cluster_resources(), dashboard_url=None, token_path=None, authenticated=False)
+    return _renew(session)
+
+
+def _renew(session: RaySession) -> RaySession:
+    """Return the session with the dashboard that it has now."""
+    import ray
+
+    url = ray_patches.find_dashboard()
+    is_closed = _requires_token(ray.get_runtime_context().gcs_address, url)
+    return dataclasses.replace(session, dashboard_url=url, authenticated=is_closed)
 
 
 def _requires_token(address: str, dashboard_url: str | None) -> bool:
