@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import ray
 from ray._private import node as node_module
-from ray._private import parameter, ray_constants, services, worker
+from ray._private import parameter, ray_constants, services, state, worker
 from ray.air._internal import usage
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
@@ -310,6 +310,18 @@ def test_node_that_does_not_start_is_killed_unless_ray_shuts_it_down(
     assert processes[GCS].killed.is_set() is not is_connected
 
 
+def test_stock_ray_asks_once_a_second_whether_the_object_store_listens() -> None:
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    for name in ray_patches.FAST_CONNECTION:
+        os.environ.pop(name, None)
+    Config.initialize("")
+    pause, attempts = Config.raylet_client_connect_timeout_milliseconds, Config.raylet_client_num_connect_attempts
+    assert (pause(), attempts()) == (1000, 10)
+    ours = [int(value) for value in ray_patches.FAST_CONNECTION.values()]
+    assert ours[0] * ours[1] == pause() * attempts()
+
+
 def test_stock_ray_waits_for_its_node_for_a_fixed_time() -> None:
     assert "raylet_start_wait_time_s = 30\n" in inspect.getsource(node_module.Node.__init__)
 
@@ -319,12 +331,18 @@ def start_patiently(registers: int, folder: Path, monkeypatch: pytest.MonkeyPatc
     lines: list[str] = []
     asked: list[str] = []
 
+    def node_table(self: Any) -> list[dict[str, Any]]:
+        asked.append("table")
+        if len(asked) == 1:
+            raise RuntimeError("no answer yet")
+        other = {"NodeID": "other", "Alive": True}
+        return [other, {"NodeID": "id", "Alive": len(asked) >= registers}]
+
     def get_node(gcs_address: str, node_id: str) -> dict[str, str]:
-        asked.append(node_id)
-        if len(asked) < registers:
-            raise RuntimeError("not found")
+        assert len(asked) >= registers  # else it would wait for a second
         return {"node": node_id}
 
+    monkeypatch.setattr(state.GlobalState, "node_table", node_table)
     monkeypatch.setattr(services, "get_node", get_node)
     monkeypatch.setattr("tune_amp.cluster.ray_patches.SLOW_START_SECONDS", 0.05)
     with ray_patches.private_start(folder, "short", workers=3, announce=lines.append):
