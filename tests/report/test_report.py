@@ -197,9 +197,11 @@ def make_other(row: BestRow, *, failed: bool) -> BestRow:
 
 
 def test_a_default_that_is_recommended_is_shown_and_reused_as_rank_1(tmp_path: Path) -> None:
-    """It was no trial: no ring marks it in the figures of trials."""
+    """It was no trial: no ring and no thick line marks it in the figures of trials, and none is promised."""
     run = load_run(write_full_run(tmp_path))
     assert run.default is not None
+    promises = ("; the thick one is rank 1.", "; the ring is rank 1.")
+    assert all(promise in read_report(tmp_path) for promise in promises)
     default = run.default.trial
     trials = [row.trial for row in run.ranked if row.trial.trial_id != DEFAULT_ID]
     runs = [*make_runs(default, 1), *make_runs(trials[0], 2), *make_runs(trials[1], DEFAULT_ID)]
@@ -212,6 +214,7 @@ def test_a_default_that_is_recommended_is_shown_and_reused_as_rank_1(tmp_path: P
     settings = "rank 1 (default) lr 0.001, batch_size 64, precision fp16, init_scale 2^16, growth_interval 2000"
     assert text.count(settings) == 1
     assert f"python scripts/train.py {tmp_path / 'best.parquet'}" in text
+    assert not any(promise in text for promise in promises)
 
 
 def test_a_confirmed_table_names_every_configuration(tmp_path: Path) -> None:

@@ -187,11 +187,12 @@ def build_curves(run: Run) -> Section:
         return Section(["No trial was validated."])
     trouble = run.troubles.get(run.folder.epochs)
     notes = [f"Only last epochs are shown: epochs.parquet {describe_trouble(trouble)}."] if trouble else []
-    caption = (
-        f"Each line is the {axis.title} of a trial after every epoch; the thick one is rank 1. Where a line ends, so "
-        f"did its trial. {axis.note}"
-    )
     key = build_key(run, [trial for trial in run.trials if trial.epochs])
+    winner = "; the thick one is rank 1" if key.winner else ""  # which the defaults may be, and they are no trial
+    caption = (
+        f"Each line is the {axis.title} of a trial after every epoch{winner}. Where a line ends, so did its trial. "
+        f"{axis.note}"
+    )
     return Section(
         notes,
         [Figure(caption, {"curves-plot": ("validation by epoch of every trial", draw_curves(run, axis))}, key=key)],
@@ -239,9 +240,10 @@ def build_parameters(run: Run) -> Section:
         f"slice-{name}": (f"{metric_of(run.objective)} of every trial against {name}", plot)
         for name, plot in draw_slices(run).items()
     }
+    ring = "; the ring is rank 1" if any(map(run.is_winner, run.trials)) else ""
     about_slices = (
         f"The {objective_title(run.objective)} of every trial against each searched setting, symbols and colours as "
-        "above; the ring is rank 1. A setting that matters shows a slope or a hill, one that does not a flat cloud. "
+        f"above{ring}. A setting that matters shows a slope or a hill, one that does not a flat cloud. "
         "Where marks are crowded, the search expected good values. Trials that were stopped had fewer epochs than "
         "those that completed."
     )
