@@ -130,7 +130,8 @@ def die_once(self, config):  # Tune's word that the next trial begins; the first
         os.kill(os.getpid(), signal.SIGKILL)
     return reset_config(self, config)
 
-trainable.AmpTrainable.reset_config = die_once
+if is_trial():  # in the worker alone: the driver sends its class, and no worker could import this file for it
+    trainable.AmpTrainable.reset_config = die_once
 """
 
 
