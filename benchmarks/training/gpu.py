@@ -53,7 +53,8 @@ from tune_amp.training.memory import MemoryMeter, release_memory
 from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import MODELS, OPTIMIZERS, InputError, TrialConfig, describe_error
+from tune_amp.trial.config import MODELS, OPTIMIZERS, InputError, TrialConfig
+from tune_amp.trial.text import describe_error
 
 SECONDS = 500.0
 """For the whole suite: the machine's start and the transfers come on top."""

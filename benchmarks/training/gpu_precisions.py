@@ -13,7 +13,8 @@ from tune_amp.training.cuda_graph import LEAST_STEPS, Capture
 from tune_amp.training.memory import release_memory
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import TrialConfig, describe_error
+from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.text import describe_error
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 SEEDS = 3

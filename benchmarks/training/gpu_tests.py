@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from benchmarks.training.gpu_rows import GpuRow
-from tune_amp.trial.config import one_line
+from tune_amp.trial.text import one_line
 
 NOT_NEEDED = ("ray", "optuna", "hypothesis", "sklearn")
 """Packages that a GPU machine may lack: test files that cannot be imported without them are left out."""

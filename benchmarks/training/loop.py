@@ -45,7 +45,8 @@ from tune_amp.training.data import Dataset
 from tune_amp.training.memory import release_memory
 from tune_amp.training.run import estimate_epoch_seconds
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import MODELS, TrialConfig, describe_error, described
+from tune_amp.trial.config import MODELS, TrialConfig, described
+from tune_amp.trial.text import describe_error
 
 CPU_PRECISIONS = ("fp32", "bf16", "fp16")
 CUDA_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

@@ -34,7 +34,8 @@ from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import describe_ties, rank_confirmed
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import TrialConfig, TrialStatus, format_scale
+from tune_amp.trial.config import TrialConfig, TrialStatus
+from tune_amp.trial.text import format_scale
 
 NAME = "07-fp16-lr0.0031-b1024-scale2^12"
 WIDE = TrialConfig(

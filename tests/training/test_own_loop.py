@@ -20,7 +20,8 @@ from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.own_trial import TelemetryScaler, Trial
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import COMMON_METRICS, RESERVED_NAMES, EpochMetrics, InputError, TrialConfig, shown
+from tune_amp.trial.config import COMMON_METRICS, RESERVED_NAMES, EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.text import shown
 
 CPU = torch.device("cpu")
 NAN = math.nan

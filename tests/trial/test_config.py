@@ -21,11 +21,9 @@ from tune_amp.trial.config import (
     TrialConfig,
     TrialStatus,
     checked_type,
-    describe_error,
     is_function_name,
-    one_line,
-    shown,
 )
+from tune_amp.trial.text import describe_error, one_line, shown
 
 FUNCTION = "or module:function"
 MODELS = f"must be one of simple_net, conv_net, vit, {FUNCTION}"

@@ -12,8 +12,9 @@ from tune_amp.cli.console import (
 )
 from tune_amp.reuse.precision_verdicts import CPU_SEEDS, CUDA_SEEDS, LEAST_SEEDS
 from tune_amp.search.options import MOST_SEEDS
-from tune_amp.trial.config import MODELS, PRECISIONS, InputError, TrialConfig, check, checked_field, shown
+from tune_amp.trial.config import MODELS, PRECISIONS, InputError, TrialConfig, check, checked_field
 from tune_amp.trial.consent import consent_to
+from tune_amp.trial.text import shown
 
 
 def compare_command(arguments: Sequence[str] | None = None, program: str = "scripts/compare.py") -> int:

@@ -22,9 +22,9 @@ from rich.console import Console
 from tune_amp.cluster.interrupt import interrupted_by_signals
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import DEFAULT_RESULTS_DIR
-from tune_amp.trial.config import InputError, TrialConfig, describe_error, is_function_name, one_line
+from tune_amp.trial.config import InputError, TrialConfig, is_function_name
 from tune_amp.trial.consent import OWN_CODE_FLAGS, check_consent, consent_to, list_consented
-from tune_amp.trial.text import printable
+from tune_amp.trial.text import describe_error, one_line, printable
 
 if TYPE_CHECKING:
     import torch

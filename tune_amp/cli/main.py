@@ -15,7 +15,7 @@ from tune_amp.cli.report import report_command
 from tune_amp.cli.search import search_command
 from tune_amp.cli.show import show_command
 from tune_amp.cli.train import train_command
-from tune_amp.trial.config import shown
+from tune_amp.trial.text import shown
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "search": (search_command, "search for the best settings, and confirm the winners on fresh seeds"),

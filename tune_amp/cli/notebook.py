@@ -23,8 +23,9 @@ from tune_amp.cli.search_request import SearchRequest, open_request
 from tune_amp.cluster.interrupt import StopRequest, stopping_on_signals
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.options import name_flag
-from tune_amp.trial.config import InputError, TrialConfig, check, describe_error, shown
+from tune_amp.trial.config import InputError, TrialConfig, check
 from tune_amp.trial.consent import OWN_CODE_FLAGS, name_function
+from tune_amp.trial.text import describe_error, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa  # type: ignore[import-untyped]

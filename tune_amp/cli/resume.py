@@ -13,9 +13,9 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.search.history import RunHistory
 from tune_amp.search.options import NONE, SearchOptions, build_options, name_flag, name_run
 from tune_amp.space.space import MAX_BYTES, load_space
-from tune_amp.trial.config import KEEPS_NOTHING, InputError, check, checked_type, field_types, shown
+from tune_amp.trial.config import KEEPS_NOTHING, InputError, check, checked_type, field_types
 from tune_amp.trial.consent import OWN_CODE_FLAGS, PICKLING_SAMPLERS, check_consent, consent_to, list_own_code
-from tune_amp.trial.text import HIDDEN, hide_credentials
+from tune_amp.trial.text import HIDDEN, hide_credentials, shown
 
 EXTERNAL_TARGETS = ("address", "storage_path", "tracker")
 """Arguments that send data, code and tokens to other machines, or delete elsewhere. A run's record alone never sets

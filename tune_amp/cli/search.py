@@ -54,9 +54,9 @@ from tune_amp.search.options import (
     naming_flags,
 )
 from tune_amp.trial.collection import importing
-from tune_amp.trial.config import InputError, describe_error, is_function_name
+from tune_amp.trial.config import InputError, is_function_name
 from tune_amp.trial.consent import list_own_code, list_provided, load_function
-from tune_amp.trial.text import hide_credentials, printable
+from tune_amp.trial.text import describe_error, hide_credentials, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tune_amp.cli.console import find_run, find_run_folder
 from tune_amp.search.options import SearchOptions, build_options, check_trackers, make_run_name, name_flag, run_folder
-from tune_amp.trial.config import InputError, TrialConfig, checked_field, is_function_name, shown
+from tune_amp.trial.config import InputError, TrialConfig, checked_field, is_function_name
 from tune_amp.trial.consent import OWN_CODE_FLAGS, consent_to
+from tune_amp.trial.text import shown
 
 if TYPE_CHECKING:
     from tune_amp.search.history import RunHistory

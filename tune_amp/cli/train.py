@@ -28,16 +28,9 @@ from tune_amp.results.files import claimed_folder
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.reuse.markdown import format_settings, list_settings
 from tune_amp.search.options import naming_flags
-from tune_amp.trial.config import (
-    InputError,
-    TrialConfig,
-    describe_error,
-    format_scale,
-    is_function_name,
-    one_line,
-)
+from tune_amp.trial.config import InputError, TrialConfig, is_function_name
 from tune_amp.trial.objectives import metric_of, show_value
-from tune_amp.trial.text import printable
+from tune_amp.trial.text import describe_error, format_scale, one_line, printable
 
 if TYPE_CHECKING:
     import torch

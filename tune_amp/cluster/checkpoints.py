@@ -14,8 +14,8 @@ from pyarrow import fs  # type: ignore[import-untyped]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_amp.cluster.resources import TrialResources, count_slots
-from tune_amp.trial.config import PRECISIONS, InputError, describe_error
-from tune_amp.trial.text import hide_credentials
+from tune_amp.trial.config import PRECISIONS, InputError
+from tune_amp.trial.text import describe_error, hide_credentials
 
 RAY_FOLDER = "ray"
 OWNER_FILE = ".tune_amp_owner"

@@ -7,7 +7,8 @@ from typing import Any
 
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES, find_node_holders
 from tune_amp.cluster.trainable import NODE_RETRIES, LargerShareNeeded
-from tune_amp.trial.config import RUNNING, TrialStatus, one_line
+from tune_amp.trial.config import RUNNING, TrialStatus
+from tune_amp.trial.text import one_line
 
 # The first words of ray.exceptions.OutOfMemoryError, after the number of workers that the memory monitor killed.
 OUT_OF_MEMORY_SIGN = "killed due to the node running low on memory"

@@ -22,8 +22,9 @@ from tune_amp.training.evaluation import EVALUATION_BATCH
 from tune_amp.training.memory import is_out_of_memory
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import InputError, TrialConfig, describe_error
+from tune_amp.trial.config import InputError, TrialConfig
 from tune_amp.trial.consent import consent_to, list_consented
+from tune_amp.trial.text import describe_error
 
 if TYPE_CHECKING:
     from tune_amp.space.space import SearchSpace  # which needs Optuna; measuring does not

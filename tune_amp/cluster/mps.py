@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tune_amp.trial.config import InputError, one_line
+from tune_amp.trial.config import InputError
+from tune_amp.trial.text import one_line
 
 PROGRAM = "nvidia-cuda-mps-control"
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"

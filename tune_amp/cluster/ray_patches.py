@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tune_amp.trial.config import describe_error
+from tune_amp.trial.text import describe_error
 
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Variable that on Linux makes the node's own address the loopback one: GCS, raylet and workers listen nowhere else.

@@ -27,8 +27,9 @@ from tune_amp.cluster.gpu_sharing import (
 )
 from tune_amp.cluster.share_cache import describe_measurement, recall_shares
 from tune_amp.training.data import Split
-from tune_amp.trial.config import TrialConfig, check, one_line
+from tune_amp.trial.config import TrialConfig, check
 from tune_amp.trial.consent import consent_to, list_consented
+from tune_amp.trial.text import one_line
 
 # Small models spend more time on launches than on computing: several fill a GPU that one leaves idle. Used if nothing
 # is measured.

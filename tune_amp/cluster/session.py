@@ -23,8 +23,8 @@ from tune_amp.cluster import ray_patches
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.cluster.mps import provide_mps
 from tune_amp.cluster.private_home import HOME_PREFIX, private_home
-from tune_amp.trial.config import InputError, describe_error
-from tune_amp.trial.text import hide_credentials
+from tune_amp.trial.config import InputError
+from tune_amp.trial.text import describe_error, hide_credentials
 
 # Turn off Tune's own reporter, per-trial log files and change of folder: tune_amp replaces them, or they interfere.
 QUIET_TUNE = {

@@ -36,20 +36,11 @@ from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory, rel
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.runs import Run, start_run
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import (
-    OBJECTIVES,
-    RUNNING,
-    EpochMetrics,
-    InputError,
-    TrialConfig,
-    TrialStatus,
-    describe_error,
-    one_line,
-)
+from tune_amp.trial.config import OBJECTIVES, RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus
 from tune_amp.trial.consent import consent_to, list_consented, list_provided, provide
 from tune_amp.trial.objectives import metric_of
 from tune_amp.trial.report import TrialReport
-from tune_amp.trial.text import generalize_error
+from tune_amp.trial.text import describe_error, generalize_error, one_line
 
 CHECKPOINT_FILE = "trial.pt"
 REPORT = "report"

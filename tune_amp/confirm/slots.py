@@ -27,8 +27,9 @@ from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import release_memory
 from tune_amp.training.runs import start_run
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import TrialStatus, one_line
+from tune_amp.trial.config import TrialStatus
 from tune_amp.trial.objectives import metric_of
+from tune_amp.trial.text import one_line
 
 CHECK_SECONDS = 1.0
 

@@ -23,8 +23,9 @@ from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmProgress, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import EpochMetrics, TrialStatus, describe_error
+from tune_amp.trial.config import EpochMetrics, TrialStatus
 from tune_amp.trial.objectives import metric_of
+from tune_amp.trial.text import describe_error
 
 EVERY_SECONDS = 1.0
 

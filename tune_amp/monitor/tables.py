@@ -16,15 +16,9 @@ from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.gain import OBJECTIVE_NAMES, show_difference
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.records import BestRow, TrialRecord
-from tune_amp.trial.config import (
-    COST_OBJECTIVES,
-    RANKING_OBJECTIVES,
-    TrialConfig,
-    format_scale,
-    read_setting,
-)
+from tune_amp.trial.config import COST_OBJECTIVES, RANKING_OBJECTIVES, TrialConfig, read_setting
 from tune_amp.trial.objectives import metric_of
-from tune_amp.trial.text import join_names, printable
+from tune_amp.trial.text import format_scale, join_names, printable
 
 ACCURACIES = ("val_accuracy", "test_accuracy")
 """Metrics shown in percent. The unit of a user's own metric is unknown."""

@@ -28,8 +28,8 @@ from tune_amp.results.importance import ImportanceResult
 from tune_amp.results.progress import ConfirmProgress, ConfirmResult, Observer, SearchProgress
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import TrainingState, TrialStatus, format_scale, list_values
-from tune_amp.trial.text import dump_json, printable
+from tune_amp.trial.config import TrainingState, TrialStatus, list_values
+from tune_amp.trial.text import dump_json, format_scale, printable
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",

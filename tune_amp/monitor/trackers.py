@@ -29,8 +29,8 @@ from ray import tune
 
 from tune_amp.cluster.failures import find_cause, find_status
 from tune_amp.cluster.trainable import REPORT
-from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, describe_error, list_values
-from tune_amp.trial.text import hide_credentials
+from tune_amp.trial.config import EpochMetrics, TrialConfig, TrialStatus, list_values
+from tune_amp.trial.text import describe_error, hide_credentials
 
 PROJECT = "tune_amp"
 """Project name in Weights & Biases, unless ``WANDB_PROJECT`` names another."""

@@ -16,7 +16,8 @@ from tune_amp.report.axes import Axis, count_ticks, power_axis
 from tune_amp.report.run import Run
 from tune_amp.report.style import build_figure, describe_trial, style_line
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import TrialStatus, format_scale
+from tune_amp.trial.config import TrialStatus
+from tune_amp.trial.text import format_scale
 
 # The first steps have their own panel: in them, a scale that starts too high comes down, one step at a time.
 FEWEST_FIRST_STEPS, MOST_FIRST_STEPS = 20, 64

@@ -9,7 +9,8 @@ from typing import Any
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
 from tune_amp.results.records import TrialRecord
-from tune_amp.trial.config import OWN, TrialStatus, format_scale
+from tune_amp.trial.config import OWN, TrialStatus
+from tune_amp.trial.text import format_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from tune_amp.results.gain import format_difference
 from tune_amp.results.provenance import list_reuse_words
 from tune_amp.results.ranking import describe_ties, list_obstacles
 from tune_amp.results.records import BestRow, TrialRecord
-from tune_amp.trial.config import DATASETS, format_scale, list_values
+from tune_amp.trial.config import DATASETS, list_values
 from tune_amp.trial.consent import list_own_code
 from tune_amp.trial.objectives import is_maximized, metric_of
-from tune_amp.trial.text import join_names
+from tune_amp.trial.text import format_scale, join_names
 
 
 def name_subject(run: Run) -> str:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tune_amp.results.files import write_atomically
 from tune_amp.results.page_limits import check_pages, check_texts, find_footer, list_pages
-from tune_amp.trial.config import SPREAD, InputError, TrialStatus, shown
+from tune_amp.trial.config import SPREAD, InputError, TrialStatus
+from tune_amp.trial.text import shown
 
 SCHEMA_VERSION = 6
 OLDEST_VERSION = 2

@@ -35,8 +35,8 @@ from tune_amp.trial.config import (
     check,
     check_fields,
     described,
-    shown,
 )
+from tune_amp.trial.text import shown
 
 _T = TypeVar("_T")
 

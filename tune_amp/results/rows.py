@@ -7,16 +7,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from tune_amp.results.parquet import split_optional
-from tune_amp.trial.config import (
-    SPREAD,
-    InputError,
-    OwnValue,
-    TrialStatus,
-    checked_type,
-    field_types,
-    shown,
-)
+from tune_amp.trial.config import SPREAD, InputError, OwnValue, TrialStatus, checked_type, field_types
 from tune_amp.trial.consent import distrust
+from tune_amp.trial.text import shown
 
 _T = TypeVar("_T")
 

@@ -21,8 +21,8 @@ from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.runs import Run, start_run
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig, one_line
-from tune_amp.trial.text import dump_json
+from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.text import dump_json, one_line
 
 METRICS_FILE = "metrics.json"
 CARD_FILE = "card.md"

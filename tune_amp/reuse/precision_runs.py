@@ -21,7 +21,8 @@ from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import release_memory
 from tune_amp.training.run import TrainingRun, estimate_epoch_seconds
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, describe_error
+from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
+from tune_amp.trial.text import describe_error
 
 BUDGET_SECONDS = 420.0
 """Seconds for all runs if the number of epochs is chosen here: 10 minutes with everything else."""

@@ -16,17 +16,9 @@ from tune_amp.results.rows import MOST_SECONDS, build_from
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.space.no_effect import find_inert
 from tune_amp.space.space import SearchSpace
-from tune_amp.trial.config import (
-    RUNNING,
-    EpochMetrics,
-    InputError,
-    TrialConfig,
-    TrialStatus,
-    checked_type,
-    describe_error,
-    shown,
-)
+from tune_amp.trial.config import RUNNING, EpochMetrics, InputError, TrialConfig, TrialStatus, checked_type
 from tune_amp.trial.report import TrialReport
+from tune_amp.trial.text import describe_error, shown
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -18,7 +18,8 @@ from tune_amp.search.history import RecordedTrial, RunHistory
 from tune_amp.search.schedulers import objective_mode
 from tune_amp.search.study import open_storage
 from tune_amp.space.space import SearchSpace, parse_space
-from tune_amp.trial.config import InputError, describe_error
+from tune_amp.trial.config import InputError
+from tune_amp.trial.text import describe_error
 
 
 def mend_run(folder: Path, history: RunHistory) -> list[str]:

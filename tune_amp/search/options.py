@@ -29,9 +29,9 @@ from tune_amp.trial.config import (
     check_fields,
     more_than,
     one_of,
-    shown,
 )
 from tune_amp.trial.objectives import MODES, metric_of, read_objectives
+from tune_amp.trial.text import shown
 
 MOST_OBJECTIVES = 3
 """Largest number of objectives. With more, most trials are best in some way, and the search singles out none."""

@@ -18,7 +18,8 @@ from tune_amp.training.memory import release_memory
 from tune_amp.training.own_code import import_function, unchanged_process
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import PRECISIONS, InputError, OwnValue, TrialConfig, describe_error, is_function_name
+from tune_amp.trial.config import PRECISIONS, InputError, OwnValue, TrialConfig, is_function_name
+from tune_amp.trial.text import describe_error
 
 if TYPE_CHECKING:  # it imports Optuna, which training a winner does not need
     from tune_amp.space.space import SearchSpace

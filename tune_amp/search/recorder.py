@@ -15,8 +15,9 @@ from tune_amp.cluster.trainable import REPORT
 from tune_amp.results.progress import Observer, SearchProgress
 from tune_amp.results.records import SlotTime, TrialRecord, write_trials
 from tune_amp.search.history import RunHistory
-from tune_amp.trial.config import TrialConfig, TrialStatus, describe_error
+from tune_amp.trial.config import TrialConfig, TrialStatus
 from tune_amp.trial.report import TrialReport
+from tune_amp.trial.text import describe_error
 
 # Files are rewritten as reports come in, so that a killed search loses seconds, but not for each of thousands.
 WRITE_EVERY_SECONDS = 5.0

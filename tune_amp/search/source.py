@@ -9,7 +9,8 @@ from ray.tune.search import SearchAlgorithm
 from tune_amp.cluster.failures import find_cause
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
-from tune_amp.trial.config import TrialConfig, describe_error
+from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.text import describe_error
 
 
 class TrialSource(SearchAlgorithm):

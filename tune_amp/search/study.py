@@ -23,9 +23,10 @@ from tune_amp.search.samplers import build_sampler, reseed
 from tune_amp.search.schedulers import find_worst_value, is_hopeless
 from tune_amp.search.warm_start import OldTrial, WarmStart, find_suggestion
 from tune_amp.space.space import SearchSpace
-from tune_amp.trial.config import HOPELESS_STATUSES, InputError, TrialConfig, TrialStatus, describe_error, is_finite
+from tune_amp.trial.config import HOPELESS_STATUSES, InputError, TrialConfig, TrialStatus, is_finite
 from tune_amp.trial.consent import check_consent
 from tune_amp.trial.objectives import is_maximized, metric_of
+from tune_amp.trial.text import describe_error
 
 STATUS_ATTRIBUTE = "status"
 SUGGESTED_BY_ATTRIBUTE = "suggested by run"

@@ -18,7 +18,7 @@ from tune_amp.search.history import RecordedTrial
 from tune_amp.search.schedulers import DivergenceAware
 from tune_amp.search.source import TrialSource
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import format_scale
+from tune_amp.trial.text import format_scale
 
 
 def bind_trainable(

@@ -30,8 +30,8 @@ from tune_amp.trial.config import (
     TrialStatus,
     is_function_name,
     read_setting,
-    shown,
 )
+from tune_amp.trial.text import shown
 
 DECISIVE_VERSIONS = ("torch", "tune_amp")
 """Packages compared up to their minor version: they decide the result of given settings. Ray and Optuna only decide

@@ -20,8 +20,8 @@ from tune_amp.trial.config import (
     check,
     checked_field,
     checked_type,
-    shown,
 )
+from tune_amp.trial.text import shown
 
 SHARED = ("model", "dataset", "imbalance", "max_epochs", "seed", "task", "train")
 """Fields that all trials of a search share: flags set them."""

@@ -40,7 +40,8 @@ import optuna
 from tune_amp.space.document import STEP_SIZE, read_document, suggest_name
 from tune_amp.space.parameter import Parameter, list_possible
 from tune_amp.space.strict_yaml import read_yaml
-from tune_amp.trial.config import OWN, SCALER_DEFAULTS, InputError, TrialConfig, read_setting, shown
+from tune_amp.trial.config import OWN, SCALER_DEFAULTS, InputError, TrialConfig, read_setting
+from tune_amp.trial.text import shown
 
 MAX_BYTES = 2**16  # a space has a few hundred bytes; PyYAML needs seconds for a megabyte
 

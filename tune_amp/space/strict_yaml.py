@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from tune_amp.trial.config import InputError, shown
+from tune_amp.trial.config import InputError
+from tune_amp.trial.text import shown
 
 # A space needs 6 levels; PyYAML recurses and would overflow the stack after a few hundred levels.
 MAX_DEPTH = 10

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_amp.trial.collection import without_collection
-from tune_amp.trial.config import describe_error
+from tune_amp.trial.text import describe_error
 
 WARM_UP_STEPS = 3  # as in PyTorch's documentation: libraries and lazily created state are ready by then
 # A capture is expected to take 15 to 40 ms and to save 0.2 to 0.4 ms a step. Estimates, to be measured on a GPU.

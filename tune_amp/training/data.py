@@ -33,7 +33,8 @@ from tune_amp.training.own_data import (
     read_example,
     read_targets,
 )
-from tune_amp.trial.config import DATASETS, InputError, describe_error, is_function_name, shown
+from tune_amp.trial.config import DATASETS, InputError, is_function_name
+from tune_amp.trial.text import describe_error, shown
 
 # The split belongs to the data set, not to a trial: its seed never varies, so that every trial sees the same images.
 SPLIT_SEED = 20_251

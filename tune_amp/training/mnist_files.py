@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tune_amp.trial.config import InputError, describe_error
+from tune_amp.trial.config import InputError
+from tune_amp.trial.text import describe_error
 
 DOWNLOAD_TIMEOUT_SECONDS = 20.0
 

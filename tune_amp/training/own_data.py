@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from tune_amp.trial.config import InputError, check, describe_error
+from tune_amp.trial.config import InputError, check
+from tune_amp.trial.text import describe_error
 
 Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 Part = Pair | TorchDataset[Any]

@@ -31,9 +31,8 @@ from tune_amp.trial.config import (
     InputError,
     TrialConfig,
     check,
-    one_line,
-    shown,
 )
+from tune_amp.trial.text import one_line, shown
 
 TrainFunction = Callable[[Trial], Any]
 """A user's own loop: a generator of mappings from names to numbers."""

@@ -17,7 +17,8 @@ from tune_amp.training.models import build_model
 from tune_amp.training.optimizers import build_optimizer
 from tune_amp.training.own_code import exits_as_errors, import_function, unchanged_process
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import RESERVED_NAMES, InputError, TrialConfig, describe_error, shown
+from tune_amp.trial.config import RESERVED_NAMES, InputError, TrialConfig
+from tune_amp.trial.text import describe_error, shown
 
 Averages = Mapping[str, float | tuple[float, ...]]
 

@@ -13,7 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tune_amp.trial.config import TrainingState, format_scale
+from tune_amp.trial.config import TrainingState
+from tune_amp.trial.text import format_scale
 
 # Gradients that overflow fp16 exceed 65504 / scale: 2^39 for a scale below 2^-24, and then no scale helps.
 COLLAPSED_SCALE = 2.0**-24

@@ -1,19 +1,20 @@
 """The vocabulary of all other files: what a trial depends on, what it reports, and how it can end.
 
-Imports only the standard library, so that a Parquet file can be read without torch, Ray or Optuna.
+It needs only the standard library, so that a Parquet file can be read without torch, Ray or Optuna.
 """
 
 import dataclasses
 import functools
 import math
 import re
-import reprlib
 import signal
 import types
 import typing
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeGuard
+
+from tune_amp.trial.text import shown
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that end a command: Ctrl-C, a job scheduler, a closed terminal, and SLURM's warning before the end."""
@@ -374,34 +375,3 @@ def is_finite(value: float | None) -> TypeGuard[float]:
         return value is not None and math.isfinite(value)
     except OverflowError:  # an int beyond the largest float
         return False
-
-
-def shown(value: Any) -> str:
-    """Return ``repr`` of a user's value for a one-line message, shortened if it is long."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python refuses to print an int of more than 4,300 digits
-        return f"<{type(value).__name__} too long to show>"
-
-
-def format_scale(scale: float | None) -> str:
-    """Format a loss scale: ``2^16`` if it is a power of two, else four significant digits."""
-    if scale is None:
-        return ""
-    mantissa, exponent = math.frexp(scale)
-    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Return ``text`` with each run of white space as one blank, cut to ``limit`` characters if it is longer.
-
-    Characters that control a terminal, or that no encoding has (file names can hold them), become a replacement
-    character.
-    """
-    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
-    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception's type and text on one line: some libraries write paragraphs."""
-    return one_line(f"{type(error).__name__}: {error}")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tune_amp.trial.config import InputError, describe_error, is_function_name, shown
+from tune_amp.trial.config import InputError, is_function_name
+from tune_amp.trial.text import describe_error, shown
 
 OWN_CODE_FLAGS = ("train", "task", "model", "dataset")
 """Flags, and fields of ``TrialConfig``, that can name the user's own code."""

@@ -6,7 +6,8 @@ An objective is the name of a metric. Where the name does not say the direction,
 
 from collections.abc import Collection
 
-from tune_amp.trial.config import COST_OBJECTIVES, RESERVED_NAMES, InputError, check, shown
+from tune_amp.trial.config import COST_OBJECTIVES, RESERVED_NAMES, InputError, check
+from tune_amp.trial.text import shown
 
 MAX, MIN = "max", "min"
 MODES = (MAX, MIN)

@@ -1,10 +1,11 @@
-"""Makes text safe to show: removes credentials from command lines and control characters from file contents."""
+"""Makes text fit to show: on one line, not too long, without credentials and control characters."""
 
 import json
+import math
 import re
+import reprlib
 from collections.abc import Sequence
-
-from tune_amp.trial.config import one_line
+from typing import Any
 
 HIDDEN = "***"
 """Replacement of a secret."""
@@ -49,3 +50,34 @@ def code_span(text: str) -> str:
 def generalize_error(text: str) -> str:
     """Return an error's text without numbers and addresses: errors that differ only in these are the same error."""
     return re.sub(r"(?i)0x[0-9a-f]+|\d+(\.\d+)?", "#", text)
+
+
+def shown(value: Any) -> str:
+    """Return ``repr`` of a user's value for a one-line message, shortened if it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print an int of more than 4,300 digits
+        return f"<{type(value).__name__} too long to show>"
+
+
+def format_scale(scale: float | None) -> str:
+    """Format a loss scale: ``2^16`` if it is a power of two, else four significant digits."""
+    if scale is None:
+        return ""
+    mantissa, exponent = math.frexp(scale)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return ``text`` with each run of white space as one blank, cut to ``limit`` characters if it is longer.
+
+    Characters that control a terminal, or that no encoding has (file names can hold them), become a replacement
+    character.
+    """
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's type and text on one line: some libraries write paragraphs."""
+    return one_line(f"{type(error).__name__}: {error}")
