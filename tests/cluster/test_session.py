@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 import tune_amp
 from tune_amp.cluster.session import (
     MOST_PARENT_BYTES,
+    RaySession,
     StartError,
     _check_room,
     _choose_parent,
@@ -258,6 +260,23 @@ def test_longest_temporary_folder_that_leaves_room_for_sockets_is_used(sessions:
     for session in sessions:
         assert session["places"] == [session["temporary"]] * 2
         assert session["announced"] == []
+
+
+@pytest.mark.parametrize(
+    ("is_ours", "wanted", "expected"), [(True, True, ["started"]), (True, False, []), (False, False, ["told"])]
+)
+def test_dashboard_that_is_not_wanted_never_starts(is_ours: bool, wanted: bool, expected: list[str]) -> None:
+    """That of a Ray which was joined is named all the same: it runs anyway."""
+    events: list[str] = []
+
+    def starting(delay: float, tell: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        events.append("started")
+        return contextlib.nullcontext()
+
+    ours: Any = SimpleNamespace(starting=starting) if is_ours else None
+    plain: dict[str, Any] = {"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True}
+    with RaySession(**plain, late_dashboard=ours).dashboard(lambda _: events.append("told"), wanted=wanted):
+        assert events == expected
 
 
 # Clusters that cannot be joined

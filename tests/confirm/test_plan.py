@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -799,20 +798,18 @@ def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
 def test_sigusr1_in_a_confirmation_keeps_its_runs_and_the_searchs_ranking(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", "--json"]
     command += ["--num-samples", "2", "--max-epochs", "2", "--confirm-seeds", "1000", "--name", "cut"]
-    command += ["--max-concurrent", "1"]
+    command += ["--max-concurrent", "1", "--dashboard", "off"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None
-        lines = map(json.loads, process.stdout)
-        trained = (event for event in lines if event["event"] != "dashboard")  # which starts late, or never
-        told = [*itertools.islice(trained, 5)]
+        told = [json.loads(process.stdout.readline()) for _ in range(5)]
         assert [event["event"] for event in told] == ["start", "trial", "trial", "confirmed_run", "confirmed_run"]
         os.kill(process.pid, signal.SIGUSR1)
-        events = [*told, *trained]
-        errors = process.communicate(timeout=60)[1]
+        rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
+    events = told + [json.loads(line) for line in rest.splitlines()]
     assert events[-1]["confirmation"]["interrupted"] is True
     assert events[-1]["best"]
     assert errors.startswith("cut off  SIGUSR1\n")

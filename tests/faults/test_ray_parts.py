@@ -50,7 +50,7 @@ def test_search_whose_ray_dies_ends_and_can_be_resumed(
 @pytest.mark.long
 def test_search_goes_on_without_its_dashboard(tmp_path: Path, undisturbed: Undisturbed, follow: Follow) -> None:
     run = tmp_path / "results" / "run"
-    search = follow(begin(prepare(tmp_path), *ALONE))
+    search = follow(begin(prepare(tmp_path), *ALONE, "--dashboard", "on"))
     search.wait_until(lambda: count_events(run, "report") >= 3)
     [pid] = search.wait_for_processes("dashboard/dashboard.py")
     os.kill(pid, signal.SIGKILL)

@@ -123,15 +123,16 @@ DIES_BETWEEN_TRIALS = """
 import signal
 from tune_amp.cluster import trainable
 
-reset_config = trainable.AmpTrainable.reset_config
-
-def die_once(self, config):  # Tune's word that the next trial begins; the first came before this file was read
+def die_once(self, config):  # Tune's word that the next trial begins; the first came before
     if once("died between trials"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return reset_config(self, config)
+    return trainable.AmpTrainable.reset_config(self, config)
 
-if is_trial():  # in the worker alone: the driver sends its class, and no worker could import this file for it
-    trainable.AmpTrainable.reset_config = die_once
+def fault(self, images):
+    frame = sys._getframe()
+    while not isinstance(frame.f_locals.get("self"), trainable.AmpTrainable):
+        frame = frame.f_back
+    type(frame.f_locals["self"]).reset_config = die_once  # in Ray's copy of the class, which has its own methods
 """
 
 

@@ -20,7 +20,7 @@ from tune_amp.trial.text import HIDDEN, hide_credentials, shown
 EXTERNAL_TARGETS = ("address", "storage_path", "tracker")
 """Arguments that send data, code and tokens to other machines, or delete elsewhere. A run's record alone never sets
 them."""
-NOT_REMEMBERED = ("resume", "name", "results_dir", "warm_start", "quiet", "json")
+NOT_REMEMBERED = ("resume", "name", "results_dir", "warm_start", "dashboard", "quiet", "json")
 """Arguments that apply to one call and are not recorded."""
 
 _HINTS = {

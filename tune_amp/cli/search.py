@@ -223,7 +223,8 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
             if arguments.json:
                 print_json_start(stdout, plan)
         tell_dashboard = functools.partial(_tell_dashboard, console, stdout if arguments.json else None)
-        with choose_observer(arguments, console, stdout) as observer, session.dashboard(tell_dashboard):
+        watching = session.dashboard(tell_dashboard, wanted=arguments.dashboard == "on")
+        with choose_observer(arguments, console, stdout) as observer, watching:
             result = run_search(
                 plan,
                 observer,

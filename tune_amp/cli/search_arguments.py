@@ -16,7 +16,7 @@ GROUPS = {
     "how it is searched": ("objective", "mode", "sampler", "scheduler", "grace_period", "reduction_factor", "seed"),
     "before and after": ("warm_start", "top_k", "confirm_seeds"),
     "hardware and cluster": ("gpus_per_trial", "mps", "cpus_per_trial", "max_concurrent", "address", "storage_path"),
-    "the run and its output": ("name", "results_dir", "resume", "tracker", "quiet", "json"),
+    "the run and its output": ("name", "results_dir", "resume", "tracker", "dashboard", "quiet", "json"),
 }
 """Headings of the help -> the flags below each, by their fields. Others stand below ``OTHER_FLAGS``."""
 OTHER_FLAGS = "how it is searched"
@@ -65,6 +65,8 @@ def search_parser(program: str) -> argparse.ArgumentParser:
     add("resume", text, type=read_place, metavar="RUN")
     text = f"report to {', '.join(TRACKERS)}, or several joined by commas, or none; their files lie in the run folder"
     add("tracker", text, action="append", default=[], metavar="NAME")
+    text = "whether a Ray that starts here serves its dashboard"
+    add("dashboard", text, choices=("on", "off"), default="on")
     shown = group_of["quiet"].add_mutually_exclusive_group()
     shown.add_argument("--quiet", action="store_true", help="print the path of best.parquet and nothing else")
     shown.add_argument("--json", action="store_true", help="print JSON lines")

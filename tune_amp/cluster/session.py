@@ -75,14 +75,16 @@ class RaySession:
     """The dashboard of a private Ray; None if tune_amp did not start this Ray."""
 
     @contextlib.contextmanager
-    def dashboard(self, tell: Callable[["RaySession"], None]) -> Iterator[None]:
+    def dashboard(self, tell: Callable[["RaySession"], None], *, wanted: bool = True) -> Iterator[None]:
         """In the ``with`` block, call ``tell`` with the session once its dashboard has started, or failed to.
 
         If Ray ran before, that is at once. The dashboard of a private Ray starts after ``DASHBOARD_DELAY`` seconds, and
-        a thread calls ``tell``; it never starts if the block ends earlier.
+        a thread calls ``tell``; it never starts if it is not wanted, or if the block ends earlier.
         """
         if self.late_dashboard is None:
             tell(self)
+            yield
+        elif not wanted:
             yield
         else:
             with self.late_dashboard.starting(DASHBOARD_DELAY, lambda: tell(_renew(self))):
