@@ -20,6 +20,7 @@ from tune_amp.cluster.session import (
     StartError,
     _check_room,
     _choose_parent,
+    _find_dashboard,
     _find_source,
     _start_error,
     ray_session,
@@ -277,6 +278,17 @@ def test_dashboard_that_is_not_wanted_never_starts(is_ours: bool, wanted: bool, 
     plain: dict[str, Any] = {"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True}
     with RaySession(**plain, late_dashboard=ours).dashboard(lambda _: events.append("told"), wanted=wanted):
         assert events == expected
+
+
+@pytest.mark.parametrize(("is_refused", "expected"), [(True, True), (None, True), (False, False)])
+def test_dashboard_that_has_started_and_refuses_nobody_is_an_exposure(
+    is_refused: bool | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not answer is none, for example because Ray has just died: the GCS did refuse."""
+    monkeypatch.setattr("tune_amp.cluster.ray_patches.find_dashboard", lambda: "http://127.0.0.1:1")
+    monkeypatch.setattr("tune_amp.cluster.session._is_refused_by_dashboard", lambda url: is_refused)
+    session = _find_dashboard(RaySession(resources={}, dashboard_url=None, token_path=None, authenticated=True))
+    assert (session.dashboard_url, session.authenticated) == ("http://127.0.0.1:1", expected)
 
 
 # Clusters that cannot be joined

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tune_amp.cluster import ray_patches
 from tune_amp.cluster.cpus import count_cpus
@@ -87,7 +88,7 @@ class RaySession:
         elif not wanted:
             yield
         else:
-            with self.late_dashboard.starting(DASHBOARD_DELAY, lambda: tell(_renew(self))):
+            with self.late_dashboard.starting(DASHBOARD_DELAY, lambda: tell(_find_dashboard(self))):
                 yield
 
     @property
@@ -209,9 +210,7 @@ def _private_ray(
             except OSError as full:
                 raise _start_error(full, parent) from error
             raise _start_error(error, parent) from error
-        session = _describe_session()
-        described = sharing.description if sharing else None
-        yield dataclasses.replace(session, token_path=token_path, mps=described, late_dashboard=dashboard)
+        yield _describe_session(token_path, sharing.description if sharing else None, late_dashboard=dashboard)
 
 
 @contextlib.contextmanager
@@ -323,20 +322,25 @@ def _find_source(module: ModuleType) -> str:
     return module.__file__
 
 
-def _describe_session() -> RaySession:
+def _describe_session(token_path: Path | None = None, mps: str | None = None, **more: Any) -> RaySession:
     import ray
 
-    session = RaySession(resources=ray.cluster_resources(), dashboard_url=None, token_path=None, authenticated=False)
-    return _renew(session)
+    dashboard_url = ray_patches.find_dashboard()
+    return RaySession(
+        resources=ray.cluster_resources(),
+        dashboard_url=dashboard_url,
+        token_path=token_path,
+        authenticated=_requires_token(ray.get_runtime_context().gcs_address, dashboard_url),
+        mps=mps,
+        **more,
+    )
 
 
-def _renew(session: RaySession) -> RaySession:
-    """Return the session with the dashboard that it has now."""
-    import ray
-
+def _find_dashboard(session: RaySession) -> RaySession:
+    """Return the session with the dashboard that has started since."""
     url = ray_patches.find_dashboard()
-    is_closed = _requires_token(ray.get_runtime_context().gcs_address, url)
-    return dataclasses.replace(session, dashboard_url=url, authenticated=is_closed)
+    is_open = url is not None and _is_refused_by_dashboard(url) is False
+    return dataclasses.replace(session, dashboard_url=url, authenticated=session.authenticated and not is_open)
 
 
 def _requires_token(address: str, dashboard_url: str | None) -> bool:
