@@ -119,7 +119,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def write_model(folder: Path, epoch_seconds: float = EPOCH_SECONDS) -> None:

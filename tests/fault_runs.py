@@ -168,7 +168,7 @@ class Search:
             if time.monotonic() > end:
                 self.destroy()
                 raise AssertionError(f"never held: {self.stdout[-2000:]} {self.stderr[-2000:]}")
-            time.sleep(0.03)
+            time.sleep(0.1)
 
     def signal(self, number: int) -> None:
         """As a terminal does: to all of the group."""
@@ -217,7 +217,7 @@ class Search:
             left = [self._seen[pid].strip() for pid in self.list_processes()]
             if not left or time.monotonic() > end:
                 return left
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     def _is_ours(self, pid: int, line: str) -> bool:
         if any(home in line for home in self._homes):
