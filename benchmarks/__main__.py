@@ -97,20 +97,20 @@ def measure_one_gpu(arguments: argparse.Namespace) -> int:
 
     from benchmarks.training.gpu import (
         GpuResult,
-        load_plain_mnist,
         make_images,
         measure_gpu,
         name_folder,
         render_gpu,
         write_gpu,
     )
+    from tune_amp.training.data import load_dataset
 
     if not torch.cuda.is_available():
         raise InputError("gpu: needs a CUDA device, and torch sees none")
     device = torch.device("cuda")
     folder = arguments.output / name_folder(device)
     _make_folder(folder)
-    dataset = make_images() if arguments.data_dir is None else load_plain_mnist(arguments.data_dir)
+    dataset = make_images() if arguments.data_dir is None else load_dataset("mnist", arguments.data_dir)
 
     def keep(result: GpuResult) -> None:
         """Written after every part: a later one may hang, or the machine be taken away."""

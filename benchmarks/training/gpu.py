@@ -50,7 +50,6 @@ from tune_amp.training.batches import DeviceSplit
 from tune_amp.training.cuda_graph import Capture, capture_cuda_graph
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import MemoryMeter, release_memory
-from tune_amp.training.mnist_files import IMAGES_MAGIC, LABELS_MAGIC, locate_files, read_idx
 from tune_amp.training.run import TrainingRun
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import MODELS, OPTIMIZERS, InputError, TrialConfig
@@ -136,7 +135,7 @@ def measure_gpu(
     """Run every part.
 
     Args:
-        dataset: from ``load_plain_mnist``, or ``make_images``.
+        dataset: from ``load_dataset``, or ``make_images``.
         folder: where parts leave tables of their own as Parquet.
         device: CUDA; on the CPU the suite can be tried.
         models: built-in ones.
@@ -180,39 +179,19 @@ def _run_part(name: str, suite: Suite, left: float) -> tuple[list[GpuRow], str]:
 # ---- the data ----
 
 
-def load_plain_mnist(data_dir: Path) -> Dataset:
-    """MNIST, its last 5,000 training images for validation: the stratified split would need scikit-learn.
-
-    Raises:
-        InputError: a file is damaged, missing or out of reach.
-    """
-    train_images, train_labels, test_images, test_labels = locate_files("mnist", data_dir)
-    whole, test = _read(train_images, train_labels), _read(test_images, test_labels)
-    return _build_dataset("mnist", whole, test, validation=5_000)
-
-
 def make_images(count: int = 60_000) -> Dataset:
     """Images of MNIST's size that can be learned: for where the files are not at hand, since times are the same."""
     generator = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.int64) % 10
     images = generator.integers(0, 100, (count, 1, 28, 28), np.uint8)
     images[np.arange(count), 0, labels * 2] += 100
-    whole = Split(images=images, labels=labels)
-    return _build_dataset("generated images", whole, whole, validation=count // 12)
-
-
-def _read(images: Path, labels: Path) -> Split:
-    return Split(images=read_idx(images, IMAGES_MAGIC)[:, None], labels=read_idx(labels, LABELS_MAGIC).astype(np.int64))
-
-
-def _build_dataset(name: str, whole: Split, test: Split, *, validation: int) -> Dataset:
-    kept, taken = slice(None, -validation), slice(-validation, None)
+    whole, kept = Split(images=images, labels=labels), count - count // 12
     return Dataset(
-        name=name,
+        name="generated images",
         num_classes=10,
-        train=Split(images=whole.images[kept], labels=whole.labels[kept]),
-        validation=Split(images=whole.images[taken], labels=whole.labels[taken]),
-        test=test,
+        train=whole.select(range(kept)),
+        validation=whole.select(range(kept, count)),
+        test=whole,
         content_hash="",
     )
 

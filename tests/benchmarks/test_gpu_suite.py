@@ -25,7 +25,6 @@ from benchmarks.training.gpu import (
     PARTS,
     GpuResult,
     Suite,
-    load_plain_mnist,
     make_images,
     measure_gpu,
     name_folder,
@@ -322,16 +321,11 @@ assert set(parts) <= set(PARTS)
 found = measure_gpu(make_images(3000), Path(), device=torch.device("cpu"), models=("simple_net",), parts=["graphs"])
 assert not found.failed, found
 import benchmarks.training.telemetry, tune_amp.cluster.gpu_sharing
+from tune_amp.training.data import load_dataset
+assert len(load_dataset("mnist", Path()).validation) == 10
 """
+    write_mnist(tmp_path, train=60)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-
-
-def test_mnist_is_read_without_the_stratified_split(tmp_path: Path) -> None:
-    write_mnist(tmp_path, train=5_100)
-    dataset = load_plain_mnist(tmp_path)
-    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (100, 5_000, 40)
-    assert dataset.train.images.shape == (100, 1, 28, 28)
-    assert dataset.train.labels[13] == 3
 
 
 def test_folder_is_named_after_the_device() -> None:

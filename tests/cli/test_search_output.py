@@ -1,6 +1,7 @@
 """What a search says as it begins."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tune_amp.cli.search import _tell_dashboard
 from tune_amp.cli.search_output import describe_unfit, print_dashboard, print_start
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import RaySession
@@ -41,7 +43,7 @@ def test_line_on_mps_is_printed_if_trials_share_a_gpu(
         resources=TrialResources(cpus=1, gpus=gpus, max_concurrent=2, reason="as many as fit"),
         unfit={},
     )
-    session = RaySession(resources={}, dashboard_url=None, token_path=None, authenticated=True, mps="private MPS")
+    session = make_session(mps="private MPS")
     text = io.StringIO()
     print_start(Console(file=text), plan, session)
     assert ("resources  as many as fit\nmps        private MPS\n" in text.getvalue()) is shown
@@ -49,28 +51,38 @@ def test_line_on_mps_is_printed_if_trials_share_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("found", "line", "warning"),
+    ("found", "line"),
     [
-        ({}, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs\n", ""),
+        ({}, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs\n"),
         (
             {"dashboard_url": "http://127.0.0.1:8265", "token_path": Path("/tmp/home/token")},
             "dashboard  http://127.0.0.1:8265, token in /tmp/home/token "
             "(not the one that `ray get-auth-token` prints)\n",
-            "",
         ),
-        (
-            {"dashboard_url": "http://10.0.0.1:8265", "authenticated": False},
-            "dashboard  http://10.0.0.1:8265\n",
-            "WARNING: this Ray cluster (dashboard http://10.0.0.1:8265) requires no token: anyone ",
-        ),
+        ({"dashboard_url": "http://10.0.0.1:8265", "authenticated": False}, "dashboard  http://10.0.0.1:8265\n"),
     ],
 )
-def test_dashboard_is_named_with_its_token_and_a_warning_if_it_needs_none(
-    found: dict[str, Any], line: str, warning: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    session = RaySession(**{"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True} | found)
+def test_dashboard_is_named_with_its_token(found: dict[str, Any], line: str) -> None:
     text = io.StringIO()
-    print_dashboard(Console(file=text), session)
+    print_dashboard(Console(file=text), make_session(**found))
     assert text.getvalue() == line
-    assert capsys.readouterr().err.startswith(warning)
-    assert (session.exposure is None) is (warning == "")
+
+
+@pytest.mark.parametrize(("before", "now", "warnings"), [(True, True, 0), (True, False, 1), (False, False, 0)])
+def test_dashboard_that_needs_no_token_is_warned_of_once(
+    before: bool, now: bool, warnings: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was known before the search has been told at its start."""
+    stdout, url = io.StringIO(), "http://10.0.0.1:8265"
+    session = make_session(dashboard_url=url, authenticated=now)
+    _tell_dashboard(Console(quiet=True), stdout, make_session(authenticated=before), session)
+    told = {"event": "dashboard", "url": url, "token_path": None, "authenticated": now}
+    assert json.loads(stdout.getvalue()) == told
+    errors = capsys.readouterr().err
+    assert errors.count(f"WARNING: this Ray cluster (dashboard {url}) requires no token: anyone ") == warnings
+    assert bool(errors) is bool(warnings)
+
+
+def make_session(**changes: Any) -> RaySession:
+    plain: dict[str, Any] = {"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True}
+    return RaySession(**(plain | changes))

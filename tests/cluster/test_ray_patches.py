@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,13 +176,29 @@ def test_stock_dashboard_imports_from_the_current_folder() -> None:
     assert "PYTHONSAFEPATH" not in inspect.getsource(services)
 
 
+class Gcs:
+    """Stands in for a client of the GCS, which the dashboard tells its address once ``has_told`` is set."""
+
+    def __init__(self) -> None:
+        self.has_told = threading.Event()
+
+    def internal_kv_get(self, key: bytes, namespace: bytes, *, timeout: float) -> bytes | None:
+        assert (key, namespace, timeout) == (b"dashboard", b"dashboard", 1)
+        if not self.has_told.wait(0.05):
+            raise TimeoutError
+        return b"127.0.0.1:8265"
+
+
 @dataclasses.dataclass(kw_only=True)
 class Begun:
     """A node that has started without its dashboard, and what happened since."""
 
     dashboard: ray_patches.LateDashboard
+    node: Any
+    gcs: Gcs = dataclasses.field(default_factory=Gcs)
     told: threading.Event = dataclasses.field(default_factory=threading.Event)
     events: list[Any] = dataclasses.field(default_factory=list)
+    threads: list[threading.Thread] = dataclasses.field(default_factory=list)
 
     def starting(self, delay: float = 0.0) -> contextlib.AbstractContextManager[None]:
         return self.dashboard.starting(delay, self.told.set)
@@ -190,17 +207,24 @@ class Begun:
 @pytest.fixture
 def begin(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: dict[str, StartedProcess]
-) -> Callable[[Callable[[], Any]], Begun]:
-    """A function that starts a node, whose dashboard then starts as the argument says."""
+) -> Callable[..., Begun]:
+    """A function that starts a node, whose dashboard then starts; or fails to, as the argument says."""
 
-    def begin(start: Callable[[], Any]) -> Begun:
+    def begin(error: Exception | None = None, *flags: str) -> Begun:
+        begun: Begun
+
         def start_process(command: list[str], kind: str, **options: Any) -> StartedProcess:
             begun.events.append((kind, options))
+            begun.threads.append(threading.current_thread())
             return processes[kind]
 
         def start_dashboard(self: Any, **options: Any) -> None:
             assert (self is node, options) == (True, {"include_dashboard": None, "raise_on_failure": False})
-            start()
+            services.logger.error("a page of the dashboard's log")
+            if error is not None:
+                raise error
+            services.start_ray_process([*flags], DASHBOARD, fate_share=True)
+            pytest.fail("stock Ray now waits for the dashboard, with a client of its own")
 
         def start_monitor(self: Any) -> None:
             services.start_ray_process([], MONITOR, fate_share=True)
@@ -208,90 +232,113 @@ def begin(
         monkeypatch.setattr(services, "start_ray_process", start_process)
         monkeypatch.setattr(node_module.Node, "start_api_server", start_dashboard)
         monkeypatch.setattr(node_module.Node, "start_monitor", start_monitor)
+        monkeypatch.setattr(node_module.Node, "get_gcs_client", lambda self: begun.gcs)
         node: Any = object.__new__(node_module.Node)
+        node.all_processes = {GCS: [processes[GCS]], RAYLET: [processes[RAYLET]]}
+        node._webui_url = None
         with ray_patches.private_start(tmp_path, "short", workers=3) as dashboard:
-            begun = Begun(dashboard=dashboard)
+            begun = Begun(dashboard=dashboard, node=node)
             node.start_monitor()
             node.start_api_server(include_dashboard=None, raise_on_failure=False)
         assert begun.events == []
+        monkeypatch.setattr(ray_patches, "find_node", lambda: node)
         return begun
 
     return begin
 
 
-def start_dashboard_process() -> None:
-    services.start_ray_process([], DASHBOARD, fate_share=True)
+def wait_for(holds: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_dashboard_and_monitor_start_after_the_node_with_variables_of_their_own(
     begin: Callable[..., Begun], tmp_path: Path, processes: dict[str, StartedProcess]
 ) -> None:
-    threads = list[threading.Thread]()
-
-    def start() -> None:
-        start_dashboard_process()
-        threads.append(threading.current_thread())
-
-    begun = begin(start)
+    begun = begin()
     with begun.starting():
+        wait_for(lambda: len(begun.events) == 2)
+        assert not begun.told.wait(0.2)  # its address is not known yet
+        begun.gcs.has_told.set()
         assert begun.told.wait(20)
+        assert begun.node.webui_url == "127.0.0.1:8265"
     own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
     assert begun.events == [(MONITOR, own), (DASHBOARD, own)]
-    assert not processes[DASHBOARD].killed.is_set()  # Ray ends it
-    [thread] = threads
-    assert thread.is_alive()  # as long as the dashboard
+    assert begun.node.all_processes[DASHBOARD] == [processes[DASHBOARD]]  # so that Ray ends it
+    assert begun.threads[0].is_alive()  # as long as the dashboard
     for part in processes.values():
         part.kill()
-    thread.join(20)
-    assert not thread.is_alive()
+    begun.threads[0].join(20)
+    assert not begun.threads[0].is_alive()
 
 
 def test_dashboard_of_a_block_that_ends_before_never_starts(begin: Callable[..., Begun]) -> None:
-    begun = begin(start_dashboard_process)
+    begun = begin()
     with begun.starting(delay=60):
         pass
     assert begun.events == []
     assert not begun.told.is_set()
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_dashboard_that_is_starting_as_its_block_ends_is_killed_and_not_told(
-    late: bool, begin: Callable[..., Begun], processes: dict[str, StartedProcess], capfd: pytest.CaptureFixture[str]
+def test_dashboard_that_is_starting_as_its_block_ends_is_left_to_rays_end(
+    begin: Callable[..., Begun], processes: dict[str, StartedProcess], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Before Ray ends: its start asks the GCS, whose death it would wait out for a minute."""
-    is_starting = threading.Event()
-
-    def start() -> None:
-        if not late:
-            start_dashboard_process()
-        is_starting.set()
-        if late:
-            assert begun.dashboard._is_unwanted.wait(20)
-            start_dashboard_process()
-        assert processes[DASHBOARD].killed.wait(20)
-        services.logger.error("a page of the dashboard's log")
-        raise RuntimeError("no dashboard")
-
-    begun = begin(start)
+    begun = begin()
+    stock: Any = services.start_ray_process
     with begun.starting():
-        assert is_starting.wait(20)
-    assert processes[DASHBOARD].killed.is_set()
+        wait_for(lambda: DASHBOARD in begun.node.all_processes)
+        wait_for(lambda: services.start_ray_process is stock)  # not only after the block
     assert not begun.told.is_set()
+    assert begun.node.all_processes[DASHBOARD] == [processes[DASHBOARD]]
     assert services.logger.disabled is False
     assert capfd.readouterr() == ("", "")
 
 
-def test_dashboard_that_does_not_start_is_told_without_a_page_of_its_log(
-    begin: Callable[..., Begun], capfd: pytest.CaptureFixture[str]
+def test_dashboard_that_does_not_start_or_dies_is_told_without_a_page_of_its_log(
+    begin: Callable[..., Begun], processes: dict[str, StartedProcess], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def start() -> None:
-        services.logger.error("a page of the dashboard's log")
-        raise RuntimeError("no dashboard")
-
-    begun = begin(start)
-    with begun.starting():
-        assert begun.told.wait(20)
+    for error, flag, code in ((RuntimeError("no dashboard"), "", None), (None, "", 1), (None, "--minimal", None)):
+        processes[DASHBOARD].returncode = code
+        begun = begin(error, flag)
+        with begun.starting():
+            assert begun.told.wait(20)
+        assert begun.node.webui_url is None
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("part", [GCS, RAYLET])
+def test_dashboard_of_a_ray_that_has_died_never_starts(
+    part: str, begin: Callable[..., Begun], processes: dict[str, StartedProcess]
+) -> None:
+    begun = begin()
+    processes[part].returncode = 1
+    with begun.starting():
+        assert begun.dashboard._is_over.wait(20)
+    assert begun.events == []
+    assert not begun.told.is_set()
+
+
+def test_dashboard_outlives_an_error_of_what_is_told(
+    begin: Callable[..., Begun], processes: dict[str, StartedProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end with its thread."""
+    begun, errors = begin(), list[Any]()
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    begun.gcs.has_told.set()
+
+    def tell() -> None:
+        raise ValueError("I/O operation on closed file")
+
+    with begun.dashboard.starting(0.0, tell):
+        assert begun.dashboard._is_over.wait(20)
+    assert begun.threads[0].is_alive()
+    assert errors == []
+    for part in processes.values():
+        part.kill()
+    begun.threads[0].join(20)
+    assert len(errors) == 1
 
 
 @pytest.mark.parametrize("is_connected", [False, True])

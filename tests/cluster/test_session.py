@@ -37,9 +37,10 @@ from pathlib import Path
 if sys.argv[1] == "ray first":
     import ray
 os.umask(0)
+import tune_amp.cluster.session
 from tune_amp.cluster.session import ray_session
 
-
+tune_amp.cluster.session.DASHBOARD_DELAY = 0.0
 VARIABLES = ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_AUTH_TOKEN")
 
 
@@ -145,7 +146,12 @@ def is_alive(pid):
         return False
 
 
-sessions = [watch(run) for run in sys.argv[2:]]
+sessions = []
+for run in sys.argv[2:]:
+    if sessions:  # one between two others that ends while its dashboard starts
+        with ray_session(num_cpus=1, num_gpus=0) as hasty, hasty.dashboard(print):
+            time.sleep(0.5)
+    sessions.append(watch(run))
 for session in sessions:
     session["processes_left"] = find_left(session["descendants"])
 print(json.dumps(sessions))

@@ -29,14 +29,18 @@ VITAL = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", VITAL)
+@pytest.mark.parametrize("part", [*VITAL, "GCS, as the dashboard starts,"])
 def test_search_whose_ray_dies_ends_and_can_be_resumed(
     part: str, tmp_path: Path, undisturbed: Undisturbed, follow: Follow
 ) -> None:
     run = tmp_path / "results" / "run"
-    search = follow(begin(prepare(tmp_path), *ALONE))
-    search.wait_until(lambda: count_events(run, "report") >= 6)
-    [pid] = search.wait_for_processes(VITAL[part])
+    is_early = part not in VITAL
+    search = follow(begin(prepare(tmp_path), *ALONE, *(("--dashboard", "on") if is_early else ())))
+    if is_early:
+        search.wait_for_processes("dashboard/dashboard.py")
+    else:
+        search.wait_until(lambda: count_events(run, "report") >= 6)
+    [pid] = search.wait_for_processes(VITAL["GCS" if is_early else part])
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     assert search.wait() == 130, search.stderr

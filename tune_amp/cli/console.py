@@ -161,16 +161,16 @@ def _print_into_the_void(stream: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def ignoring_closed_pipe() -> Iterator[None]:
-    """Discard output if standard output cannot be written: the files are what counts.
+def ignoring_closed_pipe(stream: IO[str] | None = None) -> Iterator[None]:
+    """Discard output if a stream, by default standard output, cannot be written: the files are what counts.
 
     The reader of a pipe (``| head``) or the terminal is gone, or the disk of a log is full.
     """
     try:
         yield
-        sys.stdout.flush()
+        (stream or sys.stdout).flush()
     except OSError:
-        _print_into_the_void(sys.stdout)
+        _print_into_the_void(stream or sys.stdout)
 
 
 def show_cursor() -> None:

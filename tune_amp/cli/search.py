@@ -37,6 +37,7 @@ from tune_amp.cli.search_output import (
     choose_observer,
     print_dashboard,
     print_end,
+    print_exposure,
     print_json_dashboard,
     print_json_end,
     print_json_start,
@@ -196,6 +197,7 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         announce=lambda text: say(open_console(stderr=True), f"NOTE: {text}", style="bold yellow"),
     ) as session:
         stop.reinstall_handlers()  # again: Ray has installed a SIGTERM handler that ends at once
+        print_exposure(session)
         dataset, unfit = find_checked()
         from tune_amp.cli.resume import remember
         from tune_amp.monitor.trackers import build_trackers
@@ -221,8 +223,8 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         with ignoring_closed_pipe():
             print_start(console, plan, session, request.notes, arguments.tracker)
             if arguments.json:
-                print_json_start(stdout, plan)
-        tell_dashboard = functools.partial(_tell_dashboard, console, stdout if arguments.json else None)
+                print_json_start(stdout, plan, session)
+        tell_dashboard = functools.partial(_tell_dashboard, console, stdout if arguments.json else None, session)
         watching = session.dashboard(tell_dashboard, wanted=arguments.dashboard == "on")
         with choose_observer(arguments, console, stdout) as observer, watching:
             result = run_search(
@@ -238,11 +240,14 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
     return result
 
 
-def _tell_dashboard(console: "Console", stdout: IO[str] | None, session: "RaySession") -> None:
-    """Print where Ray's dashboard is; as JSON if ``stdout`` is given."""
+def _tell_dashboard(console: "Console", stdout: IO[str] | None, before: "RaySession", session: "RaySession") -> None:
+    """Print where Ray's dashboard is; as JSON if ``stdout`` is given. Warn of an exposure unknown ``before``."""
+    if before.authenticated:
+        print_exposure(session)
     with ignoring_closed_pipe():
         print_dashboard(console, session)
-        if stdout is not None:
+    if stdout is not None:
+        with ignoring_closed_pipe(stdout):
             print_json_dashboard(stdout, session)
 
 

@@ -85,10 +85,14 @@ def print_start(
     tell("tracker", *(describe_tracker(name, plan.folder) for name in trackers))
 
 
-def print_dashboard(console: Console, session: "RaySession") -> None:
-    """Print the address of Ray's dashboard, and where its token lies; a warning first if Ray requires none."""
+def print_exposure(session: "RaySession") -> None:
+    """Print a warning if Ray requires no token."""
     if session.exposure:
         say(open_console(stderr=True), f"WARNING: {session.exposure}", style="bold red")
+
+
+def print_dashboard(console: Console, session: "RaySession") -> None:
+    """Print the address of Ray's dashboard, and where its token lies."""
     if session.dashboard_url is None:
         say(console, "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs")
         return
@@ -155,7 +159,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
     print_summary(console, summary, reuse, errors=open_console(stderr=True))
 
 
-def print_json_start(stdout: IO[str], plan: "SearchPlan") -> None:
+def print_json_start(stdout: IO[str], plan: "SearchPlan", session: "RaySession") -> None:
     """Write the first JSON line: where the run is, and what it starts with."""
     from tune_amp.monitor.terminal import JsonLines
 
@@ -164,6 +168,7 @@ def print_json_start(stdout: IO[str], plan: "SearchPlan") -> None:
         "dataset": plan.dataset.name,
         "objectives": plan.options.objectives,
         "folder": str(plan.folder),
+        "authenticated": session.authenticated,
         "inert": list_inert(plan),
         "unfit": plan.unfit,
         "warm_start": plan.warm_start and plan.warm_start.describe_as_json(),

@@ -22,7 +22,7 @@ class RayHealth:
         if node is None:
             return None
         if node.all_processes:
-            return next((name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")), None)
+            return ray_patches.find_dead(node)
         # The kernel's list of sockets, if there is one, shows whether the raylet listens, without disturbing it.
         sockets = Path("/proc/net/unix")
         listens = sockets.exists() and node.raylet_socket_name in sockets.read_text()

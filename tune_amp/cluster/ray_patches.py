@@ -102,7 +102,6 @@ class LateDashboard:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._starts: list[Callable[[], None]] = []
-        self._starting: subprocess.Popen[bytes] | None = None
         self._is_unwanted, self._is_over = threading.Event(), threading.Event()
 
     def postponing(self, start: Callable[..., None]) -> Callable[..., None]:
@@ -113,49 +112,75 @@ class LateDashboard:
     def starting(self, delay: float, tell: Callable[[], None]) -> Iterator[None]:
         """Start after ``delay`` seconds of the ``with`` block, then call ``tell``, whether the dashboard runs or not.
 
-        After the block, what has started ends with Ray; what is still starting is ended.
+        ``ray.shutdown`` ends what has been started, also if it is not ready yet.
         """
-        threading.Thread(target=self._run, args=(delay, tell), daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(delay, tell), daemon=True)
         try:
+            thread.start()
             yield
         finally:
             self._is_unwanted.set()
-            if self._starting is not None:
-                self._starting.kill()  # its start asks the GCS, whose death it would wait out for a minute
-            self._is_over.wait(REAP_SECONDS)
+            if thread.ident is not None:
+                self._is_over.wait(REAP_SECONDS)
 
     def _run(self, delay: float, tell: Callable[[], None]) -> None:
-        from ray._private import services
-
         processes: list[subprocess.Popen[bytes]] = []
-        start: Any = services.start_ray_process
+        try:
+            node = None if self._is_unwanted.wait(delay) else find_node()
+            if node is not None and not find_dead(node):
+                dashboard = self._start(node, processes)
+                if dashboard is not None:
+                    self._wait_for_address(node, dashboard)
+                if not self._is_unwanted.is_set():
+                    tell()
+        finally:
+            self._is_over.set()
+            for process in processes:
+                process.wait()  # Linux ends a process with the thread that started it
 
-        def start_process(*arguments: Any, **options: Any) -> Any:
+    def _start(self, node: Any, processes: list["subprocess.Popen[bytes]"]) -> "subprocess.Popen[bytes] | None":
+        """Start the processes, and add them to the list. Return the dashboard's; None if it serves nothing.
+
+        Ray would wait for the dashboard, with a client of the GCS that ends this process a minute after the GCS.
+        """
+        from ray._private import ray_constants, services
+
+        start: Any = services.start_ray_process
+        serving: list[subprocess.Popen[bytes]] = []
+
+        def start_process(command: list[str], kind: str, *arguments: Any, **options: Any) -> Any:
             # The dashboard starts its servers by ``python -c``, which searches the current folder for modules first,
             # and leaves the folder of their socket in the temporary one.
             variables = {"TMPDIR": str(self._home), "PYTHONSAFEPATH": "1"}
-            info = start(*arguments, **options, env_updates=variables)
-            self._starting = info.process
+            info = start(command, kind, *arguments, **options, env_updates=variables)
             processes.append(info.process)
-            if self._is_unwanted.is_set():
-                info.process.kill()
+            if kind == ray_constants.PROCESS_TYPE_DASHBOARD:
+                node.all_processes[kind] = [info]
+                if "--minimal" not in command:  # as where only ray[tune] is installed
+                    serving.append(info.process)
+                raise _StartedError
             return info
 
-        try:
-            if self._is_unwanted.wait(delay):
-                return
-            # Its errors would print a page of its log. A search goes on without it.
-            quiet = patch.object(services.logger, "disabled", True)
-            with patch.object(services, "start_ray_process", start_process), quiet, contextlib.suppress(Exception):
-                for begin in self._starts:
-                    begin()
-            self._starting = None
-            if not self._is_unwanted.is_set():
-                tell()
-        finally:
-            self._is_over.set()
-        for process in processes:
-            process.wait()  # Linux ends a process with the thread that started it
+        quiet = patch.object(services.logger, "disabled", True)  # a search goes on without a dashboard
+        any_error = contextlib.suppress(Exception, _StartedError)
+        with patch.object(services, "start_ray_process", start_process), quiet, any_error:
+            for begin in self._starts:
+                begin()
+        return serving[0] if serving else None
+
+    def _wait_for_address(self, node: Any, dashboard: "subprocess.Popen[bytes]") -> None:
+        """Wait until the dashboard has told the GCS its address; forever only while it lives and is wanted."""
+        from ray._private import ray_constants
+
+        key, space = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+        while node._webui_url is None and dashboard.poll() is None and not self._is_unwanted.wait(0.1):
+            with contextlib.suppress(Exception):  # no answer: a watch on Ray's processes reports their death
+                address = node.get_gcs_client().internal_kv_get(key, space, timeout=1)
+                node._webui_url = address and address.decode()
+
+
+class _StartedError(BaseException):
+    """Leaves Ray's function that starts the dashboard once its process has started; not caught there."""
 
 
 @contextlib.contextmanager
@@ -292,6 +317,17 @@ def reaped_processes() -> Iterator[None]:
         for process in itertools.chain(*started.values()):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(REAP_SECONDS)
+
+
+def find_dead(node: Any) -> str | None:
+    """Return ``gcs_server`` or ``raylet`` if this process has started it and it is dead; None otherwise.
+
+    Ray's own ``dead_processes`` goes through all processes, while another thread may start one.
+    """
+    for kind in ("gcs_server", "raylet"):
+        if any(info.process.poll() is not None for info in node.all_processes.get(kind, ())):
+            return kind
+    return None
 
 
 def find_dashboard() -> str | None:

@@ -6,6 +6,7 @@ Ray is imported inside the functions, because parts of it read the environment o
 import contextlib
 import dataclasses
 import errno
+import http.client
 import json
 import os
 import secrets
@@ -18,7 +19,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from tune_amp.cluster import ray_patches
 from tune_amp.cluster.cpus import count_cpus
@@ -69,7 +69,10 @@ class RaySession:
     token_path: Path | None
     """File with the token that the dashboard requires; None if tune_amp did not start this Ray."""
     authenticated: bool
-    """Whether Ray refused a test request without a token, and no server accepted one."""
+    """Whether Ray refused a test request without a token, and no server accepted one.
+
+    A private Ray has a token, so that it is enough if no server that runs accepts a request without it.
+    """
     mps: str | None = None
     """How processes that share a GPU use it; None if tune_amp did not start this Ray, or it has no GPU."""
     late_dashboard: ray_patches.LateDashboard | None = None
@@ -184,7 +187,7 @@ def _private_ray(
         sharing = stack.enter_context(provide_mps(mps, home)) if has_gpu else None
         secured: dict[str, str | None] = {
             **ray_patches.LOOPBACK_ONLY,
-            **ray_patches.FAST_CONNECTION,
+            **{name: os.environ.get(name, value) for name, value in ray_patches.FAST_CONNECTION.items()},
             **ray_patches.preloading(preload),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_path),
@@ -322,17 +325,20 @@ def _find_source(module: ModuleType) -> str:
     return module.__file__
 
 
-def _describe_session(token_path: Path | None = None, mps: str | None = None, **more: Any) -> RaySession:
+def _describe_session(
+    token_path: Path | None = None, mps: str | None = None, late_dashboard: ray_patches.LateDashboard | None = None
+) -> RaySession:
     import ray
 
-    dashboard_url = ray_patches.find_dashboard()
+    url, address = ray_patches.find_dashboard(), ray.get_runtime_context().gcs_address
+    is_private = late_dashboard is not None
     return RaySession(
         resources=ray.cluster_resources(),
-        dashboard_url=dashboard_url,
+        dashboard_url=url,
         token_path=token_path,
-        authenticated=_requires_token(ray.get_runtime_context().gcs_address, dashboard_url),
+        authenticated=_is_refused_by_server(address) is not False if is_private else _requires_token(address, url),
         mps=mps,
-        **more,
+        late_dashboard=late_dashboard,
     )
 
 
@@ -360,7 +366,7 @@ def _is_refused_by_dashboard(url: str) -> bool | None:
             return None if "ray_version" not in json.load(answer) else False
     except urllib.error.HTTPError as error:
         return True if error.code in (401, 403) else None
-    except (OSError, ValueError, TypeError):  # not reachable from here, or something other than Ray
+    except (OSError, ValueError, TypeError, http.client.HTTPException):  # not reachable, or something other than Ray
         return None
 
 

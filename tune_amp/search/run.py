@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -125,7 +126,7 @@ def run_search(
             begin=plan.begun,
             explain_death=limit.explain_death,
             on_fault=stop.ask,
-            on_end=functools.partial(remover.submit, storage.remove_checkpoints),
+            on_end=lambda name: remover.submit(_clean_up, storage, name),
             on_failure=functools.partial(stop_if_failing, plan.options, stop),
         )
         callbacks = [limit, *trackers, recorder]
@@ -138,6 +139,13 @@ def run_search(
             return result
         with gauges:
             return _confirm(plan, result, gauges, stop, health)
+
+
+def _clean_up(storage: RunStorage, trial_name: str) -> None:
+    """Remove the checkpoints of a trial that is over. After the first, import what takes the ranking a second."""
+    storage.remove_checkpoints(trial_name)
+    importlib.import_module("optuna.importance")
+    importlib.import_module("scipy.stats")
 
 
 def _open_storage(plan: SearchPlan) -> RunStorage:

@@ -367,8 +367,8 @@ def _stratified_split(split: Split, count: int) -> tuple[Split, Split]:
     kept = _apportion(counts, len(split) - count, generator)
     taken = _apportion(counts - kept, count, generator)
     is_taken = np.zeros(len(split), np.bool_)
-    for label, (stay, go) in enumerate(zip(kept, taken, strict=True)):
-        members = np.flatnonzero(split.labels == label)
+    classes = np.split(np.argsort(split.labels, kind="stable"), np.cumsum(counts)[:-1])
+    for members, stay, go in zip(classes, kept, taken, strict=True):
         is_taken[members[generator.permutation(len(members))[stay : stay + go]]] = True
     return split.select(np.flatnonzero(~is_taken)), split.select(np.flatnonzero(is_taken))
 
