@@ -181,6 +181,11 @@ class Gcs:
 
     def __init__(self) -> None:
         self.has_told = threading.Event()
+        self.kept: dict[bytes, bytes] = {}
+
+    def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes, timeout: float) -> None:
+        assert (overwrite, namespace, timeout) == (True, b"dashboard", 1)
+        self.kept[key] = value
 
     def internal_kv_get(self, key: bytes, namespace: bytes, *, timeout: float) -> bytes | None:
         assert (key, namespace, timeout) == (b"dashboard", b"dashboard", 1)
@@ -264,6 +269,7 @@ def test_dashboard_and_monitor_start_after_the_node_with_variables_of_their_own(
         begun.gcs.has_told.set()
         assert begun.told.wait(20)
         assert begun.node.webui_url == "127.0.0.1:8265"
+        assert begun.gcs.kept == {b"webui:url": b"127.0.0.1:8265"}  # for whoever joins this Ray
     own = {"env_updates": {"TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}, "fate_share": True}
     assert begun.events == [(MONITOR, own), (DASHBOARD, own)]
     assert begun.node.all_processes[DASHBOARD] == [processes[DASHBOARD]]  # so that Ray ends it

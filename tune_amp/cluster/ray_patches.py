@@ -169,14 +169,17 @@ class LateDashboard:
         return serving[0] if serving else None
 
     def _wait_for_address(self, node: Any, dashboard: "subprocess.Popen[bytes]") -> None:
-        """Wait until the dashboard has told the GCS its address; forever only while it lives and is wanted."""
+        """Wait, as long as the dashboard lives and is wanted, until the GCS knows its address, and keep that."""
         from ray._private import ray_constants
 
+        gcs = node.get_gcs_client()
         key, space = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
         while node._webui_url is None and dashboard.poll() is None and not self._is_unwanted.wait(0.1):
             with contextlib.suppress(Exception):  # no answer: a watch on Ray's processes reports their death
-                address = node.get_gcs_client().internal_kv_get(key, space, timeout=1)
-                node._webui_url = address and address.decode()
+                address = gcs.internal_kv_get(key, space, timeout=1)
+                if address is not None:
+                    node._webui_url = address.decode()
+                    gcs.internal_kv_put(b"webui:url", address, True, space, timeout=1)
 
 
 class _StartedError(BaseException):
