@@ -76,6 +76,13 @@ def test_stock_ray_has_no_option_for_what_workers_import_and_how_many_start_at_o
     assert ray_patches.preloading([])["RAY_preload_python_modules"] is None
 
 
+def test_stock_raylet_knows_how_long_a_worker_may_be_idle() -> None:
+    """Ray has no other list of its variables than the program itself."""
+    known = Path(services.RAYLET_EXECUTABLE).read_bytes()
+    names = [name.removeprefix("RAY_") for name in ray_patches.preloading([]) if name.startswith("RAY_idle")]
+    assert [name.encode() in known for name in names] == [True]
+
+
 def test_stock_ray_makes_twenty_attempts_to_join_unless_the_variable_says_otherwise() -> None:
     assert ray_constants.NUM_REDIS_GET_RETRIES == 20
     assert re.findall(r".*(?:timeout|wait|retr).*", RAY_OPTIONS) == []
