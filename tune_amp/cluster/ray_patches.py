@@ -254,7 +254,7 @@ def private_start(
             yield dashboard
         except BaseException:
             if find_node() is None:  # else ray.shutdown ends them, which would wait for a dead GCS
-                for process in list(started.values()):
+                for process in started.values():
                     process.kill()
             raise
 

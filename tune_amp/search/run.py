@@ -19,7 +19,7 @@ from tune_amp.cluster.resources import count_slots_now, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.monitor.prometheus import Gauges
-from tune_amp.results.importance import ImportanceResult, measure_importance, write_importance
+from tune_amp.results.importance import FEWEST_TRIALS, ImportanceResult, measure_importance, write_importance
 from tune_amp.results.progress import ConfirmResult, Observer, SearchProgress
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import choose_best
@@ -126,7 +126,7 @@ def run_search(
             begin=plan.begun,
             explain_death=limit.explain_death,
             on_fault=stop.ask,
-            on_end=lambda name: remover.submit(_clean_up, storage, name),
+            on_end=lambda name: remover.submit(_clean_up, storage, name, plan.options),
             on_failure=functools.partial(stop_if_failing, plan.options, stop),
         )
         callbacks = [limit, *trackers, recorder]
@@ -141,11 +141,16 @@ def run_search(
             return _confirm(plan, result, gauges, stop, health)
 
 
-def _clean_up(storage: RunStorage, trial_name: str) -> None:
-    """Remove the checkpoints of a trial that is over. After the first, import what takes the ranking a second."""
+def _clean_up(storage: RunStorage, trial_name: str, options: SearchOptions) -> None:
+    """Remove the checkpoints of a trial that is over. After the first, import what the search's end will need.
+
+    That takes a second, in which slots would wait.
+    """
     storage.remove_checkpoints(trial_name)
-    importlib.import_module("optuna.importance")
-    importlib.import_module("scipy.stats")
+    if options.num_samples >= FEWEST_TRIALS:
+        importlib.import_module("optuna.importance")
+    if options.confirm_seeds:
+        importlib.import_module("scipy.stats")
 
 
 def _open_storage(plan: SearchPlan) -> RunStorage:
