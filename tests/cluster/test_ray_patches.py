@@ -25,7 +25,7 @@ import ray
 from ray._private import node as node_module
 from ray._private import parameter, ray_constants, services, state, worker
 from ray.air._internal import usage
-from ray.air.execution._internal import RayActorManager
+from ray.air.execution._internal import RayActorManager, TrackedActor
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.job_config import JobConfig
 from ray.runtime_context import RuntimeContext
@@ -34,6 +34,7 @@ from ray.tune import tune as tune_module
 from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
+from ray.tune.utils.object_cache import _ObjectCache
 
 from tune_amp.cluster import ray_patches
 from tune_amp.trial.config import SIGNALS
@@ -542,6 +543,33 @@ def test_stock_tune_pauses_no_trial_that_has_no_worker() -> None:
     assert changed == []
     ray_patches.pause_pending(controller, "trial")
     assert changed == [("trial", Trial.PAUSED)]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("own", ["starting", "waiting for resources", "failed", None])
+def test_stock_tune_ends_a_worker_that_starts_if_another_is_free(trial: Trial, own: str | None, patched: bool) -> None:
+    """One that waits for resources has to go: the free one may hold them."""
+    free, asked_for = TrackedActor(1), TrackedActor(2)
+    controller: Any = object.__new__(TuneController)
+    manager: Any = object.__new__(RayActorManager)
+    controller._actor_manager = manager
+    manager._live_actors_to_ray_actors_resources = {free: (None, None)}
+    if own != "waiting for resources":
+        manager._live_actors_to_ray_actors_resources[asked_for] = (None, None)
+    manager._failed_actor_ids = {2} if own == "failed" else set()
+    removed: list[TrackedActor] = []
+    controller._resetting_trials = set()
+    controller._trial_to_actor = {trial: asked_for} if own else {}
+    controller._actor_to_trial = {asked_for: trial} if own else {}
+    controller._actor_cache = _ObjectCache()
+    controller._actor_cache.cache_object(trial.placement_group_factory, free)
+    controller._remove_actor = lambda *, tracked_actor: removed.append(tracked_actor)
+    controller._schedule_trial_reset = lambda *_: None
+    with ray_patches.kept_starting_workers() if patched else contextlib.nullcontext():
+        is_kept = patched and own == "starting"
+        assert controller._maybe_reuse_cached_actor(trial) is not is_kept
+    assert controller._trial_to_actor[trial] is (asked_for if is_kept else free)
+    assert removed == ([asked_for] if own and not is_kept else [])
 
 
 def test_stock_tune_handles_signals_and_keeps_its_handlers(monkeypatch: pytest.MonkeyPatch) -> None:

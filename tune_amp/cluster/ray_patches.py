@@ -410,6 +410,27 @@ def prestarted_workers() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
+def kept_starting_workers() -> Iterator[None]:
+    """In the ``with`` block, a worker that is starting for a trial is not ended because another trial's is free.
+
+    Tune gives the free worker to the waiting trial and kills the one that starts, again for each trial that ends in
+    the meantime. With trials shorter than the start of a worker, a search stays on one slot.
+    """
+    from ray.tune.execution.tune_controller import TuneController
+
+    reuse = TuneController._maybe_reuse_cached_actor
+
+    def reuse_unless_starting(self: TuneController, trial: Any) -> bool:
+        own = self._trial_to_actor.get(trial)  # not started as long as its resources are missing, or if it has failed
+        if own is not None and trial not in self._resetting_trials and self._actor_manager.is_actor_started(own):
+            return False
+        return reuse(self, trial)
+
+    with patch.object(TuneController, "_maybe_reuse_cached_actor", reuse_unless_starting):
+        yield
+
+
+@contextlib.contextmanager
 def quiet_tune() -> Iterator[None]:
     """In the ``with`` block, Tune logs no tracebacks that are no news, and leaves signals and callbacks alone.
 

@@ -11,7 +11,7 @@ from tune_amp.cluster.checkpoints import RunStorage
 from tune_amp.cluster.failures import LARGER_SHARE_SIGN, count_free_retries, find_cause, find_reason
 from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
-from tune_amp.cluster.ray_patches import patched_worker_deaths, prestarted_workers, quiet_tune
+from tune_amp.cluster.ray_patches import kept_starting_workers, patched_worker_deaths, prestarted_workers, quiet_tune
 from tune_amp.cluster.resources import TrialResources, double_share
 from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 from tune_amp.search.history import RecordedTrial
@@ -117,7 +117,12 @@ def run_tuner(
     )
     tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     try:
-        with quiet_tune(), prestarted_workers(), patched_worker_deaths(stop.ask, UncountedDeaths()):
+        with (
+            quiet_tune(),
+            prestarted_workers(),
+            kept_starting_workers(),
+            patched_worker_deaths(stop.ask, UncountedDeaths()),
+        ):
             tuner.fit()
     except Exception:
         if stop.reason is None:
