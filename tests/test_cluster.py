@@ -130,7 +130,7 @@ with ray_session(sys.argv[1], run="data"):
     )
     resources = TrialResources(cpus=1, gpus=0.0, max_concurrent=4, reason="")
     storage = RunStorage(path=sys.argv[2], name="ray", filesystem=LocalFileSystem())
-    trainable = bind_trainable(dataset, resources, storage)
+    trainable = bind_trainable(dataset, resources, storage, (), ())
     config = vars(TrialConfig(dataset="digits", max_epochs=1))
     actors = [ray.remote(num_cpus=1)(trainable).remote(config=config) for _ in range(4)]
     where = [actor.get_auto_filled_metrics.remote() for actor in actors]

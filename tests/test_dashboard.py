@@ -310,4 +310,4 @@ def test_a_search_goes_on_without_the_dashboard_and_says_so(tmp_path: Path) -> N
         errors = search.communicate(timeout=120)[1]
     assert said == "dashboard  none: this Ray could not start it; pip install 'ray[default]' has what it needs\n"
     assert search.returncode == 130
-    assert errors.startswith("cut off  SIGINT\n")
+    assert "cut off  SIGINT\n" in errors
