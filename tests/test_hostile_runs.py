@@ -284,13 +284,12 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
     """In Python too, and in a worker: whatever a file's settings lead to, the model is built in one place."""
     import torch
 
-    from tune_amp.cluster.resources import TrialResources
-    from tune_amp.cluster.trainable import build_worker_setup
-    from tune_amp.confirm.slots import ConfirmWorker
+    from tune_amp.confirm.slots import run_job
     from tune_amp.results.progress import ConfirmJob
     from tune_amp.results.records import load_best, load_trials
     from tune_amp.reuse.final import FinalTraining, replay_trial
     from tune_amp.training.data import load_dataset
+    from tune_amp.training.training_data import TrainingData
 
     run = rewrite(valid, tmp_path / "run", replace({"model": f"{evil}:net", "dataset": f"{evil}:load"}))
     cpu, config = torch.device("cpu"), load_best(run)
@@ -303,8 +302,8 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
     for door in doors:
         with pytest.raises(InputError, match="code that only a file names is not run"):
             door()
-    setup = build_worker_setup(digits, TrialResources(cpus=1, gpus=0.0, max_concurrent=1, reason=""))
-    confirmed = ConfirmWorker((setup, digits.test)).train(ConfirmJob(trial_ids=("a",), config=config))
+    data = TrainingData(digits.train, digits.validation, digits.num_classes, cpu)
+    confirmed = run_job(data, ConfirmJob(trial_ids=("a",), config=config), digits.test)
     assert "evil:net: code that only a file names is not run" in (confirmed.error or "")
     assert not (tmp_path / "ran").exists()
 

@@ -34,7 +34,7 @@ LIBRARIES = {
     "training": {"numpy", "sklearn", "torch", "torchvision"},
     "results": {"numpy", "optuna", "pyarrow", "scipy"},
     "cluster": {"grpc", "numpy", "pyarrow", "ray", "torch"},
-    "confirm": {"ray", "torch"},
+    "confirm": {"ray"},
     "reuse": {"jinja2", "pyarrow", "safetensors", "torch"},
     "report": {"jinja2", "plotly"},
     "monitor": {"mlflow", "ray", "rich", "tensorboardX", "wandb"},

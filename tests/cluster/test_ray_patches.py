@@ -19,18 +19,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import ray
 from ray._private import node as node_module
 from ray._private import parameter, ray_constants, services, state, worker
 from ray.air._internal import usage
+from ray.air.execution import FixedResourceManager, PlacementGroupResourceManager
 from ray.air.execution._internal import RayActorManager, TrackedActor
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.job_config import JobConfig
 from ray.runtime_context import RuntimeContext
 from ray.tune import Callback
 from ray.tune import tune as tune_module
+from ray.tune.execution import tune_controller
 from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
@@ -456,7 +459,7 @@ def test_stock_tune_gives_its_actors_an_environment_of_their_own(monkeypatch: py
     for preloading in (False, True):
         if preloading:
             monkeypatch.setenv(ray_patches.PRELOAD, "some.module")
-        with ray_patches.prestarted_workers():
+        with ray_patches.workers_of_private_ray():
             assert _ActorClassCache().get(Trial) is Trial
     assert [options.get("runtime_env", {}).get("env_vars", {}).get("PL_DISABLE_FORK") for options in given] == [
         "1",  # a Ray of somebody else's: its workers may have another environment
@@ -529,6 +532,29 @@ def test_stock_ray_has_no_public_title_of_a_process_and_only_a_workers_is_change
 
 
 # Tune
+
+
+def test_stock_tune_gives_each_actor_a_placement_group_and_has_no_option_against_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "resource_manager_factory" not in inspect.getsource(tune_module)
+    names: Any = tune_controller
+    used = []
+    monkeypatch.delenv(ray_patches.PRELOAD, raising=False)
+    for preloading in (False, True):
+        if preloading:
+            monkeypatch.setenv(ray_patches.PRELOAD, "some.module")
+        with ray_patches.workers_of_private_ray():
+            used.append(names.PlacementGroupResourceManager)
+    assert used == [PlacementGroupResourceManager, FixedResourceManager]
+    assert names.PlacementGroupResourceManager is PlacementGroupResourceManager
+
+
+def test_stock_tune_has_a_trials_worker_in_a_private_state(trial: Trial) -> None:
+    worker = MagicMock()
+    trial.set_ray_actor(worker)
+    assert not [name for name, value in vars(trial).items() if value is worker]
+    assert ray_patches.find_worker(trial) is worker
 
 
 def test_stock_tune_ends_a_worker_whose_save_raises() -> None:

@@ -269,6 +269,8 @@ def test_memory_of_a_trial_that_the_scheduler_stopped_is_given_back_before_the_n
     assert len(released) == 2
     assert trainable.reset(settings())
     assert len(released) == 2  # the last step has done it
+    trainable.train()
+    assert trainable.lend(lambda data, value: (data, len(released), value), 7)[1:] == (3, 7)
 
 
 def test_state_of_an_ended_trial_is_released(make_trainable: MakeTrainable) -> None:

@@ -22,9 +22,9 @@ from small_runs import make_split
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import ray_session
-from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES, WorkerSetup
+from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES
 from tune_amp.confirm.plan import ConfirmPlan, build_default, choose_seeds, confirm, plan_confirmation
-from tune_amp.confirm.slots import Attempt, ConfirmSlots, ConfirmWorker, train_and_test
+from tune_amp.confirm.slots import Attempt, ConfirmSlots, run_job, train_and_test
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.progress import ConfirmJob, ConfirmProgress, ConfirmResult, Observer
 from tune_amp.results.ranking import rank_confirmed
@@ -460,13 +460,10 @@ def test_a_run_that_diverges_is_a_row_and_never_reads_the_test_set(
     ("torch.empty(2**46)", TrialStatus.OUT_OF_MEMORY, "can't allocate memory"),
 ])  # fmt: skip
 def test_whatever_a_run_raises_is_a_row(
-    write_module: Callable[[str], str], fault: str, status: TrialStatus, error: str
+    data: TrainingData, write_module: Callable[[str], str], fault: str, status: TrialStatus, error: str
 ) -> None:
     module = write_module(WATCHED_MODEL + f"    {fault}\n")
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    setup = WorkerSetup(train=TRAIN, validation=VALIDATION, num_classes=3, num_threads=threads, search_path=())
-    run = ConfirmWorker((setup, TEST)).train(make_job(f"{module}:net"))
-    torch.set_rng_state(state)
+    run = run_job(data, make_job(f"{module}:net"), TEST)
     assert (run.trial_id, run.seed, run.status) == ("a", 1000, status)
     assert error in (run.error or "")
 
@@ -521,6 +518,12 @@ def test_out_of_memory_is_tried_again_where_there_is_a_larger_share(share: float
     assert (again.share if again else None) == next_share
     if again:
         assert again.plan_retry(FULL, died=False) is None
+
+
+def test_share_that_was_too_small_for_the_data_alone_is_doubled_and_costs_no_death() -> None:
+    full = dataclasses.replace(FULL, error="LargerShareNeeded: out of memory with 0.25 GPU: E: full")
+    again = attempt(0.25).plan_retry(full, died=True)
+    assert again == attempt(0.5, earlier=full)
 
 
 @pytest.mark.parametrize("status", [TrialStatus.COMPLETED, TrialStatus.DIVERGED])
@@ -716,6 +719,8 @@ class Net(torch.nn.Linear):
     def __init__(self, shape, classes):
         self.seed = torch.initial_seed()
         super().__init__(math.prod(shape), classes)
+        with pathlib.Path({marker!r}).with_name("built").open("a") as file:
+            print(self.seed, os.getpid(), file=file)
 
     def forward(self, images):
         logits = super().forward(images.flatten(1))
@@ -741,10 +746,13 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     options = SearchOptions(
         model=f"{module}:Net", num_samples=4, max_epochs=2, top_k=4, confirm_seeds=2, scheduler="none", sampler="random"
     )
-    with ray_session(num_cpus=2, num_gpus=0):
+    with ray_session(num_cpus=2, num_gpus=0, preload=("tune_amp.cluster.preload",), workers=2):
         plan = plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run")
         result = run_search(plan, Observer())
     assert marker.exists()
+    built = [line.split() for line in (tmp_path / "built").read_text().splitlines()]
+    of_trials = {pid for seed, pid in built if seed == "0"}
+    assert [pid in of_trials for seed, pid in built if seed == "1000"][:2] == [True, True]  # until one dies
     confirmation = result.confirmation
     assert confirmation is not None
     assert confirmation.progress.total == 4  # two configurations, though four trials and the default have them

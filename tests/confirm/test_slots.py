@@ -25,12 +25,12 @@ class FakeActor:
 
     def __init__(self, cluster: "FakeRay", share: float) -> None:
         self._cluster, self.share = cluster, share
-        self.train = self.__ray_ready__ = self
+        self.lend = self.__ray_ready__ = self
 
     def options(self, name: str) -> "FakeActor":
         return self
 
-    def remote(self, job: ConfirmJob | None = None) -> "FakeReference":
+    def remote(self, function: object = None, job: ConfirmJob | None = None, *_: object) -> "FakeReference":
         return FakeReference(self, job)
 
 
@@ -58,7 +58,7 @@ class FakeRay:
     def remote(self, *, num_cpus: int, num_gpus: float, max_restarts: int) -> Callable[[type], Any]:
         assert max_restarts == 0
 
-        def open_actor(sent: object) -> FakeActor:
+        def open_actor() -> FakeActor:
             self.opened.append(FakeActor(self, num_gpus))
             self.living.append(self.opened[-1])
             return self.opened[-1]
@@ -103,6 +103,7 @@ def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[FakeRay, Con
         monkeypatch.setattr(slots, "time", SimpleNamespace(monotonic=lambda: cluster.now))
         monkeypatch.setattr(slots, "count_slots_now", lambda *_, **__: lambda: at_once)
         monkeypatch.setattr(slots, "build_worker_setup", lambda *_, **__: None)
+        monkeypatch.setattr(slots, "tune", SimpleNamespace(with_parameters=lambda trainable, **_: trainable))
         resources = TrialResources(cpus=1, gpus=share, max_concurrent=at_once, reason="")
         dataset: Any = SimpleNamespace(test=None)
         return cluster, ConfirmSlots(dataset, resources, **options)
@@ -123,6 +124,17 @@ def test_a_slot_has_one_worker_for_all_its_jobs_and_none_afterwards(confirm: Bui
         assert [run.status for _, run in opened.train(make_jobs(3))] == [COMPLETED] * 3
         assert [run.status for _, run in opened.train(make_jobs(5))] == [COMPLETED] * 5
         assert len(cluster.opened) == len(cluster.living) == 2
+    assert cluster.living == []
+
+
+def test_workers_of_the_search_are_used_before_new_ones_and_ended_too(confirm: Build) -> None:
+    cluster, opened = confirm({}, at_once=2)
+    of_search = FakeActor(cluster, 0.0)
+    cluster.living.append(of_search)
+    with ConfirmSlots(opened._dataset, opened._resources, workers=[of_search]) as slots_of_search:
+        assert [run.status for _, run in slots_of_search.train(make_jobs(5))] == [COMPLETED] * 5
+        assert len(cluster.opened) == 1
+        assert of_search in cluster.living
     assert cluster.living == []
 
 

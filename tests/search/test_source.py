@@ -7,7 +7,7 @@ from ray import tune
 from ray.tune.experiment import Experiment, Trial
 
 from tune_amp.search.history import RecordedTrial
-from tune_amp.search.source import TrialSource
+from tune_amp.search.source import KeptWorkers, TrialSource
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
 
@@ -53,12 +53,14 @@ class Desk:
         self.searcher.numbers = {trial.trial_id: trial.number for trial in past}
         self.submitted: list[tuple[str, int]] = []
         self.faults: list[str] = []
+        self.workers = KeptWorkers()
         self.source = TrialSource(
             self.searcher,  # type: ignore[arg-type]
             count_slots=self.slots,
             on_submit=self.note,
             on_fault=self.faults.append,
             past=past,
+            workers=self.workers,
         )
         self.source.add_configurations(
             [Experiment("run", tune.Trainable, num_samples=num_samples, storage_path=str(folder))]
@@ -107,6 +109,37 @@ def test_no_more_trials_run_than_there_are_slots(make_desk: Any) -> None:
     assert third.config["lr"] == 3.0
     assert desk.searcher.completed == [first[0].trial_id]
     assert not desk.source.is_finished()
+
+
+def test_workers_of_the_last_trials_are_kept_if_they_are_sound(make_desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "error_file", None)
+    desk = make_desk(num_samples=6)
+    desk.slots.count = 3
+    running = desk.draw()
+    for number, trial in enumerate(running):
+        trial.temporary_state.ray_actor = f"worker {number}"
+    for place, status in enumerate(("stopped", "failed", "diverged")):
+        desk.source.on_trial_complete(running[place].trial_id, {"status": status})
+        [trial] = desk.draw()
+        trial.temporary_state.ray_actor = f"worker {place}"
+        running.append(trial)
+    assert desk.workers.actors == []  # Tune gives them to the trials that followed
+    assert desk.source.is_finished()
+    desk.source.on_trial_complete(running[3].trial_id, {"status": "running", "done": True})
+    desk.source.on_trial_complete(running[4].trial_id, {"status": "out_of_memory"})
+    desk.source.on_trial_complete(running[5].trial_id, error=True)
+    assert desk.workers.actors == ["worker 0"]
+
+
+def test_no_worker_is_kept_after_one_has_died(make_desk: Any) -> None:
+    """The retry may need the resources that the others hold."""
+    desk = make_desk(num_samples=2)
+    first, second = desk.draw()
+    desk.source.on_trial_complete(first.trial_id, {"status": "completed"})
+    assert len(desk.workers.actors) == 1
+    desk.workers.drop()
+    desk.source.on_trial_complete(second.trial_id, {"status": "completed"})
+    assert desk.workers.actors == []
 
 
 def test_the_cause_of_a_workers_death_is_passed_on_with_the_end_of_the_trial(

@@ -11,6 +11,7 @@ from tune_amp.cluster.memory_holders import MEMORY_RETRIES, MEMORY_WAIT_SECONDS
 from tune_amp.cluster.ray_patches import patched_worker_deaths
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES
+from tune_amp.search.source import KeptWorkers
 from tune_amp.search.tuner import UncountedDeaths, name_trial, prepare_next_attempt
 from tune_amp.trial.config import TrialConfig
 
@@ -54,8 +55,11 @@ def test_trial_that_needs_a_larger_share_gets_it(cause: str, status: str, share:
         error_file=str(tmp_path / "error.txt"),
         update_resources=lambda request: asked.append(request.bundles[0]["GPU"]),
     )
-    assert prepare_next_attempt(SHARED_GPU, set(), trial) == 0.0
+    workers = KeptWorkers()
+    workers.actors.append("holds a share")
+    assert prepare_next_attempt(SHARED_GPU, set(), workers, trial) == 0.0
     assert asked[-1] == share
+    assert workers.actors == []
 
 
 SHARED_GPU = TrialResources(cpus=1, gpus=0.25, max_concurrent=4, reason="")
@@ -68,14 +72,14 @@ def test_trial_whose_nodes_memory_others_hold_waits_and_says_so_once(
     trial = FakeTrial("1")
     trial.trial_id, trial.status, trial.error_file = "a", Trial.ERROR, str(tmp_path / "error.txt")
     announced: set[str] = set()
-    waits = [prepare_next_attempt(SHARED_GPU, announced, trial) for _ in range(2)]
+    waits = [prepare_next_attempt(SHARED_GPU, announced, KeptWorkers(), trial) for _ in range(2)]
     assert waits == [MEMORY_WAIT_SECONDS] * 2
     told = (
         "the node's memory is held by other programs: 19.50 of 20.00 GiB; the largest is process 77 (solve, 19.00 GiB)"
     )
     assert capsys.readouterr().err == f"waiting  trial 1: {told}\n"
     trial.status = Trial.RUNNING  # its retries are used up
-    assert prepare_next_attempt(SHARED_GPU, announced, trial) == 0.0
+    assert prepare_next_attempt(SHARED_GPU, announced, KeptWorkers(), trial) == 0.0
 
 
 # What a death costs

@@ -394,19 +394,39 @@ def pause_pending(controller: Any, trial: Any) -> None:
     controller._set_trial_status(trial, Trial.PAUSED)
 
 
-def prestarted_workers() -> contextlib.AbstractContextManager[Any]:
-    """In the ``with`` block, Tune's actors use the workers that started with the node of a private Ray.
+def is_private() -> bool:
+    """Return whether Ray is private to this process: started by it, with workers that import before they are used."""
+    return PRELOAD in os.environ
 
-    Tune gives its actors a runtime environment that copies some of the driver's variables. For it Ray starts further
-    workers, which import PyTorch anew: 2 s of CPU time each. The workers of a private Ray inherited these variables.
+
+@contextlib.contextmanager
+def workers_of_private_ray() -> Iterator[None]:
+    """In the ``with`` block, Tune's actors use the workers that started with a private Ray, and can outlive Tune.
+
+    - Tune gives its actors a runtime environment that copies some of the driver's variables. For it Ray starts further
+      workers, which import PyTorch anew: 2 s of CPU time each. The workers of a private Ray inherited these variables.
+    - Tune gives each actor a placement group, and removes both at its end. On one node that nothing else uses, it can
+      as well count its resources. An actor without a placement group lives as long as somebody holds its handle.
     """
     import ray
+    from ray.air.execution import FixedResourceManager
+    from ray.tune.execution import tune_controller
     from ray.tune.execution.class_cache import _ActorClassCache
 
-    if PRELOAD not in os.environ:  # a Ray that was started elsewhere, in another environment
-        return contextlib.nullcontext()
+    if not is_private():  # a Ray that was started elsewhere, in another environment
+        yield
+        return
     remote = functools.cache(ray.remote)
-    return patch.object(_ActorClassCache, "get", lambda _, trainable: remote(trainable))
+    with (
+        patch.object(_ActorClassCache, "get", lambda _, trainable: remote(trainable)),
+        patch.object(tune_controller, "PlacementGroupResourceManager", FixedResourceManager),
+    ):
+        yield
+
+
+def find_worker(trial: Any) -> Any:
+    """Return the handle of the worker of a trial; None if it has none."""
+    return trial.temporary_state.ray_actor
 
 
 @contextlib.contextmanager

@@ -200,6 +200,12 @@ class AmpTrainable(tune.Trainable):
         names = READ_BY_TUNE | {*self._metrics}
         return {name: result[name] for name in names & result.keys()} | {REPORT: read_report(result)}
 
+    def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``function`` with this worker's data and ``arguments``, when no trial runs, and return its result."""
+        if self._run is not None:  # the scheduler stopped the trial, so no step released it
+            self._release()
+        return function(self._data, *arguments)
+
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has no state to save."""
         if self._content is not None:

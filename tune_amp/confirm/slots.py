@@ -3,23 +3,24 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import ray
-import torch
+from ray import tune
 
-from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
-from tune_amp.cluster.resources import TrialResources, count_slots_now, double_share
-from tune_amp.cluster.trainable import (
-    WORKER_RETRIES,
-    WorkerSetup,
-    build_worker_setup,
-    failure_report,
-    prepare_worker,
+from tune_amp.cluster.failures import (
+    LARGER_SHARE_SIGN,
+    count_free_retries,
+    describe_limit,
+    find_reason,
+    find_status,
 )
+from tune_amp.cluster.resources import TrialResources, count_slots_now, double_share
+from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup, failure_report
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmJob
 from tune_amp.training.amp import name_device
@@ -55,6 +56,8 @@ class Attempt:
         cause. Running out of memory is final, because the settings are the cause, unless a larger share of the GPU is
         available. The settings never cause the loss of a node, nor a node's memory being held by other programs.
         """
+        if LARGER_SHARE_SIGN in (run.error or ""):  # the data alone was too large for the share
+            died = False
         if died and self.losses < count_free_retries(run.error or ""):
             return dataclasses.replace(self, losses=self.losses + 1)
         if died:
@@ -75,12 +78,14 @@ class Attempt:
 class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
     """The slots of a confirmation, with the resources and the concurrency of trials.
 
-    A slot has one worker process, an actor, for all of its jobs: it imports PyTorch and places the data once. After a
-    job that failed or ran out of memory it gets a new one. Use it in a ``with`` block, which ends all workers.
+    A slot has one worker process for all of its jobs: one of the search's, or a new one, which imports PyTorch and
+    places the data once. After a job that failed or ran out of memory it gets a new one. Use it in a ``with`` block,
+    which ends all workers.
 
     Args:
         dataset: the data of the search.
         resources: resources of a slot, and how many slots there are.
+        workers: workers of the search with these resources, which are idle: handles of ``AmpTrainable`` actors.
         objectives: objectives of the search.
         time_limit: seconds from its start after which a job is ended as failed.
     """
@@ -90,15 +95,26 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         dataset: Dataset,
         resources: TrialResources,
         *,
+        workers: Sequence[Any] = (),
         objectives: tuple[str, ...] = (),
         time_limit: float = math.inf,
     ) -> None:
-        self._resources, self._time_limit = resources, time_limit
-        self._content = build_worker_setup(dataset, resources, objectives=objectives), dataset.test
-        self._sent: ray.ObjectRef[Any] | None = None
+        self._dataset, self._resources = dataset, resources
+        self._objectives, self._time_limit = objectives, time_limit
         self._count_slots = count_slots_now(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
-        self._idle: list[_Worker] = []
+        self._idle = [_Worker(worker, resources.gpus) for worker in workers]
         self._running: dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]] = {}
+
+    @functools.cached_property
+    def _trainable(self) -> type[AmpTrainable]:
+        """Class of new workers."""
+        setup = build_worker_setup(self._dataset, self._resources, objectives=self._objectives)
+        bound: type[AmpTrainable] = tune.with_parameters(AmpTrainable, worker_setup=setup)
+        return bound
+
+    @functools.cached_property
+    def _test(self) -> "ray.ObjectRef[Split]":
+        return ray.put(self._dataset.test)
 
     def __exit__(self, *_: object) -> None:
         """End all workers."""
@@ -137,11 +153,12 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         worker = next((worker for worker in self._idle if worker.share == attempt.share), None)
         if worker is None:
             self._end_idle()  # they may hold what the new one needs
-            self._sent = self._sent or ray.put(self._content)
-            worker = _Worker(self._resources.cpus, attempt.share, self._sent)
+            # `Attempt` counts retries: an actor that restarts would lose them.
+            remote = ray.remote(num_cpus=self._resources.cpus, num_gpus=attempt.share, max_restarts=0)
+            worker = _Worker(remote(self._trainable).remote(), attempt.share)
         else:
             self._idle.remove(worker)
-        self._running[worker.train(attempt.job)] = attempt, worker
+        self._running[worker.train(attempt.job, self._test, self._objectives)] = attempt, worker
 
     def _release(self, worker: "_Worker", run: ConfirmedRun) -> None:
         """Keep a worker for the next job, unless its process may be why the last one failed.
@@ -166,28 +183,25 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
 
 
 class _Worker:
-    """Handle of a ``ConfirmWorker``.
+    """An ``AmpTrainable`` actor that trains jobs.
 
     Args:
-        cpus: its CPUs.
+        actor: its handle.
         share: its share of a GPU; 0 on the CPU.
-        sent: argument of the worker.
     """
 
-    def __init__(self, cpus: int, share: float, sent: "ray.ObjectRef[Any]") -> None:
-        self.share = share
-        # `Attempt` counts retries: an actor that restarts would lose them.
-        worker: Any = ray.remote(num_cpus=cpus, num_gpus=share, max_restarts=0)(ConfirmWorker)
-        self._actor = worker.remote(sent)
-        self._is_ready = self._actor.__ray_ready__.remote()
+    def __init__(self, actor: Any, share: float) -> None:
+        self._actor, self.share = actor, share
+        self._is_ready = actor.__ray_ready__.remote()
         self._started: float | None = None
 
-    def train(self, job: ConfirmJob) -> "ray.ObjectRef[ConfirmedRun]":
+    def train(
+        self, job: ConfirmJob, test: "ray.ObjectRef[Split]", objectives: tuple[str, ...]
+    ) -> "ray.ObjectRef[ConfirmedRun]":
         """Start a job."""
         self._started = None
-        reference: ray.ObjectRef[ConfirmedRun] = self._actor.train.options(
-            name=f"confirm {job.trial_ids[0]} on seed {job.config.seed}"
-        ).remote(job)
+        called = self._actor.lend.options(name=f"confirm {job.trial_ids[0]} on seed {job.config.seed}")
+        reference: ray.ObjectRef[ConfirmedRun] = called.remote(run_job, job, test, objectives)
         return reference
 
     def count_seconds(self) -> float:
@@ -211,33 +225,17 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
         return _end(job, status=status, error=cause), True
 
 
-class ConfirmWorker:
-    """The worker of a slot, a Ray actor.
-
-    Args:
-        sent: what all jobs share, and the test set.
-    """
-
-    def __init__(self, sent: tuple[WorkerSetup, Split]) -> None:
-        self._setup, self._test = sent
-        self._device = torch.device("cpu")
-        self._data: TrainingData | None = None
-
-    def train(self, job: ConfirmJob) -> ConfirmedRun:
-        """Train a job. Any exception becomes a row."""
-        setup = self._setup
-        try:
-            if self._data is None:
-                self._device = prepare_worker(setup)
-                self._data = TrainingData(setup.train, setup.validation, setup.num_classes, self._device)
-            return train_and_test(job, self._data, self._test, setup.objectives)
-        except Exception as error:
-            report = failure_report(error)
-            status = TrialStatus(report["status"])
-            return _end(job, status=status, error=report["error"], device=name_device(self._device))
-        finally:
-            with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
-                release_memory(self._device)
+def run_job(data: TrainingData, job: ConfirmJob, test: Split, objectives: tuple[str, ...] = ()) -> ConfirmedRun:
+    """Train and test a job with ``train_and_test``. Any exception becomes a row."""
+    try:
+        return train_and_test(job, data, test, objectives)
+    except Exception as error:
+        report = failure_report(error)
+        status = TrialStatus(report["status"])
+        return _end(job, status=status, error=report["error"], device=name_device(data.device))
+    finally:
+        with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
+            release_memory(data.device)
 
 
 def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:

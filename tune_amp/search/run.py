@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ray import tune
 
 from tune_amp.cluster.checkpoints import RunStorage, check_from_nodes, prepare_storage
 from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
+from tune_amp.cluster.ray_patches import is_private
 from tune_amp.cluster.resources import count_slots_now, list_nodes
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import ConfirmSlots
@@ -37,7 +39,7 @@ from tune_amp.search.options import SearchOptions
 from tune_amp.search.plan import SearchPlan, describe_run, list_shared
 from tune_amp.search.recorder import TrialRecorder
 from tune_amp.search.schedulers import DivergenceAware, build_scheduler, make_key, restore_scheduler
-from tune_amp.search.source import TrialSource
+from tune_amp.search.source import KeptWorkers, TrialSource
 from tune_amp.search.study import AmpSearch
 from tune_amp.search.time_limit import TimeLimit
 from tune_amp.search.tuner import bind_trainable, prepare_next_attempt, run_tuner
@@ -131,14 +133,16 @@ def run_search(
         )
         callbacks = [limit, *trackers, recorder]
         with gauges:
-            _run_trials(plan, history, storage, recorder, stop, health, callbacks=callbacks, announce=announce)
+            workers = _run_trials(
+                plan, history, storage, recorder, stop, health, callbacks=callbacks, announce=announce
+            )
         result = _conclude(plan, recorder, history.provenance, stop)
         if not is_unfinished(result.trials, plan.options):
             remover.submit(storage.remove_checkpoints)
         if result.interrupted or not plan.options.confirm_seeds or not result.ranked:
             return result
         with gauges:
-            return _confirm(plan, result, gauges, stop, health)
+            return _confirm(plan, result, workers, gauges, stop, health)
 
 
 def _clean_up(storage: RunStorage, trial_name: str, options: SearchOptions) -> None:
@@ -172,8 +176,13 @@ def _run_trials(
     *,
     callbacks: Sequence[tune.Callback],
     announce: Callable[[str], object],
-) -> None:
-    """Run the trials until all are over or the search is asked to end."""
+) -> Sequence[Any]:
+    """Run the trials until all are over or the search is asked to end.
+
+    Returns:
+        Handles of workers that the confirmation can use.
+    """
+    workers = KeptWorkers()
     options, resources, time_left = plan.options, plan.resources, plan.time_left
     searcher = AmpSearch(
         plan.space,
@@ -191,7 +200,7 @@ def _run_trials(
     )
     # However the block ends, no trial stays running in the study.
     with stop.watched_by_tune(), contextlib.closing(searcher):
-        scheduler = build_scheduler(options, functools.partial(prepare_next_attempt, resources, set()))
+        scheduler = build_scheduler(options, functools.partial(prepare_next_attempt, resources, set(), workers))
         restore_scheduler(scheduler, [trial.trial_id for trial in history.trials], history.reports)
         for other in storage.list_foreign():
             announce(f"{other} was not made by this run folder: the checkpoints in it are read, but not removed")
@@ -207,13 +216,14 @@ def _run_trials(
             for trial in history.trials:
                 _pass_on_end(trial, recorder, searcher, scheduler)
             if time_left is not None and time_left <= 0:
-                return
+                return ()
             source = TrialSource(
                 searcher,
                 count_slots=count_slots_now(resources.cpus, resources.gpus, max_concurrent=options.max_concurrent),
                 on_submit=recorder.add_trial,
                 on_fault=stop.ask,
                 past=history.trials,
+                workers=workers if is_private() and options.confirm_seeds else None,
             )
             end_process = functools.partial(_end_process, searcher, recorder, stop)
             with watching(stop, health.find_dead_process, end_process):
@@ -227,6 +237,7 @@ def _run_trials(
                     num_samples=options.num_samples,
                     time_left=time_left,
                 )
+            return workers.actors
         finally:
             recorder.finish()
 
@@ -313,7 +324,12 @@ def _conclude(plan: SearchPlan, recorder: TrialRecorder, provenance: Provenance,
 
 
 def _confirm(
-    plan: SearchPlan, result: SearchResult, observer: Observer, stop: StopRequest, health: RayHealth
+    plan: SearchPlan,
+    result: SearchResult,
+    workers: Sequence[Any],
+    observer: Observer,
+    stop: StopRequest,
+    health: RayHealth,
 ) -> SearchResult:
     """Train the best trials again on fresh seeds."""
     dataset, options, resources, space = plan.dataset, plan.options, plan.resources, plan.space
@@ -327,7 +343,11 @@ def _confirm(
         search_seconds=sum(trial.wall_seconds for trial in result.trials),
     )
     slots = ConfirmSlots(
-        dataset, resources, objectives=options.objectives, time_limit=options.trial_time_limit or math.inf
+        dataset,
+        resources,
+        workers=workers,
+        objectives=options.objectives,
+        time_limit=options.trial_time_limit or math.inf,
     )
     with watching(stop, health.find_dead_process, stop.leave), slots:
         confirmation = confirm(

@@ -6,11 +6,30 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.search import SearchAlgorithm
 
-from tune_amp.cluster.failures import find_cause
+from tune_amp.cluster.failures import find_cause, find_status
+from tune_amp.cluster.ray_patches import find_worker
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
-from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.config import TrialConfig, TrialStatus
 from tune_amp.trial.text import describe_error
+
+
+class KeptWorkers:
+    """Workers of the last trials of a search, for what follows it: a worker lives as long as its handle is here."""
+
+    def __init__(self) -> None:
+        self._is_open = True
+        self.actors: list[Any] = []
+
+    def keep(self, trial: Trial, status: TrialStatus) -> None:
+        """Keep the worker of a trial that has ended, unless its process may be why."""
+        if self._is_open and status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED, TrialStatus.STOPPED):
+            self.actors.append(find_worker(trial))
+
+    def drop(self) -> None:
+        """Keep none any longer. Call it once a worker has died: the retry may need what the others hold."""
+        self._is_open = False
+        self.actors.clear()
 
 
 class TrialSource(SearchAlgorithm):
@@ -25,6 +44,7 @@ class TrialSource(SearchAlgorithm):
         on_submit: is called with each trial, its Optuna number and its configuration.
         on_fault: is called with a line if the study cannot be written, after which no trial is submitted.
         past: trials that were submitted before the search was interrupted; those that ended are only counted.
+        workers: gets those whose last trial has ended.
     """
 
     def __init__(
@@ -35,6 +55,7 @@ class TrialSource(SearchAlgorithm):
         on_submit: Callable[[Trial, int, TrialConfig], None],
         on_fault: Callable[[str], None],
         past: Sequence[RecordedTrial] = (),
+        workers: "KeptWorkers | None" = None,
     ) -> None:
         self._searcher = searcher
         self._count_slots, self._on_submit, self._on_fault = count_slots, on_submit, on_fault
@@ -42,6 +63,7 @@ class TrialSource(SearchAlgorithm):
         self._suggested = len(past)
         self._spec: dict[str, Any] = {}
         self._running: dict[str, Trial] = {}
+        self._workers = workers
 
     @property
     def total_samples(self) -> int:
@@ -84,6 +106,8 @@ class TrialSource(SearchAlgorithm):
         """Free the slot of a trial that has ended, and pass on its end."""
         trial = self._running.pop(trial_id, None)
         cause = find_cause(trial) if error and trial is not None else ""
+        if self._workers and trial is not None and self.is_finished():
+            self._workers.keep(trial, find_status(result, error=error))
         self._searcher.on_trial_complete(trial_id, result, error, cause)
 
     def _submit(self, trial_id: str, place: int, config: TrialConfig) -> Trial:

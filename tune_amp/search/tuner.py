@@ -11,12 +11,17 @@ from tune_amp.cluster.checkpoints import RunStorage
 from tune_amp.cluster.failures import LARGER_SHARE_SIGN, count_free_retries, find_cause, find_reason
 from tune_amp.cluster.interrupt import StopRequest
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_WAIT_SECONDS
-from tune_amp.cluster.ray_patches import kept_starting_workers, patched_worker_deaths, prestarted_workers, quiet_tune
+from tune_amp.cluster.ray_patches import (
+    kept_starting_workers,
+    patched_worker_deaths,
+    quiet_tune,
+    workers_of_private_ray,
+)
 from tune_amp.cluster.resources import TrialResources, double_share
 from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.schedulers import DivergenceAware
-from tune_amp.search.source import TrialSource
+from tune_amp.search.source import KeptWorkers, TrialSource
 from tune_amp.training.data import Dataset
 from tune_amp.trial.text import format_scale
 
@@ -51,7 +56,7 @@ def _request(cpus: int, gpus: float) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
 
 
-def prepare_next_attempt(resources: TrialResources, announced: set[str], trial: Any) -> float:
+def prepare_next_attempt(resources: TrialResources, announced: set[str], workers: KeptWorkers, trial: Any) -> float:
     """Prepare a trial whose worker died for its retry. The scheduler calls this before Tune requests the resources.
 
     A trial that ran out of its share of a GPU gets twice the share. A trial whose node has memory held by others waits,
@@ -60,6 +65,7 @@ def prepare_next_attempt(resources: TrialResources, announced: set[str], trial: 
     Returns:
         Seconds until the trial may be retried.
     """
+    workers.drop()
     cause = find_cause(trial)
     if trial.status != Trial.ERROR:
         return 0.0
@@ -119,7 +125,7 @@ def run_tuner(
     try:
         with (
             quiet_tune(),
-            prestarted_workers(),
+            workers_of_private_ray(),
             kept_starting_workers(),
             patched_worker_deaths(stop.ask, UncountedDeaths()),
         ):
