@@ -26,13 +26,17 @@ LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ONE_CONNECTION_ATTEMPT = {"RAY_gcs_server_port_wait_time_s": "1"}
 """Variable that limits the attempts to join a cluster. If something other than Ray listens, one attempt takes 40 s, and
 Ray would make twenty."""
-FAST_CONNECTION = {
+FAST_START = {
     "RAY_raylet_client_connect_timeout_milliseconds": "50",
     "RAY_raylet_client_num_connect_attempts": "200",
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
-"""Variables by which a private Ray asks 20 times a second, for 10 s as ever, whether its object store listens.
+"""Variables by which a private Ray starts earlier, unless the user has set them.
 
-The raylet starts it in a thread and asks at once: in four of ten starts too early, and then again after 1 s.
+The raylet asks 20 times a second, for 10 s as ever, whether its object store listens. It starts it in a thread and asks
+at once: in four of ten starts too early, and then again after 1 s. And it keeps workers that are idle for a minute
+instead of a second, else it may start another one for the first trial: 2 to 3 s later, in three of 17 searches of the
+digits, and in none of 15 with a minute.
 """
 START_SECONDS = 300
 """Seconds that the node of a private Ray may take to start."""
@@ -53,15 +57,9 @@ PRELOAD = "RAY_preload_python_modules"
 def preloading(modules: Sequence[str]) -> dict[str, str | None]:
     """Return the variables that make the workers of a private Ray import ``modules`` as they start.
 
-    Lightning may not fork in them (ray-project/ray#28197), which Tune sets otherwise: see ``prestarted_workers``. Ray
-    may end a worker that was idle for a second, and start another one for the first trial: 2 to 3 s later, in three of
-    17 searches of the digits, and in none of 15 with a minute.
+    Lightning may not fork in them (ray-project/ray#28197), which Tune sets otherwise: see ``workers_of_private_ray``.
     """
-    return {
-        PRELOAD: ",".join(modules) or None,
-        "PL_DISABLE_FORK": "1",
-        "RAY_idle_worker_killing_time_threshold_ms": "60000",
-    }
+    return {PRELOAD: ",".join(modules) or None, "PL_DISABLE_FORK": "1"}
 
 
 def read_environment_again() -> None:

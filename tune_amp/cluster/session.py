@@ -187,7 +187,7 @@ def _private_ray(
         sharing = stack.enter_context(provide_mps(mps, home)) if has_gpu else None
         secured: dict[str, str | None] = {
             **ray_patches.LOOPBACK_ONLY,
-            **{name: os.environ.get(name, value) for name, value in ray_patches.FAST_CONNECTION.items()},
+            **{name: os.environ.get(name, value) for name, value in ray_patches.FAST_START.items()},
             **ray_patches.preloading(preload),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_path),
