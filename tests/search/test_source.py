@@ -131,6 +131,15 @@ def test_workers_of_the_last_trials_are_kept_if_they_are_sound(make_desk: Any, m
     assert desk.workers.actors == ["worker 0"]
 
 
+def test_worker_that_tune_gives_one_more_trial_is_kept_once(make_desk: Any) -> None:
+    """The last trial may wait for its worker while another one is freed."""
+    desk = make_desk(num_samples=2)
+    for trial in desk.draw():
+        trial.temporary_state.ray_actor = "worker"
+        desk.source.on_trial_complete(trial.trial_id, {"status": "completed"})
+    assert desk.workers.actors == ["worker"]
+
+
 def test_no_worker_is_kept_after_one_has_died(make_desk: Any) -> None:
     """The retry may need the resources that the others hold."""
     desk = make_desk(num_samples=2)

@@ -23,8 +23,10 @@ class KeptWorkers:
 
     def keep(self, trial: Trial, status: TrialStatus) -> None:
         """Keep the worker of a trial that has ended, unless its process may be why."""
-        if self._is_open and status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED, TrialStatus.STOPPED):
-            self.actors.append(find_worker(trial))
+        worker = find_worker(trial)
+        is_sound = status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED, TrialStatus.STOPPED)
+        if self._is_open and is_sound and worker not in self.actors:  # Tune may have given it one more trial
+            self.actors.append(worker)
 
     def drop(self) -> None:
         """Keep none any longer. Call it once a worker has died: the retry may need what the others hold."""
