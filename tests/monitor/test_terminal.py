@@ -118,9 +118,9 @@ def test_live_view_shows_every_number_of_a_running_trial_within_80_columns() -> 
     ]
     text = show(render_progress(make_progress(trials, ["a", "b"])))
     assert "…" not in text
-    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "too", "high"] in words(text)
+    assert [NAME, "99/100", "98.77%", "1,235", "1.5e-07", "too", "high"] in words(text)
     assert [NAME, "123456"] in words(text)  # what does not fit follows below
-    assert [NAME, "99/100", "98.77%", "1235", "1.5e-07", "too", "high", "123456"] in words(
+    assert [NAME, "99/100", "98.77%", "1,235", "1.5e-07", "too", "high", "123456"] in words(
         show(render_progress(make_progress(trials, ["a", "b"])), 120)
     )
     assert ["08-fp32-lr0.1-b64", "0/5"] in words(text)
@@ -327,7 +327,7 @@ def test_ranking_shows_every_number_within_80_columns() -> None:
     rows = [line for line in words(text) if line[:1] in (["1"], ["2"])]
     assert rows == [
         ["1", "0.000123", "1024", "2^-24", "2000", "0", "100/100", "100.00%", "100.0", "99999"],
-        ["2", "0.5", "64", "0", "1/5", "98.77%", "1235", "1"],
+        ["2", "0.5", "64", "0", "1/5", "98.77%", "1,235", "1"],
         ["1", "60m00s"],
         ["2", "4s"],
     ]
@@ -378,8 +378,8 @@ def test_ranking_shows_the_costs_that_were_objectives() -> None:
     last = make_epoch(2, peak_memory_bytes=3 * 2**20, train_seconds=12.34)
     ranked = [make_trial("a", epochs=(last,))]
     shown = show(render_ranking(ranked, make_provenance("lr"))).split()
-    assert [cell in shown for cell in ("12.3s", "3MiB")] == [False, False]
-    for objective, cells in (("train_seconds", {"training", "12.3s"}), ("peak_memory_bytes", {"memory", "3MiB"})):
+    assert [cell in shown for cell in ("12.3s", "3.00MiB")] == [False, False]
+    for objective, cells in (("train_seconds", {"training", "12.3s"}), ("peak_memory_bytes", {"memory", "3.00MiB"})):
         both = make_provenance("lr", objective=f"val_accuracy,{objective}")
         assert cells <= set(show(render_ranking(ranked, both)).split())
 

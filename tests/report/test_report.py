@@ -227,7 +227,7 @@ def test_a_confirmed_table_names_every_configuration(tmp_path: Path) -> None:
         "may be the best yes yes no",
         "search minus confirmed +0.50 points +0.07 points",
         "validation accuracy in the search 97.60% 97.10%",
-        "validation loss in the search 0.1 0.0375",
+        "validation loss in the search 0.1000 0.03750",
         "epochs in the search 4/4 4/4",
         "lr 0.003 0.008 0.001",
     )
@@ -374,7 +374,7 @@ def test_a_users_own_metric_and_parameters_are_shown_like_others(tmp_path: Path)
     assert "data read by the training loop itself objective highest val_f1" in text
     assert "Rank 1 is better than the defaults +2 in val_f1" in text
     assert "rank 1 lr 0.003, precision fp16, own.hidden 64, own.kind <b>wide</b>" in text
-    assert "Rank 1: test_f1 4.02 [3.995, 4.045], mean of 3 fresh seeds" in text
+    assert "Rank 1: test_f1 4.020 [3.995, 4.045], mean of 3 fresh seeds" in text
     assert "trial status epochs val_f1 skipped steps training" in text
     assert "own.hidden 64 128 64" in section_of(tmp_path, "best")
     for word in ("accuracy", "images", "in fp32", "sha256"):
@@ -480,7 +480,7 @@ def test_several_objectives_have_a_picture_of_the_pareto_set(tmp_path: Path) -> 
     assert "no other trial is at least as good in all objectives and better in one" in text
     assert "The Pareto set of val_accuracy and train_seconds" in text
     assert "97.60% validation accuracy, the best of the Pareto set by it, from the search's one seed" in text
-    assert "time in training steps in the search 6 s" in text
+    assert "time in training steps in the search 6.00 s" in text
 
 
 def test_200_trials_are_reported(tmp_path: Path) -> None:

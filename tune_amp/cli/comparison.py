@@ -53,7 +53,7 @@ from tune_amp.search.preflight import check_training
 from tune_amp.training.amp import describe_hardware, name_device
 from tune_amp.training.data import Dataset, make_long_tail
 from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, check
-from tune_amp.trial.text import hide_credentials, printable
+from tune_amp.trial.text import format_number, hide_credentials, printable
 
 QUIET_SECONDS = 10.0
 """Seconds without a line after which a run also reports its epochs."""
@@ -251,7 +251,7 @@ def describe_run(run: ComparedRun) -> str:
     """Return a finished run in one line."""
     parts = [] if run.status is TrialStatus.COMPLETED else [f"{run.status}: {run.error}"]
     if run.epoch_seconds is not None:
-        parts.append(f"epoch {run.epoch_seconds:.3g} s  {run.samples_per_second:,.0f} images/s")
+        parts.append(f"epoch {format_number(run.epoch_seconds, 3)} s  {run.samples_per_second:,.0f} images/s")
     if run.peak_memory_bytes is not None:
         parts.append(f"{run.peak_memory_bytes / 1e6:,.1f} MB")
     if run.val_accuracy is not None:

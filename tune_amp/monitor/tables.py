@@ -18,7 +18,7 @@ from tune_amp.results.provenance import Provenance
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.trial.config import COST_OBJECTIVES, RANKING_OBJECTIVES, TrialConfig, read_setting
 from tune_amp.trial.objectives import metric_of
-from tune_amp.trial.text import format_scale, join_names, printable
+from tune_amp.trial.text import format_number, format_scale, join_names, printable
 
 ACCURACIES = ("val_accuracy", "test_accuracy")
 """Metrics shown in percent. The unit of a user's own metric is unknown."""
@@ -127,8 +127,8 @@ def format_metric(name: str, value: float | None) -> str:
     if name in ACCURACIES:
         return f"{value:.2%}"
     if name == "peak_memory_bytes":
-        return f"{value / 2**20:.3g}MiB"
-    return f"{value:.3g}s" if name == "train_seconds" else f"{value:#.4g}".rstrip(".")
+        return f"{format_number(value / 2**20, 3)}MiB"
+    return f"{format_number(value, 3)}s" if name == "train_seconds" else format_number(value, 4)
 
 
 def format_clock(seconds: float) -> str:

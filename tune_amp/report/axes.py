@@ -15,6 +15,7 @@ from tune_amp.results.gain import name_objective
 from tune_amp.space.parameter import Parameter
 from tune_amp.trial.config import is_finite
 from tune_amp.trial.objectives import is_maximized, metric_of
+from tune_amp.trial.text import format_number
 
 MOST_TICKS = 6
 
@@ -100,8 +101,8 @@ def format_value(objective: str, value: float | None) -> str:
     if name in ("val_accuracy", "test_accuracy"):
         return f"{value:.2%}"
     if name == "train_seconds":
-        return f"{value:.3g} s"
-    return f"{value / 2**20:.3g} MiB" if name == "peak_memory_bytes" else f"{value:.4g}"
+        return f"{format_number(value, 3)} s"
+    return f"{format_number(value / 2**20, 3)} MiB" if name == "peak_memory_bytes" else format_number(value, 4)
 
 
 def accuracy_axis(title: str, accuracies: Sequence[float], images: int) -> Axis:

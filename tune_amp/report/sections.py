@@ -30,6 +30,7 @@ from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 from tune_amp.trial.config import TrialStatus, read_setting
 from tune_amp.trial.objectives import metric_of
+from tune_amp.trial.text import format_number
 
 # ---- shared ----
 
@@ -85,7 +86,7 @@ def _list_trials(run: Run) -> Table:
         row = [trial.trial_name, format_status(trial.status), format_epochs(trial)]
         if last := trial.last:
             row += [format_value(metric, last.find_value(metric)) for metric in metrics]
-            row += [f"{last.skipped_steps:,} of {last.steps:,}", f"{last.train_seconds:.3g} s"]
+            row += [f"{last.skipped_steps:,} of {last.steps:,}", f"{format_number(last.train_seconds, 3)} s"]
         row += [""] * (len(columns) - len(row))
         rows.append([*row, trial.error or ""] if has_errors else row)
     columns += ["error"] if has_errors else []

@@ -68,6 +68,11 @@ def format_scale(scale: float | None) -> str:
     return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
 
 
+def format_number(value: float, digits: int) -> str:
+    """Return a number with so many significant digits, and no exponent if it is large: ``2.50``, ``1,234``."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Return ``text`` with each run of white space as one blank, cut to ``limit`` characters if it is longer.
 
