@@ -200,6 +200,13 @@ class AmpTrainable(tune.Trainable):
         names = READ_BY_TUNE | {*self._metrics}
         return {name: result[name] for name in names & result.keys()} | {REPORT: read_report(result)}
 
+    def _setup_logdir(self) -> None:
+        """Make no folder for a confirmation's worker: Ray makes it in ``~/ray_results``, open to everybody."""
+        if self._storage is not None:
+            super()._setup_logdir()  # type: ignore[no-untyped-call]
+        else:
+            self._logdir: Any = None
+
     def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call ``function`` with this worker's data and ``arguments``, when no trial runs, and return its result."""
         if self._run is not None:  # the scheduler stopped the trial, so no step released it
