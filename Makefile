@@ -1,4 +1,5 @@
-# Needs Python 3.11 or newer and make, nothing else: every target prepares .venv first (8 GB with torch's CUDA).
+# Needs Python 3.11 or newer and make, nothing else: every target prepares .venv first (8 GB with torch's CUDA, 11 GB until
+# it is installed).
 PYTHON ?= python3
 # Ours is an environment that holds `ready`, from its first moment on. One of another program (`uv run`) is left alone.
 VENV := $(shell if [ -L .venv ] || { [ -e .venv ] && ! [ -e .venv/ready ]; }; then echo .venv-make; else echo .venv; fi)
@@ -13,7 +14,6 @@ install: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@[ $(VENV) = .venv ] || echo "note: .venv was not made by this Makefile and is left as it is; using $(VENV)" >&2
-	@[ -e $@ ] || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(f"11 GB of free disk are needed for $(VENV) and its downloads, {free:.1f} are left" if free < 11 else 0)'
 	@[ -e $@ ] || { mkdir $(VENV) && touch -d 2000-01-01 $@; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.lock into $(VENV): 3 GB of downloads, some minutes"

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import past_runs
@@ -303,7 +304,8 @@ def test_configuration_that_was_read_from_a_file_builds_no_model_that_only_the_f
         with pytest.raises(InputError, match="code that only a file names is not run"):
             door()
     data = TrainingData(digits.train, digits.validation, digits.num_classes, cpu)
-    confirmed = run_job(data, ConfirmJob(trial_ids=("a",), config=config), digits.test)
+    worker: Any = SimpleNamespace(data=data, device=cpu, share=0.0)
+    confirmed = run_job(worker, ConfirmJob(trial_ids=("a",), config=config), digits.test)
     assert "evil:net: code that only a file names is not run" in (confirmed.error or "")
     assert not (tmp_path / "ran").exists()
 

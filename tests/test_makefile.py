@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,20 +104,6 @@ def test_environment_whose_first_installation_failed_is_still_ours(checkout: Che
     assert checkout.last == ".venv/bin/python scripts/search.py"
     assert checkout.make("clean").returncode == 0
     assert not (checkout.folder / ".venv").exists()
-
-
-def test_disk_without_room_for_the_environment_is_said_before_anything_is_downloaded(
-    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    patch = "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=10_940_000_000)\n"
-    (checkout.folder / "sitecustomize.py").write_text(patch)
-    monkeypatch.setenv("PYTHONPATH", str(checkout.folder))
-    done = checkout.make("install", python=sys.executable)
-    assert done.returncode != 0
-    assert done.stderr.startswith("11 GB of free disk are needed for .venv and its downloads, 10.9 are left\n")
-    assert not (checkout.folder / ".venv").exists()
-    checkout.make("install")
-    assert checkout.make("install", python=sys.executable).returncode == 0  # an environment that is there needs none
 
 
 def test_cleaning_leaves_folders_that_nothing_here_makes(checkout: Checkout) -> None:

@@ -26,7 +26,7 @@ import ray
 from ray._private import node as node_module
 from ray._private import parameter, ray_constants, services, state, worker
 from ray.air._internal import usage
-from ray.air.execution import FixedResourceManager, PlacementGroupResourceManager
+from ray.air.execution import FixedResourceManager, PlacementGroupResourceManager, ResourceRequest
 from ray.air.execution._internal import RayActorManager, TrackedActor
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.job_config import JobConfig
@@ -454,10 +454,8 @@ def test_stock_tune_gives_its_actors_an_environment_of_their_own(monkeypatch: py
         return classes[0] if classes else lambda trainable: trainable
 
     monkeypatch.setattr(ray, "remote", remote)
-    monkeypatch.delenv(ray_patches.PRELOAD, raising=False)
-    for preloading in (False, True):
-        if preloading:
-            monkeypatch.setenv(ray_patches.PRELOAD, "some.module")
+    for is_private in (False, True):
+        monkeypatch.setattr(ray_patches, "is_private", lambda is_private=is_private: is_private)
         with ray_patches.workers_of_private_ray():
             assert _ActorClassCache().get(Trial) is Trial
     assert [options.get("runtime_env", {}).get("env_vars", {}).get("PL_DISABLE_FORK") for options in given] == [
@@ -533,20 +531,68 @@ def test_stock_ray_has_no_public_title_of_a_process_and_only_a_workers_is_change
 # Tune
 
 
+def act_as_driver(monkeypatch: pytest.MonkeyPatch, resources: dict[str, float]) -> None:
+    """As if Ray ran, which a resource manager would start."""
+    context = SimpleNamespace(worker=SimpleNamespace(mode=ray.SCRIPT_MODE))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: dict(resources))
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: None)
+
+
 def test_stock_tune_gives_each_actor_a_placement_group_and_has_no_option_against_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "resource_manager_factory" not in inspect.getsource(tune_module)
     names: Any = tune_controller
-    used = []
-    monkeypatch.delenv(ray_patches.PRELOAD, raising=False)
-    for preloading in (False, True):
-        if preloading:
-            monkeypatch.setenv(ray_patches.PRELOAD, "some.module")
+    made = []
+    act_as_driver(monkeypatch, {"CPU": 2.0})
+    for is_private in (False, True):
+        monkeypatch.setattr(ray_patches, "is_private", lambda is_private=is_private: is_private)
         with ray_patches.workers_of_private_ray():
-            used.append(names.PlacementGroupResourceManager)
-    assert used == [PlacementGroupResourceManager, FixedResourceManager]
+            made.append(type(names.PlacementGroupResourceManager()))
+    assert made == [PlacementGroupResourceManager, FixedResourceManager]
     assert names.PlacementGroupResourceManager is PlacementGroupResourceManager
+
+
+@pytest.mark.parametrize(
+    ("head", "preload", "expected"),
+    [
+        (True, "some.module", True),
+        (True, None, False),  # a Ray that the user has started in this process
+        (False, "some.module", False),  # a cluster, joined by a process that a worker of a private Ray has started
+        (None, "some.module", False),  # no Ray
+    ],
+)
+def test_only_a_ray_of_this_process_whose_workers_import_early_is_private(
+    head: bool | None, preload: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_global_node", None if head is None else SimpleNamespace(head=head))
+    monkeypatch.delenv(ray_patches.PRELOAD, raising=False)
+    if preload:
+        monkeypatch.setenv(ray_patches.PRELOAD, preload)
+    assert ray_patches.is_private() is expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "slots"), [(8, 0.2, 40), (5, 0.2, 25), (4, 0.1, 40), (1, 0.025, 40), (2, 0.3, 6)]
+)
+def test_stock_tune_loses_shares_to_binary_fractions_where_it_counts_resources(
+    gpus: int, share: float, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, request = {"CPU": 64.0, "GPU": float(gpus)}, ResourceRequest([{"CPU": 1, "GPU": share}])
+
+    def fill(manager: FixedResourceManager) -> int:
+        for _ in range(slots + 1):
+            manager.request_resources(request)
+        return sum(manager.acquire_resources(request) is not None for _ in range(slots + 1))
+
+    names: Any = tune_controller
+    act_as_driver(monkeypatch, total)
+    monkeypatch.setattr(ray_patches, "is_private", lambda: True)
+    if (gpus, share) == (8, 0.2):
+        assert fill(FixedResourceManager(dict(total))) < slots
+    with ray_patches.workers_of_private_ray():
+        assert fill(names.PlacementGroupResourceManager()) == slots
 
 
 def test_stock_tune_has_a_trials_worker_in_a_private_state(trial: Trial) -> None:

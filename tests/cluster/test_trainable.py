@@ -32,7 +32,7 @@ from tune_amp.reuse.final import find_differences
 from tune_amp.training.data import Dataset
 from tune_amp.training.memory import is_out_of_memory, release_memory
 from tune_amp.training.run import TrainingRun
-from tune_amp.trial.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig
+from tune_amp.trial.config import OBJECTIVES, EpochMetrics, InputError, TrialConfig, TrialStatus
 from tune_amp.trial.consent import list_consented
 
 MakeTrainable = Callable[..., Any]  # an AmpTrainable; Ray leaves train() and reset() without types
@@ -152,12 +152,33 @@ def test_larger_share_is_asked_for_once_and_only_for_want_of_gpu_memory(
     error: Exception, share: float, first_share: float, asks: bool, make_trainable: MakeTrainable
 ) -> None:
     trainable = make_trainable()
-    trainable._share, trainable._first_share = share, first_share
+    trainable.share, trainable._first_share = share, first_share
     if asks:
         with pytest.raises(LargerShareNeeded, match=r"out of memory with 0\.25 GPU"):
             trainable._request_larger_share(error)
     else:
         trainable._request_larger_share(error)
+
+
+def test_data_that_find_no_room_are_the_end_of_each_trial_and_not_of_the_worker(
+    make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tune_amp.cluster.trainable.TrainingData", refuse)
+        trainable = make_trainable()
+        for _ in range(2):
+            [report] = train(trainable)
+            assert report["status"] == TrialStatus.OUT_OF_MEMORY
+            assert trainable.reset(settings())
+        trainable.share = trainable._first_share = 0.5
+        with pytest.raises(LargerShareNeeded, match=r"out of memory with 0\.5 GPU"):
+            trainable.train()
+    trainable.share = trainable._first_share = 1.0
+    assert trainable.reset(settings())
+    assert [report["status"] for report in train(trainable)][-1] == TrialStatus.COMPLETED
 
 
 def test_report_holds_epoch_metrics_as_they_were(make_trainable: MakeTrainable) -> None:
@@ -270,7 +291,7 @@ def test_memory_of_a_trial_that_the_scheduler_stopped_is_given_back_before_the_n
     assert trainable.reset(settings())
     assert len(released) == 2  # the last step has done it
     trainable.train()
-    assert trainable.lend(lambda data, value: (data, len(released), value), 7)[1:] == (3, 7)
+    assert trainable.lend(lambda worker, value: (worker, len(released), value), 7) == (trainable, 3, 7)
 
 
 def test_state_of_an_ended_trial_is_released(make_trainable: MakeTrainable) -> None:
@@ -497,11 +518,11 @@ def test_next_trial_in_the_same_actor_uses_the_same_resident_data_and_starts_afr
     make_trainable: MakeTrainable,
 ) -> None:
     trainable = make_trainable(precision="fp16", init_scale=2.0**30)
-    place = trainable._data.train.images.data_ptr()
+    place = trainable.data.train.images.data_ptr()
     first = train(trainable)
     assert trainable.reset(settings())
     second = train(trainable)
-    assert trainable._data.train.images.data_ptr() == place
+    assert trainable.data.train.images.data_ptr() == place
     assert first[0]["data_seconds"] > 0
     assert second[0]["data_seconds"] == 0  # charged to the trial that waited for it
     assert_same(second, train(make_trainable()))

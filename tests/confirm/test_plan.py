@@ -11,18 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import torch
+from ray import tune
 from records import NAN, PROVENANCE, make_scored, make_trial
 from small_runs import make_split
 
 from tune_amp.cluster.memory_holders import MEMORY_HELD_SIGN, MEMORY_RETRIES
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import ray_session
-from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES
+from tune_amp.cluster.trainable import NODE_RETRIES, WORKER_RETRIES, AmpTrainable, build_worker_setup
 from tune_amp.confirm.plan import ConfirmPlan, build_default, choose_seeds, confirm, plan_confirmation
 from tune_amp.confirm.slots import Attempt, ConfirmSlots, run_job, train_and_test
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
@@ -43,7 +45,7 @@ from tune_amp.search.run import run_search
 from tune_amp.space.space import SearchSpace, load_space
 from tune_amp.training.data import Dataset, make_long_tail
 from tune_amp.training.training_data import TrainingData
-from tune_amp.trial.config import TrialConfig, TrialStatus
+from tune_amp.trial.config import InputError, TrialConfig, TrialStatus
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -463,9 +465,44 @@ def test_whatever_a_run_raises_is_a_row(
     data: TrainingData, write_module: Callable[[str], str], fault: str, status: TrialStatus, error: str
 ) -> None:
     module = write_module(WATCHED_MODEL + f"    {fault}\n")
-    run = run_job(data, make_job(f"{module}:net"), TEST)
+    worker: Any = SimpleNamespace(data=data, device=CPU, share=0.0)
+    run = run_job(worker, make_job(f"{module}:net"), TEST)
     assert (run.trial_id, run.seed, run.status) == ("a", 1000, status)
     assert error in (run.error or "")
+
+
+@pytest.mark.parametrize(("fault", "status", "again"), [
+    (MemoryError("no room"), TrialStatus.OUT_OF_MEMORY, False),
+    (InputError("classes: 3, not 10"), TrialStatus.FAILED, True),
+])  # fmt: skip
+def test_data_that_cannot_be_placed_are_a_row_as_well(fault: Exception, status: TrialStatus, again: bool) -> None:
+    class Worker:
+        device, share = CPU, 0.0
+
+        @property
+        def data(self) -> TrainingData:
+            raise fault
+
+    run = run_job(Worker(), make_job(), TEST)  # type: ignore[arg-type]
+    assert (run.status, run.device) == (status, "cpu")
+    assert str(fault) in (run.error or "")
+    assert (attempt().plan_retry(run, died=False) is not None) is again
+
+
+def test_gpu_that_other_programs_fill_is_not_the_fault_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        device, share = torch.device("cuda"), 0.5
+
+        @property
+        def data(self) -> TrainingData:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr("tune_amp.confirm.slots.name_device", str)
+    run = run_job(Worker(), make_job(), TEST)  # type: ignore[arg-type]
+    assert run.status is TrialStatus.FAILED
+    assert MEMORY_HELD_SIGN in (run.error or "")
 
 
 # Attempts
@@ -518,12 +555,6 @@ def test_out_of_memory_is_tried_again_where_there_is_a_larger_share(share: float
     assert (again.share if again else None) == next_share
     if again:
         assert again.plan_retry(FULL, died=False) is None
-
-
-def test_share_that_was_too_small_for_the_data_alone_is_doubled_and_costs_no_death() -> None:
-    full = dataclasses.replace(FULL, error="LargerShareNeeded: out of memory with 0.25 GPU: E: full")
-    again = attempt(0.25).plan_retry(full, died=True)
-    assert again == attempt(0.5, earlier=full)
 
 
 @pytest.mark.parametrize("status", [TrialStatus.COMPLETED, TrialStatus.DIVERGED])
@@ -750,6 +781,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
         plan = plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run")
         result = run_search(plan, Observer())
     assert marker.exists()
+    assert not (Path.home() / "ray_results").exists()  # where a new worker would make a folder for itself
     built = [line.split() for line in (tmp_path / "built").read_text().splitlines()]
     of_trials = {pid for seed, pid in built if seed == "0"}
     assert [pid in of_trials for seed, pid in built if seed == "1000"][:2] == [True, True]  # until one dies
@@ -795,7 +827,8 @@ def test_runs_that_wait_for_another_job_do_not_hang(digits: Dataset) -> None:
         while ray.available_resources().get("CPU", 0.0):
             time.sleep(0.1)
         began = time.monotonic()
-        with ConfirmSlots(digits, resources, time_limit=limit) as slots:
+        trainable = tune.with_parameters(AmpTrainable, worker_setup=build_worker_setup(digits, resources))
+        with ConfirmSlots(trainable, digits.test, resources, time_limit=limit) as slots:
             ended = list(slots.train(jobs))
         ray.get(other)
     assert time.monotonic() - began > 1.5 * limit  # they did wait

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from tune_amp.cluster.resources import TrialResources
+from tune_amp.cluster.trainable import AmpTrainable
 from tune_amp.confirm import slots
 from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.results.confirmed import ConfirmedRun
@@ -23,8 +24,8 @@ DIED = ray.exceptions.ActorDiedError()
 class FakeActor:
     """An actor that is placed as soon as its share of the one GPU is free."""
 
-    def __init__(self, cluster: "FakeRay", share: float) -> None:
-        self._cluster, self.share = cluster, share
+    def __init__(self, share: float) -> None:
+        self.share = share
         self.lend = self.__ray_ready__ = self
 
     def options(self, name: str) -> "FakeActor":
@@ -59,11 +60,15 @@ class FakeRay:
         assert max_restarts == 0
 
         def open_actor() -> FakeActor:
-            self.opened.append(FakeActor(self, num_gpus))
+            self.opened.append(FakeActor(num_gpus))
             self.living.append(self.opened[-1])
             return self.opened[-1]
 
-        return lambda _: SimpleNamespace(remote=open_actor)
+        def bind(trainable: type) -> Any:
+            assert trainable is AmpTrainable
+            return SimpleNamespace(remote=open_actor)
+
+        return bind
 
     def wait(
         self, references: Sequence[FakeReference], *, timeout: float, **_: Any
@@ -102,11 +107,9 @@ def confirm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[FakeRay, Con
         monkeypatch.setattr(slots, "ray", cluster)
         monkeypatch.setattr(slots, "time", SimpleNamespace(monotonic=lambda: cluster.now))
         monkeypatch.setattr(slots, "count_slots_now", lambda *_, **__: lambda: at_once)
-        monkeypatch.setattr(slots, "build_worker_setup", lambda *_, **__: None)
-        monkeypatch.setattr(slots, "tune", SimpleNamespace(with_parameters=lambda trainable, **_: trainable))
         resources = TrialResources(cpus=1, gpus=share, max_concurrent=at_once, reason="")
-        dataset: Any = SimpleNamespace(test=None)
-        return cluster, ConfirmSlots(dataset, resources, **options)
+        split: Any = None
+        return cluster, ConfirmSlots(AmpTrainable, split, resources, **options)
 
     return build
 
@@ -128,11 +131,11 @@ def test_a_slot_has_one_worker_for_all_its_jobs_and_none_afterwards(confirm: Bui
 
 
 def test_workers_of_the_search_are_used_before_new_ones_and_ended_too(confirm: Build) -> None:
-    cluster, opened = confirm({}, at_once=2)
-    of_search = FakeActor(cluster, 0.0)
+    of_search = FakeActor(0.0)
+    cluster, opened = confirm({}, at_once=2, workers=[of_search])
     cluster.living.append(of_search)
-    with ConfirmSlots(opened._dataset, opened._resources, workers=[of_search]) as slots_of_search:
-        assert [run.status for _, run in slots_of_search.train(make_jobs(5))] == [COMPLETED] * 5
+    with opened:
+        assert [run.status for _, run in opened.train(make_jobs(5))] == [COMPLETED] * 5
         assert len(cluster.opened) == 1
         assert of_search in cluster.living
     assert cluster.living == []

@@ -77,6 +77,8 @@ with ray_session(sys.argv[1], run="confirming", modules=(model_parts, sleepy)):
     from tune_amp.trial.config import TrialConfig
     from tune_amp.trial.consent import consent_to
     from tune_amp.results.progress import ConfirmJob
+    from ray import tune
+    from tune_amp.cluster.trainable import AmpTrainable, build_worker_setup
     from tune_amp.confirm.slots import ConfirmSlots
     from tune_amp.training.data import load_dataset
     from tune_amp.cluster.resources import TrialResources
@@ -85,7 +87,9 @@ with ray_session(sys.argv[1], run="confirming", modules=(model_parts, sleepy)):
     config = TrialConfig(dataset="digits", model="sleepy:net", max_epochs=20)
     job = ConfirmJob(trial_ids=("a",), config=config)
     resources = TrialResources(cpus=2, gpus=0.0, max_concurrent=1, reason="")
-    with ConfirmSlots(load_dataset("digits"), resources) as slots:
+    digits = load_dataset("digits")
+    trainable = tune.with_parameters(AmpTrainable, worker_setup=build_worker_setup(digits, resources))
+    with ConfirmSlots(trainable, digits.test, resources) as slots:
         for _, run in slots.train([job]):
             print(json.dumps({"status": str(run.status), "error": run.error}))
 """

@@ -111,32 +111,44 @@ def test_no_more_trials_run_than_there_are_slots(make_desk: Any) -> None:
     assert not desk.source.is_finished()
 
 
-def test_workers_of_the_last_trials_are_kept_if_they_are_sound(make_desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ends", "kept"),
+    [
+        ([{"status": "running", "done": True}], True),  # by the scheduler
+        ([{"status": "completed"}], True),
+        ([{"status": "diverged"}], True),
+        ([{"status": "failed"}], False),
+        ([{"status": "out_of_memory"}], False),
+        ([None], False),
+        ([{"status": "completed"}, {"status": "completed"}], True),  # Tune may give a worker one more trial
+        ([{"status": "completed"}, {"status": "failed"}], False),
+        ([{"status": "failed"}, {"status": "completed"}], True),
+    ],
+)
+def test_worker_of_the_last_trials_is_kept_if_its_last_end_was_sound(
+    ends: list[dict[str, Any] | None], kept: bool, make_desk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Trial, "error_file", None)
-    desk = make_desk(num_samples=6)
-    desk.slots.count = 3
-    running = desk.draw()
-    for number, trial in enumerate(running):
-        trial.temporary_state.ray_actor = f"worker {number}"
-    for place, status in enumerate(("stopped", "failed", "diverged")):
-        desk.source.on_trial_complete(running[place].trial_id, {"status": status})
-        [trial] = desk.draw()
-        trial.temporary_state.ray_actor = f"worker {place}"
-        running.append(trial)
-    assert desk.workers.actors == []  # Tune gives them to the trials that followed
-    assert desk.source.is_finished()
-    desk.source.on_trial_complete(running[3].trial_id, {"status": "running", "done": True})
-    desk.source.on_trial_complete(running[4].trial_id, {"status": "out_of_memory"})
-    desk.source.on_trial_complete(running[5].trial_id, error=True)
-    assert desk.workers.actors == ["worker 0"]
-
-
-def test_worker_that_tune_gives_one_more_trial_is_kept_once(make_desk: Any) -> None:
-    """The last trial may wait for its worker while another one is freed."""
-    desk = make_desk(num_samples=2)
-    for trial in desk.draw():
+    desk = make_desk(num_samples=len(ends))
+    desk.slots.count = len(ends)
+    for trial, result in zip(desk.draw(), ends, strict=True):
         trial.temporary_state.ray_actor = "worker"
-        desk.source.on_trial_complete(trial.trial_id, {"status": "completed"})
+        desk.source.on_trial_complete(trial.trial_id, result, error=result is None)
+    assert desk.workers.actors == (["worker"] if kept else [])
+
+
+def test_no_worker_is_kept_while_trials_are_left_or_if_tune_has_ended_it(make_desk: Any) -> None:
+    desk = make_desk(num_samples=3)
+    first, second = desk.draw()
+    for trial in (first, second):
+        trial.temporary_state.ray_actor = "worker"
+    desk.source.on_trial_complete(first.trial_id, {"status": "completed"})
+    assert desk.workers.actors == []
+    [third] = desk.draw()
+    third.temporary_state.ray_actor = None
+    desk.source.on_trial_complete(third.trial_id, {"status": "completed"})
+    assert desk.workers.actors == []
+    desk.source.on_trial_complete(second.trial_id, {"status": "completed"})
     assert desk.workers.actors == ["worker"]
 
 
@@ -144,8 +156,9 @@ def test_no_worker_is_kept_after_one_has_died(make_desk: Any) -> None:
     """The retry may need the resources that the others hold."""
     desk = make_desk(num_samples=2)
     first, second = desk.draw()
+    first.temporary_state.ray_actor, second.temporary_state.ray_actor = "one", "two"
     desk.source.on_trial_complete(first.trial_id, {"status": "completed"})
-    assert len(desk.workers.actors) == 1
+    assert desk.workers.actors == ["one"]
     desk.workers.drop()
     desk.source.on_trial_complete(second.trial_id, {"status": "completed"})
     assert desk.workers.actors == []

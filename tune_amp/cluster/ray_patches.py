@@ -42,6 +42,8 @@ START_SECONDS = 300
 """Seconds that the node of a private Ray may take to start."""
 SLOW_START_SECONDS = 30.0
 """Seconds after which the user is informed that the start takes long."""
+COUNT_TOLERANCE = 1e-6
+"""What a sum of shares may exceed a resource by. Ray itself counts ten-thousandths."""
 REAP_SECONDS = 10.0
 """Seconds to wait for a process that was killed: it takes longer only if a system call cannot be interrupted."""
 LIST_KEYS = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
@@ -393,8 +395,9 @@ def pause_pending(controller: Any, trial: Any) -> None:
 
 
 def is_private() -> bool:
-    """Return whether Ray is private to this process: started by it, with workers that import before they are used."""
-    return PRELOAD in os.environ
+    """Return whether this process has started Ray, with workers that import before they are used."""
+    node = find_node()  # a driver that has joined a cluster may have the variable from a worker there
+    return node is not None and node.head and PRELOAD in os.environ
 
 
 @contextlib.contextmanager
@@ -405,6 +408,8 @@ def workers_of_private_ray() -> Iterator[None]:
       workers, which import PyTorch anew: 2 s of CPU time each. The workers of a private Ray inherited these variables.
     - Tune gives each actor a placement group, and removes both at its end. On one node that nothing else uses, it can
       as well count its resources. An actor without a placement group lives as long as somebody holds its handle.
+      Ray's count is in binary fractions, by which the 40th share of 0.2 of eight GPUs would seem too large: hence
+      ``COUNT_TOLERANCE``.
     """
     import ray
     from ray.air.execution import FixedResourceManager
@@ -415,9 +420,14 @@ def workers_of_private_ray() -> Iterator[None]:
         yield
         return
     remote = functools.cache(ray.remote)
+
+    def count_resources() -> FixedResourceManager:
+        total = {name: amount + COUNT_TOLERANCE for name, amount in ray.cluster_resources().items()}
+        return FixedResourceManager(total)
+
     with (
         patch.object(_ActorClassCache, "get", lambda _, trainable: remote(trainable)),
-        patch.object(tune_controller, "PlacementGroupResourceManager", FixedResourceManager),
+        patch.object(tune_controller, "PlacementGroupResourceManager", count_resources),
     ):
         yield
 
@@ -433,13 +443,16 @@ def kept_starting_workers() -> Iterator[None]:
 
     Tune gives the free worker to the waiting trial and kills the one that starts, again for each trial that ends in
     the meantime. With trials shorter than the start of a worker, a search stays on one slot.
+
+    Tune calls a worker started once its resources are reserved, or in a private Ray once they are counted: on several
+    GPUs, one with a larger share may then wait until a single GPU has it, and Tune ends those that are free.
     """
     from ray.tune.execution.tune_controller import TuneController
 
     reuse = TuneController._maybe_reuse_cached_actor
 
     def reuse_unless_starting(self: TuneController, trial: Any) -> bool:
-        own = self._trial_to_actor.get(trial)  # not started as long as its resources are missing, or if it has failed
+        own = self._trial_to_actor.get(trial)
         if own is not None and trial not in self._resetting_trials and self._actor_manager.is_actor_started(own):
             return False
         return reuse(self, trial)

@@ -7,6 +7,7 @@ next trial. Only the death of the process itself and a permanently broken CUDA c
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import io
 import math
@@ -101,23 +102,24 @@ class AmpTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], worker_setup: WorkerSetup | None = None) -> None:
-        """Place the data on this worker's device, once per process."""
+        """Prepare this worker's process, once."""
         assert worker_setup is not None  # bound by tune.with_parameters
+        self._worker_setup = worker_setup
         self._num_threads, self._metrics = worker_setup.num_threads, tuple(map(metric_of, worker_setup.objectives))
         self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
-        self._first_share, self._share = worker_setup.gpu_share, assigned_gpu_share()
-        device = prepare_worker(worker_setup)
-        self._device_name = name_device(device)
-        try:
-            self._data = TrainingData(worker_setup.train, worker_setup.validation, worker_setup.num_classes, device)
-        except Exception as error:
-            self._request_larger_share(error)
-            raise
+        self._first_share, self.share = worker_setup.gpu_share, assigned_gpu_share()
+        self.device = prepare_worker(worker_setup)
         self._run: Run | None = None
         self._content: bytes | None = None  # of a checkpoint that is being saved
         self._save_seconds: collections.deque[float] = collections.deque(maxlen=5)
         self.reset_config(config)
-        gc.freeze()  # modules and data stay: collecting torch's modules costs 0.15 s a trial
+        gc.freeze()  # modules stay: collecting torch's costs 0.15 s a trial
+
+    @functools.cached_property
+    def data(self) -> TrainingData:
+        """The data on this worker's device: placed there once, by the first trial, which reports if it has no room."""
+        setup = self._worker_setup
+        return TrainingData(setup.train, setup.validation, setup.num_classes, self.device)
 
     def save(self, checkpoint_dir: str | None = None) -> Any:
         """Save with Ray's ``save``, which stores the files of ``save_checkpoint``, and measure its cost.
@@ -179,11 +181,11 @@ class AmpTrainable(tune.Trainable):
                     report["error"] = one_line(f"{report['error']}; before that, {self._first_failure[1]}")
         if report["done"]:
             self._release()
-        if 0 < self._first_share < self._share:
-            again = f"out of memory with {self._first_share:g} GPU, tried again with {self._share:g}"
+        if 0 < self._first_share < self.share:
+            again = f"out of memory with {self._first_share:g} GPU, tried again with {self.share:g}"
             report["error"] = again if report["error"] is None else one_line(f"{report['error']}; {again}")
         return report | {
-            "device": self._device_name,
+            "device": name_device(self.device),
             "num_threads": self._num_threads,
             "setup_seconds": self._setup_seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
@@ -208,10 +210,10 @@ class AmpTrainable(tune.Trainable):
             self._logdir: Any = None
 
     def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call ``function`` with this worker's data and ``arguments``, when no trial runs, and return its result."""
+        """Call ``function`` with this worker and ``arguments``, when no trial runs, and return its result."""
         if self._run is not None:  # the scheduler stopped the trial, so no step released it
             self._release()
-        return function(self._data, *arguments)
+        return function(self, *arguments)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the whole state of the run. A trial that has ended has no state to save."""
@@ -247,7 +249,7 @@ class AmpTrainable(tune.Trainable):
         return 0 if self._run is None else self._run.epoch
 
     def _train_epoch(self) -> dict[str, Any]:
-        with naming_memory_holders(self._data.device, self._share):
+        with naming_memory_holders(self.device, self.share):
             run = self._run or self._resume() or self._start_run()
             title = f"ray::{AmpTrainable.__qualname__} {self.trial_name}"
             ray_patches.set_process_title(f"{title} epoch {run.epoch + 1}/{self._max_epochs}")
@@ -276,19 +278,19 @@ class AmpTrainable(tune.Trainable):
         return run
 
     def _start_run(self) -> Run:
-        started = time.monotonic()
+        data, started = self.data, time.monotonic()
         config = TrialConfig(**self._settings)
         self._max_epochs = config.max_epochs
         self._unsaved_seconds = 0.0
-        self._run = start_run(config, self._data, objectives=self._metrics)
+        self._run = start_run(config, data, objectives=self._metrics)
         self._setup_seconds += time.monotonic() - started
         return self._run
 
     def _request_larger_share(self, error: Exception) -> None:
         """Raise LargerShareNeeded if the trial had less than a whole GPU and ran out of memory for the first time."""
-        first = 0 < self._share < 1 and self._share <= self._first_share
+        first = 0 < self.share < 1 and self.share <= self._first_share
         if first and is_out_of_gpu_memory(error):
-            raise LargerShareNeeded(f"out of memory with {self._share:g} GPU: {describe_error(error)}") from error
+            raise LargerShareNeeded(f"out of memory with {self.share:g} GPU: {describe_error(error)}") from error
 
     def _release(self) -> None:
         """Release a trial's memory: the next trial may need all of it, and other workers share the GPU."""
@@ -297,7 +299,7 @@ class AmpTrainable(tune.Trainable):
         self._run = None
         # The trial's report counts; a broken context fails the next step too.
         with contextlib.suppress(RuntimeError):
-            release_memory(self._data.device)
+            release_memory(self.device)
 
 
 def is_checkpoint_due(unsaved_seconds: float, save_seconds: Sequence[float]) -> bool:

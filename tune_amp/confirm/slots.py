@@ -10,21 +10,15 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import ray
-from ray import tune
 
-from tune_amp.cluster.failures import (
-    LARGER_SHARE_SIGN,
-    count_free_retries,
-    describe_limit,
-    find_reason,
-    find_status,
-)
+from tune_amp.cluster.failures import count_free_retries, describe_limit, find_reason, find_status
+from tune_amp.cluster.memory_holders import naming_memory_holders
 from tune_amp.cluster.resources import TrialResources, count_slots_now, double_share
-from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, build_worker_setup, failure_report
+from tune_amp.cluster.trainable import WORKER_RETRIES, AmpTrainable, failure_report
 from tune_amp.results.confirmed import ConfirmedRun
 from tune_amp.results.progress import ConfirmJob
 from tune_amp.training.amp import name_device
-from tune_amp.training.data import Dataset, Split
+from tune_amp.training.data import Split
 from tune_amp.training.memory import release_memory
 from tune_amp.training.runs import start_run
 from tune_amp.training.training_data import TrainingData
@@ -56,8 +50,6 @@ class Attempt:
         cause. Running out of memory is final, because the settings are the cause, unless a larger share of the GPU is
         available. The settings never cause the loss of a node, nor a node's memory being held by other programs.
         """
-        if LARGER_SHARE_SIGN in (run.error or ""):  # the data alone was too large for the share
-            died = False
         if died and self.losses < count_free_retries(run.error or ""):
             return dataclasses.replace(self, losses=self.losses + 1)
         if died:
@@ -83,7 +75,8 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
     which ends all workers.
 
     Args:
-        dataset: the data of the search.
+        trainable: class of new workers: that of the search, from ``bind_trainable``.
+        test: the test set.
         resources: resources of a slot, and how many slots there are.
         workers: workers of the search with these resources, which are idle: handles of ``AmpTrainable`` actors.
         objectives: objectives of the search.
@@ -92,29 +85,23 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        trainable: type[AmpTrainable],
+        test: Split,
         resources: TrialResources,
         *,
         workers: Sequence[Any] = (),
         objectives: tuple[str, ...] = (),
         time_limit: float = math.inf,
     ) -> None:
-        self._dataset, self._resources = dataset, resources
+        self._trainable, self._test_split, self._resources = trainable, test, resources
         self._objectives, self._time_limit = objectives, time_limit
         self._count_slots = count_slots_now(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
         self._idle = [_Worker(worker, resources.gpus) for worker in workers]
         self._running: dict[ray.ObjectRef[ConfirmedRun], tuple[Attempt, _Worker]] = {}
 
     @functools.cached_property
-    def _trainable(self) -> type[AmpTrainable]:
-        """Class of new workers."""
-        setup = build_worker_setup(self._dataset, self._resources, objectives=self._objectives)
-        bound: type[AmpTrainable] = tune.with_parameters(AmpTrainable, worker_setup=setup)
-        return bound
-
-    @functools.cached_property
     def _test(self) -> "ray.ObjectRef[Split]":
-        return ray.put(self._dataset.test)
+        return ray.put(self._test_split)
 
     def __exit__(self, *_: object) -> None:
         """End all workers."""
@@ -225,17 +212,18 @@ def _fetch(reference: "ray.ObjectRef[ConfirmedRun]", job: ConfirmJob) -> tuple[C
         return _end(job, status=status, error=cause), True
 
 
-def run_job(data: TrainingData, job: ConfirmJob, test: Split, objectives: tuple[str, ...] = ()) -> ConfirmedRun:
+def run_job(worker: AmpTrainable, job: ConfirmJob, test: Split, objectives: tuple[str, ...] = ()) -> ConfirmedRun:
     """Train and test a job with ``train_and_test``. Any exception becomes a row."""
     try:
-        return train_and_test(job, data, test, objectives)
+        with naming_memory_holders(worker.device, worker.share):
+            return train_and_test(job, worker.data, test, objectives)
     except Exception as error:
         report = failure_report(error)
         status = TrialStatus(report["status"])
-        return _end(job, status=status, error=report["error"], device=name_device(data.device))
+        return _end(job, status=status, error=report["error"], device=name_device(worker.device))
     finally:
         with contextlib.suppress(RuntimeError):  # the CUDA context is broken for good; the row says so
-            release_memory(data.device)
+            release_memory(worker.device)
 
 
 def _end(job: ConfirmJob, **fields: Any) -> ConfirmedRun:

@@ -18,6 +18,7 @@ from tune_amp.cluster.health import RayHealth
 from tune_amp.cluster.interrupt import StopRequest, watching
 from tune_amp.cluster.ray_patches import is_private
 from tune_amp.cluster.resources import count_slots_now, list_nodes
+from tune_amp.cluster.trainable import AmpTrainable
 from tune_amp.confirm.plan import build_default, confirm, count_most_runs, plan_confirmation
 from tune_amp.confirm.slots import ConfirmSlots
 from tune_amp.monitor.prometheus import Gauges
@@ -132,17 +133,27 @@ def run_search(
             on_failure=functools.partial(stop_if_failing, plan.options, stop),
         )
         callbacks = [limit, *trackers, recorder]
+        unfinished, objectives = history.unfinished, plan.options.objectives
+        trainable = bind_trainable(plan.dataset, plan.resources, storage, unfinished, objectives)
         with gauges:
             workers = _run_trials(
-                plan, history, storage, recorder, stop, health, callbacks=callbacks, announce=announce
+                plan, history, storage, recorder, trainable, stop, health, callbacks=callbacks, announce=announce
             )
         result = _conclude(plan, recorder, history.provenance, stop)
         if not is_unfinished(result.trials, plan.options):
             remover.submit(storage.remove_checkpoints)
         if result.interrupted or not plan.options.confirm_seeds or not result.ranked:
             return result
+        slots = ConfirmSlots(
+            trainable,
+            plan.dataset.test,
+            plan.resources,
+            workers=workers,
+            objectives=objectives,
+            time_limit=plan.options.trial_time_limit or math.inf,
+        )
         with gauges:
-            return _confirm(plan, result, workers, gauges, stop, health)
+            return _confirm(plan, result, slots, gauges, stop, health)
 
 
 def _clean_up(storage: RunStorage, trial_name: str, options: SearchOptions) -> None:
@@ -171,6 +182,7 @@ def _run_trials(
     history: RunHistory,
     storage: RunStorage,
     recorder: TrialRecorder,
+    trainable: type[AmpTrainable],
     stop: StopRequest,
     health: RayHealth,
     *,
@@ -228,7 +240,7 @@ def _run_trials(
             end_process = functools.partial(_end_process, searcher, recorder, stop)
             with watching(stop, health.find_dead_process, end_process):
                 run_tuner(
-                    bind_trainable(plan.dataset, resources, storage, history.unfinished, options.objectives),
+                    trainable,
                     source,
                     scheduler,
                     storage=storage,
@@ -326,13 +338,13 @@ def _conclude(plan: SearchPlan, recorder: TrialRecorder, provenance: Provenance,
 def _confirm(
     plan: SearchPlan,
     result: SearchResult,
-    workers: Sequence[Any],
+    slots: ConfirmSlots,
     observer: Observer,
     stop: StopRequest,
     health: RayHealth,
 ) -> SearchResult:
     """Train the best trials again on fresh seeds."""
-    dataset, options, resources, space = plan.dataset, plan.options, plan.resources, plan.space
+    dataset, options, space = plan.dataset, plan.options, plan.space
     planned = plan_confirmation(
         result.ranked,
         build_default(space.precisions, own=space.own_defaults, **list_shared(dataset, options)),
@@ -342,13 +354,6 @@ def _confirm(
         objective=options.objectives[0],
         search_seconds=sum(trial.wall_seconds for trial in result.trials),
     )
-    slots = ConfirmSlots(
-        dataset,
-        resources,
-        workers=workers,
-        objectives=options.objectives,
-        time_limit=options.trial_time_limit or math.inf,
-    )
     with watching(stop, health.find_dead_process, stop.leave), slots:
         confirmation = confirm(
             planned,
@@ -356,7 +361,7 @@ def _confirm(
             done=load_confirmed(result.folder) if RunFolder(result.folder).confirm.exists() else (),
             folder=result.folder,
             provenance=result.provenance,
-            num_threads=resources.cpus,
+            num_threads=plan.resources.cpus,
             observer=observer,
         )
     ranked = [row.trial for row in confirmation.rows if row.rank is not None]

@@ -15,7 +15,7 @@ from tune_amp.trial.text import describe_error
 
 
 class KeptWorkers:
-    """Workers of the last trials of a search, for what follows it: a worker lives as long as its handle is here."""
+    """Workers of the last trials of a search, for its confirmation: in a private Ray they live while they are here."""
 
     def __init__(self) -> None:
         self._is_open = True
@@ -24,8 +24,10 @@ class KeptWorkers:
     def keep(self, trial: Trial, status: TrialStatus) -> None:
         """Keep the worker of a trial that has ended, unless its process may be why."""
         worker = find_worker(trial)
+        if worker in self.actors:  # Tune has given it one more trial
+            self.actors.remove(worker)
         is_sound = status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED, TrialStatus.STOPPED)
-        if self._is_open and is_sound and worker not in self.actors:  # Tune may have given it one more trial
+        if self._is_open and is_sound and worker is not None:
             self.actors.append(worker)
 
     def drop(self) -> None:
