@@ -319,8 +319,7 @@ def test_corrupted_download_is_refused_and_leaves_nothing_behind(
     with serve(answer) as address:
         offer(monkeypatch, address)
         message = refusal("mnist", tmp_path)
-    assert "t10k-labels-idx1-ubyte.gz" in message
-    assert "corrupted" in message
+    assert "corrupted" in message  # torchvision's word; which file it was, 0.26 does not say
     assert "--data-dir" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     with serve(read_from(mnist_dir)) as address:
