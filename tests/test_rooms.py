@@ -125,6 +125,13 @@ def test_the_page_lists_every_file_in_its_room_with_a_line() -> None:
     assert listed == {room: sorted({path.stem for path in list_files(room)} - {"__init__"}) for room in FLOORS}
 
 
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    named = re.findall(r"`(\w+/\w+\.py)`", (PACKAGE.parent / page).read_text())
+    assert [name for name in named if not any((top / name).exists() for top in (PACKAGE, PACKAGE.parent))] == []
+    assert named
+
+
 def test_no_circle_within_a_room() -> None:
     """So that a file can be read after those that it needs."""
     for room in FLOORS:

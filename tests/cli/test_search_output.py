@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from tune_amp.cli import search_output
 from tune_amp.cli.search import _tell_dashboard
 from tune_amp.cli.search_output import describe_unfit, print_dashboard, print_start
 from tune_amp.cluster.resources import TrialResources
@@ -66,6 +68,20 @@ def test_dashboard_is_named_with_its_token(found: dict[str, Any], line: str) -> 
     text = io.StringIO()
     print_dashboard(Console(file=text), make_session(**found))
     assert text.getvalue() == line
+
+
+def test_slow_epochs_are_announced_and_a_notebook_keeps_its_threads(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(search_output, "SLOW_EPOCH_SECONDS", 0.0)
+    [line] = search_output._find_slow_epochs("simple_net", "fp32", digits, 1)
+    assert line.startswith("fp32: an epoch of simple_net will take about 0 min here")
+    assert threads == [1, 7]
+    monkeypatch.setattr(search_output, "SLOW_EPOCH_SECONDS", 3600.0)
+    assert search_output._find_slow_epochs("simple_net", "fp32", digits, 1) == []
 
 
 @pytest.mark.parametrize(("before", "now", "warnings"), [(True, True, 0), (True, False, 1), (False, False, 0)])

@@ -22,6 +22,7 @@ from tune_amp.cli.console import (
     load_searched_data,
     open_console,
     say,
+    torch_threads,
 )
 from tune_amp.cluster.cpus import count_cpus
 from tune_amp.monitor.tables import WideTable, format_clock
@@ -83,8 +84,8 @@ def compare_precisions(arguments: argparse.Namespace, command: Sequence[str], be
         arguments.models = arguments.models or (config.model,)
         arguments.batch_sizes = arguments.batch_sizes or (config.batch_size,)
     # As many threads as the trial had: with one thread a core, threads wait for each other on a busy machine.
-    torch.set_num_threads(max(1, min(record.num_threads, count_cpus())))
-    with claimed_folder(choose_output(arguments, f"compare-rank{arguments.rank}")) as folder:
+    threads = torch_threads(max(1, min(record.num_threads, count_cpus())))
+    with threads, claimed_folder(choose_output(arguments, f"compare-rank{arguments.rank}")) as folder:
         notices = [*(describe_hardware(precision, device) for precision in arms), _describe_load()]
         left_out = {}
         if "tf32" in arguments.precisions and "tf32" not in arms:

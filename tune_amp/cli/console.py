@@ -323,6 +323,19 @@ def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:
     raise InputError(f"{flag}: must be the folder of a run, or its name in {results_dir}, got {run}")
 
 
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """In the ``with`` block, torch uses ``count`` CPU threads; afterwards as many as before, as in a notebook."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def choose_device(name: str) -> "torch.device":
     """Return the device of ``--device``: auto, cpu or cuda.
 

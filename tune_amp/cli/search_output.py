@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from tune_amp.cli.console import is_screen, open_console, say
+from tune_amp.cli.console import is_screen, open_console, say, torch_threads
 from tune_amp.trial.config import TrialConfig
 
 if TYPE_CHECKING:
@@ -122,10 +122,10 @@ def _find_slow_epochs(model: str, precision: str, dataset: "Dataset", num_thread
 
     from tune_amp.training.run import estimate_epoch_seconds
 
-    torch.set_num_threads(num_threads)
     config = TrialConfig(model=model, precision=precision)
     try:
-        seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
+        with torch_threads(num_threads):
+            seconds = estimate_epoch_seconds(config, dataset.train, dataset.num_classes, torch.device("cpu"))
     except Exception:  # a user's model may raise anything in training: its trials record it
         return []
     if seconds < SLOW_EPOCH_SECONDS:

@@ -23,11 +23,12 @@ from tune_amp.cli.console import (
     run_winner_command,
     say,
     take_consent,
+    torch_threads,
 )
 from tune_amp.results.files import claimed_folder
 from tune_amp.results.run_folder import RunFolder
 from tune_amp.reuse.markdown import format_settings, list_settings
-from tune_amp.search.options import naming_flags
+from tune_amp.search.options import name_flag, naming_flags
 from tune_amp.trial.config import InputError, TrialConfig, is_function_name
 from tune_amp.trial.objectives import metric_of, show_value
 from tune_amp.trial.text import describe_error, format_scale, one_line, printable
@@ -186,20 +187,14 @@ def _print_training(
 
 def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
     """Repeat the trial and compare every epoch with its record. Return the exit code."""
-    import torch
-
     from tune_amp.reuse.final import EPOCH_FIELDS, find_differences, replay_trial
 
     record = best.pick(arguments.rank).trial
     for flag in ("seed", "max_epochs", "output"):
         if getattr(arguments, flag) is not None:
-            raise InputError(
-                f"--{flag.replace('_', '-')}: has no meaning with --replay, which repeats the trial as it was"
-            )
+            raise InputError(f"{name_flag(flag)}: has no meaning with --replay, which repeats the trial as it was")
     if not record.epochs:
         raise InputError(f"--replay: rank {arguments.rank} is the default configuration, which was no trial to repeat")
-    # Sums are split among threads: their number changes the last bits.
-    torch.set_num_threads(max(1, record.num_threads))
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
     left_out = () if best.has_epochs else EPOCH_FIELDS
@@ -210,13 +205,16 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
     recorded_on = "cpu" if record.device == "cpu" else "cuda"
     device = choose_device(recorded_on if arguments.device == "auto" else arguments.device)
     _check_own_model(record.config, dataset, device)
-    for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
-        line = _describe_epoch(metrics, record.config.max_epochs)
-        if metrics.epoch in recorded:
-            differences = find_differences(recorded[metrics.epoch], metrics, left_out)
-            equal = equal and not differences
-            line += f"  differs in {', '.join(differences)}" if differences else "  equal to the record, bit for bit"
-        console.print(line, markup=False, soft_wrap=True)
+    with torch_threads(max(1, record.num_threads)):  # sums are split among threads: their number changes the last bits
+        for metrics in itertools.islice(replay_trial(record.config, dataset, device), max(recorded)):
+            line = _describe_epoch(metrics, record.config.max_epochs)
+            if metrics.epoch in recorded:
+                differences = find_differences(recorded[metrics.epoch], metrics, left_out)
+                equal = equal and not differences
+                line += (
+                    f"  differs in {', '.join(differences)}" if differences else "  equal to the record, bit for bit"
+                )
+            console.print(line, markup=False, soft_wrap=True)
     return EXIT_DONE if equal else EXIT_NO_RESULT
 
 
