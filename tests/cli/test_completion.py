@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,17 @@ def test_what_is_typed_is_completed(
     assert done.stdout.split() == expected
     assert not Path("results/harmed").exists()
     assert not Path("harmed").exists()
+
+
+def test_an_argument_that_it_does_not_take_is_refused_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "fish"]) == 2
+    expected = "error: unrecognized arguments: fish (see tune-amp completion --help)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("arguments", ["completion", "grafana", "--help", "--version"])
+def test_what_cannot_be_printed_leaves_no_traceback(arguments: str) -> None:
+    program = [sys.executable, "-m", "tune_amp", arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -81,11 +81,15 @@ def test_it_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_file_that_cannot_be_written_is_refused_on_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = tmp_path / "missing" / "dashboard.json"
     assert main(["grafana", str(missing)]) == 2
     assert capsys.readouterr().err == f"error: FILE: {missing} cannot be written: No such file or directory\n"
+    monkeypatch.chdir(tmp_path)
+    assert main(["grafana", "."]) == 2
+    expected = "error: FILE: . already exists and is another file: remove it, or name another\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize("content", ["mine", read_dashboard().replace("10s", "1m")])

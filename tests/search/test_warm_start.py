@@ -79,7 +79,7 @@ def make_config(**changes: Any) -> TrialConfig:
 def make_old(trial_id: str, accuracy: float | None = 0.9, **settings: Any) -> TrialRecord:
     """A trial that completed with ``accuracy``."""
     epochs = tuple(make_epoch(e, val_accuracy=accuracy, val_loss=0.5) for e in (1, 4)) if accuracy is not None else ()
-    return make_trial(trial_id, config=make_config(**settings), epochs=epochs)
+    return make_trial(trial_id, trial_name=trial_id, config=make_config(**settings), epochs=epochs)
 
 
 def make_provenance(space: str = PLAIN, **changes: Any) -> Provenance:
@@ -329,8 +329,8 @@ def test_winners_that_do_not_fit_are_named_and_the_others_suggested() -> None:
     assert warm_start.suggestions == ({"lr": 0.01, "log2(batch_size)": 6},)
     assert warm_start.describe() == [
         "1 suggestion from old/best.parquet; 1 of its 3 trials added",
-        "rank 1 (trial 'a') is not suggested: lr: must be 0.0001 to 1.0, got 2.0",
-        "rank 3 (trial 'c') is not suggested: weight_decay: must be 0.0, as it is not searched here, got 0.1",
+        "trial 'a' is not suggested: lr: must be 0.0001 to 1.0, got 2.0",
+        "trial 'c' is not suggested: weight_decay: must be 0.0, as it is not searched here, got 0.1",
     ]
 
 
@@ -339,8 +339,8 @@ def test_no_settings_are_suggested_twice_nor_the_defaults_that_are_tried_anyway(
     warm_start = plan(donor)
     assert [suggestion["lr"] for suggestion in warm_start.suggestions] == [0.01]
     assert warm_start.left_out == (
-        "rank 2 (trial 'b') has the settings of the default configuration, which is tried anyway",
-        "rank 3 (trial 'c') has the settings of another winner, which is tried anyway",
+        "trial 'b' has the settings of the default configuration, which is tried anyway",
+        "trial 'c' has the settings of another winner, which is tried anyway",
     )
 
 
@@ -686,7 +686,7 @@ def test_a_search_starts_from_an_earlier_run(digits: Dataset, tmp_path: Path) ->
         "path": "old/best.parquet",
         "run": "old",
         "suggestions": 2,
-        "left_out": ["rank 2 (trial '2') is not suggested: lr: must be 0.0003 to 0.01, got 0.5"],
+        "left_out": ["trial '2' is not suggested: lr: must be 0.0003 to 0.01, got 0.5"],
         "trials_added": 2,
         "not_added_because": None,
     }

@@ -283,4 +283,4 @@ def _describe_load() -> str | None:
     busy, cores = os.getloadavg()[0], os.cpu_count() or 1
     if busy < BUSY_SHARE * cores:
         return None
-    return f"other programs kept {busy:.1f} of {cores} cores busy when this began: times are noisier, and may be longer"
+    return f"the load was {busy:.1f} on {cores} cores when this began: times are noisier, and may be longer"

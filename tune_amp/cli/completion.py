@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from tune_amp.cli.console import EXIT_DONE, OneLineParser
+from tune_amp.cli.console import EXIT_DONE, OneLineParser, answer_bad_input, ignoring_closed_pipe
 
 OF_RUNS = ("show", "report", "train", "compare")
 """Commands that take the name of a run in ``results``."""
@@ -35,14 +35,19 @@ def completion_command(
     commands: Mapping[str, Callable[..., int]],
 ) -> int:
     """Print the script of the completion; ``commands`` are the functions of all commands by name."""
-    OneLineParser(
+    parser = OneLineParser(
         program,
         'Print the shell completion of tune-amp: eval "$(tune-amp completion)" in .bashrc, or in .zshrc '
         "after `autoload -U bashcompinit && bashcompinit`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(arguments)
+    )
+    return answer_bad_input(lambda: _completion(parser.parse_args(arguments), commands))
+
+
+def _completion(_: argparse.Namespace, commands: Mapping[str, Callable[..., int]]) -> int:
     cases = "\n".join(f'            {name}) words="{_list_words(name, run)}" ;;' for name, run in commands.items())
-    print(SCRIPT.format(commands=" ".join(commands), cases=cases), end="")  # noqa: T201
+    with ignoring_closed_pipe():
+        print(SCRIPT.format(commands=" ".join(commands), cases=cases), end="")  # noqa: T201
     return EXIT_DONE
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 from tune_amp import __version__
 from tune_amp.cli.compare import compare_command
 from tune_amp.cli.completion import completion_command
-from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE, complain, leave
+from tune_amp.cli.console import EXIT_BAD_INPUT, EXIT_DONE, complain, ignoring_closed_pipe, leave
 from tune_amp.cli.grafana import grafana_command
 from tune_amp.cli.report import report_command
 from tune_amp.cli.search import search_command
@@ -44,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in COMMANDS:
         return COMMANDS[name][0](arguments[1:], program=f"tune-amp {name}")
     if name in ("-V", "--version"):
-        print(f"tune-amp {__version__}")  # noqa: T201
+        with ignoring_closed_pipe():
+            print(f"tune-amp {__version__}")  # noqa: T201
         return EXIT_DONE
     if name in ("", "-h", "--help"):
         lines = "".join(f"  {command:<12}{line}\n" for command, (_, line) in COMMANDS.items())
         usage = f"usage: tune-amp COMMAND ... (each has its own --help); tune-amp --version\n\ncommands:\n{lines}"
-        print(usage, end="", file=sys.stdout if name else sys.stderr)
+        stream = sys.stdout if name else sys.stderr
+        with ignoring_closed_pipe(stream):
+            print(usage, end="", file=stream)
         return EXIT_DONE if name else EXIT_BAD_INPUT
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

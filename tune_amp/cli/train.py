@@ -194,7 +194,7 @@ def _replay(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset")
         if getattr(arguments, flag) is not None:
             raise InputError(f"{name_flag(flag)}: has no meaning with --replay, which repeats the trial as it was")
     if not record.epochs:
-        raise InputError(f"--replay: rank {arguments.rank} is the default configuration, which was no trial to repeat")
+        raise InputError(f"--replay: rank {arguments.rank}, the default configuration, holds no trial to repeat")
     console = open_console()
     recorded = {metrics.epoch: metrics for metrics in record.epochs}
     left_out = () if best.has_epochs else EPOCH_FIELDS

@@ -25,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, replace
     Raises:
         OSError: nothing was written; what was at ``path`` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         with _open_unnamed(temporary) as file:
             write(file)

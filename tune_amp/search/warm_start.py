@@ -195,8 +195,8 @@ def _choose_suggestions(
     """Return what the study suggests for each winner, and a line for each winner that it does not suggest."""
     tried = [space.find_defaults(**sizes)]
     left_out = [] if donor.winners else [f"{donor.path} has no winner"]
-    for rank, trial in enumerate(donor.winners, start=1):
-        place = f"rank {rank} (trial {shown(trial.trial_id)})"
+    for trial in donor.winners:
+        place = f"trial {shown(trial.trial_name)}"
         try:
             suggestion = dict(find_suggestion(trial.config, space, donor.provenance.train_images, **sizes).params)
         except InputError as error:
