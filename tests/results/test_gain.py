@@ -9,6 +9,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.gain import FIRST_SEEDS, Verdict, choose_challenger, describe_verdict, judge_gain, may_gain
+from tune_amp.results.statistics import list_possible_best
 from tune_amp.trial.config import TrialConfig, TrialStatus
 
 RANKS = {"a": 1, "b": 2, "c": 3, DEFAULT_ID: 4}
@@ -64,6 +65,23 @@ def test_the_interval_is_that_of_the_paired_t_test_corrected_for_the_choice() ->
 def test_copies_of_a_configuration_are_one_choice() -> None:
     alone, copied = judge({"a": HIGH, DEFAULT_ID: BASE}), judge({"a": HIGH, "b": HIGH, "c": HIGH, DEFAULT_ID: BASE})
     assert alone.gain == copied.gain
+
+
+@pytest.mark.parametrize("rivals", ["a", "aaa", "ab", "aabb", "aabc"])
+def test_the_verdict_does_not_contradict_the_ties(rivals: str) -> None:
+    """The best rival is better than the defaults if, and only if, they are shown not to be the best."""
+    generator = np.random.default_rng(5)
+    verdicts = set()
+    for _ in range(300):
+        best = generator.normal(0.004, 0.001, 3)
+        values = {"a": best, "b": best - 0.1, "c": best - 0.2}  # equal letters are copies
+        scores = {f"{letter}{place}": values[letter].tolist() for place, letter in enumerate(rivals)}
+        scores[DEFAULT_ID] = [0.0] * 3
+        is_better = judge(scores).kind == "better"
+        possible = list_possible_best({name: dict(enumerate(own)) for name, own in scores.items()})
+        assert is_better == (DEFAULT_ID not in possible)
+        verdicts.add(is_better)
+    assert verdicts == {True, False}
 
 
 @pytest.mark.parametrize(("challenger", "kind", "recommended", "text"), [

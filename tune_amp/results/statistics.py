@@ -119,22 +119,32 @@ def list_possible_best(scores: Mapping[str, Mapping[int, float]], confidence: fl
 
     Subset selection (Gupta 1965, doi:10.1080/00401706.1965.10490251) with paired one-sided t tests on the seeds that a
     pair has in common, and Bonferroni's correction for all other names. Each pair has its own spread, and nothing is
-    assumed about the spreads of other pairs. The true best is among the names with ``confidence``.
+    assumed about the spreads of other pairs. The true best is among the names with ``confidence``. The level is that of
+    ``gain.judge_gain``, whose verdict must not contradict the ties: copies count once, and a single other name needs a
+    two-sided interval above 0.
 
     Args:
         scores: name -> seed -> value; more is better. Pairs with fewer than two common seeds are not compared.
         confidence: probability that the true best is included.
     """
-    level = 2 * (1 - confidence) / max(1, len(scores) - 1)  # of a two-sided interval, of which one side is used
+    common = [seed for seed in next(iter(scores.values()), {}) if all(seed in of for of in scores.values())]
 
-    def is_beaten(name: str, other: str) -> bool:
+    def is_beaten(name: str, other: str, level: float) -> bool:
         seeds = sorted({*scores[name]} & {*scores[other]})
         if len(seeds) < 2:
             return False
         pair = [scores[other][seed] for seed in seeds], [scores[name][seed] for seed in seeds]
         return paired_interval(*pair, 1 - level).low > 0
 
-    return {name for name in scores if not any(is_beaten(name, other) for other in scores if other != name)}
+    def may_be_best(name: str) -> bool:
+        others = [other for other in scores if other != name]
+        rivals = {tuple(scores[other][seed] for seed in common) for other in others} if common else others
+        level = min(1.0, 2 / max(1, len(rivals))) * (
+            1 - confidence
+        )  # of a two-sided interval, of which one side is used
+        return not any(is_beaten(name, other, level) for other in others)
+
+    return {name for name in scores if may_be_best(name)}
 
 
 @functools.cache
