@@ -369,9 +369,13 @@ def test_sentence_about_ties_says_how_trials_that_ended_early_count() -> None:
 
 
 def test_sentence_about_a_pareto_set_names_its_objectives() -> None:
-    both = dataclasses.replace(PROVENANCE, objective="val_accuracy,train_seconds")
-    sentence = describe_ties([make_scored("a", 0.9), make_scored("b", 0.8)], both)
-    assert sentence.startswith("The Pareto set of val_accuracy and train_seconds:")
+    for objective, names in (
+        ("val_accuracy,train_seconds", "val_accuracy and train_seconds"),
+        ("val_f1,val_loss:min,train_seconds", "val_f1, val_loss and train_seconds"),
+    ):
+        origin = dataclasses.replace(PROVENANCE, objective=objective)
+        sentence = describe_ties([make_scored("a", 0.9), make_scored("b", 0.8)], origin)
+        assert sentence.startswith(f"The Pareto set of {names}:")
 
 
 def test_ranking_shows_the_costs_that_were_objectives() -> None:

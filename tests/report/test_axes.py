@@ -40,6 +40,13 @@ def test_a_perfect_accuracy_is_half_an_image_from_the_top() -> None:
     assert axis.place(1.0) == axis.place(1 - 0.5 / 5000)
 
 
+@pytest.mark.parametrize(("accuracies", "images"), [([1.0], 180), ([1 - 1 / 180, 1.0], 180), ([1.0, 1.0], 0)])
+def test_a_mark_at_a_perfect_accuracy_says_so(accuracies: list[float], images: int) -> None:
+    axis = accuracy_axis("accuracy", accuracies, images)
+    texts = dict(zip(axis.layout["tickvals"], axis.layout["ticktext"], strict=True))
+    assert texts[axis.place(1.0)] == "100.00%"
+
+
 def test_accuracies_stay_apart_without_a_number_of_images() -> None:
     axis = accuracy_axis("accuracy", [0.75, 0.9, 1.0], 0)
     check(axis, 0.75, 0.9, 1.0)
@@ -95,6 +102,8 @@ def test_a_setting_has_the_axis_of_its_space() -> None:
     assert choice.layout["categoryarray"] == ["fp32", "fp16"]
     own = setting_axis(Parameter(name="own.kind", choices=("<b>", 2)), ["<b>"])
     assert own.layout["categoryarray"] == own.place_all(["<b>", 2]) == ["&lt;b&gt;", "2"]  # plotly interprets tags
+    clip = setting_axis(Parameter(name="grad_clip", choices=(None, 1.0)), [None, 1.0])
+    assert clip.layout["categoryarray"] == clip.place_all([None, 1.0]) == ["None", "1.0"]
     fraction = Parameter(name="growth_interval", low=0.1, high=0.5, fraction_of_trial=True)
     assert setting_axis(fraction, [0.1]).title == "growth_interval / steps of the trial"
 

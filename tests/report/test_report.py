@@ -32,7 +32,7 @@ from tune_amp.cli.search import _write_report
 from tune_amp.report.axes import objective_title
 from tune_amp.report.figures import draw_confirmed, draw_epochs, draw_history, draw_utilisation
 from tune_amp.report.report import build_report, write_report
-from tune_amp.report.run import Run, load_run
+from tune_amp.report.run import Run, list_pair, load_run
 from tune_amp.report.sections import SECTIONS, describe_savings
 from tune_amp.report.summary import list_reuse
 from tune_amp.results.confirmed import DEFAULT_ID, Confirmation
@@ -388,6 +388,29 @@ def test_a_metric_of_any_direction_and_sign_is_reported(objective: str, first: f
     assert line.name == "best so far"
     assert line.y[-1] == first
     assert f"{first:.4g}" in section_of(tmp_path, "best")
+
+
+@pytest.mark.parametrize(
+    ("objective", "tested", "pair"),
+    [
+        ("val_f1", True, ["test_f1", "val_f1"]),
+        ("val_f1", False, ["val_f1"]),
+        ("eval_f1", True, ["eval_f1"]),
+        ("reward:max", True, ["reward"]),
+    ],
+)
+def test_a_metric_of_the_test_set_is_shown_if_it_was_measured(
+    objective: str, tested: bool, pair: list[str], tmp_path: Path
+) -> None:
+    run = load_run(write_own_run(tmp_path, objective, [0.5, 0.75]))
+    if not tested:
+        runs = [dataclasses.replace(one, metrics={"val_f1": one.metrics["val_f1"]}) for one in run.confirmed]
+        write_confirmed(tmp_path, runs, run.provenance)
+        default = run.default.trial if run.default else None
+        ranked = [row.trial for row in run.rows if not row.is_default]
+        write_best(tmp_path, rank_confirmed(ranked, default, runs, run.provenance.objectives), run.provenance)
+    assert list_pair(load_run(tmp_path)) == pair
+    assert ("which each run measured once" in section_of(tmp_path, "best")) == (len(pair) == 2)
 
 
 def test_own_parameters_that_differ_are_found_without_the_space(tmp_path: Path) -> None:

@@ -42,10 +42,12 @@ class Axis:
     """Function from a value to its position on plotly's axis; None if it has none."""
     note: str = ""
     """Sentence that explains the scale; empty for a linear one."""
+    unset: Any = None
+    """Position of a setting that is null; None if null is no choice."""
 
     def place_all(self, values: Iterable[Any]) -> list[Any]:
-        """Return the position of each value; None for one that is no finite number."""
-        return [self.place(value) if isinstance(value, str) or is_finite(value) else None for value in values]
+        """Return the position of each value; that of ``unset`` for one that is no finite number."""
+        return [self.place(value) if isinstance(value, str) or is_finite(value) else self.unset for value in values]
 
     def as_plotly(self, **changes: Any) -> dict[str, Any]:
         """Return the axis as a dict for plotly, updated with ``changes``."""
@@ -115,7 +117,7 @@ def accuracy_axis(title: str, accuracies: Sequence[float], images: int) -> Axis:
     ticks = {1 - value: f"{100 * value:.4g}%" for value in ACCURACY_TICKS if min(errors) <= 1 - value <= max(errors)}
     if len(ticks) < 2:
         low, high = min(errors), max(errors)
-        ticks = {error: f"{1 - error:.2%}" for error in (high, math.sqrt(low * high), low)}
+        ticks = {error: f"{1 if error == least else 1 - error:.2%}" for error in (high, math.sqrt(low * high), low)}
     shown = [*ticks][:: math.ceil(len(ticks) / MOST_TICKS)]
     return Axis(
         title=title,
@@ -148,7 +150,7 @@ def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
     if parameter.choices:
         labels = {choice: escape_text(str(choice)) for choice in parameter.choices}
         layout = {"type": "category", "categoryarray": [*labels.values()], "range": [-0.5, len(labels) - 0.5]}
-        return Axis(title=title, layout=layout, place=labels.get)
+        return Axis(title=title, layout=layout, place=labels.get, unset=labels.get(None))
     if parameter.power_of_two and parameter.value_type is float:
         return power_axis(title, values)
     if parameter.power_of_two:

@@ -166,9 +166,14 @@ def list_metrics(run: Run) -> list[str]:
 
 
 def list_pair(run: Run) -> list[str]:
-    """Return the first objective's counterpart on the test set, if its name has one, and the first objective."""
+    """Return the first objective's counterpart on the test set, if it was measured, and the first objective."""
     name = metric_of(run.objective)
-    return list(dict.fromkeys((name.replace("val_", "test_", 1), name)))
+    tested = name.replace("val_", "test_", 1) if name.startswith("val_") else None
+    is_measured = tested and (
+        any(one.find_value(tested) is not None for one in run.confirmed)
+        or any(find_interval(run, row, tested) for row in run.rows)
+    )
+    return [tested, name] if tested and is_measured else [name]
 
 
 def find_interval(run: Run, row: BestRow, metric: str) -> tuple[float, float, float] | None:

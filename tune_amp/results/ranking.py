@@ -13,6 +13,7 @@ from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.statistics import list_possible_best, mean_interval
 from tune_amp.trial.config import MEAN_PARTS, RANKING_OBJECTIVES, TrialStatus, check
 from tune_amp.trial.objectives import is_maximized, metric_of
+from tune_amp.trial.text import join_names
 
 _UNFINISHED = (TrialStatus.STOPPED, TrialStatus.INTERRUPTED)
 # The first of these groups that has a trial is ranked.
@@ -109,7 +110,7 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
     if provenance.objectives != ("val_accuracy",) and ranked[0].status is not TrialStatus.COMPLETED:
         return "No trial completed: those ranked were stopped or interrupted, after different numbers of epochs."
     if len(provenance.objectives) > 1:
-        names = " and ".join(provenance.objectives)
+        names = join_names([*map(metric_of, provenance.objectives)])
         return f"The Pareto set of {names}: no trial is better than one of these in one of them and as good in all."
     if provenance.objective != "val_accuracy" or not provenance.validation_images:  # unknown to a user's own loop
         return ""
