@@ -465,6 +465,12 @@ def test_gp_is_told_the_worst_completed_value_of_hopeless_trials(make_search: Ma
     assert search.study.best_trial.user_attrs["trial_id"] == "good"
 
 
+def test_gp_is_told_no_perfect_loss_of_a_hopeless_trial_of_the_users_own(make_search: MakeSearch) -> None:
+    search = make_search("mnist_amp", "val_loss:min", sampler="gp")
+    finish(search, "first", end=failure("out_of_memory"))
+    assert stored(search, "first").value == UNKNOWN_VALUES["val_loss"]
+
+
 def test_gp_still_sees_differences_among_good_trials_where_others_were_hopeless(
     make_search: MakeSearch, lr_space: SearchSpace
 ) -> None:

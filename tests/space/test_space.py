@@ -1060,6 +1060,8 @@ def test_a_space_of_own_parameters_alone_is_enough(load: Load) -> None:
     ("own: {hidden: {choices: [1], low: 2}}", "own.hidden.low: must be left out beside choices, got 2"),
     ("own: {hidden: {choices: [1], default: 2}}",
      "own.hidden.default: must be a value that the parameter can have, got 2"),
+    ("own: {hidden: {low: 64, high: 128, power_of_two: true, default: 100}}",
+     "own.hidden.default: must be a value that the parameter can have, got 100"),
     ("own: {hidden: {choices: [1], default: x}}", "own.hidden.default: must be a whole number, got 'x'"),
     ("own: {hidden: {choices: [1], step: 2}}",
      "own.hidden.step: unknown key (known: low, high, log, power_of_two, choices, default, when)"),

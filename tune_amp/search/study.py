@@ -336,7 +336,7 @@ class AmpSearch:
         completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         measured = [trial.values for trial in completed if trial.constraints.get(HOPELESS_CONSTRAINT) == 0.0]
         if not measured:
-            return [UNKNOWN_VALUES.get(name, 0.0) for name in self._objectives]
+            return [UNKNOWN_VALUES.get(name, 0.0) for name in self._metrics]
         columns = zip(self._objectives, zip(*measured, strict=True), strict=True)
         return [min(column) if is_maximized(name) else max(column) for name, column in columns]
 

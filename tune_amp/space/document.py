@@ -158,7 +158,8 @@ def _add_default(path: str, parameter: Parameter, entry: Mapping[str, Any]) -> P
     low, high = parameter.low, parameter.high
     if "default" in entry:
         default = _read_value(f"{path}.default", entry["default"], parameter)
-        within = default in parameter.choices if low is None or high is None else low <= default <= high
+        listed = parameter.listed()
+        within = default in listed if low is None or high is None or listed else low <= default <= high
         check(f"{path}.default", default, within, "must be a value that the parameter can have")
     elif low is None or high is None:
         default = parameter.choices[0]
