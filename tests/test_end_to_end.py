@@ -72,6 +72,31 @@ def test_a_search_on_real_mnist_leaves_a_winner_that_trains_to_96_percent(mnist_
     ]
 
 
+SIGNALLED_AT_THE_END = """
+import contextlib, signal, sys
+from tune_amp.cli.search import search_command
+from tune_amp.cluster import ray_patches
+reaped_processes = ray_patches.reaped_processes
+
+@contextlib.contextmanager
+def interrupted():
+    with reaped_processes():
+        signal.raise_signal(signal.SIGINT)
+        yield
+
+ray_patches.reaped_processes = interrupted
+sys.exit(search_command(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_ray_ends_does_not_break_that(tmp_path: Path) -> None:
+    search = ("quick", "--dataset", "digits", "--num-samples", "1", "--max-epochs", "1", "--confirm-seeds", "0")
+    command = [sys.executable, "-c", SIGNALLED_AT_THE_END, *search, "--dashboard", "off"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_an_interrupted_search_keeps_what_was_reported_and_exits_130(number: signal.Signals, tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_search_is_asked_to_end_where_ray_has_died_and_left_alone_if_it_does() -
     assert not left.is_set()
 
 
+def test_ray_that_had_died_before_the_watch_is_found_at_once() -> None:
+    stop = StopRequest()
+    stop.check()
+    with watching(stop, lambda: "raylet", lambda: None), pytest.raises(KeyboardInterrupt):
+        stop.check()
+    assert stop.reason == "Ray's raylet has died"
+
+
 @pytest.mark.usefixtures("fast")
 def test_process_is_left_where_the_search_cannot_end() -> None:
     left = threading.Event()

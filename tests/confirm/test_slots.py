@@ -192,3 +192,18 @@ def test_closing_the_jobs_ends_those_that_run(confirm: Build) -> None:
         assert len(cluster.living) == 2
         jobs.close()
         assert len(cluster.living) == 1  # the idle one
+
+
+def test_a_request_to_end_is_found_between_jobs_and_while_they_run(confirm: Build) -> None:
+    checks: list[int] = []
+
+    def check() -> None:
+        checks.append(len(checks))
+        if len(checks) == 4:  # two jobs have ended, and the third hangs
+            raise KeyboardInterrupt
+
+    cluster, opened = confirm({2: [None]}, at_once=1, check=check)
+    with opened, pytest.raises(KeyboardInterrupt):
+        list(opened.train(make_jobs(4)))
+    assert [seed for seed, _ in cluster.trained] == [0, 1]
+    assert cluster.living == []

@@ -237,6 +237,7 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
         _write_report(result.folder)
         with ignoring_closed_pipe():  # before the session closes: Ray takes another second to end
             print_end(console, result, _reuse_command(arguments, result.best_path, request.command[0]))
+        stop.is_watched = True  # an interrupt would leave Ray's files behind, and a traceback of Ray's
     return result
 
 

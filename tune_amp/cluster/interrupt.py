@@ -29,12 +29,17 @@ class StopRequest:
     reason: str | None = None
     """Reason for the request; None if there is none."""
     is_watched: bool = False
-    """Whether Tune checks the request, as it does while trials run."""
+    """Whether a signal need only be recorded: Tune checks the request while trials run, or only Ray's end is left."""
 
     def ask(self, reason: str) -> None:
         """Request the end of the search. Keep the first reason."""
         if self.reason is None:
             self.reason = reason
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there is a request."""
+        if self.reason is not None:
+            raise KeyboardInterrupt
 
     def __getstate__(self) -> dict[str, str | None]:
         """Return the reason only: nothing reads Tune's pickle, and the functions only work in this process."""
@@ -107,25 +112,30 @@ def forget_closed_terminal() -> None:
 
 @contextlib.contextmanager
 def watching(stop: StopRequest, find_dead: Callable[[], str | None], leave: Callable[[], object]) -> Iterator[None]:
-    """In the ``with`` block, end the search if Ray dies: Tune would wait for it forever.
+    """In the ``with`` block, end the search if Ray dies, or has died before: Tune would wait for it forever.
 
     Args:
         stop: receives the request to end.
         find_dead: returns the name of a dead process, or None.
-        leave: is called, from another thread, if Tune waits for the dead process and does not check ``stop``.
+        leave: is called, from another thread, if the block waits for the dead process and does not check ``stop``.
     """
     over = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(CHECK_SECONDS):
-            dead = find_dead()
-            if dead is not None:
-                stop.ask(f"Ray's {dead} has died")
-                if not over.wait(GRACE_SECONDS):
-                    leave()
-                return
+    def look() -> bool:
+        dead = find_dead()
+        if dead is not None:
+            stop.ask(f"Ray's {dead} has died")
+        return dead is not None
 
-    thread = threading.Thread(target=watch, daemon=True, name="watch-ray")
+    def watch(is_dead: bool) -> None:
+        while not is_dead:
+            if over.wait(CHECK_SECONDS):
+                return
+            is_dead = look()
+        if not over.wait(GRACE_SECONDS):
+            leave()
+
+    thread = threading.Thread(target=watch, args=(look(),), daemon=True, name="watch-ray")
     thread.start()
     try:
         yield

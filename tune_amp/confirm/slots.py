@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import ray
@@ -81,6 +81,7 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         workers: workers of the search with these resources, which are idle: handles of ``AmpTrainable`` actors.
         objectives: objectives of the search.
         time_limit: seconds from its start after which a job is ended as failed.
+        check: is called about every second, and raises an exception to end the jobs.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         workers: Sequence[Any] = (),
         objectives: tuple[str, ...] = (),
         time_limit: float = math.inf,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
+        self._check = check
         self._trainable, self._test_split, self._resources = trainable, test, resources
         self._objectives, self._time_limit = objectives, time_limit
         self._count_slots = count_slots_now(resources.cpus, resources.gpus, max_concurrent=resources.max_concurrent)
@@ -113,6 +116,7 @@ class ConfirmSlots(contextlib.AbstractContextManager["ConfirmSlots"]):
         waiting = collections.deque(Attempt(job=job, share=self._resources.gpus) for job in jobs)
         try:
             while waiting or self._running:
+                self._check()
                 while waiting and len(self._running) < max(1, self._count_slots()):
                     self._start(waiting.popleft())
                 ended, _ = ray.wait(list(self._running), num_returns=1, timeout=CHECK_SECONDS)
