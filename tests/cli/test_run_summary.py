@@ -124,8 +124,10 @@ def test_where_fresh_seeds_know_better_the_searchs_own_ranking_is_shown_only_on_
     trials = make_trials()
     means = {f"{name}_{what}": 0.91 for name in ("val_accuracy", "test_accuracy") for what in ("mean", "high")}
     confirmation = Confirmation(confirm_seeds=(1, 2, 3), tied_with_best=True, **means)  # type: ignore[arg-type]
-    write_run(tmp_path, trials, [BestRow(rank=1, trial=trials[3], confirmation=confirmation)])
+    copies = [BestRow(rank=rank, trial=trials[rank], confirmation=confirmation) for rank in (1, 2)]
+    write_run(tmp_path, trials, copies)
     assert load_summary(tmp_path).is_confirmed
+    assert "confirmed: 1 configuration on seeds" in shown(tmp_path)[0]
     assert ["1", "93.00%"] not in ranks(shown(tmp_path)[0])
     assert ranks(shown(tmp_path, top_k=2)[0])[:2] == [["1", "93.00%"], ["2", "92.00%"]]
 
@@ -143,3 +145,9 @@ def test_the_line_that_trains_names_the_data_and_consents_to_the_users_own_code_
         own_code=list_own_code(vars(TrialConfig(model="mine:net"))),
     )
     assert words == ["tune-amp", "train", "my runs/best.parquet", "--data-dir", "my data", "--model", "mine:net"]
+
+
+def test_a_run_without_a_trial_says_so(tmp_path: Path) -> None:
+    text, errors = shown(write_run(tmp_path, []))
+    assert text.startswith("0 trials\n")
+    assert errors == "no trial has begun\n"

@@ -45,7 +45,7 @@ def test_the_first_lines_tell_what_was_searched_on_what(capsys: pytest.CaptureFi
         "space      search_spaces/mnist_amp.yaml: lr",
         "searched   val_accuracy by tpe and asha, seed 7",
         "run        2026-03-01-mnist, 2026-03-01T12:30:00Z, on cpu",
-        "1 trials: 1 completed",
+        "1 trial: 1 completed",
     ]
 
 
@@ -128,5 +128,17 @@ def test_a_run_is_shown_without_the_libraries_that_take_seconds_to_import() -> N
         "print(sorted({'torch', 'ray', 'sklearn', 'scipy', 'plotly'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "1 trials: 1 completed" in done.stdout
+    assert "1 trial: 1 completed" in done.stdout
     assert done.stdout.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize(("images", "expected"), [
+    (0, "mine:train: your own training loop and data"),
+    (1413, "mine:train: 1,413 training and 5,000 validation images"),
+])  # fmt: skip
+def test_a_run_without_a_trial_is_named_by_its_data(
+    images: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RUN.mkdir(parents=True)
+    write_trials(RUN, [], dataclasses.replace(PROVENANCE, dataset="mine:train", train_images=images))
+    assert printed(capsys, "demo")[0] == expected

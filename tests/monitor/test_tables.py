@@ -114,6 +114,14 @@ def test_a_number_1_that_is_better_than_all_says_so() -> None:
     assert sentences[-1].startswith("verdict  rank 1 is better than the defaults: +5.97 points of validation accuracy")
 
 
+def test_a_trial_with_the_settings_of_the_default_is_named() -> None:
+    rows = make_rows({"a": CLOSE}, CLOSE, lr=DEFAULT.config.lr, max_epochs=DEFAULT.config.max_epochs)
+    expected = "The settings of rank 2 are the default's, which a search tries first."
+    assert list(describe_confirmed(rows, PROVENANCE))[1] == expected
+    rows = make_rows({"a": SPREAD}, CLOSE, max_epochs=DEFAULT.config.max_epochs)
+    assert not any("the default's" in sentence for sentence in describe_confirmed(rows, PROVENANCE))
+
+
 def test_configurations_on_different_numbers_of_seeds_are_shown_as_such() -> None:
     rows = make_rows({"a": SPREAD, "b": CLOSE}, FAR, [*make_runs("a", SPREAD), *more_runs("a", SPREAD)])
     assert next(iter(describe_confirmed(rows, PROVENANCE))).startswith("Means over 3 to 6 fresh seeds")

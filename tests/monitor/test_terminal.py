@@ -347,7 +347,7 @@ def test_ranking_shows_what_was_searched_and_breaks_between_words_only(width: in
 @pytest.mark.parametrize(
     ("accuracies", "beginning"),
     [
-        ([0.97], "One seed on 5,000 validation images: other seeds will differ"),
+        ([0.97], "One seed on 5,000 validation images, a standard error of 0.24 points: other seeds will differ"),
         ([0.97, 0.50], "Rank 1 leads by more than the noise of 5,000 validation images; one seed each"),
         ([0.97, 0.969, 0.5], "Ranks 1 to 2 are indistinguishable on 5,000 validation images (2 standard errors)"),
         ([0.97, 0.97, 0.97], "Ranks 1 to 3 are indistinguishable"),
@@ -535,10 +535,12 @@ def test_plain_lines_tell_the_plan_and_each_run_that_ended() -> None:
     lines = PlainLines(Console(file=stream, width=80))
     lines.on_confirmation(make_confirmation(), None)
     lines.on_confirmation(make_confirmation(*CONFIRMED[:1]), CONFIRMED[0])
+    lines.on_confirmation(make_confirmation(*CONFIRMED[:1]), None)
     lines.on_confirmation(make_confirmation(*CONFIRMED), CONFIRMED[2])
     assert stream.getvalue().splitlines() == [
         "confirming 2 configurations on seeds 1000, 1001: 4 runs",
         f"[confirm 1/4] {NAME}[/]  seed 1000  completed  val_accuracy 97.00%",
+        "confirming 2 configurations on seeds 1000, 1001: 4 runs, 1 of them already done",
         "[confirm 3/4] default  seed 1000  diverged  diverged: weights are not finite",
     ]
 

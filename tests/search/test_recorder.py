@@ -663,6 +663,27 @@ def test_a_search_that_was_cut_off_twice_is_told_as_one(
     assert recorder.slot_time == SlotTime(slots=2, wall_seconds=18)
 
 
+def test_a_trial_that_was_cut_off_has_not_ended_until_it_resumes_and_ends(
+    make_recorder: MakeRecorder, watcher: Watcher
+) -> None:
+    first, second = FakeTrial("a"), FakeTrial("b")
+    recorder = make_recorder()
+    recorder.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
+    for trial in (first, second):
+        start(recorder, trial)
+    recorder.finish()
+    assert watcher.seen[-1][0].count_ended() == 2  # interrupted, for this session
+    recorder = make_recorder()
+    recorder.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
+    start(recorder, first)
+    assert [trial.trial_id for trial in watcher.seen[-1][0].trials] == ["a"]
+    report_epoch(recorder, first, 1, "completed")
+    finish(recorder, first)
+    assert watcher.seen[-1][0].count_ended() == 1
+    recorder.finish()
+    assert watcher.seen[-1][0].count_ended() == 1
+
+
 def read_history(journal: Journal) -> RunHistory:
     """The history of the run whose journal this is, which begins where it is empty."""
     path = journal._path

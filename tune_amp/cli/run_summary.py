@@ -14,6 +14,7 @@ from tune_amp.cli.console import say
 from tune_amp.monitor.tables import describe_confirmed, render_confirmed, render_ranking
 from tune_amp.monitor.terminal import describe_counts, render_importance
 from tune_amp.results.confirmed import ConfirmedRun
+from tune_amp.results.gain import without_seed
 from tune_amp.results.importance import ImportanceResult, describe_importance, load_importance, measure_importance
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import choose_best, describe_ties, list_obstacles
@@ -30,7 +31,7 @@ from tune_amp.results.run_folder import RunFolder
 from tune_amp.results.utilisation import describe_utilisation
 from tune_amp.search.options import DEFAULT_RESULTS_DIR, name_run
 from tune_amp.space.space import parse_space
-from tune_amp.trial.text import printable
+from tune_amp.trial.text import count_of, printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,9 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
         console.print("[magenta]interrupted[/]: everything that was reported is kept")
     if not summary.ranked:
         say(console, *_describe_slot_time(summary))
+        if not summary.trials:
+            errors.print("[bold red]no trial has begun[/]")
+            return
         errors.print("[bold red]no trial produced a result[/]:")
         for line in list_obstacles(summary.trials):  # the commonest reasons first
             say(errors, f"  {line}")
@@ -134,9 +138,9 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
     say(console, *_describe_slot_time(summary))
     if summary.is_confirmed:
         seeds = sorted({run.seed for run in summary.confirmed_runs})
-        count = len({run.trial_id for run in summary.confirmed_runs})
+        count = len({without_seed(row.trial.config) for row in summary.best if row.confirmation is not None})
         took = "" if summary.confirm_seconds is None else f" in {summary.confirm_seconds:.0f} s"
-        say(console, f"confirmed{took}: {count} configurations on seeds {', '.join(map(str, seeds))}")
+        say(console, f"confirmed{took}: {count_of(count, 'configuration')} on seeds {', '.join(map(str, seeds))}")
     files = [path.name for path in run.files if path.exists() and path != run.report]
     say(console, f"files    {summary.folder}: {', '.join(files)}")
     if run.report.exists():

@@ -57,8 +57,8 @@ def _print_start(console: Console, summary: "RunSummary") -> None:
     about, config = summary.provenance, summary.trials[0].config if summary.trials else None  # all trials share these
     tail = f" (long tail {config.imbalance:g}:1)" if config and config.imbalance != 1 else ""
     sizes = f"{about.train_images:,} training{tail} and {about.validation_images:,} validation images"
-    subject = f"{config.model if config else 'no model'} on {about.dataset}: {sizes}"
-    say(console, f"{config.train}: your own training loop and data" if config and config.train else subject)
+    subject = f"{config.model} on {about.dataset}" if config else about.dataset  # no trial has begun
+    say(console, f"{subject}: {sizes}" if about.train_images else f"{about.dataset}: your own training loop and data")
     space = parse_space(about.space_source, about.space_text)
     say(console, f"space      {space.source}: {', '.join(parameter.name for parameter in space.parameters)}")
     say(console, f"searched   {about.objective} by {about.sampler} and {about.scheduler}, seed {about.seed}")

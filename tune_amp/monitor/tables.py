@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_amp.results.confirmed import Confirmation
-from tune_amp.results.gain import OBJECTIVE_NAMES, show_difference
+from tune_amp.results.gain import OBJECTIVE_NAMES, show_difference, without_seed
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.trial.config import COST_OBJECTIVES, RANKING_OBJECTIVES, TrialConfig, read_setting
@@ -194,9 +194,13 @@ def describe_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> Itera
     tested = [name for name in _list_confirmed_metrics(provenance.objectives[0]) if name.startswith("test_")]
     if any(found.find_mean(name) is not None for _, found in confirmed for name in tested):
         chosen += ", the test set was read once a run"
+    default = {without_seed(row.trial.config) for row, _ in confirmed if row.is_default}
+    copies = [row.name for row, _ in confirmed if not row.is_default and without_seed(row.trial.config) in default]
     counts = sorted({len(found.confirm_seeds) for _, found in confirmed})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     yield f"Means over {seeds} fresh seeds, each with its 95 % interval; {chosen}."
+    if copies:
+        yield f"The settings of {join_names(copies)} are the default's, which a search tries first."
     yield from _describe_ties([row for row, _ in confirmed])
     for row, found in confirmed:
         if found.confirm_failures:

@@ -29,7 +29,7 @@ from tune_amp.results.progress import ConfirmProgress, ConfirmResult, Observer, 
 from tune_amp.results.ranking import choose_best
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrainingState, TrialStatus, list_values
-from tune_amp.trial.text import dump_json, format_scale, printable
+from tune_amp.trial.text import count_of, dump_json, format_scale, printable
 
 STATUS_STYLES = {
     TrialStatus.COMPLETED: "green",
@@ -149,7 +149,9 @@ class PlainLines(Observer):
         if ended is None:
             seeds = ", ".join(map(str, dict.fromkeys(job.config.seed for job in progress.jobs)))
             distinct = {job.trial_ids for job in progress.jobs}
-            line = f"confirming {len(distinct)} configurations on seeds {seeds}: {len(progress.jobs)} runs"
+            line = f"confirming {count_of(len(distinct), 'configuration')} on seeds {seeds}: {len(progress.jobs)} runs"
+            done = len(progress.jobs) - (progress.total - progress.done)  # before the search was resumed
+            line += f", {done} of them already done" if done else ""
         else:
             parts = [progress.names[ended.trial_id], f"seed {ended.seed}", str(ended.status)]
             parts += format_metrics(list_metrics([progress.objective], ["val_accuracy"]), ended.find_value)
@@ -236,7 +238,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def describe_counts(trials: Sequence[TrialRecord]) -> Text:
     """Return the trials by status: ``16 trials: 5 completed, 10 stopped, 1 diverged``."""
-    return Text(f"{len(trials)} trials") + _list_counts(trials)
+    return Text(count_of(len(trials), "trial")) + _list_counts(trials)
 
 
 def _list_counts(trials: Sequence[TrialRecord]) -> Text:

@@ -117,7 +117,11 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
     ties = count_ties(ranked, provenance.validation_images)
     images = f"{provenance.validation_images:,} validation images"
     if len(ranked) == 1:
-        text = f"One seed on {images}: other seeds will differ by some tenths of a point."
+        last = ranked[0].last
+        assert last is not None
+        assert last.val_accuracy is not None
+        error = accuracy_standard_error(last.val_accuracy, provenance.validation_images)
+        text = f"One seed on {images}, a standard error of {100 * error:.2g} points: other seeds will differ."
     elif ties == 1:
         text = f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
     else:

@@ -45,5 +45,6 @@ def locate(path: str | Path, *kinds: str) -> Path:
         if candidate.is_file():
             return candidate
     if path.is_dir():
-        raise InputError(f"{path}: must hold {' or '.join(candidate.name for candidate in candidates)}")
+        why = ", which a search writes at its end if a trial produced a result" if kinds == ("best",) else ""
+        raise InputError(f"{path}: must hold {' or '.join(candidate.name for candidate in candidates)}{why}")
     raise InputError(f"{path}: must be a Parquet file or the folder of a run, but does not exist")

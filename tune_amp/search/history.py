@@ -90,7 +90,8 @@ class RunHistory:
         self.most_running = 0
         """Largest number of trials that had a worker at the same time."""
         self._trials: dict[str, RecordedTrial] = {}
-        self._cut_off: set[str] = set()  # trials that ran when a session ended and have not resumed yet
+        self.waiting: set[str] = set()
+        """Ids of the trials that ran when a session ended and have not resumed yet."""
         self._workers: dict[str, int] = {}  # number of each worker process, from 1
         self._places: dict[str, int] = {}  # trial id -> number of the worker that runs it
 
@@ -181,7 +182,7 @@ class RunHistory:
         cut = [trial for trial in self._trials.values() if trial.trial_id in self.running]
         for trial in cut:
             _change(trial, now)
-        self._cut_off |= self.running
+        self.waiting |= self.running
         self.running.clear()
         self._places.clear()
         return [trial.record for trial in cut]
@@ -223,8 +224,8 @@ class RunHistory:
         self._places[trial.trial_id] = self._workers.setdefault(event["worker"], len(self._workers) + 1)
         self.most_running = max(self.most_running, len(self._places))
         self.running.add(trial.trial_id)
-        if trial.trial_id in self._cut_off:  # the time between sessions does not count as the trial's
-            self._cut_off.discard(trial.trial_id)
+        if trial.trial_id in self.waiting:  # the time between sessions does not count as the trial's
+            self.waiting.discard(trial.trial_id)
             trial.began = event["at"] - trial.record.wall_seconds
         if trial.began is None:
             _change(trial, event["at"], started=datetime.datetime.fromtimestamp(event["time"], datetime.UTC))

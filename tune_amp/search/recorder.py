@@ -196,7 +196,10 @@ class TrialRecorder(tune.Callback):
         return time.monotonic() - self._begin
 
     def _notify(self, ended: TrialRecord | None = None) -> None:
-        now = dataclasses.replace(self._progress, trials=tuple(self.trials), running=frozenset(self._history.running))
+        # Trials that were cut off have not ended: they wait until they are resumed.
+        waiting = self._history.waiting if self._end is None else ()
+        trials = tuple(trial for trial in self.trials if trial.trial_id not in waiting)
+        now = dataclasses.replace(self._progress, trials=trials, running=frozenset(self._history.running))
         self._observer.on_progress(now, ended)
 
 
