@@ -95,6 +95,14 @@ def test_one_element_that_is_not_finite_is_found(value: float) -> None:
     assert not all_finite(tensors)
 
 
+def test_weights_of_an_own_loop_are_judged_in_any_dtype() -> None:
+    large = torch.ones(300, 300)  # its sum exceeds fp16's largest number
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.complex64):
+        assert all_finite([large, large.to(dtype)])
+    assert not all_finite([large, torch.tensor(complex(0, math.inf))])
+    assert not all_finite([large, torch.tensor(math.nan, dtype=torch.float16)])
+
+
 def test_verdicts_are_asked_of_more_images_than_the_share() -> None:
     """Weights that only some image in a thousand reaches are not dead; a whole batch overflows before a few images."""
     weight = nn.Parameter(torch.ones(1, 1))

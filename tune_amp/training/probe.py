@@ -97,9 +97,13 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether every element is a finite number.
 
     Testing the sums takes a third of the time of testing each element. Sums of finite elements overflow only if these
-    exceed 10^30.
+    exceed 10^30. A user's own loop may have weights in fp16, whose sum overflows at 65504, or complex ones.
     """
-    return math.isfinite(torch.stack([tensor.detach().sum() for tensor in tensors]).sum())
+    real = (
+        torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in map(torch.Tensor.detach, tensors)
+    )
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in real]
+    return math.isfinite(torch.stack(sums).sum())
 
 
 def _is_dead(gradients: Sequence[Tensor]) -> bool:
