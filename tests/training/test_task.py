@@ -1,5 +1,6 @@
 """A task of the user's own: regression, tokens, streams, schedules, accumulation; and what it gets wrong."""
 
+import importlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -225,6 +226,33 @@ def test_a_schedule_advances_at_applied_steps_only(
     assert group["lr"] == pytest.approx(0.01 / (1 + metrics.applied_steps))
     assert run._task.steps == 45  # type: ignore[attr-defined]
     assert metrics.loop == "eager: a schedule sets the learning rate on the host"
+
+
+HOOKED = (
+    DIABETES
+    + """
+    def optimizer(self, model, config):
+        optimizer = super().optimizer(model, config)
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        return optimizer
+calls = []
+"""
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_hooks_of_the_optimizer_are_called_and_change_no_step(
+    precision: str, diabetes: tuple[str, Dataset], write_module: WriteModule
+) -> None:
+    name, dataset = diabetes
+    hooked = write_module(HOOKED) + ":Diabetes"
+    runs = [
+        TrainingRun(make_config(task, precision=precision, max_epochs=1), place(dataset)) for task in (name, hooked)
+    ]
+    first, second = (untimed(metrics) for run in runs for metrics in run.epochs())
+    assert first == second
+    assert importlib.import_module(hooked.partition(":")[0]).calls == ["before", "after"] * first.steps
 
 
 def test_accumulated_batches_are_one_large_batch(diabetes: tuple[str, Dataset]) -> None:

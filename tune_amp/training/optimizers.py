@@ -45,10 +45,16 @@ def _leave_compiler_out() -> None:
 
 
 def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return ``optimizer`` with a ``step`` without PyTorch's wrapper, which imports the compiler as well."""
+    """Return ``optimizer`` with a ``step`` without PyTorch's wrapper, which imports the compiler as well.
+
+    The wrapper calls the hooks that a user's task has registered: then it is needed.
+    """
     bare = inspect.unwrap(type(optimizer).step)
 
     def step(self: torch.optim.Optimizer) -> None:
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            type(self).step(self)
+            return
         with torch.no_grad():
             bare(self)
 
