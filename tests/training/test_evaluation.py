@@ -29,6 +29,25 @@ def test_evaluation_puts_the_model_back_into_its_mode(training_mode: bool) -> No
     assert model.training is training_mode
 
 
+def test_what_a_model_makes_and_keeps_in_evaluation_can_be_trained_with() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(16))
+            self.kept = torch.ones(0, 16)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(self.kept) < len(images):  # as rotary embeddings of sequences longer than before
+                self.kept = torch.ones(len(images), 16)
+            return images.flatten(1) * self.scale * self.kept[: len(images)]
+
+    model = Positions()
+    scaling = InputScaling(shift=0.0, factor=1 / 255)
+    evaluate(ImageClassification(), model, place_split(make_split(), CPU), scaling, batch_size=8)
+    model(torch.rand(2, 1, 4, 4)).sum().backward()
+    assert model.scale.grad is not None
+
+
 @pytest.mark.parametrize("batch", [1, 7, 59, 60, 61])
 def test_evaluation_is_a_mean_over_images_however_they_are_batched(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "EVALUATION_PIXELS", 0)

@@ -80,7 +80,8 @@ def evaluate(
     model.eval()
     # float64: a sum of many small losses in float32 would depend on the batch size in the fourth digit.
     totals: dict[str, Tensor] = {}
-    with torch.inference_mode(), fp32_arithmetic("fp32"):
+    # Not inference_mode(): a model may keep a tensor that it makes here, such as longer positions, and train with it.
+    with torch.no_grad(), fp32_arithmetic("fp32"):
         for batch in split.in_order(at_once, scaling):
             sums = dict(task.score(model, batch))
             if "loss" not in sums:
