@@ -218,6 +218,7 @@ def test_a_diverged_run_is_a_diverged_run(dataset: Dataset) -> None:
 @pytest.mark.parametrize(("raised", "status"), [
     ("RuntimeError('no luck')", TrialStatus.FAILED),
     ("torch.OutOfMemoryError('all gone')", TrialStatus.OUT_OF_MEMORY),
+    ("RuntimeError(\"DefaultCPUAllocator: can't allocate memory\")", TrialStatus.OUT_OF_MEMORY),
 ])  # fmt: skip
 def test_a_run_that_fails_is_a_row(
     raised: str, status: TrialStatus, dataset: Dataset, write_module: Callable[[str], str]

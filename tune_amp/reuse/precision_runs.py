@@ -18,7 +18,7 @@ import torch
 from tune_amp.reuse.precision_verdicts import BASELINE, LEAST_SEEDS, ComparedRun, MapCell
 from tune_amp.training.cuda_graph import WARM_UP_STEPS
 from tune_amp.training.data import Dataset, Split
-from tune_amp.training.memory import release_memory
+from tune_amp.training.memory import is_out_of_memory, release_memory
 from tune_amp.training.run import TrainingRun, estimate_epoch_seconds
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus
@@ -229,10 +229,9 @@ def train_arm(
             on_epoch(metrics)
         if run.hopeless is not None:
             status, error = TrialStatus.DIVERGED, f"{epochs[-1].state}: {run.hopeless}"
-    except (torch.OutOfMemoryError, MemoryError) as caught:
-        status, error = TrialStatus.OUT_OF_MEMORY, describe_error(caught)
     except Exception as caught:  # a user's model may raise anything
-        status, error = TrialStatus.FAILED, describe_error(caught)
+        status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(caught) else TrialStatus.FAILED
+        error = describe_error(caught)
     row = ComparedRun(precision=config.precision, seed=config.seed, place=place, status=status, error=error)
     return dataclasses.replace(row, **_summarise_epochs(epochs)) if epochs else row
 
