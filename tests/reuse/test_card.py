@@ -19,10 +19,11 @@ from tune_amp.results.records import BestFile, BestRow
 from tune_amp.results.statistics import wilson_interval
 from tune_amp.reuse.card import describe_card
 from tune_amp.reuse.final import FinalResult, FinalTraining
-from tune_amp.training.data import Dataset
+from tune_amp.training.data import Dataset, load_dataset
 from tune_amp.trial.config import TrialConfig
 from tune_amp.trial.text import code_span
 
+WriteModule = Callable[[str], str]
 CONFIG = TrialConfig(lr=0.01, batch_size=8, max_epochs=2)
 
 
@@ -84,22 +85,63 @@ def test_the_snippet_loads_the_weights_and_classifies_as_tested(
     input_scaling: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    write_module: Callable[[str], str],
+    write_module: WriteModule,
 ) -> None:
     name = f"{write_module(TIED_MODEL)}:net" if model == "tied" else model
     training, result = train(dataclasses.replace(CONFIG, model=name, input_scaling=input_scaling))
     card = describe_card(result, **make_source(make_row(1)))
     training.save(tmp_path, result, {}, card)
     monkeypatch.chdir(tmp_path)
-    [snippet] = re.findall(r"^```python\n(.*?)^```", (tmp_path / "card.md").read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     torch.manual_seed(99)
-    exec(snippet, names)
+    exec(find_snippet((tmp_path / "card.md").read_text()), names)
     test = make_dataset().test
     found = names["classify"](torch.from_numpy(test.images))
     assert np.mean(found.numpy() == test.labels) == pytest.approx(result.test_accuracy, abs=1e-12)
     assert result.test_accuracy > 0.5
     assert ("must be importable" in card) is (model == "tied")
+
+
+OWN_INPUTS = """
+import numpy as np
+from torch import nn
+def data():
+    values = np.random.default_rng(0).integers(0, 9, (400, 6))
+    labels = (values[:, 0] > 4).astype(np.int64)
+    return {inputs}[:300], labels[:300], {inputs}[300:], labels[300:]
+def tokens_net(input_shape, num_classes):
+    return nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.LazyLinear(num_classes))
+def floats_net(input_shape, num_classes):
+    return nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "dtype"), [("tokens", "values", "int64"), ("floats", "(values / 3)", "float32")]
+)
+def test_a_card_does_not_take_tokens_or_floats_for_images(
+    model: str, inputs: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_module: WriteModule
+) -> None:
+    module = write_module(OWN_INPUTS.format(inputs=inputs))
+    dataset = load_dataset(f"{module}:data")
+    config = dataclasses.replace(CONFIG, model=f"{module}:{model}_net", dataset=f"{module}:data")
+    training = FinalTraining(config, dataset, torch.device("cpu"))
+    list(training.epochs())
+    result = training.test()
+    card = describe_card(result, **make_source(make_row(1)))
+    training.save(tmp_path, result, {}, card)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(find_snippet(card), names)
+    found = names["classify"](torch.from_numpy(dataset.test.images))
+    assert np.mean(found.numpy() == dataset.test.labels) == pytest.approx(result.test_accuracy, abs=1e-12)
+    assert f"- Input: {dtype} [batch, 6], given to the model unscaled." in card
+    assert "uint8" not in card
+
+
+def find_snippet(card: str) -> str:
+    [snippet] = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    return str(snippet)
 
 
 HOSTILE = "\x1b[2J\n\n# Owned ``` `<script>alert(1)</script>\n```python\nimport os\n```\n| [x](http://evil) ``"

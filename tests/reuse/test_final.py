@@ -231,6 +231,15 @@ def test_weights_that_cannot_be_written_are_one_line(
 # Replaying a trial
 
 
+def test_a_model_that_cannot_be_saved_is_refused_before_it_is_trained(
+    dataset: Dataset, write_module: Callable[[str], str]
+) -> None:
+    text = TIED_MODEL + "    return Extra()\nclass Extra(Net):\n    def get_extra_state(self): return {'version': 1}\n"
+    name = write_module(text.replace("    return Net()\n", ""))
+    with pytest.raises(InputError, match=r"^model: the state of Extra must be of dense tensors, .* \(AttributeError: "):
+        FinalTraining(make_config(model=f"{name}:net"), dataset, CPU)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"precision": "fp16", "init_scale": 2.0**26, "optimizer": "sgd"}, {"precision": "bf16", "model": "vit"}],

@@ -43,6 +43,7 @@ def describe_card(result: "FinalResult", *, best: BestFile, rank: int, versions:
         versions=versions,
         config=config,
         own=dict(config.own),
+        scaled=result.input_dtype == "uint8",
         shape=f"[{', '.join(map(str, ['batch', *result.input_shape]))}]",
         accuracy=_percent(result.test_accuracy),
         interval=f"{_percent(low)} to {_percent(high)}",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from tune_amp.training.run import TrainingRun
 from tune_amp.training.runs import Run, start_run
 from tune_amp.training.training_data import TrainingData
 from tune_amp.trial.config import EpochMetrics, InputError, TrialConfig
-from tune_amp.trial.text import dump_json, one_line
+from tune_amp.trial.text import describe_error, dump_json, one_line
 
 METRICS_FILE = "metrics.json"
 CARD_FILE = "card.md"
@@ -56,12 +57,14 @@ class FinalResult:
     data_hash: str
     input_shape: tuple[int, ...]
     """Channels, height and width of an image; the shape of another input."""
+    input_dtype: str
+    """Dtype of the inputs that weights expect: ``uint8`` images are scaled, ``float32`` and ``int64`` are not."""
     num_classes: int
     input_shift: float
     """Shift of pixels: the weights expect ``(pixel - input_shift) * input_factor`` in float32."""
     input_factor: float
     num_parameters: int
-    """Number of trained values; a value that two layers share counts once."""
+    """Number of parameters, frozen ones included; one that two layers share counts once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,9 @@ class Training:
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device, run: Run) -> None:
         self._config, self._dataset, self._device, self._run = config, dataset, device, run
         self._epochs: list[EpochMetrics] = []
+        if not isinstance(run, OwnRun):
+            with contextlib.suppress(OSError, SafetensorError):  # a full disk, which may have room later
+                write_weights(run.model, io.BytesIO())  # what cannot be saved is refused before it is trained
 
     def epochs(self) -> Iterator[EpochMetrics]:
         """Train, and yield the metrics of each epoch."""
@@ -130,6 +136,7 @@ class FinalTraining(Training):
         self._train_images = len(whole)
         data = TrainingData(whole, None, dataset.num_classes, device)
         self._scaling = data.input_scaling(config.input_scaling)
+        self._input_dtype = "uint8" if whole.is_scaled else str(data.input_dtype).removeprefix("torch.")
         super().__init__(config, dataset, device, TrainingRun(config, data))
 
     def test(self) -> FinalResult:
@@ -147,6 +154,7 @@ class FinalTraining(Training):
             device=name_device(self._device),
             data_hash=self._dataset.content_hash,
             input_shape=self._dataset.input_shape,
+            input_dtype=self._input_dtype,
             num_classes=self._dataset.num_classes,
             input_shift=self._scaling.shift,
             input_factor=self._scaling.factor,
@@ -195,10 +203,20 @@ def write_together(folder: Path, writers: Mapping[str, Writer]) -> None:
 
 
 def write_weights(model: nn.Module, file: BinaryIO) -> None:
-    """Write the weights of a model as safetensors."""
+    """Write the weights of a model as safetensors.
+
+    Raises:
+        InputError: its state is not of dense tensors.
+    """
     with tempfile.TemporaryDirectory() as folder:  # safetensors needs a path, and writes beside it
         path = Path(folder, "weights")
-        save_model(model, str(path))
+        try:
+            save_model(model, str(path))
+        except (OSError, SafetensorError):
+            raise
+        except Exception as error:  # an extra state, a sparse buffer
+            rule = "must be of dense tensors, as safetensors stores it"
+            raise InputError(f"model: the state of {type(model).__name__} {rule} ({describe_error(error)})") from error
         file.write(path.read_bytes())
 
 
