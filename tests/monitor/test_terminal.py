@@ -407,6 +407,7 @@ def test_counts_list_each_status_that_occurs() -> None:
     expected = "11 trials: 5 completed, 2 stopped, 1 diverged, 1 out_of_memory, 1 failed, 1 interrupted"
     assert describe_counts(trials).plain == expected
     assert describe_counts([]).plain == "0 trials"
+    assert describe_counts([make_trial()]).plain == "1 trial: 1 completed"
 
 
 # The clock

@@ -148,6 +148,11 @@ def test_the_first_screen_tells_what_was_searched_and_an_unconfirmed_winner(tmp_
     assert f"python scripts/train.py {tmp_path / 'best.parquet'}" in text
 
 
+def test_a_single_trial_was_not_chosen_among_others(tmp_path: Path) -> None:
+    text = read_report(write_run(tmp_path, [make_outcome(1, TrialStatus.COMPLETED, 0.9, 4)]))
+    assert "other seeds will differ. Train it again" in text
+
+
 def test_a_confirmed_winner_is_shown_with_interval_difference_ties_and_gain(tmp_path: Path) -> None:
     text = read_report(write_full_run(tmp_path))
     assert "Rank 1: test accuracy 97.30% [96.80%, 97.80%], mean of 3 fresh seeds, 95% interval." in text

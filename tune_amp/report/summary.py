@@ -9,7 +9,7 @@ from typing import Any
 from tune_amp.report.axes import format_value, objective_title
 from tune_amp.report.figures import format_interval
 from tune_amp.report.page import Finding, Summary, quote_words
-from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_pair
+from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_pair, list_rankable
 from tune_amp.report.style import count_of, format_status, list_statuses
 from tune_amp.results.gain import format_difference
 from tune_amp.results.provenance import list_reuse_words
@@ -126,8 +126,10 @@ def format_setting(name: str, value: Any) -> str:
 def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:
     found = winner.confirmation
     if not found:
-        text = describe_ties([row.trial for row in run.ranked], run.provenance)
-        yield Finding(f"{text} {_WARNING}".strip(), is_warning=True)
+        texts = [describe_ties([row.trial for row in run.ranked], run.provenance)]
+        texts += [_WARNING] if len(list_rankable(run)) > 1 else []  # else nothing was chosen
+        if text := " ".join(filter(None, texts)):
+            yield Finding(text, is_warning=True)
         return
     for failure in found.confirm_failures:
         yield Finding(f"A run on a fresh seed did not complete: {failure}", is_warning=True)
