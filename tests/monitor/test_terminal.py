@@ -344,6 +344,13 @@ def test_ranking_shows_what_was_searched_and_breaks_between_words_only(width: in
     assert all(len(line) <= width for line in text.splitlines())
 
 
+def test_ranking_shows_a_setting_that_is_null_and_none_that_is_inactive() -> None:
+    config = TrialConfig(precision="bf16", grad_clip=None)
+    text = show(render_ranking([make_trial(config=config)], make_provenance("grad_clip", "init_scale")))
+    assert words(text)[1][:3] == ["#", "clip", "epochs"]
+    assert words(text)[2][:2] == ["1", "null"]
+
+
 @pytest.mark.parametrize(
     ("accuracies", "beginning"),
     [

@@ -103,7 +103,7 @@ def test_a_setting_has_the_axis_of_its_space() -> None:
     own = setting_axis(Parameter(name="own.kind", choices=("<b>", 2)), ["<b>"])
     assert own.layout["categoryarray"] == own.place_all(["<b>", 2]) == ["&lt;b&gt;", "2"]  # plotly interprets tags
     clip = setting_axis(Parameter(name="grad_clip", choices=(None, 1.0)), [None, 1.0])
-    assert clip.layout["categoryarray"] == clip.place_all([None, 1.0]) == ["None", "1.0"]
+    assert clip.layout["categoryarray"] == clip.place_all([None, 1.0]) == ["null", "1.0"]
     fraction = Parameter(name="growth_interval", low=0.1, high=0.5, fraction_of_trial=True)
     assert setting_axis(fraction, [0.1]).title == "growth_interval / steps of the trial"
 

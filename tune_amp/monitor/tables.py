@@ -16,9 +16,9 @@ from tune_amp.results.confirmed import Confirmation
 from tune_amp.results.gain import OBJECTIVE_NAMES, show_difference, without_seed
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.records import BestRow, TrialRecord
-from tune_amp.trial.config import COST_OBJECTIVES, RANKING_OBJECTIVES, TrialConfig, read_setting
+from tune_amp.trial.config import COST_OBJECTIVES, RANKING_OBJECTIVES, read_setting
 from tune_amp.trial.objectives import metric_of
-from tune_amp.trial.text import format_number, format_scale, join_names, printable
+from tune_amp.trial.text import format_number, format_setting, join_names, printable
 
 ACCURACIES = ("val_accuracy", "test_accuracy")
 """Metrics shown in percent. The unit of a user's own metric is unknown."""
@@ -110,16 +110,6 @@ def name_metric(name: str) -> str:
     return _TITLES.get(name, name)
 
 
-def format_setting(config: TrialConfig, name: str) -> str:
-    """Return the cell of a setting, by the name of its column; empty if the trial does not have it."""
-    value = read_setting(config, name)
-    if value is None:
-        return ""
-    if name == "init_scale":
-        return format_scale(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def format_metric(name: str, value: float | None) -> str:
     """Return a value of a metric: an accuracy in percent, a cost with its unit, others with four digits."""
     if value is None:
@@ -157,7 +147,7 @@ def render_ranking(ranked: Sequence[TrialRecord], provenance: Provenance) -> Wid
         assert last is not None  # a trial is ranked by its last report
         table.add_row(
             str(rank),
-            *(format_setting(trial.config, name) for name in searched),
+            *(format_setting(name, read_setting(trial.config, name)) for name in searched),
             f"{last.epoch}/{trial.config.max_epochs}",
             *(format_metric(name, last.find_value(name)) for name in metrics),
             str(last.skipped_steps),
@@ -180,7 +170,7 @@ def render_confirmed(rows: Sequence[BestRow], provenance: Provenance) -> WideTab
     table = WideTable(["#", *map(name_setting, searched), *map(name_metric, metrics), "search - confirmed"], left=["#"])
     for row in rows:
         if row.confirmation is not None:
-            settings = (format_setting(row.trial.config, name) for name in searched)
+            settings = (format_setting(name, read_setting(row.trial.config, name)) for name in searched)
             cells = _confirmed_cells(row.confirmation, objective, metrics)
             style = "green" if row.rank == 1 else "dim" if row.is_default else None
             table.add_row(re.sub(r"rank |[()]", "", row.name), *settings, *cells, style=style)

@@ -148,7 +148,7 @@ def setting_axis(parameter: Parameter, values: Iterable[Any]) -> Axis:
     """Return the axis of a searched setting, scaled as in the search space."""
     title = f"{parameter.name} / steps of the trial" if parameter.fraction_of_trial else parameter.name
     if parameter.choices:
-        labels = {choice: escape_text(str(choice)) for choice in parameter.choices}
+        labels = {choice: escape_text("null" if choice is None else str(choice)) for choice in parameter.choices}
         layout = {"type": "category", "categoryarray": [*labels.values()], "range": [-0.5, len(labels) - 0.5]}
         return Axis(title=title, layout=layout, place=labels.get, unset=labels.get(None))
     if parameter.power_of_two and parameter.value_type is float:

@@ -23,14 +23,14 @@ from tune_amp.report.page import Figure, LineKey, Section, Table, quote_words
 from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_metrics, list_pair
 from tune_amp.report.scales import draw_scales, trace_scales
 from tune_amp.report.style import count_of, format_status, list_statuses
-from tune_amp.report.summary import format_moment, format_seconds, format_setting
+from tune_amp.report.summary import format_moment, format_seconds
 from tune_amp.results.gain import format_difference
 from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
 from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 from tune_amp.trial.config import TrialStatus, read_setting
 from tune_amp.trial.objectives import metric_of
-from tune_amp.trial.text import format_number
+from tune_amp.trial.text import format_number, format_setting
 
 # ---- shared ----
 

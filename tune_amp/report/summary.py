@@ -4,7 +4,6 @@ import collections
 import datetime
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from tune_amp.report.axes import format_value, objective_title
 from tune_amp.report.figures import format_interval
@@ -18,7 +17,7 @@ from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.trial.config import DATASETS, list_values
 from tune_amp.trial.consent import list_own_code
 from tune_amp.trial.objectives import is_maximized, metric_of
-from tune_amp.trial.text import format_scale, join_names
+from tune_amp.trial.text import format_setting, join_names
 
 
 def name_subject(run: Run) -> str:
@@ -110,17 +109,8 @@ def _describe_verdict(run: Run, winner: BestRow) -> tuple[str, str]:
 def describe_settings(run: Run, trial: TrialRecord) -> str:
     """Return the searched settings of a trial, and its precision."""
     names = [parameter.name for parameter in run.parameters]
-    values = [(name, value) for name, value in list_values(trial.config).items() if name in (*names, "precision")]
-    return ", ".join(f"{name} {format_setting(name, value)}" for name, value in values if value is not None)
-
-
-def format_setting(name: str, value: Any) -> str:
-    """Return a setting as people write it."""
-    if value is None:
-        return ""
-    if name == "init_scale":
-        return format_scale(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    values = {name: value for name, value in list_values(trial.config).items() if name in (*names, "precision")}
+    return ", ".join(f"{name} {text}" for name, value in values.items() if (text := format_setting(name, value)))
 
 
 def _list_findings(run: Run, winner: BestRow) -> Iterator[Finding]:

@@ -73,9 +73,19 @@ def format_scale(scale: float | None) -> str:
     return f"2^{exponent - 1}" if mantissa == 0.5 else f"{scale:.4g}"
 
 
+def format_setting(name: str, value: Any) -> str:
+    """Return a setting as people write it; empty if the trial does not have it. Without clipping is a setting too."""
+    if value is None:
+        return "null" if name == "grad_clip" else ""
+    if name == "init_scale":
+        return format_scale(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def format_number(value: float, digits: int) -> str:
-    """Return a number with so many significant digits, and no exponent if it is large: ``2.50``, ``1,234``."""
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
+    """Return a number with so many significant digits, and no exponent below 10^15: ``2.50``, ``1,234``."""
+    is_large = 10 ** (digits - 1) <= abs(value) < 1e15  # a perplexity may have 300 digits
+    return f"{value:,.0f}" if is_large else f"{value:#.{digits}g}".rstrip(".")
 
 
 def one_line(text: str, limit: int = 300) -> str:
