@@ -313,6 +313,22 @@ def test_an_interval_relative_to_the_trial_is_the_same_share_of_a_longer_or_shor
     assert suggestion.params["growth_interval/trial_steps"] == fraction
 
 
+@pytest.mark.parametrize("fractions", ["low: 0.02, high: 0.5, log: true", "choices: [0.03, 0.1, 0.33]"])
+@pytest.mark.parametrize(("old_epochs", "epochs"), [(1, 8), (2, 8), (3, 8), (8, 2)])
+def test_every_relative_interval_of_the_same_space_is_suggested_again(
+    fractions: str, old_epochs: int, epochs: int
+) -> None:
+    """Though its fraction was lost when it was rounded to whole steps, it is one of the space's fractions."""
+    text = f"parameters:\n  growth_interval: {{{fractions}, fraction_of_trial: true}}\nfixed: {{precision: fp16}}\n"
+    space = parse_space("here.yaml", text)
+    old, here = ({"train_images": TRAIN_IMAGES, "max_epochs": count} for count in (old_epochs, epochs))
+    for settings in space.sample(100, seed=0, **old):
+        winner = make_config(**settings, max_epochs=old_epochs)
+        suggestion = find_suggestion(winner, space, TRAIN_IMAGES, **here)
+        fraction = settings["growth_interval"] / winner.count_full_steps(TRAIN_IMAGES)
+        assert suggestion.params["growth_interval/trial_steps"] == pytest.approx(fraction, abs=0.02)
+
+
 def test_an_interval_in_steps_stays_in_steps() -> None:
     text = "parameters:\n  growth_interval: {low: 1, high: 500, log: true}\nfixed: {precision: fp16}\n"
     config = make_config(precision="fp16", growth_interval=80, max_epochs=8)

@@ -248,11 +248,15 @@ def find_suggestion(
 
 def _rescale(config: TrialConfig, space: SearchSpace, old_steps: int, steps: int) -> TrialConfig:
     """Return ``config`` with its growth interval in steps of a trial here, if the space counts it relative to them."""
-    relative = any(parameter.fraction_of_trial for parameter in space.parameters)
-    if not relative or config.growth_interval is None or old_steps == steps:
+    relative = next((parameter for parameter in space.parameters if parameter.fraction_of_trial), None)
+    if relative is None or config.growth_interval is None or old_steps == steps:
         return config
-    interval = round(config.growth_interval * steps / max(old_steps, 1))
-    return dataclasses.replace(config, growth_interval=min(max(interval, 1), 2**62))
+    nearest = optuna.trial.FixedTrial(relative.find_nearest(config.growth_interval, trial_steps=old_steps))
+    if relative.suggest(nearest, trial_steps=old_steps) == config.growth_interval:
+        interval = relative.suggest(nearest, trial_steps=steps)  # what was suggested there, before it was rounded
+    else:
+        interval = min(max(round(config.growth_interval * steps / max(old_steps, 1)), 1), 2**62)
+    return dataclasses.replace(config, growth_interval=interval)
 
 
 def _describe_values(parameter: Parameter, steps: int) -> str:
