@@ -355,6 +355,7 @@ def test_ranking_shows_a_setting_that_is_null_and_none_that_is_inactive() -> Non
     ("accuracies", "beginning"),
     [
         ([0.97], "One seed on 5,000 validation images, a standard error of 0.24 points: other seeds will differ"),
+        ([1.0], "One seed on 5,000 validation images: other seeds will differ"),
         ([0.97, 0.50], "Rank 1 leads by more than the noise of 5,000 validation images; one seed each"),
         ([0.97, 0.969, 0.5], "Ranks 1 to 2 are indistinguishable on 5,000 validation images (2 standard errors)"),
         ([0.97, 0.97, 0.97], "Ranks 1 to 3 are indistinguishable"),

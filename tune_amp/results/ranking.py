@@ -121,7 +121,8 @@ def describe_ties(ranked: Sequence[TrialRecord], provenance: Provenance) -> str:
         assert last is not None
         assert last.val_accuracy is not None
         error = accuracy_standard_error(last.val_accuracy, provenance.validation_images)
-        text = f"One seed on {images}, a standard error of {100 * error:.2g} points: other seeds will differ."
+        noise = f", a standard error of {100 * error:.2g} points" if error else ""  # the formula fails at 0 and 1
+        text = f"One seed on {images}{noise}: other seeds will differ."
     elif ties == 1:
         text = f"Rank 1 leads by more than the noise of {images}; one seed each, so other seeds may reorder them."
     else:
