@@ -52,6 +52,33 @@ def test_line_on_mps_is_printed_if_trials_share_a_gpu(
     assert ("MPS" in text.getvalue()) is shown
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_prose_is_wrapped_between_words_and_what_is_copied_is_not(
+    make_space: Callable[[str], SearchSpace], digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    plan = SearchPlan(
+        space=make_space("parameters:\n  lr: {low: 1.0e-4, high: 1.0e-2}\n"),
+        dataset=digits,
+        options=SearchOptions(),
+        folder=Path("results/a-rather-long-name"),
+        resources=TrialResources(cpus=1, gpus=0, max_concurrent=2, reason="2 trials at a time, 1 CPU each"),
+        unfit={},
+    )
+    text = Screen()
+    print_start(
+        Console(file=text, width=30, force_terminal=True, color_system=None), plan, make_session(), (), ["wandb"]
+    )
+    lines = text.getvalue().splitlines()
+    assert lines[0].strip() == "simple_net on digits: 1,413"
+    assert lines[lines.index("resources  2 trials at a time,") + 1] == "1 CPU each"
+    assert "tracker    wandb sync results/a-rather-long-name/wandb/offline-run-*" in lines
+
+
 @pytest.mark.parametrize(
     ("found", "line"),
     [

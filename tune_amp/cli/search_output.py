@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from tune_amp.cli.console import is_screen, open_console, say, torch_threads
 from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.text import printable
 
 if TYPE_CHECKING:
     from tune_amp.cluster.resources import TrialResources
@@ -61,10 +62,10 @@ def print_start(
     subject = f"[bold]{escape(options.model)}[/] on [bold]{escape(dataset.name)}[/]: {sizes}"  # both are checked names
     if options.train is not None:
         subject = f"[bold]{escape(options.train)}[/]: your own training loop and data"
-    console.print(f"{subject}; {reading}", soft_wrap=True)
+    console.print(f"{subject}; {reading}", soft_wrap=not is_screen(console))
     tell("space", f"{space.source}: {', '.join(p.name for p in space.parameters)}")
     tell("inert", *list_inert(plan))
-    console.print(f"resources  {resources.reason}", soft_wrap=True)
+    tell("resources", resources.reason)
     if session.mps and 0 < resources.gpus < 1:
         tell("mps", session.mps)
     if "train_seconds" in options.objectives and resources.max_concurrent > 1:
@@ -82,7 +83,8 @@ def print_start(
     if plan.history is not None:
         tell("resumed", describe_progress(plan.history, options.num_samples, options.time_budget))
     tell("note", *notes)
-    tell("tracker", *(describe_tracker(name, plan.folder) for name in trackers))
+    for name in trackers:  # whole, to be copied
+        console.print(printable(f"tracker    {describe_tracker(name, plan.folder)}"), markup=False, soft_wrap=True)
 
 
 def print_exposure(session: "RaySession") -> None:
