@@ -271,6 +271,7 @@ def test_images_without_any_contrast_are_refused() -> None:
 
 OWN_TASK = """
 import numpy as np
+import torch
 from torch import nn
 from tune_amp.training import Task
 class Line(Task):
@@ -284,6 +285,9 @@ class Line(Task):
         return nn.functional.mse_loss(model(batch[0]), batch[1])
     def score(self, model, batch):
         return {"mae": (model(batch[0]) - batch[1]).abs().sum()}
+    def schedule(self, optimizer, steps):
+        warm_up = steps // 20
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warm_up))
 class Half(Line):
     def loss(self, model, batch):
         loss = super().loss(model, batch)

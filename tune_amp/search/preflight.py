@@ -24,6 +24,8 @@ from tune_amp.trial.text import describe_error
 if TYPE_CHECKING:  # it imports Optuna, which training a winner does not need
     from tune_amp.space.space import SearchSpace
 
+CHECK_EPOCHS = 1_000
+"""Epochs of a checked run, of which one is trained: a schedule that warms up expects more steps than one."""
 CHECK_SECONDS = 10.0
 """Seconds after which the remaining precisions and optimizers are not checked: their first trials will show."""
 
@@ -107,7 +109,7 @@ def check_training(
     shape = ", ".join(map(str, dataset.input_shape))
     subject = f"model: {model}" if task is None else f"task: {task}"
     rule = f"{subject} must train on {'images' if two.is_scaled else 'inputs'} of shape [batch, {shape}]"
-    settings: dict[str, Any] = {"model": model, "task": task, "own": own, "batch_size": 2, "max_epochs": 1}
+    settings: dict[str, Any] = {"model": model, "task": task, "own": own, "batch_size": 2, "max_epochs": CHECK_EPOCHS}
     fit: list[str] = []
     unfit: dict[str, str] = {}
     deadline = time.monotonic() + CHECK_SECONDS
@@ -137,7 +139,7 @@ def check_training(
 def _try_step(config: TrialConfig, data: TrainingData) -> str | None:
     """Return why an epoch of one step fails; None if it does not, or if only the device is at fault."""
     try:
-        run = TrainingRun(config, data, probed=False)
+        run = TrainingRun(config, data, capture=None, probed=False)
         if config.task is None:
             run.model = _CheckedModel(run.model, config.model, data.num_classes)
         run.train_epoch()
