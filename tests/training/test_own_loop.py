@@ -222,6 +222,26 @@ def test_a_resumed_loop_continues_bit_for_bit() -> None:
     assert [without_seconds(metrics) for metrics in again.epochs()] == through[1:]
 
 
+def test_a_resumed_loop_whose_every_step_is_skipped_ends_as_one_that_ran_through() -> None:
+    def train(trial: Trial) -> Iterator[Mapping[str, float]]:
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=trial.lr)
+        trial.keep(model=model, optimizer=optimizer)
+        for _ in trial.epochs():
+            for _ in range(4):
+                take_step(trial, model, optimizer, torch.ones(2, 4), torch.ones(2, 1))
+            yield {"val_loss": 1.0}
+
+    config = make_config(init_scale=2.0**120)
+    through = [metrics.state for metrics in OwnRun(config, train, CPU).epochs()]
+    first, again = (OwnRun(config, train, CPU) for _ in range(2))
+    first.train_epoch()
+    again.load_state_dict(save_and_load(first.state_dict() or {}))
+    assert through == ["calibrating", "calibrating", "collapsed"]
+    assert [metrics.state for metrics in again.epochs()] == through[1:]
+    assert again.hopeless == "no step was applied: all 12 were skipped"
+
+
 def test_a_loop_that_keeps_nothing_has_no_state_and_says_so() -> None:
     def train(trial: Trial) -> Iterator[Mapping[str, float]]:
         for _ in trial.epochs():

@@ -117,6 +117,7 @@ ALL_SKIPPED = {"epoch_skipped": 50, "skipped_steps": 50, "applied_steps": 0, **U
             CALIBRATING,
             None,
         ),  # later batches may differ
+        (ALL_SKIPPED | {"is_last_epoch": True, "epoch_skipped": 0, "skipped_steps": 0, "epoch_steps": 0}, STEADY, None),
         (ALL_SKIPPED | {"is_last_epoch": True}, COLLAPSED, "no step was applied: all 50 were skipped"),
         ({"epoch_skipped": 50, "is_last_epoch": True}, CALIBRATING, None),  # trained before
         # starvation

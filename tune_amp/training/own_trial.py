@@ -172,6 +172,8 @@ class Trial:
             if not is_generator and not hasattr(value, "load_state_dict"):
                 rule = "must have state_dict and load_state_dict, or be a torch.Generator"
                 raise InputError(f"trial.keep: {name}: {rule}, got {type(value).__name__}")
+            if isinstance(value, nn.Module):
+                self.watch(value)  # before it is restored: a resumed trial compares with the first weights too
             if self.checkpoint is not None:
                 states = self.checkpoint["kept"]
                 if name not in states:
@@ -179,8 +181,6 @@ class Trial:
                     raise InputError(f"trial.keep: {name}: is not in the checkpoint, which holds {held}")
                 (value.set_state if is_generator else value.load_state_dict)(states[name])
             self.kept[name] = value
-            if isinstance(value, nn.Module):
-                self.watch(value)
 
     def watch(self, model: nn.Module, loss: Callable[[], Tensor] | None = None) -> None:
         """End the trial as diverged once a weight of ``model`` is not finite; find out whether any weight moves.
@@ -200,8 +200,7 @@ class Trial:
             self.probed = model, loss
         if model not in self._watched:
             self._watched.append(model)
-            if self._first_epoch == 0:
-                self._initial |= {weight: weight.detach().to("cpu", copy=True) for weight in _list_weights([model])}
+            self._initial |= {weight: weight.detach().to("cpu", copy=True) for weight in _list_weights([model])}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from ``read_state``, called before the loop starts."""

@@ -173,7 +173,7 @@ def _find_unreachable_scale(evidence: EpochEvidence, outlook: ScaleOutlook) -> s
 
     Valid while no weight has moved: only then are the next gradients like those that were tested.
     """
-    if evidence.is_last_epoch and evidence.applied_steps == 0:
+    if evidence.is_last_epoch and evidence.applied_steps == 0 < evidence.skipped_steps:
         return f"no step was applied: all {evidence.skipped_steps} were skipped"
     if evidence.probe.overflows_at_lowest and evidence.epoch_skipped == evidence.epoch_steps:
         lowest = format_scale(outlook.lowest)
