@@ -143,6 +143,20 @@ def test_in_pure_noise_false_findings_stay_near_the_stated_level(make_space: Cal
     assert all((row.importance > row.null_95) == (row.p_value <= 0.05) for row in rows)
 
 
+def test_chance_that_reaches_many_times_the_importance_is_a_file_that_can_be_read(
+    make_space: Callable[..., SearchSpace], tmp_path: Path
+) -> None:
+    """The best third may have nearly the same share of each choice as all trials."""
+    space = make_space("optimizer: {choices: [adam, sgd]}")
+    levels = []
+    for seed in range(12):
+        result = measure(space, make_trials(sample_configs(space, 20, seed), noise(20, seed)), permutations=19)
+        write_importance(tmp_path, result, PROVENANCE)
+        assert load_importance(tmp_path) == result
+        levels.append(result.rows[0].null_95)
+    assert max(levels) == 100
+
+
 def test_a_setting_that_drifts_along_with_one_that_matters_is_noise(make_space: Callable[..., SearchSpace]) -> None:
     space = make_space(LR, SCALE)
     # A sampler that learns: from block to block of 8 trials the values get better, and init_scale moves for no reason.

@@ -357,6 +357,12 @@ def test_confirmed_rows_come_back_as_they_were_with_the_default_beside_them(run:
     assert "must be one of 1..2" in message_of(lambda path: load_best(path, 3), run)
 
 
+def test_a_metric_of_any_size_comes_back(run: Path) -> None:
+    confirmation = Confirmation(confirm_seeds=(1, 2), optimism=3.7e23)
+    write_best(run, [BestRow(rank=1, trial=COMPLETED, confirmation=confirmation)], PROVENANCE)
+    assert load_best_rows(run)[0].confirmation == confirmation
+
+
 def test_runs_on_fresh_seeds_come_back_as_they_were(run: Path) -> None:
     runs = [
         ConfirmedRun(trial_id="7422e802", seed=1, status=TrialStatus.COMPLETED, test_recalls=(0.9, 1.0), val_loss=0.1),

@@ -415,6 +415,8 @@ def test_image_classification_trains_as_before_there_were_tasks(
         ("def average(self, sums, count): return 1.0", ".average: must return a dict of values by name, got 1.0"),
         ("def average(self, sums, count): return {'mae': None}",
          ".average: must return numbers or tuples of them (float()"),
+        ("def average(self, sums, count): return {'loss': 1.0, 'mae': 1.0, 'accuracy': 97.5}",
+         ".average: accuracy must be a share between 0 and 1, got 97.5"),
         ("def optimizer(self, model, config): return 1", ".optimizer: must return a torch.optim.Optimizer, got 1"),
         ("def schedule(self, optimizer, steps): return 1", ".schedule: must return a torch.optim.lr_scheduler.LRSch"),
         ("def schedule(self, optimizer, steps): return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)",

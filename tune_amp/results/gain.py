@@ -175,9 +175,9 @@ def describe_verdict(
 
 def show_difference(difference: float, objective: str) -> str:
     """Format a difference for tables: in points of accuracy, in nats, or in the units of a user's own metric."""
-    if objective == "val_accuracy":
-        return f"{100 * difference:+.2f}"
-    return f"{difference:+.4f}" if objective in MARGINS else f"{difference:+.4g}"
+    if objective not in MARGINS or abs(difference) > 1e12:
+        return f"{difference:+.4g}"
+    return f"{100 * difference:+.2f}" if objective == "val_accuracy" else f"{difference:+.4f}"
 
 
 def format_difference(difference: float, objective: str) -> str:

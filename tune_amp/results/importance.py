@@ -54,7 +54,9 @@ class ParameterImportance:
 
     parameter: str = described("searched field of the trials' configurations")
     importance: float = described("share of the importances of all searched parameters, which sum to 1")
-    null_95: float = described("95th percentile of importance where the parameter's values are permuted among trials")
+    null_95: float = described(
+        "95th percentile of importance where the parameter's values are permuted among trials, at most 100"
+    )
     p_value: float = described("share of permutations that reach the importance, the trials as they were included")
     told_from_noise: bool = described("whether p_value passes Holm's correction for all parameters at 5 %")
     raw: float = described("importance before it is made a share: Pearson divergence, as Optuna computes it")
@@ -234,7 +236,7 @@ def _judge(measured: Mapping[str, tuple[float, NDArray[np.float64]]]) -> tuple[P
             parameter=name,
             importance=raw / total,
             # The percentile is the value of a permutation: an importance above it has a p-value of at most 0.05.
-            null_95=float(np.quantile(null, 0.95, method="inverted_cdf")) / total,
+            null_95=min(float(np.quantile(null, 0.95, method="inverted_cdf")) / total, LARGEST_SHARE),
             p_value=p_values[name],
             told_from_noise=name in found,
             raw=raw,

@@ -66,7 +66,7 @@ def _list_rules(source: type) -> dict[str, _Rule]:
         plain, optional = split_optional(hints.get(field.name))
         is_time = field.metadata.get("unit") in ("s", "1/s")
         is_share = "accuracy" in field.name or field.name == "underflow_share"
-        most = MOST_SECONDS if is_time or field.name == "optimism" else LARGEST_SHARE if is_share else math.inf
+        most = MOST_SECONDS if is_time else LARGEST_SHARE if is_share else math.inf
         has_default = field.default is not dataclasses.MISSING or field.name in SPREAD
         rules[field.name] = _Rule(optional, has_default, plain is TrialStatus, is_time, most)
     return rules

@@ -105,4 +105,7 @@ def _check_averages(task: Task, averages: Averages) -> Averages:
         if not isinstance(read.get(name), float):
             got = ", ".join(read) or "nothing"
             raise TaskError(f"{task.config.task}: score and average must give a number {name}, got {got}")
+    accuracy = read.get("accuracy")
+    if isinstance(accuracy, float) and (accuracy < 0 or accuracy > 1):  # NaN is judged like any other value
+        raise TaskError(f"{task.config.task}.average: accuracy must be a share between 0 and 1, got {accuracy:g}")
     return read
