@@ -386,6 +386,11 @@ def test_a_users_own_metric_and_parameters_are_shown_like_others(tmp_path: Path)
         assert word not in text
 
 
+def test_the_only_kind_of_mark_is_explained_too(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path, [make_trial(status=TrialStatus.DIVERGED)]))
+    assert draw_history(run).layout.showlegend
+
+
 @pytest.mark.parametrize(("objective", "first"), [("reward:max", 12.0), ("val_gap:min", -3.0), ("val_loss:min", -3.0)])
 def test_a_metric_of_any_direction_and_sign_is_reported(objective: str, first: float, tmp_path: Path) -> None:
     run = load_run(write_own_run(tmp_path, objective, [-3.0, 0.0, 12.0, None]))

@@ -9,6 +9,7 @@ from report_runs import write_run
 
 from tune_amp.report.run import load_run
 from tune_amp.report.scales import MARK_COLUMNS, ScalePoint, Trajectory, _thin, draw_scales, trace_scale, trace_scales
+from tune_amp.report.sections import build_scales
 from tune_amp.results.records import TrialRecord
 from tune_amp.trial.config import TrialConfig
 
@@ -108,3 +109,10 @@ def test_as_many_overflows_are_marked_as_steps_were_skipped(growth_interval: int
     assert epochs[-1].skipped_steps > 20
     assert len(trajectory.overflows) == epochs[-1].skipped_steps
     assert trajectory.points[-1].epoch == 3.0
+
+
+def test_a_loop_that_never_updated_its_scaler_is_named_as_the_reason(tmp_path: Path) -> None:
+    epochs = (make_epoch(loss_scale=None, loss_scale_steps=(), loss_scale_values=()),)
+    run = load_run(write_run(tmp_path, [make_trial(config=TrialConfig(precision="fp16"), epochs=epochs)]))
+    expected = "The training loop never called trial.scaler.update(), which records the loss scale."
+    assert list(build_scales(run).texts) == [expected]

@@ -60,17 +60,18 @@ def draw_history(run: Run) -> go.Figure:
     axis = build_objective_axis(run, run.objective)
     numbers = {trial.trial_id: number for number, trial in enumerate(run.trials, start=1)}
     traces = [_draw_best_so_far(run, axis, numbers), *_draw_trials(run, numbers, axis, run.ranked[:1], "rank 1")]
+    size = {"height": HEIGHT, "showlegend": True}  # plotly.js leaves out the legend of a single trace
     x = {"title": "trial, in order of start", **count_ticks(len(run.trials))}
     missing = [trial for trial in run.trials if find_value(trial, run.objective) is None]
     if not missing:
-        return build_figure(traces, height=HEIGHT, xaxis=x, yaxis=axis.as_plotly())
+        return build_figure(traces, **size, xaxis=x, yaxis=axis.as_plotly())
     points = [(numbers[trial.trial_id], "no value", _describe_point(run, trial, ())) for trial in missing]
     statuses = [trial.status for trial in missing]
     marker = _style_marks([SYMBOLS[status] for status in statuses], [*map(colour_of, statuses)])
     traces.append(_draw_points(points, marker=marker, yaxis="y2", showlegend=False))
     y = axis.as_plotly(domain=[0.14, 1], visible=len(missing) < len(run.trials))
     row = {"domain": [0, 0.1], "type": "category"}
-    return build_figure(traces, height=HEIGHT, xaxis={**x, "anchor": "y2"}, yaxis=y, yaxis2=row)
+    return build_figure(traces, **size, xaxis={**x, "anchor": "y2"}, yaxis=y, yaxis2=row)
 
 
 def draw_pareto(run: Run, other: str) -> go.Figure:

@@ -22,7 +22,7 @@ from tune_amp.report.figures import (
 from tune_amp.report.page import Figure, LineKey, Section, Table, quote_words
 from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_metrics, list_pair
 from tune_amp.report.scales import draw_scales, trace_scales
-from tune_amp.report.style import count_of, format_status, list_statuses
+from tune_amp.report.style import format_status, list_statuses
 from tune_amp.report.summary import format_moment, format_seconds
 from tune_amp.results.gain import format_difference
 from tune_amp.results.importance import FEWEST_TRIALS, describe_importance
@@ -30,7 +30,7 @@ from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.results.utilisation import describe_utilisation, find_shares, utilisation
 from tune_amp.trial.config import TrialStatus, read_setting
 from tune_amp.trial.objectives import metric_of
-from tune_amp.trial.text import format_number, format_setting
+from tune_amp.trial.text import count_of, format_number, format_setting
 
 # ---- shared ----
 
@@ -178,6 +178,8 @@ def _explain_no_scale(run: Run) -> str:
     trouble = run.troubles.get(run.folder.epochs)
     if trouble:
         return f"The loss scales stand in epochs.parquet, which {describe_trouble(trouble)}."
+    if any(trial.epochs and trial.config.precision == "fp16" for trial in run.trials):
+        return "The training loop never called trial.scaler.update(), which records the loss scale."
     return "No trial in fp16 came to the end of an epoch, so that no loss scale is known."
 
 

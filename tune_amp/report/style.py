@@ -94,11 +94,6 @@ def build_figure(traces: Iterable[go.Scatter | go.Bar], **layout: Any) -> go.Fig
     return go.Figure(data=[*traces], layout={"template": {"layout": _LAYOUT}, **layout})
 
 
-def count_of(count: int, name: str) -> str:
-    """Return ``1 trial``, ``24 trials``."""
-    return f"{count:,} {name}{'' if count == 1 else 's'}"
-
-
 def list_statuses(trials: Sequence[TrialRecord]) -> list[TrialStatus]:
     """Return the statuses that occur, in the order of ``TrialStatus``."""
     return [status for status in TrialStatus if any(trial.status is status for trial in trials)]

@@ -9,7 +9,7 @@ from tune_amp.report.axes import format_value, objective_title
 from tune_amp.report.figures import format_interval
 from tune_amp.report.page import Finding, Summary, quote_words
 from tune_amp.report.run import MISSING, Run, find_interval, find_value, list_pair, list_rankable
-from tune_amp.report.style import count_of, format_status, list_statuses
+from tune_amp.report.style import format_status, list_statuses
 from tune_amp.results.gain import format_difference
 from tune_amp.results.provenance import list_reuse_words
 from tune_amp.results.ranking import describe_ties, list_obstacles
@@ -17,7 +17,7 @@ from tune_amp.results.records import BestRow, TrialRecord
 from tune_amp.trial.config import DATASETS, list_values
 from tune_amp.trial.consent import list_own_code
 from tune_amp.trial.objectives import is_maximized, metric_of
-from tune_amp.trial.text import format_setting, join_names
+from tune_amp.trial.text import count_of, format_setting, join_names
 
 
 def name_subject(run: Run) -> str:

@@ -29,8 +29,8 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Return ``1 trial``, ``2 trials``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Return ``1 trial``, ``1,024 trials``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def hide_credentials(text: str) -> str:
