@@ -214,7 +214,7 @@ def test_accuracy_is_compared_in_points() -> None:
 @pytest.mark.parametrize(("rates", "word"), [
     ((110.0, 220.0, 330.0), "faster"),
     ((90.0, 180.0, 270.0), "slower"),
-    ((110.0, 180.0, 330.0), "no difference"),
+    ((110.0, 180.0, 330.0), "undecided"),
 ])  # fmt: skip
 def test_map_calls_a_precision_faster_where_all_turns_agree(rates: tuple[float, ...], word: str) -> None:
     baseline = MapCell(model="vit", batch_size=64, precision="fp32", turn_rates=(100.0, 200.0, 300.0))

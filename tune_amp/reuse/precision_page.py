@@ -193,7 +193,7 @@ def _render_map(cells: Sequence[MapCell]) -> str:
 
 def _sum_up_map(cells: Sequence[MapCell]) -> dict[str, str]:
     """Return, for each precision, where it is faster and needs less memory than fp32, and where not."""
-    words = ("faster", "no difference", "slower", "less memory", "no less memory", "not measured")
+    words = ("faster", "undecided", "slower", "less memory", "no less memory", "not measured")
     places: dict[str, dict[str, list[str]]] = {}
     for cell, ratio, memory in _pair_cells(cells):
         if cell.precision == BASELINE:

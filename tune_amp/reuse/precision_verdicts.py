@@ -114,7 +114,7 @@ class ComparisonOrigin:
     train_images: int
     validation_images: int
     data_bytes: int
-    """Bytes of both splits, as they stay on the device."""
+    """Bytes of both splits, as they stay on the device; 0 for data sets of torch, which are streamed."""
     device: str
     """cpu, or the GPU's name."""
     num_threads: int
@@ -146,7 +146,7 @@ class Ratio:
         """What all of the interval, or all turns, agree on about a speed."""
         if self.low > 1:
             return "faster"
-        return "slower" if self.high < 1 else "no difference"
+        return "slower" if self.high < 1 else "undecided"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
