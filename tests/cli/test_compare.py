@@ -27,8 +27,9 @@ from tune_amp.results.statistics import judge_equivalence
 from tune_amp.reuse.precision_page import render_comparison
 from tune_amp.reuse.precision_runs import ComparisonPlan
 from tune_amp.reuse.precision_verdicts import ComparedRun, ComparisonOrigin
-from tune_amp.training.data import Dataset, make_long_tail
+from tune_amp.training.data import Dataset, load_dataset, make_long_tail
 from tune_amp.trial.config import TrialConfig, TrialStatus
+from tune_amp.trial.consent import consent_to
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,7 +217,7 @@ def test_every_number_on_the_page_follows_from_the_files(
     for number, (size, row) in enumerate(zip((64, 1024), rows_under(page, "## Where AMP is")[1::2], strict=True)):
         baseline, own = cells.turn_rates[2 * number], cells.turn_rates[2 * number + 1]
         ratios = own / baseline
-        word = "faster" if ratios.min() > 1 else "slower" if ratios.max() < 1 else "no difference"
+        word = "faster" if ratios.min() > 1 else "slower" if ratios.max() < 1 else "undecided"
         told = show((np.median(ratios), ratios.min(), ratios.max()), ".2f")
         assert row == ["simple_net", str(size), "fp16", f"{np.median(own):,.0f}", told, "", word]
         assert re.search(rf"^- fp16: .*{word}: [^;]*simple_net at {size}\b", page, re.MULTILINE)
@@ -284,6 +285,37 @@ def test_ctrl_c_before_the_first_run_leaves_nothing(
     assert compare_command([str(best), "--model", model, "--max-epochs", "2"]) == 130
     assert capsys.readouterr().err == "interrupted: nothing was measured yet\n"
     assert not Path("compare-rank1").exists()
+
+
+STREAMED = """
+import math, torch
+from torch import nn
+from torch.utils.data import TensorDataset
+def data():
+    inputs = torch.linspace(-1, 1, 60)[:, None]
+    part = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    return part, part, part
+def net(input_shape, num_classes, hidden):
+    return nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+"""
+
+
+def test_a_model_with_own_parameters_and_a_data_set_of_torch_are_compared(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_module: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = write_module(STREAMED)
+    model, data = f"{module}:net", f"{module}:data"
+    consent_to(data)
+    write_run(load_dataset(data).content_hash, dataset=data, model=model, own={"hidden": 4}, batch_size=20)
+    flags = f"best.parquet --model {model} --dataset {data} --max-epochs 2 --seeds 2 --precisions bf16"
+    assert compare_command([*flags.split(), "--models", f"{model},simple_net"]) == 0
+    assert set(pd.read_parquet("compare-rank1/compare.parquet").status) == {"completed"}
+    assert set(pd.read_parquet("compare-rank1/compare_map.parquet").reason) == {""}
+    assert "4 of 4" in capsys.readouterr().out
 
 
 FAILING_MODEL = """

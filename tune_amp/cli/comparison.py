@@ -41,6 +41,7 @@ from tune_amp.reuse.precision_runs import (
     fresh_seeds,
     measure_map,
     plan_comparison,
+    with_model,
 )
 from tune_amp.reuse.precision_verdicts import (
     BASELINE,
@@ -52,7 +53,7 @@ from tune_amp.reuse.precision_verdicts import (
 )
 from tune_amp.search.preflight import check_training
 from tune_amp.training.amp import describe_hardware, name_device
-from tune_amp.training.data import Dataset, make_long_tail
+from tune_amp.training.data import Dataset, StreamedSplit, make_long_tail
 from tune_amp.trial.config import SCALER_DEFAULTS, EpochMetrics, TrialConfig, TrialStatus, check
 from tune_amp.trial.text import format_number, hide_credentials, printable
 
@@ -79,7 +80,8 @@ def compare_precisions(arguments: argparse.Namespace, command: Sequence[str], be
         rule = f"must be at most the {len(train):,} training images of {dataset.name}"
         check("--batch-sizes", size, size <= len(train), rule)
     for model in (config.model, *arguments.models):
-        check_training(model, dataset, precisions=tuple(arms), optimizers=(config.optimizer,), device=device)
+        own = with_model(config, model).own
+        check_training(model, dataset, precisions=tuple(arms), optimizers=(config.optimizer,), device=device, own=own)
     if arguments.models or arguments.batch_sizes:
         arguments.models = arguments.models or (config.model,)
         arguments.batch_sizes = arguments.batch_sizes or (config.batch_size,)
@@ -106,7 +108,11 @@ def compare_precisions(arguments: argparse.Namespace, command: Sequence[str], be
             data_hash=dataset.content_hash,
             train_images=len(train),
             validation_images=len(validation),
-            data_bytes=sum(part.nbytes for part in (*vars(train).values(), *vars(validation).values())),
+            data_bytes=sum(
+                part.images.nbytes + part.labels.nbytes
+                for part in (train, validation)
+                if not isinstance(part, StreamedSplit)
+            ),
             device=name_device(device),
             num_threads=torch.get_num_threads(),
             notices=tuple(notice for notice in notices if notice),

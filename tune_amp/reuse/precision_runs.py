@@ -89,6 +89,11 @@ def in_precision(config: TrialConfig, precision: str) -> TrialConfig:
     return dataclasses.replace(config, precision=precision, **scaler)  # type: ignore[arg-type]
 
 
+def with_model(config: TrialConfig, model: str) -> TrialConfig:
+    """Return ``config`` with ``model``; its own parameters belong to its own model."""
+    return dataclasses.replace(config, model=model, own=config.own if model == config.model else {})
+
+
 def fresh_seeds(config: TrialConfig, count: int) -> tuple[int, ...]:
     """Return seeds after the trial's own. That one selected this configuration, and so would favour its precision."""
     assert count >= LEAST_SEEDS
@@ -268,7 +273,7 @@ def measure_map(
     """
     plain = [_without_data_settings(config) for config in arms.values()]
     for model, batch_size in itertools.product(models, batch_sizes):
-        configs = [dataclasses.replace(config, model=model, batch_size=batch_size) for config in plain]
+        configs = [dataclasses.replace(with_model(config, model), batch_size=batch_size) for config in plain]
         yield measure_cell(configs, dataset, device, turn_seconds)
 
 
