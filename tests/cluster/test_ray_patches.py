@@ -599,7 +599,7 @@ def test_stock_tune_has_a_trials_worker_in_a_private_state(trial: Trial) -> None
     worker = MagicMock()
     trial.set_ray_actor(worker)
     assert not [name for name, value in vars(trial).items() if value is worker]
-    assert ray_patches.find_worker(trial) is worker
+    assert trial.temporary_state.ray_actor is worker
 
 
 def test_stock_tune_ends_a_worker_whose_save_raises() -> None:

@@ -113,7 +113,7 @@ def watch(run):
             },
             "jobs": ask(session.dashboard_url + "/api/jobs/", token)[1],
             "modes": [stat.S_IMODE(path.stat().st_mode) for path in (session.token_path, session.token_path.parent)],
-            "resources": {name: session.resources.get(name) for name in ("CPU", "GPU")},
+            "resources": {name: ray.cluster_resources().get(name) for name in ("CPU", "GPU")},
             "joined": joined,
             "alive_after_joining": ray.is_initialized() and ray.get(ray.remote(lambda: 42).remote()),
             "variables": {name: os.environ.get(name) for name in VARIABLES},
@@ -281,7 +281,7 @@ def test_dashboard_that_is_not_wanted_never_starts(is_ours: bool, wanted: bool, 
         return contextlib.nullcontext()
 
     ours: Any = SimpleNamespace(starting=starting) if is_ours else None
-    plain: dict[str, Any] = {"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True}
+    plain: dict[str, Any] = {"dashboard_url": None, "token_path": None, "authenticated": True}
     with RaySession(**plain, late_dashboard=ours).dashboard(lambda _: events.append("told"), wanted=wanted):
         assert events == expected
 
@@ -293,7 +293,7 @@ def test_dashboard_that_has_started_and_refuses_nobody_is_an_exposure(
     """One that does not answer is none, for example because Ray has just died: the GCS did refuse."""
     monkeypatch.setattr("tune_amp.cluster.ray_patches.find_dashboard", lambda: "http://127.0.0.1:1")
     monkeypatch.setattr("tune_amp.cluster.session._is_refused_by_dashboard", lambda url: is_refused)
-    session = _find_dashboard(RaySession(resources={}, dashboard_url=None, token_path=None, authenticated=True))
+    session = _find_dashboard(RaySession(dashboard_url=None, token_path=None, authenticated=True))
     assert (session.dashboard_url, session.authenticated) == ("http://127.0.0.1:1", expected)
 
 

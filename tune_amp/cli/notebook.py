@@ -191,7 +191,8 @@ def tune(
     if resume is not None:
         check("space", space, space is None, "must be left out beside resume, which has the space of the run")
     words = _list_words(given | named)
-    with open_request(parser, words, functools.partial(_load_space, space), (PROGRAM,), begun) as request:
+    load = functools.partial(_load_space, space)
+    with open_request(parser, words, parser.parse_args(words), load, (PROGRAM,), begun) as request:
         return _run(request)
 
 

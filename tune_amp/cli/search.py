@@ -90,7 +90,7 @@ def _search(command: Sequence[str], program: str, begun: float) -> int:
         name = arguments.space or DEFAULT_SPACE
         return load_space(name), name
 
-    with open_request(parser, command, load, (program, *command), begun) as request:
+    with open_request(parser, command, arguments, load, (program, *command), begun) as request:
         return _run(request)
 
 

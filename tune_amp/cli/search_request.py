@@ -47,6 +47,7 @@ class SearchRequest:
 def open_request(
     parser: argparse.ArgumentParser,
     words: Sequence[str],
+    arguments: argparse.Namespace,
     load: "Callable[[], tuple[SearchSpace, str]]",
     command: Sequence[str],
     begun: float,
@@ -55,7 +56,8 @@ def open_request(
 
     Args:
         parser: of the command.
-        words: the command's arguments; with ``--resume`` among them, a run is resumed, else a new folder is claimed.
+        words: the command's arguments.
+        arguments: the same, parsed; with ``resume``, a run is resumed, else a new folder is claimed.
         load: returns the space of a new run, and what the run's default name begins with.
         command: the program and its arguments, for the record.
         begun: ``time.monotonic()`` when the command began.
@@ -64,38 +66,31 @@ def open_request(
         InputError: an argument or the space is not valid, or the folder cannot be made; or there is no run to resume,
             another process has it, or an argument would change what its trials share.
     """
+    parts: dict[str, Any]
     with contextlib.ExitStack() as stack:
-        parts = _open(parser, words, load, stack)
-        yield SearchRequest(command=command, begun=begun, **parts)
+        if arguments.resume is None:
+            adopt_own_code(arguments)
+            space, name = load()
+            parts = {"donor": _check_search(arguments, space), "space": space}
+            numbered = arguments.name is None
+            run = make_run_name(name) if numbered else arguments.name
+            folder = stack.enter_context(run_folder(arguments.results_dir, run, numbered=numbered))
+        else:
+            from tune_amp.cli.resume import describe_changes, restore_arguments
+            from tune_amp.search.history import open_history
+            from tune_amp.space.space import parse_space
+
+            folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
+            history = stack.enter_context(open_history(folder))
+            arguments = restore_arguments(parser, words, history)
+            arguments.tracker = check_trackers(arguments.tracker)
+            space = parse_space(history.provenance.space_source, history.provenance.space_text)
+            parts = {"history": history, "notes": describe_changes(history, folder), "space": space}
+        yield SearchRequest(arguments=arguments, folder=folder, command=command, begun=begun, **parts)
 
 
-def _open(
-    parser: argparse.ArgumentParser,
-    words: Sequence[str],
-    load: "Callable[[], tuple[SearchSpace, str]]",
-    stack: contextlib.ExitStack,
-) -> dict[str, Any]:
-    arguments = parser.parse_args(words)
-    if arguments.resume is None:
-        return _begin(arguments, load, stack)
-    from tune_amp.cli.resume import describe_changes, restore_arguments
-    from tune_amp.search.history import open_history
-    from tune_amp.space.space import parse_space
-
-    folder = find_run_folder(arguments.resume, arguments.results_dir, "--resume")
-    history = stack.enter_context(open_history(folder))
-    arguments = restore_arguments(parser, words, history)
-    arguments.tracker = check_trackers(arguments.tracker)
-    notes = describe_changes(history, folder)
-    space = parse_space(history.provenance.space_source, history.provenance.space_text)
-    return {"arguments": arguments, "space": space, "folder": folder, "history": history, "notes": notes}
-
-
-def _begin(
-    arguments: argparse.Namespace, load: "Callable[[], tuple[SearchSpace, str]]", stack: contextlib.ExitStack
-) -> dict[str, Any]:
-    adopt_own_code(arguments)
-    space, name = load()
+def _check_search(arguments: argparse.Namespace, space: "SearchSpace") -> "Donor | None":
+    """Check the arguments of a new run against each other and its space. Return the run that it starts from."""
     from tune_amp.search.samplers import build_sampler
     from tune_amp.search.warm_start import load_donor
 
@@ -104,14 +99,10 @@ def _begin(
     arguments.tracker = check_trackers(arguments.tracker)
     # Built only to refuse bad options early: before Ray starts, and before data are loaded and perhaps downloaded.
     build_sampler(options.sampler, space, seed=0, num_samples=options.num_samples)
-    donor = None
-    if arguments.warm_start is not None:
-        place = find_run(arguments.warm_start, arguments.results_dir)
-        donor = load_donor(place, objectives=options.objectives, top_k=options.top_k)
-    numbered = arguments.name is None
-    run = make_run_name(name) if numbered else arguments.name
-    folder = stack.enter_context(run_folder(arguments.results_dir, run, numbered=numbered))
-    return {"arguments": arguments, "space": space, "folder": folder, "donor": donor}
+    if arguments.warm_start is None:
+        return None
+    place = find_run(arguments.warm_start, arguments.results_dir)
+    return load_donor(place, objectives=options.objectives, top_k=options.top_k)
 
 
 def adopt_own_code(arguments: argparse.Namespace) -> None:

@@ -220,7 +220,7 @@ def private_start(
     start: Any = services.start_ray_process
     find: Any = services.get_node
     started: dict[str, subprocess.Popen[bytes]] = {}
-    dashboard = LateDashboard(home)
+    dashboard, begun = LateDashboard(home), time.monotonic()
 
     def start_process(command: list[str], kind: str, *arguments: Any, **options: Any) -> Any:
         if kind == ray_constants.PROCESS_TYPE_RAYLET:
@@ -230,8 +230,11 @@ def private_start(
         return info
 
     def find_patiently(gcs_address: str, node_id: str) -> Any:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
+        is_announced = False
+        while (waited := time.monotonic() - begun) < START_SECONDS:
+            if waited >= SLOW_START_SECONDS and not is_announced:
+                load, is_announced = f"the machine's load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs", True
+                announce(f"Ray has not started within {waited:.0f} s ({load}); waiting up to {START_SECONDS} s")
             for kind in (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET):
                 if started[kind].poll() is not None:
                     raise ChildProcessError(f"its {kind} ended with exit code {started[kind].returncode}")
@@ -243,7 +246,6 @@ def private_start(
     settings: dict[str, Any] = {"dashboard_agent_listen_port": 0, "include_log_monitor": False}
     params = functools.partial(parameter.RayParams, session_name=session_name, **settings)
     with (
-        _announcing_slow_start(announce),
         patch.object(parameter, "RayParams", params),
         patch.object(services, "start_ray_process", start_process),
         patch.object(services, "get_node", find_patiently),
@@ -268,21 +270,6 @@ def _is_registered(gcs_address: str, node_id: str) -> bool:
         return any(node["NodeID"] == node_id and node["Alive"] for node in found.node_table())
     except RuntimeError:  # no answer yet
         return False
-
-
-@contextlib.contextmanager
-def _announcing_slow_start(announce: Callable[[str], None]) -> Iterator[None]:
-    def inform() -> None:
-        load = f"the machine's load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs"
-        announce(f"Ray has not started within {SLOW_START_SECONDS:.0f} s ({load}); waiting up to {START_SECONDS} s")
-
-    timer = threading.Timer(SLOW_START_SECONDS, inform)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def quiet_logs() -> contextlib.AbstractContextManager[Any]:
@@ -430,11 +417,6 @@ def workers_of_private_ray() -> Iterator[None]:
         patch.object(tune_controller, "PlacementGroupResourceManager", count_resources),
     ):
         yield
-
-
-def find_worker(trial: Any) -> Any:
-    """Return the handle of the worker of a trial; None if it has none."""
-    return trial.temporary_state.ray_actor
 
 
 @contextlib.contextmanager

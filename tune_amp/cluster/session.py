@@ -62,8 +62,6 @@ class StartError(OSError):
 class RaySession:
     """Properties of a running Ray that the search and its user need."""
 
-    resources: Mapping[str, float]
-    """Resources that the cluster can schedule: ``CPU``, ``GPU`` and others."""
     dashboard_url: str | None
     """Address of Ray's dashboard; None if there is none, or ``dashboard`` has not started it yet."""
     token_path: Path | None
@@ -333,7 +331,6 @@ def _describe_session(
     url, address = ray_patches.find_dashboard(), ray.get_runtime_context().gcs_address
     is_private = late_dashboard is not None
     return RaySession(
-        resources=ray.cluster_resources(),
         dashboard_url=url,
         token_path=token_path,
         authenticated=_is_refused_by_server(address) is not False if is_private else _requires_token(address, url),

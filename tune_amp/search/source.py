@@ -7,7 +7,6 @@ from ray.tune.experiment import Trial
 from ray.tune.search import SearchAlgorithm
 
 from tune_amp.cluster.failures import find_cause, find_status
-from tune_amp.cluster.ray_patches import find_worker
 from tune_amp.search.history import RecordedTrial
 from tune_amp.search.study import AmpSearch
 from tune_amp.trial.config import TrialConfig, TrialStatus
@@ -23,7 +22,7 @@ class KeptWorkers:
 
     def keep(self, trial: Trial, status: TrialStatus) -> None:
         """Keep the worker of a trial that has ended, unless its process may be why."""
-        worker = find_worker(trial)
+        worker = trial.temporary_state.ray_actor
         if worker in self.actors:  # Tune has given it one more trial
             self.actors.remove(worker)
         is_sound = status in (TrialStatus.COMPLETED, TrialStatus.DIVERGED, TrialStatus.STOPPED)

@@ -17,7 +17,7 @@ import optuna
 from tune_amp.results.parquet import read_origin
 from tune_amp.results.provenance import Provenance, find_version
 from tune_amp.results.ranking import choose_best
-from tune_amp.results.records import TrialRecord, load_best_rows, load_provenance, load_trials
+from tune_amp.results.records import TrialRecord, load_best_file, load_epochs, load_trials_file
 from tune_amp.results.run_folder import RunFolder, locate
 from tune_amp.space.document import SEARCHABLE
 from tune_amp.space.parameter import Parameter
@@ -127,29 +127,24 @@ def load_donor(path: str | Path, *, objectives: Sequence[str], top_k: int) -> Do
     kind, _ = read_origin(path)
     if kind not in ("best", "trials"):
         raise InputError(f"{path}: kind: must be best or trials, got {shown(kind)}")
-    provenance = load_provenance(path)
     if kind == "trials":
-        trials = load_trials(path)
+        of_trials = load_trials_file(path)
+        provenance, trials = of_trials.provenance, load_epochs(path, of_trials.trials)
         winners = choose_best(trials, objectives, top_k)
     else:
-        trials = _load_trials_beside(path, provenance)
-        rows = [row for row in load_best_rows(path) if not row.is_default]  # the defaults are tried anyway
+        best, trials = load_best_file(path), []
+        provenance, beside = best.provenance, RunFolder(path.parent).trials
+        rows = [row for row in best.rows if not row.is_default]  # the defaults are tried anyway
         winners = [row.trial for row in sorted(rows, key=lambda row: row.rank or 0)]
+        if beside.exists():
+            of_trials = load_trials_file(beside)
+            if (of_trials.provenance.run, of_trials.provenance.created) == (provenance.run, provenance.created):
+                trials = load_epochs(beside, of_trials.trials)
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return Donor(
         path=path, checksum=checksum, winners=tuple(winners[:top_k]), trials=tuple(trials), provenance=provenance
     )
-
-
-def _load_trials_beside(path: Path, provenance: Provenance) -> list[TrialRecord]:
-    """Return the trials of the run whose winners ``path`` holds; none if they do not lie beside it."""
-    beside = RunFolder(path.parent).trials
-    if not beside.exists():
-        return []
-    other = load_provenance(beside)
-    is_same_run = (other.run, other.created) == (provenance.run, provenance.created)
-    return load_trials(beside) if is_same_run else []
 
 
 # ---- plan ----
