@@ -1,4 +1,5 @@
 import argparse
+import errno
 import io
 import os
 import pty
@@ -13,6 +14,7 @@ from rich.console import Console
 from tune_amp.cli.compare import _compare_parser
 from tune_amp.cli.console import (
     LastingConsole,
+    answer_bad_input,
     find_run,
     find_run_folder,
     is_screen,
@@ -79,6 +81,26 @@ def test_a_run_is_named_by_its_name_its_folder_or_its_file(tmp_path: Path, monke
     assert str(caught.value) == "RUN: must be the folder of a run, or its name in results, got elsewhere"
     with pytest.raises(InputError):
         find_run_folder("x" * 300, results, "RUN")
+
+
+def test_a_file_is_preferred_to_a_folder_that_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("demo", "results"):
+        Path(folder).mkdir()
+    Path("results/demo").touch()
+    assert find_run("demo", Path("results")) == Path("results/demo")
+
+
+def test_a_path_that_is_too_long_is_bad_input_and_another_fault_of_the_system_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(number: int) -> int:
+        raise OSError(number, "no")
+
+    assert answer_bad_input(lambda: fail(errno.ENAMETOOLONG)) == 2
+    assert capsys.readouterr().err == f"error: OSError: [Errno {errno.ENAMETOOLONG}] no\n"
+    with pytest.raises(OSError, match="no"):
+        answer_bad_input(lambda: fail(errno.EIO))
 
 
 @pytest.mark.parametrize("kind", ["file", "empty", "project"])

@@ -6,17 +6,27 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from records import PROVENANCE, make_trial
 
 from tune_amp import __version__
 from tune_amp.cli.main import COMMANDS, main
-from tune_amp.cli.search import _load_checked, _print_cut_off, _user_modules, search_command
+from tune_amp.cli.search import (
+    _count_first_workers,
+    _is_resumable,
+    _load_checked,
+    _print_cut_off,
+    _user_modules,
+    search_command,
+)
 from tune_amp.cli.search_arguments import GROUPS, search_parser
 from tune_amp.cli.search_request import SearchRequest
 from tune_amp.cli.train import describe_recalls, train_command
 from tune_amp.results.records import rank_trials, write_best, write_trials
+from tune_amp.search.options import SearchOptions
 from tune_amp.space.space import load_space
 from tune_amp.trial.config import InputError, TrialConfig
 from tune_amp.trial.consent import consent_to
@@ -349,3 +359,35 @@ def test_run_folder_that_was_removed_under_a_search_is_one_line(
     (folder / "reports.journal").write_text("begun")
     assert _print_cut_off("no such file", request) == 130
     assert capsys.readouterr().err.startswith("cut off  no such file\nresume   ")
+
+
+@pytest.mark.parametrize(("events", "resumable"), [(["run"], False), (["run", "session", "trial"], True)])
+def test_run_with_a_warm_start_is_resumed_from_its_first_trial_on(
+    events: list[str], resumable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reports.journal").write_text("begun")
+    monkeypatch.setattr("tune_amp.cli.search.read_journal", lambda path: [{"event": event} for event in events])
+    request: Any = SimpleNamespace(folder=tmp_path, donor=object())
+    assert _is_resumable(request) is resumable
+    request.donor = None
+    assert _is_resumable(request)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "expected"),
+    [
+        (0, {}, 8),
+        (0, {"cpus_per_trial": 3}, 2),
+        (0, {"num_samples": 5}, 5),
+        (0, {"max_concurrent": 3}, 3),
+        (2, {}, 2),
+        (2, {"gpus_per_trial": 0.25}, 2),  # how many share one is not known yet
+        (2, {"gpus_per_trial": 2, "train": "mine:train"}, 1),
+        (2, {"gpus_per_trial": 0}, 8),
+    ],
+)
+def test_as_many_workers_start_with_ray_as_trials_surely_will(
+    gpus: int, options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_amp.cli.search.count_cpus", lambda: 8)
+    assert _count_first_workers(SearchOptions(**options), gpus) == expected

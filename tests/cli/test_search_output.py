@@ -45,9 +45,8 @@ def test_line_on_mps_is_printed_if_trials_share_a_gpu(
         resources=TrialResources(cpus=1, gpus=gpus, max_concurrent=2, reason="as many as fit"),
         unfit={},
     )
-    session = make_session(mps="private MPS")
     text = io.StringIO()
-    print_start(Console(file=text), plan, session)
+    print_start(Console(file=text), plan, make_session(mps="private MPS"))
     assert ("resources  as many as fit\nmps        private MPS\n" in text.getvalue()) is shown
     assert ("MPS" in text.getvalue()) is shown
 
@@ -97,6 +96,23 @@ def test_dashboard_is_named_with_its_token(found: dict[str, Any], line: str) -> 
     assert text.getvalue() == line
 
 
+@pytest.mark.parametrize(("at_a_time", "noted"), [(1, False), (2, True)])
+def test_training_time_is_no_sound_objective_of_trials_side_by_side(
+    at_a_time: int, noted: bool, make_space: Callable[[str], SearchSpace], digits: Dataset, tmp_path: Path
+) -> None:
+    plan = SearchPlan(
+        space=make_space("parameters:\n  lr: {low: 1.0e-4, high: 1.0e-2}\n"),
+        dataset=digits,
+        options=SearchOptions(objective="val_accuracy,train_seconds"),
+        folder=tmp_path,
+        resources=TrialResources(cpus=1, gpus=1.0, max_concurrent=at_a_time, reason=""),
+        unfit={},
+    )
+    text = io.StringIO()
+    print_start(Console(file=text), plan, make_session())
+    assert ("train_seconds: trials that run side by side slow each other down" in text.getvalue()) is noted
+
+
 def test_slow_epochs_are_announced_and_a_notebook_keeps_its_threads(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,5 +143,5 @@ def test_dashboard_that_needs_no_token_is_warned_of_once(
 
 
 def make_session(**changes: Any) -> RaySession:
-    plain: dict[str, Any] = {"resources": {}, "dashboard_url": None, "token_path": None, "authenticated": True}
+    plain: dict[str, Any] = {"dashboard_url": None, "token_path": None, "authenticated": True}
     return RaySession(**(plain | changes))

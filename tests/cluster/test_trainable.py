@@ -378,6 +378,20 @@ def test_failure_that_passes_costs_the_trial_its_epochs_and_nothing_else(
     assert reports[-1]["val_loss"] == undisturbed[-1]["val_loss"]
 
 
+def test_trial_that_has_failed_once_begins_anew_without_its_checkpoint(
+    make_trainable: MakeTrainable, tmp_path: Path
+) -> None:
+    """The model may have been changed since the checkpoint was written."""
+    trainable = make_trainable(max_epochs=3)
+    train_once(trainable)
+    trainable.save(str(tmp_path / "checkpoint"))
+    trainable.reset(settings(max_epochs=3))
+    trainable._checkpoints = {trainable.trial_id: [str(tmp_path / "checkpoint")]}
+    assert trainable._resume().epoch == 1
+    trainable._first_failure = (1, "ValueError: no")
+    assert trainable._resume() is None
+
+
 def test_trial_that_fails_again_has_failed_and_the_next_may_try_again(
     make_trainable: MakeTrainable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

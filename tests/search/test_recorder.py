@@ -409,6 +409,11 @@ def test_files_are_written_when_a_trial_ends_but_not_more_often_than_every_few_s
     start(recorder, FakeTrial("d"))
     assert count_written() == 3  # a start writes nothing
     assert end_trial("e") == 5
+    recorder._write_seconds = 1.0  # as on a slow disk
+    clock.now += recorder_module.WRITE_EVERY_SECONDS + 0.1
+    assert end_trial("f") == 5
+    clock.now += recorder_module.PAUSE_PER_WRITE
+    assert count_written() == 6
 
 
 def test_written_files_hold_what_was_reported(recorder: TrialRecorder, tmp_path: Path) -> None:
