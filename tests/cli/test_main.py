@@ -215,7 +215,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(
     name: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = f"(known: {', '.join(COMMANDS)})"
-    assert refusal(capsys, main([name])) == f"{name!r} is no command{hint} {known}"
+    assert refusal(capsys, main([name])) == f"{name!r} is not a command{hint} {known}"
 
 
 def test_an_unknown_space_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

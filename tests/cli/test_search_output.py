@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from tune_amp.cli import search_output
-from tune_amp.cli.search import _tell_dashboard
+from tune_amp.cli.search import _show_dashboard
 from tune_amp.cli.search_output import describe_unfit, print_dashboard, print_start
 from tune_amp.cluster.resources import TrialResources
 from tune_amp.cluster.session import RaySession
@@ -134,7 +134,7 @@ def test_dashboard_that_needs_no_token_is_warned_of_once(
     """What was known before the search has been told at its start."""
     stdout, url = io.StringIO(), "http://10.0.0.1:8265"
     session = make_session(dashboard_url=url, authenticated=now)
-    _tell_dashboard(Console(quiet=True), stdout, make_session(authenticated=before), session)
+    _show_dashboard(Console(quiet=True), stdout, make_session(authenticated=before), session)
     told = {"event": "dashboard", "url": url, "token_path": None, "authenticated": now}
     assert json.loads(stdout.getvalue()) == told
     errors = capsys.readouterr().err

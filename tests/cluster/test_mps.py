@@ -303,7 +303,7 @@ def test_workers_share_gpus_by_the_daemon_which_ends_after_them(fake_mps: FakeMp
     [
         (
             ["--address", "127.0.0.1:6379"],
-            "--mps: on is not allowed in a Ray that runs already (--address): whoever runs it starts MPS on its nodes",
+            "--mps: on is not allowed in a Ray that runs already (--address): MPS is started on its nodes, before it",
         ),
         (
             ["--gpus-per-trial", "1"],

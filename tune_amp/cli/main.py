@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE if name else EXIT_BAD_INPUT
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    complain(f"error: {shown(name)} is no command{hint} (known: {', '.join(COMMANDS)})")
+    complain(f"error: {shown(name)} is not a command{hint} (known: {', '.join(COMMANDS)})")
     return EXIT_BAD_INPUT
 
 

@@ -224,8 +224,8 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
             print_start(console, plan, session, request.notes, arguments.tracker)
             if arguments.json:
                 print_json_start(stdout, plan, session)
-        tell_dashboard = functools.partial(_tell_dashboard, console, stdout if arguments.json else None, session)
-        watching = session.dashboard(tell_dashboard, wanted=arguments.dashboard == "on")
+        show_dashboard = functools.partial(_show_dashboard, console, stdout if arguments.json else None, session)
+        watching = session.dashboard(show_dashboard, wanted=arguments.dashboard == "on")
         with choose_observer(arguments, console, stdout) as observer, watching:
             result = run_search(
                 plan,
@@ -241,7 +241,7 @@ def search_with_ray(request: SearchRequest, stop: StopRequest, stdout: IO[str]) 
     return result
 
 
-def _tell_dashboard(console: "Console", stdout: IO[str] | None, before: "RaySession", session: "RaySession") -> None:
+def _show_dashboard(console: "Console", stdout: IO[str] | None, before: "RaySession", session: "RaySession") -> None:
     """Print where Ray's dashboard is; as JSON if ``stdout`` is given. Warn of an exposure unknown ``before``."""
     if before.authenticated:
         print_exposure(session)
@@ -356,8 +356,7 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
 
     if list_provided():  # no command finds a function of a notebook
         return f"tune_amp.load_best({str(best)!r})"
-    script = Path(sys.argv[0]).with_name("train.py")
-    train = ("tune-amp", "train") if program.startswith(("tune-amp", "tune_amp")) else (_name_python(), str(script))
+    train = _name_command(program, "train", str(Path(sys.argv[0]).with_name("train.py")))
     data_dir = None if arguments.data_dir is None else str(arguments.data_dir)
     return shlex.join(
         list_reuse_words(train, name_path(best), data_dir=data_dir, own_code=list_own_code(vars(arguments)))
@@ -367,14 +366,16 @@ def _reuse_command(arguments: argparse.Namespace, best: Path, program: str) -> s
 def _resume_command(request: SearchRequest) -> str:
     from tune_amp.cli.resume import name_resume_command, remember
 
-    program, remembered = request.command[0], remember(request.arguments)
-    search = ("tune-amp", "search") if program.startswith(("tune-amp", "tune_amp")) else (_name_python(), sys.argv[0])
+    search = _name_command(request.command[0], "search", sys.argv[0])
+    remembered = remember(request.arguments)
     return name_resume_command(search, request.folder, default_dir=DEFAULT_RESULTS_DIR, arguments=remembered)
 
 
-def _name_python() -> str:
-    """Return this interpreter as the user can type it: ``python`` if that is this one, else its path."""
-    executable = Path(sys.executable)
-    if shutil.which("python") == str(executable):
-        return "python"
-    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else str(executable)
+def _name_command(program: str, name: str, script: str) -> tuple[str, str]:
+    """Return how the user can type the command ``name``: as it is installed, or as ``script`` in this interpreter."""
+    if program.startswith(("tune-amp", "tune_amp")):
+        return "tune-amp", name
+    python, here = Path(sys.executable), Path.cwd()
+    if shutil.which("python") == str(python):
+        return "python", script
+    return str(python.relative_to(here) if python.is_relative_to(here) else python), script

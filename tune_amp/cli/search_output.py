@@ -52,7 +52,7 @@ def print_start(
     if console.quiet:
         return  # nothing would be shown, so no step is timed either
 
-    def tell(kind: str, *lines: str, style: str | None = None) -> None:
+    def show(kind: str, *lines: str, style: str | None = None) -> None:
         for line in lines:
             say(console, f"{kind:<11}{line}", style="yellow" if kind in ("inert", "note") else style)
 
@@ -63,26 +63,26 @@ def print_start(
     if options.train is not None:
         subject = f"[bold]{escape(options.train)}[/]: your own training loop and data"
     console.print(f"{subject}; {reading}", soft_wrap=not is_screen(console))
-    tell("space", f"{space.source}: {', '.join(p.name for p in space.parameters)}")
-    tell("inert", *list_inert(plan))
-    tell("resources", resources.reason)
+    show("space", f"{space.source}: {', '.join(p.name for p in space.parameters)}")
+    show("inert", *list_inert(plan))
+    show("resources", resources.reason)
     if session.mps and 0 < resources.gpus < 1:
-        tell("mps", session.mps)
+        show("mps", session.mps)
     if "train_seconds" in options.objectives and resources.max_concurrent > 1:
         text = "trials that run side by side slow each other down; --max-concurrent 1 measures them alone"
-        tell("note", f"train_seconds: {text}")
+        show("note", f"train_seconds: {text}")
     device = torch.device("cuda" if resources.gpus else "cpu")
     is_here = device.type == "cpu" or torch.cuda.is_available()  # else what the GPUs of other nodes lack is not known
     for precision in space.precisions if is_here else ():
         if notice := describe_hardware(precision, device):
-            tell("note", f"{precision}: {notice}")
+            show("note", f"{precision}: {notice}")
         if device.type == "cpu" and options.train is None:
-            tell("slow", *_find_slow_epochs(options.model, precision, dataset, resources.cpus), style="bold yellow")
-    tell("note", *(describe_unfit(options.model, *unfit, resources) for unfit in plan.unfit.items()))
-    tell("warm", *(plan.warm_start.describe() if plan.warm_start else ()))
+            show("slow", *_find_slow_epochs(options.model, precision, dataset, resources.cpus), style="bold yellow")
+    show("note", *(describe_unfit(options.model, *unfit, resources) for unfit in plan.unfit.items()))
+    show("warm", *(plan.warm_start.describe() if plan.warm_start else ()))
     if plan.history is not None:
-        tell("resumed", describe_progress(plan.history, options.num_samples, options.time_budget))
-    tell("note", *notes)
+        show("resumed", describe_progress(plan.history, options.num_samples, options.time_budget))
+    show("note", *notes)
     for name in trackers:  # whole, to be copied
         console.print(printable(f"tracker    {describe_tracker(name, plan.folder)}"), markup=False, soft_wrap=True)
 

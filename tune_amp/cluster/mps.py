@@ -134,8 +134,8 @@ def _private_daemon(home: Path) -> Iterator[dict[str, str]]:
     environment = {**os.environ, **variables}
     with _quitting(environment):
         by_uuid = all(name.startswith(("GPU-", "MIG-")) for name in visible)
-        theirs = {name: value for name, value in environment.items() if by_uuid or name != "CUDA_VISIBLE_DEVICES"}
-        _run("the daemon", [PROGRAM, "-d"], theirs, home / "mps-start")
+        served = {name: value for name, value in environment.items() if by_uuid or name != "CUDA_VISIBLE_DEVICES"}
+        _run("the daemon", [PROGRAM, "-d"], served, home / "mps-start")
         deadline = time.monotonic() + ANSWER_SECONDS
         while list_servers(environment) is None:  # it starts in the background
             if time.monotonic() > deadline:

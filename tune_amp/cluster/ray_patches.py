@@ -115,12 +115,12 @@ class LateDashboard:
         return lambda node, **options: self._starts.append(functools.partial(start, node, **options))
 
     @contextlib.contextmanager
-    def starting(self, delay: float, tell: Callable[[], None]) -> Iterator[None]:
-        """Start after ``delay`` seconds of the ``with`` block, then call ``tell``, whether the dashboard runs or not.
+    def starting(self, delay: float, notify: Callable[[], None]) -> Iterator[None]:
+        """Start after ``delay`` seconds of the ``with`` block, then call ``notify``, whether the dashboard runs or not.
 
         ``ray.shutdown`` ends what has been started, also if it is not ready yet.
         """
-        thread = threading.Thread(target=self._run, args=(delay, tell), daemon=True)
+        thread = threading.Thread(target=self._run, args=(delay, notify), daemon=True)
         try:
             thread.start()
             yield
@@ -129,7 +129,7 @@ class LateDashboard:
             if thread.ident is not None:
                 self._is_over.wait(REAP_SECONDS)
 
-    def _run(self, delay: float, tell: Callable[[], None]) -> None:
+    def _run(self, delay: float, notify: Callable[[], None]) -> None:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             node = None if self._is_unwanted.wait(delay) else find_node()
@@ -138,7 +138,7 @@ class LateDashboard:
                 if dashboard is not None:
                     self._wait_for_address(node, dashboard)
                 if not self._is_unwanted.is_set():
-                    tell()
+                    notify()
         finally:
             self._is_over.set()
             for process in processes:
@@ -167,7 +167,7 @@ class LateDashboard:
                 raise _StartedError
             return info
 
-        quiet = patch.object(services.logger, "disabled", True)  # a search goes on without a dashboard
+        quiet = patch.object(services.logger, "disabled", True)  # a search continues without a dashboard
         any_error = contextlib.suppress(Exception, _StartedError)
         with patch.object(services, "start_ray_process", start_process), quiet, any_error:
             for begin in self._starts:

@@ -77,19 +77,19 @@ class RaySession:
     """The dashboard of a private Ray; None if tune_amp did not start this Ray."""
 
     @contextlib.contextmanager
-    def dashboard(self, tell: Callable[["RaySession"], None], *, wanted: bool = True) -> Iterator[None]:
-        """In the ``with`` block, call ``tell`` with the session once its dashboard has started, or failed to.
+    def dashboard(self, notify: Callable[["RaySession"], None], *, wanted: bool = True) -> Iterator[None]:
+        """In the ``with`` block, call ``notify`` with the session once its dashboard has started, or failed to.
 
         If Ray ran before, that is at once. The dashboard of a private Ray starts after ``DASHBOARD_DELAY`` seconds, and
-        a thread calls ``tell``; it never starts if it is not wanted, or if the block ends earlier.
+        a thread calls ``notify``; it never starts if it is not wanted, or if the block ends earlier.
         """
         if self.late_dashboard is None:
-            tell(self)
+            notify(self)
             yield
         elif not wanted:
             yield
         else:
-            with self.late_dashboard.starting(DASHBOARD_DELAY, lambda: tell(_find_dashboard(self))):
+            with self.late_dashboard.starting(DASHBOARD_DELAY, lambda: notify(_find_dashboard(self))):
                 yield
 
     @property
@@ -144,7 +144,7 @@ def ray_session(
     is_running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     if mps == "on" and (is_running or address is not None):
         raise InputError(
-            "--mps: on is not allowed in a Ray that runs already (--address): whoever runs it starts MPS on its nodes"
+            "--mps: on is not allowed in a Ray that runs already (--address): MPS is started on its nodes, before it"
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(QUIET_TUNE))

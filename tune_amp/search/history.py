@@ -86,7 +86,7 @@ class RunHistory:
         self.reports: list[tuple[str, TrialReport | None]] = []
         """Trial id and report of each report of the earlier sessions, in order; None stands for the trial's end."""
         self.running: set[str] = set()
-        """Ids of the trials that have a worker, or wait for another one after theirs died."""
+        """Ids of the trials that have a worker, or wait for another after its worker died."""
         self.most_running = 0
         """Largest number of trials that had a worker at the same time."""
         self._trials: dict[str, RecordedTrial] = {}
@@ -233,7 +233,7 @@ class RunHistory:
     def _add_report(self, trial: RecordedTrial, event: Mapping[str, Any], report: TrialReport) -> None:
         """Add a report, whose epoch replaces an earlier report of it: a retried trial reports epochs again.
 
-        Epochs that it has yet to reach keep theirs until then. None stand after the last epoch of a trial that ended.
+        Epochs that it has yet to reach keep the earlier report until then. A trial that ended has none after its last.
         """
         trial.report, metrics, epochs = report, report.metrics, trial.record.epochs
         if metrics is not None:
