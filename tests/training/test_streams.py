@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -130,6 +130,29 @@ def test_items_of_workers_differ_from_epoch_to_epoch_and_by_worker(write_module:
 
 
 # What fits
+
+
+class Item(NamedTuple):
+    image: torch.Tensor
+    target: int
+
+
+class NamedItems(TorchDataset[Item]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Item:
+        return Item(torch.full((1, 2, 2), index, dtype=torch.uint8), index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_named_items_keep_their_names(workers: int) -> None:
+    split = StreamedBatches(NamedItems(), "", CPU, input_size=4, workers=workers)
+    scaling = InputScaling(shift=0.0, factor=0.5)
+    batches = [split.take(torch.tensor([1, 3]), scaling), *split.stream([torch.tensor([1, 3])], 0, scaling)]
+    for batch in batches:
+        assert batch.image[:, 0, 0, 0].tolist() == [0.5, 1.5]
+        assert batch.target.tolist() == [1, 3]
 
 
 def test_arrays_that_exceed_half_of_a_gpus_free_memory_are_streamed() -> None:

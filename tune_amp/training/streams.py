@@ -75,7 +75,7 @@ class StreamedBatches:
     def _place(self, batch: Any, scaling: InputScaling) -> Batch:
         placed = _move(batch, self._device)
         if isinstance(placed, tuple) and isinstance(placed[0], Tensor):
-            return scale_images(placed[0], scaling), *placed[1:]
+            return _like(placed, (scale_images(placed[0], scaling), *placed[1:]))
         return placed
 
 
@@ -115,8 +115,13 @@ def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _move(part, device) for key, part in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(_move(part, device) for part in value)
+        return _like(value, tuple(_move(part, device) for part in value))
     raise InputError(f"a data set's items must hold tensors, arrays and numbers only, got {type(value).__name__}")
+
+
+def _like(value: Any, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return ``parts`` as a tuple, a named one if ``value`` is."""
+    return type(value)(*parts) if hasattr(value, "_fields") else parts
 
 
 def count_in_batch(batch: Batch) -> int:
