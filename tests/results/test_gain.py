@@ -52,6 +52,13 @@ def test_a_pair_that_is_equal_on_every_seed_gained_nothing_whatever_stands_besid
         assert (found.gain.difference, found.gain.low, found.gain.high) == (0.0, 0.0, 0.0)
 
 
+def test_a_metric_that_is_0_on_every_seed_is_equal_and_not_unknown() -> None:
+    """Its margin is a share of the default's value: 0."""
+    runs = [dataclasses.replace(run, metrics={"val_f1": 0.0}) for run in make_runs({"a": BASE, DEFAULT_ID: BASE})]
+    found = judge_gain(make_configs("a", DEFAULT_ID), runs, "val_f1")
+    assert (found.kind, found.recommended) == ("indistinguishable", DEFAULT_ID)
+
+
 def test_the_interval_is_that_of_the_paired_t_test_corrected_for_the_choice() -> None:
     differences = np.subtract(HIGH, BASE)
     for others, confidence in (({}, 0.95), ({"b": BASE}, 0.95), ({"b": BASE, "c": [0.5, 0.6, 0.1]}, 1 - 0.1 / 3)):

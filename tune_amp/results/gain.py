@@ -210,7 +210,7 @@ def _judge(gain: Gain, objective: str) -> VerdictKind:
         return VerdictKind.BETTER
     if best < 0:
         return VerdictKind.WORSE
-    return VerdictKind.INDISTINGUISHABLE if best < RESOLUTION * gain.margin else VerdictKind.UNKNOWN
+    return VerdictKind.INDISTINGUISHABLE if best <= RESOLUTION * gain.margin else VerdictKind.UNKNOWN
 
 
 def _measure_gain(
