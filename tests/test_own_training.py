@@ -225,9 +225,8 @@ def test_a_search_whose_first_trials_fail_alike_stops_with_exit_code_1_and_says_
     assert "no trial produced a result" in printed.err
     assert "failed: ValueError: no good at all: 64" in printed.err
     assert "Traceback" not in printed.err
-    reason = (
-        r"the first 2 trials all failed with the same error: ValueError: no good at all: \d+; fix its cause and resume"
-    )
+    error = r"ValueError: no good at all: \d+ \(broken\.py:\d+\)"
+    reason = f"the first 2 trials all failed with the same error: {error}; fix its cause and resume"
     assert re.search(
         rf"^cut off  {reason}, or resume with a larger --max-failures\nresume   .*--resume x", printed.err, re.M
     )

@@ -305,10 +305,10 @@ def test_state_of_an_ended_trial_is_released(make_trainable: MakeTrainable) -> N
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("raise ValueError('first line\\nsecond line')", "ValueError: first line second line"),
-        ("raise RuntimeError('x' * 1000)", "RuntimeError: " + "x" * 282 + " ..."),
-        ("import sys; sys.exit(3)", "RuntimeError: the code called sys.exit(3)"),
-        ("raise KeyboardInterrupt", "RuntimeError: the code raised KeyboardInterrupt"),
+        ("raise ValueError('first line\\nsecond line')", "ValueError: first line second line{place}"),
+        ("raise RuntimeError('x' * 1000)", "RuntimeError: " + "x" * 282 + " ...{place}"),
+        ("import sys; sys.exit(3)", "RuntimeError: the code called sys.exit(3){place}"),
+        ("raise KeyboardInterrupt", "RuntimeError: the code raised KeyboardInterrupt{place}"),
         ("return None", "model: {model} must return a torch.nn.Module, got NoneType"),
     ],
 )
@@ -318,7 +318,10 @@ def test_model_that_cannot_be_built_is_a_failed_trial_with_one_line(
     model = f"{write_module(f'def net(shape, classes): {line}')}:net"
     trainable = make_trainable(model=model)
     [report] = train(trainable)
-    assert (report["status"], report["error"]) == ("failed", error.format(model=model))
+    assert (report["status"], report["error"]) == (
+        "failed",
+        error.format(model=model, place=f" ({model.partition(':')[0]}.py:1)"),
+    )
     assert trainable.reset(settings())
     assert train(trainable)[-1]["status"] == "completed"
 
@@ -327,8 +330,9 @@ def test_loop_that_raises_is_a_failed_trial_with_one_line(
     make_trainable: MakeTrainable, write_module: Callable[[str], str]
 ) -> None:
     lines = "def train(trial):\n    for _ in trial.epochs():\n        yield {'val_f1': trial.own['hidden']}\n"
-    [report] = train(make_trainable(train=f"{write_module(lines)}:train"))
-    assert (report["status"], report["error"]) == ("failed", "KeyError: 'hidden'")
+    module = write_module(lines)
+    [report] = train(make_trainable(train=f"{module}:train"))
+    assert (report["status"], report["error"]) == ("failed", f"KeyError: 'hidden' ({module}.py:3)")
 
 
 @pytest.mark.parametrize(
@@ -401,7 +405,7 @@ def test_trial_that_fails_again_has_failed_and_the_next_may_try_again(
     assert begun == [1, 2, 1]
     assert [report["status"] for report in reports] == ["running", "failed"]
     assert reports[-1]["config_fault"] is False
-    assert reports[-1]["error"] == "OSError: no space left"
+    assert reports[-1]["error"].startswith("OSError: no space left (test_trainable.py:")
     begun.clear()
     assert trainable.reset(settings())
     train(trainable)
@@ -418,7 +422,9 @@ def test_trial_that_fails_in_two_ways_tells_both(
 
     monkeypatch.setattr("tune_amp.training.runs.TrainingRun", fail)
     [report] = train(make_trainable())
-    assert report["error"] == "ValueError: no such value; before that, OSError: no space left"
+    first, second = report["error"].split("; before that, ")
+    assert first.startswith("ValueError: no such value (test_trainable.py:")
+    assert second.startswith("OSError: no space left (test_trainable.py:")
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_trials_that_diverge_run_out_of_memory_or_raise_are_rows_and_the_search_
     assert sound <= {"completed", "stopped"}
     errors = {trial.config.batch_size: trial.error for trial in result.trials}
     assert "can't allocate memory" in (errors[100] or "")
-    assert errors[110] == "ValueError: line one line two"
+    assert re.fullmatch(rf"ValueError: line one line two \({module}\.py:\d+\)", errors[110] or "")
     assert errors[120] == "diverged: weights are not finite"
     assert errors[256] is None
     assert {trial.config.batch_size for trial in result.ranked} == {256}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tune_amp.training.own_code import exits_as_errors, import_function, unchanged_process
+from tune_amp.training.own_code import exits_as_errors, find_place, import_function, unchanged_process
 
 NOISY = """
 import random
@@ -107,3 +107,12 @@ def test_signal_that_ends_a_worker_ends_it() -> None:
 def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(ZeroDivisionError), exits_as_errors():
         _ = 1 / 0
+
+
+def test_an_error_is_placed_at_the_innermost_line_of_the_users_own_code(write_module: Callable[[str], str]) -> None:
+    module = write_module("import json\n\n\ndef run(text):\n    return json.loads(text)\n")
+    run = import_function(f"{module}:run")
+    with pytest.raises(ValueError, match="Expecting value") as caught:
+        run("no JSON")
+    assert find_place(caught.value) == f" ({module}.py:5)"
+    assert find_place(ValueError("raised nowhere")) == ""

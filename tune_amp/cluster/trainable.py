@@ -34,6 +34,7 @@ from tune_amp.cluster.resources import TrialResources, cap_memory
 from tune_amp.training.amp import name_device
 from tune_amp.training.data import Dataset, Split
 from tune_amp.training.memory import is_out_of_gpu_memory, is_out_of_memory, release_memory
+from tune_amp.training.own_code import find_place
 from tune_amp.training.own_loop import OwnRun
 from tune_amp.training.runs import Run, start_run
 from tune_amp.training.training_data import TrainingData
@@ -239,7 +240,7 @@ class AmpTrainable(tune.Trainable):
             final = isinstance(error, InputError | torch.AcceleratorError) or is_out_of_memory(error)
             if final or self._first_failure is not None:
                 raise
-            self._first_failure = self._count_epochs(), describe_error(error)
+            self._first_failure = self._count_epochs(), describe_failure(error)
             wait = MEMORY_WAIT_SECONDS if isinstance(error, MemoryHeldError) else 0.0
         self._release()
         time.sleep(wait)
@@ -326,6 +327,11 @@ def progress_report(metrics: EpochMetrics, status: str, error: str | None = None
     return {**vars(metrics), **metrics.metrics, "status": str(status), "error": error, "done": status != RUNNING}
 
 
+def describe_failure(error: Exception) -> str:
+    """Return an exception on one line, with the line of the user's own code that led to it."""
+    return describe_error(error) + find_place(error)
+
+
 def failure_report(error: Exception) -> dict[str, Any]:
     """Return the report of a trial that an exception ended. Tune requires the objectives, so they are NaN.
 
@@ -333,7 +339,7 @@ def failure_report(error: Exception) -> dict[str, Any]:
     """
     status = TrialStatus.OUT_OF_MEMORY if is_out_of_memory(error) else TrialStatus.FAILED
     refused = isinstance(error, InputError) and error.__cause__ is None  # not if the user's module failed
-    text = one_line(str(error)) if isinstance(error, InputError) else describe_error(error)
+    text = one_line(str(error)) if isinstance(error, InputError) else describe_failure(error)
     ending = {"status": str(status), "error": text, "config_fault": refused, "done": True}
     return {**dict.fromkeys(OBJECTIVES, math.nan), **ending}
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import signal
+import sysconfig
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +16,23 @@ import torch
 from tune_amp.training.generators import keep_generators
 from tune_amp.trial.config import SIGNALS
 from tune_amp.trial.consent import load_function
+
+NOT_OWN = (
+    "<",
+    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+)
+"""Beginnings of the file names of all code but the user's own."""
+
+
+def find_place(error: BaseException) -> str:
+    """Return the innermost line of the user's own code in a traceback, such as `` (mine.py:12)``; empty if none is.
+
+    A worker's traceback is kept nowhere.
+    """
+    tracebacks = [traceback.extract_tb(each.__traceback__) for each in (error, error.__cause__) if each is not None]
+    own = [frame for frames in tracebacks for frame in frames if not frame.filename.startswith(NOT_OWN)]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def import_function(name: str) -> Callable[..., Any]:
