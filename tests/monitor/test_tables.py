@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from records import FIVE_SETTINGS, PROVENANCE, make_scored, make_trial
 from rich.console import Console
 
 from tune_amp.cli.run_summary import print_confirmed
-from tune_amp.monitor.tables import describe_confirmed, render_confirmed
+from tune_amp.monitor.tables import WideTable, describe_confirmed, render_confirmed
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
 from tune_amp.results.provenance import Provenance
 from tune_amp.results.ranking import rank_confirmed
@@ -76,6 +77,17 @@ def test_table_shows_every_number_within_80_columns() -> None:
     assert [*settings, "96.20%", "±0.50", "95.00%", "±0.00"] in words(text)
     assert ["2", "+0.80"] in words(text)  # what does not fit follows below
     assert "default" in text
+
+
+@pytest.mark.parametrize(("width", "parts"), [(11, 1), (10, 2), (7, 2)])
+def test_columns_that_do_not_fit_follow_below(width: int, parts: int) -> None:
+    table = WideTable(["aaa", "bbb", "ccc"])
+    table.add_row("1", "2", "3")
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(table)
+    text = console.export_text()
+    assert text.count("aaa") == parts
+    assert text.split()[-1] == "3"
 
 
 def test_table_shows_an_own_metric_and_own_parameters() -> None:

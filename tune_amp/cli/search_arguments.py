@@ -18,8 +18,7 @@ GROUPS = {
     "hardware and cluster": ("gpus_per_trial", "mps", "cpus_per_trial", "max_concurrent", "address", "storage_path"),
     "the run and its output": ("name", "results_dir", "resume", "tracker", "dashboard", "quiet", "json"),
 }
-"""Headings of the help -> the flags below each, by their fields. Others stand below ``OTHER_FLAGS``."""
-OTHER_FLAGS = "how it is searched"
+"""Headings of the help -> the flags below each, by their fields."""
 
 
 def search_parser(program: str) -> argparse.ArgumentParser:
@@ -33,9 +32,7 @@ def search_parser(program: str) -> argparse.ArgumentParser:
 
     def add(name: str, text: str, **settings: Any) -> None:
         unset = settings.get("default") in (None, [])
-        group_of.get(name, groups[OTHER_FLAGS]).add_argument(
-            name_flag(name), help=text if unset else f"{text} (%(default)s)", **settings
-        )
+        group_of[name].add_argument(name_flag(name), help=text if unset else f"{text} (%(default)s)", **settings)
 
     text = (
         f"auto, {', '.join(DATASETS)} or MODULE:FUNCTION; auto is MNIST where it can be had, else scikit-learn's digits"
