@@ -133,6 +133,7 @@ class Net(nn.Linear):
     ("line", "code", "message"),
     [
         ("assert len(images) == 2, 'two'", 1, "{model} failed, nothing saved: AssertionError: two"),
+        ("len(images) == 2 or bytearray(2**60)", 1, "out of memory, nothing saved: MemoryError"),
         (
             "len(images) == 2 or sys.exit(0)",
             1,

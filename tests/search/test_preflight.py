@@ -215,7 +215,7 @@ def test_search_that_may_use_gpus_is_refused_only_where_fp32_fails_too(
         "fp16": "AssertionError: no kernel"
     }
     never = write_net(write_module, "assert False")
-    with pytest.raises(InputError, match=r"got AssertionError: "):
+    with pytest.raises(InputError, match=r"got AssertionError \(in fp32\)"):
         check_fit(space, data, SearchOptions(model=never), may_use_gpus=True)
 
 

@@ -31,7 +31,7 @@ from tune_amp.reuse.markdown import format_settings, list_settings
 from tune_amp.search.options import name_flag, naming_flags
 from tune_amp.trial.config import InputError, TrialConfig, is_function_name
 from tune_amp.trial.objectives import metric_of, show_value
-from tune_amp.trial.text import describe_error, format_scale, one_line, printable
+from tune_amp.trial.text import describe_error, format_scale, printable
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +82,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Dataset") -> int:
     """Train a configuration for use, test it once and save it. Return the exit code."""
-    import torch
-
     from tune_amp.reuse.final import FinalTraining, OwnTraining
+    from tune_amp.training.memory import is_out_of_memory
 
     given = {name: value for name in ("seed", "max_epochs") if (value := getattr(arguments, name)) is not None}
     with naming_flags():
@@ -107,9 +106,9 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
             if training.divergence:
                 return _fail(f"diverged, nothing saved: {training.divergence}")
             result = training.test()
-        except torch.OutOfMemoryError as error:
-            return _fail(f"out of memory, nothing saved: {one_line(str(error))}")
         except Exception as error:  # the user's own code may raise anything
+            if is_out_of_memory(error):
+                return _fail(f"out of memory, nothing saved: {describe_error(error)}")
             if isinstance(error, InputError) or own_code is None:
                 raise
             return _fail(f"{own_code} failed, nothing saved: {describe_error(error)}")

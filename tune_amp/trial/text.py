@@ -100,4 +100,5 @@ def one_line(text: str, limit: int = 300) -> str:
 
 def describe_error(error: BaseException) -> str:
     """Return an exception's type and text on one line: some libraries write paragraphs."""
-    return one_line(f"{type(error).__name__}: {error}")
+    name, text = type(error).__name__, str(error)
+    return one_line(f"{name}: {text}" if text else name)
