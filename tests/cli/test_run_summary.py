@@ -108,7 +108,10 @@ def test_importance_that_a_killed_search_did_not_measure_is_measured(tmp_path: P
 def test_a_run_without_a_result_says_why_in_the_commonest_words(tmp_path: Path) -> None:
     failed = [make_trial(f"{place}", status=TrialStatus.FAILED, epochs=(), error="it broke") for place in range(3)]
     diverged = make_trial(
-        "d", status=TrialStatus.DIVERGED, epochs=(make_epoch(1, val_loss=float("nan")),), error="val_loss is nan"
+        "d",
+        status=TrialStatus.DIVERGED,
+        epochs=(make_epoch(1, val_loss=float("nan")),),
+        error="diverged: val_loss is nan",
     )
     text, errors = shown(write_run(tmp_path, [diverged, *failed]))
     assert "4 trials: 1 diverged, 3 failed" in text

@@ -78,7 +78,9 @@ def _dominates(scores: tuple[float, ...], others: tuple[float, ...]) -> bool:
 
 def list_obstacles(trials: Sequence[TrialRecord]) -> list[str]:
     """Return why no trial could be ranked, each reason with its number of trials, the three commonest first."""
-    reasons = collections.Counter(f"{trial.status}: {trial.error or 'no usable result'}" for trial in trials)
+    errors = ((trial.status, trial.error or "no usable result") for trial in trials)
+    # A verdict begins with its state, which may be the status.
+    reasons = collections.Counter(text if text.startswith(f"{end}: ") else f"{end}: {text}" for end, text in errors)
     return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
 
 
