@@ -127,7 +127,7 @@ def test_a_learning_rate_at_which_a_language_model_diverges_is_named() -> None:
 # ---- the whole way ----
 
 SEARCH = ("search", str(EXAMPLES / "amp_tutorial.yaml"), "--train", "examples.amp_tutorial:train")
-SIZE = ("--objective", "val_loss", "--num-samples", "4", "--max-epochs", "3", "--top-k", "1", "--confirm-seeds", "2")
+SIZE = ("--objective", "val_loss", "--num-samples", "4", "--max-epochs", "3", "--top-k", "1", "--confirm-seeds", "3")
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_a_loop_is_searched_confirmed_shown_and_trained_again(capsys: pytest.Cap
 @pytest.mark.usefixtures("one_ray", "enter_folder")
 def test_a_task_is_searched_by_its_own_metric_and_trained_again(capsys: pytest.CaptureFixture[str]) -> None:
     task = ("--task", "examples.tabular:Diabetes")
-    size = ("--num-samples", "3", "--max-epochs", "2", "--top-k", "1", "--confirm-seeds", "2", "--name", "own")
+    size = ("--num-samples", "3", "--max-epochs", "2", "--top-k", "1", "--confirm-seeds", "3", "--name", "own")
     assert main(["search", str(EXAMPLES / "tabular.yaml"), *task, *size]) == 0
     rows = load_best_rows("results/own")
     maes = [row.confirmation.find_mean("val_mae") for row in rows if row.confirmation]
@@ -289,7 +289,7 @@ def test_each_example_goes_the_whole_way(name: str, tmp_path: Path, capsys: pyte
     code = ["--task", f"examples.{name}"] if made else ["--train", f"examples.{file}:train"]
     objective = re.search(r"--objective .*", (EXAMPLES / f"{file}.py").read_text())
     command = [str(EXAMPLES / f"{file}.yaml"), *code, *(objective[0].split() if objective else [])]
-    command += ["--num-samples", "3", "--max-epochs", "3", "--top-k", "1", "--confirm-seeds", "2", "--name", "whole"]
+    command += ["--num-samples", "3", "--max-epochs", "3", "--top-k", "1", "--confirm-seeds", "3", "--name", "whole"]
     run = tmp_path / "results" / "whole"
     search = Search(tmp_path, command)
     search.wait_until(lambda: count_events(run, "report") >= 2)
@@ -301,7 +301,7 @@ def test_each_example_goes_the_whole_way(name: str, tmp_path: Path, capsys: pyte
     rows = load_best_rows(run)
     assert rows[0].confirmation
     assert rows[0].confirmation.verdict
-    assert len(rows[0].confirmation.confirm_seeds) == 2
+    assert len(rows[0].confirmation.confirm_seeds) == 3
     capsys.readouterr()
     assert main(["train", "whole", *code]) == 0
     assert re.search(r"^test_\w+ [\d.]+( %)?, measured after", capsys.readouterr().out, re.MULTILINE)

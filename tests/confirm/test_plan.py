@@ -775,7 +775,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     (tmp_path / "space.yaml").write_text("parameters:\n  batch_size: {choices: [64, 110]}\n")
     (tmp_path / "run").mkdir()
     options = SearchOptions(
-        model=f"{module}:Net", num_samples=4, max_epochs=2, top_k=4, confirm_seeds=2, scheduler="none", sampler="random"
+        model=f"{module}:Net", num_samples=4, max_epochs=2, top_k=4, confirm_seeds=3, scheduler="none", sampler="random"
     )
     with ray_session(num_cpus=2, num_gpus=0, preload=("tune_amp.cluster.preload",), workers=2):
         plan = plan_search(load_space(str(tmp_path / "space.yaml")), digits, options, folder=tmp_path / "run")
@@ -787,7 +787,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     assert [pid in of_trials for seed, pid in built if seed == "1000"][:2] == [True, True]  # until one dies
     confirmation = result.confirmation
     assert confirmation is not None
-    assert confirmation.progress.total == 4  # two configurations, though four trials and the default have them
+    assert confirmation.progress.total == 6  # two configurations, though four trials and the default have them
     rows = load_best_rows(tmp_path / "run")
     assert rows == list(confirmation.rows)
     assert [row.trial for row in rows] == list(result.ranked)
@@ -798,7 +798,7 @@ def test_a_search_is_confirmed_on_its_slots_whatever_happens_there(
     assert 110 in sizes
     for row in rows:
         assert row.confirmation is not None
-        assert row.confirmation.confirm_seeds == (1000, 1001)
+        assert row.confirmation.confirm_seeds == (1000, 1001, 1002)
         if row.trial.config.batch_size == 110:
             assert row.confirmation.confirm_failures == ("seed 1001: diverged: weights are not finite",)
             assert row.confirmation.val_accuracy_mean is None

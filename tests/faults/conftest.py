@@ -22,7 +22,7 @@ from fault_runs import (
 
 from tune_amp.results.run_folder import RunFolder
 
-RUNS = {"alone": ALONE, "side by side": SIDE_BY_SIDE, "confirmed": (*ALONE, "--confirm-seeds", "2")}
+RUNS = {"alone": ALONE, "side by side": SIDE_BY_SIDE, "confirmed": (*ALONE, "--confirm-seeds", "3")}
 
 
 @pytest.fixture(scope="session")

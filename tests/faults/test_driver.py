@@ -47,7 +47,7 @@ KILLS = int(os.environ.get("TUNE_AMP_KILLS", "3"))
 SEED = int(os.environ.get("TUNE_AMP_KILL_SEED") or random.SystemRandom().randrange(10**6))
 PHASES = {"search": 3.0, "checkpoint": 0.05, "export": 0.4, "confirmation": 1.0}
 """Where it is killed: at a random moment of so many seconds. Start-up is as long as that of the undisturbed run."""
-CONFIRMED = (*ALONE, "--confirm-seeds", "2")
+CONFIRMED = (*ALONE, "--confirm-seeds", "3")
 
 
 class Moment:

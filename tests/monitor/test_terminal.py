@@ -563,7 +563,8 @@ def test_json_lines_tell_each_run_and_the_result_what_was_confirmed() -> None:
     assert (event["event"], event["trial_id"], event["seed"]) == ("confirmed_run", DEFAULT_ID, 1000)
     assert (event["status"], event["val_accuracy"], event["test_recalls"]) == ("diverged", None, [])
 
-    runs = [*CONFIRMED[:2], make_confirmed(DEFAULT_ID, 1000, 0.90), make_confirmed(DEFAULT_ID, 1001, 0.92)]
+    runs = [*CONFIRMED[:2], make_confirmed("a", 1002, 0.975)]
+    runs += [make_confirmed(DEFAULT_ID, seed, value) for seed, value in ((1000, 0.90), (1001, 0.92), (1002, 0.91))]
     default = make_trial(DEFAULT_ID, config=TrialConfig(), epochs=())
     result = ConfirmResult(
         rows=rank_confirmed([make_scored("a", 0.99)], default, runs, ["val_accuracy"]),

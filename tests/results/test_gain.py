@@ -204,8 +204,13 @@ def test_of_several_objectives_the_others_are_not_decided() -> None:
     assert text.startswith("no gain in validation accuracy over the defaults; rank 1 is indistinguishable")
 
 
-def test_one_seed_has_no_interval() -> None:
-    assert judge({"a": [0.95], DEFAULT_ID: [0.9]}).reason == "one seed has no interval"
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_decide_nothing(seeds: int) -> None:
+    """Two differences of accuracies are often equal, which says nothing about a third."""
+    scores = {"a": [0.95, 0.95], DEFAULT_ID: [0.9, 0.9]}
+    verdict = judge({name: values[:seeds] for name, values in scores.items()})
+    assert (verdict.kind, verdict.reason) == ("unknown", "fewer than 3 seeds are too few")
+    assert list_possible_best({name: dict(enumerate(values[:seeds])) for name, values in scores.items()}) == {*scores}
 
 
 @pytest.mark.parametrize(("challenger", "expected"), [

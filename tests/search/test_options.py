@@ -33,7 +33,7 @@ FIRST_RULE = "must begin with val_accuracy or val_loss"
 
 SHARE_RULE = "must be 0, 0.0001 (Ray's smallest) to 1, or a whole number"
 
-SEEDS_RULE = "must be 0, or 2 to 1,000 (one seed has no interval)"
+SEEDS_RULE = "must be 0, or 3 to 1,000 (fewer decide nothing)"
 
 
 @pytest.mark.parametrize("objective", ["val_accuracy", "val_loss,train_seconds"])
@@ -57,7 +57,7 @@ def test_defaults_are_valid_and_stay_so_once_they_are_filled_in(objective: str) 
         {"objective": "val_loss", "model": "package.module:function", "seed": 2**63 - 1},
         {"top_k": 50, "num_samples": 2},
         {"confirm_seeds": 0},
-        {"confirm_seeds": 2},
+        {"confirm_seeds": 3},
         {"confirm_seeds": 1000},
         {"objective": "val_loss,val_accuracy,peak_memory_bytes"},
         {"objective": "val_accuracy,train_seconds", "sampler": "tpe", "scheduler": "none"},
@@ -141,7 +141,7 @@ def test_values_at_the_edge_of_the_rules_are_accepted(options: dict[str, Any]) -
         ({"time_budget": NAN}, "--time-budget: must be a finite number, got nan"),
         ({"max_failures": 0}, "--max-failures: must be at least 1, got 0"),
         ({"top_k": 0}, "--top-k: must be at least 1, got 0"),
-        ({"confirm_seeds": 1}, f"--confirm-seeds: {SEEDS_RULE}, got 1"),
+        ({"confirm_seeds": 2}, f"--confirm-seeds: {SEEDS_RULE}, got 2"),
         ({"confirm_seeds": -1}, f"--confirm-seeds: {SEEDS_RULE}, got -1"),
     ],
 )

@@ -693,7 +693,7 @@ def test_a_search_starts_from_an_earlier_run(digits: Dataset, tmp_path: Path) ->
 
     command = [sys.executable, str(ROOT / "scripts" / "search.py"), "quick", "--dataset", "digits", "--max-epochs", "2"]
     command += ["--num-samples", "4", "--max-concurrent", "1", "--name", "new", "--warm-start", "old", "--json"]
-    command += ["--confirm-seeds", "2", "--dashboard", "off"]
+    command += ["--confirm-seeds", "3", "--dashboard", "off"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]

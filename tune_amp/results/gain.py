@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from tune_amp.results.confirmed import DEFAULT_ID, ConfirmedRun
-from tune_amp.results.statistics import CONFIDENCE, EQUIVALENCE_CONFIDENCE, paired_interval
+from tune_amp.results.statistics import CONFIDENCE, EQUIVALENCE_CONFIDENCE, FEWEST_PAIRS, paired_interval
 from tune_amp.trial.config import HOPELESS_STATUSES, TrialConfig, TrialStatus
 from tune_amp.trial.objectives import is_maximized, metric_of
 
@@ -104,7 +104,7 @@ def judge_gain(configs: Mapping[str, TrialConfig], runs: Sequence[ConfirmedRun],
         reason = f"the best other configuration did not complete on {failed}"
     else:
         gain = _measure_gain(challenger, configs, runs, objective)
-        kind, reason = (_judge(gain, objective), "") if gain else (kind, "one seed has no interval")
+        kind, reason = (_judge(gain, objective), "") if gain else (kind, f"fewer than {FEWEST_PAIRS} seeds are too few")
     keeps_default = has_default and kind is not VerdictKind.BETTER
     recommended = DEFAULT_ID if keeps_default else challenger or next(iter(configs))
     return Verdict(kind=kind, challenger=challenger, recommended=recommended, gain=gain, reason=reason)
@@ -219,7 +219,7 @@ def _measure_gain(
     """Return the gain on all seeds that both were trained on; None if a run did not complete, or with too few runs."""
     ours, theirs = score_runs(challenger, runs, objective), score_runs(DEFAULT_ID, runs, objective)
     seeds = sorted({*(ours or ())} & {*(theirs or ())})
-    if ours is None or theirs is None or len(seeds) < 2:
+    if ours is None or theirs is None or len(seeds) < FEWEST_PAIRS:
         return None
     rivals = {tuple(values) for values in _list_rival_scores(configs, runs, objective).values()}  # copies count once
     # One-sided, because only a challenger that seems better is acted on: one or two rivals need no correction.

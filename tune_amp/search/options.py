@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_amp.results.files import claim_folder
+from tune_amp.results.statistics import FEWEST_PAIRS
 from tune_amp.trial.config import (
     COST_OBJECTIVES,
     MODEL_RULE,
@@ -75,8 +76,8 @@ _SHARE_RULE = Rule(
     lambda share: share == 0 or 1e-4 <= share <= 1 or (share > 1 and share == int(share)),
 )
 _SEEDS_RULE = Rule(
-    f"must be 0, or 2 to {MOST_SEEDS:,} (one seed has no interval)",
-    lambda count: 0 <= count <= MOST_SEEDS and count != 1,
+    f"must be 0, or {FEWEST_PAIRS} to {MOST_SEEDS:,} (fewer decide nothing)",
+    lambda count: count == 0 or FEWEST_PAIRS <= count <= MOST_SEEDS,
 )
 
 
