@@ -79,8 +79,10 @@ def test_a_run_is_named_by_its_name_its_folder_or_its_file(tmp_path: Path, monke
     with pytest.raises(InputError) as caught:
         find_run_folder("elsewhere", results, "RUN")
     assert str(caught.value) == "RUN: must be the folder of a run, or its name in results, got elsewhere"
-    with pytest.raises(InputError):
-        find_run_folder("x" * 300, results, "RUN")
+    Path("notes.txt").touch()
+    for no_run in ("x" * 300, "notes.txt"):
+        with pytest.raises(InputError, match=no_run):
+            find_run_folder(no_run, results, "RUN")
 
 
 def test_a_file_is_preferred_to_a_folder_that_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a finished run is shown as, from its files: what is there is shown, and what is missing is said."""
 
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
@@ -53,6 +54,17 @@ def ranks(text: str) -> list[list[str]]:
     """Rank and accuracy of each line of the ranking."""
     rows = [line.split() for line in text.splitlines() if re.match(r"\d+ .*%", line)]
     return [[row[0], *(cell for cell in row if cell.endswith("%"))] for row in rows]
+
+
+@pytest.mark.parametrize("is_out_of_time", [True, False])
+def test_a_time_budget_that_ended_the_search_is_named_with_what_resumes_it(
+    is_out_of_time: bool, tmp_path: Path
+) -> None:
+    stream = io.StringIO()
+    summary = dataclasses.replace(load_summary(write_run(tmp_path, make_trials())), is_out_of_time=is_out_of_time)
+    print_summary(Console(file=stream, width=60), summary, "the line that trains", Console(stderr=True))
+    line = f"the time budget is used up: --resume {tmp_path} with a larger --time-budget resumes the search"
+    assert (line in stream.getvalue().splitlines()) is is_out_of_time
 
 
 def test_a_finished_run_is_shown_with_all_that_its_files_hold(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from tune_amp.cli.train import train_command
 from tune_amp.results.records import rank_trials, write_best, write_trials
-from tune_amp.reuse.final import replay_trial
+from tune_amp.reuse.final import FinalTraining, replay_trial
 from tune_amp.training.data import Dataset
-from tune_amp.trial.config import TrialConfig
+from tune_amp.trial.config import InputError, TrialConfig
 
 
 @pytest.fixture
@@ -115,6 +115,20 @@ def test_replay_without_the_epochs_beside_compares_the_last_and_says_what_it_can
     write_trials(tmp_path, [trial], provenance)
     assert train_command([str(tmp_path), "--replay"]) == 0
     assert capsys.readouterr().out.count("equal to the record, bit for bit") == 2
+
+
+def test_result_of_the_test_is_printed_even_if_nothing_can_be_saved(
+    best: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> list[str]:
+        raise InputError("--output: model.safetensors cannot be written (No space left on device)")
+
+    monkeypatch.setattr(FinalTraining, "save", fail)
+    assert train_command([str(best)]) == 2
+    printed = capsys.readouterr()
+    assert "No space left on device" in printed.err
+    assert "test accuracy" in printed.out
+    assert "saved" not in printed.out
 
 
 OWN_MODEL = """

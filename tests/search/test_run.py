@@ -486,6 +486,7 @@ def test_time_budget_interrupts_what_still_runs_and_is_no_interruption(search: S
     result = search(SPACE, num_samples=50, max_epochs=1000, grace_period=1000, time_budget=seconds)
     assert {trial.status for trial in result.trials} <= {TrialStatus.INTERRUPTED}
     assert len(result.trials) <= 3
+    assert result.is_out_of_time
     assert not result.interrupted
     assert bool(result.ranked) == any(trial.epochs for trial in result.trials)
 

@@ -311,15 +311,17 @@ def _is_run(folder: Path) -> bool:
 
 
 def find_run_folder(run: str, results_dir: Path, flag: str) -> Path:
-    """Return the folder of the path that ``find_run`` finds.
+    """Return the folder of the path that ``find_run`` finds: a run's folder or a file in it, or any other folder.
 
     Raises:
-        InputError: the path does not exist; the message names ``flag``.
+        InputError: there is no such path; the message names ``flag``.
     """
     place = find_run(run, results_dir)
     with contextlib.suppress(OSError):
-        if place.exists():
-            return place.parent if place.is_file() else place
+        if place.is_dir():
+            return place
+        if place.is_file() and _is_run(place.parent):
+            return place.parent
     raise InputError(f"{flag}: must be the folder of a run, or its name in {results_dir}, got {run}")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from tune_amp.cli.console import say
 from tune_amp.monitor.tables import describe_confirmed, render_confirmed, render_ranking
@@ -54,6 +55,8 @@ class RunSummary:
     """None if the search was killed, or is still running."""
     interrupted: bool = False
     """Whether a signal ended the search. Its files do not distinguish this from an exhausted time budget."""
+    is_out_of_time: bool = False
+    """Whether the time budget ended the search before its trials did; False if no longer known."""
     wrap_up_seconds: float | None = None
     """Seconds from the last trial's end until files and importance were written; None if no longer known."""
     confirm_seconds: float | None = None
@@ -105,8 +108,8 @@ def print_summary(console: Console, summary: RunSummary, reuse: str, errors: Con
     """
     run = RunFolder(summary.folder)
     console.print(describe_counts(summary.trials))
-    if summary.interrupted:
-        console.print("[magenta]interrupted[/]: everything that was reported is kept")
+    if summary.interrupted or summary.is_out_of_time:
+        console.print(_describe_early_end(summary), soft_wrap=True)
     if not summary.ranked:
         say(console, *_describe_slot_time(summary))
         if not summary.trials:
@@ -156,11 +159,22 @@ def print_confirmed(console: Console, rows: Sequence[BestRow], provenance: Prove
         say(console, sentence)
 
 
+def _describe_early_end(summary: RunSummary) -> str:
+    """Return, as markup, why the search ended before its trials did."""
+    if summary.interrupted:
+        return "[magenta]interrupted[/]: everything that was reported is kept"
+    resume = escape(_name_resume(summary.folder))
+    return f"[magenta]the time budget is used up[/]: {resume} with a larger --time-budget resumes the search"
+
+
+def _name_resume(folder: Path) -> str:
+    return f"--resume {shlex.quote(name_run(folder, DEFAULT_RESULTS_DIR))}"
+
+
 def _describe_slot_time(summary: RunSummary) -> tuple[str, str | None]:
     """Return the use of the slots in a sentence, with its style."""
     if summary.slot_time is None:
-        resume = f"--resume {shlex.quote(name_run(summary.folder, DEFAULT_RESULTS_DIR))}"
         text = "unfinished: the search was cut off, or is still running; the line that it printed, or else"
-        return f"{text} {resume}, resumes it", "yellow"
+        return f"{text} {_name_resume(summary.folder)}, resumes it", "yellow"
     wrap_up = "" if summary.wrap_up_seconds is None else f"; then {summary.wrap_up_seconds:.1f} s to wrap up"
     return f"slot time  {describe_utilisation(summary.trials, summary.slot_time)}{wrap_up}", None

@@ -152,6 +152,7 @@ def print_end(console: Console, result: "SearchResult", reuse: str) -> None:
         importance=result.importance,
         slot_time=result.slot_time,
         interrupted=result.interrupted and not result.failing,
+        is_out_of_time=result.is_out_of_time,
         wrap_up_seconds=result.wrap_up_seconds,
         confirm_seconds=confirmation.seconds if confirmation else None,
     )

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -112,9 +111,10 @@ def _train_anew(arguments: argparse.Namespace, best: "BestFile", dataset: "Datas
             if isinstance(error, InputError) or own_code is None:
                 raise
             return _fail(f"{own_code} failed, nothing saved: {describe_error(error)}")
-        tested, saved = _save(training, result, arguments, best, output)
-    for line in tested:
-        say(console, line)
+        tested, card = _describe(training, result, arguments, best)
+        for line in tested:  # before anything can fail: the test set is read once
+            say(console, line)
+        saved = training.save(output, result, {"source": str(arguments.best), "rank": arguments.rank}, card)
     console.print(printable(f"saved   {output}: {', '.join(saved)}"), markup=False, soft_wrap=True)
     return EXIT_DONE
 
@@ -124,14 +124,13 @@ def _fail(line: str) -> int:
     return EXIT_NO_RESULT
 
 
-def _save(
+def _describe(
     training: "FinalTraining | OwnTraining",
     result: "FinalResult | OwnResult",
     arguments: argparse.Namespace,
     best: "BestFile",
-    output: Path,
-) -> tuple[list[str], list[str]]:
-    """Save weights, metrics and card. Return lines about the test, and the names of the files."""
+) -> tuple[list[str], str]:
+    """Return lines about the test, and the model card."""
     from tune_amp.results.provenance import list_versions
     from tune_amp.reuse.card import describe_card, describe_own_card
     from tune_amp.reuse.final import FinalResult
@@ -145,7 +144,7 @@ def _save(
         card = describe_own_card(result, list(training.models), best=best, rank=rank, versions=versions)
         values = [f"{name} {show_value(name, value)}" for name, value in result.tested.items()]
         lines = [f"{value}, measured after the last epoch" for value in values]
-    return lines, training.save(output, result, {"source": str(arguments.best), "rank": rank}, card)
+    return lines, card
 
 
 def _describe_epoch(metrics: "EpochMetrics", max_epochs: int, *, by_loss: bool = False) -> str:

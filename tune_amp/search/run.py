@@ -62,6 +62,8 @@ class SearchResult:
     provenance: Provenance
     interrupted: bool
     """Whether something ended the search before its trials did: a signal, a full disk, the end of Ray."""
+    is_out_of_time: bool
+    """Whether the time budget ended the search before its trials did."""
     reason: str | None = None
     """Why the search was asked to end; None if it was not."""
     failing: bool = False
@@ -322,13 +324,15 @@ def _conclude(plan: SearchPlan, recorder: TrialRecorder, provenance: Provenance,
     )
     if importance.rows:
         write_importance(plan.folder, importance, provenance)
+    interrupted = stop.reason is not None or was_interrupted(trials, options, slot_time.wall_seconds)
     return SearchResult(
         folder=plan.folder,
         trials=trials,
         ranked=ranked,
         importance=importance,
         provenance=provenance,
-        interrupted=stop.reason is not None or was_interrupted(trials, options, slot_time.wall_seconds),
+        interrupted=interrupted,
+        is_out_of_time=not interrupted and is_unfinished(trials, options),
         reason=stop.reason,
         failing=stop.reason is not None and stop.reason == find_failing(trials, options.max_failures),
         slot_time=slot_time,
