@@ -674,7 +674,7 @@ def check_events(events: list[dict[str, Any]], folder: Path) -> None:
     assert [event["event"] for event in events] == [
         "start",
         *["trial"] * 4,
-        *["confirmed_run"] * 6,
+        *["confirmed_run"] * 9,
         "result",
     ]  # a trial is the default
 
