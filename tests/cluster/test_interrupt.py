@@ -76,11 +76,18 @@ def test_search_is_asked_to_end_where_ray_has_died_and_left_alone_if_it_does() -
     assert not left.is_set()
 
 
+def test_ray_that_dies_is_found_by_a_check_before_it_is_by_the_watch() -> None:
+    stop = StopRequest()
+    with pytest.raises(KeyboardInterrupt):
+        stop.check(lambda: "gcs_server")
+    assert stop.reason == "Ray's gcs_server has died"
+
+
 def test_ray_that_had_died_before_the_watch_is_found_at_once() -> None:
     stop = StopRequest()
-    stop.check()
+    stop.check(lambda: None)
     with watching(stop, lambda: "raylet", lambda: None), pytest.raises(KeyboardInterrupt):
-        stop.check()
+        stop.check(lambda: None)
     assert stop.reason == "Ray's raylet has died"
 
 

@@ -687,6 +687,11 @@ def test_a_trial_that_was_cut_off_has_not_ended_until_it_resumes_and_ends(
     assert watcher.seen[-1][0].count_ended() == 1
     recorder.finish()
     assert watcher.seen[-1][0].count_ended() == 1
+    recorder = make_recorder()
+    recorder.open_session(slots=2, num_samples=4, arguments={}, storage=STORAGE)
+    recorder.record_end("b", TrialStatus.COMPLETED)  # its last report came before the cut
+    report_epoch(recorder, first, 1)
+    assert watcher.seen[-1][0].count_ended() == 2
 
 
 def read_history(journal: Journal) -> RunHistory:

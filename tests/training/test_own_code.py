@@ -2,15 +2,18 @@
 
 import random
 import signal
+import site
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tune_amp.training import own_code
 from tune_amp.training.own_code import exits_as_errors, find_place, import_function, unchanged_process
 
 NOISY = """
@@ -116,3 +119,10 @@ def test_an_error_is_placed_at_the_innermost_line_of_the_users_own_code(write_mo
         run("no JSON")
     assert find_place(caught.value) == f" ({module}.py:5)"
     assert find_place(ValueError("raised nowhere")) == ""
+
+
+def test_code_of_packages_and_of_tune_amp_is_not_the_users_but_a_file_beside_it_is() -> None:
+    package = str(Path(own_code.__file__).parents[1])
+    assert f"{site.getusersitepackages()}/torch/nn/module.py".startswith(own_code.NOT_OWN)
+    assert f"{package}/training/run.py".startswith(own_code.NOT_OWN)
+    assert not f"{package}_mine.py".startswith(own_code.NOT_OWN)

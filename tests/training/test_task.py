@@ -253,6 +253,8 @@ def test_hooks_of_the_optimizer_are_called_and_change_no_step(
     first, second = (untimed(metrics) for run in runs for metrics in run.epochs())
     assert first == second
     assert importlib.import_module(hooked.partition(":")[0]).calls == ["before", "after"] * first.steps
+    captured = TrainingRun(make_config(hooked, max_epochs=1), place(dataset), capture=lambda step: step)
+    assert captured.train_epoch().loop == "eager: the optimizer has hooks, which a graph would not call"
 
 
 def test_accumulated_batches_are_one_large_batch(diabetes: tuple[str, Dataset]) -> None:
@@ -417,6 +419,8 @@ def test_image_classification_trains_as_before_there_were_tasks(
          ".average: must return numbers or tuples of them (float()"),
         ("def average(self, sums, count): return {'loss': 1.0, 'mae': 1.0, 'accuracy': 97.5}",
          ".average: accuracy must be a share between 0 and 1, got 97.5"),
+        ("def average(self, sums, count): return {'loss': 1.0, 'mae': 1.0, 'accuracy': 1.00001}",
+         ".average: accuracy must be a share between 0 and 1, got 1.00001"),
         ("def optimizer(self, model, config): return 1", ".optimizer: must return a torch.optim.Optimizer, got 1"),
         ("def schedule(self, optimizer, steps): return 1", ".schedule: must return a torch.optim.lr_scheduler.LRSch"),
         ("def schedule(self, optimizer, steps): return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)",

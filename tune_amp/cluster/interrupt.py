@@ -36,8 +36,16 @@ class StopRequest:
         if self.reason is None:
             self.reason = reason
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if there is a request."""
+    def ask_if_dead(self, find_dead: Callable[[], str | None]) -> bool:
+        """Request the end if ``find_dead`` returns the name of a part of Ray that has died. Return whether it does."""
+        dead = find_dead()
+        if dead is not None:
+            self.ask(f"Ray's {dead} has died")
+        return dead is not None
+
+    def check(self, find_dead: Callable[[], str | None]) -> None:
+        """Raise KeyboardInterrupt if there is a request, or if a part of Ray has died: calls of it would not return."""
+        self.ask_if_dead(find_dead)
         if self.reason is not None:
             raise KeyboardInterrupt
 
@@ -121,21 +129,15 @@ def watching(stop: StopRequest, find_dead: Callable[[], str | None], leave: Call
     """
     over = threading.Event()
 
-    def look() -> bool:
-        dead = find_dead()
-        if dead is not None:
-            stop.ask(f"Ray's {dead} has died")
-        return dead is not None
-
     def watch(is_dead: bool) -> None:
         while not is_dead:
             if over.wait(CHECK_SECONDS):
                 return
-            is_dead = look()
+            is_dead = stop.ask_if_dead(find_dead)
         if not over.wait(GRACE_SECONDS):
             leave()
 
-    thread = threading.Thread(target=watch, args=(look(),), daemon=True, name="watch-ray")
+    thread = threading.Thread(target=watch, args=(stop.ask_if_dead(find_dead),), daemon=True, name="watch-ray")
     thread.start()
     try:
         yield

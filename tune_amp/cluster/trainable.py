@@ -147,7 +147,11 @@ class AmpTrainable(tune.Trainable):
         found = checkpoint_path.checkpoint
         content = read_checkpoint(found.filesystem, found.path)
         if content is not None:
-            self._continue_run(content)
+            try:
+                self._continue_run(content)
+            except Exception as error:
+                self._request_larger_share(error)
+                raise
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Prepare this actor for another trial; keep data and process."""

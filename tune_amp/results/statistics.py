@@ -123,9 +123,9 @@ def list_possible_best(scores: Mapping[str, Mapping[int, float]], confidence: fl
 
     Subset selection (Gupta 1965, doi:10.1080/00401706.1965.10490251) with paired one-sided t tests on the seeds that a
     pair has in common, and Bonferroni's correction for all other names. Each pair has its own spread, and nothing is
-    assumed about the spreads of other pairs. The true best is among the names with ``confidence``. The level is that of
-    ``gain.judge_gain``, whose verdict must not contradict the ties: copies count once, and a single other name needs a
-    two-sided interval above 0.
+    assumed about the spreads of other pairs. The true best is among the names with ``confidence``. Other names
+    that are copies of each other count once, and a single one needs a two-sided interval above 0. That is the level of
+    ``gain.judge_gain``, whose verdict can only differ if a name other than its challenger beats the default.
 
     Args:
         scores: name -> seed -> value; more is better. Pairs with fewer than ``FEWEST_PAIRS`` common

@@ -270,6 +270,7 @@ class RunHistory:
     def _end_trial(self, trial: RecordedTrial, event: Mapping[str, Any]) -> None:
         trial.status = TrialStatus(event["status"])
         self.running.discard(trial.trial_id)
+        self.waiting.discard(trial.trial_id)
         self._places.pop(trial.trial_id, None)
         _change(trial, event["at"], status=trial.status, error=event["error"] or trial.record.error)
 

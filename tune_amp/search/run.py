@@ -153,7 +153,7 @@ def run_search(
             workers=workers,
             objectives=objectives,
             time_limit=plan.options.trial_time_limit or math.inf,
-            check=stop.check,
+            check=functools.partial(stop.check, health.find_dead_process),
         )
         with gauges:
             return _confirm(plan, result, slots, gauges, stop, health)

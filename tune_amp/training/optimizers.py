@@ -44,6 +44,12 @@ def _leave_compiler_out() -> None:
         bare.__dict__.setdefault("__dynamo_disable", bare)
 
 
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether functions are registered that each step of the optimizer calls."""
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks  # noqa: SLF001 - no public name
+    return any(hooks)
+
+
 def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return ``optimizer`` with a ``step`` without PyTorch's wrapper, which imports the compiler as well.
 
@@ -52,7 +58,7 @@ def _unwrap_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     bare = inspect.unwrap(type(optimizer).step)
 
     def step(self: torch.optim.Optimizer) -> None:
-        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+        if has_step_hooks(self):
             type(self).step(self)
             return
         with torch.no_grad():

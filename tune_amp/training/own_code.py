@@ -1,7 +1,9 @@
 """Runs a user's own code: undoes its changes to the process, and turns an exit that it calls into an error."""
 
 import contextlib
+import os
 import signal
+import site
 import sysconfig
 import threading
 import traceback
@@ -17,11 +19,8 @@ from tune_amp.training.generators import keep_generators
 from tune_amp.trial.config import SIGNALS
 from tune_amp.trial.consent import load_function
 
-NOT_OWN = (
-    "<",
-    str(Path(__file__).parents[1]),
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-)
+_PLACES = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), site.getusersitepackages())
+NOT_OWN = ("<", *(os.path.join(place, "") for place in (str(Path(__file__).parents[1]), *_PLACES)))  # noqa: PTH118
 """Beginnings of the file names of all code but the user's own."""
 
 

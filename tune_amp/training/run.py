@@ -28,6 +28,7 @@ from tune_amp.training.evaluation import Evaluation, evaluate
 from tune_amp.training.generators import Generators
 from tune_amp.training.memory import MemoryMeter
 from tune_amp.training.models import check_model
+from tune_amp.training.optimizers import has_step_hooks
 from tune_amp.training.own_code import exits_as_errors
 from tune_amp.training.probe import all_finite, probe_gradients
 from tune_amp.training.streams import StreamedBatches
@@ -241,6 +242,8 @@ class TrainingRun:
             self._why_eager = "graphs are not allowed"
         elif self._capture is capture_cuda_graph and self._data.device.type != "cuda":
             self._why_eager = "the CPU has no CUDA graphs"
+        elif has_step_hooks(self._optimizer):
+            self._why_eager = "the optimizer has hooks, which a graph would not call"
         elif (self._config.max_epochs - self.epoch) * self._max_steps < LEAST_STEPS:
             self._why_eager = f"a capture pays from {LEAST_STEPS} steps"
         else:
