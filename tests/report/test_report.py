@@ -284,9 +284,9 @@ def test_a_bar_of_the_epochs_stands_for_several_where_there_are_many(tmp_path: P
         for bar in draw_epochs(dataclasses.replace(run, trials=trials)).data
     }
     assert {len(bar) for bar in bars.values()} == {200}
-    assert (bars["stopped here"][5], bars["went on"][5]) == (2, 2)
-    assert (bars["diverged here"][10], bars["went on"][10]) == (1, 1)
-    assert (bars["completed here"][1000], bars["went on"][1000]) == (1, 0)
+    assert (bars["stopped here"][5], bars["continued"][5]) == (2, 2)
+    assert (bars["diverged here"][10], bars["continued"][10]) == (1, 1)
+    assert (bars["completed here"][1000], bars["continued"][1000]) == (1, 0)
 
 
 def test_use_of_the_slots_is_told_and_drawn(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def spoil(path: Path) -> None:
     [
         ("importance", "importance", "Which settings mattered Not"),
         ("confirm", "best", "Single runs are not shown: confirm.parquet"),
-        ("epochs", "scales", "The loss scales stand in epochs.parquet, which"),
+        ("epochs", "scales", "The loss scales are in epochs.parquet, which"),
         ("epochs", "curves", "Only last epochs are shown: epochs.parquet"),
     ],
 )

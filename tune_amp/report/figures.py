@@ -203,7 +203,7 @@ def draw_epochs(run: Run) -> go.Figure:
         own = [trial.last.epoch for trial in run.trials if trial.last and trial.status is status]
         ended = collections.Counter(-(-epoch // each) * each for epoch in own)
         counts[f"{format_status(status)} here"] = colour_of(status), [ended[number] for number in epochs]
-    counts["went on"] = colour_of("pale"), [sum(epoch > number for epoch in last) for number in epochs]
+    counts["continued"] = colour_of("pale"), [sum(epoch > number for epoch in last) for number in epochs]
     bars = [
         go.Bar(
             x=[*epochs],

@@ -96,10 +96,10 @@ def _list_trials(run: Run) -> Table:
 def build_epochs(run: Run) -> Section:
     """Build the section on how many trials reached which epoch."""
     if not any(trial.last for trial in run.trials):
-        return Section(["No trial came to the end of an epoch."])
+        return Section(["No trial completed an epoch."])
     silent = sum(trial.last is None for trial in run.trials)
     caption = (
-        "A bar for every epoch, as high as the number of trials that trained it. The faint part went on; the others "
+        "Each bar is an epoch, as high as the number of trials that trained it. The faint part continued; the others "
         f"ended there: at the end of their budget (completed), {_explain_stops(run)}"
         + (f" {silent} ended before the first report and are in no bar." if silent else "")
     )
@@ -177,10 +177,10 @@ def _explain_no_scale(run: Run) -> str:
         return "No trial trained in fp16: only fp16 needs loss scaling, so there is no loss scale to show."
     trouble = run.troubles.get(run.folder.epochs)
     if trouble:
-        return f"The loss scales stand in epochs.parquet, which {describe_trouble(trouble)}."
+        return f"The loss scales are in epochs.parquet, which {describe_trouble(trouble)}."
     if any(trial.epochs and trial.config.precision == "fp16" for trial in run.trials):
         return "The training loop never called trial.scaler.update(), which records the loss scale."
-    return "No trial in fp16 came to the end of an epoch, so that no loss scale is known."
+    return "No fp16 trial completed an epoch, so no loss scale is known."
 
 
 def build_curves(run: Run) -> Section:
