@@ -390,7 +390,8 @@ def test_trial_that_has_failed_once_begins_anew_without_its_checkpoint(
     train_once(trainable)
     trainable.save(str(tmp_path / "checkpoint"))
     trainable.reset(settings(max_epochs=3))
-    trainable._checkpoints = {trainable.trial_id: [str(tmp_path / "checkpoint")]}
+    checkpoints = {trainable.trial_id: [str(tmp_path / "checkpoint")]}
+    trainable._worker_setup = dataclasses.replace(trainable._worker_setup, checkpoints=checkpoints)
     assert trainable._resume().epoch == 1
     trainable._first_failure = (1, "ValueError: no")
     assert trainable._resume() is None

@@ -106,8 +106,7 @@ class AmpTrainable(tune.Trainable):
         """Prepare this worker's process, once."""
         assert worker_setup is not None  # bound by tune.with_parameters
         self._worker_setup = worker_setup
-        self._num_threads, self._metrics = worker_setup.num_threads, tuple(map(metric_of, worker_setup.objectives))
-        self._checkpoints, self._filesystem = worker_setup.checkpoints, worker_setup.filesystem
+        self._metrics = tuple(map(metric_of, worker_setup.objectives))
         self._first_share, self.share = worker_setup.gpu_share, assigned_gpu_share()
         self.device = prepare_worker(worker_setup)
         self._run: Run | None = None
@@ -191,7 +190,7 @@ class AmpTrainable(tune.Trainable):
             report["error"] = again if report["error"] is None else one_line(f"{report['error']}; {again}")
         return report | {
             "device": name_device(self.device),
-            "num_threads": self._num_threads,
+            "num_threads": self._worker_setup.num_threads,
             "setup_seconds": self._setup_seconds,
             "checkpoint_seconds": self._checkpoint_seconds,
             SHOULD_CHECKPOINT: not report["done"] and is_checkpoint_due(self._unsaved_seconds, self._save_seconds),
@@ -270,8 +269,8 @@ class AmpTrainable(tune.Trainable):
         """Resume an interrupted trial of a resumed search from its newest intact checkpoint; None if there is none."""
         if self._first_failure is not None:
             return None  # the checkpoint may be the cause: the model may have been changed since
-        for folder in self._checkpoints.get(self.trial_id, ()):
-            content = read_checkpoint(self._filesystem, folder)
+        for folder in self._worker_setup.checkpoints.get(self.trial_id, ()):
+            content = read_checkpoint(self._worker_setup.filesystem, folder)
             if content is not None:
                 return self._continue_run(content)
         return None
